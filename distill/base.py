@@ -1,0 +1,22 @@
+"""`python -m distill.base --config STUDY`: data, tokenizer and the plain base of every seed."""
+
+import argparse
+
+from distill.loop import accelerator
+from distill.plan import base_jobs, prepare_inputs, run
+from eval.errors import entry
+from eval.study import settle, study_from_command
+from eval.workers import locked
+
+
+@entry
+def main() -> None:
+    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__))
+    acc = accelerator()
+    with locked(settle(study)):
+        prepare_inputs(study, acc)
+        run(study, base_jobs(study), "base")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Documents: read from their sources, split by hash, written once, tokenizer-free."""
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from importlib import import_module, metadata, util
+from pathlib import Path
+from typing import Any
+
+from eval.artifacts import Manifest, building, digest, is_done, read_manifest
+from eval.documents import HELDOUT, SEALED, TRAIN, Document, Row, read_documents, windows
+from eval.errors import UserError
+from eval.study import Source, Study
+
+ROWS_PER_DOCUMENT = 4  # at first; more only when the documents run out
+
+
+def _order(text: str) -> str:
+    """A fixed order that has nothing to do with names: the SHA-256 of the id."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_root(path: str) -> Path:
+    """The folder that a source names: a path, `stdlib` or `package:NAME`."""
+    if path == "stdlib":
+        return Path(sysconfig.get_paths()["stdlib"])
+    if path.startswith("package:"):
+        spec = util.find_spec(path.removeprefix("package:"))
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError("data source", path, "no such installed package")
+        return Path(next(iter(spec.submodule_search_locations)))
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError("data source", path, "no such folder; give a folder, `stdlib` or `package:NAME`")
+    return root
+
+
+def _files(source: Source) -> list[Path]:
+    """Files of a folder source, relative to its root, in the order of their hashes."""
+    root = source_root(source.path)
+    found = {p.relative_to(root) for pattern in source.include for p in root.glob(pattern)}
+    kept = [p for p in found if not any(fnmatch(f"/{p.as_posix()}", pattern) for pattern in source.exclude)]
+    kept = [p for p in kept if (root / p).is_file()]
+    if not kept:
+        raise UserError("data source", source.path, f"no file matches {source.include}")
+    return sorted(kept, key=lambda p: _order(p.as_posix()))
+
+
+def _from_folder(source: Source) -> Iterator[Document]:
+    root = source_root(source.path)
+    for path in _files(source):
+        try:
+            text = (root / path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # not text: a folder of sources holds such files, and they are no documents
+        domain = source.domain or (path.parts[0] if len(path.parts) > 1 else "top")
+        if text.strip():
+            yield Document(f"{source.path}/{path.as_posix()}", domain, text)
+
+
+def _from_pydoc(source: Source) -> Iterator[Document]:
+    topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    for name in sorted(topics, key=_order):
+        if topics[name].strip():
+            yield Document(f"pydoc/{name}", source.domain or "pydoc", topics[name])
+
+
+def _from_dataset(source: Source) -> Iterator[Document]:
+    """Documents of a hub data set, or of local JSONL, Parquet or text files, through `datasets`."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    if source.data_files and "://" not in source.data_files and not Path(source.data_files).exists():
+        raise UserError("data source", source.data_files, "no such file")
+    try:
+        rows = load_dataset(
+            source.path,
+            source.config,
+            data_files=source.data_files,
+            split=source.split,
+            revision=source.revision,
+        )
+    except (DatasetsError, ValueError, FileNotFoundError) as error:
+        raise UserError("data source", source.path, " ".join(str(error).split())[:300]) from error
+    for column in filter(None, (source.text_column, source.domain_column)):
+        if column not in rows.column_names:
+            raise UserError("data source", f"no column {column!r}", f"columns: {', '.join(rows.column_names)}")
+    ids = rows["id"] if "id" in rows.column_names else range(len(rows))
+    for name, row in zip(ids, rows, strict=True):
+        text, where = row[source.text_column], f"{source.data_files or source.path}:{name}"
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"document {where}", repr(text)[:60], "drop empty documents from the data")
+        domain = row[source.domain_column] if source.domain_column else source.domain or source.path
+        yield Document(where, str(domain), text)
+
+
+READERS = {"folder": _from_folder, "pydoc": _from_pydoc, "dataset": _from_dataset}
+
+
+def read_source(source: Source) -> Iterator[Document]:
+    """Documents of one source, at most `source.documents` of them."""
+    for i, document in enumerate(READERS[source.kind](source)):
+        if source.documents is not None and i >= source.documents:
+            return
+        yield document
+
+
+def fingerprint(source: Source) -> Any:
+    """What tells that a source has changed, without reading it."""
+    if source.kind == "pydoc":
+        return os.sys.version
+    if source.kind == "folder":
+        root = source_root(source.path)
+        stats = [(p.as_posix(), (root / p).stat()) for p in _files(source)]
+        return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+    files = sorted(Path().glob(source.data_files)) if source.data_files and "://" not in source.data_files else []
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files] or metadata.version("datasets")
+
+
+def _distinct(documents: Iterator[Document], seen: set[str]) -> list[Document]:
+    """Documents whose text was not seen before: a copy in two splits would leak."""
+    kept = []
+    for document in documents:
+        mark = _order(document.text)
+        if mark not in seen:
+            seen.add(mark)
+            kept.append(document)
+    return kept
+
+
+def _cut(document: Document, limit: int) -> Document:
+    """The first `limit` bytes, whole characters only."""
+    text = document.text.encode()[:limit].decode(errors="ignore")
+    return Document(document.id, document.domain, text)
+
+
+def _write(path: Path, documents: list[Document]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        for d in documents:
+            row = {"id": d.id, "domain": d.domain, "bytes": d.bytes, "sha256": _order(d.text), "text": d.text}
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def split_documents(study: Study) -> dict[str, list[Document]]:
+    """Documents by split and slice. The hash of an id decides, so that a new file moves few others."""
+    data, seen = study.data, set[str]()
+    pool = _distinct((d for source in data.documents for d in read_source(source)), seen)
+    pool.sort(key=lambda d: _order(d.id))
+    if len({d.id for d in pool}) < len(pool):
+        twice = next(d.id for i, d in enumerate(pool) if i and d.id == pool[i - 1].id)
+        raise UserError("data", f"two documents are named {twice!r}", "give each its own id")
+    if len(pool) <= data.heldout + data.sealed:
+        raise UserError(
+            "data",
+            f"{len(pool)} documents for {data.heldout} held-out and {data.sealed} sealed ones",
+            "add documents, or lower data.heldout or data.sealed",
+        )
+    first, second = data.heldout, data.heldout + data.sealed
+    splits = {
+        HELDOUT: [_cut(d, data.scored_bytes) for d in pool[:first]],
+        SEALED: [_cut(d, data.scored_bytes) for d in pool[first:second]],
+        TRAIN: pool[second:],
+    }
+    for name, sources in data.shifted.items():
+        if name in splits:
+            raise UserError(f"data.shifted.{name}", "a reserved name", "give the slice another name")
+        documents = _distinct((d for source in sources for d in read_source(source)), seen)
+        if not documents:
+            raise UserError(f"slice {name!r}", "no documents", "mend its source")
+        splits[name] = [_cut(d, data.scored_bytes) for d in documents]
+    return splits
+
+
+def prepare(study: Study) -> Manifest:
+    """Writes the data artifact of a study, unless it is there already."""
+    folder = study.folder / "data"
+    sources = [*study.data.documents, *(s for group in study.data.shifted.values() for s in group)]
+    settings = study.data.model_dump(mode="json", exclude={"context", "train_rows"})
+    key = digest([settings, [fingerprint(source) for source in sources]])
+    if is_done(folder, key):
+        return read_manifest(folder)
+    splits = split_documents(study)
+    facts = {f"{name}_documents": len(documents) for name, documents in splits.items()}
+    with building(folder, kind="data", name="data", key=key, parents={}, facts=facts) as aside:
+        for name, documents in splits.items():
+            _write(aside / f"{name}.jsonl", documents)
+    return read_manifest(folder)
+
+
+def training_rows(study: Study, tokenizer) -> list[Row]:
+    """`data.train_rows` rows, spread over the training documents by hash."""
+    documents = read_documents(study.folder / "data", TRAIN)
+    wanted, rows, spare = study.data.train_rows, list[Row](), list[Row]()
+    for document in documents:
+        if not document.text.strip():
+            raise UserError(f"document {document.id!r}", "empty", "drop empty documents")
+        found = sorted(windows(tokenizer, document, study.data.context), key=lambda r: _order(r.id))
+        found = [row for row in found if len(row.tokens) > 1]
+        rows += found[:ROWS_PER_DOCUMENT]
+        spare += found[ROWS_PER_DOCUMENT:]
+        if len(rows) >= wanted:
+            return rows[:wanted]
+    rows += sorted(spare, key=lambda r: _order(r.id))
+    if len(rows) < wanted:
+        raise UserError("data.train_rows", wanted, f"the training documents hold {len(rows)} rows: ask for fewer")
+    return rows[:wanted]

@@ -1,0 +1,178 @@
+"""What a method is: the component that a teacher carries and a student must not."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.loop import Curve
+from distill.student import load_model
+from eval.artifacts import file_sha256
+from eval.documents import Batch, Row
+from eval.errors import UserError, one_of
+from eval.study import Frozen, MethodChoice, Train, validated
+
+FOLDER = Path(__file__).parent / "methods"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reader must know about a method before trusting it."""
+
+    title: str
+    paper: str
+    claim: str
+    touches: str  # what of the model or of its input it changes
+    limits: str
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """What a teacher says about a batch.
+
+    log_probs: [B, T, V] float32, normalised over V; position p predicts token p + 1.
+    """
+
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a method may use: its own folder, the plain bases, the training rows and the trainer."""
+
+    folder: Path  # what `fit` wrote; read-only once fitted
+    seed: int
+    seeds: list[int]  # of the study
+    bases: dict[int, Path]  # seed -> folder of the plain base
+    tokenizer: PreTrainedTokenizerBase
+    rows: Callable[[], list[Row]]
+    train: Callable[[PreTrainedModel, list[Row], Train, str], Curve]  # model, rows, settings, name
+
+    def load_base(self, seed: int) -> PreTrainedModel:
+        return load_model(self.bases[seed])
+
+
+class Method(ABC):
+    """One file in `distill/methods`, or any `package.module` that holds exactly one subclass.
+
+    A subclass must define `card` and `signal`. The rest has defaults: nothing to fit, nothing to attach,
+    one base of its own seed, and a plain teacher as its control.
+    """
+
+    card: ClassVar[Card]
+
+    class Settings(Frozen):
+        """Accepted under `method.settings`."""
+
+    def __init__(self, settings: Frozen) -> None:
+        self.settings: Any = settings
+
+    def bases(self, seed: int, seeds: list[int]) -> list[int]:
+        """Seeds of the plain bases that the teacher of `seed` is made of.
+
+        Seeds that get one list share one teacher: it is a function of those bases alone.
+        """
+        return [seed]
+
+    def fit(self, bench: Bench) -> None:
+        """Trains or builds what the method needs, and writes it into `bench.folder`."""
+        return None
+
+    @contextmanager
+    def attached(self, teacher: PreTrainedModel, bench: Bench) -> Iterator[None]:
+        """The method is in force inside; on exit the teacher is bit-identical to before."""
+        yield
+
+    @abstractmethod
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+        """Log-probabilities [B, T, V] in the student's vocabulary, inside `attached`."""
+
+    def control(self) -> "Method":
+        """The method of T0: the idea taken away, the base, budget and data kept."""
+        return Plain(Frozen())
+
+    @cached_property
+    def identity(self) -> list[Any]:
+        """What decides the teacher beside its base: the file's bytes, the class, the settings."""
+        source = Path(inspect.getfile(type(self)))
+        return [file_sha256(source), type(self).__qualname__, self.settings.model_dump(mode="json")]
+
+
+class Plain(Method):
+    """The teacher without a method."""
+
+    card = Card(
+        title="Plain teacher",
+        paper="none",
+        claim="none: this is what every gain is measured against",
+        touches="nothing",
+        limits="none",
+    )
+
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+        return TeacherSignal(model_log_probs(teacher, batch))
+
+
+def model_log_probs(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """[B, T, V] float32 log-probabilities of a plain forward pass."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def checked(signal: object, batch: Batch, vocabulary: int, name: str) -> Tensor:
+    """The log-probabilities of a signal, [B, T, V] on the batch's device.
+
+    Raises:
+        UserError: the method returned something else: no signal, another shape, NaN, or not normalised.
+    """
+    thing, mend = f"method {name!r}", "return TeacherSignal(log_probs) from `signal`"
+    if not isinstance(signal, TeacherSignal):
+        raise UserError(thing, f"signal returned {type(signal).__name__}", mend)
+    found, wanted = signal.log_probs, (*batch.input_ids.shape, vocabulary)
+    if tuple(found.shape) != wanted:
+        raise UserError(thing, f"log_probs of shape {tuple(found.shape)}", f"must be {wanted} = [B, T, V]")
+    if not found.dtype.is_floating_point:
+        raise UserError(thing, f"log_probs of type {found.dtype}", "return float32 log-probabilities")
+    found = found.float()
+    total = found.logsumexp(dim=-1)[batch.attention_mask.bool()]
+    if not bool(torch.isfinite(total).all()):
+        raise UserError(thing, "log_probs with NaN or infinity", f"look at rows {', '.join(batch.ids)}")
+    if float(total.abs().max()) > 1e-2:
+        raise UserError(thing, f"log_probs sum to {float(total.max().exp()):.4g}", "normalise with log_softmax")
+    return found
+
+
+def known_methods() -> list[str]:
+    return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
+
+
+def method_class(name: str) -> type[Method]:
+    """The one subclass of Method in `distill/methods/<name>.py` or in the module `name`."""
+    path = f"distill.methods.{one_of('method.name', name, known_methods())}" if "." not in name else name
+    try:
+        module = import_module(path)
+    except ModuleNotFoundError as error:
+        raise UserError("method.name", repr(name), f"{error}; is it on PYTHONPATH?") from error
+    found = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method)]
+    own = [c for c in found if c.__module__ == module.__name__]
+    if len(own) != 1:
+        raise UserError("method.name", repr(name), f"the module must define one Method, it has {len(own)}")
+    if inspect.isabstract(own[0]) or not isinstance(getattr(own[0], "card", None), Card):
+        raise UserError("method.name", repr(name), f"{own[0].__name__} must define `card` and `signal`")
+    return own[0]
+
+
+def make_method(choice: MethodChoice) -> Method:
+    """The method that a study names, with its settings checked."""
+    kind = method_class(choice.name)
+    return kind(validated(kind.Settings, choice.settings, "method.settings"))
+

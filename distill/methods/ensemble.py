@@ -1,0 +1,64 @@
+"""K plain models trained apart; their probabilities are averaged."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distill.method import Bench, Card, Method, TeacherSignal, model_log_probs
+from eval.documents import Batch
+from eval.errors import UserError
+from eval.study import Frozen
+
+
+def mean_of_probabilities(log_probs: list[Tensor]) -> Tensor:
+    """log of the mean of K distributions [..., V], computed in log space."""
+    return torch.logsumexp(torch.stack(log_probs), dim=0) - math.log(len(log_probs))
+
+
+def _same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b.to(a.device)) for a, b in pairs)
+
+
+class Ensemble(Method):
+    card = Card(
+        title="Deep ensemble",
+        paper="Lakshminarayanan, Pritzel and Blundell 2017, arXiv:1612.01474; distilled: Hinton et al. 2015, "
+        "arXiv:1503.02531",
+        claim="models with their own initialisation and order err apart; their mean is better than each",
+        touches="the output: K forward passes in place of one",
+        limits="K times the memory and time; the gain shrinks as the data grow, and members of one frozen "
+        "base do not differ",
+    )
+
+    class Settings(Frozen):
+        members: int = Field(3, gt=1)
+
+    def bases(self, seed: int, seeds: list[int]) -> list[int]:
+        """`members` seeds of a ring that starts with this one; with as many members as seeds, all of them."""
+        beyond = (s for s in range(max(seeds) + 1 + self.settings.members) if s not in seeds)
+        ring = [*seeds, *beyond][: max(len(seeds), self.settings.members)]
+        start = ring.index(seed)
+        return sorted((ring * 2)[start : start + self.settings.members])
+
+    @contextmanager
+    def attached(self, teacher: PreTrainedModel, bench: Bench) -> Iterator[None]:
+        others = [seed for seed in self.bases(bench.seed, bench.seeds) if seed != bench.seed]
+        self._others = [bench.load_base(seed).to(teacher.device) for seed in others]
+        if _same_weights(teacher, self._others[0]):
+            raise UserError(
+                "method ensemble", "members with the same weights", "give `base.train`, so that each is trained"
+            )
+        try:
+            yield
+        finally:
+            del self._others
+
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+        members = [teacher, *self._others]
+        return TeacherSignal(mean_of_probabilities([model_log_probs(m, batch) for m in members]))

@@ -1,0 +1,101 @@
+"""One LoRA adapter per domain, routed by the domain of the document."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from distill.method import Bench, Card, Method, TeacherSignal
+from eval.documents import Batch, Row
+from eval.errors import UserError
+from eval.study import Frozen, Optimizer, Train
+
+ALL = "all"  # the one adapter of the control
+BASE = "__base__"  # peft's name for no adapter
+
+
+def _adapter(domain: str) -> str:
+    """A domain as a module name: peft puts it into the keys of a state dict, where a dot would split it."""
+    return domain.replace(".", "_")
+
+
+class Experts(Method):
+    card = Card(
+        title="Routed expert adapters",
+        paper="Hu et al. 2021, LoRA, arXiv:2106.09685; experts by domain: Gururangan et al. 2021, DEMix, "
+        "arXiv:2108.05036",
+        claim="an adapter that has seen one domain alone predicts that domain better than one for all",
+        touches="every linear layer named in target_modules; needs the domain of each document",
+        limits="a document of an unseen domain gets the plain base; with plenty of text, training longer "
+        "gains as much",
+    )
+
+    class Settings(Frozen):
+        rank: int = Field(8, gt=0)
+        alpha: float = Field(16.0, gt=0)
+        target_modules: list[str] | str = "all-linear"
+        domains: list[str] = []  # none: every domain of the training rows
+        train: Train = Train(epochs=2, optimizer=Optimizer(lr=1e-3))
+        routed: bool = True  # false: one adapter for all domains, the control
+
+    def control(self) -> Method:
+        """One adapter of the same rank, trained on the same rows for the same steps."""
+        return Experts(self.settings.model_copy(update={"routed": False}))
+
+    def _groups(self, rows: list[Row]) -> dict[str, list[Row]]:
+        """Adapter name -> the rows it is trained on."""
+        domains = self.settings.domains or sorted({row.domain for row in rows})
+        groups = {_adapter(d): [row for row in rows if row.domain == d] for d in domains}
+        if len(groups) < max(2, len(domains)):
+            raise UserError("method experts", f"domains {domains}", "needs two domains or more, named apart")
+        for name, group in groups.items():
+            if len(group) < self.settings.train.rows:
+                raise UserError(f"domain {name!r}", f"{len(group)} rows", "give it more rows, or leave it out")
+        return groups if self.settings.routed else {ALL: [row for g in groups.values() for row in g]}
+
+    def fit(self, bench: Bench) -> None:
+        config = LoraConfig(
+            r=self.settings.rank,
+            lora_alpha=self.settings.alpha,
+            target_modules=self.settings.target_modules,
+            task_type="CAUSAL_LM",
+        )
+        for name, rows in self._groups(bench.rows()).items():
+            model = get_peft_model(bench.load_base(bench.seed), config, adapter_name=name)
+            bench.train(model, rows, self.settings.train, name)
+            model.save_pretrained(str(bench.folder), selected_adapters=[name])
+
+    @contextmanager
+    def attached(self, teacher: PreTrainedModel, bench: Bench) -> Iterator[None]:
+        trainable = [p.requires_grad for p in teacher.parameters()]
+        names = sorted(p.parent.name for p in bench.folder.glob("*/adapter_config.json"))
+        if not names:
+            raise UserError("method experts", f"no adapter in {bench.folder}", "delete that folder and run again")
+        first, *rest = names
+        self._model = PeftModel.from_pretrained(teacher, str(bench.folder / first), adapter_name=first)
+        try:
+            for name in rest:
+                self._model.load_adapter(str(bench.folder / name), adapter_name=name)
+            self._model.eval()
+            yield
+        finally:
+            self._model.unload()
+            del self._model
+            for parameter, flag in zip(teacher.parameters(), trainable, strict=True):
+                parameter.requires_grad_(flag)
+
+    def _route(self, domain: str) -> str:
+        """The adapter of a domain: its own, or the plain base where none was trained."""
+        name = _adapter(domain) if self.settings.routed else ALL
+        return name if name in self._model.peft_config else BASE
+
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+        logits = self._model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            adapter_names=[self._route(domain) for domain in batch.domains],
+        ).logits
+        return TeacherSignal(logits.float().log_softmax(dim=-1))

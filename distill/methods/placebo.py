@@ -1,0 +1,19 @@
+"""A method that does nothing: whoever passes it fools himself."""
+
+from transformers import PreTrainedModel
+
+from distill.method import Card, Method, TeacherSignal, model_log_probs
+from eval.documents import Batch
+
+
+class Placebo(Method):
+    card = Card(
+        title="Placebo",
+        paper="none: the control treatment of a clinical trial",
+        claim="no gain at all; the gate must never pass it",
+        touches="nothing",
+        limits="for the honesty of the gate alone",
+    )
+
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+        return TeacherSignal(model_log_probs(teacher, batch))

@@ -1,0 +1,322 @@
+"""The stages of a study: bases, teachers, students. Each is a function of the study and its place in it.
+
+Every function runs in a worker process of one thread, or in all processes of a distributed launch: then
+all of them train, and the first one writes. What is done already, by key and by hash, is not done again.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.data import training_rows
+from distill.loop import Curve, Teacher, accelerator, train
+from distill.cards import model_card
+from distill.method import Bench, Method, checked, make_method
+from distill.signals import CachedTeacher, write_targets
+from distill.student import (
+    check_same_tokenizer,
+    check_vocabulary,
+    export,
+    fresh_model,
+    load_model,
+    load_tokenizer,
+    named_model,
+)
+from eval.artifacts import building, digest, is_done, read_manifest
+from eval.documents import Batch, boundary_id
+from eval.score import has_score, score_with
+from eval.study import Study, Train
+
+Report = Callable[[float], None]
+TEACHERS = {"S1": "T1", "S0": "T0"}  # a student's teacher; CE has none
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else boundary_id(tokenizer)
+
+
+def needed(folder: Path, key: str) -> bool:
+    """True if `folder` must be made; every process of a launch answers before any goes on."""
+    missing = not is_done(folder, key)
+    accelerator().wait_for_everyone()
+    return missing
+
+
+@contextmanager
+def made(study: Study, name: str, **what: Any) -> Iterator[Path]:
+    """A folder that becomes the artifact `name`; processes beside the first write to nowhere."""
+    acc = accelerator()
+    if acc.is_main_process:
+        with building(study.folder / name, name=name, **what) as aside:
+            yield aside
+    else:
+        with TemporaryDirectory() as nowhere:
+            yield Path(nowhere)
+    acc.wait_for_everyone()
+
+
+def run_training(
+    study: Study, name: str, model: PreTrainedModel, rows: list, config: Train, **how: Any
+) -> Curve:
+    """Trains with resumable checkpoints below `scratch/`, told apart by what they are made of."""
+    scratch = study.folder / "scratch" / name.replace("/", "-") / how.pop("key")[:16]
+    return train(model, rows, config, scratch=scratch, **how)
+
+
+def sweep(study: Study, name: str) -> None:
+    """Drops the checkpoints of finished work."""
+    if accelerator().is_main_process:
+        shutil.rmtree(study.folder / "scratch" / name.replace("/", "-"), ignore_errors=True)
+
+
+def in_steps(report: Report, share: float = 1.0) -> Callable[[int, int, float], None]:
+    return lambda step, steps, loss: report(share * step / steps)
+
+
+def score(study: Study, arm: str, seed: int, predict: Teacher, artifact: str, engine: str) -> None:
+    """Writes the score record of one arm, by the first process alone."""
+    acc = accelerator()
+    if acc.is_main_process and not has_score(study, arm, seed, artifact):
+        tokenizer = load_tokenizer(study.folder / "base" / f"s{seed}")
+        score_with(study, arm, seed, predict, tokenizer, artifact=artifact, engine=engine)
+    acc.wait_for_everyone()
+
+
+def score_model(study: Study, arm: str, seed: int, model: PreTrainedModel, artifact: str) -> None:
+    def predict(batch: Batch) -> torch.Tensor:
+        moved = batch.to(model.device)
+        with torch.inference_mode():
+            return model(
+                input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False
+            ).logits.float()
+
+    score(study, arm, seed, predict, artifact, "torch")
+
+
+def make_base(study: Study, seed: int, report: Report) -> None:
+    """The plain base of a seed: trained from nothing, fine-tuned, or taken as it is."""
+    name, base = f"base/s{seed}", study.base
+    data = read_manifest(study.folder / "data")
+    parents = {"data": data.hash}
+    if base.architecture:
+        parents["tokenizer"] = read_manifest(study.folder / "tokenizer").hash
+    training = base.train.model_dump(exclude={"checkpoint_every"}) if base.train else None
+    shape = [study.data.context, study.data.train_rows] if base.train else []
+    origin = base.model_dump(exclude={"train"})
+    key = digest([origin, training, shape, parents, seed if base.train else None])
+    if not needed(study.folder / name, key):
+        return
+    if base.architecture:
+        tokenizer = load_tokenizer(study.folder / "tokenizer")
+        model = fresh_model(base.architecture, tokenizer, seed)
+    else:
+        model, tokenizer = named_model(base)
+    check_vocabulary(model, tokenizer, name)
+    facts: dict[str, Any] = {"arm": "B", "seed": seed, "recipe": "plain", "engine": "torch"}
+    with made(study, name, kind="model", key=key, parents=parents, facts=facts) as aside:
+        if base.train is not None:
+            facts["loss_curve"] = run_training(
+                study,
+                name,
+                model,
+                training_rows(study, tokenizer),
+                base.train,
+                key=key,
+                pad=pad_id(tokenizer),
+                seed=seed,
+                teacher=None,
+                report=in_steps(report, 0.9),
+            )
+        export(model, tokenizer, aside, model_card(study, "B", seed))
+    sweep(study, name)
+    score_model(study, "B", seed, model, read_manifest(study.folder / name).hash)
+
+
+def teacher_groups(study: Study) -> dict[str, dict[tuple[int, ...], list[int]]]:
+    """For T1 and T0: the list of bases of a teacher -> the seeds that share it.
+
+    A teacher is a function of the bases that its method lists, so seeds with one list share one teacher.
+    """
+    method = make_method(study.method)
+    groups: dict[str, dict[tuple[int, ...], list[int]]] = {}
+    for side, kind in (("T1", method), ("T0", method.control())):
+        groups[side] = {}
+        for seed in study.seeds:
+            groups[side].setdefault(tuple(kind.bases(seed, study.seeds)), []).append(seed)
+    return groups
+
+
+def method_of(study: Study, side: str) -> Method:
+    method = make_method(study.method)
+    return method if side == "T1" else method.control()
+
+
+def teacher_name(side: str, seeds: list[int]) -> str:
+    return f"{side}/s{seeds[0]}"
+
+
+def _bench(study: Study, name: str, folder: Path, seed: int, bases: tuple[int, ...], report: Report) -> Bench:
+    tokenizer = load_tokenizer(study.folder / "base" / f"s{seed}")
+    places = {s: study.folder / "base" / f"s{s}" for s in {seed, *bases}}
+    for other, place in places.items():
+        check_same_tokenizer(tokenizer, load_tokenizer(place), f"base s{other}")
+    key = digest([_teacher_parents(study, bases), method_of(study, name[:2]).identity])
+
+    def fit(model: PreTrainedModel, rows: list, config: Train, part: str) -> Curve:
+        return run_training(
+            study,
+            f"{name}/{part}",
+            model,
+            rows,
+            config,
+            key=key,
+            pad=pad_id(tokenizer),
+            seed=seed,
+            teacher=None,
+            report=in_steps(report, 0.5),
+        )
+
+    rows = partial(training_rows, study, tokenizer)
+    return Bench(folder, seed, list(study.seeds), places, tokenizer, rows, fit)
+
+
+def _teacher_parents(study: Study, bases: tuple[int, ...]) -> dict[str, str]:
+    found = {f"base-s{s}": read_manifest(study.folder / "base" / f"s{s}").hash for s in bases}
+    return {**found, "data": read_manifest(study.folder / "data").hash}
+
+
+def _fitted(study: Study, side: str, method: Method, seeds: list[int], bases: tuple[int, ...], report: Report) -> str:
+    """Fits the method where it has something to fit; the hash of what was fitted."""
+    if type(method).fit is Method.fit:
+        return ""
+    name, parents = f"method/{teacher_name(side, seeds)}", _teacher_parents(study, bases)
+    key = digest([method.identity, parents, study.data.context, study.data.train_rows, seeds[0]])
+    if needed(study.folder / name, key):
+        facts = {"arm": side, "seed": seeds[0], "method": study.method.name}
+        with made(study, name, kind="method", key=key, parents=parents, facts=facts) as aside:
+            method.fit(_bench(study, teacher_name(side, seeds), aside, seeds[0], bases, report))
+        sweep(study, teacher_name(side, seeds))
+    return read_manifest(study.folder / name).hash
+
+
+@contextmanager
+def teaching(study: Study, side: str, seeds: list[int], bases: tuple[int, ...]) -> Iterator[Teacher]:
+    """The teacher of a group, with its method attached: batch -> checked log-probabilities."""
+    method, acc = method_of(study, side), accelerator()
+    model = load_model(study.folder / "base" / f"s{seeds[0]}").to(acc.device)
+    vocabulary = model.config.get_text_config().vocab_size
+    folder = study.folder / "method" / teacher_name(side, seeds)
+    bench = _bench(study, teacher_name(side, seeds), folder, seeds[0], bases, lambda share: None)
+
+    def teach(batch: Batch) -> torch.Tensor:
+        batch = batch.to(acc.device)
+        with torch.no_grad():
+            return checked(method.signal(model, batch), batch, vocabulary, study.method.name)
+
+    with method.attached(model, bench):
+        yield teach
+
+
+def teacher_hash(study: Study, side: str, bases: tuple[int, ...], fitted: str) -> str:
+    """Fingerprint of a teacher: its method, its bases, its data and what was fitted."""
+    return digest([method_of(study, side).identity, _teacher_parents(study, bases), fitted])
+
+
+def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], report: Report) -> None:
+    """Fits the method, scores the teacher for its seeds and writes its targets."""
+    method = method_of(study, side)
+    fitted = _fitted(study, side, method, seeds, bases, report)
+    teacher = teacher_hash(study, side, bases, fitted)
+    name, key = f"targets/{teacher_name(side, seeds)}", _targets_key(study, teacher)
+    cached = study.train.targets == "cached"
+    missing = cached and needed(study.folder / name, key)
+    if not missing and all(has_score(study, side, seed, teacher) for seed in seeds):
+        return
+    tokenizer = load_tokenizer(study.folder / "base" / f"s{seeds[0]}")
+    with teaching(study, side, seeds, bases) as teach:
+        for seed in seeds:
+            score(study, side, seed, teach, teacher, "method")
+        if missing:
+            rows, facts = training_rows(study, tokenizer), {"arm": side, "seeds": seeds, "teacher": teacher}
+            parents = _teacher_parents(study, bases)
+            with made(study, name, kind="targets", key=key, parents=parents, facts=facts) as aside:
+                if accelerator().is_main_process:
+                    vocabulary = load_model(study.folder / "base" / f"s{seeds[0]}").config.vocab_size
+                    write_targets(aside, rows, teach, vocabulary, pad_id(tokenizer), report)
+
+
+def _targets_key(study: Study, teacher: str) -> str:
+    return digest([teacher, study.data.context, study.data.train_rows])
+
+
+def _group_of(study: Study, side: str, seed: int) -> tuple[tuple[int, ...], list[int]]:
+    return next((b, s) for b, s in teacher_groups(study)[side].items() if seed in s)
+
+
+def _teacher_of(study: Study, arm: str, seed: int) -> str | None:
+    """Fingerprint of the teacher of a student, or none for CE."""
+    if arm not in TEACHERS:
+        return None
+    side = TEACHERS[arm]
+    bases, seeds = _group_of(study, side, seed)
+    fitted = study.folder / "method" / teacher_name(side, seeds)
+    has_fit = type(method_of(study, side)).fit is not Method.fit
+    return teacher_hash(study, side, bases, read_manifest(fitted).hash if has_fit else "")
+
+
+@contextmanager
+def _lesson(study: Study, arm: str, seed: int, rows: list) -> Iterator[Teacher | None]:
+    """What a student learns from: nothing, the cached targets, or the teacher itself."""
+    if arm not in TEACHERS:
+        yield None
+        return
+    side = TEACHERS[arm]
+    bases, seeds = _group_of(study, side, seed)
+    if study.train.targets == "cached":
+        yield CachedTeacher(study.folder / "targets" / teacher_name(side, seeds), rows)
+    else:
+        with teaching(study, side, seeds, bases) as teach:
+            yield teach
+
+
+def make_student(study: Study, arm: str, seed: int, report: Report) -> None:
+    """Distils one student from its own base, exports it, loads it again and scores it."""
+    name, base = f"students/{arm}/s{seed}", study.folder / "base" / f"s{seed}"
+    parents = {"base": read_manifest(base).hash, "data": read_manifest(study.folder / "data").hash}
+    if (teacher := _teacher_of(study, arm, seed)) is not None:
+        parents["teacher"] = teacher
+    settings = study.train.model_dump(exclude={"checkpoint_every"})
+    key = digest([settings, study.data.context, study.data.train_rows, parents, arm, seed])
+    folder = study.folder / name
+    if needed(folder, key):
+        model, tokenizer = load_model(base), load_tokenizer(base)
+        rows = training_rows(study, tokenizer)
+        facts: dict[str, Any] = {"arm": arm, "seed": seed, "recipe": "plain", "engine": "torch"}
+        with (
+            made(study, name, kind="model", key=key, parents=parents, facts=facts) as aside,
+            _lesson(study, arm, seed, rows) as lesson,
+        ):
+            facts["loss_curve"] = run_training(
+                study,
+                name,
+                model,
+                rows,
+                study.train,
+                key=key,
+                pad=pad_id(tokenizer),
+                seed=seed,
+                teacher=lesson,
+                report=in_steps(report, 0.9),
+            )
+            export(model, tokenizer, aside, model_card(study, arm, seed))
+        sweep(study, name)
+    found = read_manifest(folder)
+    if not has_score(study, arm, seed, found.hash):
+        score_model(study, arm, seed, load_model(folder).to(accelerator().device), found.hash)

@@ -1,0 +1,109 @@
+"""Plain models: made from a config, loaded, compared with a tokenizer, exported to stand alone."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from eval.engines.torch import load_checkpoint
+from eval.errors import UserError
+from eval.study import Base
+
+BOS = "<|endoftext|>"
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """A plain checkpoint in float32, in eval mode."""
+    return load_checkpoint(folder)[0]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every text can be written in it, so that bits per byte are always defined."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS)
+
+
+def fresh_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A model of random weights that `seed` decides; its vocabulary is the tokenizer's."""
+    fields = dict(architecture)
+    kind = fields.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(kind, **fields, vocab_size=len(tokenizer))
+    except (ValueError, TypeError) as error:
+        raise UserError("base.architecture", kind, " ".join(str(error).split())[:200]) from error
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def named_model(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base that a study names: a hub repository or a folder, from safetensors alone."""
+    assert base.path is not None
+    settings = {"revision": base.revision or "main", "trust_remote_code": base.trust_remote_code}
+    if Path(base.path).is_dir() and not base.trust_remote_code:
+        return load_checkpoint(Path(base.path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, **settings)
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=torch.float32, use_safetensors=True, **settings
+        )
+    except (OSError, ValueError) as error:
+        mend = "give a hub name that has safetensors, or a folder"
+        raise UserError("base.path", f"{base.path} ({' '.join(str(error).split())[:200]})", mend) from error
+    return model.eval(), tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuses a tokenizer that writes ids which the model does not have."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"tokenizer of {where}", f"{len(tokenizer)} tokens, the model has {rows}", "give the model's own one"
+        )
+
+
+def check_same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuses two tokenizers that differ, naming the first token that does."""
+    left, right = one.get_vocab(), other.get_vocab()
+    if left == right:
+        return
+    for token, number in sorted({**left, **right}.items(), key=lambda item: item[1]):
+        if left.get(token) != right.get(token):
+            found = f"token {token!r} is id {left.get(token)} in one and {right.get(token)} in the other"
+            raise UserError(f"tokenizer of {where}", found, "teacher and student must share one tokenizer")
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
+    """A plain transformers checkpoint: it loads where this project is absent."""
+    model = model.to("cpu")
+    model.config.use_cache = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(str(folder), safe_serialization=True)
+    tokenizer.save_pretrained(str(folder))
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,31 @@
+"""`accelerate launch distill/train.py --config STUDY`: bases, teachers, students, with their scores."""
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+# The launcher puts distill/ first on the path and leaves the root out: put the root in its place.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from distill.loop import accelerator  # noqa: E402
+from distill.plan import base_jobs, prepare_inputs, run, teaching_jobs  # noqa: E402
+from eval.errors import entry  # noqa: E402
+from eval.study import settle, study_from_command  # noqa: E402
+from eval.workers import locked  # noqa: E402
+
+
+@entry
+def main() -> None:
+    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__))
+    acc = accelerator()
+    folder = study.folder
+    if acc.is_main_process:
+        settle(study)
+    with locked(folder) if acc.is_main_process else nullcontext():
+        prepare_inputs(study, acc)
+        run(study, [*base_jobs(study), *teaching_jobs(study)], "train")
+
+
+if __name__ == "__main__":
+    main()

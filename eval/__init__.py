@@ -1,0 +1,1 @@
+"""Evidence: scores, costs, the gate and the report. A leaf: it imports neither distill nor compress."""

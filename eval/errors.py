@@ -1,0 +1,48 @@
+"""The one error that users see, and the one way an entry point ends."""
+
+import functools
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+
+EXIT_PASS, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_ERROR = 0, 1, 2, 3
+
+
+class UserError(ValueError):
+    """Bad input: names the thing, the value that was found and the mend."""
+
+    def __init__(self, thing: str, found: object, mend: str) -> None:
+        self.thing, self.found, self.mend = thing, found, mend
+        super().__init__(f"{thing}: {found}; {mend}")
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, object, str]]:
+        """Errors cross from worker processes whole."""
+        return type(self), (self.thing, self.found, self.mend)
+
+
+def one_of(thing: str, value: str, accepted: list[str]) -> str:
+    """Returns `value` if it is accepted, else raises with the nearest accepted name."""
+    if value in accepted:
+        return value
+    near = get_close_matches(value, accepted, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(thing, repr(value), f"{hint}accepted: {', '.join(sorted(accepted))}")
+
+
+def entry(main: Callable[[], int | None]) -> Callable[[], None]:
+    """Wraps a command: bad input and failing disks end in one line on stderr and exit code 3."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            code = main() or EXIT_PASS
+        except (UserError, OSError) as error:
+            text = " ".join(str(error).split())
+            print(f"error: {text}", file=sys.stderr)
+            code = EXIT_ERROR
+        except KeyboardInterrupt:
+            print("stopped; the same command continues where it was", file=sys.stderr)
+            code = 130
+        sys.exit(code)
+
+    return run

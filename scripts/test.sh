@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Makes the environment and runs the tests: bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+source .venv/bin/activate
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+exec python -m pytest -n 2 "$@"
