@@ -16,8 +16,8 @@ ROLES = {
 def model_card(study: Study, arm: str, seed: int) -> str:
     """README.md of one exported model: what it is, what it was made of, how to load it."""
     card = make_method(study.method).card
-    named = {"base_model": study.base.path} if study.base.path and arm != "B" else {}
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", **named)
+    base = study.base.path if arm != "B" else None
+    data = ModelCardData(base_model=base, library_name="transformers", pipeline_tag="text-generation")
     text = f"""---
 {data.to_yaml()}
 ---

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from glob import glob
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def _from_dataset(source: Source) -> Iterator[Document]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    if source.data_files and "://" not in source.data_files and not Path(source.data_files).exists():
+    if source.data_files and "://" not in source.data_files and not glob(source.data_files):
         raise UserError("data source", source.data_files, "no such file")
     try:
         rows = load_dataset(
@@ -87,7 +88,9 @@ def _from_dataset(source: Source) -> Iterator[Document]:
         raise UserError("data source", source.path, " ".join(str(error).split())[:300]) from error
     for column in filter(None, (source.text_column, source.domain_column)):
         if column not in rows.column_names:
-            raise UserError("data source", f"no column {column!r}", f"columns: {', '.join(rows.column_names)}")
+            raise UserError(
+                "data source", f"no column {column!r}", f"columns: {', '.join(rows.column_names)}"
+            )
     ids = rows["id"] if "id" in rows.column_names else range(len(rows))
     for name, row in zip(ids, rows, strict=True):
         text, where = row[source.text_column], f"{source.data_files or source.path}:{name}"
@@ -111,12 +114,13 @@ def read_source(source: Source) -> Iterator[Document]:
 def fingerprint(source: Source) -> Any:
     """What tells that a source has changed, without reading it."""
     if source.kind == "pydoc":
-        return os.sys.version
+        return sys.version
     if source.kind == "folder":
         root = source_root(source.path)
         stats = [(p.as_posix(), (root / p).stat()) for p in _files(source)]
         return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
-    files = sorted(Path().glob(source.data_files)) if source.data_files and "://" not in source.data_files else []
+    local = bool(source.data_files) and "://" not in str(source.data_files)
+    files = [Path(name) for name in sorted(glob(str(source.data_files)))] if local else []
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files] or metadata.version("datasets")
 
 
@@ -205,5 +209,7 @@ def training_rows(study: Study, tokenizer) -> list[Row]:
             return rows[:wanted]
     rows += sorted(spare, key=lambda r: _order(r.id))
     if len(rows) < wanted:
-        raise UserError("data.train_rows", wanted, f"the training documents hold {len(rows)} rows: ask for fewer")
+        raise UserError(
+            "data.train_rows", wanted, f"the training documents hold {len(rows)} rows: ask for fewer"
+        )
     return rows[:wanted]

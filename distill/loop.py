@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
+from transformers import PreTrainedModel
 
 from distill.losses import distillation_loss
 from eval.documents import Batch, Row, collate
@@ -62,7 +63,7 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter, shared: set[int]) -> b
     return parameter.ndim == 2 and id(parameter) not in shared and "embed" not in name
 
 
-def optimizers(model: nn.Module, config: Train) -> list[Optimizer]:
+def optimizers(model: PreTrainedModel, config: Train) -> list[Optimizer]:
     """Muon for the hidden matrices and AdamW for the rest, or AdamW for all; no decay on vectors."""
     settings = config.optimizer
     rest_lr = settings.lr_rest or settings.lr
@@ -147,7 +148,9 @@ def _micro_batches(rows: list[Row], config: Train, acc: Accelerator, pad: int) -
     parts = config.accumulate * acc.num_processes
     if len(rows) % parts:
         raise UserError(
-            "train.rows", len(rows), f"must be a multiple of accumulate x processes = {parts}; change one of them"
+            "train.rows",
+            len(rows),
+            f"must be a multiple of accumulate x processes = {parts}; change one of them",
         )
     size = len(rows) // parts
     mine = range(acc.process_index, parts, acc.num_processes)
@@ -174,7 +177,7 @@ def step_loss(
 
 
 def train(
-    model: nn.Module,
+    model: PreTrainedModel,
     rows: list[Row],
     config: Train,
     *,
@@ -213,7 +216,9 @@ def train(
         loss = step_loss(model, chosen, teacher, config, acc, pad)
         if not math.isfinite(loss):
             names = ", ".join(row.id for row in chosen)
-            raise UserError(f"loss at step {step + 1}", loss, f"lower the learning rate, or look at rows {names}")
+            raise UserError(
+                f"loss at step {step + 1}", loss, f"lower the learning rate, or look at rows {names}"
+            )
         clip_grad_norm_(model.parameters(), config.clip)
         for optimizer in made:
             for group in optimizer.param_groups:

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.loop import Curve
-from distill.student import load_model
 from eval.artifacts import file_sha256
 from eval.documents import Batch, Row
+from eval.engines.torch import load_model
 from eval.errors import UserError, one_of
 from eval.study import Frozen, MethodChoice, Train, validated
 
@@ -147,7 +147,9 @@ def checked(signal: object, batch: Batch, vocabulary: int, name: str) -> Tensor:
     if not bool(torch.isfinite(total).all()):
         raise UserError(thing, "log_probs with NaN or infinity", f"look at rows {', '.join(batch.ids)}")
     if float(total.abs().max()) > 1e-2:
-        raise UserError(thing, f"log_probs sum to {float(total.max().exp()):.4g}", "normalise with log_softmax")
+        raise UserError(
+            thing, f"log_probs sum to {float(total.max().exp()):.4g}", "normalise with log_softmax"
+        )
     return found
 
 
@@ -175,4 +177,3 @@ def make_method(choice: MethodChoice) -> Method:
     """The method that a study names, with its settings checked."""
     kind = method_class(choice.name)
     return kind(validated(kind.Settings, choice.settings, "method.settings"))
-

@@ -17,7 +17,12 @@ VALUES, INDEX = "log_probs.npy", "rows.json"
 
 
 def write_targets(
-    folder: Path, rows: list[Row], teacher: Teacher, vocabulary: int, pad: int, report: Callable[[float], None]
+    folder: Path,
+    rows: list[Row],
+    teacher: Teacher,
+    vocabulary: int,
+    pad: int,
+    report: Callable[[float], None],
 ) -> None:
     """Writes log-probabilities [tokens, V] in fp16, one entry per predicted token of every row.
 
@@ -57,7 +62,9 @@ class CachedTeacher:
         for row in rows:
             if row.id not in self.index or self.index[row.id][2] != digest(row.tokens):
                 raise UserError(
-                    f"targets {folder}", f"row {row.id} is not of these tokens", "delete the folder and run again"
+                    f"targets {folder}",
+                    f"row {row.id} is not of these tokens",
+                    "delete the folder and run again",
                 )
 
     def __call__(self, batch: Batch) -> Tensor:

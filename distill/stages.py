@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.cards import model_card
 from distill.data import training_rows
 from distill.loop import Curve, Teacher, accelerator, train
-from distill.cards import model_card
 from distill.method import Bench, Method, checked, make_method
 from distill.signals import CachedTeacher, write_targets
 from distill.student import (
@@ -25,13 +25,14 @@ from distill.student import (
     check_vocabulary,
     export,
     fresh_model,
-    load_model,
-    load_tokenizer,
     named_model,
 )
 from eval.artifacts import building, digest, is_done, read_manifest
 from eval.documents import Batch, boundary_id
-from eval.score import has_score, score_with
+from eval.engines import load_tokenizer
+from eval.engines.torch import load_checkpoint, load_model
+from eval.records import Score, provenance, read_scores, write_record
+from eval.scoring import score_with
 from eval.study import Study, Train
 
 Report = Callable[[float], None]
@@ -80,24 +81,30 @@ def in_steps(report: Report, share: float = 1.0) -> Callable[[int, int, float], 
     return lambda step, steps, loss: report(share * step / steps)
 
 
-def score(study: Study, arm: str, seed: int, predict: Teacher, artifact: str, engine: str) -> None:
-    """Writes the score record of one arm, by the first process alone."""
-    acc = accelerator()
-    if acc.is_main_process and not has_score(study, arm, seed, artifact):
-        tokenizer = load_tokenizer(study.folder / "base" / f"s{seed}")
-        score_with(study, arm, seed, predict, tokenizer, artifact=artifact, engine=engine)
-    acc.wait_for_everyone()
+def score_teacher(study: Study, side: str, seeds: list[int], teach: Teacher, teacher: str) -> None:
+    """Writes one score record per seed that shares this teacher; only here can it be run."""
+    data, tokenizer = study.folder / "data", load_tokenizer(study.folder / "base" / f"s{seeds[0]}")
+    documents = score_with(teach, data, tokenizer, study.data.context)
+    for seed in seeds:
+        record = Score(
+            arm=side,
+            seed=seed,
+            engine="method",
+            data=read_manifest(data).hash,
+            documents=documents,
+            provenance=provenance(teacher, study.hash()),
+        )
+        write_record(study.folder, record)
 
 
-def score_model(study: Study, arm: str, seed: int, model: PreTrainedModel, artifact: str) -> None:
-    def predict(batch: Batch) -> torch.Tensor:
-        moved = batch.to(model.device)
-        with torch.inference_mode():
-            return model(
-                input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False
-            ).logits.float()
-
-    score(study, arm, seed, predict, artifact, "torch")
+def is_scored(study: Study, side: str, seeds: list[int], teacher: str) -> bool:
+    """True if every seed has a record of this very teacher and study."""
+    found = {
+        r.seed
+        for r in read_scores(study.folder)
+        if (r.arm, r.provenance.artifact, r.provenance.config) == (side, teacher, study.hash())
+    }
+    return set(seeds) <= found
 
 
 def make_base(study: Study, seed: int, report: Report) -> None:
@@ -136,7 +143,6 @@ def make_base(study: Study, seed: int, report: Report) -> None:
             )
         export(model, tokenizer, aside, model_card(study, "B", seed))
     sweep(study, name)
-    score_model(study, "B", seed, model, read_manifest(study.folder / name).hash)
 
 
 def teacher_groups(study: Study) -> dict[str, dict[tuple[int, ...], list[int]]]:
@@ -192,7 +198,9 @@ def _teacher_parents(study: Study, bases: tuple[int, ...]) -> dict[str, str]:
     return {**found, "data": read_manifest(study.folder / "data").hash}
 
 
-def _fitted(study: Study, side: str, method: Method, seeds: list[int], bases: tuple[int, ...], report: Report) -> str:
+def _fitted(
+    study: Study, side: str, method: Method, seeds: list[int], bases: tuple[int, ...], report: Report
+) -> str:
     """Fits the method where it has something to fit; the hash of what was fitted."""
     if type(method).fit is Method.fit:
         return ""
@@ -237,19 +245,27 @@ def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ..
     name, key = f"targets/{teacher_name(side, seeds)}", _targets_key(study, teacher)
     cached = study.train.targets == "cached"
     missing = cached and needed(study.folder / name, key)
-    if not missing and all(has_score(study, side, seed, teacher) for seed in seeds):
+    scored = is_scored(study, side, seeds, teacher)
+    acc = accelerator()
+    acc.wait_for_everyone()  # all have looked before the first one writes
+    if scored and not missing:
         return
-    tokenizer = load_tokenizer(study.folder / "base" / f"s{seeds[0]}")
     with teaching(study, side, seeds, bases) as teach:
-        for seed in seeds:
-            score(study, side, seed, teach, teacher, "method")
+        if not scored and acc.is_main_process:
+            score_teacher(study, side, seeds, teach, teacher)
         if missing:
-            rows, facts = training_rows(study, tokenizer), {"arm": side, "seeds": seeds, "teacher": teacher}
+            facts = {"arm": side, "seeds": seeds, "teacher": teacher}
             parents = _teacher_parents(study, bases)
             with made(study, name, kind="targets", key=key, parents=parents, facts=facts) as aside:
-                if accelerator().is_main_process:
-                    vocabulary = load_model(study.folder / "base" / f"s{seeds[0]}").config.vocab_size
-                    write_targets(aside, rows, teach, vocabulary, pad_id(tokenizer), report)
+                if acc.is_main_process:
+                    cache(study, aside, seeds[0], teach, report)
+
+
+def cache(study: Study, folder: Path, seed: int, teach: Teacher, report: Report) -> None:
+    """The teacher's targets for all training rows."""
+    model, tokenizer = load_checkpoint(study.folder / "base" / f"s{seed}")
+    vocabulary = model.config.get_text_config().vocab_size
+    write_targets(folder, training_rows(study, tokenizer), teach, vocabulary, pad_id(tokenizer), report)
 
 
 def _targets_key(study: Study, teacher: str) -> str:
@@ -287,7 +303,7 @@ def _lesson(study: Study, arm: str, seed: int, rows: list) -> Iterator[Teacher |
 
 
 def make_student(study: Study, arm: str, seed: int, report: Report) -> None:
-    """Distils one student from its own base, exports it, loads it again and scores it."""
+    """Distils one student from its own base and exports it."""
     name, base = f"students/{arm}/s{seed}", study.folder / "base" / f"s{seed}"
     parents = {"base": read_manifest(base).hash, "data": read_manifest(study.folder / "data").hash}
     if (teacher := _teacher_of(study, arm, seed)) is not None:
@@ -317,6 +333,3 @@ def make_student(study: Study, arm: str, seed: int, report: Report) -> None:
             )
             export(model, tokenizer, aside, model_card(study, arm, seed))
         sweep(study, name)
-    found = read_manifest(folder)
-    if not has_score(study, arm, seed, found.hash):
-        score_model(study, arm, seed, load_model(folder).to(accelerator().device), found.hash)

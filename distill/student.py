@@ -1,6 +1,5 @@
 """Plain models: made from a config, loaded, compared with a tokenizer, exported to stand alone."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from eval.engines.torch import load_checkpoint
+from eval.engines.torch import load_checkpoint, quiet
 from eval.errors import UserError
 from eval.study import Base
 
 BOS = "<|endoftext|>"
-
-
-def load_model(folder: Path) -> PreTrainedModel:
-    """A plain checkpoint in float32, in eval mode."""
-    return load_checkpoint(folder)[0]
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -47,7 +37,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS)
 
 
-def fresh_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def fresh_model(
+    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
     """A model of random weights that `seed` decides; its vocabulary is the tokenizer's."""
     fields = dict(architecture)
     kind = fields.pop("model_type", None)
@@ -83,7 +75,9 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(
-            f"tokenizer of {where}", f"{len(tokenizer)} tokens, the model has {rows}", "give the model's own one"
+            f"tokenizer of {where}",
+            f"{len(tokenizer)} tokens, the model has {rows}",
+            "give the model's own one",
         )
 
 
@@ -92,7 +86,7 @@ def check_same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenize
     left, right = one.get_vocab(), other.get_vocab()
     if left == right:
         return
-    for token, number in sorted({**left, **right}.items(), key=lambda item: item[1]):
+    for token, _ in sorted({**left, **right}.items(), key=lambda item: item[1]):
         if left.get(token) != right.get(token):
             found = f"token {token!r} is id {left.get(token)} in one and {right.get(token)} in the other"
             raise UserError(f"tokenizer of {where}", found, "teacher and student must share one tokenizer")
@@ -102,8 +96,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     """A plain transformers checkpoint: it loads where this project is absent."""
     model = model.to("cpu")
     model.config.use_cache = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with quiet():
         model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -52,7 +52,9 @@ class Ensemble(Method):
         self._others = [bench.load_base(seed).to(teacher.device) for seed in others]
         if _same_weights(teacher, self._others[0]):
             raise UserError(
-                "method ensemble", "members with the same weights", "give `base.train`, so that each is trained"
+                "method ensemble",
+                "members with the same weights",
+                "give `base.train`, so that each is trained",
             )
         try:
             yield

@@ -36,7 +36,7 @@ class Experts(Method):
         rank: int = Field(8, gt=0)
         alpha: float = Field(16.0, gt=0)
         target_modules: list[str] | str = "all-linear"
-        domains: list[str] = []  # none: every domain of the training rows
+        domains: list[str] = Field(default_factory=list)  # none: every domain of the training rows
         train: Train = Train(epochs=2, optimizer=Optimizer(lr=1e-3))
         routed: bool = True  # false: one adapter for all domains, the control
 
@@ -52,7 +52,9 @@ class Experts(Method):
             raise UserError("method experts", f"domains {domains}", "needs two domains or more, named apart")
         for name, group in groups.items():
             if len(group) < self.settings.train.rows:
-                raise UserError(f"domain {name!r}", f"{len(group)} rows", "give it more rows, or leave it out")
+                raise UserError(
+                    f"domain {name!r}", f"{len(group)} rows", "give it more rows, or leave it out"
+                )
         return groups if self.settings.routed else {ALL: [row for g in groups.values() for row in g]}
 
     def fit(self, bench: Bench) -> None:
@@ -72,7 +74,9 @@ class Experts(Method):
         trainable = [p.requires_grad for p in teacher.parameters()]
         names = sorted(p.parent.name for p in bench.folder.glob("*/adapter_config.json"))
         if not names:
-            raise UserError("method experts", f"no adapter in {bench.folder}", "delete that folder and run again")
+            raise UserError(
+                "method experts", f"no adapter in {bench.folder}", "delete that folder and run again"
+            )
         first, *rest = names
         self._model = PeftModel.from_pretrained(teacher, str(bench.folder / first), adapter_name=first)
         try:

@@ -1,0 +1,164 @@
+"""Documents from every kind of source, split by hash, without leaks."""
+
+import hashlib
+import json
+
+import pytest
+import yaml
+
+from distill.data import prepare, read_source, training_rows
+from eval.artifacts import read_manifest
+from eval.documents import HELDOUT, SEALED, TRAIN, read_documents, scored_slices
+from eval.errors import UserError
+from eval.study import Source, load_study
+from tests.helpers import tiny_study, tiny_tokenizer
+
+
+def changed(path, section, **changes):
+    raw = yaml.safe_load(path.read_text())
+    raw[section].update(changes)
+    path.write_text(yaml.safe_dump(raw))
+    return load_study(path)
+
+
+@pytest.fixture
+def study(tmp_path):
+    return load_study(tiny_study(tmp_path))
+
+
+def test_splits_are_disjoint_complete_and_told_by_hash(study):
+    prepare(study)
+    data = study.folder / "data"
+    splits = {name: read_documents(data, name) for name in (TRAIN, HELDOUT, SEALED)}
+    assert {name: len(found) for name, found in splits.items()} == {TRAIN: 32, HELDOUT: 6, SEALED: 2}
+    ids = [d.id for found in splits.values() for d in found]
+    assert len(set(ids)) == 40
+    by_hash = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())
+    assert [d.id for d in splits[HELDOUT]] == by_hash[:6]
+    assert all(d.bytes <= study.data.scored_bytes for d in splits[HELDOUT])
+    row = json.loads((data / "heldout.jsonl").read_text().splitlines()[0])
+    assert row["sha256"] == hashlib.sha256(row["text"].encode()).hexdigest()
+    assert row["bytes"] == len(row["text"].encode())
+    assert scored_slices(data) == [HELDOUT, "far"]
+
+
+def test_preparing_again_changes_nothing_and_a_changed_source_is_seen(study, tmp_path):
+    first = prepare(study)
+    inode = (study.folder / "data").stat().st_ino
+    assert prepare(study) == first
+    assert (study.folder / "data").stat().st_ino == inode
+    with (tmp_path / "corpus.jsonl").open("a") as out:
+        out.write(json.dumps({"id": "new", "domain": "code", "text": "something new"}) + "\n")
+    assert prepare(study).hash != first.hash
+
+
+def test_a_text_seen_twice_is_kept_once(tmp_path):
+    path = tiny_study(tmp_path)
+    corpus = tmp_path / "corpus.jsonl"
+    lines = corpus.read_text().splitlines()
+    copy = json.loads(lines[0]) | {"id": "a copy"}
+    corpus.write_text("\n".join([*lines, json.dumps(copy)]) + "\n")
+    facts = prepare(load_study(path)).facts
+    assert facts["train_documents"] + facts["heldout_documents"] + facts["sealed_documents"] == 40
+
+
+def test_folders_are_read_by_pattern_in_hash_order(tmp_path):
+    (tmp_path / "a" / "test").mkdir(parents=True)
+    (tmp_path / "a" / "one.py").write_text("x = 1\n")
+    (tmp_path / "a" / "test" / "two.py").write_text("x = 2\n")
+    (tmp_path / "empty.py").write_text("\n")
+    (tmp_path / "binary.py").write_bytes(b"\xff\xfe\x00")
+    source = Source(kind="folder", path=str(tmp_path), include=["**/*.py"], exclude=["*/test/*"])
+    found = list(read_source(source))
+    assert [(d.id, d.domain) for d in found] == [(f"{tmp_path}/a/one.py", "a")]
+
+
+def test_standard_library_packages_and_topics_are_sources():
+    stdlib = Source(kind="folder", path="stdlib", include=["*.py"], documents=3)
+    assert len(list(read_source(stdlib))) == 3
+    package = Source(kind="folder", path="package:transformers", include=["*.py"], documents=2)
+    assert [d.id.split("/")[0] for d in read_source(package)] == ["package:transformers"] * 2
+    topics = list(read_source(Source(kind="pydoc", documents=4)))
+    assert len({d.id for d in topics}) == 4
+
+
+def test_parquet_is_a_source(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"body": ["one text", "another"], "kind": ["a", "b"]}).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    source = Source(
+        kind="dataset",
+        path="parquet",
+        data_files=str(tmp_path / "x.parquet"),
+        text_column="body",
+        domain_column="kind",
+    )
+    assert [(d.domain, d.text) for d in read_source(source)] == [("a", "one text"), ("b", "another")]
+
+
+def test_rows_cover_many_documents_and_do_not_depend_on_chance(study):
+    prepare(study)
+    tokenizer = tiny_tokenizer()
+    rows = training_rows(study, tokenizer)
+    assert len(rows) == len({r.id for r in rows}) == study.data.train_rows
+    assert rows == training_rows(study, tokenizer)
+    assert len({r.document for r in rows}) >= study.data.train_rows // 4
+    assert all(
+        1 < len(r.tokens) <= study.data.context and r.tokens[0] == tokenizer.bos_token_id for r in rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"heldout": 60}, "40 documents for 60 held-out and 2 sealed"),
+        ({"documents": [{"kind": "folder", "path": "/nowhere"}]}, "/nowhere; no such folder"),
+        ({"documents": [{"kind": "folder", "path": "package:nowhere_at_all"}]}, "no such installed package"),
+        (
+            {"documents": [{"kind": "dataset", "path": "json", "data_files": "/nowhere.jsonl"}]},
+            "no such file",
+        ),
+        ({"shifted": {"train": [{"kind": "pydoc"}]}}, "data.shifted.train: a reserved name"),
+    ],
+)
+def test_bad_sources_are_told(tmp_path, change, told):
+    study = changed(tiny_study(tmp_path), "data", **change)
+    with pytest.raises(UserError, match=told):
+        prepare(study)
+    assert not (study.folder / "data").exists()
+
+
+def test_an_empty_document_and_a_wrong_column_are_told(tmp_path):
+    path = tiny_study(tmp_path)
+    with (tmp_path / "corpus.jsonl").open("a") as out:
+        out.write(json.dumps({"id": "hollow", "domain": "code", "text": "  "}) + "\n")
+    with pytest.raises(UserError, match=r"document .*:hollow: '  '; drop empty documents"):
+        prepare(load_study(path))
+    source = {
+        "kind": "dataset",
+        "path": "json",
+        "data_files": str(tmp_path / "corpus.jsonl"),
+        "text_column": "body",
+    }
+    with pytest.raises(UserError, match=r"no column 'body'; columns: id, domain, text"):
+        prepare(changed(path, "data", documents=[source]))
+
+
+def test_more_rows_than_the_text_holds_are_refused(tmp_path):
+    study = changed(tiny_study(tmp_path), "data", train_rows=10_000)
+    prepare(study)
+    with pytest.raises(UserError, match=r"data\.train_rows: 10000; the training documents hold \d+ rows"):
+        training_rows(study, tiny_tokenizer())
+
+
+def test_manifest_counts_the_documents(study):
+    prepare(study)
+    facts = read_manifest(study.folder / "data").facts
+    assert facts == {
+        "train_documents": 32,
+        "heldout_documents": 6,
+        "sealed_documents": 2,
+        "far_documents": 8,
+    }

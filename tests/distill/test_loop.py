@@ -1,0 +1,156 @@
+"""The training step: one loss and one gradient over accumulation, masks in place, runs that continue."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distill.loop import accelerator, batch_loss, learning_rate, row_order, step_loss, train
+from eval.documents import Row, collate
+from eval.errors import UserError
+from eval.study import Optimizer, Train
+from tests.helpers import tiny_model
+
+
+def rows(count=8, longest=20):
+    """Rows of very unequal lengths: a mean per micro-batch would weight the short ones more."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [2 + (i * 7) % (longest - 1) for i in range(count)]
+    return [
+        Row(f"d{i}", "code", 0, [0, *torch.randint(1, 300, (n,), generator=generator).tolist()])
+        for i, n in enumerate(lengths)
+    ]
+
+
+def row_teacher(batch):
+    """A teacher whose answer for a row does not depend on the batch around it."""
+    found = torch.zeros(*batch.input_ids.shape, 320)
+    for i, (ids, mask) in enumerate(zip(batch.input_ids, batch.attention_mask, strict=True)):
+        generator = torch.Generator().manual_seed(int(ids[mask.bool()].sum()))
+        found[i, : int(mask.sum())] = torch.randn(int(mask.sum()), 320, generator=generator)
+    return torch.log_softmax(found, -1)
+
+
+@pytest.mark.parametrize("teacher", [None, row_teacher])
+def test_accumulation_changes_neither_loss_nor_gradient(teacher):
+    found = []
+    for accumulate in (1, 8):
+        model = tiny_model()
+        config = Train(rows=8, accumulate=accumulate)
+        loss = step_loss(model, rows(8), teacher, config, accelerator(), 0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        found.append((loss, float(norm)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
+class Table(torch.nn.Module):
+    """Logits that are parameters: the gradient of each position can be read off."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(1, length, 320))
+
+    def forward(self, **inputs):
+        return SimpleNamespace(logits=self.table)
+
+
+def test_teacher_at_p_minus_1_teaches_token_p():
+    """A change of the teacher at one position reaches that position of the student and no other."""
+    torch.manual_seed(0)
+    model, batch = Table(8), collate([Row("d", "code", 0, list(range(10, 18)))], 0)
+    plain = torch.log_softmax(torch.randn(1, 8, 320), -1)
+
+    def gradient(place):
+        changed = plain.clone()
+        if place is not None:
+            changed[0, place] = torch.log_softmax(torch.arange(320.0) / 50, -1)
+        model.zero_grad()
+        batch_loss(model, batch, lambda _: changed, Train(rows=1)).backward()
+        return model.table.grad.clone()[0]
+
+    before = gradient(None)
+    assert before[7].abs().max() == 0, "the last position predicts nothing"
+    for place in (0, 3, 6):
+        moved = (gradient(place) - before).abs().amax(-1)
+        assert moved.nonzero().flatten().tolist() == [place]
+    assert torch.equal(gradient(7), before)
+    # With labels alone, position p - 1 is pulled towards token p.
+    model.zero_grad()
+    batch_loss(model, batch, None, Train(rows=1)).backward()
+    assert model.table.grad[0, :7].argmin(-1).tolist() == list(range(11, 18))
+
+
+@torch.no_grad()
+def test_padding_is_no_token():
+    model, config = tiny_model(), Train(rows=2)
+    both = rows(2)
+    together = batch_loss(model, collate(both, 0), row_teacher, config)
+    apart = sum(batch_loss(model, collate([row], 0), row_teacher, config) for row in both)
+    assert float(together) == pytest.approx(float(apart), rel=1e-5)
+
+
+def test_every_epoch_is_a_permutation_and_the_seed_decides():
+    order = [i for step in row_order(12, 6, 4, seed=3) for i in step]
+    assert sorted(order[:12]) == sorted(order[12:]) == list(range(12))
+    assert order[:12] != order[12:]
+    assert row_order(12, 6, 4, seed=3) == row_order(12, 6, 4, seed=3) != row_order(12, 6, 4, seed=4)
+
+
+def test_schedule_warms_up_stays_and_decays_to_zero():
+    config = Train(warmup=0.1, decay=0.5)
+    factors = [learning_rate(step, 100, config) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[10:50] == [1.0] * 40
+    assert factors[-1] == pytest.approx(1 / 50)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_stopped_run_continues_to_the_same_weights(tmp_path, name):
+    config = Train(
+        rows=4, steps=7, checkpoint_every=2, optimizer=Optimizer(name=name, lr=0.02, weight_decay=0.1)
+    )
+
+    def finish(folder, stop_at):
+        model = tiny_model()
+
+        def report(step, steps, loss):
+            if step == stop_at:
+                raise Stopped
+
+        how = {"pad": 0, "seed": 1, "teacher": row_teacher, "scratch": folder}
+        try:
+            curve = train(model, rows(), config, report=report, **how)
+        except Stopped:
+            model = tiny_model(seed=9)  # what it holds now does not matter
+            curve = train(model, rows(), config, **how)
+        return curve, model.state_dict()
+
+    whole_curve, whole = finish(tmp_path / "whole", None)
+    curve, parts = finish(tmp_path / "parts", 5)
+    assert curve == whole_curve
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert [p.name for p in (tmp_path / "parts").iterdir()] == ["step-6"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"loss at step 1: nan; .*rows d\d+#0"):
+        train(model, rows(), Train(rows=4), pad=0, seed=0, teacher=None, scratch=tmp_path)
+
+
+def test_more_rows_a_step_than_there_are_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"train\.rows: 16"):
+        train(tiny_model(), rows(8), Train(rows=16), pad=0, seed=0, teacher=None, scratch=tmp_path)
+
+
+def test_training_learns(tmp_path):
+    config = Train(rows=4, steps=30, optimizer=Optimizer(name="muon", lr=0.02, lr_rest=0.01))
+    curve = train(tiny_model(), rows(), config, pad=0, seed=0, teacher=None, scratch=tmp_path)
+    assert curve[-1][1] < 0.8 * curve[0][1]

@@ -1,0 +1,198 @@
+"""One contract for every method found: fit, attach, signal, detach; and what is particular to each."""
+
+import math
+
+import pytest
+import torch
+
+from distill.loop import train
+from distill.method import Bench, Card, TeacherSignal, checked, known_methods, make_method, method_class
+from distill.methods.ensemble import mean_of_probabilities
+from distill.student import export
+from eval.documents import Document, collate, windows
+from eval.engines.torch import load_model
+from eval.errors import UserError
+from eval.study import MethodChoice
+from tests.helpers import WORDS, text, tiny_model, tiny_tokenizer
+
+SETTINGS = {
+    "ensemble": {"members": 2},
+    "experts": {"rank": 2, "train": {"rows": 4, "steps": 6, "optimizer": {"lr": 0.01}}},
+    "placebo": {},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    documents = [Document(f"{d}-{i}", d, text(d, i, 60)) for i in range(6) for d in WORDS]
+    return [row for document in documents for row in windows(tokenizer, document, 32)]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("bases")
+    for seed in (0, 1):
+        export(tiny_model(seed=seed), tokenizer, folder / f"s{seed}", "a card")
+    return {seed: folder / f"s{seed}" for seed in (0, 1)}
+
+
+@pytest.fixture
+def bench(tmp_path, tokenizer, rows, bases):
+    folder = tmp_path / "fitted"
+    folder.mkdir()
+
+    def fit(model, some, config, name):
+        return train(model, some, config, pad=0, seed=0, teacher=None, scratch=tmp_path / "scratch" / name)
+
+    return Bench(folder, 0, [0, 1], bases, tokenizer, lambda: rows, fit)
+
+
+def mixed(rows):
+    """A batch of both domains and of unequal lengths."""
+    chosen = [
+        rows[0],
+        next(r for r in rows if r.domain != rows[0].domain),
+        min(rows, key=lambda r: len(r.tokens)),
+    ]
+    return collate(chosen, 0)
+
+
+def test_every_method_is_under_contract():
+    assert known_methods() == sorted(SETTINGS)
+
+
+@pytest.mark.parametrize("side", ["method", "control"])
+@pytest.mark.parametrize("name", known_methods())
+def test_contract(name, side, bench, rows):
+    method = make_method(MethodChoice(name=name, settings=SETTINGS[name]))
+    assert isinstance(method.card, Card)
+    assert all(vars(method.card).values())
+    method = method if side == "method" else method.control()
+    method.fit(bench)
+    teacher = load_model(bench.bases[0])
+    before = {n: p.clone() for n, p in teacher.state_dict().items()}
+    flags, modules = [p.requires_grad for p in teacher.parameters()], [n for n, _ in teacher.named_modules()]
+    batch = mixed(rows)
+    with torch.no_grad():
+        with method.attached(teacher, bench):
+            first = checked(method.signal(teacher, batch), batch, 320, name)
+            again = checked(method.signal(teacher, batch), batch, 320, name)
+            alone = [
+                checked(method.signal(teacher, collate([r], 0)), collate([r], 0), 320, name) for r in rows[:2]
+            ]
+            pair = checked(method.signal(teacher, collate(rows[:2], 0)), collate(rows[:2], 0), 320, name)
+        assert torch.equal(first, again), "one input, one answer"
+        for i, single in enumerate(alone):
+            torch.testing.assert_close(pair[i, : single.shape[1]], single[0], atol=1e-4, rtol=1e-4)
+        after = teacher.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[n], before[n]) for n in before), "bit-identical on exit"
+        assert [p.requires_grad for p in teacher.parameters()] == flags
+        assert [n for n, _ in teacher.named_modules()] == modules
+
+
+@pytest.mark.parametrize("name", known_methods())
+def test_a_teacher_is_rebuilt_from_its_folder_alone(name, bench, rows):
+    batch = mixed(rows)
+    answers = []
+    make_method(MethodChoice(name=name, settings=SETTINGS[name])).fit(bench)
+    for _ in range(2):
+        method, teacher = (
+            make_method(MethodChoice(name=name, settings=SETTINGS[name])),
+            load_model(bench.bases[0]),
+        )
+        with torch.no_grad(), method.attached(teacher, bench):
+            answers.append(method.signal(teacher, batch).log_probs)
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("name", known_methods())
+def test_unknown_settings_are_refused(name):
+    with pytest.raises(UserError, match=r"method\.settings: unknown key membersz"):
+        make_method(MethodChoice(name=name, settings={"membersz": 3}))
+
+
+def test_ensemble_averages_probabilities(bench, rows):
+    batch = mixed(rows)
+    method, teacher = (
+        make_method(MethodChoice(name="ensemble", settings={"members": 2})),
+        load_model(bench.bases[0]),
+    )
+    with torch.no_grad(), method.attached(teacher, bench):
+        found = method.signal(teacher, batch).log_probs
+        members = [
+            load_model(bench.bases[s])(batch.input_ids, attention_mask=batch.attention_mask) for s in (0, 1)
+        ]
+    wanted = torch.stack([m.logits.double().softmax(-1) for m in members]).mean(0).log()
+    valid = batch.attention_mask.bool()
+    torch.testing.assert_close(found[valid].double(), wanted[valid], atol=1e-5, rtol=1e-5)
+
+
+def test_mean_of_probabilities_survives_the_improbable():
+    tiny = torch.tensor([[-1000.0, 0.0]])
+    assert mean_of_probabilities([tiny, tiny])[0, 0] == -1000
+    assert mean_of_probabilities([tiny, torch.tensor([[0.0, -1000.0]])])[0, 0] == pytest.approx(-math.log(2))
+
+
+def test_seeds_share_an_ensemble_of_all_of_them():
+    method = make_method(MethodChoice(name="ensemble", settings={"members": 3}))
+    assert [method.bases(s, [0, 1, 2]) for s in (0, 1, 2)] == [[0, 1, 2]] * 3
+    assert [method.bases(s, [5, 7]) for s in (5, 7)] == [[0, 5, 7]] * 2
+    assert [method.bases(s, [0, 1, 2, 3]) for s in (0, 3)] == [[0, 1, 2], [0, 1, 3]]
+
+
+def test_an_ensemble_of_one_model_is_refused(bench, tokenizer, tmp_path):
+    method, same = make_method(MethodChoice(name="ensemble", settings={"members": 2})), bench.bases[0]
+    twice = Bench(bench.folder, 0, [0, 1], {0: same, 1: same}, tokenizer, bench.rows, bench.train)
+    with (
+        pytest.raises(UserError, match="members with the same weights"),
+        method.attached(load_model(same), twice),
+    ):
+        pass
+
+
+def test_experts_are_routed_by_domain(bench, rows):
+    method = make_method(MethodChoice(name="experts", settings=SETTINGS["experts"]))
+    method.fit(bench)
+    teacher = load_model(bench.bases[0])
+    row = next(r for r in rows if r.domain == "code")
+    batch = collate([row, row, row], 0)
+    batch.domains[:] = ["code", "prose", "never seen"]
+    with torch.no_grad():
+        with method.attached(teacher, bench):
+            code, prose, unseen = method.signal(teacher, batch).log_probs
+        plain = teacher(batch.input_ids[:1]).logits.log_softmax(-1)[0]
+    assert not torch.equal(code, prose)
+    assert not torch.allclose(code, plain, atol=1e-4)
+    torch.testing.assert_close(unseen, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        (None, "signal returned NoneType"),
+        (TeacherSignal(torch.zeros(1, 2)), r"log_probs of shape \(1, 2\)"),
+        (TeacherSignal(torch.zeros(1, 4, 320)), "log_probs sum to 320"),
+        (TeacherSignal(torch.full((1, 4, 320), float("nan"))), "NaN"),
+        (TeacherSignal(torch.zeros(1, 4, 320, dtype=torch.int64)), "type torch.int64"),
+    ],
+)
+def test_a_method_that_returns_something_else_is_refused(returned, told, rows):
+    batch = collate([rows[0]], 0)
+    batch = type(batch)(
+        batch.ids, batch.documents, batch.domains, batch.input_ids[:, :4], batch.attention_mask[:, :4]
+    )
+    with pytest.raises(UserError, match=f"method 'mine': .*{told}"):
+        checked(returned, batch, 320, "mine")
+
+
+def test_names_are_answered_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'ensemble'"):
+        method_class("ensembel")
+    with pytest.raises(UserError, match="is it on PYTHONPATH"):
+        method_class("nowhere.to_be_found")

@@ -1,0 +1,250 @@
+"""The real command lines: base, then students; resumed, launched on two processes, and stopped by bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from eval.artifacts import read_manifest
+from eval.records import read_scores
+from eval.study import load_study
+from tests.helpers import ROOT, launch, run, tiny_model, tiny_study, tiny_tokenizer
+
+MODELS = ["base/s0", "base/s1", *(f"students/{arm}/s{seed}" for arm in ("S1", "S0", "CE") for seed in (0, 1))]
+
+
+def hashes(study):
+    return {name: read_manifest(study.folder / name).hash for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny study after the real command line, and what that printed."""
+    path = tiny_study(tmp_path_factory.mktemp("trained"))
+    done = launch(path)
+    assert done.returncode == 0, done.stderr
+    return load_study(path), path, done
+
+
+def test_every_arm_is_exported_with_its_manifest_and_teachers_are_scored(trained):
+    study, _, done = trained
+    for name in MODELS:
+        manifest = read_manifest(study.folder / name)
+        assert manifest.name == name
+        assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(manifest.files)
+        assert manifest.facts["loss_curve"][-1][0] == 8, "32 rows, 4 a step"
+    assert {(s.arm, s.seed) for s in read_scores(study.folder)} == {(t, s) for t in ("T0", "T1") for s in (0, 1)}
+    assert "left" in done.stderr, "progress tells the time left"
+    assert not list(study.folder.rglob("*.tmp"))
+
+
+def test_arms_of_a_seed_start_alike_and_end_apart(trained):
+    study, _, _ = trained
+    parents = {name: read_manifest(study.folder / name).parents for name in MODELS[2:]}
+    for seed in (0, 1):
+        bases = {parents[f"students/{arm}/s{seed}"]["base"] for arm in ("S1", "S0", "CE")}
+        assert bases == {read_manifest(study.folder / f"base/s{seed}").hash}
+    assert parents["students/S1/s0"]["teacher"] == parents["students/S1/s1"]["teacher"], "one ensemble"
+    assert parents["students/S0/s0"]["teacher"] != parents["students/S0/s1"]["teacher"]
+    assert "teacher" not in parents["students/CE/s0"]
+    assert len(set(hashes(study).values())) == len(MODELS)
+
+
+def test_a_second_call_does_nothing(trained):
+    study, path, _ = trained
+    before = {p: p.stat().st_mtime_ns for p in study.folder.rglob("*") if p.is_file() and p.name == "manifest.json"}
+    assert launch(path).returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_only_what_a_change_touches_is_done_again(trained, tmp_path):
+    study, path, _ = trained
+    shutil.copytree(study.folder, tmp_path / "runs" / "tiny")
+    before = hashes(study)
+    done = launch(path, "--runs", str(tmp_path / "runs"), "--train.loss.weight", "0.5")
+    assert done.returncode == 0, done.stderr
+    after = {name: read_manifest(tmp_path / "runs" / "tiny" / name).hash for name in MODELS}
+    same = {name for name in MODELS if before[name] == after[name]}
+    # CE has no teacher, so the weight of the divergence leaves its weights as they were.
+    assert {"base/s0", "base/s1"} <= same
+    assert not {name for name in same if "S1" in name or "S0" in name}
+
+
+def test_students_load_and_generate_where_this_project_is_absent(trained, tmp_path):
+    study, _, _ = trained
+    code = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model, tokenizer = (k.from_pretrained(sys.argv[1]) for k in (AutoModelForCausalLM, AutoTokenizer))\n"
+        "out = model.generate(**tokenizer('def return', return_tensors='pt'), max_new_tokens=5, min_new_tokens=5)\n"
+        "assert out.shape[1] > 5, out.shape\n"
+        "assert not {'distill', 'compress', 'eval'} & set(sys.modules)\n"
+        "print(tokenizer.decode(out[0]))\n"
+    )
+    folder = (study.folder / "students" / "S1" / "s0").resolve()
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(folder)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_train_the_same_models(trained, tmp_path):
+    """Sums run in another order there, so the curves agree to rounding, not to the bit."""
+    study, path, _ = trained
+    done = launch(path, "--runs", str(tmp_path / "runs"), processes=2)
+    assert done.returncode == 0, done.stderr
+    for name in MODELS:
+        one = read_manifest(study.folder / name).facts["loss_curve"]
+        two = read_manifest(tmp_path / "runs" / "tiny" / name).facts["loss_curve"]
+        assert [s for s, _ in one] == [s for s, _ in two]
+        assert one[0][1] == pytest.approx(two[0][1], rel=1e-3)
+        assert one[-1][1] == pytest.approx(two[-1][1], rel=2e-2)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_in_the_same_weights(trained, tmp_path):
+    study, path, _ = trained
+    for seconds in (3.0, 9.0, 11.0, 13.0, 16.0):
+        words = ["distill/train.py", "--config", str(path), "--runs", str(tmp_path / "runs")]
+        words += ["--train.checkpoint_every", "2", "--base.train.checkpoint_every", "2"]
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        time.sleep(seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(1.0)  # its workers notice and end: they must not write into the next attempt
+    done = launch(path, "--runs", str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    after = {name: read_manifest(tmp_path / "runs" / "tiny" / name).hash for name in MODELS}
+    assert after == hashes(study)
+
+
+def test_a_base_may_be_a_folder_and_targets_online(tmp_path):
+    """The path that a hub name takes too: a plain checkpoint, fine-tuned into members."""
+    folder, tokenizer = tmp_path / "my-base", tiny_tokenizer()
+    tiny_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    training = {"steps": 4, "rows": 4, "optimizer": {"name": "adamw", "lr": 0.005}}
+    path = tiny_study(
+        tmp_path,
+        base={"path": str(folder), "train": training},
+        method={"name": "experts", "settings": {"rank": 2, "train": training}},
+        train={**training, "targets": "online", "loss": {"divergence": "jsd", "temperature": 2.0}},
+    )
+    done = launch(path)
+    assert done.returncode == 0, done.stderr
+    study = load_study(path)
+    assert set(hashes(study)) == set(MODELS)
+    assert not (study.folder / "targets").exists()
+    fitted = read_manifest(study.folder / "method" / "T1" / "s0")
+    assert {"code/adapter_model.safetensors", "prose/adapter_model.safetensors"} <= set(fitted.files)
+    assert set(read_manifest(study.folder / "method" / "T0" / "s0").files) >= {"all/adapter_model.safetensors"}
+
+
+def test_base_alone_then_an_override(tmp_path):
+    path = tiny_study(tmp_path)
+    done = run("-m", "distill.base", "--config", path, "--base.train.steps", "3")
+    assert done.returncode == 0, done.stderr
+    study = load_study(path)
+    assert read_manifest(study.folder / "base" / "s0").facts["loss_curve"][-1][0] == 3
+    assert yaml.safe_load((study.folder / "study.yaml").read_text())["base"]["train"]["steps"] == 3
+    assert not (study.folder / "students").exists()
+
+
+def one_line(done):
+    """The error is one clear line on stderr, with the exit code of an error."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--trian.steps", "5"], "unknown key trian: 'trian'; did you mean 'train'?"),
+        (["--train.stepz", "5"], "unknown key train.stepz: 'stepz'; did you mean 'steps'?"),
+        (["--train.steps", "soon"], "train.steps: 'soon'"),
+        (["--train.steps"], "give a value after it"),
+        (["--method.name", "ensembel"], "method.name: 'ensembel'; did you mean 'ensemble'?"),
+        (["--method.settings.members", "1"], "method.settings.members: 1"),
+        (["--seeds", "[0, 0]"], "seeds must be distinct"),
+        (["--base.path", "x"], "exactly one of `path`"),
+        (["--train.rows", "64"], "train.rows: 64"),
+        (["--data.train_rows", "100000"], "data.train_rows: 100000; the training documents hold"),
+        (["--runs", "/proc/nowhere"], "run folder /proc/nowhere/tiny"),
+        (["--base.architecture.model_type", "lama"], "base.architecture: lama"),
+        (["--train.optimizer.lr", "1e30"], "loss at step"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, words, told):
+    path = tiny_study(tmp_path)
+    done = run("distill/train.py", "--config", path, *words)
+    assert told in one_line(done)
+    runs = tmp_path / "runs"
+    assert not list(runs.rglob("*.tmp"))
+    assert not (runs / "tiny" / "students" / "S1").exists()
+
+
+def test_a_base_without_weights_or_with_foreign_ones_is_told(tmp_path):
+    folder, tokenizer = tmp_path / "my-base", tiny_tokenizer()
+    tiny_model(len(tokenizer) - 20).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = tiny_study(tmp_path, base={"path": str(folder)}, method={"name": "placebo"})
+    assert "tokenizer of" in one_line(run("distill/train.py", "--config", path))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    assert "model.safetensors" in one_line(run("distill/train.py", "--config", path))
+    missing = tiny_study(tmp_path, base={"path": "nobody/has-this"}, method={"name": "placebo"})
+    assert "base.path: nobody/has-this" in one_line(run("distill/train.py", "--config", missing))
+    assert "no such file" in one_line(run("distill/train.py", "--config", tmp_path / "absent.yaml"))
+
+
+def test_a_damaged_student_is_told_not_used(trained, tmp_path):
+    study, path, _ = trained
+    shutil.copytree(study.folder, tmp_path / "runs" / "tiny")
+    weights = tmp_path / "runs" / "tiny" / "students" / "S1" / "s0" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    told = one_line(run("distill/train.py", "--config", path, "--runs", tmp_path / "runs"))
+    assert "model.safetensors has sha256" in told
+
+
+OWN = '''
+from distill.method import Card, Method, TeacherSignal, model_log_probs
+
+class Sharpen(Method):
+    card = Card(title="Sharpened teacher", paper="none", claim="none", touches="the output", limits="a toy")
+
+    def signal(self, teacher, batch):
+        return TeacherSignal({body})
+'''
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("(2 * model_log_probs(teacher, batch)).log_softmax(-1)", None),
+        ("model_log_probs(teacher, batch)[:, :, :-1]", "log_probs of shape"),
+        ("2 * model_log_probs(teacher, batch)", "normalise with log_softmax"),
+    ],
+)
+def test_a_method_in_a_file_of_your_own(tmp_path, body, told):
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "sharpen.py").write_text(OWN.format(body=body))
+    path = tiny_study(tmp_path, seeds=[0], method={"name": "ours.sharpen"}, ce_arm=False)
+    done = run("distill/train.py", "--config", path, PYTHONPATH=str(tmp_path))
+    if told is None:
+        assert done.returncode == 0, done.stderr
+        assert json.loads((load_study(path).folder / "students" / "S1" / "s0" / "manifest.json").read_text())
+    else:
+        assert told in one_line(done)

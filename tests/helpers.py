@@ -1,0 +1,164 @@
+"""What several tests need: a tiny tokenizer, model and corpus, and the real command line."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from distill.student import train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = {
+    "code": [
+        "def",
+        "return",
+        "self",
+        "None",
+        "import",
+        "for",
+        "in",
+        "if",
+        "else",
+        "class",
+        "print",
+        "lambda",
+        "yield",
+        "with",
+        "as",
+        "try",
+    ],
+    "prose": [
+        "the",
+        "a",
+        "of",
+        "river",
+        "stone",
+        "quiet",
+        "morning",
+        "and",
+        "they",
+        "walked",
+        "under",
+        "old",
+        "trees",
+        "while",
+        "rain",
+        "fell",
+    ],
+}
+
+
+def text(domain: str, seed: int, words: int = 120) -> str:
+    """Text with something to learn: each word makes a few others likely."""
+    rng = random.Random(f"{domain}{seed}")
+    known = WORDS[domain]
+    out, at = [], rng.randrange(len(known))
+    for _ in range(words):
+        out.append(known[at])
+        at = (at * 3 + rng.choice((1, 1, 1, 2, 5))) % len(known)
+    return " ".join(out) + "\n"
+
+
+def write_corpus(path: Path, documents: int = 40, words: int = 120) -> Path:
+    """A JSONL of documents of two domains."""
+    rows = [
+        {"id": f"{domain}-{i}", "domain": domain, "text": text(domain, i, words)}
+        for i in range(documents // 2)
+        for domain in WORDS
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tiny_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerBase:
+    return train_tokenizer([text(d, i) for d in WORDS for i in range(5)], vocab_size)
+
+
+def tiny_model(vocab_size: int = 320, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    fields = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval()
+
+
+def tiny_study(folder: Path, **changes: Any) -> Path:
+    """A study that trains in seconds; `changes` replace top-level keys. Returns its YAML file."""
+    corpus = write_corpus(folder / "corpus.jsonl")
+    shifted = write_corpus(folder / "shifted.jsonl", documents=8, words=60)
+    source = {"kind": "dataset", "path": "json", "domain_column": "domain"}
+    training = {"epochs": 1, "rows": 4, "optimizer": {"name": "muon", "lr": 0.02, "lr_rest": 0.01}}
+    study = {
+        "name": "tiny",
+        "runs": str(folder / "runs"),
+        "seeds": [0, 1],
+        "data": {
+            "documents": [{**source, "data_files": str(corpus)}],
+            "shifted": {"far": [{**source, "data_files": str(shifted)}]},
+            "heldout": 6,
+            "sealed": 2,
+            "scored_bytes": 400,
+            "context": 32,
+            "train_rows": 32,
+        },
+        "base": {
+            "architecture": {
+                "model_type": "llama",
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 64,
+                "tie_word_embeddings": True,
+            },
+            "vocab_size": 320,
+            "train": training,
+        },
+        "method": {"name": "ensemble", "settings": {"members": 2}},
+        "train": training,
+        "recipes": [],
+        "budget": "tiny",
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**study, **changes}))
+    return path
+
+
+def run(*words: str | Path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python WORDS...` from the project's root."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
+    )
+
+
+def launch(
+    study: Path, *words: str, processes: int = 1, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch distill/train.py --config STUDY`."""
+    how = ["--num_processes", str(processes), "--cpu"] if processes > 1 else []
+    entry = ["-m", "accelerate.commands.launch", *how, "distill/train.py", "--config", str(study)]
+    return run(*entry, *words, timeout=timeout)

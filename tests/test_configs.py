@@ -1,0 +1,101 @@
+"""Every YAML under configs/ is what its folder says, and an error names the place, the value and the mend."""
+
+import pytest
+import yaml
+
+from compress.recipe import load_recipe
+from distill.method import make_method
+from eval.budget import Budget, load_budget
+from eval.errors import UserError
+from eval.study import ROOT, Study, find_config, load_study, override, read_yaml, validated
+
+CONFIGS = sorted((ROOT / "configs").rglob("*"))
+
+
+def test_every_config_is_read():
+    seen = {"studies": 0, "recipes": 0, "budgets": 0}
+    for path in (p for p in CONFIGS if p.is_file()):
+        assert path.suffix == ".yaml", f"{path}: configs/ holds YAML alone"
+        kind = path.parent.name
+        seen[kind] += 1
+        if kind == "studies":
+            study = load_study(path)
+            assert study.name == path.stem
+            make_method(study.method)
+            assert load_budget(study).targets
+            assert [load_recipe(name) for name in study.recipes]
+        elif kind == "recipes":
+            assert load_recipe(path.stem).name == path.stem
+        else:
+            assert validated(Budget, read_yaml(path), str(path)).name == path.stem
+    assert seen == {"studies": 3, "recipes": 7, "budgets": 2}
+
+
+def test_mandatory_slices_of_a_studys_budget_are_slices_of_its_data():
+    for path in (ROOT / "configs" / "studies").glob("*.yaml"):
+        study = load_study(path)
+        assert set(load_budget(study).slices) <= set(study.data.shifted)
+
+
+def raw():
+    return read_yaml(ROOT / "configs" / "studies" / "default.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--trian.steps", "5"], r"unknown key trian: 'trian'; did you mean 'train'"),
+        (["--train.optimizer.momentun", "1"], r"train\.optimizer\.momentun.*did you mean 'momentum'"),
+        (["--train.loss.weight", "1.5"], r"train\.loss\.weight: 1\.5; .*less than or equal to 1"),
+        (["--train.rows", "4", "--train.accumulate", "3"], "multiple of accumulate"),
+        (["--data.context", "many"], r"data\.context: 'many'"),
+        (["train.steps", "5"], "overrides look like"),
+        (["--name.first", "x"], "'name' holds no keys"),
+    ],
+)
+def test_errors_name_the_place_the_value_and_the_mend(words, told):
+    with pytest.raises(UserError, match=told):
+        settings = raw()
+        override(settings, words)
+        validated(Study, settings, "default.yaml")
+
+
+def test_a_missing_key_is_named():
+    settings = raw()
+    del settings["method"]
+    with pytest.raises(UserError, match="method: missing; add this key"):
+        validated(Study, settings, "default.yaml")
+
+
+def test_overrides_take_both_forms_and_yaml_values():
+    settings = raw()
+    override(settings, ["--train.steps=7", "--seeds", "[3, 4]", "--train.optimizer.lr", "1e-3"])
+    study = validated(Study, settings, "default.yaml")
+    assert (study.train.steps, study.seeds, study.train.optimizer.lr) == (7, [3, 4], 1e-3)
+
+
+def test_a_settled_study_reads_back_the_same(tmp_path):
+    study = validated(Study, raw(), "default.yaml")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json")))
+    assert load_study(tmp_path) == study
+    assert load_study(tmp_path).hash() == study.hash()
+
+
+def test_a_study_is_frozen_and_its_hash_tells_what_decides_the_models():
+    study = validated(Study, raw(), "default.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        study.name = "other"  # type: ignore[misc]
+    assert study.model_copy(update={"recipes": []}).hash() == study.hash()
+    assert study.model_copy(update={"seeds": [0, 1]}).hash() != study.hash()
+
+
+def test_names_and_broken_files_are_told(tmp_path):
+    with pytest.raises(UserError, match=r"budgets config: 'defalt'; no such file; known by name: default, tiny"):
+        find_config("budgets", "defalt")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [1, 2")
+    with pytest.raises(UserError, match="mend the YAML"):
+        load_study(broken)
+    broken.write_text("- a\n- list\n")
+    with pytest.raises(UserError, match="list; the file must hold a mapping"):
+        load_study(broken)

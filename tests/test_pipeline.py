@@ -1,0 +1,108 @@
+"""The whole pipeline as people run it, on the tiny study, and the commands of the documents."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from tests.helpers import ROOT, run
+
+pytestmark = pytest.mark.slow
+
+
+def pipeline(study, timeout=900):
+    return subprocess.run(
+        ["bash", "scripts/pipeline.sh", str(study)],
+        cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+
+
+def lasting(folder):
+    """What a run found that is no measurement of time: verdicts, scores, shares, hashes."""
+    gate = json.loads((folder / "gate.json").read_text())
+    variants = [
+        {key: v[key] for key in ("recipe", "engine", "kept_share", "guard_share", "scores", "slices")}
+        for v in gate["variants"]
+        if v["target"] == "cpu"
+    ]
+    return {key: gate[key] for key in ("teacher_gain", "scores", "kept_by_student")} | {"variants": variants}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    raw = yaml.safe_load((ROOT / "configs" / "studies" / "tiny.yaml").read_text())
+    study = folder / "study.yaml"
+    study.write_text(yaml.safe_dump({**raw, "runs": str(folder / "runs")}))
+    return study, folder / "runs" / "tiny", pipeline(study)
+
+
+def test_the_pipeline_ends_in_a_table_a_report_and_a_verdict(tiny):
+    _, folder, done = tiny
+    assert done.returncode in (0, 1, 2), done.stderr
+    assert str(folder / "report.html") in done.stdout.replace("\n", "")
+    gate = json.loads((folder / "gate.json").read_text())
+    assert gate["schema_version"] == 1
+    assert {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}[gate["verdict"]] == done.returncode
+    assert {(v["recipe"], v["target"]) for v in gate["variants"]} >= {
+        ("plain", "cpu"),
+        ("int8", "cpu"),
+        ("wanda50", "cpu"),
+    }
+    measured = next(v for v in gate["variants"] if (v["recipe"], v["target"]) == ("int8", "cpu"))
+    assert measured["cost"]["decode_p50"]["upper"] >= measured["cost"]["decode_p50"]["value"] > 0
+    assert "<html" in (folder / "report.html").read_text()
+    assert (folder / "table.md").read_text()
+
+
+def test_a_second_call_finds_everything_done(tiny):
+    study, folder, _ = tiny
+    before = {p: p.read_bytes() for p in folder.glob("records/**/*.json")}
+    table = (folder / "table.md").read_bytes()
+    assert pipeline(study).returncode in (0, 1, 2)
+    assert {p: p.read_bytes() for p in before} == before
+    assert (folder / "table.md").read_bytes() == table
+
+
+def test_an_interrupted_study_ends_in_the_same_table(tiny, tmp_path):
+    """What a crash can take away, any part of the run, is made again to the same result."""
+    study, folder, _ = tiny
+    raw = yaml.safe_load(study.read_text())
+    copy = tmp_path / "study.yaml"
+    copy.write_text(yaml.safe_dump({**raw, "runs": str(tmp_path / "runs")}))
+    shutil.copytree(folder, tmp_path / "runs" / "tiny")
+    again = tmp_path / "runs" / "tiny"
+    for lost in ("students/S1/s1", "variants/wanda50/S0/s0", "records/score/plain", "targets/T1"):
+        shutil.rmtree(again / lost)
+    (again / "gate.json").unlink()
+    assert pipeline(copy).returncode in (0, 1, 2)
+    assert lasting(again) == lasting(folder)
+
+
+def test_the_placebo_never_passes(tmp_path):
+    raw = yaml.safe_load((ROOT / "configs" / "studies" / "placebo.yaml").read_text())
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({**raw, "runs": str(tmp_path / "runs"), "recipes": []}))
+    done = pipeline(study)
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    gate = json.loads((tmp_path / "runs" / "placebo" / "gate.json").read_text())
+    assert gate["verdict"] != "PASS"
+    assert all(v["verdict"] != "PASS" for v in gate["variants"])
+
+
+def test_every_python_command_of_the_documents_is_a_command(tiny):
+    """`python -m x.y` and scripts named in the documents exist and tell their usage."""
+    texts = [p.read_text() for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))]
+    modules = sorted({m for text in texts for m in re.findall(r"python -m ((?:distill|compress|eval)\.\w+)", text)})
+    assert {"eval.gate", "eval.report", "compress.run"} <= set(modules)
+    for module in modules:
+        done = run("-m", module, "--help")
+        assert done.returncode == 0, done.stderr
+        assert "--study" in done.stdout
+    scripts = {m for text in texts for m in re.findall(r"scripts/[\w.]+", text)}
+    assert all((ROOT / script).is_file() for script in scripts), scripts
