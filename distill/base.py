@@ -11,7 +11,7 @@ from eval.workers import locked
 
 @entry
 def main() -> None:
-    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__))
+    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__), trained=False)
     acc = accelerator()
     with locked(settle(study)):
         prepare_inputs(study, acc)

@@ -17,7 +17,7 @@ from eval.workers import locked  # noqa: E402
 
 @entry
 def main() -> None:
-    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__))
+    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__), trained=False)
     acc = accelerator()
     folder = study.folder
     if acc.is_main_process:

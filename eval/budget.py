@@ -1,8 +1,8 @@
 """The budget: what a release must keep and what it may cost, fixed before the run."""
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from eval.study import Frozen, Study, find_config, read_yaml, validated
 
@@ -26,11 +26,25 @@ class Limit(Frozen):
     unit: Literal["ms", "s", "B", "KiB", "MiB", "GiB"] | None = None
     of: str | None = None
 
+    @model_validator(mode="after")
+    def one_measure(self) -> Self:
+        if (self.unit is None) == (self.of is None):
+            raise ValueError("give exactly one of `unit` (absolute) and `of` (relative to a variant)")
+        return self
+
 
 class Target(Frozen):
     device: Literal["cpu", "cuda"]
     required: bool = True
-    limits: dict[Quantity, Limit] = {}
+    limits: dict[Quantity, Limit] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def units_fit(self) -> Self:
+        for name, limit in self.limits.items():
+            accepted = ["B", "KiB", "MiB", "GiB"] if name in ("peak_memory", "disk") else ["ms", "s"]
+            if limit.unit is not None and limit.unit not in accepted:
+                raise ValueError(f"{name} cannot be in {limit.unit}; accepted: {', '.join(accepted)}")
+        return self
 
 
 class Budget(Frozen):
@@ -40,7 +54,8 @@ class Budget(Frozen):
     alpha: float = Field(0.05, gt=0, lt=0.5)
     f: float = Field(gt=0, le=1)
     g: float = Field(gt=0, le=1)
-    slices: dict[str, float] = {}  # mandatory slices beside the held-out one -> their own f
+    # mandatory slices beside the held-out one -> their own f
+    slices: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     targets: dict[str, Target] = Field(min_length=1)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from eval.errors import UserError
+from eval.records import HELDOUT
 
-TRAIN, HELDOUT, SEALED = "train", "heldout", "sealed"
+TRAIN, SEALED = "train", "sealed"
 
 
 @dataclass(frozen=True)

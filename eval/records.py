@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self
 
-import torch
 from pydantic import ValidationError, model_validator
 
 from eval.artifacts import versions, write_text
@@ -16,6 +15,7 @@ from eval.errors import UserError
 from eval.study import Frozen
 
 PLAIN = "plain"  # the recipe of the uncompressed student
+HELDOUT = "heldout"  # the slice of documents like the training ones
 
 
 class Machine(Frozen):
@@ -104,6 +104,8 @@ class Measured(Frozen):
 
 def machine(device: str = "cpu", driver: str | None = None) -> Machine:
     """This machine, as records carry it."""
+    import torch
+
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -150,7 +152,9 @@ def _read(path: Path, kind: type[Score] | type[Measured]) -> Score | Measured:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"record {path}", f"{place}: {first['msg']}", "delete it and measure again") from error
+        raise UserError(
+            f"record {path}", f"{place}: {first['msg']}", "delete it and measure again"
+        ) from error
 
 
 def read_scores(run: Path) -> list[Score]:

@@ -13,6 +13,7 @@ from eval.errors import UserError, one_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
+BESIDE = {"runs", "workers", "title", "recipes", "cost", "budget"}  # keys that no model depends on
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -159,7 +160,8 @@ class Study(Frozen):
         return ["S1", "S0", *(["CE"] if self.ce_arm else [])]
 
     def hash(self) -> str:
-        return digest(self.model_dump(mode="json", exclude={"runs", "workers", "title"}))
+        """Digest of what decides the models and their scores; recipes and budgets may come and go."""
+        return digest(self.model_dump(mode="json", exclude=BESIDE))
 
 
 def find_config(kind: str, name: str) -> Path:
@@ -236,12 +238,49 @@ def override(raw: dict[str, Any], words: list[str]) -> None:
 
 
 def load_study(where: str | Path, words: list[str] | None = None) -> Study:
-    """The study in a YAML file, or the one that made the run folder `where`."""
-    path = Path(where)
-    path = path / "study.yaml" if path.is_dir() else path
-    raw = read_yaml(path)
+    """The study in a YAML file, or the one that made the run folder `where`, wherever that lies now."""
+    path = Path(where) if Path(where).name else Path(where).resolve()  # `.` has no name
+    raw = read_yaml(path / "study.yaml" if path.is_dir() else path)
+    if path.is_dir():
+        raw["runs"] = str(path.parent)
+        if raw.get("name") != path.resolve().name:
+            raise UserError(
+                f"run folder {path}", f"holds the study {raw.get('name')!r}", "rename the folder to it"
+            )
     override(raw, words or [])
     return validated(Study, raw, str(path))
+
+
+def check_settled(study: Study) -> None:
+    """Refuses settings other than those that made the run folder: its models would be misread.
+
+    Raises:
+        UserError: there is no such run, or the first setting that differs.
+    """
+    if not (study.folder / "study.yaml").is_file():
+        mend = f"run `accelerate launch distill/train.py --config ...` for {study.name!r} first"
+        raise UserError(f"run folder {study.folder}", "no study.yaml", mend)
+    made = load_study(study.folder)
+    if made.hash() == study.hash():
+        return
+    here, there = _flat(study.model_dump(mode="json")), _flat(made.model_dump(mode="json"))
+    names = [n for n in sorted({*here, *there}) if n.split(".")[0] not in BESIDE]
+    name = next(n for n in names if here.get(n) != there.get(n))
+    raise UserError(
+        f"{name} of run {study.folder}",
+        f"was {there.get(name)!r} when it was trained, here it is {here.get(name)!r}",
+        f"give --study {study.folder}, or train again",
+    )
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    if not isinstance(value, dict):
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{path}.{key}" if path else key)
+    return flat
 
 
 def settle(study: Study) -> Path:
@@ -262,10 +301,18 @@ def settle(study: Study) -> Path:
     return folder
 
 
-def study_from_command(parser: argparse.ArgumentParser) -> tuple[Study, argparse.Namespace]:
-    """Parses `--config`/`--study` (a YAML file or a run folder), the parser's own flags and overrides."""
+def study_from_command(
+    parser: argparse.ArgumentParser, trained: bool = True
+) -> tuple[Study, argparse.Namespace]:
+    """Parses `--config`/`--study` (a YAML file or a run folder), the parser's own flags and overrides.
+
+    With `trained`, the settings must be those that made the run folder.
+    """
     parser.add_argument(
         "--config", "--study", dest="study", required=True, help="a study's YAML file, or a run folder"
     )
     known, words = parser.parse_known_args()
-    return load_study(known.study, words), known
+    study = load_study(known.study, words)
+    if trained:
+        check_settled(study)
+    return study, known

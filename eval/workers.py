@@ -22,8 +22,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from eval.errors import UserError
 
@@ -163,7 +169,9 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
                     board.finish(job.name)
     except BrokenProcessPool as error:
         raise UserError(
-            f"a worker of {title}", "was killed", "free some memory or give --workers 1; run again to continue"
+            f"a worker of {title}",
+            "was killed",
+            "free some memory or give --workers 1; run again to continue",
         ) from error
     finally:
         _stop(pool)
@@ -190,7 +198,9 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             stream.seek(0)
             holder = stream.read().strip() or "unknown"
-            raise UserError(f"run folder {folder}", f"held by process {holder}", "wait for it, or end it") from error
+            raise UserError(
+                f"run folder {folder}", f"held by process {holder}", "wait for it, or end it"
+            ) from error
         stream.truncate(0)
         stream.write(str(os.getpid()))
         stream.flush()

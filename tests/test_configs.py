@@ -1,13 +1,22 @@
 """Every YAML under configs/ is what its folder says, and an error names the place, the value and the mend."""
 
 import pytest
-import yaml
 
 from compress.recipe import load_recipe
 from distill.method import make_method
 from eval.budget import Budget, load_budget
 from eval.errors import UserError
-from eval.study import ROOT, Study, find_config, load_study, override, read_yaml, validated
+from eval.study import (
+    ROOT,
+    Study,
+    check_settled,
+    find_config,
+    load_study,
+    override,
+    read_yaml,
+    settle,
+    validated,
+)
 
 CONFIGS = sorted((ROOT / "configs").rglob("*"))
 
@@ -54,10 +63,13 @@ def raw():
     ],
 )
 def test_errors_name_the_place_the_value_and_the_mend(words, told):
-    with pytest.raises(UserError, match=told):
+    def read():
         settings = raw()
         override(settings, words)
-        validated(Study, settings, "default.yaml")
+        return validated(Study, settings, "default.yaml")
+
+    with pytest.raises(UserError, match=told):
+        read()
 
 
 def test_a_missing_key_is_named():
@@ -74,11 +86,35 @@ def test_overrides_take_both_forms_and_yaml_values():
     assert (study.train.steps, study.seeds, study.train.optimizer.lr) == (7, [3, 4], 1e-3)
 
 
-def test_a_settled_study_reads_back_the_same(tmp_path):
-    study = validated(Study, raw(), "default.yaml")
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json")))
-    assert load_study(tmp_path) == study
-    assert load_study(tmp_path).hash() == study.hash()
+@pytest.fixture
+def settled(tmp_path):
+    study = validated(Study, raw(), "default.yaml").model_copy(update={"runs": str(tmp_path)})
+    settle(study)
+    return study
+
+
+def test_a_settled_study_reads_back_the_same_from_wherever_its_folder_lies(settled, tmp_path):
+    assert load_study(settled.folder) == settled
+    check_settled(load_study(settled.folder))
+    moved = tmp_path / "elsewhere" / "default"
+    moved.parent.mkdir()
+    settled.folder.rename(moved)
+    assert load_study(moved).folder == moved
+    assert load_study(moved).hash() == settled.hash()
+    moved.rename(moved.with_name("other"))
+    with pytest.raises(UserError, match="holds the study 'default'; rename"):
+        load_study(moved.with_name("other"))
+
+
+def test_later_stages_refuse_other_settings(settled):
+    changed = load_study(settled.folder, ["--train.optimizer.lr", "0.5"])
+    with pytest.raises(
+        UserError, match=r"train\.optimizer\.lr of run .*was 0\.02 when it was trained, here it is 0\.5"
+    ):
+        check_settled(changed)
+    check_settled(load_study(settled.folder, ["--recipes", "[int8]", "--workers", "1"]))
+    with pytest.raises(UserError, match=r"no study\.yaml; run `accelerate launch"):
+        check_settled(changed.model_copy(update={"name": "unknown"}))
 
 
 def test_a_study_is_frozen_and_its_hash_tells_what_decides_the_models():
@@ -90,7 +126,9 @@ def test_a_study_is_frozen_and_its_hash_tells_what_decides_the_models():
 
 
 def test_names_and_broken_files_are_told(tmp_path):
-    with pytest.raises(UserError, match=r"budgets config: 'defalt'; no such file; known by name: default, tiny"):
+    with pytest.raises(
+        UserError, match=r"budgets config: 'defalt'; no such file; known by name: default, tiny"
+    ):
         find_config("budgets", "defalt")
     broken = tmp_path / "broken.yaml"
     broken.write_text("name: [1, 2")

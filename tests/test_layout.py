@@ -13,7 +13,9 @@ TOP = {
     "distill", "compress", "eval", "configs", "scripts", "tests", "docs", "pyproject.toml", "README.md",
     "requirements.lock", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md",
 }  # fmt: skip
-SOURCES = sorted(p for top in ("distill", "compress", "eval", "scripts", "tests") for p in (ROOT / top).rglob("*.py"))
+SOURCES = sorted(
+    p for top in ("distill", "compress", "eval", "scripts", "tests") for p in (ROOT / top).rglob("*.py")
+)
 
 
 def tracked():

@@ -97,8 +97,12 @@ def test_the_placebo_never_passes(tmp_path):
 
 def test_every_python_command_of_the_documents_is_a_command(tiny):
     """`python -m x.y` and scripts named in the documents exist and tell their usage."""
-    texts = [p.read_text() for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))]
-    modules = sorted({m for text in texts for m in re.findall(r"python -m ((?:distill|compress|eval)\.\w+)", text)})
+    texts = [
+        p.read_text() for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+    ]
+    modules = sorted(
+        {m for text in texts for m in re.findall(r"python -m ((?:distill|compress|eval)\.\w+)", text)}
+    )
     assert {"eval.gate", "eval.report", "compress.run"} <= set(modules)
     for module in modules:
         done = run("-m", module, "--help")

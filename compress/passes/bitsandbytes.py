@@ -1,0 +1,98 @@
+"""NF4 (Dettmers et al. 2023, QLoRA) or LLM.int8 (Dettmers et al. 2022) by bitsandbytes, for GPU targets.
+
+Saved in transformers' own quantized format: `AutoModelForCausalLM.from_pretrained` loads it, on a CPU too,
+where it is slower than float32.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from compress.anatomy import left_out, size_of, stored_bytes
+from compress.recipe import Context, Pass, PassReport, Size, Stage
+from compress.rounding import INT8_ROUNDED, NF4_GAP, check_rounding
+from eval.errors import UserError
+from eval.study import Frozen
+
+BLOCK = 64  # weights that share one scale in NF4
+
+
+class BitsAndBytes(Pass):
+    stage = Stage.PRECISION
+    last = True
+    needs = ("bitsandbytes",)
+
+    class Options(Frozen):
+        format: Literal["nf4", "int8"]
+
+    def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
+        before = size_of(model)
+        made = quantize(model, settings(self.options.format))
+        worst, fewer, touched = 0.0, 0, set[nn.Module]()
+        for name, module in quantized(made).items():
+            old, new = model.get_submodule(name).weight, restored(module)
+            group, bound = (BLOCK, NF4_GAP) if self.options.format == "nf4" else (None, INT8_ROUNDED)
+            worst = max(worst, check_rounding(name, old, new, group, bound))
+            fewer += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
+            touched.add(module)
+        after = Size(parameters=before.parameters, nonzeros=before.nonzeros - fewer, bytes=stored_bytes(made))
+        return made, PassReport(
+            name=self.name,
+            before=before,
+            after=after,
+            skipped=left_out(made, touched, "left in full precision by transformers"),
+            facts={"format": self.options.format, "matrices": len(touched), "worst_rounding": worst},
+        )
+
+
+def settings(name: str) -> BitsAndBytesConfig:
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+
+
+def quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedModel:
+    """The model quantized by transformers itself, which only does so while it loads.
+
+    Raises:
+        UserError: a row of a matrix is no multiple of the block: bitsandbytes 0.50.2 restores such a
+            matrix wrongly on a CPU, and says nothing.
+    """
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        made = AutoModelForCausalLM.from_pretrained(
+            Path(folder), quantization_config=config, dtype=torch.float32, local_files_only=True
+        )
+    for name, module in quantized(made).items():
+        shape = tuple(model.get_submodule(name).weight.shape)
+        if config.load_in_4bit and shape[1] % BLOCK:
+            raise UserError(
+                f"bitsandbytes: layer {name} of shape {shape}",
+                f"{shape[1]} inputs are no multiple of {BLOCK}",
+                f"give the model dimensions that are multiples of {BLOCK}, or take another format",
+            )
+    return made.eval()
+
+
+def quantized(model: nn.Module) -> dict[str, Any]:
+    """The modules that bitsandbytes holds, by name."""
+    import bitsandbytes
+
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def restored(module: Any) -> Tensor:
+    """[O, I] float32: the matrix as its layer uses it."""
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+
+    weight = module.weight
+    if weight.dtype == torch.int8:
+        return int8_vectorwise_dequant(weight.data, weight.SCB)
+    return dequantize_4bit(weight.data, weight.quant_state).float()

@@ -1,0 +1,208 @@
+"""OpenVINO IR for CPU targets: float32, int8 per row, or int4 in groups, through optimum-intel and nncf.
+
+The float32 export is made once per model and shared by every recipe that starts from it.
+"""
+
+import gc
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import rich
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress.anatomy import size_of
+from compress.calibrate import check_batch, log_probs
+from compress.recipe import Context, Pass, PassReport, Size, Skipped, Stage
+from compress.rounding import INT4_STEP, INT8_STEP, check_rounding
+from eval.errors import UserError
+from eval.study import Frozen
+
+EXPORT_TOLERANCE = 1e-3  # nats, between the float32 IR and torch
+LOW = {"i8": INT8_STEP, "u8": INT8_STEP, "i4": INT4_STEP, "u4": INT4_STEP}  # element type -> bound
+
+
+class OpenVINO(Pass):
+    stage = Stage.EXPORT
+    engine = "openvino"
+    last = True
+    needs = ("optimum.intel", "openvino", "nncf")
+
+    class Options(Frozen):
+        weights: Literal["fp32", "int8", "int4"]
+        group_size: int = Field(32, gt=0)  # of int4: inputs of a row that share one scale
+
+    def apply(self, model: PreTrainedModel, context: Context) -> tuple[Any, PassReport]:
+        before = size_of(model)
+        place = context.scratch / "openvino-fp32"
+        with quiet():
+            if not place.is_dir():
+                export(model, context, place)
+            plain = load(place, None)
+            made = load(place, self._compression())
+        before_it, now = plain_matrices(plain.model), low_matrices(made.model)
+        worst, zeroed = 0.0, 0
+        for name, (kind, new) in now.items():
+            old = before_it[name]
+            group = self.options.group_size if kind.endswith("4") else None
+            worst = max(worst, check_rounding(name, old, new.reshape(old.shape), group, LOW[kind]))
+            zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
+        tidy_names(made.model)
+        report = PassReport(
+            name=self.name,
+            before=before,
+            after=Size(
+                parameters=before.parameters,
+                nonzeros=before.nonzeros - zeroed,
+                bytes=constant_bytes(made.model),
+            ),
+            skipped=self._skipped(set(before_it) - set(now)),
+            facts={
+                "formats": {module(name): kind for name, (kind, _) in now.items()},
+                "worst_rounding": worst,
+            },
+        )
+        return made, report
+
+    def _compression(self) -> Any:
+        """The settings for nncf, or none. `tokenizer` is unused here, but its default, a path, is saved."""
+        from optimum.intel import OVWeightQuantizationConfig
+
+        if self.options.weights == "fp32":
+            return None
+        if self.options.weights == "int8":
+            return OVWeightQuantizationConfig(bits=8, sym=True, tokenizer=".")
+        return OVWeightQuantizationConfig(
+            bits=4, sym=True, group_size=self.options.group_size, ratio=1.0, tokenizer="."
+        )
+
+    def _skipped(self, names: set[str]) -> list[Skipped]:
+        reason = "float32 was asked for" if self.options.weights == "fp32" else "left in float32 by nncf"
+        return [Skipped(module=module(name), reason=reason) for name in sorted(names)]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Imports the libraries and holds back what they say short of an error, while a model is converted."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # send nobody a report
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter("ignore", category=DeprecationWarning)
+        import optimum.intel  # noqa: F401
+
+        warnings.simplefilter("ignore", category=torch.jit.TracerWarning)
+        for name in ("nncf", "optimum", "transformers"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        console = rich.get_console()  # nncf's bars
+        stack.callback(setattr, console, "quiet", console.quiet)
+        console.quiet = True
+        gc.freeze()  # the export collects garbage four times: it need not walk through the libraries
+        stack.callback(gc.unfreeze)
+        yield
+
+
+def exactly() -> dict[str, Any]:
+    """How the engine runs an IR: with float32 arithmetic, here by one thread."""
+    from eval.engines.openvino import EXACT
+
+    return {**EXACT, "INFERENCE_NUM_THREADS": 1}
+
+
+def load(folder: Path, compression: Any) -> Any:
+    """The IR in `folder` as an OVModelForCausalLM, its weights compressed where asked."""
+    from optimum.intel import OVModelForCausalLM
+
+    return OVModelForCausalLM.from_pretrained(
+        folder, compile=False, ov_config=exactly(), quantization_config=compression
+    )
+
+
+def export(model: PreTrainedModel, context: Context, place: Path) -> None:
+    """Writes the float32 IR of `model` to `place`, whole or not at all.
+
+    Raises:
+        UserError: OpenVINO cannot export this model, or the IR answers differently from torch.
+    """
+    from optimum.intel import OVModelForCausalLM
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=place.parent) as folder:
+        source, aside = Path(folder) / "torch", Path(folder) / "ir"
+        model.save_pretrained(source)
+        try:
+            made = OVModelForCausalLM.from_pretrained(
+                source, export=True, compile=False, load_in_8bit=False, ov_config=exactly()
+            )
+        except ValueError as error:
+            found = " ".join(str(error).split())[:200]
+            raise UserError(f"openvino export of {type(model).__name__}", found, "leave it out") from error
+        batch = check_batch(context.rows, context.pad)
+        gap = (log_probs(made, batch) - log_probs(model, batch))[batch.attention_mask.bool()].abs().max()
+        if not float(gap) <= EXPORT_TOLERANCE:
+            raise UserError(
+                f"openvino export of {type(model).__name__}",
+                f"log-probabilities differ from torch by up to {float(gap):.3g} nats",
+                f"at most {EXPORT_TOLERANCE} is right: install another version of optimum-intel",
+            )
+        tidy_names(made.model)
+        made.save_pretrained(aside)
+        aside.rename(place)
+
+
+def tidy_names(model: Any) -> None:
+    """Numbers generated node names by place: by default a counter of the process, so that bytes differ."""
+    model.set_friendly_name("model")
+    for i, node in enumerate(model.get_ordered_ops()):
+        if re.fullmatch(rf"{node.get_type_name()}_\d+", node.get_friendly_name()):
+            node.set_friendly_name(f"{node.get_type_name()}.{i}")
+
+
+def module(name: str) -> str:
+    """The torch module of a constant: `self.lm_head.weight` is that of `lm_head`."""
+    return name.removeprefix("self.").removesuffix(".weight")
+
+
+def constants(model: Any) -> Iterator[Any]:
+    return (node for node in model.get_ordered_ops() if node.get_type_name() == "Constant")
+
+
+def constant_bytes(model: Any) -> int:
+    return sum(node.get_byte_size() for node in constants(model))
+
+
+def plain_matrices(model: Any) -> dict[str, Tensor]:
+    """The float32 matrices of an IR by name."""
+    return {
+        node.get_friendly_name(): torch.tensor(node.data)
+        for node in constants(model)
+        if node.get_element_type().get_type_name() == "f32" and sum(n > 1 for n in node.shape) > 1
+    }
+
+
+def low_matrices(model: Any) -> dict[str, tuple[str, Tensor]]:
+    """The compressed matrices of an IR: name -> (element type, values as the runtime restores them)."""
+    import openvino
+
+    scaled, kinds = [], {}
+    for node in constants(model):
+        name, kind = node.get_friendly_name(), node.get_element_type().get_type_name()
+        if kind not in LOW or name.endswith("/zero_point"):
+            continue
+        while node.get_type_name() != "Multiply":  # Convert, for asymmetric types Subtract, then the scale
+            node = next(iter(node.output(0).get_target_inputs())).get_node()
+        scaled.append(node.output(0))
+        kinds[name] = kind
+    if not kinds:
+        return {}
+    restored = openvino.compile_model(openvino.Model(scaled, []), "CPU", exactly())([])
+    return {name: (kind, torch.tensor(restored[i])) for i, (name, kind) in enumerate(kinds.items())}

@@ -1,0 +1,60 @@
+"""Recovery: distils the uncompressed student into what the passes before have left of it."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.anatomy import size_of
+from compress.recipe import Context, Pass, PassReport, Stage
+from distill.loop import train
+from eval.artifacts import digest
+from eval.documents import Batch
+from eval.study import Frozen, Train
+
+
+class Recover(Pass):
+    stage = Stage.RECOVERY
+
+    class Options(Frozen):
+        train: Train
+
+    def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
+        before = size_of(model)
+        zeros = pruned(model)
+        curve = train(
+            model,
+            context.rows,
+            self.options.train,
+            pad=context.pad,
+            seed=context.seed,
+            teacher=lambda batch: teach(context.parent, batch),
+            scratch=context.scratch / f"recover-{digest(self.options.model_dump(mode='json'))[:16]}",
+            report=lambda step, steps, loss: context.report(step / steps),
+            after_step=lambda: clear(zeros),
+        )
+        model.to("cpu")
+        context.parent.to("cpu")
+        report = PassReport(name=self.name, before=before, after=size_of(model), facts={"loss_curve": curve})
+        return model, report
+
+
+@torch.no_grad()
+def teach(parent: PreTrainedModel, batch: Batch) -> Tensor:
+    """[B, T, V] float32 log-probabilities of the uncompressed student, where the batch is."""
+    parent.to(batch.input_ids.device)
+    output = parent(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return torch.log_softmax(output.logits.float(), dim=-1)
+
+
+def pruned(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """The matrices of linear layers that hold zeros, each with its mask: True where it is zero."""
+    weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    masks = [(weight, weight.detach() == 0) for weight in weights.values()]
+    return [(weight, mask) for weight, mask in masks if bool(mask.any())]
+
+
+@torch.no_grad()
+def clear(zeros: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Sets what was pruned to zero again: momentum and weight decay would bring it back."""
+    for weight, mask in zeros:
+        weight.masked_fill_(mask.to(weight.device), 0.0)

@@ -1,0 +1,71 @@
+"""Unstructured or n:m sparsity by Wanda (Sun et al. 2023): weight magnitude times input norm, row by row."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.anatomy import decoder_layers, layer_matrices, left_out, size_of
+from compress.calibrate import calibration_rows, input_norms
+from compress.recipe import Context, Pass, PassReport, Skipped, Stage
+from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
+from eval.errors import UserError
+from eval.study import Frozen
+
+
+class Wanda(Pass):
+    stage = Stage.SPARSITY
+
+    class Options(Frozen):
+        sparsity: float = Field(0.5, gt=0, lt=1)  # share of zeros in every row
+        pattern: str | None = Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$")  # n:m instead, as in 2:4
+        rows: int = Field(32, gt=0)  # training rows that calibrate
+
+        @model_validator(mode="after")
+        def one_of_two(self) -> Self:
+            if self.pattern is not None:
+                n, m = (int(part) for part in self.pattern.split(":"))
+                if n >= m:
+                    raise ValueError(f"pattern {self.pattern} keeps everything; give n below m")
+                if "sparsity" in self.model_fields_set:
+                    raise ValueError("give `sparsity` or `pattern`, not both")
+            return self
+
+    def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
+        before = size_of(model)
+        rows = calibration_rows(context.rows, self.options.rows, context.seed)
+        touched: set[nn.Module] = set()
+        skipped: list[Skipped] = []
+        names = {module: name for name, module in model.named_modules()}
+        layers = decoder_layers(model)[2]
+        for i, layer in enumerate(layers):  # in turn: a layer sees what the pruned ones before it give
+            matrices = {names[m]: m for m in layer_matrices(layer).values()}
+            fit = {name: m for name, m in matrices.items() if self._fits(m)}
+            skipped += [self._unfit(name, m) for name, m in matrices.items() if name not in fit]
+            for name, norms in input_norms(model, fit, rows, context.pad).items():
+                weight = fit[name].weight
+                weight.data *= self._keep(wanda_scores(weight, norms))
+            touched |= set(matrices.values())
+            context.report((i + 1) / len(layers))
+        if len(skipped) == len(touched):
+            raise UserError("wanda", "no linear layer that it can prune", "leave it out of the recipe")
+        skipped += left_out(model, touched, "not a linear layer of the decoder")
+        after = size_of(model)
+        return model, PassReport(name=self.name, before=before, after=after, skipped=skipped)
+
+    def _keep(self, scores: Tensor) -> Tensor:
+        if self.options.pattern is None:
+            return keep_rows(scores, self.options.sparsity)
+        n, m = (int(part) for part in self.options.pattern.split(":"))
+        return keep_n_of_m(scores, n, m)
+
+    def _fits(self, module: nn.Linear) -> bool:
+        return (
+            self.options.pattern is None or module.in_features % int(self.options.pattern.split(":")[1]) == 0
+        )
+
+    def _unfit(self, name: str, module: nn.Linear) -> Skipped:
+        return Skipped(
+            module=name, reason=f"{module.in_features} inputs do not divide into {self.options.pattern}"
+        )

@@ -1,0 +1,220 @@
+"""What a pass is, and how a recipe of passes is read: in order of stage, with every option checked."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eval.artifacts import file_sha256
+from eval.documents import Row
+from eval.errors import UserError, one_of
+from eval.records import PLAIN
+from eval.study import Frozen, Study, find_config, read_yaml, validated
+
+FOLDER = Path(__file__).parent / "passes"
+EXTRAS = {"optimum.intel": "openvino", "bitsandbytes": "gpu"}  # module -> extra of pyproject.toml
+
+
+class Stage(IntEnum):
+    """A recipe goes through the stages in this order and never back."""
+
+    STRUCTURE = 1
+    SPARSITY = 2
+    RECOVERY = 3
+    PRECISION = 4
+    EXPORT = 5
+
+
+class Size(Frozen):
+    """A model's size; tied weights count once."""
+
+    parameters: int
+    nonzeros: int
+    bytes: int  # of the weights as they are stored
+
+
+class Skipped(Frozen):
+    """A module with weights that a pass left as it was."""
+
+    module: str
+    reason: str
+
+
+class PassReport(Frozen):
+    """What a pass did."""
+
+    name: str
+    before: Size
+    after: Size
+    skipped: list[Skipped] = []
+    facts: dict[str, Any] = {}  # layers dropped, worst rounding error, loss curve ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use beside the model. Nothing of it may be changed."""
+
+    parent: PreTrainedModel  # the uncompressed student
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[Row]  # training rows; held-out documents are never seen by a pass
+    pad: int
+    seed: int
+    scratch: Path  # a folder shared by every pass that gets this very model: name files by your options
+    report: Callable[[float], None]  # tells the share of this pass that is done
+
+
+class Pass(ABC):
+    """One step of a recipe: one file in `compress/passes`, or a `package.module` with one subclass.
+
+    A subclass must define `stage` and `apply`.
+    """
+
+    stage: ClassVar[Stage]
+    engine: ClassVar[str] = "torch"  # of eval/engines, that loads what this pass makes
+    last: ClassVar[bool] = False  # its output is in a format that no further pass can change
+    needs: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
+
+    class Options(Frozen):
+        """Accepted beside `pass:` in a recipe."""
+
+    def __init__(self, options: Frozen) -> None:
+        self.options: Any = options
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.removeprefix("compress.passes.")
+
+    @abstractmethod
+    def apply(self, model: PreTrainedModel, context: Context) -> tuple[Any, PassReport]:
+        """Compresses `model`, in place or not: it belongs to the pass.
+
+        Returns:
+            A model with the interface of transformers (call, `save_pretrained`), and what was done.
+        """
+
+    @cached_property
+    def identity(self) -> list[Any]:
+        """What decides the outcome beside the model: the file's bytes, the class, the options."""
+        source = Path(inspect.getfile(type(self)))
+        return [file_sha256(source), type(self).__qualname__, self.options.model_dump(mode="json")]
+
+
+class RecipeFile(Frozen):
+    """A file of configs/recipes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    target: Literal["cpu", "gpu"]
+    passes: list[dict[str, Any]] = Field(min_length=1)  # `pass: NAME` and its options
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    target: str
+    passes: tuple[Pass, ...]
+
+    @property
+    def engine(self) -> str:
+        return self.passes[-1].engine
+
+    @property
+    def identity(self) -> list[Any]:
+        return [self.name, self.target, [step.identity for step in self.passes]]
+
+
+def known_passes() -> list[str]:
+    return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
+
+
+def pass_class(name: str, where: str) -> type[Pass]:
+    """The one subclass of Pass in `compress/passes/<name>.py` or in the module `name`."""
+    path = name if "." in name else f"compress.passes.{one_of(where, name, known_passes())}"
+    try:
+        module = import_module(path)
+    except ModuleNotFoundError as error:
+        raise UserError(where, repr(name), f"{error}; is it on PYTHONPATH?") from error
+    found = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Pass)]
+    own = [c for c in found if c.__module__ == module.__name__]
+    if len(own) != 1:
+        raise UserError(where, repr(name), f"the module must define one Pass, it has {len(own)}")
+    if inspect.isabstract(own[0]) or not isinstance(getattr(own[0], "stage", None), Stage):
+        raise UserError(where, repr(name), f"{own[0].__name__} must define `stage` and `apply`")
+    return own[0]
+
+
+def make_pass(entry: dict[str, Any], where: str) -> Pass:
+    """The pass that one entry of a recipe names, with its options checked.
+
+    Raises:
+        UserError: no such pass, an option that is not accepted, or a library that is not installed.
+    """
+    options = dict(entry)
+    name = options.pop("pass", None)
+    if not isinstance(name, str):
+        raise UserError(f"{where}.pass", repr(name), f"name one of: {', '.join(known_passes())}")
+    kind = pass_class(name, f"{where}.pass")
+    checked = validated(kind.Options, options, where)
+    for module in kind.needs:
+        if not installed(module):
+            extra = EXTRAS.get(module, module)
+            raise UserError(
+                f"{where}.pass", f"{name!r} needs {module}, not installed", f"install the extra {extra!r}"
+            )
+    return kind(checked)
+
+
+def installed(module: str) -> bool:
+    """True if `module` can be found; its packages may be absent too."""
+    top, _, rest = module.partition(".")
+    return find_spec(top) is not None and (not rest or find_spec(module) is not None)
+
+
+def check_order(passes: list[Pass], where: str) -> None:
+    """Refuses a recipe whose stages go back, or that goes on after its format is settled."""
+    for i, (before, after) in enumerate(zip(passes, passes[1:], strict=False)):
+        thing = f"{where}: passes.{i + 1}"
+        if after.stage < before.stage:
+            raise UserError(
+                thing,
+                f"{after.name} ({after.stage.name}) after {before.name} ({before.stage.name})",
+                f"order the passes by stage: {' < '.join(stage.name for stage in Stage)}",
+            )
+        if before.last:
+            raise UserError(
+                thing, f"{after.name} after {before.name}", f"{before.name} must be the last pass"
+            )
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe of configs/recipes by name, or from the path of a YAML file.
+
+    Raises:
+        UserError: names the file, the key and what is accepted.
+    """
+    path = find_config("recipes", name)
+    raw = validated(RecipeFile, read_yaml(path), str(path))
+    if raw.name == PLAIN:
+        raise UserError(
+            f"{path}: name", repr(PLAIN), "this name means the uncompressed student; take another"
+        )
+    passes = [make_pass(entry, f"{path}: passes.{i}") for i, entry in enumerate(raw.passes)]
+    check_order(passes, str(path))
+    return Recipe(raw.name, raw.target, tuple(passes))
+
+
+def load_recipes(study: Study) -> list[Recipe]:
+    """The recipes of a study, in its order; their names differ."""
+    recipes = [load_recipe(name) for name in study.recipes]
+    names = [recipe.name for recipe in recipes]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError("recipes", f"{min(twice)!r} twice", "give each recipe a name of its own")
+    return recipes

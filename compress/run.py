@@ -1,0 +1,69 @@
+"""Makes the variants of a study: every recipe applied to S1 and to its control S0, for every seed.
+
+python -m compress.run --study runs/default
+"""
+
+import argparse
+import shutil
+
+from compress.recipe import load_recipes
+from compress.workshop import Student, Variant, make_variants, publish, scratch_of
+from eval.artifacts import is_done, verified
+from eval.errors import EXIT_PASS, entry
+from eval.study import Study, study_from_command
+from eval.workers import Job, locked, run_jobs
+
+ARMS = ("S1", "S0")
+
+
+def find_students(study: Study) -> list[Student]:
+    """S1 and S0 of every seed, each checked against its manifest.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    data = verified(study.folder / "data").hash
+    rows = study.data.context, study.data.train_rows
+    students = []
+    for seed in study.seeds:
+        for arm in ARMS:
+            folder = study.folder / "students" / arm / f"s{seed}"
+            students.append(Student(arm, seed, folder, verified(folder).hash, data, rows))
+    return students
+
+
+def make(study: Study) -> int:
+    """Makes, checks and publishes what is missing; returns how many variants that were."""
+    recipes = load_recipes(study)
+    students = find_students(study)
+    todo = [
+        variant
+        for student in students
+        for variant in (Variant(student, recipe) for recipe in recipes)
+        if not is_done(study.folder / variant.name, variant.key)
+    ]
+    jobs = []
+    for student in students:
+        own = [variant for variant in todo if variant.student == student]
+        if own:
+            jobs.append(Job(f"{student.arm}/s{student.seed}", make_variants, (study, own), weight=len(own)))
+    run_jobs("make variants", jobs, study.workers)
+    checks = [Job(variant.name.removeprefix("variants/"), publish, (study, variant)) for variant in todo]
+    run_jobs("check variants", checks, study.workers)
+    shutil.rmtree(scratch_of(study), ignore_errors=True)
+    return len(todo)
+
+
+@entry
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m compress.run", description=__doc__)
+    study, _ = study_from_command(parser)
+    with locked(study.folder):
+        count = make(study)
+    total = len(study.recipes) * len(ARMS) * len(study.seeds)
+    print(f"variants: {total} in {study.folder / 'variants'}, {count} made now")
+    return EXIT_PASS
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The OpenVINO engine: a stateful decoder as optimum-intel writes it, run by the OpenVINO runtime alone.
+
+optimum-intel is needed to export a model, not to run it: its classes and all that they import would
+weigh on the start and on the memory of every measured process.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eval.documents import Batch
+from eval.engines import AGAIN, Engine, first_line
+from eval.errors import UserError
+
+try:
+    import openvino
+except ModuleNotFoundError as missing:
+    raise UserError(
+        "engine 'openvino'",
+        f"{missing.name} is not installed",
+        "install the extra: pip install '.[openvino]'",
+    ) from missing
+
+DEVICES = ("cpu",)
+MODEL = "openvino_model.xml"
+FEEDS = {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+# Arithmetic and cache in float32: the runtime's defaults may round both to 16 bits, by the machine's ISA,
+# and a score would then depend on where it was taken. Weights stay as the variant stores them.
+EXACT = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "PERFORMANCE_HINT": "LATENCY",
+    "NUM_STREAMS": 1,
+    "ENABLE_CPU_PINNING": False,  # two pinned processes would share one core
+}
+
+
+class OpenVinoEngine(Engine):
+    """The cache lives in the infer request; the state is the number of tokens that it holds."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        path = folder / MODEL
+        if not path.is_file():
+            raise UserError(f"model {folder}", f"no {MODEL}", "export it with optimum-intel")
+        try:
+            core = openvino.Core()
+            model = core.read_model(path)
+            compiled = core.compile_model(model, "CPU", {**EXACT, "INFERENCE_NUM_THREADS": threads})
+        except RuntimeError as error:
+            raise UserError(f"model {path}", f"cannot be read ({first_line(error)})", AGAIN) from error
+        self.inputs = {name for port in compiled.inputs for name in port.get_names()}
+        if other := sorted(self.inputs - FEEDS):
+            raise UserError(f"model {path}", f"input {other[0]!r}", "export a stateful text decoder")
+        self.request = compiled.create_infer_request()
+        super().__init__(folder, compiled.output("logits").get_partial_shape()[2].get_length())
+
+    def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64], past: int) -> Tensor:
+        """[B, T, V] for ids [B, T] and a mask [B, past + T]; `past` tokens are in the cache already."""
+        if past == 0:
+            self.request.reset_state()
+        batch, length = ids.shape
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": np.tile(np.arange(past, past + length), (batch, 1)),
+            "beam_idx": np.arange(batch, dtype=np.int32),
+        }
+        self.request.infer({name: feeds[name] for name in self.inputs}, share_inputs=True)
+        return torch.from_numpy(self.request.get_tensor("logits").data.copy())
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self._run(batch.input_ids.numpy(), batch.attention_mask.numpy(), past=0)
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, int]:
+        array = ids.numpy()
+        return self._run(array, np.ones_like(array), past=0)[0, -1], array.shape[1]
+
+    def decode(self, token: int, state: int) -> tuple[Tensor, int]:
+        mask = np.ones((1, state + 1), dtype=np.int64)
+        return self._run(np.array([[token]]), mask, past=state)[0, -1], state + 1
+
+
+def load(folder: Path, threads: int, device: str) -> Engine:
+    assert device in DEVICES
+    torch.set_num_threads(threads)
+    return OpenVinoEngine(folder, threads)

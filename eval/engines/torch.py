@@ -1,0 +1,147 @@
+"""The torch engine: a plain transformers checkpoint, bitsandbytes-quantized ones included, run eagerly."""
+
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from eval.documents import Batch
+from eval.engines import AGAIN, Engine, first_line, load_tokenizer
+from eval.errors import UserError, one_of
+
+DEVICES = ("cpu", "cuda")
+
+
+def load_checkpoint(
+    folder: Path, *, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model on the CPU, in evaluation mode, and its tokenizer, from a folder in the transformers format.
+
+    Only safetensors are read, and no code of the folder is run. A quantized checkpoint keeps its format;
+    `dtype` is that of the weights which are not quantized.
+
+    Raises:
+        UserError: a file is missing or damaged, a weight is missing, left over or of another shape, or
+            the tokenizer writes ids that the model has no row for.
+    """
+    folder = Path(folder)
+    model = load_model(folder, dtype=dtype)
+    return model, load_tokenizer(folder, rows(model))
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """The model alone, on `device`; see `load_checkpoint`."""
+    quantized = check_folder(folder)
+    try:
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # told below, in one line
+                output_loading_info=True,
+                device_map={"": device} if quantized else None,
+            )
+    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"model {folder}", f"cannot be read ({first_line(error)})", AGAIN) from error
+    for kind in ("missing", "unexpected", "mismatched"):
+        if keys := sorted(k if isinstance(k, str) else k[0] for k in report[f"{kind}_keys"]):
+            found = f"weights do not match config.json: {keys[0]} is {kind} ({len(keys)} such)"
+            raise UserError(f"model {folder}", found, "save it with save_pretrained()")
+    return (model if quantized else model.to(device)).eval()
+
+
+def rows(model: PreTrainedModel) -> int:
+    """Rows of the embedding: the tokens that a model knows."""
+    return model.get_input_embeddings().num_embeddings
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the library's loading bar and report off the terminal: what is wrong is raised instead."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def check_folder(folder: Path) -> bool:
+    """Refuses a folder without a sound config or whole safetensors; returns whether it is quantized."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"model {folder}", "no config.json", "name a folder in the transformers format")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"config {path}", first_line(error), AGAIN) from error
+    if not isinstance(config, dict):
+        raise UserError(f"config {path}", type(config).__name__, "the file must hold a mapping")
+    check_weights(folder)
+    if "quantization_config" in config:
+        method = str(config["quantization_config"].get("quant_method"))
+        one_of(f"quantization of {folder}", method, ["bitsandbytes"])
+    return "quantization_config" in config
+
+
+def check_weights(folder: Path) -> None:
+    """Refuses a folder without safetensors, and safetensors that are cut short or have a damaged header."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"model {folder}", "no *.safetensors", "save it with save_pretrained()")
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt"):
+                continue
+        except SafetensorError as error:
+            raise UserError(f"weights {path}", first_line(error), AGAIN) from error
+
+
+class TorchEngine(Engine):
+    """A transformers model in float32; the state is its `past_key_values`."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.model = load_model(folder, device=device)
+        self.device = torch.device(device)
+        known = inspect.signature(self.model.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        super().__init__(folder, rows(self.model))
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> Tensor:
+        moved = batch.to(self.device)
+        return self.model(
+            input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False
+        ).logits.float()
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+        output = self.model(input_ids=ids.to(self.device), use_cache=True, **self.last_only)
+        return output.logits[0, -1].float(), output.past_key_values
+
+    @torch.inference_mode()
+    def decode(self, token: int, state: Any) -> tuple[Tensor, Any]:
+        ids = torch.tensor([[token]], device=self.device)
+        output = self.model(input_ids=ids, past_key_values=state, use_cache=True)
+        return output.logits[0, -1].float(), output.past_key_values
+
+
+def load(folder: Path, threads: int, device: str) -> Engine:
+    torch.set_num_threads(threads)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda'", "no CUDA device here", "run this on a machine that has one")
+    return TorchEngine(folder, device)

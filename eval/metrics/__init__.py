@@ -1,0 +1,1 @@
+"""Metrics: how well a model predicts held-out documents."""

@@ -1,0 +1,117 @@
+"""Scores: bits of every held-out and shifted document, for one model at a time."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eval.artifacts import MANIFEST, read_manifest, verified
+from eval.documents import read_documents, scored_slices
+from eval.engines import Subject, load_engine, subject_of
+from eval.errors import UserError
+from eval.metrics.likelihood import Predict, document_bits
+from eval.records import Documents, Score, provenance, read_scores, write_record
+from eval.study import Study
+from eval.workers import Report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_TOKENS = 4096
+OUTPUT_FLOATS = 2**25  # 128 MiB of logits per batch, whatever the vocabulary
+METRIC = Path(__file__).parent / "metrics" / "bits_per_byte.py"
+
+
+def model_folders(run: Path) -> list[Path]:
+    """Bases, students and variants of a run, in the order of their paths."""
+    patterns = ("base/s*", "students/*/s*", "variants/*/*/s*")
+    return [path for pattern in patterns for path in sorted(run.glob(pattern)) if (path / MANIFEST).is_file()]
+
+
+def score_with(
+    predict: Predict,
+    data: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    report: Report = lambda share: None,
+) -> Documents:
+    """Bits of all documents of `scored_slices(data)`, in that order; see `document_bits`.
+
+    Raises:
+        UserError: a slice or a document is empty, or a likelihood is not finite.
+    """
+    columns: dict[str, list] = {name: [] for name in Documents.model_fields}
+    slices = scored_slices(data)
+    for done, name in enumerate(slices, start=1):
+        documents = read_documents(data, name)
+        if not documents:
+            raise UserError(f"slice {name!r}", f"no documents in {data}", "give the slice other sources")
+        bits, tokens = document_bits(predict, documents, tokenizer, context, batch_tokens)
+        columns["id"] += [document.id for document in documents]
+        columns["slice"] += [name] * len(documents)
+        columns["bytes"] += [document.bytes for document in documents]
+        columns["tokens"] += tokens
+        columns["bits"] += bits
+        report(done / len(slices))
+    return Documents(**columns)
+
+
+def score_folder(run: Path, study: Study, folder: Path, report: Report = lambda share: None) -> Score:
+    """Scores the artifact `folder` of a run on one CPU thread, by its own engine, and writes the record.
+
+    Raises:
+        UserError: the artifact is damaged, cannot be loaded, or gives a likelihood that is not finite.
+    """
+    manifest = verified(folder)
+    subject = subject_of(manifest)
+    engine = load_engine(subject.engine, folder)
+    tokenizer, data = engine.tokenizer, run / "data"
+    size = min(BATCH_TOKENS, max(1, OUTPUT_FLOATS // engine.vocabulary))
+    try:
+        documents = score_with(
+            engine.logits, data, tokenizer, study.data.context, batch_tokens=size, report=report
+        )
+    except UserError as error:
+        raise UserError(f"scoring {folder}: {error.thing}", error.found, error.mend) from error
+    record = Score(
+        **subject.model_dump(),
+        data=read_manifest(data).hash,
+        documents=documents,
+        provenance=provenance(manifest.hash, study.hash()),
+    )
+    write_record(run, record)
+    return record
+
+
+def unscored(run: Path, study: Study) -> list[Path]:
+    """Model folders of a run without a record of their own bytes, this data and this study."""
+    data = read_manifest(run / "data").hash
+    have = {
+        (Subject.model_validate(record, from_attributes=True), record.provenance.artifact)
+        for record in read_scores(run)
+        if record.data == data and record.provenance.config == study.hash()
+    }
+    manifests = {folder: read_manifest(folder) for folder in model_folders(run)}
+    return [folder for folder, m in manifests.items() if (subject_of(m), m.hash) not in have]
+
+
+def corpus_bits_per_byte(records: list[Score]) -> dict[tuple[str, str], dict[str, float]]:
+    """(recipe, arm) -> slice -> bits per byte, the documents of all seeds pooled."""
+    import evaluate  # seconds to import: not before there is something to show
+
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    pooled: dict[tuple[str, str], dict[str, tuple[list[float], list[int]]]] = {}
+    for record in records:
+        slices = pooled.setdefault((record.recipe, record.arm), {})
+        columns = record.documents
+        for name, bits, size in zip(columns.slice, columns.bits, columns.bytes, strict=True):
+            pair = slices.setdefault(name, ([], []))
+            pair[0].append(bits)
+            pair[1].append(size)
+    return {
+        model: {
+            name: metric.compute(predictions=bits, references=sizes)["bits_per_byte"]
+            for name, (bits, sizes) in slices.items()
+        }
+        for model, slices in pooled.items()
+    }

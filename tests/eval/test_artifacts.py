@@ -1,0 +1,111 @@
+"""Artifacts appear whole or not at all, and are known by their bytes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from eval.artifacts import building, digest, is_done, read_manifest, verified, write_text
+from eval.errors import UserError
+from tests.helpers import ROOT
+
+
+def make(folder, key="k", text="one"):
+    with building(folder, kind="model", name="m", key=key, parents={"data": "d"}, facts={"seed": 1}) as aside:
+        (aside / "sub").mkdir()
+        (aside / "sub" / "a.txt").write_text(text)
+        (aside / "b.bin").write_bytes(bytes(range(10)))
+
+
+def test_a_manifest_tells_every_file_and_its_bytes(tmp_path):
+    make(tmp_path / "x")
+    manifest = verified(tmp_path / "x")
+    assert set(manifest.files) == {"sub/a.txt", "b.bin"}
+    assert manifest.bytes == 13
+    assert manifest.parents == {"data": "d"}
+    assert "torch" in manifest.versions
+    assert is_done(tmp_path / "x", "k")
+    assert not is_done(tmp_path / "x", "other")
+    assert not is_done(tmp_path / "y", "k")
+
+
+def test_one_content_one_hash(tmp_path):
+    make(tmp_path / "x")
+    make(tmp_path / "y", key="other")
+    make(tmp_path / "z", text="two")
+    hashes = [read_manifest(tmp_path / n).hash for n in "xyz"]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert (
+        digest({"a": 1, "b": [2, "ä"]}) == digest({"b": [2, "ä"], "a": 1}) != digest({"a": 1, "b": [2, "a"]})
+    )
+
+
+def test_a_failure_leaves_nothing_and_keeps_what_was(tmp_path):
+    make(tmp_path / "x")
+    before = read_manifest(tmp_path / "x")
+
+    def fail():
+        with building(tmp_path / "x", kind="model", name="m", key="new", parents={}, facts={}) as aside:
+            (aside / "half").write_text("written")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        fail()
+    assert verified(tmp_path / "x") == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_remaking_replaces_the_whole(tmp_path):
+    make(tmp_path / "x")
+    make(tmp_path / "x", key="new", text="two")
+    assert is_done(tmp_path / "x", "new")
+    assert (tmp_path / "x" / "sub" / "a.txt").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_a_killed_process_left_aside_is_swept(tmp_path):
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom eval.artifacts import building\n"
+        "with building(Path(sys.argv[1]), kind='m', name='m', key='k', parents={}, facts={}) as aside:\n"
+        "    (aside / 'half').write_text('x')\n    print('writing', flush=True)\n    time.sleep(60)\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "x")]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"writing\n"
+        process.kill()
+    assert not (tmp_path / "x").exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    make(tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda f: (f / "b.bin").unlink(), "b.bin is missing"),
+        (
+            lambda f: (f / "b.bin").write_bytes(bytes(9)),
+            r"b.bin has sha256 \w+ \(9 bytes\), recorded \w+ \(10 bytes\)",
+        ),
+        (lambda f: (f / "sub" / "a.txt").write_text("onE"), "a.txt has sha256"),
+        (lambda f: (f / "stray").write_text(""), "unrecorded file stray; delete it"),
+        (
+            lambda f: (f / "manifest.json").write_text("{}"),
+            "manifest .*Field required; make the artifact again",
+        ),
+        (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
+    ],
+)
+def test_every_harm_is_told(tmp_path, harm, told):
+    make(tmp_path / "x")
+    harm(tmp_path / "x")
+    with pytest.raises(UserError, match=told):
+        verified(tmp_path / "x")
+
+
+def test_files_are_written_whole(tmp_path):
+    write_text(tmp_path / "deep" / "a.json", json.dumps({"a": 1}))
+    write_text(tmp_path / "deep" / "a.json", json.dumps({"a": 2}))
+    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"a": 2}
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.json"]

@@ -1,0 +1,81 @@
+"""Documents and the rows of tokens that every stage makes of them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from eval.documents import (
+    Document,
+    Row,
+    batches,
+    boundary_id,
+    collate,
+    read_documents,
+    scored_slices,
+    windows,
+)
+from eval.errors import UserError
+from tests.eval.fake_run import put_data, tokenizer
+from tests.helpers import text
+
+TEXTS = ["x", "é€😀\n\ttab", text("code", 1), text("prose", 2) * 3]
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer()
+
+
+@pytest.mark.parametrize("context", [2, 3, 16, 10_000])
+@pytest.mark.parametrize("body", TEXTS)
+def test_windows_cover_each_token_once(words, body, context):
+    rows = windows(words, Document("d", "code", body), context)
+    assert all(row.tokens[0] == boundary_id(words) for row in rows)
+    assert all(2 <= len(row.tokens) <= context for row in rows)
+    assert all(len(row.tokens) == context for row in rows[:-1])
+    assert words.decode([t for row in rows for t in row.tokens[1:]]) == body
+    assert [row.id for row in rows] == [f"d#{i}" for i in range(len(rows))]
+
+
+def test_an_empty_document_is_refused(words):
+    with pytest.raises(UserError, match="document 'nothing': no tokens"):
+        windows(words, Document("nothing", "code", ""), 8)
+
+
+def test_the_boundary_is_bos_or_else_eos():
+    assert boundary_id(SimpleNamespace(bos_token_id=0, eos_token_id=5)) == 0
+    assert boundary_id(SimpleNamespace(bos_token_id=None, eos_token_id=5)) == 5
+    with pytest.raises(UserError, match="neither BOS nor EOS"):
+        boundary_id(SimpleNamespace(bos_token_id=None, eos_token_id=None))
+
+
+def test_collate_pads_right_and_masks_what_it_padded():
+    batch = collate([Row("a", "x", 0, [7, 8, 9]), Row("b", "y", 2, [7, 5])], pad=3)
+    assert batch.input_ids.tolist() == [[7, 8, 9], [7, 5, 3]]
+    assert batch.labels.tolist() == [[8, 9], [5, 3]]
+    assert batch.mask.tolist() == [[True, True], [True, False]]
+    assert (batch.ids, batch.documents, batch.domains) == (["a#0", "b#2"], ["a", "b"], ["x", "y"])
+    assert torch.equal(batch.to("cpu").input_ids, batch.input_ids)
+
+
+@pytest.mark.parametrize("size", [1, 12, 40, 4096])
+def test_batches_hold_each_row_once_within_their_size(size):
+    rows = [Row(f"d{i}", "x", 0, list(range(2 + i * 5 % 11))) for i in range(23)]
+    made = list(batches(rows, pad=0, batch_tokens=size))
+    assert sorted(name for batch in made for name in batch.ids) == sorted(row.id for row in rows)
+    assert all(batch.input_ids.numel() <= size or len(batch.ids) == 1 for batch in made)
+    lengths = [batch.input_ids.shape[1] for batch in made]
+    assert lengths == sorted(lengths, reverse=True)
+    again = list(batches(rows[::-1], pad=0, batch_tokens=size))
+    assert [batch.ids for batch in again] == [batch.ids for batch in made], "the order given does not matter"
+
+
+def test_slices_are_read_by_name(tmp_path):
+    put_data(tmp_path)
+    assert scored_slices(tmp_path / "data") == ["heldout", "far"]
+    first = read_documents(tmp_path / "data", "heldout")[0]
+    assert (first.id, first.domain, first.text) == ("code-0", "code", text("code", 0, 30))
+    assert first.bytes == len(first.text.encode())
+    with pytest.raises(UserError, match=r"slice 'near': .*slices of this data: far, heldout, sealed, train"):
+        read_documents(tmp_path / "data", "near")

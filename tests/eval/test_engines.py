@@ -1,0 +1,196 @@
+"""Engines: what they compute is what the model says, step by step or at once; what is damaged is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from eval.documents import Row, collate
+from eval.engines import load_engine, load_tokenizer
+from eval.engines.torch import load_checkpoint
+from eval.errors import UserError
+from tests.eval.fake_run import tokenizer
+from tests.helpers import run, tiny_model
+
+ENGINES = ["torch", "openvino"]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [20, 13, 5]
+    tokens = [torch.randint(0, 280, (n,), generator=generator).tolist() for n in lengths]
+    return collate([Row(f"d{i}", "code", 0, t) for i, t in enumerate(tokens)], pad=0)
+
+
+@pytest.fixture
+def engine(request, checkpoint, openvino_folder):
+    return load_engine(request.param, {"torch": checkpoint, "openvino": openvino_folder}[request.param])
+
+
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_prefill_and_decode_say_what_the_full_forward_says(engine, batch):
+    full = engine.logits(batch)[0]
+    ids = batch.input_ids[:1]
+    assert full.dtype == torch.float32
+    assert full.shape == (20, engine.vocabulary)
+    for _ in range(2):  # the second prompt must not see the first one's cache
+        logits, state = engine.prefill(ids[:, :9])
+        torch.testing.assert_close(logits, full[8], atol=1e-5, rtol=1e-4)
+        for position in range(9, 20):
+            logits, state = engine.decode(int(ids[0, position]), state)
+            torch.testing.assert_close(logits, full[position], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_padding_changes_nothing(engine, batch):
+    together = engine.logits(batch)
+    for i, length in enumerate(batch.attention_mask.sum(1).tolist()):
+        row = Row("d", "code", 0, batch.input_ids[i, :length].tolist())
+        alone = engine.logits(collate([row], pad=0))
+        torch.testing.assert_close(together[i, :length], alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_openvino_in_float32_says_what_torch_says(checkpoint, openvino_folder, batch):
+    one = load_engine("torch", checkpoint).logits(batch)
+    other = load_engine("openvino", openvino_folder).logits(batch)
+    kept = batch.attention_mask.bool()
+    torch.testing.assert_close(other[kept], one[kept], atol=1e-5, rtol=1e-4)
+
+
+def test_load_checkpoint_gives_back_the_weights_silently(tmp_path, capfd):
+    model = tiny_model(seed=3)
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    capfd.readouterr()
+    loaded, words = load_checkpoint(tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert not loaded.training
+    assert words.get_vocab() == tokenizer().get_vocab()
+    for (name, left), right in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(left, right), name
+
+
+def test_a_bitsandbytes_checkpoint_keeps_its_format(checkpoint, tmp_path, batch):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    made = AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    made.save_pretrained(tmp_path)
+    load_tokenizer(checkpoint).save_pretrained(tmp_path)
+    with torch.inference_mode():
+        wanted = made(batch.input_ids, attention_mask=batch.attention_mask).logits
+    loaded = load_engine("torch", tmp_path)
+    assert type(loaded.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert torch.equal(loaded.logits(batch), wanted)
+
+
+def config_with(**fields):
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return damage
+
+
+def cut_in_half(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def larger_tokenizer(folder: Path) -> None:
+    words = tokenizer()
+    words.add_tokens([f"<extra{i}>" for i in range(40)])
+    words.save_pretrained(folder)
+
+
+DAMAGES = {
+    "truncated weights": (cut_in_half, "model.safetensors: .*delete the folder and make it again"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no \*\.safetensors; save it"),
+    "a weight is missing": (without_a_weight, "model.norm.weight is missing"),
+    "more layers than weights": (config_with(num_hidden_layers=3), r"is missing \(9 such\)"),
+    "fewer layers than weights": (config_with(num_hidden_layers=1), "layers.1.* is unexpected"),
+    "another shape": (config_with(vocab_size=330), "embed_tokens.weight is mismatched"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json: Expecting property"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a mapping"),
+    "unknown architecture": (config_with(model_type="nope"), "model type `nope`"),
+    "another quantizer": (
+        config_with(quantization_config={"quant_method": "gptq"}),
+        "accepted: bitsandbytes",
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer of .*no tokenizer.json"),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer of .*cannot be read"),
+    "larger tokenizer": (larger_tokenizer, "ids up to 3.., the model has 320 rows"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_folder_is_refused_in_one_line(name, checkpoint, tmp_path):
+    damage, message = DAMAGES[name]
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "openvino_model.xml").unlink(), "no openvino_model.xml"),
+        (lambda f: (f / "openvino_model.xml").write_text("<net"), "cannot be read"),
+        (lambda f: (f / "openvino_model.bin").write_bytes(b"0"), "cannot be read"),
+    ],
+)
+def test_a_damaged_openvino_folder_is_refused(damage, message, openvino_folder, tmp_path):
+    folder = Path(shutil.copytree(openvino_folder, tmp_path / "model"))
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        load_engine("openvino", folder)
+
+
+def test_unknown_engines_and_devices_are_answered_with_what_there_is(checkpoint):
+    with pytest.raises(UserError, match="did you mean 'openvino'"):
+        load_engine("openvin", checkpoint)
+    with pytest.raises(UserError, match=r"device of engine 'openvino': 'cuda'; .*accepted: cpu"):
+        load_engine("openvino", checkpoint, device="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_cuda_without_a_device_is_refused(checkpoint):
+    with pytest.raises(UserError, match="no CUDA device here"):
+        load_engine("torch", checkpoint, device="cuda")
+
+
+def test_a_missing_openvino_names_the_extra(tmp_path):
+    script = (
+        "import sys; sys.modules['openvino'] = None\n"
+        "from eval.errors import entry\nfrom eval.engines import load_engine\n"
+        "entry(lambda: load_engine('openvino', 'nowhere'))()"
+    )
+    done = run("-c", script)
+    assert done.returncode == 3
+    assert done.stderr == (
+        "error: engine 'openvino': openvino is not installed; install the extra: pip install '.[openvino]'\n"
+    )
+
+
+def test_a_lean_engine_imports_no_library_of_another(openvino_folder):
+    """What a measured process imports counts in its peak memory."""
+    script = (
+        "import sys; from eval.engines import load_engine\n"
+        f"load_engine('openvino', {str(openvino_folder)!r})\n"
+        "print([name for name in ('transformers', 'optimum', 'datasets') if name in sys.modules])"
+    )
+    assert run("-c", script).stdout == "[]\n"

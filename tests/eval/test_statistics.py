@@ -1,0 +1,384 @@
+"""The gate's mathematics against independent references, identities and simulation."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from eval.power import Components, components, documents_for, power, seeds_for
+from eval.statistics import (
+    FAIL,
+    INCONCLUSIVE,
+    PASS,
+    cluster_bounds,
+    crossed_mean,
+    crossed_variance,
+    fieller,
+    holm,
+    linearised,
+    mean_products,
+    percentile_bounds,
+    pigeonhole,
+    quantile_bounds,
+    ratio_bounds,
+    requests_needed,
+    t_quantile,
+)
+from eval.study import ROOT
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def effects(rng, n, s, c, seeds, documents, residual, mean=0.0):
+    """[n, s, c] crossed random effects with the given standard deviations."""
+    shape = [(n, s, 1), (n, 1, c), (n, s, c)]
+    scales = (seeds, documents, residual)
+    return mean + sum(scale * rng.normal(size=size) for scale, size in zip(scales, shape, strict=True))
+
+
+# Mean squares and the variance of the mean
+
+
+def test_mean_squares_are_those_of_a_least_squares_fit(rng):
+    """Reference: sums of squares explained by dummy variables, fitted by `lstsq`."""
+    s, c = 4, 9
+    z = rng.normal(size=(s, c)) + rng.normal(size=(s, 1)) + rng.normal(size=c)
+    rows, columns = np.repeat(np.eye(s), c, axis=0), np.tile(np.eye(c), (s, 1))
+
+    def unexplained(*designs):
+        design = np.hstack([np.ones((s * c, 1)), *designs])
+        return float(np.sum((z.ravel() - design @ np.linalg.lstsq(design, z.ravel(), rcond=None)[0]) ** 2))
+
+    both = unexplained(rows, columns)
+    ms = mean_products(z, z)
+    assert ms.seeds == pytest.approx((unexplained(columns) - both) / (s - 1))
+    assert ms.documents == pytest.approx((unexplained(rows) - both) / (c - 1))
+    assert ms.residual == pytest.approx(both / ((s - 1) * (c - 1)))
+
+
+def test_expected_mean_squares_and_unbiased_variance(rng):
+    s, c, parts = 4, 15, Components(0.25, 1.0, 0.5)
+    z = effects(rng, 20_000, s, c, 0.5, 1.0, np.sqrt(0.5))
+    ms, expected = mean_products(z, z), parts.mean_squares(s, c)
+    for found, wanted in zip(ms, expected, strict=True):
+        assert found.mean() == pytest.approx(wanted, rel=0.02)
+    true = 0.25 / s + 1.0 / c + 0.5 / (s * c)
+    assert z.mean((1, 2)).var() == pytest.approx(true, rel=0.03)
+    assert crossed_variance(ms, s, c)[0].mean() == pytest.approx(true, rel=0.03)
+
+
+def test_variance_is_floored_and_nu_is_bounded(rng):
+    z = effects(rng, 2000, 3, 8, 0.0, 0.0, 1.0)
+    ms = mean_products(z, z)
+    variance, nu = crossed_variance(ms, 3, 8)
+    assert (variance >= ms.residual / 24).all()
+    assert (ms.seeds + ms.documents - ms.residual < ms.residual).any()  # the floor was needed
+    assert (ms.seeds + ms.documents - ms.residual < 0).any()  # and so was the guard against a negative one
+    assert nu.min() >= 1
+    assert nu.max() <= 4
+
+
+def test_products_are_bilinear(rng):
+    x, y = rng.normal(size=(2, 5, 12))
+    square = [np.asarray(mean_products(z, z)) for z in (x + y, x - y)]
+    np.testing.assert_allclose((square[0] - square[1]) / 4, np.asarray(mean_products(x, y)))
+
+
+def test_bounds_against_the_formulas_written_out(rng):
+    z = rng.normal(0.3, 1, size=(5, 40)) + rng.normal(0, 0.4, size=(5, 1))
+    rows, columns, grand = z.mean(1), z.mean(0), z.mean()
+    a = 40 * sum((r - grand) ** 2 for r in rows) / 4
+    b = 5 * sum((r - grand) ** 2 for r in columns) / 39
+    e = sum((z[i, j] - rows[i] - columns[j] + grand) ** 2 for i in range(5) for j in range(40)) / (4 * 39)
+    total = max(a + b - e, e)
+    nu = total**2 / (a**2 / 4 + b**2 / 39 + e**2 / (4 * 39))
+    mean = crossed_mean(z)
+    low, high = mean.bounds(0.05)
+    half = stats.t.ppf(0.95, min(max(nu, 1), 8)) * np.sqrt(total / 200)
+    assert (low, high) == pytest.approx((grand - half, grand + half))
+    assert mean.p == pytest.approx(stats.t.sf(grand / np.sqrt(total / 200), min(max(nu, 1), 8)))
+
+
+@pytest.mark.parametrize("nu", [1.0, 1.7, 2.8, 40.0, 1e5])
+def test_t_quantile(nu):
+    assert t_quantile(0.05, nu) == pytest.approx(stats.t.isf(0.05, nu))
+
+
+@pytest.mark.parametrize(
+    ("z", "words"),
+    [
+        (np.ones((1, 9)), "one seed"),
+        (np.ones((4, 1)), "one document"),
+        (np.zeros((4, 9)), "do not vary"),
+        (np.full((4, 9), 0.3), "do not vary"),
+    ],
+)
+def test_what_says_nothing_never_passes(z, words):
+    mean = crossed_mean(z)
+    assert words in mean.problem
+    assert (mean.verdict(0.05), mean.bounds(0.05), mean.p) == (INCONCLUSIVE, (None, None), 1.0)
+
+
+def test_a_teacher_that_is_the_same_for_every_seed_is_judged_by_documents(rng):
+    documents = rng.normal(1, 1, size=30)
+    mean = crossed_mean(np.tile(documents, (3, 1)))
+    assert mean.se == pytest.approx(documents.std(ddof=1) / np.sqrt(30))
+    assert mean.verdict(0.05) == PASS
+
+
+def test_verdict_and_p_agree(rng):
+    for shift in (-2.0, -0.2, 0.0, 0.2, 2.0):
+        mean = crossed_mean(rng.normal(shift, 1, size=(4, 20)))
+        verdict = mean.verdict(0.05)
+        assert (verdict == PASS) == (mean.p < 0.05)
+        assert (verdict == FAIL) == (mean.p > 0.95)
+
+
+def test_a_gain_below_the_resolution_does_not_pass(rng):
+    z = 1e-7 + 1e-9 * rng.normal(size=(4, 20))
+    assert crossed_mean(z).verdict(0.05) == PASS
+    assert crossed_mean(z).verdict(0.05, resolution=1e-5) == INCONCLUSIVE
+
+
+# Weights
+
+
+def test_linearised_mean_is_the_ratio_of_sums(rng):
+    size = rng.integers(100, 5000, 50)
+    bits = rng.normal(2.5, 0.2, size=(4, 50)) * size
+    z = linearised(bits, size)
+    assert z.mean() == pytest.approx(bits.sum() / (4 * size.sum()))
+    np.testing.assert_allclose(z.mean(1), bits.sum(1) / size.sum(), rtol=0.01)
+    other = bits * rng.normal(1, 0.1, size=bits.shape)
+    np.testing.assert_allclose(linearised(bits - other, size), z - linearised(other, size), atol=1e-9)
+
+
+def test_linearised_spread_is_that_of_the_jackknife(rng):
+    """Delete one document at a time and compute the ratio of sums again: no linearisation in it."""
+    n = 400
+    size = rng.lognormal(7, 0.5, n)
+    bits = (2.5 + rng.normal(0, 0.2, n) - 1e-5 * size) * size
+    left_out = np.array([np.delete(bits, i).sum() / np.delete(size, i).sum() for i in range(n)])
+    jackknife = np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2))
+    z = linearised(np.tile(bits, (2, 1)), size)[0]
+    assert z.std(ddof=1) / np.sqrt(n) == pytest.approx(jackknife, rel=0.02)
+    plain = (bits / size).std(ddof=1) / np.sqrt(n)
+    assert plain != pytest.approx(jackknife, rel=0.05)  # per-document values would be wrong
+
+
+# Ratios
+
+
+def test_fieller_against_numerical_inversion(rng):
+    """The ends are the shares r at which |mean(x - r y)| is t standard errors, found by root search."""
+    y = effects(rng, 1, 5, 40, 0.1, 0.5, 0.5, mean=1.0)[0]
+    x = 0.6 * y + effects(rng, 1, 5, 40, 0.1, 0.3, 0.3)[0]
+    found = fieller(x, y)
+    share = x.mean() / y.mean()
+    s, c = x.shape
+
+    def excess(r, t):
+        ms = mean_products(x - r * y, x - r * y)
+        return abs((x - r * y).mean()) - t * np.sqrt((ms.seeds + ms.documents - ms.residual) / (s * c))
+
+    t = stats.t.isf(0.025, crossed_mean(x - share * y).nu)
+    low = optimize.brentq(excess, share - 2, share, args=(t,))
+    high = optimize.brentq(excess, share, share + 2, args=(t,))
+    assert found == pytest.approx((share, low, high))
+
+
+def test_fieller_of_a_table_with_itself_is_one(rng):
+    y = rng.normal(1, 0.3, size=(4, 30))
+    assert fieller(y, y) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_fieller_is_undefined_without_a_significant_denominator(rng):
+    x = rng.normal(1, 1, size=(4, 30))
+    assert fieller(x, rng.normal(0.02, 1, size=(4, 30))) is None
+    assert fieller(x, -x) is None
+    assert fieller(x, np.zeros((4, 30))) is None
+    assert fieller(x[:1], x[:1]) is None
+
+
+def test_fieller_is_finite_where_the_unbiased_variance_is_not_positive(rng):
+    for _ in range(200):
+        x, y = rng.normal(0.5, 1, size=(3, 12)), rng.normal(2, 1, size=(3, 12))
+        found = fieller(x, y)
+        assert found is None or found.low < found.point < found.high
+
+
+def coverage(rng, runs: int) -> tuple[float, float]:
+    """Share of intervals that hold the true 0.6: Fieller's and the bootstrap's."""
+    hits = np.zeros(2)
+    for i in range(runs):
+        y = effects(rng, 1, 6, 40, 0.1, 0.5, 0.5, mean=1.0)[0]
+        x = 0.6 * y + effects(rng, 1, 6, 40, 0.1, 0.3, 0.3)[0]
+        found = fieller(x, y)
+        assert found is not None
+        means = pigeonhole([x, y], 300, i)
+        low, high = np.quantile(means[:, 0] / means[:, 1], [0.025, 0.975])
+        hits += [found.low < 0.6 < found.high, low < 0.6 < high]
+    return tuple(hits / runs)
+
+
+def test_coverage_of_fieller_and_bootstrap(rng):
+    by_fieller, by_bootstrap = coverage(rng, 400)
+    assert 0.92 <= by_fieller <= 0.99
+    assert 0.88 <= by_bootstrap <= 0.995
+
+
+# Bootstrap
+
+
+def test_pigeonhole_is_that_of_plain_resampling(rng):
+    """Reference: rows and columns drawn with replacement one draw at a time."""
+    z = effects(rng, 1, 4, 25, 0.5, 1.0, 0.5)[0]
+    found = pigeonhole([z, 2 * z], 20_000, 1)
+    np.testing.assert_allclose(found[:, 1], 2 * found[:, 0])
+    slow = [z[np.ix_(rng.integers(4, size=4), rng.integers(25, size=25))].mean() for _ in range(20_000)]
+    assert found[:, 0].mean() == pytest.approx(np.mean(slow), abs=0.01)
+    assert found[:, 0].std() == pytest.approx(np.std(slow), rel=0.03)
+
+
+def test_pigeonhole_is_seeded_and_independent_of_chunks(monkeypatch, rng):
+    z = rng.normal(size=(3, 4, 50))
+    np.testing.assert_array_equal(pigeonhole(z, 100, 3), pigeonhole(z, 100, 3))
+    assert not np.array_equal(pigeonhole(z, 100, 3), pigeonhole(z, 100, 4))
+    monkeypatch.setattr("eval.statistics.CHUNK", 500)
+    assert pigeonhole(z, 4000, 3).std(0) == pytest.approx(pigeonhole(z, 4000, 5).std(0), rel=0.1)
+
+
+# Several claims
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+
+
+# Latency
+
+
+@pytest.mark.parametrize(
+    ("q", "alpha", "needed"), [(0.99, 0.01, 459), (0.99, 0.05, 299), (0.95, 0.05, 59), (0.5, 0.05, 5)]
+)
+def test_requests_needed(q, alpha, needed):
+    assert requests_needed(q, alpha) == needed
+    assert quantile_bounds(np.arange(needed - 1), q, alpha)[1] is None
+    assert quantile_bounds(np.arange(needed), q, alpha)[1] == needed - 1
+
+
+@pytest.mark.parametrize("q", [0.5, 0.95, 0.99])
+@pytest.mark.parametrize("n", [5, 20, 60, 300, 2000])
+def test_order_statistics_against_the_binomial(q, n):
+    """By definition: the least k with P(Bin(n, q) < k) >= 0.95, the greatest k with P(Bin(n, q) >= k) >= 0.95."""
+    below = [k for k in range(1, n + 1) if stats.binom.cdf(k - 1, n, q) >= 0.95]
+    above = [k for k in range(1, n + 1) if stats.binom.sf(k - 1, n, q) >= 0.95]
+    low, high = quantile_bounds(np.arange(1, n + 1), q, 0.05)
+    assert high == (min(below) if below else None)
+    assert low == (max(above) if above else None)
+
+
+def test_order_statistic_covers_the_true_quantile(rng):
+    true = stats.lognorm.ppf(0.95, 0.5)
+    samples = rng.lognormal(0, 0.5, size=(3000, 120))
+    bounds = [quantile_bounds(x, 0.95, 0.05) for x in samples]
+    assert np.mean([low <= true for low, _ in bounds]) >= 0.94
+    assert np.mean([high >= true for _, high in bounds]) >= 0.94
+
+
+def test_percentile_bounds_see_processes_that_differ(rng):
+    alike = [rng.normal(10, 0.1, 100) for _ in range(3)]
+    apart = [rng.normal(mean, 0.1, 100) for mean in (9, 10, 11)]
+    assert percentile_bounds(alike, 0.5, 0.05)[1] == pytest.approx(10, abs=0.1)
+    assert percentile_bounds(apart, 0.5, 0.05)[1] == pytest.approx(
+        cluster_bounds([np.median(x) for x in apart], 0.05)[1]
+    )
+    assert percentile_bounds(alike[:1], 0.5, 0.05) == (None, None)
+    assert percentile_bounds([x[:10] for x in alike], 0.99, 0.05)[1] is None
+
+
+def test_ratio_of_paired_rounds_cancels_what_slows_both():
+    slow = np.array([1.0, 1.5, 0.8, 2.0])
+    found = ratio_bounds(0.7 * slow, slow, 0.05)
+    assert found == pytest.approx((0.7, 0.7, 0.7))
+    assert ratio_bounds(slow, slow, 0.05) == (1.0, 1.0, 1.0)
+    assert ratio_bounds([1.0], [2.0], 0.05) is None
+    logs = np.log([0.7, 0.8, 0.75, 0.9])
+    half = stats.t.isf(0.05, 3) * stats.sem(logs)
+    assert ratio_bounds(np.exp(logs) * slow, slow, 0.05).high == pytest.approx(np.exp(logs.mean() + half))
+
+
+# Power
+
+
+def test_power_is_what_happens(rng):
+    parts, s, c = Components(0.04, 0.5, 0.5), 4, 50
+    z = effects(rng, 20_000, s, c, 0.2, np.sqrt(0.5), np.sqrt(0.5), mean=0.4)
+    variance, nu = crossed_variance(mean_products(z, z), s, c)
+    passed = np.mean(z.mean((1, 2)) > stats.t.isf(0.05, nu) * np.sqrt(variance))
+    assert power(parts, 0.4, s, c, 0.05) == pytest.approx(passed, abs=0.06)
+    assert power(parts, 0.0, s, c, 0.05) == pytest.approx(0.05)
+    assert power(parts, 100.0, s, c, 0.05) == 1.0
+    assert power(Components(0, 0, 0), 1.0, s, c, 0.05) == 0.0
+
+
+def test_needed_seeds_and_documents_are_the_least():
+    parts = Components(0.04, 0.5, 0.5)
+    s = seeds_for(parts, 0.3, 50, 0.05)
+    assert power(parts, 0.3, s, 50, 0.05) >= 0.8 > power(parts, 0.3, s - 1, 50, 0.05)
+    c = documents_for(parts, 0.4, 5, 0.05)
+    assert power(parts, 0.4, 5, c, 0.05) >= 0.8 > power(parts, 0.4, 5, c - 1, 0.05)
+    assert seeds_for(parts, -0.1, 50, 0.05) is None
+    assert documents_for(parts, 0.1, 2, 0.05) is None  # seeds differ: documents cannot help
+
+
+def test_components_are_recovered(rng):
+    found = [components(z) for z in effects(rng, 2000, 5, 30, 0.5, 1.0, 0.7)]
+    mean = np.mean([[f.seeds, f.documents, f.residual] for f in found], axis=0)
+    assert mean == pytest.approx([0.25, 1.0, 0.49], rel=0.05)
+    assert components(np.zeros((3, 5))) == Components(0.0, 0.0, 0.0)
+
+
+# The simulation, through its command line
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory) -> dict:
+    path: Path = tmp_path_factory.mktemp("simulation") / "gate.json"
+    command = [sys.executable, "-m", "scripts.simulate_gate", "--draws", "5000", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "nominal 5 %" in done.stdout
+    return json.loads(path.read_text())
+
+
+def test_false_pass_holds(simulated):
+    assert len(simulated["false_pass"]) == 18
+    assert max(row["crossed"] for row in simulated["false_pass"]) <= 0.06
+
+
+def test_tests_that_forget_seeds_or_documents_do_not_hold(simulated):
+    severe = [row for row in simulated["false_pass"] if row["scenario"] == "severe"]
+    agree = [row for row in simulated["false_pass"] if row["scenario"] == "seeds agree"]
+    assert min(row["documents only"] for row in severe) > 0.08
+    assert min(row["seeds only"] for row in agree) > 0.08
+
+
+def test_placebo_never_passes(simulated):
+    assert [row["passed"] for row in simulated["placebo"]] == [0, 0, 0]
+
+
+def test_power_grows_with_seeds_and_is_foretold(simulated):
+    for share in {row["share"] for row in simulated["power"]}:
+        rates = [row["simulated"] for row in simulated["power"] if row["share"] == share]
+        assert rates == sorted(rates)
+    assert max(abs(row["simulated"] - row["foretold"]) for row in simulated["power"]) < 0.1

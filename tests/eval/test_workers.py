@@ -1,0 +1,99 @@
+"""Jobs side by side: their order, their errors, and no life after their parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eval.errors import UserError
+from eval.workers import Job, locked, run_in_turn, run_jobs
+from tests.helpers import ROOT
+
+
+def note(folder, name, report):
+    import torch
+
+    report(0.5)
+    with (Path(folder) / "log").open("a") as out:
+        out.write(f"{name} ")
+    return name, torch.get_num_threads(), os.getpid()
+
+
+def refuse(report):
+    raise UserError("thing", "found", "mend")
+
+
+def vanish(report):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_jobs_wait_for_what_they_need_and_run_in_one_thread_workers(tmp_path, capsys):
+    jobs = [
+        Job("last", note, (tmp_path, "last"), after=("first", "second")),
+        Job("first", note, (tmp_path, "first")),
+        Job("second", note, (tmp_path, "second"), after=("first", "elsewhere")),
+    ]
+    found = run_jobs("work", jobs, workers=2)
+    assert (tmp_path / "log").read_text().split() == ["first", "second", "last"]
+    assert all(threads == 1 and pid != os.getpid() for _, threads, pid in found.values())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "3 of 3" in lines[-1]
+    assert "left" in lines[-1]
+
+
+def test_in_turn_gives_the_same(tmp_path):
+    jobs = [Job("a", note, (tmp_path, "a")), Job("b", note, (tmp_path, "b"), after=("a",))]
+    assert [run_in_turn("work", jobs)[name][0] for name in "ab"] == ["a", "b"]
+
+
+def test_the_first_error_ends_the_rest_whole(tmp_path):
+    jobs = [Job("bad", refuse), Job("after", note, (tmp_path, "after"), after=("bad",))]
+    with pytest.raises(UserError) as told:
+        run_jobs("work", jobs, workers=2)
+    assert (told.value.thing, told.value.found, told.value.mend) == ("thing", "found", "mend")
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_killed_worker_is_told():
+    with pytest.raises(UserError, match="a worker of work: was killed; free some memory"):
+        run_jobs("work", [Job("gone", vanish)], workers=1)
+
+
+SLEEPER = """
+import sys, time
+from pathlib import Path
+from eval.workers import Job, run_jobs
+
+def sleep(folder, report):
+    (Path(folder) / "started").touch()
+    time.sleep(2)
+    (Path(folder) / "survived").touch()
+
+if __name__ == "__main__":
+    run_jobs("sleep", [Job("sleep", sleep, (sys.argv[1],))], 1)
+"""
+
+
+def test_workers_die_with_their_parent(tmp_path):
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(script), str(tmp_path)]
+    with subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.05)
+        process.kill()
+    time.sleep(2.5)
+    assert not (tmp_path / "survived").exists()
+
+
+def test_a_run_folder_is_held_by_one_process(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match=f"held by process {os.getpid()}"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
