@@ -1,11 +1,17 @@
 """Where the decoder layers and the matrices of a transformers model are, and how large it is."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from compress.recipe import Size, Skipped
 from eval.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def size_of(model: nn.Module) -> Size:

@@ -1,5 +1,7 @@
 """What a pass is, and how a recipe of passes is read: in order of stage, with every option checked."""
 
+from __future__ import annotations
+
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,11 +10,11 @@ from enum import IntEnum
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.artifacts import file_sha256
 from eval.documents import Row
@@ -20,8 +22,12 @@ from eval.errors import UserError, one_of
 from eval.records import PLAIN
 from eval.study import Frozen, Study, find_config, read_yaml, validated
 
+if TYPE_CHECKING:  # heavy, and a call that finds everything done should end at once
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 FOLDER = Path(__file__).parent / "passes"
-EXTRAS = {"optimum.intel": "openvino", "bitsandbytes": "gpu"}  # module -> extra of pyproject.toml
+# module -> extra of pyproject.toml
+EXTRAS = {"optimum.intel": "openvino", "openvino": "openvino", "nncf": "openvino", "bitsandbytes": "gpu"}
 
 
 class Stage(IntEnum):
@@ -55,8 +61,10 @@ class PassReport(Frozen):
     name: str
     before: Size
     after: Size
-    skipped: list[Skipped] = []
-    facts: dict[str, Any] = {}  # layers dropped, worst rounding error, loss curve ...
+    skipped: list[Skipped] = Field(default_factory=list)
+    facts: dict[str, Any] = Field(
+        default_factory=dict
+    )  # layers dropped, worst rounding error, loss curve ...
 
 
 @dataclass(frozen=True)
@@ -180,7 +188,7 @@ def installed(module: str) -> bool:
 
 def check_order(passes: list[Pass], where: str) -> None:
     """Refuses a recipe whose stages go back, or that goes on after its format is settled."""
-    for i, (before, after) in enumerate(zip(passes, passes[1:], strict=False)):
+    for i, (before, after) in enumerate(pairwise(passes)):
         thing = f"{where}: passes.{i + 1}"
         if after.stage < before.stage:
             raise UserError(

@@ -26,7 +26,7 @@ def worst_error(original: Tensor, restored: Tensor, group: int | None) -> float:
     old, new = (t.detach().float().cpu().reshape(-1, width) for t in (original, restored))
     error, scale = (old - new).abs().amax(dim=1), old.abs().amax(dim=1)
     ratio = torch.where(error == 0, 0.0, error / scale)
-    return float(torch.nan_to_num(ratio, nan=float("inf")).max())
+    return float(torch.nan_to_num(ratio, nan=torch.inf, posinf=torch.inf).max())
 
 
 def check_rounding(name: str, original: Tensor, restored: Tensor, group: int | None, bound: float) -> float:

@@ -32,21 +32,21 @@ def find_students(study: Study) -> list[Student]:
     return students
 
 
+def pending(study: Study) -> list[Variant]:
+    """The variants that are missing, or were made from something else than what there is now."""
+    recipes = load_recipes(study)
+    wanted = [Variant(student, recipe) for student in find_students(study) for recipe in recipes]
+    return [variant for variant in wanted if not is_done(study.folder / variant.name, variant.key)]
+
+
 def make(study: Study) -> int:
     """Makes, checks and publishes what is missing; returns how many variants that were."""
-    recipes = load_recipes(study)
-    students = find_students(study)
-    todo = [
-        variant
-        for student in students
-        for variant in (Variant(student, recipe) for recipe in recipes)
-        if not is_done(study.folder / variant.name, variant.key)
+    todo = pending(study)
+    groups = {v.student: [other for other in todo if other.student == v.student] for v in todo}
+    jobs = [
+        Job(f"{student.arm}/s{student.seed}", make_variants, (study, own), weight=len(own))
+        for student, own in groups.items()
     ]
-    jobs = []
-    for student in students:
-        own = [variant for variant in todo if variant.student == student]
-        if own:
-            jobs.append(Job(f"{student.arm}/s{student.seed}", make_variants, (study, own), weight=len(own)))
     run_jobs("make variants", jobs, study.workers)
     checks = [Job(variant.name.removeprefix("variants/"), publish, (study, variant)) for variant in todo]
     run_jobs("check variants", checks, study.workers)

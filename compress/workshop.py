@@ -19,15 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import logging as transformers_logging
 
 from compress.calibrate import check_batch, log_probs
 from compress.recipe import Context, Pass, PassReport, Recipe
 from distill.data import training_rows
 from eval.artifacts import building, digest, write_text
 from eval.documents import Batch, boundary_id
-from eval.engines import load_engine
-from eval.engines.torch import load_checkpoint
 from eval.errors import UserError
 from eval.study import Study
 
@@ -78,6 +75,8 @@ def made_folder(study: Study, variant: Variant) -> Path:
 
 def hush() -> None:
     """One line per variant is enough: no bars of transformers, no remarks of bitsandbytes on each layer."""
+    from transformers import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -97,6 +96,8 @@ class Line:
     """One student and what is made of it; a beginning that several recipes share is worked once."""
 
     def __init__(self, study: Study, variants: list[Variant]) -> None:
+        from eval.engines.torch import load_checkpoint
+
         self.student = variants[0].student
         self.parent, self.tokenizer = load_checkpoint(self.student.folder)
         self.rows = training_rows(study, self.tokenizer)
@@ -188,6 +189,8 @@ def publish(study: Study, variant: Variant, report: Callable[[float], None]) -> 
 
 def compare(made: Path, engine: str) -> dict[str, float]:
     """Largest difference of a log-probability and mean KL(memory, folder), in nats, on training rows."""
+    from eval.engines import load_engine
+
     known = load_file(made / "answers.safetensors")
     with safe_open(made / "answers.safetensors", framework="pt") as stream:
         text = stream.metadata()["text"]

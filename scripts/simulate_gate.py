@@ -45,6 +45,7 @@ SCENARIOS = [
     Scenario("medium", 0.6),
     Scenario("severe", 1.2),
     Scenario("severe, documents agree", 1.2, 0.3, 1.0),
+    Scenario("severe, little noise", 1.2, 1.5, 0.3),
     Scenario("medium, skewed documents", 0.6, skewed=True),
 ]
 TESTS = ("crossed", "documents only", "seeds only")

@@ -4,19 +4,23 @@ Saved in transformers' own quantized format: `AutoModelForCausalLM.from_pretrain
 where it is slower than float32.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from compress.anatomy import left_out, size_of, stored_bytes
 from compress.recipe import Context, Pass, PassReport, Size, Stage
 from compress.rounding import INT8_ROUNDED, NF4_GAP, check_rounding
 from eval.errors import UserError
 from eval.study import Frozen
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 BLOCK = 64  # weights that share one scale in NF4
 
@@ -50,6 +54,8 @@ class BitsAndBytes(Pass):
 
 
 def settings(name: str) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -64,12 +70,14 @@ def quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedMo
         UserError: a row of a matrix is no multiple of the block: bitsandbytes 0.50.2 restores such a
             matrix wrongly on a CPU, and says nothing.
     """
+    from transformers import AutoModelForCausalLM
+
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         made = AutoModelForCausalLM.from_pretrained(
             Path(folder), quantization_config=config, dtype=torch.float32, local_files_only=True
         )
-    for name, module in quantized(made).items():
+    for name in quantized(made):
         shape = tuple(model.get_submodule(name).weight.shape)
         if config.load_in_4bit and shape[1] % BLOCK:
             raise UserError(

@@ -5,19 +5,23 @@ Ineffectiveness of the Deeper Layers", and Men et al. 2024, "ShortGPT": inner la
 the loss itself is the yardstick here, which small models can afford).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from torch import nn
-from transformers import PreTrainedModel
 
 from compress.anatomy import decoder_layers, size_of
 from compress.calibrate import calibration_rows, mean_loss
 from compress.recipe import Context, Pass, PassReport, Stage
 from eval.errors import UserError
 from eval.study import Frozen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Fields of transformers configs with one entry per layer, and those that list layer numbers.
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "block_types")
@@ -92,5 +96,5 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
     for new, old in enumerate(kept):
         for module in layers[old].modules():
             if "layer_idx" in vars(module):  # transformers' name for the module's place in the cache
-                module.layer_idx = new
+                vars(module)["layer_idx"] = new
     config.num_hidden_layers = len(kept)

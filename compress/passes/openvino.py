@@ -3,6 +3,8 @@
 The float32 export is made once per model and shared by every recipe that starts from it.
 """
 
+from __future__ import annotations
+
 import gc
 import logging
 import re
@@ -12,13 +14,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import rich
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from compress.anatomy import size_of
 from compress.calibrate import check_batch, log_probs
@@ -27,7 +28,11 @@ from compress.rounding import INT4_STEP, INT8_STEP, check_rounding
 from eval.errors import UserError
 from eval.study import Frozen
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 EXPORT_TOLERANCE = 1e-3  # nats, between the float32 IR and torch
+LOUD = ("nncf", "optimum", "transformers")
 LOW = {"i8": INT8_STEP, "u8": INT8_STEP, "i4": INT4_STEP, "u4": INT4_STEP}  # element type -> bound
 
 
@@ -99,7 +104,7 @@ def quiet() -> Iterator[None]:
         import optimum.intel  # noqa: F401
 
         warnings.simplefilter("ignore", category=torch.jit.TracerWarning)
-        for name in ("nncf", "optimum", "transformers"):
+        for name in {*LOUD, *(n for n in logging.root.manager.loggerDict if n.split(".")[0] in LOUD)}:
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
@@ -123,7 +128,7 @@ def load(folder: Path, compression: Any) -> Any:
     from optimum.intel import OVModelForCausalLM
 
     return OVModelForCausalLM.from_pretrained(
-        folder, compile=False, ov_config=exactly(), quantization_config=compression
+        str(folder), compile=False, ov_config=exactly(), quantization_config=compression
     )
 
 
@@ -133,19 +138,25 @@ def export(model: PreTrainedModel, context: Context, place: Path) -> None:
     Raises:
         UserError: OpenVINO cannot export this model, or the IR answers differently from torch.
     """
-    from optimum.intel import OVModelForCausalLM
+    from optimum.exporters.openvino import main_export
+    from optimum.intel import OVConfig
 
     place.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=place.parent) as folder:
-        source, aside = Path(folder) / "torch", Path(folder) / "ir"
+        source, aside, whole = (Path(folder) / name for name in ("torch", "aside", "whole"))
         model.save_pretrained(source)
         try:
-            made = OVModelForCausalLM.from_pretrained(
-                source, export=True, compile=False, load_in_8bit=False, ov_config=exactly()
+            main_export(
+                str(source),
+                output=aside,
+                task="text-generation-with-past",
+                library_name="transformers",
+                ov_config=OVConfig(dtype="auto"),
             )
         except ValueError as error:
             found = " ".join(str(error).split())[:200]
             raise UserError(f"openvino export of {type(model).__name__}", found, "leave it out") from error
+        made = load(aside, None)
         batch = check_batch(context.rows, context.pad)
         gap = (log_probs(made, batch) - log_probs(model, batch))[batch.attention_mask.bool()].abs().max()
         if not float(gap) <= EXPORT_TOLERANCE:
@@ -155,8 +166,8 @@ def export(model: PreTrainedModel, context: Context, place: Path) -> None:
                 f"at most {EXPORT_TOLERANCE} is right: install another version of optimum-intel",
             )
         tidy_names(made.model)
-        made.save_pretrained(aside)
-        aside.rename(place)
+        made.save_pretrained(whole)
+        whole.rename(place)
 
 
 def tidy_names(model: Any) -> None:
@@ -189,6 +200,13 @@ def plain_matrices(model: Any) -> dict[str, Tensor]:
     }
 
 
+def scaled_output(node: Any) -> Any:
+    """What multiplies a compressed constant by its scale: after Convert, and Subtract where asymmetric."""
+    while node.get_type_name() != "Multiply":
+        node = next(iter(node.output(0).get_target_inputs())).get_node()
+    return node.output(0)
+
+
 def low_matrices(model: Any) -> dict[str, tuple[str, Tensor]]:
     """The compressed matrices of an IR: name -> (element type, values as the runtime restores them)."""
     import openvino
@@ -198,9 +216,7 @@ def low_matrices(model: Any) -> dict[str, tuple[str, Tensor]]:
         name, kind = node.get_friendly_name(), node.get_element_type().get_type_name()
         if kind not in LOW or name.endswith("/zero_point"):
             continue
-        while node.get_type_name() != "Multiply":  # Convert, for asymmetric types Subtract, then the scale
-            node = next(iter(node.output(0).get_target_inputs())).get_node()
-        scaled.append(node.output(0))
+        scaled.append(scaled_output(node))
         kinds[name] = kind
     if not kinds:
         return {}

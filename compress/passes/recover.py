@@ -1,15 +1,20 @@
 """Recovery: distils the uncompressed student into what the passes before have left of it."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from compress.anatomy import size_of
 from compress.recipe import Context, Pass, PassReport, Stage
-from distill.loop import train
 from eval.artifacts import digest
 from eval.documents import Batch
 from eval.study import Frozen, Train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Recover(Pass):
@@ -19,6 +24,8 @@ class Recover(Pass):
         train: Train
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
+        from distill.loop import train
+
         before = size_of(model)
         zeros = pruned(model)
         curve = train(
@@ -34,8 +41,8 @@ class Recover(Pass):
         )
         model.to("cpu")
         context.parent.to("cpu")
-        report = PassReport(name=self.name, before=before, after=size_of(model), facts={"loss_curve": curve})
-        return model, report
+        facts = {"loss_curve": [[step, loss] for step, loss in curve]}
+        return model, PassReport(name=self.name, before=before, after=size_of(model), facts=facts)
 
 
 @torch.no_grad()
@@ -46,7 +53,7 @@ def teach(parent: PreTrainedModel, batch: Batch) -> Tensor:
     return torch.log_softmax(output.logits.float(), dim=-1)
 
 
-def pruned(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+def pruned(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The matrices of linear layers that hold zeros, each with its mask: True where it is zero."""
     weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     masks = [(weight, weight.detach() == 0) for weight in weights.values()]
@@ -54,7 +61,7 @@ def pruned(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
 
 
 @torch.no_grad()
-def clear(zeros: list[tuple[nn.Parameter, Tensor]]) -> None:
+def clear(zeros: list[tuple[Tensor, Tensor]]) -> None:
     """Sets what was pruned to zero again: momentum and weight decay would bring it back."""
     for weight, mask in zeros:
         weight.masked_fill_(mask.to(weight.device), 0.0)

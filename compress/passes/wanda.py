@@ -1,10 +1,11 @@
 """Unstructured or n:m sparsity by Wanda (Sun et al. 2023): weight magnitude times input norm, row by row."""
 
-from typing import Self
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from compress.anatomy import decoder_layers, layer_matrices, left_out, size_of
 from compress.calibrate import calibration_rows, input_norms
@@ -12,6 +13,9 @@ from compress.recipe import Context, Pass, PassReport, Skipped, Stage
 from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
 from eval.errors import UserError
 from eval.study import Frozen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Wanda(Pass):

@@ -1,12 +1,12 @@
 """A run folder as training and compression leave it, made of tiny random models in a second."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from distill.student import train_tokenizer
 from eval.artifacts import Manifest, building, digest, read_manifest
+from eval.study import load_study, settle
 from tests.helpers import WORDS, text, tiny_model, tiny_study
 
 CONTEXT = 32
@@ -42,7 +42,6 @@ def facts(arm: str, recipe: str = "plain", engine: str = "torch", seed: int = 0)
 
 def put_data(run: Path, **extra: str) -> None:
     """Documents of code and prose; `extra` adds texts to the held-out ones under ids of their own."""
-    import json
 
     def rows(domain: str, seeds: range, more: dict[str, str] | None = None) -> str:
         texts = {f"{domain}-{i}": text(domain, i, words=30 + 20 * (i % 5)) for i in seeds} | (more or {})
@@ -59,7 +58,7 @@ def put_data(run: Path, **extra: str) -> None:
 def fake_run(folder: Path, **changes: Any) -> tuple[Path, Path]:
     """(study file, run folder) with data, a base, S1 and S0 of one seed."""
     path = tiny_study(folder, **{"seeds": [0], "cost": COST, "workers": 1, **changes})
-    run = folder / "runs" / yaml.safe_load(path.read_text())["name"]
+    run = settle(load_study(path))
     put_data(run)
     for seed, (name, arm) in enumerate(
         {"base/s0": "B", "students/S1/s0": "S1", "students/S0/s0": "S0"}.items()

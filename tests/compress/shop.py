@@ -1,0 +1,63 @@
+"""A run folder with tiny students that no distillation was needed for."""
+
+import copy
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from compress.recipe import Context
+from distill.data import prepare, training_rows
+from distill.loop import train
+from eval.artifacts import building
+from eval.engines.torch import load_checkpoint
+from eval.study import Study, Train, load_study, settle
+from tests.helpers import tiny_model, tiny_study, tiny_tokenizer
+
+VOCAB = 320
+
+
+def recipe_file(folder: Path, name: str, *passes: dict, target: str = "cpu") -> str:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"name": name, "target": target, "passes": list(passes)}))
+    return str(path)
+
+
+def fake_run(folder: Path, recipes: list[str], seeds: list[int] | None = None, layers: int = 4) -> Study:
+    """A settled study with data and with students S1 and S0 of every seed, slightly trained."""
+    torch.set_num_threads(1)
+    study = load_study(tiny_study(folder, recipes=recipes, seeds=seeds or [0], workers=1))
+    settle(study)
+    prepare(study)
+    tokenizer = tiny_tokenizer(VOCAB)
+    rows = training_rows(study, tokenizer)
+    for seed in study.seeds:
+        model = tiny_model(VOCAB, seed=seed, num_hidden_layers=layers)
+        settings = Train(steps=15, rows=4)
+        train(model, rows, settings, pad=0, seed=seed, teacher=None, scratch=folder / "nothing")
+        for arm in ("S1", "S0"):
+            add_student(study, arm, seed, model, tokenizer)
+            with torch.no_grad():
+                model.model.norm.weight *= 1.05
+    return study
+
+
+def add_student(study: Study, arm: str, seed: int, model: PreTrainedModel, tokenizer) -> None:
+    name = f"students/{arm}/s{seed}"
+    facts = {"arm": arm, "seed": seed, "recipe": "plain", "engine": "torch"}
+    with building(study.folder / name, kind="model", name=name, key="k", parents={}, facts=facts) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+
+
+def context_of(study: Study, scratch: Path) -> Context:
+    """What the passes of a recipe get for S1 of the first seed."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    parent, tokenizer = load_checkpoint(study.folder / "students" / "S1" / f"s{study.seeds[0]}")
+    rows = training_rows(study, tokenizer)
+    return Context(parent, tokenizer, rows, 0, study.seeds[0], scratch, lambda share: None)
+
+
+def model_of(context: Context) -> PreTrainedModel:
+    return copy.deepcopy(context.parent)

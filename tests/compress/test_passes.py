@@ -1,0 +1,187 @@
+"""One contract for every pass that is found."""
+
+import copy
+
+import pytest
+import torch
+
+from compress.anatomy import size_of
+from compress.recipe import PassReport, known_passes, make_pass
+from distill.data import training_rows
+from eval.artifacts import content_hash, entries
+from eval.errors import UserError
+from tests.compress.shop import context_of, fake_run, model_of
+from tests.helpers import tiny_model
+
+TRAIN = {"steps": 4, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}
+CASES = {
+    "drop_layers": [{"share": 0.25}, {"share": 0.5}],
+    "wanda": [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.9, "rows": 1}],
+    "recover": [{"train": TRAIN}],
+    "bitsandbytes": [{"format": "nf4"}, {"format": "int8"}],
+    "openvino": [{"weights": "int8"}, {"weights": "int4"}, {"weights": "fp32"}],
+}
+ALL = [
+    pytest.param(name, options, id=f"{name}-{i}")
+    for name, many in CASES.items()
+    for i, options in enumerate(many)
+]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return fake_run(tmp_path_factory.mktemp("study"), [])
+
+
+@pytest.fixture(scope="module")
+def context(study, tmp_path_factory):
+    return context_of(study, tmp_path_factory.mktemp("work"))
+
+
+def make(name, options):
+    return make_pass({"pass": name, **options}, "here")
+
+
+def saved(model, folder) -> str:
+    model.save_pretrained(folder)
+    return content_hash(entries(folder))
+
+
+def test_every_pass_has_cases():
+    assert sorted(CASES) == known_passes()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_unknown_options_are_refused(name):
+    with pytest.raises(UserError, match=r"unknown key shar.*accepted"):
+        make(name, {**CASES[name][0], "shar": 1})
+
+
+@pytest.mark.parametrize(("name", "options"), ALL)
+def test_contract(name, options, study, context, tmp_path):
+    """The parent is not touched, the report adds up, and the same work gives the same bytes."""
+    parent = saved(context.parent, tmp_path / "parent")
+    before, modules = size_of(context.parent), dict(context.parent.named_modules())
+    made, report = make(name, options).apply(model_of(context), context)
+    assert saved(context.parent, tmp_path / "parent-after") == parent
+    check_report(report, before, modules)
+    assert report.name == name
+    elsewhere = context_of(study, tmp_path / "elsewhere")
+    again, second = make(name, options).apply(model_of(elsewhere), elsewhere)
+    assert second == report
+    assert saved(made, tmp_path / "one") == saved(again, tmp_path / "two")
+
+
+def check_report(report, before, modules):
+    assert report.before == before
+    assert report.after.parameters <= before.parameters
+    assert 0 < report.after.nonzeros <= report.after.parameters
+    assert report.after.bytes > 0
+    assert {skip.module for skip in report.skipped} <= set(modules)
+    assert all(skip.reason for skip in report.skipped)
+    assert PassReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_wanda_makes_the_zeros_it_says(context):
+    model, report = make("wanda", {"sparsity": 0.5}).apply(model_of(context), context)
+    for layer in model.model.layers:
+        weight = layer.mlp.down_proj.weight
+        assert torch.equal((weight == 0).sum(dim=1), torch.full((64,), 64))
+    linear = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
+    assert report.before.nonzeros - report.after.nonzeros == linear // 2
+    assert {s.module for s in report.skipped} == {"model.embed_tokens", "lm_head"}
+    assert report.after.parameters == report.before.parameters
+
+
+def test_wanda_two_of_four(context):
+    model, _ = make("wanda", {"pattern": "2:4"}).apply(model_of(context), context)
+    groups = model.model.layers[2].self_attn.q_proj.weight.reshape(-1, 4)
+    assert int((groups != 0).sum(dim=1).max()) == 2
+
+
+def test_wanda_beats_magnitude_and_sees_pruned_layers(context):
+    """Later layers are calibrated on what the pruned ones give: one pass over all layers differs."""
+    from compress.calibrate import calibration_rows, input_norms
+    from compress.sparsity import keep_rows, wanda_scores
+
+    rows = calibration_rows(context.rows, 32, context.seed)
+    model, _ = make("wanda", {"sparsity": 0.5}).apply(model_of(context), context)
+    name = "model.layers.3.mlp.down_proj"
+    final, original = model.get_submodule(name), context.parent.get_submodule(name)
+    norms = input_norms(model, {name: final}, rows, 0)[name]
+    # its own pruning is the last thing that happens to it, so the norms are those that it was chosen by
+    gate_and_up_pruned_too = keep_rows(wanda_scores(original.weight, norms), 0.5)
+    overlap = ((final.weight != 0) == gate_and_up_pruned_too).float().mean()
+    assert overlap > 0.9
+
+
+def test_wanda_that_fits_nothing(context):
+    with pytest.raises(UserError, match="no linear layer that it can prune"):
+        make("wanda", {"pattern": "2:7"}).apply(model_of(context), context)
+
+
+def test_recovery_keeps_zeros_and_ties_and_helps(context):
+    from compress.calibrate import mean_loss
+
+    pruned, _ = make("wanda", {"sparsity": 0.7}).apply(model_of(context), context)
+    zeros = {n: p == 0 for n, p in pruned.named_parameters() if "proj" in n}
+    harmed = mean_loss(pruned, context.rows, 0)
+    train = {"steps": 24, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01, "weight_decay": 0.1}}
+    model, report = make("recover", {"train": train}).apply(copy.deepcopy(pruned), context)
+    for name, mask in zeros.items():
+        assert torch.equal(model.get_parameter(name) == 0, mask), name
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert mean_loss(model, context.rows, 0) < harmed
+    assert report.facts["loss_curve"][-1][0] == 24
+    assert report.after.nonzeros == report.before.nonzeros
+
+
+def test_too_many_layers(context):
+    with pytest.raises(UserError, match="is 3 of 4 layers; the first and the last stay"):
+        make("drop_layers", {"share": 0.75}).apply(model_of(context), context)
+
+
+def test_nf4_refuses_rows_that_are_no_multiple_of_the_block(study, context):
+    """bitsandbytes 0.50.2 restores them wrongly on a CPU, without a word."""
+    odd = tiny_model(320, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    with pytest.raises(
+        UserError,
+        match=r"layer model.layers.0.mlp.down_proj of shape \(64, 96\): 96 inputs are no multiple of 64",
+    ):
+        make("bitsandbytes", {"format": "nf4"}).apply(odd, context)
+    _, report = make("bitsandbytes", {"format": "int8"}).apply(odd, context)
+    assert report.facts["matrices"] == 14
+
+
+def test_what_nncf_does_with_tied_embeddings(context):
+    """int8 takes the shared matrix once; int4 keeps it in 8 bits; nothing stays in float32."""
+    _, eight = make("openvino", {"weights": "int8"}).apply(model_of(context), context)
+    _, four = make("openvino", {"weights": "int4"}).apply(model_of(context), context)
+    assert set(eight.facts["formats"].values()) == {"i8"}
+    assert [n for n, kind in four.facts["formats"].items() if kind != "i4"] == ["model.embed_tokens"]
+    assert eight.skipped == four.skipped == []
+    assert four.after.bytes < eight.after.bytes < eight.before.bytes / 3
+
+
+def test_an_export_that_answers_otherwise_is_refused(context, tmp_path):
+    """A model that computes something else while it is traced than afterwards: the IR must not pass."""
+    from dataclasses import replace
+
+    model = model_of(context)
+    model.save_pretrained_before = model.save_pretrained
+
+    def save(folder, **how):
+        changed = copy.deepcopy(context.parent)
+        with torch.no_grad():
+            changed.model.norm.weight *= 1.5
+        changed.save_pretrained(folder, **how)
+
+    model.save_pretrained = save
+    work = replace(context, scratch=tmp_path / "fresh")
+    with pytest.raises(UserError, match="log-probabilities differ from torch"):
+        make("openvino", {"weights": "int8"}).apply(model, work)
+    assert not (tmp_path / "fresh" / "openvino-fp32").exists()
+
+
+def test_rows_of_the_study_are_training_rows(study, context):
+    assert [row.id for row in context.rows] == [row.id for row in training_rows(study, context.tokenizer)]

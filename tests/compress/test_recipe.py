@@ -1,0 +1,126 @@
+"""Recipes: every file parses, order is kept, and each mistake has one clear answer."""
+
+import textwrap
+
+import pytest
+import yaml
+
+from compress.recipe import Pass, Stage, known_passes, load_recipe, load_recipes, pass_class
+from eval.errors import UserError
+from eval.study import ROOT, load_study
+from tests.compress.shop import recipe_file
+from tests.helpers import tiny_study
+
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+PRUNE = {"pass": "wanda", "sparsity": 0.5}
+DROP = {"pass": "drop_layers", "share": 0.25}
+EXPORT = {"pass": "openvino", "weights": "int8"}
+NF4 = {"pass": "bitsandbytes", "format": "nf4"}
+
+OWN = """
+    from compress.recipe import Pass, PassReport, Stage
+
+    class Own(Pass):
+        stage = Stage.STRUCTURE
+        {more}
+        def apply(self, model, context):
+            raise NotImplementedError
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """Writes a pass into a module outside of the project."""
+
+    def write(name: str, more: str = "") -> str:
+        package = tmp_path / "team"
+        package.mkdir(exist_ok=True)
+        (package / f"{name}.py").write_text(textwrap.dedent(OWN.format(more=more)))
+        return f"team.{name}"
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return write
+
+
+def test_every_recipe_parses():
+    names = {load_recipe(str(path)).name for path in RECIPES}
+    assert (
+        names
+        == {path.stem for path in RECIPES}
+        >= {"int8", "int4", "wanda50", "depth25", "depth25-int8", "nf4", "int8-bnb"}
+    )
+
+
+def test_targets_and_engines():
+    assert (load_recipe("int8").target, load_recipe("int8").engine) == ("cpu", "openvino")
+    assert (load_recipe("nf4").target, load_recipe("nf4").engine) == ("gpu", "torch")
+    assert load_recipe("wanda50").engine == "torch"
+
+
+def test_every_pass_is_found_and_stands_in_a_stage():
+    assert known_passes() == ["bitsandbytes", "drop_layers", "openvino", "recover", "wanda"]
+    for name in known_passes():
+        kind = pass_class(name, "here")
+        assert issubclass(kind, Pass)
+        assert isinstance(kind.stage, Stage)
+
+
+@pytest.mark.parametrize(
+    ("passes", "found"),
+    [
+        (
+            [EXPORT, PRUNE],
+            r"passes\.1: wanda \(SPARSITY\) after openvino \(EXPORT\); order the passes by stage",
+        ),
+        ([PRUNE, DROP], r"passes\.1: drop_layers \(STRUCTURE\) after wanda \(SPARSITY\)"),
+        ([NF4, EXPORT], "passes.1: openvino after bitsandbytes; bitsandbytes must be the last pass"),
+        ([EXPORT, EXPORT], "openvino must be the last pass"),
+        ([{"pass": "wandaa"}], "passes.0.pass: 'wandaa'; did you mean 'wanda'"),
+        ([{"pass": "no.such_module"}], "is it on PYTHONPATH"),
+        ([{"pass": "compress.recipe"}], "Pass must define `stage` and `apply`"),
+        ([{"sparsity": 0.5}], "passes.0.pass: None; name one of"),
+        ([{**PRUNE, "sparsty": 1}], "unknown key sparsty.*did you mean 'sparsity'"),
+        ([{**PRUNE, "sparsity": 1.5}], "passes.0: sparsity: 1.5; Input should be less than 1"),
+        ([{**PRUNE, "pattern": "2:4"}], "not both"),
+        ([{"pass": "wanda", "pattern": "4:4"}], "keeps everything"),
+        ([{"pass": "wanda", "pattern": "two"}], "pattern"),
+        ([{"pass": "recover"}], "passes.0: train: missing"),
+        ([], "passes"),
+    ],
+)
+def test_mistakes(tmp_path, passes, found):
+    with pytest.raises(UserError, match=found):
+        load_recipe(recipe_file(tmp_path, "wrong", *passes))
+
+
+def test_a_name_that_means_something_else(tmp_path):
+    with pytest.raises(UserError, match="means the uncompressed student"):
+        load_recipe(recipe_file(tmp_path, "plain", PRUNE))
+    path = tmp_path / "up.yaml"
+    path.write_text(yaml.safe_dump({"name": "../up", "target": "cpu", "passes": [PRUNE]}))
+    with pytest.raises(UserError, match=r"name: '\.\./up'"):
+        load_recipe(str(path))
+
+
+def test_two_recipes_of_one_name(tmp_path):
+    study = load_study(tiny_study(tmp_path, recipes=["wanda50", recipe_file(tmp_path, "wanda50", PRUNE)]))
+    with pytest.raises(UserError, match="'wanda50' twice"):
+        load_recipes(study)
+
+
+def test_a_pass_of_ones_own(tmp_path, outside):
+    recipe = load_recipe(recipe_file(tmp_path, "own", {"pass": outside("mine")}))
+    assert recipe.passes[0].name == "team.mine"
+
+
+def test_a_missing_library_names_the_extra(tmp_path, outside):
+    own = outside("needy", more='needs = ("library_that_nobody_has",)')
+    with pytest.raises(UserError, match="needs library_that_nobody_has, not installed; install the extra"):
+        load_recipe(recipe_file(tmp_path, "own", {"pass": own}))
+
+
+def test_the_identity_follows_options_and_code(tmp_path, outside):
+    def identity(**options):
+        return load_recipe(recipe_file(tmp_path, "one", {**PRUNE, **options})).identity
+
+    assert identity() == identity() != identity(sparsity=0.4)

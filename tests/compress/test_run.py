@@ -1,0 +1,242 @@
+"""The real command on a run folder with tiny students."""
+
+import json
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.run import pending
+from compress.workshop import compare, made_folder, make_variants, publish
+from eval.artifacts import entries, read_manifest, verified
+from eval.engines.torch import load_checkpoint
+from eval.errors import UserError
+from tests.compress.shop import add_student, fake_run, recipe_file
+from tests.helpers import ROOT, run
+
+TRAIN = {"steps": 6, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}
+DROP = {"pass": "drop_layers", "share": 0.25}
+ARMS = ("S1", "S0")
+
+LOAD = """
+import sys, json
+from pathlib import Path
+from importlib.util import find_spec
+assert not any(find_spec(name) for name in ("compress", "distill", "eval"))
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder, engine in json.loads(sys.argv[1]):
+    kind = AutoModelForCausalLM
+    if engine == "openvino":
+        from optimum.intel import OVModelForCausalLM as kind
+    model, tokenizer = kind.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    made = model.generate(**tokenizer("the river", return_tensors="pt"), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert made.shape[1] > 4
+print("all load")
+"""
+
+
+def compress(study, *words):
+    return run("-m", "compress.run", "--study", study.folder, *words)
+
+
+def manifests(study):
+    return {
+        p.parent: read_manifest(p.parent) for p in sorted(study.folder.glob("variants/*/*/*/manifest.json"))
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A study with one recipe of every kind, compressed once."""
+    folder = tmp_path_factory.mktemp("run")
+    recipes = [
+        recipe_file(folder, "chain", DROP, {"pass": "recover", "train": TRAIN}),
+        recipe_file(
+            folder,
+            "chain-int8",
+            DROP,
+            {"pass": "recover", "train": TRAIN},
+            {"pass": "openvino", "weights": "int8"},
+        ),
+        recipe_file(folder, "w50", {"pass": "wanda"}),
+        recipe_file(folder, "four", {"pass": "bitsandbytes", "format": "nf4"}, target="gpu"),
+    ]
+    study = fake_run(folder, recipes, seeds=[0])
+    students = entries(study.folder / "students")
+    result = compress(study)
+    assert result.returncode == 0, result.stderr
+    return study, students, result
+
+
+def test_every_recipe_is_applied_to_both_arms(done):
+    study, _, result = done
+    assert f"variants: 8 in {study.folder / 'variants'}, 8 made now" in result.stdout
+    assert len(manifests(study)) == 8
+    for folder, manifest in manifests(study).items():
+        recipe, arm, seed = folder.parts[-3:]
+        assert manifest.name == f"variants/{recipe}/{arm}/{seed}"
+        assert manifest.kind == "variant"
+        facts = manifest.facts
+        assert (facts["recipe"], facts["arm"], facts["seed"]) == (recipe, arm, 0)
+        assert facts["target"] == ("gpu" if recipe == "four" else "cpu")
+        assert facts["engine"] == ("openvino" if recipe == "chain-int8" else "torch")
+        assert ("loss_curve" in facts) == recipe.startswith("chain")
+        assert manifest.parents["student"] == read_manifest(study.folder / "students" / arm / seed).hash
+        assert manifest.parents["data"] == read_manifest(study.folder / "data").hash
+        assert facts["reload"]["log_prob_difference"] < 1e-3
+        verified(folder)
+
+
+def test_reports_follow_each_other(done):
+    study, _, _ = done
+    for manifest in manifests(study).values():
+        reports = manifest.facts["reports"]
+        assert all(a["after"] == b["before"] for a, b in pairwise(reports))
+    chain = read_manifest(study.folder / "variants/chain/S1/s0").facts["reports"]
+    assert [r["name"] for r in chain] == ["drop_layers", "recover"]
+    assert read_manifest(study.folder / "variants/chain-int8/S1/s0").facts["reports"][:2] == chain
+
+
+def test_the_output_is_plain_lines_and_nothing_of_the_libraries(done):
+    lines = done[2].stderr.splitlines()
+    assert sum("check variants:" in line for line in lines) == 8
+    assert all(line.startswith(("make variants:", "check variants:")) for line in lines), done[2].stderr
+
+
+def test_parents_are_not_touched_and_no_scratch_is_left(done):
+    study, students, _ = done
+    assert entries(study.folder / "students") == students
+    assert not (study.folder / "scratch" / "variants").exists()
+    assert not list(study.folder.glob("variants/**/.*"))
+
+
+def test_variants_load_where_the_project_is_absent(done, tmp_path):
+    """By their standard format alone, in a process that cannot import compress, distill or eval."""
+    study, _, _ = done
+    places = [
+        (str(folder.resolve()), m.facts["engine"])
+        for folder, m in manifests(study).items()
+        if m.facts["arm"] == "S1"
+    ]
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", LOAD, json.dumps(places)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.endswith("all load\n"), result.stderr
+
+
+def test_a_second_call_does_nothing_and_a_lost_variant_alone_is_remade(done):
+    study, _, _ = done
+    before = {
+        folder: (m.hash, (folder / "manifest.json").stat().st_mtime_ns)
+        for folder, m in manifests(study).items()
+    }
+    again = compress(study)
+    assert again.returncode == 0, again.stderr
+    assert "0 made now" in again.stdout
+    lost = study.folder / "variants" / "chain" / "S0" / "s0"
+    shutil.rmtree(lost)
+    third = compress(study)
+    assert "1 made now" in third.stdout, third.stderr
+    after = {
+        folder: (m.hash, (folder / "manifest.json").stat().st_mtime_ns)
+        for folder, m in manifests(study).items()
+    }
+    assert {f for f in before if before[f] != after[f]} == {lost}
+    assert before[lost][0] == after[lost][0], "the same bytes, whatever else the process made"
+
+
+def test_a_changed_recipe_or_parent_is_made_again(done, tmp_path):
+    study, _, _ = done
+    assert pending(study) == []
+    other = recipe_file(tmp_path, "w50", {"pass": "wanda", "sparsity": 0.25})
+    changed = study.model_copy(update={"recipes": [*study.recipes[:2], other]})
+    assert [v.name for v in pending(changed)] == ["variants/w50/S1/s0", "variants/w50/S0/s0"]
+    assert len(pending(study.model_copy(update={"data": study.data.model_copy(update={"context": 16})}))) == 8
+
+
+@pytest.fixture
+def small(tmp_path):
+    return fake_run(tmp_path, ["wanda50"], layers=2)
+
+
+def line_of(result) -> str:
+    assert result.returncode == 3, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def test_a_truncated_parent(small):
+    weights = small.folder / "students" / "S0" / "s0" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "model.safetensors has sha256" in line_of(compress(small))
+    assert not (small.folder / "variants").exists()
+
+
+def test_a_missing_parent_and_an_unknown_recipe(small):
+    with pytest.raises(UserError, match=r"recipes config: 'wanda5'; no such file; known by name: .*wanda50"):
+        pending(small.model_copy(update={"recipes": ["wanda5"]}))
+    shutil.rmtree(small.folder / "students" / "S1")
+    with pytest.raises(UserError, match=r"students/S1/s0: no manifest.json; make it first"):
+        pending(small)
+
+
+def test_an_error_in_a_worker_is_one_line(small, tmp_path):
+    recipe = recipe_file(tmp_path, "deep", {"pass": "drop_layers", "share": 0.5})
+    message = line_of(compress(small, "--recipes", f"[{recipe}]"))
+    assert "drop_layers.share: 0.5 is 1 of 2 layers" in message
+    assert not (small.folder / "variants").exists()
+
+
+def test_weights_that_are_not_finite(small):
+    folder = small.folder / "students" / "S1" / "s0"
+    model, tokenizer = load_checkpoint(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    add_student(small, "S1", 0, model, tokenizer)
+    with pytest.raises(UserError, match="not finite"):
+        make_variants(small, pending(small)[:1], lambda share: None)
+
+
+def test_a_folder_that_answers_otherwise_is_not_published(small):
+    """One weight of the saved model is changed behind the back of the check."""
+    variant = pending(small)[0]
+    make_variants(small, [variant], lambda share: None)
+    made = made_folder(small, variant)
+    assert compare(made, "torch")["kl"] < 1e-9
+    path = Path(made / "model" / "model.safetensors")
+    weights = load_file(path)
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1.05
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match="reloaded, log-probabilities differ"):
+        publish(small, variant, lambda share: None)
+    assert not (small.folder / "variants").exists()
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(tmp_path):
+    """Killed when the first student is made, and again when the first variant is checked."""
+    chain = ({"pass": "drop_layers"}, {"pass": "recover", "train": {**TRAIN, "checkpoint_every": 2}})
+    recipes = [recipe_file(tmp_path, "chain", *chain), recipe_file(tmp_path, "w50", {"pass": "wanda"})]
+    study = fake_run(tmp_path, recipes)
+    for sign in ("make variants: S1/s0", "check variants: chain/S1/s0"):
+        command = [sys.executable, "-m", "compress.run", "--study", str(study.folder)]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        with process:
+            while sign not in process.stderr.readline():
+                assert process.poll() is None
+            process.kill()
+    assert compress(study).returncode == 0
+    interrupted = {folder: m.hash for folder, m in manifests(study).items()}
+    shutil.rmtree(study.folder / "variants")
+    assert compress(study).returncode == 0
+    assert {folder: m.hash for folder, m in manifests(study).items()} == interrupted
