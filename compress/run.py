@@ -7,7 +7,7 @@ import argparse
 import shutil
 
 from compress.recipe import load_recipes
-from compress.workshop import Student, Variant, make_variants, publish, scratch_of
+from compress.workshop import Student, Variant, is_made, make_variants, publish, scratch_of
 from eval.artifacts import is_done, verified
 from eval.errors import EXIT_PASS, entry
 from eval.study import Study, study_from_command
@@ -42,7 +42,10 @@ def pending(study: Study) -> list[Variant]:
 def make(study: Study) -> int:
     """Makes, checks and publishes what is missing; returns how many variants that were."""
     todo = pending(study)
-    groups = {v.student: [other for other in todo if other.student == v.student] for v in todo}
+    groups: dict[Student, list[Variant]] = {}
+    for variant in todo:
+        if not is_made(study, variant):
+            groups.setdefault(variant.student, []).append(variant)
     jobs = [
         Job(f"{student.arm}/s{student.seed}", make_variants, (study, own), weight=len(own))
         for student, own in groups.items()

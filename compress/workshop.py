@@ -30,6 +30,7 @@ from eval.study import Study
 
 SAME = 1e-3  # nats: largest difference of a log-probability between memory and the reloaded folder
 SAME_KL = 1e-6  # nats per token, mean
+REPORTS = "reports.json"  # written last into a made folder
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ def made_folder(study: Study, variant: Variant) -> Path:
     return scratch_of(study) / "made" / variant.name.removeprefix("variants/") / variant.key[:16]
 
 
+def is_made(study: Study, variant: Variant) -> bool:
+    """True if a run before has made it, and was stopped before it was published."""
+    return (made_folder(study, variant) / REPORTS).is_file()
+
+
 def hush() -> None:
     """One line per variant is enough: no bars of transformers, no remarks of bitsandbytes on each layer."""
     from transformers import logging as transformers_logging
@@ -82,12 +88,11 @@ def hush() -> None:
 
 
 def make_variants(study: Study, variants: list[Variant], report: Callable[[float], None]) -> None:
-    """Makes all variants of one student into scratch folders; those that are there already are left."""
+    """Makes variants of one student into scratch folders."""
     hush()
-    todo = [v for v in variants if not (made_folder(study, v) / "reports.json").is_file()]
-    line = Line(study, todo)
-    for i, variant in enumerate(todo):
-        line.report = partial(lambda i, share: report((i + share) / len(todo)), i)
+    line = Line(study, variants)
+    for i, variant in enumerate(variants):
+        line.report = partial(lambda i, share: report((i + share) / len(variants)), i)
         model, reports = line.after(variant.recipe.passes)
         _write_made(made_folder(study, variant), model, line, reports)
 
@@ -153,7 +158,7 @@ def _write_made(folder: Path, model: Any, line: Line, reports: list[PassReport])
     tensors = {"log_probs": answers, "input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     tensors["text_ids"] = torch.tensor(line.tokenizer(text)["input_ids"])
     save_file(tensors, folder / "answers.safetensors", {"text": text})
-    write_text(folder / "reports.json", json.dumps([r.model_dump(mode="json") for r in reports]))
+    write_text(folder / REPORTS, json.dumps([r.model_dump(mode="json") for r in reports]))
 
 
 def publish(study: Study, variant: Variant, report: Callable[[float], None]) -> None:
@@ -164,8 +169,12 @@ def publish(study: Study, variant: Variant, report: Callable[[float], None]) -> 
     """
     hush()
     made, student, recipe = made_folder(study, variant), variant.student, variant.recipe
-    reports = json.loads((made / "reports.json").read_text())
-    check = compare(made, recipe.engine)
+    reports = json.loads((made / REPORTS).read_text())
+    try:
+        check = compare(made, recipe.engine)
+    except UserError:
+        shutil.rmtree(made)  # the next call makes it anew
+        raise
     curves = [r["facts"]["loss_curve"] for r in reports if "loss_curve" in r["facts"]]
     facts: dict[str, Any] = {
         "arm": student.arm,

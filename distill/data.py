@@ -178,12 +178,16 @@ def split_documents(study: Study) -> dict[str, list[Document]]:
     return splits
 
 
-def prepare(study: Study) -> Manifest:
-    """Writes the data artifact of a study, unless it is there already."""
-    folder = study.folder / "data"
+def data_key(study: Study) -> str:
+    """What the data artifact is made from: the settings, and the sources as they are now."""
     sources = [*study.data.documents, *(s for group in study.data.shifted.values() for s in group)]
     settings = study.data.model_dump(mode="json", exclude={"context", "train_rows"})
-    key = digest([settings, [fingerprint(source) for source in sources]])
+    return digest([settings, [fingerprint(source) for source in sources]])
+
+
+def prepare(study: Study) -> Manifest:
+    """Writes the data artifact of a study, unless it is there already."""
+    folder, key = study.folder / "data", data_key(study)
     if is_done(folder, key):
         return read_manifest(folder)
     splits = split_documents(study)

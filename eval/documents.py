@@ -1,15 +1,19 @@
 """Documents of a data artifact, and the rows of tokens that every stage makes of them in the same way."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from eval.errors import UserError
 from eval.records import HELDOUT
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TRAIN, SEALED = "train", "sealed"
 
@@ -103,6 +107,8 @@ def windows(tokenizer, document: Document, context: int) -> list[Row]:
 
 def collate(rows: list[Row], pad: int) -> Batch:
     """Pads rows on the right with `pad`, under the mask."""
+    import torch  # seconds to import: not before there are rows
+
     length = max(len(row.tokens) for row in rows)
     ids = torch.full((len(rows), length), pad, dtype=torch.int64)
     mask = torch.zeros((len(rows), length), dtype=torch.int64)

@@ -182,7 +182,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config {path}", " ".join(str(error).split()), "mend the YAML") from error
     if not isinstance(raw, dict):
         raise UserError(f"config {path}", type(raw).__name__, "the file must hold a mapping")
-    return raw
+    return _unshared(raw)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which YAML's aliases are values of their own: an override of one must not reach the other."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def validated(model: type[M], raw: dict[str, Any], where: str) -> M:

@@ -9,12 +9,17 @@ bash scripts/setup.sh
 source .venv/bin/activate
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 
-accelerate launch distill/train.py --config "$study" # bases, teachers, students S1, S0 and CE, scored
-python -m compress.run --study "$study"              # recipes x {S1, S0} x seeds
-python -m eval.score --study "$study"                # quality of every model, in new processes
-python -m eval.cost --study "$study" --target cpu    # latency, memory, size, in fresh processes
+if ! python scripts/finished.py --study "$study"; then
+    # Bases, teachers, and the students S1, S0 and CE.
+    accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+        distill/train.py --config "$study"
+    python -m compress.run --study "$study"           # recipes x {S1, S0} x seeds
+    python -m eval.score --study "$study"             # quality of every model, in new processes
+    python -m eval.cost --study "$study" --target cpu # latency, memory and size, in fresh processes
+    python scripts/finished.py --study "$study" --mark
+fi
 verdict=0
-python -m eval.gate --study "$study" || verdict=$?   # 0 pass, 1 fail, 2 inconclusive
+python -m eval.gate --study "$study" || verdict=$? # 0 pass, 1 fail, 2 inconclusive, 3 error
 ((verdict < 3)) || exit "$verdict"
-python -m eval.report --study "$study" # table and report.html
+python -m eval.report --study "$study" # the table here, table.md and report.html in the run's folder
 exit "$verdict"

@@ -86,6 +86,15 @@ def test_overrides_take_both_forms_and_yaml_values():
     assert (study.train.steps, study.seeds, study.train.optimizer.lr) == (7, [3, 4], 1e-3)
 
 
+def test_an_override_does_not_reach_what_an_alias_shares(tmp_path):
+    shared = tmp_path / "aliases.yaml"
+    shared.write_text("a: &x {steps: 1, deep: [{lr: 1}]}\nb: *x\n")
+    settings = read_yaml(shared)
+    override(settings, ["--a.steps", "5"])
+    settings["a"]["deep"][0]["lr"] = 2
+    assert settings["b"] == {"steps": 1, "deep": [{"lr": 1}]}
+
+
 @pytest.fixture
 def settled(tmp_path):
     study = validated(Study, raw(), "default.yaml").model_copy(update={"runs": str(tmp_path)})

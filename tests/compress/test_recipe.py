@@ -1,5 +1,6 @@
 """Recipes: every file parses, order is kept, and each mistake has one clear answer."""
 
+import re
 import textwrap
 
 import pytest
@@ -9,7 +10,7 @@ from compress.recipe import Pass, Stage, known_passes, load_recipe, load_recipes
 from eval.errors import UserError
 from eval.study import ROOT, load_study
 from tests.compress.shop import recipe_file
-from tests.helpers import tiny_study
+from tests.helpers import tiny_model, tiny_study
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 PRUNE = {"pass": "wanda", "sparsity": 0.5}
@@ -124,3 +125,19 @@ def test_the_identity_follows_options_and_code(tmp_path, outside):
         return load_recipe(recipe_file(tmp_path, "one", {**PRUNE, **options})).identity
 
     assert identity() == identity() != identity(sparsity=0.4)
+
+
+def test_the_pass_of_the_guide_works_as_printed(tmp_path, monkeypatch):
+    code, text = re.findall(
+        r"```(?:python|yaml)\n(.*?)```", (ROOT / "docs" / "own-pass.md").read_text(), re.S
+    )
+    (tmp_path / "team").mkdir()
+    (tmp_path / "team" / "round_embeddings.py").write_text(code)
+    (tmp_path / "rounded.yaml").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = load_recipe(str(tmp_path / "rounded.yaml"))
+    model = tiny_model()
+    made, report = recipe.passes[1].apply(model, None)
+    grid = made.get_input_embeddings().weight
+    assert grid.unique().numel() <= 257
+    assert report.after.parameters == report.before.parameters

@@ -48,6 +48,7 @@ class Run:
     gains: dict[str, float] = field(default_factory=lambda: dict(GAINS))
     budget: dict = field(default_factory=lambda: json.loads(json.dumps(BUDGET)))
     noise: float = 0.002
+    far: dict[str, float] = field(default_factory=dict)  # gains that differ on the slice `far`
 
     @property
     def path(self) -> Path:
@@ -77,9 +78,8 @@ class Run:
         size = rng.integers(200, 4000, len(names))
         hard = rng.normal(2.7, 0.3, len(names))
         luck = np.random.default_rng([seed, *map(ord, arm)])
-        value = (
-            self.gains[arm] * kept + luck.normal(0, self.noise) + luck.normal(0, self.noise * 4, len(names))
-        )
+        gain = np.where(np.array(names) == "far", self.far.get(arm, self.gains[arm]), self.gains[arm])
+        value = gain * kept + luck.normal(0, self.noise) + luck.normal(0, self.noise * 4, len(names))
         return Documents(
             id=[f"d{i}" for i in range(len(names))],
             slice=names,
@@ -117,7 +117,9 @@ class Run:
         )
         return write_record(self.path, record)
 
-    def cost(self, recipe: str, factor: float, target: str = "cpu", machine: Machine = HOST) -> Path:
+    def cost(
+        self, recipe: str, factor: float, target: str = "cpu", machine: Machine = HOST, disk: float = 2e6
+    ) -> Path:
         rng = np.random.default_rng([len(recipe), ord(recipe[0])])
         rounds = 1 + 0.1 * np.random.default_rng(1).random(3)  # slow spells hit every variant of a round
         processes = [
@@ -136,7 +138,7 @@ class Run:
             recipe=recipe,
             engine=RECIPES[recipe][0] if recipe in RECIPES else "torch",
             target=target,
-            disk_bytes=int(2e6 * factor),
+            disk_bytes=int(disk * factor),
             prompt_tokens=64,
             new_tokens=10,
             threads=1,
@@ -320,11 +322,28 @@ def test_fail_by_cost(toy: Run):
     assert "decode_p50 is at least" in done.stdout
 
 
-def test_no_teacher_gain_is_inconclusive(toy: Run):
-    toy.gains |= {"T1": 0.0, "S1": 0.03}
+def test_no_teacher_gain_is_inconclusive_whatever_else_fails(toy: Run):
+    toy.gains |= {"T1": 0.0, "S1": -0.05}
     done = toy.make().gate()
     assert done.returncode == 2
     assert "cannot see the gain" in done.stdout
+    assert verdicts(toy.result(), "int8")["retention"] == "FAIL"
+
+
+def test_a_slice_without_a_teacher_gain_cannot_pass(toy: Run):
+    toy.far = {"T1": 0.0}
+    done = toy.make().gate()
+    assert done.returncode == 2
+    assert "no teacher gain is visible on far" in done.stdout
+    assert row(toy.result(), "int8").slices["far"].kept_share.point is None
+
+
+def test_a_gain_that_rounding_could_make_is_inconclusive(toy: Run):
+    toy.noise = 1e-9
+    toy.gains = {name: gain * 1e-6 for name, gain in GAINS.items()}
+    assert toy.make().gate().returncode == 2
+    assert verdicts(toy.result(), "int8")["assay"] == "INCONCLUSIVE"
+    assert verdicts(toy.result(), "int8")["retention"] == "PASS"
 
 
 def test_placebo_without_any_difference_is_inconclusive(toy: Run):
@@ -353,13 +372,26 @@ def test_a_student_worse_than_its_fallback_never_passes(toy: Run):
 
 
 def test_a_variant_slower_than_its_parent_is_not_recommended(toy: Run):
-    toy.budget["targets"]["cpu"]["limits"] = {}
+    toy.budget["targets"]["cpu"]["limits"] = {"disk": {"at_most": 2, "unit": "MiB"}}
     toy.make()
-    toy.cost("plain", 0.3)
-    toy.gate()
+    toy.cost("plain", 0.3, disk=1e8)
+    done = toy.gate()
     result = toy.result()
-    assert row(result, "int8").verdict == "PASS"
-    assert result.recommended["cpu"] == "plain"
+    assert (row(result, "plain").verdict, row(result, "int8").verdict) == ("FAIL", "PASS")
+    assert (row(result, "plain").holm_p, row(result, "int8").holm_p) == (None, row(result, "int8").p)
+    assert result.recommended["cpu"] is None
+    assert "slower than the plain student" in done.stdout
+
+
+@pytest.mark.parametrize("limit", [1.25, 1.27])
+def test_limits_are_held_against_bounds(toy: Run, limit: float):
+    """The estimate is just above or below the limit; three processes do not show where the truth is."""
+    toy.budget["targets"]["cpu"]["limits"] = {"decode_p50": {"at_most": limit, "unit": "ms"}}
+    assert toy.make().gate().returncode == 2
+    found = {name: row(toy.result(), name).parts[-1] for name in ("plain", "int8")}
+    assert (found["int8"].estimate < limit) == (limit == 1.27)
+    assert found["int8"].low < limit < found["int8"].high
+    assert (found["int8"].verdict, found["plain"].verdict) == ("INCONCLUSIVE", "FAIL")
 
 
 def test_too_few_requests_are_no_percentile(toy: Run):

@@ -366,6 +366,14 @@ def test_false_pass_holds(simulated):
     assert max(row["crossed"] for row in simulated["false_pass"]) <= 0.06
 
 
+def test_false_pass_holds_in_the_worst_mixture_of_variances(simulated):
+    """Three seeds and more; two seeds are known to be too few, and the cap of nu to be needed."""
+    worst = {row["seeds"]: row for row in simulated["worst"]}
+    assert all(worst[s]["crossed"] <= 0.06 for s in (3, 5, 10))
+    assert worst[3]["without the cap"] > 0.06
+    assert worst[2]["crossed"] > 0.06
+
+
 def test_tests_that_forget_seeds_or_documents_do_not_hold(simulated):
     severe = [row for row in simulated["false_pass"] if row["scenario"] == "severe"]
     agree = [row for row in simulated["false_pass"] if row["scenario"] == "seeds agree"]

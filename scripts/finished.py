@@ -1,0 +1,53 @@
+"""Is there nothing left to do? `python scripts/finished.py --study STUDY [--mark]`, exit code 0 or 1.
+
+Each stage recognises its own finished work by hash; this asks for all of them at once, without loading a
+single library of theirs. Anything that could matter, and has changed, sends the question back to the stages.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from distill.data import data_key  # noqa: E402
+from eval.artifacts import digest, file_sha256, versions, write_text  # noqa: E402
+from eval.errors import entry  # noqa: E402
+from eval.study import ROOT, Study, find_config, study_from_command  # noqa: E402
+
+MARK = "finished"
+LATER = {MARK, ".lock", "gate.json", "table.md", "report.html"}  # made from the rest, or made anew each time
+
+
+def state(study: Study) -> str:
+    """Digest of all that a finished run was made from, and of every file that it made."""
+    configs = [find_config("recipes", name) for name in study.recipes] + [
+        find_config("budgets", study.budget)
+    ]
+    code = sorted(p for top in ("distill", "compress", "eval") for p in (ROOT / top).rglob("*.py"))
+    made = sorted(p for p in study.folder.rglob("*") if p.is_file() and p.name not in LATER)
+    return digest(
+        [
+            study.model_dump(mode="json"),
+            data_key(study),
+            versions(),
+            [file_sha256(p) for p in [*configs, *code, ROOT / "requirements.lock"]],
+            {p.relative_to(study.folder).as_posix(): file_sha256(p) for p in made},
+        ]
+    )
+
+
+@entry
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mark", action="store_true", help="note that everything is done now")
+    study, given = study_from_command(parser, trained=False)
+    mark = study.folder / MARK
+    if given.mark:
+        write_text(mark, state(study) + "\n")
+        return 0
+    return 0 if mark.is_file() and mark.read_text().strip() == state(study) else 1
+
+
+if __name__ == "__main__":
+    main()
