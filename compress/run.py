@@ -9,7 +9,7 @@ import shutil
 from compress.recipe import load_recipes
 from compress.workshop import Student, Variant, is_made, make_variants, publish, scratch_of
 from eval.artifacts import is_done, verified
-from eval.errors import EXIT_PASS, entry
+from eval.errors import EXIT_PASS, UserError, entry
 from eval.study import Study, study_from_command
 from eval.workers import Job, locked, run_jobs
 
@@ -61,6 +61,8 @@ def make(study: Study) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.run", description=__doc__)
     study, _ = study_from_command(parser)
+    if not study.folder.is_dir():
+        raise UserError(f"run folder {study.folder}", "missing", "train the students first: distill/train.py")
     with locked(study.folder):
         count = make(study)
     total = len(study.recipes) * len(ARMS) * len(study.seeds)

@@ -144,16 +144,14 @@ def _write_made(folder: Path, model: Any, line: Line, reports: list[PassReport])
     """Saves a model by its standard format, the answers it gives in memory, and its reports at last."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model.save_pretrained(folder / "model")  # before it answers: on CPUs with AVX512-BF16, bitsandbytes
-    line.tokenizer.save_pretrained(
-        folder / "model"
-    )  # repacks NF4 at the first call, and saves it wrongly then
+    # Saved before it answers: on CPUs with AVX512-BF16, bitsandbytes 0.50.2 repacks NF4 weights at the first
+    # call and would save the scales of the repacked ones.
+    model.save_pretrained(folder / "model")
+    line.tokenizer.save_pretrained(folder / "model")
     batch = check_batch(line.rows, line.pad)
     answers = log_probs(model, batch)
     if not bool(torch.isfinite(answers[batch.attention_mask.bool()]).all()):
-        raise UserError(
-            f"variant {folder.parent.name}", "answers that are not finite", "take a milder recipe"
-        )
+        raise UserError(f"variant {folder.parent}", "answers that are not finite", "take a milder recipe")
     text = line.tokenizer.decode(line.rows[0].tokens[1:])
     tensors = {"log_probs": answers, "input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     tensors["text_ids"] = torch.tensor(line.tokenizer(text)["input_ids"])

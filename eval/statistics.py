@@ -88,8 +88,8 @@ def crossed_variance(ms: MeanSquares, s: int, c: int) -> tuple[Array, Array]:
     V = (MS_s + MS_c - MS_e) / (S C), unbiased for crossed random effects and floored at MS_e / (S C),
     because the difference of mean squares can be small or negative by chance. nu is that of the sum
     that is used, at least 1 and at most 2 (S - 1): where a few seeds happen to agree, V is small and nu
-    large at once, and without the cap three seeds pass a false claim up to 6.3 % of the time at a nominal
-    5 %, with it 5.8 %. A table without any variance has V = 0 and nu = 1: the caller refuses it.
+    large at once, and without the cap three seeds pass a false claim up to 6.4 % of the time at a nominal
+    5 %, with it 5.9 %. A table without any variance has V = 0 and nu = 1: the caller refuses it.
     """
     total = np.maximum(ms.seeds + ms.documents - ms.residual, ms.residual)
     spread = ms.seeds**2 / (s - 1) + ms.documents**2 / (c - 1) + ms.residual**2 / ((s - 1) * (c - 1))

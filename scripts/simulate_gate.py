@@ -27,6 +27,7 @@ Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 F, ALPHA, GAIN, DOCUMENTS = 0.5, 0.05, 12.0, 64
 SEEDS, CHUNK, SEED = (3, 5, 10), 500, 20260101
+WORST_DRAWS = 40_000  # a maximum over noisy rates is too large
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,12 @@ def drawn_mean_squares(
     return rng.normal(0, np.sqrt(variance), draws), MeanSquares(*squares)
 
 
-def worst_case(s: int, draws: int) -> dict[str, float]:
-    """Largest false PASS rate over 252 mixtures of variances and documents, with and without the cap of nu."""
+def worst_case(s: int) -> dict[str, float]:
+    """Largest false PASS rate over mixtures of documents and variances, with and without the cap of nu."""
     rng, worst = np.random.default_rng(SEED), np.zeros(2)
-    for c, *parts in product(
-        (20, 64, 500), (0, 0.03, 0.1, 0.2, 0.3, 0.5, 1), (0.1, 0.3, 1, 2), (0.05, 0.5, 2)
-    ):
-        mean, ms = drawn_mean_squares(rng, Components(*(p**2 for p in parts)), s, c, draws)
+    for c, *deviations in product((64, 500), (0.1, 0.2, 0.5, 1), (0.1, 0.3, 1), (0.05, 0.5)):
+        parts = Components(*(d**2 for d in deviations))
+        mean, ms = drawn_mean_squares(rng, parts, s, c, WORST_DRAWS)
         variance, nu = crossed_variance(ms, s, c)
         spread = sum(m**2 / d for m, d in zip(ms, (s - 1, c - 1, (s - 1) * (c - 1)), strict=True))
         free = np.maximum((variance * s * c) ** 2 / spread, 1)
@@ -150,7 +150,7 @@ def measured(draws: int) -> dict[str, list[dict[str, object]]]:
         "false_pass": [
             {"scenario": of.name, "seeds": s, **false_pass(of, s, draws)} for of in SCENARIOS for s in SEEDS
         ],
-        "worst": [{"seeds": s, **worst_case(s, 2 * draws)} for s in (2, *SEEDS)],
+        "worst": [{"seeds": s, **worst_case(s)} for s in (2, *SEEDS)],
         "power": [
             {"share": share, "seeds": s, **power_curve(medium, s, share, max(draws // 5, 1))}
             for share in (0.55, 0.6, 0.65, 0.7, 0.8)
@@ -180,7 +180,7 @@ def main() -> None:
     result = measured(args.draws)
     console = Console()
     console.print(table("False PASS at a true share of exactly f, nominal 5 %", result["false_pass"]))
-    console.print(table("The same, worst of 252 mixtures of variances", result["worst"]))
+    console.print(table("The same, worst of 48 mixtures", result["worst"]))
     console.print(table("PASS by true share, medium", result["power"]))
     console.print(table("Placebo: PASS of 200 studies, medium", result["placebo"]))
     if args.json:

@@ -38,7 +38,7 @@ class BitsAndBytes(Pass):
         made = quantize(model, settings(self.options.format))
         worst, fewer, touched = 0.0, 0, set[nn.Module]()
         for name, module in quantized(made).items():
-            old, new = model.get_submodule(name).weight, restored(module)
+            old, new = original(model, name), restored(module)
             group, bound = (BLOCK, NF4_GAP) if self.options.format == "nf4" else (None, INT8_ROUNDED)
             worst = max(worst, check_rounding(name, old, new, group, bound))
             fewer += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
@@ -78,7 +78,7 @@ def quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedMo
             Path(folder), quantization_config=config, dtype=torch.float32, local_files_only=True
         )
     for name in quantized(made):
-        shape = tuple(model.get_submodule(name).weight.shape)
+        shape = tuple(original(model, name).shape)
         if config.load_in_4bit and shape[1] % BLOCK:
             raise UserError(
                 f"bitsandbytes: layer {name} of shape {shape}",
@@ -94,6 +94,15 @@ def quantized(model: nn.Module) -> dict[str, Any]:
 
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def original(model: nn.Module, name: str) -> Tensor:
+    """[O, I]: the matrix that was quantized. GPT-2's Conv1D keeps [I, O], which transformers turns round."""
+    from transformers.pytorch_utils import Conv1D
+
+    module = model.get_submodule(name)
+    weight = module.get_parameter("weight")
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def restored(module: Any) -> Tensor:

@@ -52,15 +52,15 @@ class OpenVINO(Pass):
         with quiet():
             if not place.is_dir():
                 export(model, context, place)
-            plain = load(place, None)
+            originals = plain_matrices(load(place, None).model)
             made = load(place, self._compression())
-        before_it, now = plain_matrices(plain.model), low_matrices(made.model)
+        low = low_matrices(made.model)
         worst, zeroed = 0.0, 0
-        for name, (kind, new) in now.items():
-            old = before_it[name]
-            group = self.options.group_size if kind.endswith("4") else None
-            worst = max(worst, check_rounding(name, old, new.reshape(old.shape), group, LOW[kind]))
-            zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
+        for name, (kind, axis, now) in low.items():
+            old = originals[name].reshape(now.shape)
+            error = check_rounding(name, old.movedim(axis, -1), now.movedim(axis, -1), None, LOW[kind])
+            worst = max(worst, error)
+            zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(now))
         tidy_names(made.model)
         report = PassReport(
             name=self.name,
@@ -70,11 +70,8 @@ class OpenVINO(Pass):
                 nonzeros=before.nonzeros - zeroed,
                 bytes=constant_bytes(made.model),
             ),
-            skipped=self._skipped(set(before_it) - set(now)),
-            facts={
-                "formats": {module(name): kind for name, (kind, _) in now.items()},
-                "worst_rounding": worst,
-            },
+            skipped=self._skipped(set(originals) - set(low)),
+            facts={"formats": {module(name): low[name][0] for name in low}, "worst_rounding": worst},
         )
         return made, report
 
@@ -101,6 +98,7 @@ def quiet() -> Iterator[None]:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # send nobody a report
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore", category=DeprecationWarning)
+        import nncf  # noqa: F401  # it sets its log level when it is imported
         import optimum.intel  # noqa: F401
 
         warnings.simplefilter("ignore", category=torch.jit.TracerWarning)
@@ -200,25 +198,34 @@ def plain_matrices(model: Any) -> dict[str, Tensor]:
     }
 
 
-def scaled_output(node: Any) -> Any:
-    """What multiplies a compressed constant by its scale: after Convert, and Subtract where asymmetric."""
-    while node.get_type_name() != "Multiply":
-        node = next(iter(node.output(0).get_target_inputs())).get_node()
-    return node.output(0)
+def low_matrices(model: Any) -> dict[str, tuple[str, int, Tensor]]:
+    """The compressed matrices of an IR, in the shape in which they are stored.
 
-
-def low_matrices(model: Any) -> dict[str, tuple[str, Tensor]]:
-    """The compressed matrices of an IR: name -> (element type, values as the runtime restores them)."""
+    Returns:
+        name -> (element type, axis along which one scale is shared, values as the runtime restores them).
+    """
     import openvino
 
-    scaled, kinds = [], {}
+    found: dict[str, tuple[str, int, Any]] = {}
     for node in constants(model):
         name, kind = node.get_friendly_name(), node.get_element_type().get_type_name()
-        if kind not in LOW or name.endswith("/zero_point"):
-            continue
-        scaled.append(scaled_output(node))
-        kinds[name] = kind
-    if not kinds:
+        if kind in LOW and not name.endswith("/zero_point"):
+            scaled = scaled_by(node)
+            scales = list(scaled.input_value(1).get_shape())
+            shared = [a for a, size in enumerate(node.shape) if size != scales[a]]
+            assert len(shared) == 1, f"{name}: {list(node.shape)} scaled by {scales}"
+            found[name] = kind, shared[0], scaled.output(0)
+    if not found:
         return {}
-    restored = openvino.compile_model(openvino.Model(scaled, []), "CPU", exactly())([])
-    return {name: (kind, torch.tensor(restored[i])) for i, (name, kind) in enumerate(kinds.items())}
+    whole = openvino.Model([output for _, _, output in found.values()], [])
+    values = openvino.compile_model(whole, "CPU", exactly())([])
+    return {
+        name: (kind, axis, torch.tensor(values[i])) for i, (name, (kind, axis, _)) in enumerate(found.items())
+    }
+
+
+def scaled_by(node: Any) -> Any:
+    """The node that scales a compressed constant: after Convert, and Subtract where asymmetric."""
+    while node.get_type_name() != "Multiply":
+        node = next(iter(node.output(0).get_target_inputs())).get_node()
+    return node

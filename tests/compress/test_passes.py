@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from compress.anatomy import size_of
 from compress.calibrate import calibration_rows, mean_loss
@@ -110,7 +111,8 @@ def test_wanda_against_a_plain_reference(context):
         linears = {name: m for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
         seen = {name: [] for name in linears}
         hooks = [
-            m.register_forward_pre_hook(lambda m, x, n=n: seen[n].append(x[0][0])) for n, m in linears.items()
+            m.register_forward_pre_hook(lambda m, x, n=n, seen=seen: seen[n].append(x[0][0]))
+            for n, m in linears.items()
         ]
         for row in rows:
             model(torch.tensor([row.tokens]))
@@ -169,6 +171,22 @@ def test_what_nncf_does_with_tied_embeddings(context):
     assert [n for n, kind in four.facts["formats"].items() if kind != "i4"] == ["model.embed_tokens"]
     assert eight.skipped == four.skipped == []
     assert four.after.bytes < eight.after.bytes < eight.before.bytes / 3
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_matrices_that_are_stored_the_other_way_round(context, tmp_path, weights):
+    """GPT-2 keeps [inputs, outputs]: scales are shared along the other axis."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=320, n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2LMHeadModel(config).eval()
+    work = replace(context, parent=model, scratch=tmp_path / "gpt2")
+    _, report = make("openvino", {"weights": weights}).apply(copy.deepcopy(model), work)
+    assert len(report.facts["formats"]) >= 9  # four matrices a layer, and the embeddings
+    assert report.after.bytes < report.before.bytes / 3
+    _, other = make("bitsandbytes", {"format": "nf4"}).apply(model, work)
+    assert other.facts["matrices"] == 8
 
 
 def test_an_export_that_answers_otherwise_is_refused(context, tmp_path):

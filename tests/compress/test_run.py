@@ -105,6 +105,7 @@ def test_reports_follow_each_other(done):
 
 def test_the_output_is_plain_lines_and_nothing_of_the_libraries(done):
     lines = done[2].stderr.splitlines()
+    assert done[2].stdout.count("\n") == 1, done[2].stdout
     assert sum("check variants:" in line for line in lines) == 8
     assert all(line.startswith(("make variants:", "check variants:")) for line in lines), done[2].stderr
 

@@ -1,0 +1,205 @@
+"""A whole run folder made of records and manifests alone, as the other stages write them; no model in it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from eval.artifacts import building, read_manifest
+from eval.records import Documents, Machine, Measured, Process, Provenance, Score, write_record
+from eval.study import ROOT, Study
+from eval.verdict import GateFile, Variant
+
+HOST = Machine(host="box", system="Linux", cpu="some CPU", isa="AVX512", cores=2, device="cpu")
+GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.02}  # bits/byte better than B
+RECIPES = {"int8": ("openvino", 1.0, 0.6), "half": ("torch", 0.2, 1.0)}  # engine, gain kept, relative decode
+DOCUMENTS = {"heldout": 40, "far": 30}
+BUDGET = {
+    "name": "test",
+    "f": 0.5,
+    "g": 0.5,
+    "slices": {"far": 0.5},
+    "targets": {
+        "cpu": {
+            "device": "cpu",
+            "limits": {
+                "decode_p50": {"at_most": 1.0, "of": "plain"},
+                "peak_memory": {"at_most": 500, "unit": "MiB"},
+            },
+        },
+        "gpu": {"device": "cuda", "required": False},
+    },
+}
+
+
+@dataclass
+class Run:
+    """A run folder in the making; what a test spoils is a field or a file."""
+
+    folder: Path
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
+    gains: dict[str, float] = field(default_factory=lambda: dict(GAINS))
+    budget: dict = field(default_factory=lambda: json.loads(json.dumps(BUDGET)))
+    noise: float = 0.002
+    far: dict[str, float] = field(default_factory=dict)  # gains that differ on the slice `far`
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "runs" / "toy"
+
+    @property
+    def study(self) -> Study:
+        return Study.model_validate(
+            {
+                "name": "toy",
+                "title": "A toy",
+                "runs": str(self.folder / "runs"),
+                "seeds": self.seeds,
+                "data": {"documents": [{"kind": "folder", "path": "stdlib"}]},
+                "base": {"path": "somewhere"},
+                "method": {"name": "ensemble"},
+                "train": {},
+                "cost": {"prompt_tokens": 64, "new_tokens": 10, "threads": 1},
+                "recipes": [str(self.folder / f"{name}.yaml") for name in RECIPES],
+                "budget": str(self.folder / "budget.yaml"),
+            }
+        )
+
+    def documents(self, arm: str, seed: int, kept: float) -> Documents:
+        rng = np.random.default_rng(5)
+        names = [name for name, n in DOCUMENTS.items() for _ in range(n)]
+        size = rng.integers(200, 4000, len(names))
+        hard = rng.normal(2.7, 0.3, len(names))
+        luck = np.random.default_rng([seed, *map(ord, arm)])
+        gain = np.where(np.array(names) == "far", self.far.get(arm, self.gains[arm]), self.gains[arm])
+        value = gain * kept + luck.normal(0, self.noise) + luck.normal(0, self.noise * 4, len(names))
+        return Documents(
+            id=[f"d{i}" for i in range(len(names))],
+            slice=names,
+            bytes=size.tolist(),
+            tokens=(size // 3).tolist(),
+            bits=((hard - value) * size).tolist(),
+        )
+
+    def artifact(self, place: str, parents: dict[str, str] | None = None) -> str:
+        facts: dict = {}
+        with building(
+            self.path / place, kind="model", name=place, key=place, parents=parents or {}, facts=facts
+        ) as aside:
+            (aside / "model.safetensors").write_text(place)
+        return read_manifest(self.path / place).hash
+
+    def provenance(self, artifact: str, machine: Machine = HOST) -> Provenance:
+        return Provenance(
+            artifact=artifact,
+            config=self.study.hash(),
+            machine=machine,
+            versions={"torch": "2.13.0"},
+            time="2026-01-01T00:00:00+00:00",
+        )
+
+    def score(self, arm: str, seed: int, artifact: str, recipe: str = "plain", kept: float = 1.0) -> Path:
+        record = Score(
+            arm=arm,
+            seed=seed,
+            recipe=recipe,
+            engine=RECIPES[recipe][0] if recipe in RECIPES else "torch",
+            data=read_manifest(self.path / "data").hash,
+            documents=self.documents(arm, seed, kept),
+            provenance=self.provenance(artifact),
+        )
+        return write_record(self.path, record)
+
+    def cost(
+        self, recipe: str, factor: float, target: str = "cpu", machine: Machine = HOST, disk: float = 2e6
+    ) -> Path:
+        rng = np.random.default_rng([len(recipe), ord(recipe[0])])
+        rounds = 1 + 0.1 * np.random.default_rng(1).random(3)  # slow spells hit every variant of a round
+        processes = [
+            Process(
+                prefill_ms=(5 * slow * rng.normal(1, 0.01, 10)).tolist(),
+                decode_ms=(2 * factor * slow * rng.normal(1, 0.01, 100)).tolist(),
+                load_s=0.1,
+                peak_memory_bytes=int(300e6 * (1 + 0.001 * rng.random())),
+            )
+            for slow in rounds
+        ]
+        place = "students/S1/s0" if recipe == "plain" else f"variants/{recipe}/S1/s0"
+        record = Measured(
+            arm="S1",
+            seed=0,
+            recipe=recipe,
+            engine=RECIPES[recipe][0] if recipe in RECIPES else "torch",
+            target=target,
+            disk_bytes=int(disk * factor),
+            prompt_tokens=64,
+            new_tokens=10,
+            threads=1,
+            processes=processes,
+            provenance=self.provenance(read_manifest(self.path / place).hash, machine),
+        )
+        return write_record(self.path, record)
+
+    def make(self) -> "Run":
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in RECIPES:
+            (self.folder / f"{name}.yaml").write_text(f"name: {name}\n")
+        (self.folder / "budget.yaml").write_text(yaml.safe_dump(self.budget))
+        (self.path / "study.yaml").write_text(yaml.safe_dump(self.study.model_dump(mode="json")))
+        self.artifact("data")
+        for seed in self.seeds:
+            for arm in self.gains:
+                student = arm in ("S1", "S0", "CE")
+                plain = self.artifact(f"students/{arm}/s{seed}") if student else f"teacher {arm} {seed}"
+                self.score(arm, seed, plain)
+                for recipe, (_, kept, _) in RECIPES.items() if arm in ("S1", "S0") else ():
+                    made = self.artifact(f"variants/{recipe}/{arm}/s{seed}", {"student": plain})
+                    self.score(arm, seed, made, recipe, kept)
+        for recipe, factor in {"plain": 1.0, **{name: of[2] for name, of in RECIPES.items()}}.items():
+            self.cost(recipe, factor)
+        return self
+
+    def gate(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                sys.executable,
+                "-W",
+                "error::RuntimeWarning",
+                "-m",
+                "eval.gate",
+                "--study",
+                str(self.path),
+                *words,
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def result(self) -> GateFile:
+        return GateFile.model_validate_json((self.path / "gate.json").read_text())
+
+
+def copied(made: Path, folder: Path) -> Run:
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    return Run(folder)
+
+
+def edit(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def change_score(change, name: str = "plain/S1-s1"):
+    return lambda run: edit(run.path / f"records/score/{name}.json", change)
+
+
+def row(result: GateFile, recipe: str, target: str = "cpu") -> Variant:
+    return next(v for v in result.variants if (v.recipe, v.target) == (recipe, target))

@@ -1,0 +1,132 @@
+"""What the gate refuses: one clear line that names both values, exit code 3, nothing written."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eval.artifacts import read_manifest
+from tests.eval.synthetic_run import Run, change_score, copied, edit
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whole run; tests that change it take a copy."""
+    return Run(tmp_path_factory.mktemp("gate")).make().folder
+
+
+def change_cost(change):
+    return lambda run: edit(run.path / "records/cost/cpu/int8/S1-s0.json", change)
+
+
+def change_budget(change):
+    def spoil(run: Run) -> None:
+        change(run.budget)
+        (run.folder / "budget.yaml").write_text(yaml.safe_dump(run.budget))
+
+    return spoil
+
+
+def copied_student(run: Run) -> None:
+    same = read_manifest(run.path / "students/S1/s0")
+    (run.path / "students/S1/s1/manifest.json").write_text(same.model_dump_json())
+    change_score(lambda r: r["provenance"].update(artifact=same.hash))(run)
+
+
+def one_more(record: dict) -> None:
+    added = {"id": "new", "slice": "far", "bytes": 9, "tokens": 3, "bits": 20.0}
+    for name, column in record["documents"].items():
+        column.append(added[name])
+
+
+BAD = {
+    "no records": (lambda run: shutil.rmtree(run.path / "records"), ["no score record", "eval.score"]),
+    "seed missing": (
+        lambda run: (run.path / "records/score/int8/S0-s2.json").unlink(),
+        ["S0", "int8", "seeds [2] are missing", "[0, 1, 2, 3]"],
+    ),
+    "other data": (change_score(lambda r: r.update(data="f" * 64)), ["S1-s1.json", "ffffffffffff", "holds"]),
+    "other study": (
+        change_score(lambda r: r["provenance"].update(config="e" * 64)),
+        ["S1-s1.json", "eeeeeeeeeeee", "this study's is"],
+    ),
+    "other artifact": (
+        change_score(lambda r: r["provenance"].update(artifact="a" * 64), "int8/S0-s1"),
+        ["S0-s1.json", "aaaaaaaaaaaa", "holds"],
+    ),
+    "no artifact": (
+        lambda run: (run.path / "variants/int8/S1/s1/manifest.json").unlink(),
+        ["variants/int8/S1/s1", "no manifest.json"],
+    ),
+    "seeds are copies": (copied_student, ["seeds 0 and 1", "same artifact"]),
+    "other document": (
+        change_score(lambda r: r["documents"]["id"].__setitem__(3, "zzz")),
+        ["'d3'", "is missing", "S1-s1.json"],
+    ),
+    "other bytes": (change_score(lambda r: r["documents"]["bytes"].__setitem__(3, 7)), ["'d3'", "7 bytes"]),
+    "one document more": (
+        change_score(one_more),
+        ["71 documents", "70"],
+    ),
+    "not a number": (
+        change_score(lambda r: r["documents"]["bits"].__setitem__(0, float("nan"))),
+        ["'d0'", "nan"],
+    ),
+    "misplaced record": (
+        lambda run: (run.path / "records/score/int8/S0-s2.json").rename(
+            run.path / "records/score/half/S0-s9.json"
+        ),
+        ["half/S0-s9.json", "its path and its content"],
+    ),
+    "unknown slice": (
+        change_budget(lambda b: b.update(slices={"fra": 0.5})),
+        ["'fra'", "did you mean 'far'"],
+    ),
+    "unknown variant": (
+        change_budget(lambda b: b["targets"]["cpu"].update(limits={"disk": {"at_most": 1, "of": "int9"}})),
+        ["'int9'", "did you mean 'int8'"],
+    ),
+    "unknown target": (
+        change_budget(lambda b: b["targets"].update(cpux=b["targets"].pop("cpu"))),
+        ["'cpux'", "did you mean 'cpu'"],
+    ),
+    "nothing required": (
+        change_budget(lambda b: b["targets"]["cpu"].update(required=False)),
+        ["no required target"],
+    ),
+    "unknown key": (change_budget(lambda b: b.update(alhpa=0.1)), ["alhpa", "did you mean 'alpha'"]),
+    "other machine": (
+        change_cost(lambda r: r["provenance"]["machine"].update(host="elsewhere")),
+        ["int8 has host ['elsewhere']", "plain has ['box']"],
+    ),
+    "other threads": (change_cost(lambda r: r.update(threads=8)), ["'threads': 8", "'threads': 1"]),
+    "fewer processes": (change_cost(lambda r: r["processes"].pop()), ["processes [2]", "[3]"]),
+    "other rounds": (
+        change_cost(lambda r: r["provenance"].update(time="2026-01-02T00:00:00+00:00")),
+        ["rounds of ['2026-01-02", "measure both in one run"],
+    ),
+    "other engine": (change_cost(lambda r: r.update(engine="torch")), ["'torch'", "'openvino'"]),
+    "other device": (
+        change_cost(lambda r: r["provenance"]["machine"].update(device="Some GPU")),
+        ["'Some GPU'", "'cpu'"],
+    ),
+    "reference not measured": (
+        lambda run: (run.path / "records/cost/cpu/plain/S1-s0.json").unlink(),
+        ["int8 was measured, plain was not", "eval.cost"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line(made: Path, tmp_path: Path, name: str):
+    run = copied(made, tmp_path)
+    spoil, words = BAD[name]
+    spoil(run)
+    done = run.gate("--budget", str(tmp_path / "budget.yaml"))
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    for word in words:
+        assert word in done.stderr
+    assert not (run.path / "gate.json").exists()
