@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -130,11 +130,9 @@ class Probe:
     def measure(self, order: Order) -> Process:
         """Gives the order, sleeps until it is carried out and the process has ended."""
         assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it died: `hear` tells of what
             self.process.stdin.write(order.model_dump_json() + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died: `hear` tells of what
         measured = self.hear().process
         assert measured is not None
         self.process.wait()

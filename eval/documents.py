@@ -63,7 +63,7 @@ class Batch:
         """[B, T - 1] bool, True where the predicted token is real."""
         return self.attention_mask[:, 1:].bool()
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Batch:
         moved = self.input_ids.to(device), self.attention_mask.to(device)
         return Batch(self.ids, self.documents, self.domains, *moved)
 

@@ -150,6 +150,15 @@ class Study(Frozen):
             raise ValueError(f"seeds must be distinct and not negative, found {self.seeds}")
         return self
 
+    @model_validator(mode="after")
+    def rows_suffice(self) -> Self:
+        for name, train in (("train", self.train), ("base.train", self.base.train)):
+            if train is not None and train.rows > self.data.train_rows:
+                raise ValueError(
+                    f"{name}.rows is {train.rows}, more than data.train_rows: {self.data.train_rows}"
+                )
+        return self
+
     @property
     def folder(self) -> Path:
         return Path(self.runs) / self.name
@@ -161,7 +170,9 @@ class Study(Frozen):
 
     def hash(self) -> str:
         """Digest of what decides the models and their scores; recipes and budgets may come and go."""
-        return digest(self.model_dump(mode="json", exclude=BESIDE))
+        beside: dict[str, Any] = dict.fromkeys(BESIDE, True)
+        beside |= {"train": {"checkpoint_every"}, "base": {"train": {"checkpoint_every"}}}
+        return digest(self.model_dump(mode="json", exclude=beside))
 
 
 def find_config(kind: str, name: str) -> Path:

@@ -7,6 +7,7 @@ many threads; and one thread adds up in one order, so that a result does not dep
 import fcntl
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -66,6 +67,7 @@ def _die_with_parent() -> None:
 def _start(queue: Any) -> None:
     """A worker's first act: one thread, and no life after its parent's (kill -9 leaves no orphan)."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that what lies aside is swept
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _WORKER.queue = queue
 

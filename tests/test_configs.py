@@ -118,7 +118,7 @@ def test_a_settled_study_reads_back_the_same_from_wherever_its_folder_lies(settl
 def test_later_stages_refuse_other_settings(settled):
     changed = load_study(settled.folder, ["--train.optimizer.lr", "0.5"])
     with pytest.raises(
-        UserError, match=r"train\.optimizer\.lr of run .*was 0\.02 when it was trained, here it is 0\.5"
+        UserError, match=r"train\.optimizer\.lr of run .*was 0\.01 when it was trained, here it is 0\.5"
     ):
         check_settled(changed)
     check_settled(load_study(settled.folder, ["--recipes", "[int8]", "--workers", "1"]))

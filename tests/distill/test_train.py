@@ -39,7 +39,9 @@ def test_every_arm_is_exported_with_its_manifest_and_teachers_are_scored(trained
         assert manifest.name == name
         assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(manifest.files)
         assert manifest.facts["loss_curve"][-1][0] == 8, "32 rows, 4 a step"
-    assert {(s.arm, s.seed) for s in read_scores(study.folder)} == {(t, s) for t in ("T0", "T1") for s in (0, 1)}
+    assert {(s.arm, s.seed) for s in read_scores(study.folder)} == {
+        (t, s) for t in ("T0", "T1") for s in (0, 1)
+    }
     assert "left" in done.stderr, "progress tells the time left"
     assert not list(study.folder.rglob("*.tmp"))
 
@@ -58,7 +60,9 @@ def test_arms_of_a_seed_start_alike_and_end_apart(trained):
 
 def test_a_second_call_does_nothing(trained):
     study, path, _ = trained
-    before = {p: p.stat().st_mtime_ns for p in study.folder.rglob("*") if p.is_file() and p.name == "manifest.json"}
+    before = {
+        p: p.stat().st_mtime_ns for p in study.folder.rglob("*") if p.is_file() and p.name == "manifest.json"
+    }
     assert launch(path).returncode == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
@@ -89,7 +93,11 @@ def test_students_load_and_generate_where_this_project_is_absent(trained, tmp_pa
     )
     folder = (study.folder / "students" / "S1" / "s0").resolve()
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code, str(folder)], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-I", "-c", code, str(folder)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -145,7 +153,9 @@ def test_a_base_may_be_a_folder_and_targets_online(tmp_path):
     assert not (study.folder / "targets").exists()
     fitted = read_manifest(study.folder / "method" / "T1" / "s0")
     assert {"code/adapter_model.safetensors", "prose/adapter_model.safetensors"} <= set(fitted.files)
-    assert set(read_manifest(study.folder / "method" / "T0" / "s0").files) >= {"all/adapter_model.safetensors"}
+    assert set(read_manifest(study.folder / "method" / "T0" / "s0").files) >= {
+        "all/adapter_model.safetensors"
+    }
 
 
 def test_base_alone_then_an_override(tmp_path):
@@ -175,10 +185,10 @@ def one_line(done):
         (["--train.steps", "soon"], "train.steps: 'soon'"),
         (["--train.steps"], "give a value after it"),
         (["--method.name", "ensembel"], "method.name: 'ensembel'; did you mean 'ensemble'?"),
-        (["--method.settings.members", "1"], "method.settings.members: 1"),
+        (["--method.settings.members", "1"], "method.settings: members: 1; Input should be greater than 1"),
         (["--seeds", "[0, 0]"], "seeds must be distinct"),
         (["--base.path", "x"], "exactly one of `path`"),
-        (["--train.rows", "64"], "train.rows: 64"),
+        (["--train.rows", "64"], "train.rows is 64, more than data.train_rows: 32"),
         (["--data.train_rows", "100000"], "data.train_rows: 100000; the training documents hold"),
         (["--runs", "/proc/nowhere"], "run folder /proc/nowhere/tiny"),
         (["--base.architecture.model_type", "lama"], "base.architecture: lama"),
@@ -191,7 +201,7 @@ def test_bad_input_ends_in_one_line(tmp_path, words, told):
     assert told in one_line(done)
     runs = tmp_path / "runs"
     assert not list(runs.rglob("*.tmp"))
-    assert not (runs / "tiny" / "students" / "S1").exists()
+    assert not list(runs.rglob("students/*/s*"))
 
 
 def test_a_base_without_weights_or_with_foreign_ones_is_told(tmp_path):
@@ -219,7 +229,7 @@ def test_a_damaged_student_is_told_not_used(trained, tmp_path):
     assert "model.safetensors has sha256" in told
 
 
-OWN = '''
+OWN = """
 from distill.method import Card, Method, TeacherSignal, model_log_probs
 
 class Sharpen(Method):
@@ -227,7 +237,7 @@ class Sharpen(Method):
 
     def signal(self, teacher, batch):
         return TeacherSignal({body})
-'''
+"""
 
 
 @pytest.mark.parametrize(
