@@ -1,6 +1,7 @@
 """The training step: exact over accumulation and processes, stopped and continued to the same weights."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -23,6 +24,9 @@ from eval.study import Train
 Teacher = Callable[[Batch], Tensor]  # batch -> log-probabilities [B, T, V], float32
 Curve = list[tuple[int, float]]  # step, mean loss per token in nats
 CURVE_POINTS = 100
+
+# It warns of tied weights at every checkpoint; `load_state` ties them again, and a test holds the result.
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 def accelerator() -> Accelerator:

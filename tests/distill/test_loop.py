@@ -1,5 +1,6 @@
 """The training step: one loss and one gradient over accumulation, masks in place, runs that continue."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from distill.loop import accelerator, batch_loss, learning_rate, row_order, step
 from eval.documents import Row, collate
 from eval.errors import UserError
 from eval.study import Optimizer, Train
-from tests.helpers import tiny_model
+from tests.helpers import ROOT, run, tiny_model
 
 
 def rows(count=8, longest=20):
@@ -42,6 +43,41 @@ def test_accumulation_changes_neither_loss_nor_gradient(teacher):
         found.append((loss, float(norm)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
+SCRIPT = """
+import json, sys, torch
+sys.path[0] = sys.argv[1]
+from distill.loop import accelerator, step_loss
+from eval.study import Train
+from tests.distill.test_loop import row_teacher, rows
+from tests.helpers import tiny_model
+
+acc, found = accelerator(), []
+for accumulate in (1, 4):
+    model = acc.prepare(tiny_model())
+    loss = step_loss(model, rows(8), row_teacher, Train(rows=8, accumulate=accumulate), acc, 0)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    found.append([acc.num_processes, loss, float(norm)])
+if acc.is_main_process:
+    print("FOUND", json.dumps(found))
+"""
+
+
+def test_processes_change_neither_loss_nor_gradient(tmp_path):
+    """Two gloo processes, whose shares of the step have different numbers of tokens, against one."""
+    script = tmp_path / "step.py"
+    script.write_text(SCRIPT)
+    found = []
+    for how in ([], ["--num_processes", "2", "--cpu"]):
+        done = run("-m", "accelerate.commands.launch", *how, script, str(ROOT))
+        assert done.returncode == 0, done.stderr
+        line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+        found += json.loads(line.removeprefix("FOUND"))
+    assert [processes for processes, _, _ in found] == [1, 1, 2, 2]
+    for _, loss, norm in found[1:]:
+        assert loss == pytest.approx(found[0][1], rel=1e-6)
+        assert norm == pytest.approx(found[0][2], rel=1e-5)
 
 
 class Table(torch.nn.Module):
