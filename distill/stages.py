@@ -25,6 +25,7 @@ from distill.student import (
     check_vocabulary,
     export,
     fresh_model,
+    local_files,
     named_model,
 )
 from eval.artifacts import building, digest, is_done, read_manifest
@@ -72,9 +73,11 @@ def run_training(
 
 
 def sweep(study: Study, name: str) -> None:
-    """Drops the checkpoints of finished work."""
+    """Drops the checkpoints of finished work, and those of its parts."""
     if accelerator().is_main_process:
-        shutil.rmtree(study.folder / "scratch" / name.replace("/", "-"), ignore_errors=True)
+        top, stem = study.folder / "scratch", name.replace("/", "-")
+        for place in [top / stem, *top.glob(f"{stem}-*")]:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def in_steps(report: Report, share: float = 1.0) -> Callable[[int, int, float], None]:
@@ -116,7 +119,7 @@ def make_base(study: Study, seed: int, report: Report) -> None:
         parents["tokenizer"] = read_manifest(study.folder / "tokenizer").hash
     training = base.train.model_dump(exclude={"checkpoint_every"}) if base.train else None
     shape = [study.data.context, study.data.train_rows] if base.train else []
-    origin = base.model_dump(exclude={"train"})
+    origin = [base.model_dump(exclude={"train"}), local_files(base.path)]
     key = digest([origin, training, shape, parents, seed if base.train else None])
     if not needed(study.folder / name, key):
         return

@@ -70,6 +70,13 @@ def named_model(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
+def local_files(path: str | None) -> dict[str, list[int]]:
+    """Size and time of every file of a local base: what tells that it has changed. Empty for a hub name."""
+    files = sorted(Path(path).rglob("*")) if path and Path(path).is_dir() else []
+    stats = {p.name: p.stat() for p in files if p.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Refuses a tokenizer that writes ids which the model does not have."""
     rows = model.get_input_embeddings().num_embeddings

@@ -1,6 +1,7 @@
 """Every YAML under configs/ is what its folder says, and an error names the place, the value and the mend."""
 
 import pytest
+import yaml
 
 from compress.recipe import load_recipe
 from distill.method import make_method
@@ -146,3 +147,12 @@ def test_names_and_broken_files_are_told(tmp_path):
     broken.write_text("- a\n- list\n")
     with pytest.raises(UserError, match="list; the file must hold a mapping"):
         load_study(broken)
+
+
+def test_the_readmes_own_study_is_accepted():
+    block = (ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    settings = raw()
+    for key, value in yaml.safe_load(block).items():
+        settings[key] = {**settings[key], **value} if key == "data" else value
+    study = validated(Study, settings, "README.md")
+    assert study.base.path == "Qwen/Qwen3-0.6B"

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from eval.documents import Batch
 from eval.engines import AGAIN, Engine, first_line, load_tokenizer
 from eval.errors import UserError, one_of
 
 DEVICES = ("cpu", "cuda")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on each layer of each int8 model
 
 
 def load_checkpoint(
@@ -69,15 +71,15 @@ def rows(model: PreTrainedModel) -> int:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps the library's loading bar and report off the terminal: what is wrong is raised instead."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
         if bar:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def check_folder(folder: Path) -> bool:

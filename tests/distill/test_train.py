@@ -1,6 +1,5 @@
 """The real command lines: base, then students; resumed, launched on two processes, and stopped by bad input."""
 
-import json
 import os
 import shutil
 import signal
@@ -229,32 +228,28 @@ def test_a_damaged_student_is_told_not_used(trained, tmp_path):
     assert "model.safetensors has sha256" in told
 
 
-OWN = """
-from distill.method import Card, Method, TeacherSignal, model_log_probs
-
-class Sharpen(Method):
-    card = Card(title="Sharpened teacher", paper="none", claim="none", touches="the output", limits="a toy")
-
-    def signal(self, teacher, batch):
-        return TeacherSignal({body})
-"""
+def printed(document, language):
+    """The first block of `language` in a document."""
+    return (ROOT / document).read_text().split(f"```{language}\n")[1].split("```")[0]
 
 
-@pytest.mark.parametrize(
-    ("body", "told"),
-    [
-        ("(2 * model_log_probs(teacher, batch)).log_softmax(-1)", None),
-        ("model_log_probs(teacher, batch)[:, :, :-1]", "log_probs of shape"),
-        ("2 * model_log_probs(teacher, batch)", "normalise with log_softmax"),
-    ],
-)
-def test_a_method_in_a_file_of_your_own(tmp_path, body, told):
+def test_a_method_in_a_file_of_your_own_as_printed(tmp_path):
     (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / "sharpen.py").write_text(OWN.format(body=body))
-    path = tiny_study(tmp_path, seeds=[0], method={"name": "ours.sharpen"}, ce_arm=False)
+    (tmp_path / "ours" / "neural_cache.py").write_text(printed("docs/own-method.md", "python"))
+    method = yaml.safe_load(printed("docs/own-method.md", "yaml"))["method"]
+    path = tiny_study(tmp_path, seeds=[0], method=method, ce_arm=False)
     done = run("distill/train.py", "--config", path, PYTHONPATH=str(tmp_path))
-    if told is None:
-        assert done.returncode == 0, done.stderr
-        assert json.loads((load_study(path).folder / "students" / "S1" / "s0" / "manifest.json").read_text())
-    else:
-        assert told in one_line(done)
+    assert done.returncode == 0, done.stderr
+    study = load_study(path)
+    teachers = {s.arm: s.documents.bits for s in read_scores(study.folder)}
+    assert teachers["T1"] != teachers["T0"]
+    assert read_manifest(study.folder / "students" / "S1" / "s0").parents["teacher"]
+
+
+def test_a_method_that_returns_something_else_ends_in_one_line(tmp_path):
+    (tmp_path / "ours").mkdir()
+    text = printed("docs/own-method.md", "python").replace("self.settings.weight * cached)", "5.0 * cached)")
+    (tmp_path / "ours" / "neural_cache.py").write_text(text)
+    path = tiny_study(tmp_path, seeds=[0], method={"name": "ours.neural_cache"}, ce_arm=False)
+    done = run("distill/train.py", "--config", path, PYTHONPATH=str(tmp_path))
+    assert "method 'ours.neural_cache': log_probs sum to" in one_line(done)
