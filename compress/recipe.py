@@ -124,6 +124,11 @@ class RecipeFile(Frozen):
     passes: list[dict[str, Any]] = Field(min_length=1)  # `pass: NAME` and its options
 
 
+# What passes share is part of what a variant is made of, as their own files are.
+SHARED = ("anatomy", "calibrate", "rounding", "sparsity", "workshop")
+CODE = [file_sha256(Path(__file__).with_name(f"{name}.py")) for name in SHARED]
+
+
 @dataclass(frozen=True)
 class Recipe:
     name: str
@@ -136,7 +141,7 @@ class Recipe:
 
     @property
     def identity(self) -> list[Any]:
-        return [self.name, self.target, [step.identity for step in self.passes]]
+        return [CODE, self.name, self.target, [step.identity for step in self.passes]]
 
 
 def known_passes() -> list[str]:

@@ -5,7 +5,7 @@ import argparse
 from distill.loop import accelerator
 from distill.plan import base_jobs, prepare_inputs, run
 from eval.errors import entry
-from eval.study import settle, study_from_command
+from eval.study import make_folder, study_from_command
 from eval.workers import locked
 
 
@@ -13,7 +13,7 @@ from eval.workers import locked
 def main() -> None:
     study, _ = study_from_command(argparse.ArgumentParser(description=__doc__), trained=False)
     acc = accelerator()
-    with locked(settle(study)):
+    with locked(make_folder(study)):
         prepare_inputs(study, acc)
         run(study, base_jobs(study), "base")
 

@@ -15,7 +15,6 @@ ROLES = {
 
 def model_card(study: Study, arm: str, seed: int) -> str:
     """README.md of one exported model: what it is, what it was made of, how to load it."""
-    card = make_method(study.method).card
     base = study.base.path if arm != "B" else None
     data = ModelCardData(base_model=base, library_name="transformers", pipeline_tag="text-generation")
     text = f"""---
@@ -25,11 +24,14 @@ def model_card(study: Study, arm: str, seed: int) -> str:
 # {study.name}: {arm}, seed {seed}
 
 This is {ROLES[arm]} in the study `{study.name}`. It is a plain causal language model: load it with
-`transformers.AutoModelForCausalLM.from_pretrained`.
-
+`transformers.AutoModelForCausalLM.from_pretrained`. What it was made of, and the hash of every file, stands
+in `manifest.json`.
+"""
+    if arm in ("S1", "S0"):
+        card = make_method(study.method).card
+        text += f"""
 - method of the study: {card.title} ({card.paper})
 - claim under test: {card.claim}
 - known limits of the method: {card.limits}
-- study settings: `{study.hash()[:16]}`; parents, files and their hashes: `manifest.json`
 """
     return str(ModelCard(text))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from glob import glob
@@ -148,14 +149,18 @@ def _write(path: Path, documents: list[Document]) -> None:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def _refuse_namesakes(where: str, documents: list[Document]) -> None:
+    count = Counter(document.id for document in documents)
+    if twice := [name for name, times in count.items() if times > 1]:
+        raise UserError(where, f"two documents are named {twice[0]!r}", "give each its own id")
+
+
 def split_documents(study: Study) -> dict[str, list[Document]]:
     """Documents by split and slice. The hash of an id decides, so that a new file moves few others."""
     data, seen = study.data, set[str]()
     pool = _distinct((d for source in data.documents for d in read_source(source)), seen)
     pool.sort(key=lambda d: _order(d.id))
-    if len({d.id for d in pool}) < len(pool):
-        twice = next(d.id for i, d in enumerate(pool) if i and d.id == pool[i - 1].id)
-        raise UserError("data", f"two documents are named {twice!r}", "give each its own id")
+    _refuse_namesakes("data.documents", pool)
     if len(pool) <= data.heldout + data.sealed:
         raise UserError(
             "data",
@@ -174,6 +179,7 @@ def split_documents(study: Study) -> dict[str, list[Document]]:
         documents = _distinct((d for source in sources for d in read_source(source)), seen)
         if not documents:
             raise UserError(f"slice {name!r}", "no documents", "mend its source")
+        _refuse_namesakes(f"slice {name!r}", documents)
         splits[name] = [_cut(d, data.scored_bytes) for d in documents]
     return splits
 

@@ -7,10 +7,11 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
@@ -31,7 +32,8 @@ logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 def accelerator() -> Accelerator:
     """One place that knows the processes and the device."""
-    return Accelerator(cpu=not torch.cuda.is_available())
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while the first process scores and caches
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[waiting])
 
 
 def total_steps(config: Train, rows: int) -> int:

@@ -146,6 +146,10 @@ def checked(signal: object, batch: Batch, vocabulary: int, name: str) -> Tensor:
     total = found.logsumexp(dim=-1)[batch.attention_mask.bool()]
     if not bool(torch.isfinite(total).all()):
         raise UserError(thing, "log_probs with NaN or infinity", f"look at rows {', '.join(batch.ids)}")
+    if bool((found == -torch.inf)[batch.attention_mask.bool()].any()):
+        raise UserError(
+            thing, "a probability of 0", "mix in a little of the plain model: KL to it is infinite"
+        )
     if float(total.abs().max()) > 1e-2:
         raise UserError(
             thing, f"log_probs sum to {float(total.max().exp()):.4g}", "normalise with log_softmax"

@@ -1,5 +1,7 @@
 """The jobs of a study's training side, in an order that respects what each needs."""
 
+import sys
+
 from accelerate import Accelerator
 
 from distill.data import prepare
@@ -8,7 +10,7 @@ from distill.stages import make_base, make_student, make_teacher, teacher_groups
 from distill.student import train_tokenizer
 from eval.artifacts import building, digest, is_done, read_manifest
 from eval.documents import TRAIN, read_documents
-from eval.study import Study
+from eval.study import Study, settle
 from eval.workers import Job, run_in_turn, run_jobs
 
 
@@ -27,8 +29,9 @@ def make_tokenizer(study: Study) -> None:
 
 
 def prepare_inputs(study: Study, acc: Accelerator) -> None:
-    """Data and tokenizer, by the first process."""
+    """The settled study, data and tokenizer, by the first process, which holds the folder."""
     if acc.is_main_process:
+        settle(study)
         prepare(study)
         make_tokenizer(study)
     acc.wait_for_everyone()
@@ -67,6 +70,8 @@ def run(study: Study, jobs: list[Job], title: str) -> None:
     """Side by side on one machine's CPU; in turn on a GPU or where several processes train as one."""
     acc = accelerator()
     if acc.num_processes > 1 or acc.device.type != "cpu":
+        if acc.is_main_process:
+            print(f"{title}: {acc.num_processes} processes on {acc.device.type}", file=sys.stderr)
         run_in_turn(title, jobs, quiet=not acc.is_main_process)
     else:
         run_jobs(title, jobs, study.workers)

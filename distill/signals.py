@@ -1,6 +1,7 @@
 """Teachers' targets: computed once, kept in fp16, found again by row and by the hash of its tokens."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from distill.loop import Teacher
 from eval.artifacts import digest, verified
-from eval.documents import Batch, Row, batches
+from eval.documents import Batch, Row, batches, tokens_per_batch
 from eval.errors import UserError
 
 VALUES, INDEX = "log_probs.npy", "rows.json"
@@ -32,11 +33,16 @@ def write_targets(
     lengths = [len(row.tokens) - 1 for row in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     shape = (int(starts[-1]), vocabulary)
+    needed, free = shape[0] * shape[1] * 2, shutil.disk_usage(folder).free
+    if needed > 0.9 * free:
+        size = f"{shape[0]} tokens x {shape[1]} entries take {needed / 2**30:.1f} GiB"
+        mend = f"{free / 2**30:.1f} GiB are free: set train.targets: online"
+        raise UserError(f"targets {folder.parent}", size, mend)
     values = np.lib.format.open_memmap(folder / VALUES, mode="w+", dtype=np.float16, shape=shape)
     place = {row.id: int(start) for row, start in zip(rows, starts[:-1], strict=True)}
     assert len(place) == len(rows), "row ids are unique"
     done = 0
-    for batch in batches(rows, pad):
+    for batch in batches(rows, pad, tokens_per_batch(vocabulary)):
         found = teacher(batch)
         for i, (name, length) in enumerate(zip(batch.ids, batch.mask.sum(1).tolist(), strict=True)):
             values[place[name] : place[name] + length] = found[i, :length].half().cpu().numpy()

@@ -28,8 +28,8 @@ from distill.student import (
     local_files,
     named_model,
 )
-from eval.artifacts import building, digest, is_done, read_manifest
-from eval.documents import Batch, boundary_id
+from eval.artifacts import building, digest, file_sha256, is_done, read_manifest
+from eval.documents import Batch, boundary_id, tokens_per_batch
 from eval.engines import load_tokenizer
 from eval.engines.torch import load_checkpoint, load_model
 from eval.records import Score, provenance, read_scores, write_record
@@ -38,6 +38,8 @@ from eval.study import Study, Train
 
 Report = Callable[[float], None]
 TEACHERS = {"S1": "T1", "S0": "T0"}  # a student's teacher; CE has none
+# A mended loss must not leave the students of the broken one in use.
+CODE = [file_sha256(Path(__file__).with_name(f"{name}.py")) for name in ("losses", "loop", "signals", "data")]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -87,7 +89,8 @@ def in_steps(report: Report, share: float = 1.0) -> Callable[[int, int, float], 
 def score_teacher(study: Study, side: str, seeds: list[int], teach: Teacher, teacher: str) -> None:
     """Writes one score record per seed that shares this teacher; only here can it be run."""
     data, tokenizer = study.folder / "data", load_tokenizer(study.folder / "base" / f"s{seeds[0]}")
-    documents = score_with(teach, data, tokenizer, study.data.context)
+    size = tokens_per_batch(len(tokenizer))
+    documents = score_with(teach, data, tokenizer, study.data.context, batch_tokens=size)
     for seed in seeds:
         record = Score(
             arm=side,
@@ -120,7 +123,7 @@ def make_base(study: Study, seed: int, report: Report) -> None:
     training = base.train.model_dump(exclude={"checkpoint_every"}) if base.train else None
     shape = [study.data.context, study.data.train_rows] if base.train else []
     origin = [base.model_dump(exclude={"train"}), local_files(base.path)]
-    key = digest([origin, training, shape, parents, seed if base.train else None])
+    key = digest([CODE, origin, training, shape, parents, seed if base.train else None])
     if not needed(study.folder / name, key):
         return
     if base.architecture:
@@ -176,7 +179,7 @@ def _bench(study: Study, name: str, folder: Path, seed: int, bases: tuple[int, .
     places = {s: study.folder / "base" / f"s{s}" for s in {seed, *bases}}
     for other, place in places.items():
         check_same_tokenizer(tokenizer, load_tokenizer(place), f"base s{other}")
-    key = digest([_teacher_parents(study, bases), method_of(study, name[:2]).identity])
+    key = digest(_fit_inputs(study, name[:2], seed, bases))
 
     def fit(model: PreTrainedModel, rows: list, config: Train, part: str) -> Curve:
         return run_training(
@@ -201,6 +204,12 @@ def _teacher_parents(study: Study, bases: tuple[int, ...]) -> dict[str, str]:
     return {**found, "data": read_manifest(study.folder / "data").hash}
 
 
+def _fit_inputs(study: Study, side: str, seed: int, bases: tuple[int, ...]) -> list[Any]:
+    """All that decides what a method fits."""
+    shape = [study.data.context, study.data.train_rows]
+    return [CODE, method_of(study, side).identity, _teacher_parents(study, bases), shape, seed]
+
+
 def _fitted(
     study: Study, side: str, method: Method, seeds: list[int], bases: tuple[int, ...], report: Report
 ) -> str:
@@ -208,7 +217,7 @@ def _fitted(
     if type(method).fit is Method.fit:
         return ""
     name, parents = f"method/{teacher_name(side, seeds)}", _teacher_parents(study, bases)
-    key = digest([method.identity, parents, study.data.context, study.data.train_rows, seeds[0]])
+    key = digest(_fit_inputs(study, side, seeds[0], bases))
     if needed(study.folder / name, key):
         facts = {"arm": side, "seed": seeds[0], "method": study.method.name}
         with made(study, name, kind="method", key=key, parents=parents, facts=facts) as aside:
@@ -272,7 +281,7 @@ def cache(study: Study, folder: Path, seed: int, teach: Teacher, report: Report)
 
 
 def _targets_key(study: Study, teacher: str) -> str:
-    return digest([teacher, study.data.context, study.data.train_rows])
+    return digest([CODE, teacher, study.data.context, study.data.train_rows])
 
 
 def _group_of(study: Study, side: str, seed: int) -> tuple[tuple[int, ...], list[int]]:
@@ -299,7 +308,11 @@ def _lesson(study: Study, arm: str, seed: int, rows: list) -> Iterator[Teacher |
     side = TEACHERS[arm]
     bases, seeds = _group_of(study, side, seed)
     if study.train.targets == "cached":
-        yield CachedTeacher(study.folder / "targets" / teacher_name(side, seeds), rows)
+        folder = study.folder / "targets" / teacher_name(side, seeds)
+        assert read_manifest(folder).facts["teacher"] == _teacher_of(study, arm, seed), (
+            "targets of this teacher"
+        )
+        yield CachedTeacher(folder, rows)
     else:
         with teaching(study, side, seeds, bases) as teach:
             yield teach
@@ -312,7 +325,7 @@ def make_student(study: Study, arm: str, seed: int, report: Report) -> None:
     if (teacher := _teacher_of(study, arm, seed)) is not None:
         parents["teacher"] = teacher
     settings = study.train.model_dump(exclude={"checkpoint_every"})
-    key = digest([settings, study.data.context, study.data.train_rows, parents, arm, seed])
+    key = digest([CODE, settings, study.data.context, study.data.train_rows, parents, arm, seed])
     folder = study.folder / name
     if needed(folder, key):
         model, tokenizer = load_model(base), load_tokenizer(base)

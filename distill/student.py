@@ -64,7 +64,7 @@ def named_model(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = AutoModelForCausalLM.from_pretrained(
             base.path, dtype=torch.float32, use_safetensors=True, **settings
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         mend = "give a hub name that has safetensors, or a folder"
         raise UserError("base.path", f"{base.path} ({' '.join(str(error).split())[:200]})", mend) from error
     return model.eval(), tokenizer

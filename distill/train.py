@@ -8,21 +8,20 @@ from pathlib import Path
 # The launcher puts distill/ first on the path and leaves the root out: put the root in its place.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from distill.launch import start_missing_processes  # noqa: E402
 from distill.loop import accelerator  # noqa: E402
 from distill.plan import base_jobs, prepare_inputs, run, teaching_jobs  # noqa: E402
 from eval.errors import entry  # noqa: E402
-from eval.study import settle, study_from_command  # noqa: E402
+from eval.study import make_folder, study_from_command  # noqa: E402
 from eval.workers import locked  # noqa: E402
 
 
 @entry
 def main() -> None:
+    start_missing_processes()
     study, _ = study_from_command(argparse.ArgumentParser(description=__doc__), trained=False)
     acc = accelerator()
-    folder = study.folder
-    if acc.is_main_process:
-        settle(study)
-    with locked(folder) if acc.is_main_process else nullcontext():
+    with locked(make_folder(study)) if acc.is_main_process else nullcontext():
         prepare_inputs(study, acc)
         run(study, [*base_jobs(study), *teaching_jobs(study)], "train")
 

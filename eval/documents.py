@@ -118,6 +118,11 @@ def collate(rows: list[Row], pad: int) -> Batch:
     return Batch([r.id for r in rows], [r.document for r in rows], [r.domain for r in rows], ids, mask)
 
 
+def tokens_per_batch(vocabulary: int) -> int:
+    """Padded tokens per batch whose logits take at most 128 MiB in float32, and no more than help a CPU."""
+    return min(4096, max(1, 2**25 // vocabulary))
+
+
 def batches(rows: Iterable[Row], pad: int, batch_tokens: int = 4096) -> Iterator[Batch]:
     """Batches of rows of like length, the longest first, each of at most `batch_tokens` padded tokens."""
     held: list[Row] = []

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
 
@@ -43,6 +44,11 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             print("stopped; the same command continues where it was", file=sys.stderr)
             code = 130
+        except SystemExit as error:  # argparse ends with 2, which is the code of a verdict
+            code = EXIT_ERROR if error.code else EXIT_PASS
+        except Exception:  # a fault of ours keeps its traceback, and must not read as FAIL
+            traceback.print_exc()
+            code = EXIT_ERROR
         sys.exit(code)
 
     return run

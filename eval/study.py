@@ -35,7 +35,7 @@ class Source(Frozen):
     text_column: str = "text"
     domain_column: str | None = None
     domain: str | None = None  # a fixed name; folder sources default to the top folder of each file
-    documents: int | None = Field(None, gt=0)  # at most so many, chosen by hash
+    documents: int | None = Field(None, gt=0)  # at most so many: by hash; of a data set, the first
 
 
 class Data(Frozen):
@@ -252,7 +252,10 @@ def override(raw: dict[str, Any], words: list[str]) -> None:
             if not isinstance(place.setdefault(part, {}), dict):
                 raise UserError("command line", word, f"{part!r} holds no keys")
             place = place[part]
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError("command line", f"{word} {value}", "mend the YAML of its value") from error
 
 
 def load_study(where: str | Path, words: list[str] | None = None) -> Study:
@@ -301,8 +304,8 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return flat
 
 
-def settle(study: Study) -> Path:
-    """Makes the run folder and writes the settled study there.
+def make_folder(study: Study) -> Path:
+    """The run folder, made if it is not there.
 
     Raises:
         UserError: the folder cannot be written.
@@ -314,9 +317,13 @@ def settle(study: Study) -> Path:
         raise UserError(f"run folder {folder}", error.strerror, "give another place with --runs") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"run folder {folder}", "not writable", "mend its mode, or give --runs elsewhere")
-    text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
-    write_text(folder / "study.yaml", text)
     return folder
+
+
+def settle(study: Study) -> None:
+    """Writes the settled study into its run folder; whoever does must hold the folder."""
+    text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
+    write_text(study.folder / "study.yaml", text)
 
 
 def study_from_command(

@@ -10,9 +10,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from compress.recipe import load_recipes  # noqa: E402
 from distill.data import data_key  # noqa: E402
 from eval.artifacts import digest, file_sha256, versions, write_text  # noqa: E402
-from eval.errors import entry  # noqa: E402
+from eval.budget import load_budget  # noqa: E402
+from eval.errors import entry, one_of  # noqa: E402
+from eval.records import HELDOUT  # noqa: E402
 from eval.study import ROOT, Study, find_config, study_from_command  # noqa: E402
 
 MARK = "finished"
@@ -37,11 +40,20 @@ def state(study: Study) -> str:
     )
 
 
+def check(study: Study) -> None:
+    """Refuses now what the last stages would refuse after minutes of training."""
+    load_recipes(study)
+    slices = [HELDOUT, *study.data.shifted]
+    for name in load_budget(study).slices:
+        one_of(f"slice of the budget {study.budget!r}", name, slices)
+
+
 @entry
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mark", action="store_true", help="note that everything is done now")
     study, given = study_from_command(parser, trained=False)
+    check(study)
     mark = study.folder / MARK
     if given.mark:
         write_text(mark, state(study) + "\n")

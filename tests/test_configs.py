@@ -13,6 +13,7 @@ from eval.study import (
     check_settled,
     find_config,
     load_study,
+    make_folder,
     override,
     read_yaml,
     settle,
@@ -99,6 +100,7 @@ def test_an_override_does_not_reach_what_an_alias_shares(tmp_path):
 @pytest.fixture
 def settled(tmp_path):
     study = validated(Study, raw(), "default.yaml").model_copy(update={"runs": str(tmp_path)})
+    make_folder(study)
     settle(study)
     return study
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import re
-import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 import yaml
@@ -31,6 +33,11 @@ def lasting(folder):
         if v["target"] == "cpu"
     ]
     return {key: gate[key] for key in ("teacher_gain", "scores", "kept_by_student")} | {"variants": variants}
+
+
+def quality(folder):
+    """The part of the table that measures no time, to the byte."""
+    return (folder / "table.md").read_text().split("## Quality")[1].split("## Cost")[0]
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +76,46 @@ def test_a_second_call_finds_everything_done(tiny):
     assert (folder / "table.md").read_bytes() == table
 
 
-def test_an_interrupted_study_ends_in_the_same_table(tiny, tmp_path):
-    """What a crash can take away, any part of the run, is made again to the same result."""
+def test_killed_at_random_moments_it_ends_in_the_same_table(tiny, tmp_path):
+    """kill -9 of the whole process group, five times, somewhere in what is still to do."""
     study, folder, _ = tiny
     raw = yaml.safe_load(study.read_text())
-    copy = tmp_path / "study.yaml"
+    copy, again = tmp_path / "study.yaml", tmp_path / "runs" / "tiny"
     copy.write_text(yaml.safe_dump({**raw, "runs": str(tmp_path / "runs")}))
-    shutil.copytree(folder, tmp_path / "runs" / "tiny")
-    again = tmp_path / "runs" / "tiny"
-    for lost in ("students/S1/s1", "variants/wanda50/S0/s0", "records/score/plain", "targets/T1"):
-        shutil.rmtree(again / lost)
-    (again / "gate.json").unlink()
+    rng, alive = random.Random(0), 0
+    for _ in range(5):
+        process = subprocess.Popen(
+            ["bash", "scripts/pipeline.sh", str(copy)],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        time.sleep(rng.uniform(6, 26))
+        alive += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert alive >= 4, "the study was over before it could be killed"
     assert pipeline(copy).returncode in (0, 1, 2)
     assert lasting(again) == lasting(folder)
+    assert quality(again) == quality(folder)
+    assert not list(again.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"recipes": ["int9"]}, "'int9'"),
+        ({"budget": "generous"}, "budgets config: 'generous'"),
+        ({"budget": "default"}, "slice of the budget 'default': 'near'"),
+        ({"trian": {}}, "did you mean 'train'"),
+    ],
+)
+def test_a_bad_study_ends_the_pipeline_before_anything_is_trained(tmp_path, change, told):
+    raw = yaml.safe_load((ROOT / "configs" / "studies" / "tiny.yaml").read_text())
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({**raw, "runs": str(tmp_path / "runs"), **change}))
+    done = pipeline(study)
+    assert done.returncode == 3
+    assert [told in line for line in done.stderr.splitlines()] == [True], done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_placebo_never_passes(tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from transformers import PreTrainedModel
@@ -57,6 +58,13 @@ class Experts(Method):
                 )
         return groups if self.settings.routed else {ALL: [row for g in groups.values() for row in g]}
 
+    def _budget(self, rows: list[Row]) -> Train:
+        """Given as a number, the steps of the control's one adapter are those of all experts together."""
+        train = self.settings.train
+        if self.settings.routed or train.steps is None:
+            return train
+        return train.model_copy(update={"steps": train.steps * len({row.domain for row in rows})})
+
     def fit(self, bench: Bench) -> None:
         config = LoraConfig(
             r=self.settings.rank,
@@ -64,9 +72,11 @@ class Experts(Method):
             target_modules=self.settings.target_modules,
             task_type="CAUSAL_LM",
         )
-        for name, rows in self._groups(bench.rows()).items():
+        groups = self._groups(bench.rows())
+        for name, rows in groups.items():
+            torch.manual_seed(bench.seed)  # the adapter's first weights
             model = get_peft_model(bench.load_base(bench.seed), config, adapter_name=name)
-            bench.train(model, rows, self.settings.train, name)
+            bench.train(model, rows, self._budget(rows), name)
             model.save_pretrained(str(bench.folder), selected_adapters=[name])
 
     @contextmanager

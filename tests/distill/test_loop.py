@@ -48,11 +48,13 @@ def test_accumulation_changes_neither_loss_nor_gradient(teacher):
 SCRIPT = """
 import json, sys, torch
 sys.path[0] = sys.argv[1]
+from distill.launch import start_missing_processes
 from distill.loop import accelerator, step_loss
 from eval.study import Train
 from tests.distill.test_loop import row_teacher, rows
 from tests.helpers import tiny_model
 
+start_missing_processes()
 acc, found = accelerator(), []
 for accumulate in (1, 4):
     model = acc.prepare(tiny_model())

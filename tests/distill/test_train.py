@@ -1,11 +1,8 @@
 """The real command lines: base, then students; resumed, launched on two processes, and stopped by bad input."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -106,31 +103,13 @@ def test_two_processes_train_the_same_models(trained, tmp_path):
     study, path, _ = trained
     done = launch(path, "--runs", str(tmp_path / "runs"), processes=2)
     assert done.returncode == 0, done.stderr
+    assert "train: 2 processes" in done.stderr
     for name in MODELS:
         one = read_manifest(study.folder / name).facts["loss_curve"]
         two = read_manifest(tmp_path / "runs" / "tiny" / name).facts["loss_curve"]
         assert [s for s, _ in one] == [s for s, _ in two]
         assert one[0][1] == pytest.approx(two[0][1], rel=1e-3)
         assert one[-1][1] == pytest.approx(two[-1][1], rel=2e-2)
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_ends_in_the_same_weights(trained, tmp_path):
-    study, path, _ = trained
-    for seconds in (3.0, 9.0, 11.0, 13.0, 16.0):
-        words = ["distill/train.py", "--config", str(path), "--runs", str(tmp_path / "runs")]
-        words += ["--train.checkpoint_every", "2", "--base.train.checkpoint_every", "2"]
-        process = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL
-        )
-        time.sleep(seconds)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        time.sleep(1.0)  # its workers notice and end: they must not write into the next attempt
-    done = launch(path, "--runs", str(tmp_path / "runs"))
-    assert done.returncode == 0, done.stderr
-    after = {name: read_manifest(tmp_path / "runs" / "tiny" / name).hash for name in MODELS}
-    assert after == hashes(study)
 
 
 def test_a_base_may_be_a_folder_and_targets_online(tmp_path):
