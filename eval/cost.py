@@ -29,7 +29,7 @@ from eval.documents import TRAIN, boundary_id, read_documents
 from eval.engines import Subject, engine_module, load_tokenizer, subject_of
 from eval.errors import UserError, entry, one_of
 from eval.probe import Answer, Order
-from eval.records import PLAIN, Measured, Process, provenance, read_costs, write_record
+from eval.records import PLAIN, Measured, Process, provenance, read_costs, recipe_names, write_record
 from eval.study import ROOT, Cost, Study, study_from_command
 from eval.workers import Job, Report, locked, run_in_turn
 
@@ -50,9 +50,10 @@ class Variant:
 
 
 def variants(study: Study) -> list[Variant]:
-    """The plain student S1 of the first seed, then its variants by name."""
+    """The plain student S1 of the first seed, then its variants in the order of the study."""
     seed, run = study.seeds[0], study.folder
-    folders = [run / f"students/S1/s{seed}", *sorted(run.glob(f"variants/*/S1/s{seed}"))]
+    names = recipe_names(study)[1:]
+    folders = [run / f"students/S1/s{seed}", *(run / f"variants/{name}/S1/s{seed}" for name in names)]
     found = [path for path in folders if (path / MANIFEST).is_file()]
     if not found or found[0] != folders[0]:
         raise UserError(f"model {folders[0]}", "not made yet", "run distill/train.py with this study first")

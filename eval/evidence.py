@@ -11,12 +11,24 @@ from numpy.typing import NDArray
 from eval.artifacts import digest, file_sha256, read_manifest
 from eval.budget import Budget
 from eval.errors import UserError, one_of
-from eval.records import HELDOUT, PLAIN, Documents, Measured, Score, read_costs, read_scores, record_path
+from eval.records import (
+    HELDOUT,
+    PLAIN,
+    Documents,
+    Measured,
+    Score,
+    read_costs,
+    read_scores,
+    recipe_names,
+    record_path,
+)
 from eval.statistics import linearised
-from eval.study import Study, find_config, read_yaml
+from eval.study import Study
 
 Array = NDArray[np.float64]
 FALLBACK, TEACHERS, STUDENT, CONTROL, CE = "B", ("T1", "T0"), "S1", "S0", "CE"
+TAUGHT = dict(zip((STUDENT, CONTROL), TEACHERS, strict=True))  # a student's teacher; CE has none
+STAGES = {"base": "distill/base.py", "students": "distill/train.py", "variants": "compress/run.py"}
 
 
 class Contrast(NamedTuple):
@@ -26,18 +38,6 @@ class Contrast(NamedTuple):
     minus: str
     recipe: str = PLAIN
     of: str = PLAIN
-
-
-def recipe_names(study: Study) -> list[str]:
-    """Names of the study's variants, the uncompressed student first."""
-    names = [PLAIN]
-    for recipe in study.recipes:
-        path = find_config("recipes", recipe)
-        name = read_yaml(path).get("name")
-        if not isinstance(name, str):
-            raise UserError(f"{path}: name", repr(name), "give the recipe a name")
-        names.append(name)
-    return names
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Evidence:
     artifacts: dict[str, str]  # arm/s<seed>/recipe -> hash
     machines: list[dict[str, object]]
     versions: dict[str, str]
-    records: dict[str, str]  # path below the run folder -> sha256
+    records: dict[str, str]  # path below the run folder -> sha256, of all that were there
 
     @property
     def arms(self) -> list[str]:
@@ -100,6 +100,8 @@ def collect(folder: Path, study: Study, budget: Budget) -> Evidence:
     _check_budget(budget, recipes, columns)
     _check_seeds_differ(scores)
     engines = {s.recipe: s.engine for s in scores if s.arm == STUDENT}
+    bits = _tables(folder, study, wanted, scores)
+    _check_parents(folder, scores)
     return Evidence(
         study=study,
         folder=folder,
@@ -107,13 +109,16 @@ def collect(folder: Path, study: Study, budget: Budget) -> Evidence:
         data=scores[0].data,
         columns=columns,
         bytes=np.asarray(documents.bytes, float),
-        bits=_tables(folder, study, wanted, scores),
+        bits=bits,
         engines=engines,
         costs=_costs(folder, study, budget, costs, engines),
         artifacts={f"{s.arm}/s{s.seed}/{s.recipe}": s.provenance.artifact for s in scores},
         machines=_machines(used),
         versions=_versions(used),
-        records={p.relative_to(folder).as_posix(): file_sha256(p) for p in _paths(folder, used)},
+        records={
+            p.relative_to(folder).as_posix(): file_sha256(p)
+            for p in sorted((folder / "records").rglob("*.json"))
+        },
     )
 
 
@@ -141,9 +146,11 @@ def _asked_costs(study: Study, budget: Budget, recipes: list[str], costs: list[M
 
 
 def artifact_folder(folder: Path, arm: str, seed: int, recipe: str) -> Path | None:
-    """Where a student or variant of a run lies; None for bases and teachers."""
+    """Where a base, student or variant of a run lies; None for teachers, of which no folder is left."""
     if recipe != PLAIN:
         return folder / "variants" / recipe / arm / f"s{seed}"
+    if arm == FALLBACK:
+        return folder / "base" / f"s{seed}"
     return folder / "students" / arm / f"s{seed}" if arm in (STUDENT, CONTROL, CE) else None
 
 
@@ -173,6 +180,38 @@ def _check_data(folder: Path, scores: list[Score]) -> None:
                 f"scored on data {record.data[:12]}, {folder / 'data'} holds {made[:12]}",
                 "delete the record and score again",
             )
+
+
+def _check_parents(folder: Path, scores: list[Score]) -> None:
+    """Every model was made from what lies in the run now, so no variant of a lost student is judged."""
+    teachers = {(s.arm, s.seed): s.provenance.artifact for s in scores if s.arm in TEACHERS}
+    for record in scores:
+        place = artifact_folder(folder, record.arm, record.seed, record.recipe)
+        if place is None:
+            continue
+        made = read_manifest(place).parents
+        for role, now in _parents(folder, record, teachers).items():
+            if made.get(role) != now:
+                raise UserError(
+                    f"artifact {place}",
+                    f"made from {role} {made.get(role, 'unknown')[:12]}, the run's is {now[:12]}",
+                    f"run {STAGES[place.relative_to(folder).parts[0]]} again, then score and measure",
+                )
+
+
+def _parents(folder: Path, record: Score, teachers: dict[tuple[str, int], str]) -> dict[str, str]:
+    """Role -> hash of what the model of `record` must have been made from."""
+    found = {"data": read_manifest(folder / "data").hash}
+    arm, seed = record.arm, record.seed
+    if record.recipe != PLAIN:
+        student = artifact_folder(folder, arm, seed, PLAIN)
+        assert student is not None
+        return found | {"student": read_manifest(student).hash}
+    if arm != FALLBACK:
+        found["base"] = read_manifest(folder / "base" / f"s{seed}").hash
+    if arm in TAUGHT:
+        found["teacher"] = teachers[TAUGHT[arm], seed]
+    return found
 
 
 def _columns(documents: Documents) -> dict[str, NDArray[np.intp]]:

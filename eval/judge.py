@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from eval.budget import Budget, Target
 from eval.evidence import CONTROL, STUDENT, Evidence
-from eval.limits import command, cost_parts, costs, expected, ratio
+from eval.limits import cost_parts, costs, expected, ratio, remedy
 from eval.quality import GAIN, Shares, estimate, kept, over_fallback, quality_parts, slice_results
 from eval.records import HELDOUT, PLAIN
 from eval.statistics import FAIL, INCONCLUSIVE, PASS, Verdict, holm
@@ -61,7 +62,12 @@ def hashes(e: Evidence, recipe: str, target: str) -> Hashes:
         return {str(seed): e.artifacts[f"{arm}/s{seed}/{recipe}"] for seed in e.study.seeds}
 
     tops = f"records/score/{recipe}/", f"records/cost/{target}/{recipe}/"
-    records = {path: found for path, found in e.records.items() if path.startswith(tops)}
+    models = {f"{arm}-s{seed}" for arm in e.arms for seed in e.study.seeds}  # others are of earlier settings
+    records = {
+        path: found
+        for path, found in e.records.items()
+        if path.startswith(tops) and PurePosixPath(path).stem in models
+    }
     return Hashes(artifact=of(STUDENT), control=of(CONTROL), records=records)
 
 
@@ -83,7 +89,7 @@ def variant(e: Evidence, budget: Budget, case: Case, target: str) -> Variant:
         holm_p=None,
         cost=cost,
         measured=cost is not None,
-        how=None if cost else command(e.folder, target),
+        how=remedy(e, target, case.recipe, limits),
         hashes=hashes(e, case.recipe, target),
         recommended=False,
     )
@@ -158,8 +164,8 @@ def on_target(e: Evidence, budget: Budget, cases: list[Case], target: str) -> li
     return [row.model_copy(update={"recommended": row is best}) for row in rows]
 
 
-def target_verdict(rows: list[Variant], alpha: float) -> Verdict:
-    if any(ships(row, alpha) for row in rows):
+def target_verdict(rows: list[Variant]) -> Verdict:
+    if any(row.recommended for row in rows):
         return PASS
     return FAIL if rows and all(row.verdict == FAIL for row in rows) else INCONCLUSIVE
 
@@ -168,7 +174,7 @@ def study_verdict(
     rows: dict[str, list[Variant]], targets: dict[str, Target], alpha: float
 ) -> tuple[Verdict, str]:
     """PASS: something ships on every required target. FAIL: on one of them everything fails."""
-    found = {name: target_verdict(rows[name], alpha) for name, target in targets.items() if target.required}
+    found = {name: target_verdict(rows[name]) for name, target in targets.items() if target.required}
     order: list[Verdict] = [FAIL, INCONCLUSIVE, PASS]
     verdict = min(found.values(), key=order.index)
     if verdict != PASS:
@@ -192,15 +198,18 @@ def nearest(rows: list[Variant], verdict: Verdict) -> Variant:
 def told(verdict: Verdict, target: str, rows: list[Variant], alpha: float) -> str:
     """One sentence that a manager understands."""
     if verdict == PASS:
-        best = next((row for row in rows if row.recommended), None)
-        if best is None:
-            return f"on {target} a variant passes, but each that does is slower than the plain student"
+        best = next(row for row in rows if row.recommended)
         return f"on {target} ship {best.recipe}: it {keeps(best.kept_share)} and meets every limit"
     if rows and (blind := rows[0].parts[0]).verdict != PASS:
         return f"the study cannot see the gain that it should judge: {blind.reason}"
     if verdict == FAIL:
         best = nearest(rows, FAIL)
         return f"on {target} every variant fails; {best.recipe}: {best.reason}"
+    if found := [row.recipe for row in rows if ships(row, alpha)]:
+        return (
+            f"on {target} nothing can be recommended: each that passes ({', '.join(found)}) is slower in "
+            "decode than the uncompressed student, or was not measured in its rounds"
+        )
     if passed := [row for row in rows if row.verdict == PASS]:
         best = min(passed, key=lambda row: row.p)
         return (

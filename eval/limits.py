@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.budget import UNITS, Limit, Quantity, Target
-from eval.errors import UserError
 from eval.evidence import Evidence
 from eval.records import PLAIN, Measured
 from eval.statistics import (
@@ -164,31 +163,37 @@ def _limit_part(name: str, number: Number, limit: Limit) -> Part:
 
 
 def cost_parts(e: Evidence, target: str, recipe: str, limits: Target, found: dict[str, Number]) -> list[Part]:
-    """One part per limit of the target.
-
-    Raises:
-        UserError: a relative limit would compare measurements of two machines or of two settings.
-    """
+    """One part per limit of the target; a ratio of measurements that were not paired decides nothing."""
     parts = []
     for name, limit in limits.limits.items():
-        if limit.of is not None:
-            _comparable(e, target, recipe, limit.of)
-        parts.append(_limit_part(name, found[name], limit))
+        part = _limit_part(name, found[name], limit)
+        if limit.of is not None and (apart := unpaired(e, target, recipe, limit.of)):
+            part = part.model_copy(update={"reason": f"{name} cannot be compared: {apart}"})
+            assert part.verdict == INCONCLUSIVE
+        parts.append(part)
     return parts
 
 
-def _comparable(e: Evidence, target: str, recipe: str, of: str) -> None:
+def unpaired(e: Evidence, target: str, recipe: str, of: str) -> str | None:
+    """Why a measured variant cannot be compared with another round by round, if so."""
     others = e.costs.get((target, of))
     if others is None:
-        found = f"{recipe} was measured, {of} was not"
-        raise UserError(f"costs on target {target!r}", found, f"run {command(e.folder, target)}")
+        return f"{recipe} was measured on {target}, {of} was not"
     if apart := difference(e.costs[target, recipe], others):
         what, ours, theirs = apart
-        raise UserError(
-            f"costs on target {target!r}",
-            f"{recipe} has {what} {ours}, {of} has {theirs}",
-            f"measure both in one run: {command(e.folder, target)}",
-        )
+        return f"{recipe} has {what} {ours}, {of} has {theirs}"
+    return None
+
+
+def remedy(e: Evidence, target: str, recipe: str, limits: Target) -> str | None:
+    """The command that measures what the limits of a target lack for a variant, if anything."""
+    others = [limit.of for limit in limits.limits.values() if limit.of is not None]
+    missing = (target, recipe) not in e.costs
+    return (
+        command(e.folder, target)
+        if missing or any(unpaired(e, target, recipe, of) for of in others)
+        else None
+    )
 
 
 def expected(e: Evidence, target: Target, recipe: str) -> bool:

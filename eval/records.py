@@ -12,7 +12,7 @@ from pydantic import ValidationError, model_validator
 
 from eval.artifacts import versions, write_text
 from eval.errors import UserError
-from eval.study import Frozen
+from eval.study import Frozen, Study, find_config, read_yaml
 
 PLAIN = "plain"  # the recipe of the uncompressed student
 HELDOUT = "heldout"  # the slice of documents like the training ones
@@ -100,6 +100,18 @@ class Measured(Frozen):
     threads: int
     processes: list[Process]  # in rounds: process r of every variant ran in round r
     provenance: Provenance
+
+
+def recipe_names(study: Study) -> list[str]:
+    """Names of the study's variants, the uncompressed student first."""
+    names = [PLAIN]
+    for recipe in study.recipes:
+        path = find_config("recipes", recipe)
+        name = read_yaml(path).get("name")
+        if not isinstance(name, str):
+            raise UserError(f"{path}: name", repr(name), "give the recipe a name")
+        names.append(name)
+    return names
 
 
 def machine(device: str = "cpu", driver: str | None = None) -> Machine:

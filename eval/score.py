@@ -54,7 +54,7 @@ def main() -> None:
         done = score_run(study)
     if done:
         Console().print(table(read_scores(study.folder)))
-    print(f"scored {done} models, {len(model_folders(study.folder)) - done} were scored before")
+    print(f"scored {done} models, {len(model_folders(study.folder, study)) - done} were scored before")
 
 
 if __name__ == "__main__":

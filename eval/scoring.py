@@ -4,26 +4,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.artifacts import MANIFEST, read_manifest, verified
-from eval.documents import read_documents, scored_slices
+from eval.documents import read_documents, scored_slices, tokens_per_batch
 from eval.engines import Subject, load_engine, subject_of
 from eval.errors import UserError
 from eval.metrics.likelihood import Predict, document_bits
-from eval.records import Documents, Score, provenance, read_scores, write_record
+from eval.records import Documents, Score, provenance, read_scores, recipe_names, write_record
 from eval.study import Study
 from eval.workers import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_TOKENS = 4096
-OUTPUT_FLOATS = 2**25  # 128 MiB of logits per batch, whatever the vocabulary
 METRIC = Path(__file__).parent / "metrics" / "bits_per_byte.py"
 
 
-def model_folders(run: Path) -> list[Path]:
-    """Bases, students and variants of a run, in the order of their paths."""
-    patterns = ("base/s*", "students/*/s*", "variants/*/*/s*")
-    return [path for pattern in patterns for path in sorted(run.glob(pattern)) if (path / MANIFEST).is_file()]
+def model_folders(run: Path, study: Study) -> list[Path]:
+    """Bases, students and variants of the study that are made; what earlier settings left is not scored."""
+    tops = ["base", *(f"students/{arm}" for arm in study.arms)]
+    tops += [f"variants/{recipe}/{arm}" for recipe in recipe_names(study)[1:] for arm in ("S1", "S0")]
+    places = (run / top / f"s{seed}" for top in tops for seed in study.seeds)
+    return [place for place in places if (place / MANIFEST).is_file()]
 
 
 def score_with(
@@ -32,7 +32,7 @@ def score_with(
     tokenizer: "PreTrainedTokenizerBase",
     context: int,
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = 4096,
     report: Report = lambda share: None,
 ) -> Documents:
     """Bits of all documents of `scored_slices(data)`, in that order; see `document_bits`.
@@ -66,7 +66,7 @@ def score_folder(run: Path, study: Study, folder: Path, report: Report = lambda 
     subject = subject_of(manifest)
     engine = load_engine(subject.engine, folder)
     tokenizer, data = engine.tokenizer, run / "data"
-    size = min(BATCH_TOKENS, max(1, OUTPUT_FLOATS // engine.vocabulary))
+    size = tokens_per_batch(engine.vocabulary)
     try:
         documents = score_with(
             engine.logits, data, tokenizer, study.data.context, batch_tokens=size, report=report
@@ -91,7 +91,7 @@ def unscored(run: Path, study: Study) -> list[Path]:
         for record in read_scores(run)
         if record.data == data and record.provenance.config == study.hash()
     }
-    manifests = {folder: read_manifest(folder) for folder in model_folders(run)}
+    manifests = {folder: read_manifest(folder) for folder in model_folders(run, study)}
     return [folder for folder, m in manifests.items() if (subject_of(m), m.hash) not in have]
 
 

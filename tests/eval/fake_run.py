@@ -6,7 +6,7 @@ from typing import Any
 
 from distill.student import train_tokenizer
 from eval.artifacts import Manifest, building, digest, read_manifest
-from eval.study import load_study, settle
+from eval.study import load_study, make_folder, settle
 from tests.helpers import WORDS, text, tiny_model, tiny_study
 
 CONTEXT = 32
@@ -57,8 +57,10 @@ def put_data(run: Path, **extra: str) -> None:
 
 def fake_run(folder: Path, **changes: Any) -> tuple[Path, Path]:
     """(study file, run folder) with data, a base, S1 and S0 of one seed."""
-    path = tiny_study(folder, **{"seeds": [0], "cost": COST, "workers": 1, **changes})
-    run = settle(load_study(path))
+    given = {"seeds": [0], "cost": COST, "workers": 1, "recipes": ["int8", "wanda50"], **changes}
+    path = tiny_study(folder, **given)
+    run = make_folder(load_study(path))
+    settle(load_study(path))
     put_data(run)
     for seed, (name, arm) in enumerate(
         {"base/s0": "B", "students/S1/s0": "S1", "students/S0/s0": "S0"}.items()

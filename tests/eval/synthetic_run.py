@@ -18,6 +18,7 @@ from eval.verdict import GateFile, Variant
 HOST = Machine(host="box", system="Linux", cpu="some CPU", isa="AVX512", cores=2, device="cpu")
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.02}  # bits/byte better than B
 RECIPES = {"int8": ("openvino", 1.0, 0.6), "half": ("torch", 0.2, 1.0)}  # engine, gain kept, relative decode
+TEACHERS = {"S1": "T1", "S0": "T0"}
 DOCUMENTS = {"heldout": 40, "far": 30}
 BUDGET = {
     "name": "test",
@@ -86,12 +87,12 @@ class Run:
             bits=((hard - value) * size).tolist(),
         )
 
-    def artifact(self, place: str, parents: dict[str, str] | None = None) -> str:
+    def artifact(self, place: str, parents: dict[str, str] | None = None, content: str = "") -> str:
         facts: dict = {}
         with building(
             self.path / place, kind="model", name=place, key=place, parents=parents or {}, facts=facts
         ) as aside:
-            (aside / "model.safetensors").write_text(place)
+            (aside / "model.safetensors").write_text(content or place)
         return read_manifest(self.path / place).hash
 
     def provenance(self, artifact: str, machine: Machine = HOST) -> Provenance:
@@ -151,14 +152,17 @@ class Run:
             (self.folder / f"{name}.yaml").write_text(f"name: {name}\n")
         (self.folder / "budget.yaml").write_text(yaml.safe_dump(self.budget))
         (self.path / "study.yaml").write_text(yaml.safe_dump(self.study.model_dump(mode="json")))
-        self.artifact("data")
+        data = {"data": self.artifact("data")}
         for seed in self.seeds:
+            base = self.artifact(f"base/s{seed}", data)
             for arm in self.gains:
-                student = arm in ("S1", "S0", "CE")
-                plain = self.artifact(f"students/{arm}/s{seed}") if student else f"teacher {arm} {seed}"
+                teacher = {"teacher": f"teacher {TEACHERS[arm]} {seed}"} if arm in TEACHERS else {}
+                plain = base if arm == "B" else f"teacher {arm} {seed}"
+                if arm in ("S1", "S0", "CE"):
+                    plain = self.artifact(f"students/{arm}/s{seed}", {**data, "base": base, **teacher})
                 self.score(arm, seed, plain)
                 for recipe, (_, kept, _) in RECIPES.items() if arm in ("S1", "S0") else ():
-                    made = self.artifact(f"variants/{recipe}/{arm}/s{seed}", {"student": plain})
+                    made = self.artifact(f"variants/{recipe}/{arm}/s{seed}", {**data, "student": plain})
                     self.score(arm, seed, made, recipe, kept)
         for recipe, factor in {"plain": 1.0, **{name: of[2] for name, of in RECIPES.items()}}.items():
             self.cost(recipe, factor)

@@ -76,6 +76,7 @@ def check_what_counts_as_done(study, folder, int8):
 def test_recipes_and_devices_choose_the_variants(made, capsys):
     study, folder = made
     put(folder, "variants/wanda50/S1/s0", torch_model(), **facts("S1", "wanda50"))
+    put(folder, "variants/old/S1/s0", torch_model(), **facts("S1", "old"))  # the study names it no longer
     every = variants(load_study(study))
     assert [v.recipe for v in every] == ["plain", "int8", "wanda50"]
     cpu, cuda = Target(device="cpu"), Target(device="cuda")

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from eval.artifacts import file_sha256
+from eval.errors import UserError
+from eval.report import refuse_stale
 from eval.statistics import holm
 from eval.study import ROOT
 from eval.verdict import GateFile
@@ -202,7 +204,40 @@ def test_a_variant_slower_than_its_parent_is_not_recommended(toy: Run):
         2 * row(result, "int8").p
     )  # it and `half` are affordable
     assert result.recommended["cpu"] is None
-    assert "slower than the plain student" in done.stdout
+    assert (done.returncode, result.verdict) == (2, "INCONCLUSIVE")
+    assert "nothing can be recommended: each that passes (int8) is slower in decode" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            lambda r: r["provenance"]["machine"].update(host="elsewhere"),
+            "host ['elsewhere'], plain has ['box']",
+        ),
+        (lambda r: r["provenance"].update(time="2026-01-02T00:00:00+00:00"), "rounds of ['2026-01-02"),
+        (lambda r: r["processes"].pop(), "processes [2], plain has [3]"),
+    ],
+)
+def test_a_ratio_of_other_rounds_decides_nothing(made: Path, tmp_path: Path, change, found: str):
+    run = copied(made, tmp_path)
+    edit(run.path / "records/cost/cpu/int8/S1-s0.json", change)
+    run.gate("--budget", str(tmp_path / "budget.yaml"))
+    apart, plain = row(run.result(), "int8"), row(run.result(), "plain")
+    assert (apart.verdict, apart.recommended, apart.measured) == ("INCONCLUSIVE", False, True)
+    assert f"decode_p50 cannot be compared: int8 has {found}" in apart.reason
+    assert apart.cost["decode_p50"].relative is None
+    assert (apart.how, plain.how) == (f"python -m eval.cost --study {run.path} --target cpu", None)
+    assert (plain.verdict, plain.recommended) == ("PASS", True)
+
+
+def test_a_ratio_to_what_was_not_measured_decides_nothing(made: Path, tmp_path: Path):
+    run = copied(made, tmp_path)
+    (run.path / "records/cost/cpu/plain/S1-s0.json").unlink()
+    assert run.gate("--budget", str(tmp_path / "budget.yaml")).returncode == 2
+    found = row(run.result(), "int8")
+    assert (found.verdict, found.how) == ("INCONCLUSIVE", row(run.result(), "plain").how)
+    assert "int8 was measured on cpu, plain was not" in found.reason
 
 
 @pytest.mark.parametrize("limit", [1.25, 1.27])
@@ -235,8 +270,22 @@ def test_records_of_recipes_that_the_study_no_longer_names_are_left_alone(passed
     shutil.copytree(run.path / "records/score/half", run.path / "records/score/old")
     for path in (run.path / "records/score/old").iterdir():
         edit(path, lambda r: r.update(recipe="old", data="f" * 64))
+    shutil.copy(run.path / "records/score/plain/B-s2.json", run.path / "records/score/plain/B-s9.json")
+    edit(run.path / "records/score/plain/B-s9.json", lambda r: r.update(seed=9))
     assert run.gate().returncode == 0
     assert run.result().variants[0] == passed[0].result().variants[0]
+    assert {f"records/score/{name}.json" for name in ("old/S1-s0", "plain/B-s9")} <= set(
+        run.result().provenance.records
+    )
+    check_freshness(run)
+
+
+def check_freshness(run: Run) -> None:
+    """The report takes what the gate wrote, and notices a record that came later."""
+    refuse_stale(run.result(), run.study, run.path, "run the gate")
+    shutil.copytree(run.path / "records/score/half", run.path / "records/score/new")
+    with pytest.raises(UserError, match=r"score/new/S0-s0.json was absent"):
+        refuse_stale(run.result(), run.study, run.path, "run the gate")
 
 
 def test_picking_among_many_is_corrected(toy: Run):

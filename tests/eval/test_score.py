@@ -222,6 +222,12 @@ def test_the_command_scores_once_and_again_only_what_changed(tmp_path, openvino_
     assert {p: p.read_bytes() for p in folder.rglob("*.json")} == files
 
     loaded = load_study(study)
+    for name, arm, recipe, seed in (
+        ("base/s7", "B", "plain", 7),
+        ("students/S1/s7", "S1", "plain", 7),
+        ("variants/old/S1/s0", "S1", "old", 0),
+    ):
+        put(folder, name, torch_model(), **facts(arm, recipe, seed=seed))  # left by earlier settings
     assert unscored(folder, loaded) == []
     put(folder, "students/S0/s0", torch_model(seed=9), **facts("S0"))
     assert unscored(folder, loaded) == [folder / "students/S0/s0"]
