@@ -207,7 +207,7 @@ def cost_table(gate: GateFile) -> str:
 
 def unmeasured(gate: GateFile) -> list[str]:
     """How to measure what was not, one line per variant and target."""
-    return [f"{v.recipe} on {v.target}: {v.how}" for v in gate.variants if not v.measured]
+    return [f"{v.recipe} on {v.target}: {v.how}" for v in gate.variants if v.how]
 
 
 def gains(gate: GateFile) -> str:
