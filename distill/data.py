@@ -60,7 +60,7 @@ def _from_folder(source: Source) -> Iterator[Document]:
             continue  # not text: a folder of sources holds such files, and they are no documents
         domain = source.domain or (path.parts[0] if len(path.parts) > 1 else "top")
         if text.strip():
-            yield Document(f"{source.path}/{path.as_posix()}", domain, text)
+            yield Document(f"{Path(source.path).name}/{path.as_posix()}", domain, text)
 
 
 def _from_pydoc(source: Source) -> Iterator[Document]:
@@ -71,7 +71,10 @@ def _from_pydoc(source: Source) -> Iterator[Document]:
 
 
 def _from_dataset(source: Source) -> Iterator[Document]:
-    """Documents of a hub data set, or of local JSONL, Parquet or text files, through `datasets`."""
+    """Documents of a hub data set, or of local JSONL, Parquet or text files, through `datasets`.
+
+    Ids carry the name of the file, not its place: a split must not change when a folder moves.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -94,7 +97,7 @@ def _from_dataset(source: Source) -> Iterator[Document]:
             )
     ids = rows["id"] if "id" in rows.column_names else range(len(rows))
     for name, row in zip(ids, rows, strict=True):
-        text, where = row[source.text_column], f"{source.data_files or source.path}:{name}"
+        text, where = row[source.text_column], f"{Path(source.data_files or source.path).name}:{name}"
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"document {where}", repr(text)[:60], "drop empty documents from the data")
         domain = row[source.domain_column] if source.domain_column else source.domain or source.path

@@ -14,6 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from distill.student import train_tokenizer
 
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = {
     "code": [
@@ -84,14 +93,8 @@ def tiny_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerBase:
 def tiny_model(vocab_size: int = 320, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     fields = {
+        **SHAPE,
         "vocab_size": vocab_size,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,
@@ -119,16 +122,7 @@ def tiny_study(folder: Path, **changes: Any) -> Path:
             "train_rows": 32,
         },
         "base": {
-            "architecture": {
-                "model_type": "llama",
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 64,
-                "tie_word_embeddings": True,
-            },
+            "architecture": {"model_type": "llama", **SHAPE},
             "vocab_size": 320,
             "train": training,
         },
