@@ -54,11 +54,11 @@ def fresh_model(
 
 
 def named_model(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base that a study names: a hub repository or a folder, from safetensors alone."""
+    """The base that a study names: a hub repository or a folder, from safetensors alone; it runs no code."""
     assert base.path is not None
-    settings = {"revision": base.revision or "main", "trust_remote_code": base.trust_remote_code}
-    if Path(base.path).is_dir() and not base.trust_remote_code:
+    if Path(base.path).is_dir():
         return load_checkpoint(Path(base.path))
+    settings = {"revision": base.revision or "main", "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, **settings)
         model = AutoModelForCausalLM.from_pretrained(

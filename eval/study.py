@@ -97,7 +97,6 @@ class Base(Frozen):
 
     path: str | None = None
     revision: str | None = None
-    trust_remote_code: bool = False
     architecture: dict[str, Any] | None = None  # `model_type` and the fields of its transformers config
     vocab_size: int = Field(1024, gt=256)
     train: Train | None = None  # none: the named model is used as it is
