@@ -64,10 +64,16 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
+def _end(*_: Any) -> None:
+    """Unwinds, so that what lies aside is swept. Once: the pool sends a second signal to what it finds broken."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
+
+
 def _start(queue: Any) -> None:
     """A worker's first act: one thread, and no life after its parent's (kill -9 leaves no orphan)."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that what lies aside is swept
+    signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _WORKER.queue = queue
 

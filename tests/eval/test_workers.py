@@ -97,3 +97,36 @@ def test_a_run_folder_is_held_by_one_process(tmp_path):
         pass
     with locked(tmp_path):
         pass
+
+
+UNWINDING = """
+import atexit, signal, sys, time, weakref
+from pathlib import Path
+from eval.workers import _end
+
+class Held:
+    pass
+
+def late(folder):
+    (folder / "late").touch()
+    time.sleep(1)
+    (folder / "swept").touch()
+
+folder, held = Path(sys.argv[1]), Held()
+weakref.finalize(held, late, folder)
+signal.signal(signal.SIGTERM, _end)
+(folder / "started").touch()
+time.sleep(60)
+"""
+
+
+def test_a_second_signal_does_not_break_the_sweeping(tmp_path):
+    words = [sys.executable, "-c", UNWINDING, str(tmp_path)]
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for mark in ("started", "late"):
+            while not (tmp_path / mark).exists():
+                time.sleep(0.05)
+            process.terminate()
+        assert process.stderr.read() == ""
+    assert process.returncode == 143
+    assert (tmp_path / "swept").exists()
