@@ -24,7 +24,7 @@ def calibration_rows(rows: list[Row], count: int, seed: int) -> list[Row]:
 def log_probs(model: Any, batch: Batch) -> Tensor:
     """[B, T, V] float32 log-probabilities of a model with the interface of transformers, on the CPU."""
     moved = batch.to(model.device)
-    output = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask)
+    output = model(**moved.inputs)
     return torch.log_softmax(output.logits.float(), dim=-1).cpu()
 
 
@@ -37,7 +37,7 @@ def mean_loss(model: nn.Module, rows: list[Row], pad: int) -> float:
     """
     total, tokens = 0.0, 0
     for batch in batches(rows, pad):
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = model(**batch.inputs, use_cache=False).logits
         total += float(
             cross_entropy(logits[:, :-1][batch.mask].float(), batch.labels[batch.mask], reduction="sum")
         )
@@ -60,7 +60,7 @@ def input_norms(
     with _watched(modules, squares) as mask:
         for batch in batches(rows, pad):
             mask.append(batch.attention_mask.bool())
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            model(**batch.inputs, use_cache=False)
     norms = {name: total.sqrt().float() for name, total in squares.items()}
     for name, norm in norms.items():
         if not bool(torch.isfinite(norm).all()) or not bool(norm.any()):

@@ -20,7 +20,8 @@ from eval.artifacts import file_sha256
 from eval.documents import Row
 from eval.errors import UserError, one_of
 from eval.records import PLAIN
-from eval.study import Frozen, Study, find_config, read_yaml, validated
+from eval.sections import Frozen
+from eval.study import Study, find_config, read_yaml, validated
 
 if TYPE_CHECKING:  # heavy, and a call that finds everything done should end at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,8 @@ from typing import Any
 from eval.artifacts import Manifest, building, digest, is_done, read_manifest
 from eval.documents import HELDOUT, SEALED, TRAIN, Document, Row, read_documents, windows
 from eval.errors import UserError
-from eval.study import Source, Study
+from eval.sections import Source
+from eval.study import Study
 
 ROWS_PER_DOCUMENT = 4  # at first; more only when the documents run out
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from distill.losses import distillation_loss
 from eval.documents import Batch, Row, collate
 from eval.errors import UserError
-from eval.study import Train
+from eval.sections import Train
 
 Teacher = Callable[[Batch], Tensor]  # batch -> log-probabilities [B, T, V], float32
 Curve = list[tuple[int, float]]  # step, mean loss per token in nats
@@ -135,7 +135,7 @@ class Checkpoints:
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return model(**batch.inputs, use_cache=False).logits
 
 
 def batch_loss(model: nn.Module, batch: Batch, teacher: Teacher | None, config: Train) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.study import Loss
+from eval.sections import Loss
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

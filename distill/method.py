@@ -19,7 +19,8 @@ from eval.artifacts import file_sha256
 from eval.documents import Batch, Row
 from eval.engines.torch import load_model
 from eval.errors import UserError, one_of
-from eval.study import Frozen, MethodChoice, Train, validated
+from eval.sections import Frozen, MethodChoice, Train
+from eval.study import validated
 
 FOLDER = Path(__file__).parent / "methods"
 
@@ -124,7 +125,7 @@ class Plain(Method):
 
 def model_log_probs(model: PreTrainedModel, batch: Batch) -> Tensor:
     """[B, T, V] float32 log-probabilities of a plain forward pass."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logits = model(**batch.inputs, use_cache=False).logits
     return torch.log_softmax(logits.float(), dim=-1)
 
 

@@ -36,7 +36,7 @@ def write_targets(
     needed, free = shape[0] * shape[1] * 2, shutil.disk_usage(folder).free
     if needed > 0.9 * free:
         size = f"{shape[0]} tokens x {shape[1]} entries take {needed / 2**30:.1f} GiB"
-        mend = f"{free / 2**30:.1f} GiB are free: set train.targets: online"
+        mend = f"{free / 2**30:.1f} GiB are free: set targets.source: online, or targets.form: sampled"
         raise UserError(f"targets {folder.parent}", size, mend)
     values = np.lib.format.open_memmap(folder / VALUES, mode="w+", dtype=np.float16, shape=shape)
     place = {row.id: int(start) for row, start in zip(rows, starts[:-1], strict=True)}

@@ -34,7 +34,8 @@ from eval.engines import load_tokenizer
 from eval.engines.torch import load_checkpoint, load_model
 from eval.records import Score, provenance, read_scores, write_record
 from eval.scoring import score_with
-from eval.study import Study, Train
+from eval.sections import Train
+from eval.study import Study
 
 Report = Callable[[float], None]
 TEACHERS = {"S1": "T1", "S0": "T0"}  # a student's teacher; CE has none
@@ -255,7 +256,7 @@ def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ..
     fitted = _fitted(study, side, method, seeds, bases, report)
     teacher = teacher_hash(study, side, bases, fitted)
     name, key = f"targets/{teacher_name(side, seeds)}", _targets_key(study, teacher)
-    cached = study.train.targets == "cached"
+    cached = study.targets.source == "cached"
     missing = cached and needed(study.folder / name, key)
     scored = is_scored(study, side, seeds, teacher)
     acc = accelerator()
@@ -307,7 +308,7 @@ def _lesson(study: Study, arm: str, seed: int, rows: list) -> Iterator[Teacher |
         return
     side = TEACHERS[arm]
     bases, seeds = _group_of(study, side, seed)
-    if study.train.targets == "cached":
+    if study.targets.source == "cached":
         folder = study.folder / "targets" / teacher_name(side, seeds)
         assert read_manifest(folder).facts["teacher"] == _teacher_of(study, arm, seed), (
             "targets of this teacher"

@@ -15,7 +15,7 @@ from transformers import (
 
 from eval.engines.torch import load_checkpoint, quiet
 from eval.errors import UserError
-from eval.study import Base
+from eval.sections import Base
 
 BOS = "<|endoftext|>"
 

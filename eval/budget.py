@@ -4,7 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from eval.study import Frozen, Study, find_config, read_yaml, validated
+from eval.sections import Frozen
+from eval.study import Study, find_config, read_yaml, validated
 
 Quantity = Literal[
     "prefill_p50",

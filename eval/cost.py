@@ -30,7 +30,8 @@ from eval.engines import Subject, engine_module, load_tokenizer, subject_of
 from eval.errors import UserError, entry, one_of
 from eval.probe import Answer, Order
 from eval.records import PLAIN, Measured, Process, provenance, read_costs, recipe_names, write_record
-from eval.study import ROOT, Cost, Study, study_from_command
+from eval.sections import Cost
+from eval.study import ROOT, Study, study_from_command
 from eval.workers import Job, Report, locked, run_in_turn
 
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}

@@ -54,6 +54,11 @@ class Batch:
     attention_mask: Tensor  # [B, T] int64, 1 where there is a token
 
     @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model's forward takes."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @property
     def labels(self) -> Tensor:
         """[B, T - 1] the token that each position predicts."""
         return self.input_ids[:, 1:]

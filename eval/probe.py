@@ -17,7 +17,7 @@ import torch
 from eval.engines import Engine, engine_module, load_engine
 from eval.errors import UserError
 from eval.records import Process
-from eval.study import Frozen
+from eval.sections import Frozen
 
 
 class Order(Frozen):

@@ -12,7 +12,8 @@ from pydantic import ValidationError, model_validator
 
 from eval.artifacts import versions, write_text
 from eval.errors import UserError
-from eval.study import Frozen, Study, find_config, read_yaml
+from eval.sections import Frozen
+from eval.study import Study, find_config, read_yaml
 
 PLAIN = "plain"  # the recipe of the uncompressed student
 HELDOUT = "heldout"  # the slice of documents like the training ones

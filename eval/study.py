@@ -3,127 +3,19 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from eval.artifacts import digest, write_text
 from eval.errors import UserError, one_of
+from eval.sections import Base, Cost, Data, Frozen, MethodChoice, Student, Targets, Train
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BESIDE = {"runs", "workers", "title", "recipes", "cost", "budget"}  # keys that no model depends on
+BESIDE = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers"}  # no model depends on these
 M = TypeVar("M", bound=BaseModel)
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Source(Frozen):
-    """Where documents come from."""
-
-    kind: Literal["folder", "dataset", "pydoc"]
-    path: str = ""  # folder: a directory, `stdlib`, `package:NAME`; dataset: hub id, json, parquet, text
-    include: list[str] = ["**/*.py"]
-    exclude: list[str] = []  # shell patterns against /the/path/below/the/root
-    data_files: str | None = None
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    text_column: str = "text"
-    domain_column: str | None = None
-    domain: str | None = None  # a fixed name; folder sources default to the top folder of each file
-    documents: int | None = Field(None, gt=0)  # at most so many: by hash; of a data set, the first
-
-
-class Data(Frozen):
-    """Documents: split by the hash of their id into training, held-out and sealed ones."""
-
-    documents: list[Source] = Field(min_length=1)
-    shifted: dict[str, list[Source]] = {}  # slice name -> documents that are only ever scored
-    heldout: int = Field(64, gt=1)
-    sealed: int = Field(64, ge=0)
-    scored_bytes: int = Field(4096, gt=0)  # a scored document is cut to so many bytes
-    context: int = Field(256, gt=1)  # tokens per row
-    train_rows: int = Field(400, gt=0)
-
-
-class Optimizer(Frozen):
-    """Muon for the matrices (Jordan et al. 2024) with AdamW for the rest, or AdamW for all."""
-
-    name: Literal["muon", "adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0)  # of the matrices
-    lr_rest: float | None = Field(None, gt=0)  # of embeddings, norms and biases; default: lr
-    momentum: float = Field(0.95, ge=0, lt=1)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)
-
-
-class Loss(Frozen):
-    """(1 - weight) CE + weight * divergence(teacher, student)."""
-
-    divergence: Literal["forward_kl", "jsd"] = "forward_kl"
-    weight: float = Field(0.9, ge=0, le=1)
-    temperature: float = Field(1.0, gt=0)
-    beta: float = Field(0.5, gt=0, lt=1)  # of the generalized JSD
-
-
-class Train(Frozen):
-    """How one model is trained."""
-
-    epochs: int = Field(1, gt=0)
-    steps: int | None = Field(None, gt=0)  # overrides epochs
-    rows: int = Field(4, gt=0)  # per step, over all processes and accumulation steps
-    accumulate: int = Field(1, gt=0)
-    optimizer: Optimizer = Optimizer()
-    loss: Loss = Loss()
-    targets: Literal["cached", "online"] = "cached"
-    warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
-    decay: float = Field(0.3, ge=0, le=1)  # share of the steps, linear to zero
-    clip: float = Field(1.0, gt=0)
-    checkpoint_every: int = Field(100, gt=0)
-
-    @model_validator(mode="after")
-    def divides(self) -> Self:
-        if self.rows % self.accumulate:
-            raise ValueError(f"rows ({self.rows}) must be a multiple of accumulate ({self.accumulate})")
-        return self
-
-
-class Base(Frozen):
-    """The plain model: a hub name or folder, or an architecture trained from nothing."""
-
-    path: str | None = None
-    revision: str | None = None
-    architecture: dict[str, Any] | None = None  # `model_type` and the fields of its transformers config
-    vocab_size: int = Field(1024, gt=256)
-    train: Train | None = None  # none: the named model is used as it is
-
-    @model_validator(mode="after")
-    def one_origin(self) -> Self:
-        if (self.path is None) == (self.architecture is None):
-            raise ValueError("give exactly one of `path` (hub name or folder) and `architecture`")
-        if self.architecture is not None and self.train is None:
-            raise ValueError("`architecture` needs `train`: an untrained base has nothing to teach")
-        return self
-
-
-class MethodChoice(Frozen):
-    name: str  # a file of distill/methods, or `package.module` of your own
-    settings: dict[str, Any] = {}
-
-
-class Cost(Frozen):
-    """How latency and memory are measured."""
-
-    processes: int = Field(3, gt=1)
-    prompt_tokens: int = Field(128, gt=0)
-    new_tokens: int = Field(32, gt=1)
-    requests: int = Field(20, gt=0)  # per process, after warm-up
-    warmup: int = Field(3, gt=0)
-    threads: int = Field(1, gt=0)
 
 
 class Study(Frozen):
@@ -137,8 +29,12 @@ class Study(Frozen):
     base: Base
     method: MethodChoice
     train: Train
+    targets: Targets = Targets()
+    student: Student = Student()
     ce_arm: bool = True
-    recipes: list[str] = []  # files of configs/recipes, by name or path
+    ce_train: Train | None = None  # of the CE arm, where its best learning rate is another; default: train
+    trackers: list[str] = Field(default_factory=lambda: ["tensorboard"])  # names that accelerate knows
+    recipes: list[str] = Field(default_factory=list)  # files of configs/recipes, by name or path
     cost: Cost = Cost()
     budget: str  # a file of configs/budgets, by name or path
     workers: int = Field(2, gt=0)  # one-thread processes side by side on a CPU
@@ -170,7 +66,8 @@ class Study(Frozen):
     def hash(self) -> str:
         """Digest of what decides the models and their scores; recipes and budgets may come and go."""
         beside: dict[str, Any] = dict.fromkeys(BESIDE, True)
-        beside |= {"train": {"checkpoint_every"}, "base": {"train": {"checkpoint_every"}}}
+        watched = {"checkpoint_every", "evaluate_every"}
+        beside |= {"train": watched, "ce_train": watched, "base": {"train": watched}}
         return digest(self.model_dump(mode="json", exclude=beside))
 
 

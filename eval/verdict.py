@@ -2,8 +2,8 @@
 
 from typing import Any, Literal
 
+from eval.sections import Frozen
 from eval.statistics import Verdict
-from eval.study import Frozen
 
 
 class Estimate(Frozen):

@@ -65,7 +65,7 @@ def _die_with_parent() -> None:
 
 
 def _end(*_: Any) -> None:
-    """Unwinds, so that what lies aside is swept. Once: the pool sends a second signal to what it finds broken."""
+    """Unwinds, so that what lies aside is swept; once, for a broken pool sends a second signal."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(143)
 

@@ -17,7 +17,7 @@ from compress.anatomy import left_out, size_of, stored_bytes
 from compress.recipe import Context, Pass, PassReport, Size, Stage
 from compress.rounding import INT8_ROUNDED, NF4_GAP, check_rounding
 from eval.errors import UserError
-from eval.study import Frozen
+from eval.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel

@@ -18,7 +18,7 @@ from compress.anatomy import decoder_layers, size_of
 from compress.calibrate import calibration_rows, mean_loss
 from compress.recipe import Context, Pass, PassReport, Stage
 from eval.errors import UserError
-from eval.study import Frozen
+from eval.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,7 +26,7 @@ from compress.calibrate import check_batch, log_probs
 from compress.recipe import Context, Pass, PassReport, Size, Skipped, Stage
 from compress.rounding import INT4_STEP, INT8_STEP, check_rounding
 from eval.errors import UserError
-from eval.study import Frozen
+from eval.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

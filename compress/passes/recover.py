@@ -11,7 +11,7 @@ from compress.anatomy import size_of
 from compress.recipe import Context, Pass, PassReport, Stage
 from eval.artifacts import digest
 from eval.documents import Batch
-from eval.study import Frozen, Train
+from eval.sections import Frozen, Train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ class Recover(Pass):
 def teach(parent: PreTrainedModel, batch: Batch) -> Tensor:
     """[B, T, V] float32 log-probabilities of the uncompressed student, where the batch is."""
     parent.to(batch.input_ids.device)
-    output = parent(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    output = parent(**batch.inputs, use_cache=False)
     return torch.log_softmax(output.logits.float(), dim=-1)
 
 

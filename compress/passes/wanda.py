@@ -12,7 +12,7 @@ from compress.calibrate import calibration_rows, input_norms
 from compress.recipe import Context, Pass, PassReport, Skipped, Stage
 from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
 from eval.errors import UserError
-from eval.study import Frozen
+from eval.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from distill.method import Bench, Card, Method, TeacherSignal, model_log_probs
 from eval.documents import Batch
 from eval.errors import UserError
-from eval.study import Frozen
+from eval.sections import Frozen
 
 
 def mean_of_probabilities(log_probs: list[Tensor]) -> Tensor:

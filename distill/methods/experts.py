@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from distill.method import Bench, Card, Method, TeacherSignal
 from eval.documents import Batch, Row
 from eval.errors import UserError
-from eval.study import Frozen, Optimizer, Train
+from eval.sections import Frozen, Optimizer, Train
 
 ALL = "all"  # the one adapter of the control
 BASE = "__base__"  # peft's name for no adapter
@@ -107,8 +107,7 @@ class Experts(Method):
 
     def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
         logits = self._model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            **batch.inputs,
             use_cache=False,
             adapter_names=[self._route(domain) for domain in batch.domains],
         ).logits

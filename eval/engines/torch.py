@@ -126,9 +126,7 @@ class TorchEngine(Engine):
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         moved = batch.to(self.device)
-        return self.model(
-            input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False
-        ).logits.float()
+        return self.model(**moved.inputs, use_cache=False).logits.float()
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:

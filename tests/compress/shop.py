@@ -12,7 +12,8 @@ from distill.data import prepare, training_rows
 from distill.loop import train
 from eval.artifacts import building
 from eval.engines.torch import load_checkpoint
-from eval.study import Study, Train, load_study, settle
+from eval.sections import Train
+from eval.study import Study, load_study, settle
 from tests.helpers import tiny_model, tiny_study, tiny_tokenizer
 
 VOCAB = 320

@@ -10,7 +10,8 @@ from distill.data import prepare, read_source, training_rows
 from eval.artifacts import read_manifest
 from eval.documents import HELDOUT, SEALED, TRAIN, read_documents, scored_slices
 from eval.errors import UserError
-from eval.study import Source, load_study
+from eval.sections import Source
+from eval.study import load_study
 from tests.helpers import tiny_study, tiny_tokenizer
 
 

@@ -9,7 +9,7 @@ import torch
 from distill.loop import accelerator, batch_loss, learning_rate, row_order, step_loss, train
 from eval.documents import Row, collate
 from eval.errors import UserError
-from eval.study import Optimizer, Train
+from eval.sections import Optimizer, Train
 from tests.helpers import ROOT, run, tiny_model
 
 
@@ -50,7 +50,7 @@ import json, sys, torch
 sys.path[0] = sys.argv[1]
 from distill.launch import start_missing_processes
 from distill.loop import accelerator, step_loss
-from eval.study import Train
+from eval.sections import Train
 from tests.distill.test_loop import row_teacher, rows
 from tests.helpers import tiny_model
 

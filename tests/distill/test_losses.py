@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.losses import cross_entropy, distillation_loss, forward_kl, generalized_jsd
-from eval.study import Loss
+from eval.sections import Loss
 
 TOKENS, VOCAB = 7, 13
 

@@ -12,7 +12,7 @@ from distill.student import export
 from eval.documents import Document, collate, windows
 from eval.engines.torch import load_model
 from eval.errors import UserError
-from eval.study import MethodChoice
+from eval.sections import MethodChoice
 from tests.helpers import WORDS, text, tiny_model, tiny_tokenizer
 
 SETTINGS = {

@@ -122,7 +122,8 @@ def test_a_base_may_be_a_folder_and_targets_online(tmp_path):
         tmp_path,
         base={"path": str(folder), "train": training},
         method={"name": "experts", "settings": {"rank": 2, "train": training}},
-        train={**training, "targets": "online", "loss": {"divergence": "jsd", "temperature": 2.0}},
+        targets={"source": "online"},
+        train={**training, "loss": {"divergence": "jsd", "temperature": 2.0}},
     )
     done = launch(path)
     assert done.returncode == 0, done.stderr
