@@ -9,16 +9,21 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from glob import glob
 from importlib import import_module, metadata, util
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from eval.artifacts import Manifest, building, digest, is_done, read_manifest
-from eval.documents import HELDOUT, SEALED, TRAIN, Document, Row, read_documents, windows
+from eval.documents import HELDOUT, SEALED, TRAIN, Document, Row, collate, pack, read_documents, windows
 from eval.errors import UserError
 from eval.sections import Source
 from eval.study import Study
 
 ROWS_PER_DOCUMENT = 4  # at first; more only when the documents run out
+PACKED_ERROR = 1e-3  # of the largest logit: rounding, in bf16 too, and nothing like a neighbour's influence
 
 
 def _order(text: str) -> str:
@@ -76,33 +81,61 @@ def _from_dataset(source: Source) -> Iterator[Document]:
 
     Ids carry the name of the file, not its place: a split must not change when a folder moves.
     """
+    for number, row in enumerate(_loaded(source)):
+        yield _document(source, row, number)
+
+
+def _loaded(source: Source) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     if source.data_files and "://" not in source.data_files and not glob(source.data_files):
         raise UserError("data source", source.data_files, "no such file")
     try:
-        rows = load_dataset(
+        yield from load_dataset(
             source.path,
             source.config,
             data_files=source.data_files,
             split=source.split,
             revision=source.revision,
+            streaming=source.streaming,
         )
     except (DatasetsError, ValueError, FileNotFoundError) as error:
         raise UserError("data source", source.path, " ".join(str(error).split())[:300]) from error
-    for column in filter(None, (source.text_column, source.domain_column)):
-        if column not in rows.column_names:
-            raise UserError(
-                "data source", f"no column {column!r}", f"columns: {', '.join(rows.column_names)}"
-            )
-    ids = rows["id"] if "id" in rows.column_names else range(len(rows))
-    for name, row in zip(ids, rows, strict=True):
-        text, where = row[source.text_column], f"{Path(source.data_files or source.path).name}:{name}"
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"document {where}", repr(text)[:60], "drop empty documents from the data")
-        domain = row[source.domain_column] if source.domain_column else source.domain or source.path
-        yield Document(where, str(domain), text)
+
+
+def _document(source: Source, row: dict[str, Any], number: int) -> Document:
+    """One row of a data set: a text, a prompt with its completion, or a chat that ends with an answer."""
+    body = source.messages_column or source.text_column
+    for column in filter(None, (body, source.prompt_column, source.domain_column)):
+        if column not in row:
+            raise UserError("data source", f"no column {column!r}", f"columns: {', '.join(row)}")
+    where = f"{Path(source.data_files or source.path).name}:{row.get('id', number)}"
+    domain = str(row[source.domain_column] if source.domain_column else source.domain or source.path)
+    prompt: str | list[dict[str, str]] = ""
+    if source.messages_column:
+        prompt, text = _turns(where, row[body])
+    else:
+        text = row[body]
+        prompt = _said(where, row[source.prompt_column]) if source.prompt_column else ""
+    return Document(where, domain, _said(where, text), prompt)
+
+
+def _said(where: str, text: object) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"document {where}", repr(text)[:60], "drop empty documents from the data")
+    return text
+
+
+def _turns(where: str, messages: object) -> tuple[list[dict[str, str]], str]:
+    """What was said before the last answer, and that answer."""
+    turns = messages if isinstance(messages, list) else []
+    plain = all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns)
+    if len(turns) < 2 or not plain or turns[-1]["role"] != "assistant":
+        mend = "give turns of role and content, the last one by the assistant"
+        raise UserError(f"document {where}", repr(messages)[:60], mend)
+    before = [{"role": turn["role"], "content": _said(where, turn["content"])} for turn in turns[:-1]]
+    return before, turns[-1]["content"]
 
 
 READERS = {"folder": _from_folder, "pydoc": _from_pydoc, "dataset": _from_dataset}
@@ -133,15 +166,23 @@ def _distinct(documents: Iterator[Document], seen: set[str]) -> list[Document]:
     """Documents whose text was not seen before: a copy in two splits would leak."""
     kept = []
     for document in documents:
-        mark = _order(document.text)
+        mark = _mark(document)
         if mark not in seen:
             seen.add(mark)
             kept.append(document)
     return kept
 
 
+def _mark(document: Document) -> str:
+    """A hash of all that the document says."""
+    said = document.text if not document.prompt else json.dumps([document.prompt, document.text])
+    return _order(said)
+
+
 def _cut(document: Document, limit: int) -> Document:
-    """The first `limit` bytes, whole characters only."""
+    """The first `limit` bytes, whole characters only; an answer to a prompt is not cut."""
+    if document.prompt:
+        return document
     text = document.text.encode()[:limit].decode(errors="ignore")
     return Document(document.id, document.domain, text)
 
@@ -149,7 +190,8 @@ def _cut(document: Document, limit: int) -> Document:
 def _write(path: Path, documents: list[Document]) -> None:
     with path.open("w", encoding="utf-8") as out:
         for d in documents:
-            row = {"id": d.id, "domain": d.domain, "bytes": d.bytes, "sha256": _order(d.text), "text": d.text}
+            row: dict[str, Any] = {"id": d.id, "domain": d.domain, "bytes": d.bytes, "sha256": _mark(d)}
+            row |= {"text": d.text, **({"prompt": d.prompt} if d.prompt else {})}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -208,22 +250,50 @@ def prepare(study: Study) -> Manifest:
     return read_manifest(folder)
 
 
-def training_rows(study: Study, tokenizer) -> list[Row]:
-    """`data.train_rows` rows, spread over the training documents by hash."""
-    documents = read_documents(study.folder / "data", TRAIN)
-    wanted, rows, spare = study.data.train_rows, list[Row](), list[Row]()
-    for document in documents:
+def _stream(study: Study, tokenizer) -> Iterator[Row]:
+    """Rows of the training documents: a few of each first, in the order of hashes."""
+    spare = list[Row]()
+    for document in read_documents(study.folder / "data", TRAIN):
         if not document.text.strip():
             raise UserError(f"document {document.id!r}", "empty", "drop empty documents")
         found = sorted(windows(tokenizer, document, study.data.context), key=lambda r: _order(r.id))
-        found = [row for row in found if len(row.tokens) > 1]
-        rows += found[:ROWS_PER_DOCUMENT]
+        found = [row for row in found if row.predicted]
+        yield from found[:ROWS_PER_DOCUMENT]
         spare += found[ROWS_PER_DOCUMENT:]
-        if len(rows) >= wanted:
-            return rows[:wanted]
-    rows += sorted(spare, key=lambda r: _order(r.id))
+    yield from sorted(spare, key=lambda r: _order(r.id))
+
+
+def training_rows(study: Study, tokenizer) -> list[Row]:
+    """`data.train_rows` rows, spread over the training documents by hash; packed where the study says so."""
+    stream, wanted = _stream(study, tokenizer), study.data.train_rows
+    rows = list(islice(pack(stream, study.data.context) if study.data.packing else stream, wanted))
     if len(rows) < wanted:
         raise UserError(
             "data.train_rows", wanted, f"the training documents hold {len(rows)} rows: ask for fewer"
         )
-    return rows[:wanted]
+    return rows
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, rows: list[Row], pad: int) -> None:
+    """Refuses a model in which a packed row's parts see each other, on the first packed row.
+
+    Most families take positions that start again for a new document; some (ALiBi, state spaces, OPT) do not.
+    """
+    packed = next((row for row in rows if row.packed), None)
+    if packed is None:
+        return
+    ends = list(accumulate(size for size, _ in packed.parts))
+    parts = [packed.tokens[end - size : end] for end, (size, _) in zip(ends, packed.parts, strict=True)]
+    alone = [Row(packed.document, packed.domain, 0, tokens) for tokens in parts]
+    answers = []
+    for group in ([packed], alone):
+        batch = collate(group, pad).to(model.device)
+        logits = model(**batch.inputs, use_cache=False).logits.float()
+        answers.append(logits[batch.attention_mask.bool()])
+    off, size = float((answers[0] - answers[1]).abs().max()), float(answers[1].abs().max())
+    if not off <= PACKED_ERROR * max(size, 1.0):
+        found = (
+            f"true, but documents see each other in a {model.config.model_type} (logits differ by {off:.2g})"
+        )
+        raise UserError("data.packing", found, "set data.packing: false")

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.cards import model_card
-from distill.data import training_rows
+from distill.data import check_packing, training_rows
 from distill.loop import Curve, Teacher, accelerator, train
 from distill.method import Bench, Method, checked, make_method
 from distill.signals import CachedTeacher, write_targets
@@ -71,6 +71,7 @@ def run_training(
     study: Study, name: str, model: PreTrainedModel, rows: list, config: Train, **how: Any
 ) -> Curve:
     """Trains with resumable checkpoints below `scratch/`, told apart by what they are made of."""
+    check_packing(model, rows, how["pad"])
     scratch = study.folder / "scratch" / name.replace("/", "-") / how.pop("key")[:16]
     return train(model, rows, config, scratch=scratch, **how)
 

@@ -20,9 +20,12 @@ TRAIN, SEALED = "train", "sealed"
 
 @dataclass(frozen=True)
 class Document:
+    """A text, and what comes before it: nothing, a prompt, or the turns of a chat."""
+
     id: str
     domain: str
-    text: str
+    text: str  # what is learned and scored
+    prompt: str | list[dict[str, str]] = ""  # turns: {"role": ..., "content": ...}
 
     @property
     def bytes(self) -> int:
@@ -31,16 +34,29 @@ class Document:
 
 @dataclass(frozen=True)
 class Row:
-    """A window of one document: the boundary token, then up to context - 1 tokens of text."""
+    """A window of one document: the boundary token, then up to context - 1 tokens; or several, packed."""
 
     document: str  # id
     domain: str
     index: int  # of the window in its document
     tokens: list[int]
+    given: int = 0  # so many tokens after the boundary are context and not predicted
+    packed: tuple[tuple[int, int], ...] = ()  # of several rows in one: their lengths and what is given
 
     @property
     def id(self) -> str:
-        return f"{self.document}#{self.index}"
+        more = f"+{len(self.packed) - 1}" if self.packed else ""
+        return f"{self.document}#{self.index}{more}"
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Length and number of given tokens of every row in this one."""
+        return self.packed or ((len(self.tokens), self.given),)
+
+    @property
+    def predicted(self) -> int:
+        """Number of tokens that are learned or scored."""
+        return sum(length - 1 - given for length, given in self.parts)
 
 
 @dataclass(frozen=True)
@@ -52,10 +68,14 @@ class Batch:
     domains: list[str]
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] int64, 1 where there is a token
+    given: Tensor | None = None  # [B, T] bool, True where a token is context: not predicted
+    positions: Tensor | None = None  # [B, T] int64, of packed rows: starts again with every part
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What a model's forward takes."""
+        """What a model's forward takes; attention starts again where positions do, padding included."""
+        if self.positions is not None:
+            return {"input_ids": self.input_ids, "position_ids": self.positions}
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     @property
@@ -65,12 +85,14 @@ class Batch:
 
     @property
     def mask(self) -> Tensor:
-        """[B, T - 1] bool, True where the predicted token is real."""
-        return self.attention_mask[:, 1:].bool()
+        """[B, T - 1] bool, True where the predicted token is real and not given."""
+        real = self.attention_mask[:, 1:].bool()
+        return real if self.given is None else real & ~self.given[:, 1:]
 
     def to(self, device: torch.device | str) -> Batch:
         moved = self.input_ids.to(device), self.attention_mask.to(device)
-        return Batch(self.ids, self.documents, self.domains, *moved)
+        rest = [None if tensor is None else tensor.to(device) for tensor in (self.given, self.positions)]
+        return Batch(self.ids, self.documents, self.domains, *moved, *rest)
 
 
 def read_documents(data: Path, split: str) -> list[Document]:
@@ -81,7 +103,7 @@ def read_documents(data: Path, split: str) -> list[Document]:
         raise UserError(f"slice {split!r}", f"no {path}", f"slices of this data: {known}")
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    return [Document(row["id"], row["domain"], row["text"]) for row in rows]
+    return [Document(row["id"], row["domain"], row["text"], row.get("prompt", "")) for row in rows]
 
 
 def scored_slices(data: Path) -> list[str]:
@@ -98,16 +120,76 @@ def boundary_id(tokenizer) -> int:
     raise UserError("tokenizer", "neither BOS nor EOS token", "set one of the two in its config")
 
 
+def texts(tokenizer, document: Document) -> tuple[str, str]:
+    """Prompt and text as the model reads them: a chat goes through the tokenizer's own template.
+
+    The text of a chat is its last answer with what the template writes after it, such as an end of turn.
+    """
+    if isinstance(document.prompt, str):
+        return document.prompt, document.text
+    if tokenizer.chat_template is None:
+        mend = "take an instruction-tuned base, or give a prompt column in place of messages"
+        raise UserError(f"document {document.id!r}", "a chat, and the tokenizer has no chat template", mend)
+    answer = {"role": "assistant", "content": document.text}
+    turns = [*document.prompt, answer]
+    before = tokenizer.apply_chat_template(document.prompt, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    if not whole.startswith(before):
+        found = f"the chat template rewrites what came before {answer['content'][:20]!r}"
+        raise UserError(f"document {document.id!r}", found, "give a prompt column in place of messages")
+    return before, whole[len(before) :]
+
+
 def windows(tokenizer, document: Document, context: int) -> list[Row]:
-    """Rows that cover the document, each token once; nothing is dropped."""
-    tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Rows that predict each token of the text once; nothing is dropped.
+
+    A row of a document with a prompt starts with what came just before its share of the text, in at most
+    half of its places.
+    """
+    prompt, text = texts(tokenizer, document)
+    before, tokens = (
+        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (prompt, text)
+    )
     if not tokens:
         raise UserError(f"document {document.id!r}", "no tokens", "drop empty documents")
-    first, step = boundary_id(tokenizer), context - 1
+    first = boundary_id(tokenizer)
+    before = before[1:] if before[:1] == [first] else before
+    given = min(len(before), (context - 1) // 2)
+    if len(before) + len(tokens) < context:
+        given = len(before)
+    every, step = before + tokens, context - 1 - given
     return [
-        Row(document.id, document.domain, i, [first, *tokens[start : start + step]])
-        for i, start in enumerate(range(0, len(tokens), step))
+        Row(document.id, document.domain, i, [first, *every[start - given : start + step]], given)
+        for i, start in enumerate(range(len(before), len(every), step))
     ]
+
+
+def pack(rows: Iterable[Row], context: int) -> Iterator[Row]:
+    """Rows of one domain laid end to end while they fit; of two that do not, the fuller one goes out.
+
+    Each part keeps its boundary token, its positions and its attention to itself.
+    """
+    held: dict[str, list[Row]] = {}
+    for row in rows:
+        group = held.setdefault(row.domain, [])
+        length = sum(len(r.tokens) for r in group)
+        if length + len(row.tokens) <= context:
+            group.append(row)
+        elif len(row.tokens) >= length:
+            yield row
+        else:
+            yield _joined(group)
+            held[row.domain] = [row]
+    yield from (_joined(group) for group in held.values() if group)
+
+
+def _joined(rows: list[Row]) -> Row:
+    if len(rows) == 1:
+        return rows[0]
+    first = rows[0]
+    tokens = [token for row in rows for token in row.tokens]
+    parts = tuple((len(row.tokens), row.given) for row in rows)
+    return Row(first.document, first.domain, first.index, tokens, packed=parts)
 
 
 def collate(rows: list[Row], pad: int) -> Batch:
@@ -117,10 +199,20 @@ def collate(rows: list[Row], pad: int) -> Batch:
     length = max(len(row.tokens) for row in rows)
     ids = torch.full((len(rows), length), pad, dtype=torch.int64)
     mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    given = torch.zeros((len(rows), length), dtype=torch.bool)
+    positions = torch.zeros((len(rows), length), dtype=torch.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row.tokens)] = torch.tensor(row.tokens)
         mask[i, : len(row.tokens)] = 1
-    return Batch([r.id for r in rows], [r.document for r in rows], [r.domain for r in rows], ids, mask)
+        start = 0
+        for size, context in row.parts:
+            given[i, start : start + 1 + context] = True
+            positions[i, start : start + size] = torch.arange(size)
+            start += size
+        positions[i, start:] = torch.arange(length - start)
+    names = [r.id for r in rows], [r.document for r in rows], [r.domain for r in rows]
+    packed = any(row.packed for row in rows)
+    return Batch(*names, ids, mask, given, positions if packed else None)
 
 
 def tokens_per_batch(vocabulary: int) -> int:

@@ -28,6 +28,12 @@ class Source(Frozen):
     domain: str | None = None  # a fixed name; folder sources default to the top folder of each file
     documents: int | None = Field(None, gt=0)  # at most so many: by hash; of a data set, the first
 
+    @model_validator(mode="after")
+    def stream_ends(self) -> Self:
+        if self.streaming and self.documents is None:
+            raise ValueError("`streaming` needs `documents`: how many to take")
+        return self
+
 
 class Corruption(Frozen):
     """Damage done to every held-out document, the same in every run."""

@@ -4,15 +4,18 @@ import hashlib
 import json
 
 import pytest
+import torch
 import yaml
+from pydantic import ValidationError
+from transformers import OPTConfig, OPTForCausalLM
 
-from distill.data import prepare, read_source, training_rows
+from distill.data import check_packing, prepare, read_source, training_rows
 from eval.artifacts import read_manifest
 from eval.documents import HELDOUT, SEALED, TRAIN, read_documents, scored_slices
 from eval.errors import UserError
 from eval.sections import Source
 from eval.study import load_study
-from tests.helpers import tiny_study, tiny_tokenizer
+from tests.helpers import text, tiny_model, tiny_study, tiny_tokenizer
 
 
 def changed(path, section, **changes):
@@ -172,3 +175,69 @@ def test_manifest_counts_the_documents(study):
         "sealed_documents": 2,
         "far_documents": 8,
     }
+
+
+def rows_of(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"kind": "dataset", "path": "json", "data_files": str(path)}
+
+
+def test_a_prompt_column_is_kept_apart_and_an_answer_is_not_cut(tmp_path):
+    source = rows_of(
+        tmp_path / "pairs.jsonl",
+        [{"id": i, "ask": "the river " * 9, "text": text("prose", i)} for i in range(12)],
+    )
+    documents = [{**source, "prompt_column": "ask"}]
+    study = changed(tiny_study(tmp_path), "data", documents=documents, scored_bytes=20, train_rows=6)
+    prepare(study)
+    found = read_documents(study.folder / "data", HELDOUT)
+    assert all(d.prompt == "the river " * 9 and d.bytes > 20 for d in found)
+    rows = training_rows(study, tiny_tokenizer())
+    assert len(rows) == 6
+    assert all(0 < row.given < len(row.tokens) - 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        ([{"role": "user", "content": "stone"}, {"role": "assistant", "content": "river"}], None),
+        ([{"role": "assistant", "content": "river"}], "turns of role and content"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+            "the last one by the assistant",
+        ),
+        ([{"role": "user", "content": " "}, {"role": "assistant", "content": "b"}], "drop empty documents"),
+        ("no turns", "turns of role and content"),
+    ],
+)
+def test_a_chat_is_its_turns_and_its_last_answer(tmp_path, turns, said):
+    source = Source(**rows_of(tmp_path / "chats.jsonl", [{"chat": turns}]), messages_column="chat")
+    if said is None:
+        (document,) = read_source(source)
+        assert (document.prompt, document.text) == (turns[:-1], "river")
+    else:
+        with pytest.raises(UserError, match=said):
+            list(read_source(source))
+
+
+def test_a_stream_is_read_as_far_as_it_is_asked_for(tmp_path):
+    rows = [{"text": f"document {i}"} for i in range(50)]
+    source = rows_of(tmp_path / "many.jsonl", rows) | {"streaming": True, "documents": 7}
+    assert [d.text for d in read_source(Source(**source))] == [f"document {i}" for i in range(7)]
+    with pytest.raises(ValidationError, match=r"streaming.*needs.*documents"):
+        Source(**{**source, "documents": None})
+
+
+def test_packed_rows_are_full_and_a_model_that_mixes_their_parts_is_refused(tmp_path):
+    study = changed(tiny_study(tmp_path), "data", packing=True, context=512, train_rows=4)
+    prepare(study)
+    rows = training_rows(study, tiny_tokenizer())
+    assert any(row.packed for row in rows)
+    check_packing(tiny_model(), rows, 0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}
+    torch.manual_seed(0)
+    mixing = OPTForCausalLM(
+        OPTConfig(**shape, word_embed_proj_dim=32, vocab_size=320, max_position_embeddings=512)
+    )
+    with pytest.raises(UserError, match="documents see each other in a opt"):
+        check_packing(mixing.eval(), rows, 0)

@@ -1,0 +1,122 @@
+"""Prompts, chats and packed rows: what is predicted, what is only read, and who sees whom."""
+
+import pytest
+import torch
+
+from eval.documents import Document, Row, boundary_id, collate, pack, windows
+from eval.errors import UserError
+from eval.metrics.likelihood import document_bits
+from tests.helpers import text, tiny_model, tiny_tokenizer
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ASKED = [{"role": "user", "content": "the river"}]
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(320)
+
+
+def logits(model, rows):
+    with torch.no_grad():
+        return model(**collate(rows, 0).inputs, use_cache=False).logits
+
+
+@pytest.mark.parametrize("context", [8, 16, 33, 4096])
+@pytest.mark.parametrize("prompt", ["a quiet morning ", text("prose", 3)])
+def test_each_token_of_the_text_is_predicted_once_and_none_of_the_prompt(words, prompt, context):
+    rows = windows(words, Document("d", "prose", text("code", 1), prompt), context)
+    batch = collate(rows, 0)
+    assert words.decode(batch.labels[batch.mask]) == text("code", 1)
+    assert int(batch.mask.sum()) == sum(row.predicted for row in rows)
+    assert batch.input_ids.shape[1] <= context
+    assert all(row.tokens[0] == boundary_id(words) for row in rows)
+    whole = [boundary_id(words), *words(prompt)["input_ids"], *words(text("code", 1))["input_ids"]]
+    assert (
+        rows[0].tokens[1 : 1 + rows[0].given]
+        == whole[1:][: len(words(prompt)["input_ids"])][-rows[0].given :]
+    )
+    if len(whole) <= context:
+        assert [row.tokens for row in rows] == [whole]
+
+
+def test_the_score_of_an_answer_is_that_of_its_tokens_after_the_prompt(words, model):
+    document = Document("d", "prose", "they walked", "the old trees ")
+    predict = lambda batch: model(**batch.inputs, use_cache=False).logits  # noqa: E731
+    bits, tokens = document_bits(predict, [document], words, 64)
+    given = [boundary_id(words), *words(document.prompt)["input_ids"]]
+    answer = words(document.text)["input_ids"]
+    log_probs = logits(model, [Row("d", "x", 0, given + answer)])[0].double().log_softmax(-1)
+    expected = -sum(float(log_probs[len(given) - 1 + i, token]) for i, token in enumerate(answer))
+    assert tokens == [len(answer)]
+    assert bits[0] * torch.log(torch.tensor(2.0)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_chat_is_read_through_the_template_and_its_last_answer_is_predicted(words):
+    words = tiny_tokenizer()
+    words.chat_template = CHAT
+    (row,) = windows(words, Document("d", "x", "stone", ASKED), 64)
+    batch = collate([row], 0)
+    assert words.decode(row.tokens[1:]) == "<user>the river\n<assistant>stone\n"
+    assert words.decode(batch.labels[batch.mask]) == "stone\n"
+
+
+def test_a_chat_without_a_template_or_with_one_that_rewrites_is_refused():
+    words = tiny_tokenizer()
+    with pytest.raises(UserError, match="no chat template"):
+        windows(words, Document("d", "x", "stone", ASKED), 64)
+    words.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="rewrites what came before"):
+        windows(words, Document("d", "x", "stone", ASKED), 64)
+
+
+def some_rows(sizes, domains="x"):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Row(
+            f"d{i}",
+            domains[i % len(domains)],
+            0,
+            [0, *torch.randint(1, 300, (n,), generator=generator).tolist()],
+            n // 3,
+        )
+        for i, n in enumerate(sizes)
+    ]
+
+
+def test_packing_keeps_every_row_whole_and_in_its_domain():
+    rows = some_rows([12, 7, 20, 3, 30, 1, 15, 9], domains="xy")
+    packed = list(pack(rows, 40))
+    assert all(len(row.tokens) <= 40 for row in packed)
+    assert len({row.id for row in packed}) == len(packed) < len(rows)
+    assert sum(row.predicted for row in packed) == sum(row.predicted for row in rows)
+    parts = []
+    for row in packed:
+        start = 0
+        for size, given in row.parts:
+            parts.append((row.domain, row.tokens[start : start + size], given))
+            start += size
+        assert start == len(row.tokens)
+    assert sorted(parts) == sorted((row.domain, row.tokens, row.given) for row in rows)
+
+
+def test_the_parts_of_a_packed_row_do_not_see_each_other(model):
+    rows = some_rows([12, 7, 20])
+    (packed,) = pack(rows, 64)
+    batch = collate([packed, rows[0]], 0)  # the second is padded
+    both = logits(model, [packed, rows[0]])
+    alone = torch.cat([logits(model, [row])[0] for row in rows])
+    torch.testing.assert_close(both[0], alone)
+    torch.testing.assert_close(both[1, : len(rows[0].tokens)], alone[: len(rows[0].tokens)])
+    assert batch.mask.sum(1).tolist() == [packed.predicted, rows[0].predicted]
+    predicted = [token for row in rows for token in row.tokens[1 + row.given :]]
+    assert batch.labels[0][batch.mask[0]].tolist() == predicted
+    assert batch.to("cpu").inputs.keys() == {"input_ids", "position_ids"}
