@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 from transformers import OPTConfig, OPTForCausalLM
 
-from distill.data import check_packing, prepare, read_source, training_rows
+from distill.data import prepare, read_source, training_rows
+from distill.packing import check_packing
 from eval.artifacts import read_manifest
 from eval.documents import HELDOUT, SEALED, TRAIN, read_documents, scored_slices
 from eval.errors import UserError
