@@ -1,17 +1,11 @@
-"""Where the decoder layers and the matrices of a transformers model are, and how large it is."""
+"""Where the matrices of a transformers model are, and how large it is."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from compress.recipe import Size, Skipped
-from eval.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def size_of(model: nn.Module) -> Size:
@@ -28,29 +22,6 @@ def stored_bytes(model: nn.Module) -> int:
     """Bytes of the tensors of the state dict; tied ones once."""
     tensors = [t for t in model.state_dict().values() if isinstance(t, torch.Tensor)]
     return sum({(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}.values())
-
-
-def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The list of decoder layers, the module that owns it and its name there.
-
-    Raises:
-        UserError: the model has no single list of `num_hidden_layers` modules.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    found = [
-        (owner, name, child)
-        for owner in model.modules()
-        for name, child in owner.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
-    outermost = [f for f in found if not any(f[2] in set(o[2].modules()) for o in found if o is not f)]
-    if len(outermost) != 1:
-        raise UserError(
-            f"model {type(model).__name__}",
-            f"{len(outermost)} lists of {count} layers",
-            "this pass needs a decoder with exactly one; leave it out of the recipe",
-        )
-    return outermost[0]
 
 
 def layer_matrices(layer: nn.Module) -> dict[str, nn.Linear]:

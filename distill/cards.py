@@ -1,5 +1,8 @@
 """Model cards of exported models, with their lineage."""
 
+from dataclasses import asdict
+from pathlib import Path
+
 from huggingface_hub import ModelCard, ModelCardData
 
 from distill.method import make_method
@@ -13,19 +16,41 @@ ROLES = {
 }
 
 
-def model_card(study: Study, arm: str, seed: int) -> str:
+def front_matter(study: Study, arm: str, seed: int, parents: dict[str, str]) -> ModelCardData:
+    """What programs read: the base, the method, and the hash of everything that the model was made of."""
+    named = study.base.path is not None and not Path(study.base.path).is_dir()
+    return ModelCardData(
+        base_model=study.base.path if named else None,  # the hub's name of it; a folder has none
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        lineage={
+            "study": study.name,
+            "study_sha256": study.hash(),
+            "arm": arm,
+            "seed": seed,
+            **({"method": study.method.name} if arm == "S1" else {}),
+            **({"tuning": study.student.tuning, "start": study.student.start} if arm != "B" else {}),
+            "parents_sha256": parents,
+        },
+    )
+
+
+def method_card(study: Study) -> dict[str, str]:
+    """The card of the study's method, as the manifest of a student tells it."""
+    return asdict(make_method(study.method).card)
+
+
+def model_card(study: Study, arm: str, seed: int, parents: dict[str, str]) -> str:
     """README.md of one exported model: what it is, what it was made of, how to load it."""
-    base = study.base.path if arm != "B" else None
-    data = ModelCardData(base_model=base, library_name="transformers", pipeline_tag="text-generation")
     text = f"""---
-{data.to_yaml()}
+{front_matter(study, arm, seed, parents).to_yaml()}
 ---
 
 # {study.name}: {arm}, seed {seed}
 
 This is {ROLES[arm]} in the study `{study.name}`. It is a plain causal language model: load it with
-`transformers.AutoModelForCausalLM.from_pretrained`. What it was made of, and the hash of every file, stands
-in `manifest.json`.
+`transformers.AutoModelForCausalLM.from_pretrained`. What it was made of stands above; the hash of every file
+stands in `manifest.json`.
 """
     if arm in ("S1", "S0"):
         card = make_method(study.method).card

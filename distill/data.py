@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.artifacts import Manifest, building, digest, is_done, read_manifest
+from eval.corruptions import damaged_slices
 from eval.documents import HELDOUT, SEALED, TRAIN, Document, Row, pack, read_documents, windows
 from eval.errors import UserError
 from eval.sections import Source
@@ -223,13 +224,13 @@ def split_documents(study: Study) -> dict[str, list[Document]]:
             raise UserError(f"slice {name!r}", "no documents", "mend its source")
         _refuse_namesakes(f"slice {name!r}", documents)
         splits[name] = [_cut(d, data.scored_bytes) for d in documents]
-    return splits
+    return splits | damaged_slices(splits[HELDOUT], data.corruptions, splits)
 
 
 def data_key(study: Study) -> str:
     """What the data artifact is made from: the settings, and the sources as they are now."""
     sources = [*study.data.documents, *(s for group in study.data.shifted.values() for s in group)]
-    settings = study.data.model_dump(mode="json", exclude={"context", "train_rows"})
+    settings = study.data.model_dump(mode="json", exclude={"context", "train_rows", "tasks"})
     return digest([settings, [fingerprint(source) for source in sources]])
 
 

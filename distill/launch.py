@@ -1,22 +1,34 @@
-"""Several processes on a CPU: `accelerate launch --num_processes N --cpu` announces them, and starts one."""
+"""Several processes on a CPU: `accelerate launch` announces them, and starts one."""
 
 import os
 import sys
+from pathlib import Path
 
 import psutil
 
 from eval.errors import UserError
 
 COUNT = ("--num_processes", "--num-processes")
+CONFIG = ("--config_file", "--config-file")
+
+
+def _value(words: list[str], names: tuple[str, ...]) -> str | None:
+    """V of `--name V` or `--name=V` in the words of a command line."""
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else words[i + 1]
+    return None
 
 
 def asked_processes(words: list[str]) -> int | None:
-    """N of `--num_processes N` in the words of a launcher's command line; None where it does not stand."""
-    for i, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name in COUNT:
-            return int(value if equals else words[i + 1])
-    return None
+    """How many processes a launcher's command line asks for, itself or by its config file; None if unsaid."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    if (count := _value(words, COUNT)) is not None:
+        return int(count)
+    config = _value(words, CONFIG) or default_config_file
+    return load_config_from_file(config).num_processes if Path(config).is_file() else None
 
 
 def start_missing_processes() -> None:

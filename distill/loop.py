@@ -1,29 +1,34 @@
 """The training step: exact over accumulation and processes, stopped and continued to the same weights."""
 
-import json
 import logging
 import math
 import os
-import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
 
-from distill.losses import distillation_loss
+from distill.checkpoints import Checkpoints, Curve
+from distill.head import check_head
+from distill.learner import Learner, layer_widths
+from distill.sharding import check_installed, is_sharded, make_whole, set_up, whole_norm
+from distill.targets import Teacher
+from distill.tracking import Log
 from eval.documents import Batch, Row, collate
 from eval.errors import UserError
 from eval.sections import Train
 
-Teacher = Callable[[Batch], Tensor]  # batch -> log-probabilities [B, T, V], float32
-Curve = list[tuple[int, float]]  # step, mean loss per token in nats
+Rewrite = Callable[[Accelerator, PreTrainedModel, int, list[Row]], list[Row]]  # step -> the rows it takes
 CURVE_POINTS = 100
 
 # It warns of tied weights at every checkpoint; `load_state` ties them again, and a test holds the result.
@@ -31,7 +36,12 @@ logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 def accelerator() -> Accelerator:
-    """One place that knows the processes and the device."""
+    """One place that knows the processes and the device.
+
+    Raises:
+        UserError: the launcher asked for DeepSpeed, which is not installed.
+    """
+    check_installed(os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true")
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while the first process scores and caches
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[waiting])
 
@@ -69,7 +79,9 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter, shared: set[int]) -> b
     return parameter.ndim == 2 and id(parameter) not in shared and "embed" not in name
 
 
-def optimizers(model: PreTrainedModel, config: Train) -> list[Optimizer]:
+def optimizers(
+    model: PreTrainedModel, config: Train, projectors: Sequence[nn.Parameter] = ()
+) -> list[Optimizer]:
     """Muon for the hidden matrices and AdamW for the rest, or AdamW for all; no decay on vectors."""
     settings = config.optimizer
     rest_lr = settings.lr_rest or settings.lr
@@ -80,7 +92,7 @@ def optimizers(model: PreTrainedModel, config: Train) -> list[Optimizer]:
     others = [p for n, p in named if not _is_hidden_matrix(n, p, shared)]
     decay = settings.weight_decay
     groups = [
-        {"params": [p for p in others if p.ndim > 1], "lr": rest_lr, "weight_decay": decay},
+        {"params": [*(p for p in others if p.ndim > 1), *projectors], "lr": rest_lr, "weight_decay": decay},
         {"params": [p for p in others if p.ndim < 2], "lr": rest_lr, "weight_decay": 0.0},
     ]
     if settings.name == "muon" and hidden:
@@ -98,55 +110,11 @@ def optimizers(model: PreTrainedModel, config: Train) -> list[Optimizer]:
     return made
 
 
-class Checkpoints:
-    """The last state of a run, whole or absent, and the loss curve up to it."""
-
-    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
-        self.folder, self.accelerator = folder, accelerator
-
-    def latest(self) -> Path | None:
-        found = [p for p in self.folder.glob("step-*") if (p / "curve.json").is_file()]
-        return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
-
-    def load(self) -> tuple[int, Curve]:
-        """The step to go on from and the curve so far; 0 and nothing when there is no checkpoint."""
-        path = self.latest()
-        if path is None:
-            return 0, []
-        self.accelerator.load_state(str(path))
-        return int(path.name.split("-")[1]), [tuple(p) for p in json.loads((path / "curve.json").read_text())]
-
-    def save(self, step: int, curve: Curve) -> None:
-        """Writes aside, then renames; the one before goes only when this one is whole."""
-        aside, place = self.folder / ".saving", self.folder / f"step-{step}"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(aside))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (aside / "curve.json").write_text(json.dumps(curve))
-            before = self.latest()
-            os.rename(aside, place)
-            if before is not None and before != place:
-                shutil.rmtree(before)
-        self.accelerator.wait_for_everyone()
-
-
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    return model(**batch.inputs, use_cache=False).logits
-
-
-def batch_loss(model: nn.Module, batch: Batch, teacher: Teacher | None, config: Train) -> Tensor:
-    """Summed loss of a batch: position p of student and teacher answers for token p + 1."""
-    valid = batch.mask
-    student = _logits(model, batch)[:, :-1][valid]
-    target = None
-    if teacher is not None:
-        with torch.no_grad():
-            target = teacher(batch)[:, :-1][valid]
-    return distillation_loss(student, batch.labels[valid], target, config.loss)
+def batch_loss(learner: nn.Module, batch: Batch, teacher: Teacher | None) -> Tensor:
+    """Summed loss of a batch, of a Learner or what wraps one; the teacher runs first, without gradient."""
+    with torch.no_grad():
+        target = None if teacher is None else teacher(batch)
+    return learner(batch, target)
 
 
 def _micro_batches(rows: list[Row], config: Train, acc: Accelerator, pad: int) -> list[Batch]:
@@ -163,23 +131,101 @@ def _micro_batches(rows: list[Row], config: Train, acc: Accelerator, pad: int) -
     return [collate(rows[i * size : (i + 1) * size], pad).to(acc.device) for i in mine]
 
 
+@contextmanager
+def _joining(acc: Accelerator, learner: nn.Module, last: bool) -> Iterator[None]:
+    """Inside, a backward pass adds its gradient up; the last of a step also joins those of all processes."""
+    if last:
+        acc.gradient_state._set_sync_gradients(True)  # what tells DeepSpeed to clip and step
+        yield
+    else:
+        acc.gradient_state._set_sync_gradients(False)
+        with acc.no_sync(learner):
+            yield
+
+
 def step_loss(
-    model: nn.Module, rows: list[Row], teacher: Teacher | None, config: Train, acc: Accelerator, pad: int
+    learner: nn.Module, rows: list[Row], teacher: Teacher | None, config: Train, acc: Accelerator, pad: int
 ) -> float:
     """Backward of one step; returns its loss, the mean over the valid tokens of all processes.
 
     The sum over this process's tokens is divided by the *global* number of valid tokens; processes are
     averaged by DDP, hence the factor. So 1 x 8 and 8 x 1 rows give one loss and one gradient.
     """
-    tokens = sum(len(row.tokens) - 1 for row in rows)
+    tokens = sum(row.predicted for row in rows)
     micro = _micro_batches(rows, config, acc, pad)
     total = torch.zeros((), device=acc.device)
     for i, batch in enumerate(micro):
-        with nullcontext() if i == len(micro) - 1 else acc.no_sync(model):
-            loss = batch_loss(model, batch, teacher, config) / tokens
+        with _joining(acc, learner, last=i == len(micro) - 1):
+            loss = batch_loss(learner, batch, teacher) / tokens
             acc.backward(loss * acc.num_processes)
         total += loss.detach()
     return float(acc.reduce(total, reduction="sum"))
+
+
+def check_finite(loss: float, step: int, rows: list[Row]) -> None:
+    """Refuses a loss that is not a number, naming the step and its rows."""
+    if not math.isfinite(loss):
+        names = ", ".join(row.id for row in rows)
+        raise UserError(f"loss at step {step + 1}", loss, f"lower the learning rate, or look at rows {names}")
+
+
+def set_learning_rate(optimizers: Sequence[Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+class Step(NamedTuple):
+    """What one step was."""
+
+    number: int  # from 1
+    of: int
+    loss: float  # mean over its tokens, in nats
+    tokens: int  # that it learned from, over all processes
+
+
+class Telling:
+    """What is told of a run: its curve, its logs, held-out bits per byte, progress."""
+
+    def __init__(
+        self,
+        curve: Curve,
+        config: Train,
+        *,
+        report: Callable[[Step], None] | None,
+        log: Log | None,
+        evaluate: Callable[[], float] | None,
+    ) -> None:
+        self.curve, self.config = curve, config
+        self.report, self.log, self.evaluate = report, log, evaluate
+        self.since, self.tokens = time.monotonic(), 0
+
+    def __call__(self, step: Step, rate: float, norm: Callable[[], float]) -> None:
+        self.tokens += step.tokens
+        if step.number % max(1, step.of // CURVE_POINTS) == 0 or step.number == step.of:
+            self.curve.append((step.number, step.loss))
+            if self.log is not None:
+                self.log(step.number, self._values(step.loss, rate, norm()))
+        every = self.config.evaluate_every
+        if self.evaluate is not None and self.log is not None and every and step.number % every == 0:
+            self.log(step.number, {"heldout_bits_per_byte": self.evaluate()})
+        if self.report is not None:
+            self.report(step)
+
+    def _values(self, loss: float, rate: float, norm: float) -> dict[str, float]:
+        now = time.monotonic()
+        speed = self.tokens / max(now - self.since, 1e-9)
+        self.since, self.tokens = now, 0
+        return {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
+
+
+@torch.no_grad()
+def learner_of(model: PreTrainedModel, row: Row, config: Train, teacher: Teacher | None, pad: int) -> Learner:
+    """The model with what its loss needs beside it, its head and its teacher tried on one row."""
+    batch = collate([row], pad).to(model.device)
+    check_head(model, batch)
+    target = teacher(batch) if teacher is not None and config.loss.hidden is not None else None
+    return Learner(model, config, layer_widths(target, config)).to(model.device)
 
 
 def train(
@@ -191,7 +237,10 @@ def train(
     seed: int,
     teacher: Teacher | None,
     scratch: Path,
-    report: Callable[[int, int, float], None] | None = None,
+    rewrite: Rewrite | None = None,
+    report: Callable[[Step], None] | None = None,
+    log: Log | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> Curve:
     """Trains `model` in place and returns its loss curve.
@@ -199,46 +248,54 @@ def train(
     Args:
         rows: training rows; step by step in an order that `seed` alone decides.
         pad: id under the mask.
-        teacher: batch -> log-probabilities [B, T, V]; None for plain cross-entropy.
+        teacher: batch -> what it says of the valid tokens; None for plain cross-entropy.
         scratch: folder of the checkpoints; an interrupted run goes on from there to the same weights.
-        report: called with (step, steps, loss) after every step.
+        rewrite: called with (accelerator, model, step from 0, rows) before every step; gives the step's rows.
+        report: called after every step.
+        log: takes loss, gradient norm, learning rate and tokens per second at every point of the curve.
+        evaluate: learner -> held-out bits per byte, logged every `config.evaluate_every` steps; it leaves the
+            weights and the random numbers as they are.
         after_step: called after every optimizer step (a pruned student keeps its zeros so).
 
     Raises:
-        UserError: the loss is not finite; names the step and the rows.
+        UserError: the loss is not finite (names the step and the rows), or the model's last step, the targets
+            and the loss do not go together.
     """
     acc = accelerator()
     steps = total_steps(config, len(rows))
     order = row_order(len(rows), steps, config.rows, seed)
+    set_up(acc, config, model)
     torch.manual_seed(seed)
-    made = optimizers(model, config)
-    model.train()
-    model, *made = acc.prepare(model, *made)
+    trained = deepcopy(model) if is_sharded(acc) else model  # what is split keeps another form for good
+    plain = learner_of(trained, rows[order[0][0]], config, teacher, pad)
+    made = optimizers(trained, config, list(plain.projectors.parameters()))
+    plain.train()
+    learner, *made = acc.prepare(plain, *made)
     saved = Checkpoints(scratch, acc)
     start, curve = saved.load()
-    every = max(1, steps // CURVE_POINTS)
+    whole = learner if is_sharded(acc) else plain
+    heldout = None if evaluate is None else partial(evaluate, whole)
+    tell = Telling(curve, config, report=report, log=log, evaluate=heldout)
     for step in range(start, steps):
         chosen = [rows[i] for i in order[step]]
-        loss = step_loss(model, chosen, teacher, config, acc, pad)
-        if not math.isfinite(loss):
-            names = ", ".join(row.id for row in chosen)
-            raise UserError(
-                f"loss at step {step + 1}", loss, f"lower the learning rate, or look at rows {names}"
-            )
-        clip_grad_norm_(model.parameters(), config.clip)
+        if rewrite is not None:
+            chosen = rewrite(acc, trained, step, chosen)
+        factor = learning_rate(step, steps, config)
+        set_learning_rate(made, factor)
+        loss = step_loss(learner, chosen, teacher, config, acc, pad)
+        check_finite(loss, step, chosen)
+        norm = acc.clip_grad_norm_(learner.parameters(), config.clip)
         for optimizer in made:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * learning_rate(step, steps, config)
             optimizer.step()
             optimizer.zero_grad()
         if after_step is not None:
             after_step()
-        if (step + 1) % every == 0 or step + 1 == steps:
-            curve.append((step + 1, loss))
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < steps:
-            saved.save(step + 1, curve)
-        if report is not None:
-            report(step + 1, steps, loss)
-    acc.unwrap_model(model).eval()
+        done = Step(step + 1, steps, loss, sum(row.predicted for row in chosen))
+        tell(done, factor * config.optimizer.lr, partial(whole_norm, acc, norm))
+        if done.number % config.checkpoint_every == 0 and done.number < steps:
+            saved.save(done.number, curve)
+    if is_sharded(acc):
+        make_whole(acc, learner, model)
+    model.eval()
     acc.free_memory()
     return curve

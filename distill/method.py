@@ -2,9 +2,9 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.generate import sample, stop_ids
+from distill.head import Head, head_of, output_embedding, tapped
 from distill.loop import Curve
+from distill.targets import Dense, States
 from eval.artifacts import file_sha256
-from eval.documents import Batch, Row
+from eval.documents import Batch, Row, collate
 from eval.engines.torch import load_model
 from eval.errors import UserError, one_of
-from eval.sections import Frozen, MethodChoice, Train
+from eval.sections import Frozen, Generation, MethodChoice, Train
 from eval.study import validated
 
 FOLDER = Path(__file__).parent / "methods"
@@ -38,12 +41,22 @@ class Card:
 
 @dataclass(frozen=True)
 class TeacherSignal:
-    """What a teacher says about a batch.
+    """What a teacher says about a batch: log-probabilities, or hidden states and the heads that make them.
 
     log_probs: [B, T, V] float32, normalised over V; position p predicts token p + 1.
+    hidden, heads: K tensors [B, T, D_k] and K heads; the answer is the mean of their distributions. A loss
+        applies the heads chunk by chunk, so that no [B, T, V] is made.
     """
 
-    log_probs: Tensor
+    log_probs: Tensor | None = None
+    hidden: Sequence[Tensor] = ()
+    heads: Sequence[Head] = ()
+
+    def at(self, places: Tensor) -> Dense | States:
+        """The answer at the N places that are True in [B, T] bool, in row-major order."""
+        if self.log_probs is not None:
+            return Dense(self.log_probs[places])
+        return States([hidden[places] for hidden in self.hidden], list(self.heads))
 
 
 @dataclass(frozen=True)
@@ -57,9 +70,10 @@ class Bench:
     tokenizer: PreTrainedTokenizerBase
     rows: Callable[[], list[Row]]
     train: Callable[[PreTrainedModel, list[Row], Train, str], Curve]  # model, rows, settings, name
+    load: Callable[[Path], PreTrainedModel] = load_model  # of a teacher that runs: as `targets` says
 
     def load_base(self, seed: int) -> PreTrainedModel:
-        return load_model(self.bases[seed])
+        return self.load(self.bases[seed])
 
 
 class Method(ABC):
@@ -95,7 +109,30 @@ class Method(ABC):
 
     @abstractmethod
     def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
-        """Log-probabilities [B, T, V] in the student's vocabulary, inside `attached`."""
+        """What the teacher says of every token, in the student's vocabulary, inside `attached`."""
+
+    def write(
+        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
+    ) -> list[list[int]]:
+        """The token ids that the teacher writes after each prompt, inside `attached`.
+
+        This default draws from `signal`, token by token, and so it serves any method; it keeps no cache of
+        keys and values, so that its time grows with the square of the length. A method that votes or reranks
+        overrides it: with another seed it draws other texts.
+
+        Args:
+            prompts: rows of one length; what follows one depends on it and the seed alone.
+            generation: at most `new_tokens` ids, the one that ends a text included.
+        """
+
+        @torch.no_grad()
+        def following(rows: list[Row]) -> Tensor:
+            batch = collate(rows, 0).to(teacher.device)
+            last = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+            last[:, -1] = True
+            return self.signal(teacher, batch).at(last).part(0, len(rows))
+
+        return sample(following, prompts, generation, seed, stop_ids(teacher))
 
     def control(self) -> "Method":
         """The method of T0: the idea taken away, the base, budget and data kept."""
@@ -120,17 +157,22 @@ class Plain(Method):
     )
 
     def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
-        return TeacherSignal(model_log_probs(teacher, batch))
+        return plain_signal(teacher, batch=batch)
 
 
-def model_log_probs(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """[B, T, V] float32 log-probabilities of a plain forward pass."""
-    logits = model(**batch.inputs, use_cache=False).logits
-    return torch.log_softmax(logits.float(), dim=-1)
+def plain_signal(*models: PreTrainedModel, batch: Batch) -> TeacherSignal:
+    """The mean of the distributions of plain models, from one forward pass of each."""
+    hidden, heads = [], []
+    for model in models:
+        with tapped(output_embedding(model)) as seen:
+            model(**batch.inputs, use_cache=False)
+        hidden.append(seen[0])
+        heads.append(head_of(model).ready(seen[0].dtype))
+    return TeacherSignal(hidden=hidden, heads=heads)
 
 
-def checked(signal: object, batch: Batch, vocabulary: int, name: str) -> Tensor:
-    """The log-probabilities of a signal, [B, T, V] on the batch's device.
+def checked(signal: object, batch: Batch, vocabulary: int, name: str) -> TeacherSignal:
+    """A signal that holds what its type says, for every token of the batch.
 
     Raises:
         UserError: the method returned something else: no signal, another shape, NaN, or not normalised.
@@ -138,7 +180,23 @@ def checked(signal: object, batch: Batch, vocabulary: int, name: str) -> Tensor:
     thing, mend = f"method {name!r}", "return TeacherSignal(log_probs) from `signal`"
     if not isinstance(signal, TeacherSignal):
         raise UserError(thing, f"signal returned {type(signal).__name__}", mend)
-    found, wanted = signal.log_probs, (*batch.input_ids.shape, vocabulary)
+    if (signal.log_probs is None) != bool(signal.heads) or len(signal.hidden) != len(signal.heads):
+        raise UserError(thing, "a signal that is neither log_probs nor hidden states with a head each", mend)
+    if signal.log_probs is not None:
+        return replace(signal, log_probs=_checked_log_probs(signal.log_probs, batch, vocabulary, thing))
+    for hidden, head in zip(signal.hidden, signal.heads, strict=True):
+        wanted, rows = (*batch.input_ids.shape, head.weight.shape[1]), head.weight.shape[0]
+        if tuple(hidden.shape) != wanted or rows != vocabulary:
+            found = f"hidden states of shape {tuple(hidden.shape)}, a head of {rows} tokens"
+            raise UserError(thing, found, f"must be {wanted} = [B, T, D] and {vocabulary}")
+        if not bool(torch.isfinite(hidden[batch.attention_mask.bool()]).all()):
+            mend = f"look at rows {', '.join(batch.ids)}"
+            raise UserError(thing, "hidden states with NaN or infinity", mend)
+    return signal
+
+
+def _checked_log_probs(found: Tensor, batch: Batch, vocabulary: int, thing: str) -> Tensor:
+    wanted = (*batch.input_ids.shape, vocabulary)
     if tuple(found.shape) != wanted:
         raise UserError(thing, f"log_probs of shape {tuple(found.shape)}", f"must be {wanted} = [B, T, V]")
     if not found.dtype.is_floating_point:
@@ -147,10 +205,9 @@ def checked(signal: object, batch: Batch, vocabulary: int, name: str) -> Tensor:
     total = found.logsumexp(dim=-1)[batch.attention_mask.bool()]
     if not bool(torch.isfinite(total).all()):
         raise UserError(thing, "log_probs with NaN or infinity", f"look at rows {', '.join(batch.ids)}")
-    if bool((found == -torch.inf)[batch.attention_mask.bool()].any()):
-        raise UserError(
-            thing, "a probability of 0", "mix in a little of the plain model: KL to it is infinite"
-        )
+    if bool((found.amin(dim=-1) == -torch.inf)[batch.attention_mask.bool()].any()):
+        mend = "mix in a little of the plain model: KL to it is infinite"
+        raise UserError(thing, "a probability of 0", mend)
     if float(total.abs().max()) > 1e-2:
         raise UserError(
             thing, f"log_probs sum to {float(total.max().exp()):.4g}", "normalise with log_softmax"

@@ -5,9 +5,13 @@ import sys
 from accelerate import Accelerator
 
 from distill.data import prepare
+from distill.lessons import check_lesson, make_teacher
 from distill.loop import accelerator
-from distill.stages import make_base, make_student, make_teacher, teacher_groups, teacher_name
+from distill.stages import make_base, make_student
 from distill.student import train_tokenizer
+from distill.teachers import TEACHERS, teacher_groups, teacher_name
+from distill.tracking import check_trackers
+from distill.tuning import check_device
 from eval.artifacts import building, digest, is_done, read_manifest
 from eval.documents import TRAIN, read_documents
 from eval.study import Study, settle
@@ -30,6 +34,9 @@ def make_tokenizer(study: Study) -> None:
 
 def prepare_inputs(study: Study, acc: Accelerator) -> None:
     """The settled study, data and tokenizer, by the first process, which holds the folder."""
+    check_trackers(study.trackers)
+    check_device(study.student, acc.device)
+    check_lesson(study)
     if acc.is_main_process:
         settle(study)
         prepare(study)
@@ -47,18 +54,38 @@ def base_jobs(study: Study) -> list[Job]:
     ]
 
 
-def teaching_jobs(study: Study) -> list[Job]:
-    """One job per distinct teacher, then one per student; plain CE needs its base alone."""
-    jobs, after = [], dict[tuple[str, int], str]()
-    for side, groups in teacher_groups(study).items():
-        for bases, seeds in groups.items():
-            name = f"teacher {teacher_name(side, seeds)}"
-            needs = tuple(f"base s{s}" for s in sorted({*bases, *seeds}))
-            jobs.append(Job(name, make_teacher, (study, side, seeds, bases), needs, weight=5 * len(bases)))
-            after.update({(side, seed): name for seed in seeds})
+def _teacher_job(side: str, seeds: list[int]) -> str:
+    return f"teacher {teacher_name(side, seeds)}"
+
+
+def teacher_jobs(study: Study) -> list[Job]:
+    """One job per distinct teacher, after its bases."""
+    return [
+        Job(
+            _teacher_job(side, seeds),
+            make_teacher,
+            (study, side, seeds, bases),
+            tuple(f"base s{s}" for s in sorted({*bases, *seeds})),
+            weight=5 * len(bases),
+        )
+        for side, groups in teacher_groups(study).items()
+        for bases, seeds in groups.items()
+    ]
+
+
+def student_jobs(study: Study) -> list[Job]:
+    """One job per student, after its base and its teacher; plain CE needs its base alone."""
+    groups = teacher_groups(study)
+    after = {
+        (side, seed): _teacher_job(side, seeds)
+        for side in groups
+        for seeds in groups[side].values()
+        for seed in seeds
+    }
+    jobs = []
     for seed in study.seeds:
         for arm in study.arms:
-            teacher = after.get(({"S1": "T1", "S0": "T0"}.get(arm, ""), seed))
+            teacher = after.get((TEACHERS.get(arm, ""), seed))
             needs = (f"base s{seed}", *([teacher] if teacher else []))
             jobs.append(
                 Job(f"{arm} s{seed}", make_student, (study, arm, seed), needs, weight=10 * study.train.epochs)

@@ -1,13 +1,16 @@
 """Plain models: made from a config, loaded, compared with a tokenizer, exported to stand alone."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -38,15 +41,28 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def fresh_model(
-    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int
+    architecture: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    vocabulary: int | None = None,
+    where: str = "base.architecture",
 ) -> PreTrainedModel:
-    """A model of random weights that `seed` decides; its vocabulary is the tokenizer's."""
+    """A model of random weights that `seed` decides.
+
+    Args:
+        vocabulary: rows of its embedding; the tokenizer's tokens where it is not told.
+        where: the architecture stands in the study.
+
+    Raises:
+        UserError: transformers does not know the family, or does not take a field.
+    """
     fields = dict(architecture)
     kind = fields.pop("model_type", None)
     try:
-        config = AutoConfig.for_model(kind, **fields, vocab_size=len(tokenizer))
+        config = AutoConfig.for_model(kind, **fields, vocab_size=vocabulary or len(tokenizer))
     except (ValueError, TypeError) as error:
-        raise UserError("base.architecture", kind, " ".join(str(error).split())[:200]) from error
+        raise UserError(where, kind, " ".join(str(error).split())[:200]) from error
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     torch.manual_seed(seed)
@@ -68,6 +84,31 @@ def named_model(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         mend = "give a hub name that has safetensors, or a folder"
         raise UserError("base.path", f"{base.path} ({' '.join(str(error).split())[:200]})", mend) from error
     return model.eval(), tokenizer
+
+
+def load_quantized(folder: Path, kind: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model as bitsandbytes holds it: `int8`, or `nf4` with products in `dtype`; the rest in `dtype`.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"quantization {kind!r}", "bitsandbytes is not installed", "install the extra `gpu`")
+    config = {
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+    }[kind]
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            quantization_config=config,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    return model.eval()
 
 
 def local_files(path: str | None) -> dict[str, list[int]]:
@@ -100,10 +141,18 @@ def check_same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenize
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """A plain transformers checkpoint: it loads where this project is absent."""
+    """A plain transformers checkpoint: it loads where this project is absent.
+
+    Raises:
+        UserError: the disk does not take it.
+    """
     model = model.to("cpu")
     model.config.use_cache = True
-    with quiet():
-        model.save_pretrained(str(folder), safe_serialization=True)
-    tokenizer.save_pretrained(str(folder))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    try:
+        with quiet():
+            model.save_pretrained(str(folder), safe_serialization=True)
+        tokenizer.save_pretrained(str(folder))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        mend = "free some room; the same command goes on from the last checkpoint"
+        raise UserError(f"export to {folder.parent}", " ".join(str(error).split())[:200], mend) from error

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Manifest(BaseModel):
     parents: dict[str, str]  # role -> artifact hash
     facts: dict[str, Any]  # arm, seed, recipe, engine, loss curve ...
     versions: dict[str, str]
+    time: str = ""  # when it was made: ISO 8601, UTC; empty in manifests of before
 
     @property
     def bytes(self) -> int:
@@ -95,8 +97,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def entries(folder: Path) -> dict[str, FileEntry]:
-    """Hash and size of every file below `folder`, the manifest left out."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    """Hash and size of every file below `folder`, its own manifest left out."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     return {
         p.relative_to(folder).as_posix(): FileEntry(sha256=file_sha256(p), bytes=p.stat().st_size)
         for p in files
@@ -138,6 +140,7 @@ def building(
             parents=parents,
             facts=facts,
             versions=versions(),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         write_text(aside / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         if folder.exists():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 EXIT_PASS, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_ERROR = 0, 1, 2, 3
+EXITS = {"PASS": EXIT_PASS, "FAIL": EXIT_FAIL, "INCONCLUSIVE": EXIT_INCONCLUSIVE}  # of verdicts
 
 
 class UserError(ValueError):

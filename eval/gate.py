@@ -6,71 +6,24 @@ Exit codes: 0 pass, 1 fail, 2 inconclusive, 3 error.
 
 import argparse
 import json
+import os
 from pathlib import Path
-from typing import Any
+
+# One thread adds up in one order: the same records give the same bytes on any number of cores. Before numpy.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from rich.console import Console
 from rich.text import Text
 
-from eval.artifacts import digest, write_text
-from eval.budget import Budget, load_budget
-from eval.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_PASS, entry
-from eval.evidence import Evidence, collect
-from eval.judge import case, on_target, study_verdict
-from eval.quality import GAIN, estimate, planning, shares, students
-from eval.records import HELDOUT
-from eval.statistics import FAIL, INCONCLUSIVE, PASS
+from eval.artifacts import write_text
+from eval.budget import load_budget
+from eval.errors import EXITS, entry
+from eval.evidence import collect
+from eval.judge import judged
+from eval.statistics import INCONCLUSIVE
 from eval.study import study_from_command
-from eval.verdict import GateFile, Provenance, Variant
-
-EXITS = {PASS: EXIT_PASS, FAIL: EXIT_FAIL, INCONCLUSIVE: EXIT_INCONCLUSIVE}
-STYLES = {PASS: "bold green", FAIL: "bold red", INCONCLUSIVE: "bold yellow"}
-
-
-def judged(e: Evidence, budget: Budget) -> GateFile:
-    """The whole of gate.json: the same evidence gives the same bytes."""
-    found = shares(e)
-    cases = [case(e, budget, found, recipe) for recipe in e.recipes]
-    rows = {target: on_target(e, budget, cases, target) for target in budget.targets}
-    verdict, reason = study_verdict(rows, budget.targets, budget.alpha)
-    gains = {name: estimate(e.gain(name, GAIN)) for name in e.columns}
-    return GateFile(
-        study=e.study.name,
-        title=e.study.title,
-        method=e.study.method.name,
-        verdict=verdict,
-        reason=reason,
-        recommended={name: next((r.recipe for r in rows[name] if r.recommended), None) for name in rows},
-        budget=described(e, budget),
-        seeds=e.study.seeds,
-        documents={name: len(columns) for name, columns in e.columns.items()},
-        teacher_gain=gains[HELDOUT],
-        teacher_gain_slices={name: gain for name, gain in gains.items() if name != HELDOUT},
-        scores={
-            arm: {name: estimate(e.scores(name, arm), tested=False) for name in e.columns} for arm in e.arms
-        },
-        kept_by_student=students(e, found),
-        power=planning(e, budget),
-        variants=[row for name in rows for row in rows[name]],
-        provenance=provenance(e),
-    )
-
-
-def described(e: Evidence, budget: Budget) -> dict[str, Any]:
-    """The budget as it was read, its hash, and whether it is the one that the study names."""
-    value = budget.model_dump(mode="json")
-    return {**value, "hash": digest(value), "asked_by_study": e.study.budget}
-
-
-def provenance(e: Evidence) -> Provenance:
-    return Provenance(
-        config=e.study.hash(),
-        data=e.data,
-        machines=e.machines,
-        versions=e.versions,
-        artifacts=e.artifacts,
-        records=e.records,
-    )
+from eval.tables import STYLES
+from eval.verdict import GateFile, Sealed, Variant
 
 
 def line(row: Variant) -> Text:
@@ -84,13 +37,30 @@ def line(row: Variant) -> Text:
     )
 
 
+def sealed_line(found: Sealed) -> Text:
+    """How often the sealed documents were opened, and what the last look said."""
+    share, when = found.kept_share, "" if found.current else ", of artifacts or a budget of before"
+    start = f"sealed documents, opening {found.openings} by {found.by} for {found.recipe}{when}: "
+    if found.verdict is None:
+        return Text(f"{start}not finished; run the same command of eval.sealed again")
+    keeps = "the kept share is undefined"
+    if share is not None and share.point is not None:
+        keeps = f"keeps {share.point:.2f} (95 % interval {share.low:.2f} to {share.high:.2f})"
+    return Text.assemble(start, (found.verdict, STYLES[found.verdict]), f", {keeps}")
+
+
 def show(console: Console, result: GateFile, path: Path) -> None:
     for row in result.variants:
         console.print(line(row), soft_wrap=True)
+    for note in result.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+    if result.sealed:
+        console.print(sealed_line(result.sealed), soft_wrap=True)
     console.print(
         Text.assemble((result.verdict, STYLES[result.verdict]), f": {result.reason}"), soft_wrap=True
     )
-    console.print(Text(f"* recommended; the whole verdict lies in {path}"), soft_wrap=True)
+    marked = "* recommended; " if any(row.recommended for row in result.variants) else ""
+    console.print(Text(f"{marked}the whole verdict lies in {path}"), soft_wrap=True)
 
 
 @entry

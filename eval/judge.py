@@ -5,13 +5,29 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from eval.artifacts import digest
+from eval.behaviour import qualities
 from eval.budget import Budget, Target
 from eval.evidence import CONTROL, STUDENT, Evidence
-from eval.limits import cost_parts, costs, expected, ratio, remedy
-from eval.quality import GAIN, Shares, estimate, kept, over_fallback, quality_parts, slice_results
-from eval.records import HELDOUT, PLAIN
+from eval.limits import cost_parts, costs, expected, loaded, ratio, remedy
+from eval.notes import notes
+from eval.openings import summary
+from eval.quality import (
+    GAIN,
+    Shares,
+    chain,
+    estimate,
+    kept,
+    over_fallback,
+    planning,
+    quality_parts,
+    shares,
+    slice_results,
+    students,
+)
+from eval.records import HELDOUT, PLAIN, prefixes
 from eval.statistics import FAIL, INCONCLUSIVE, PASS, Verdict, holm
-from eval.verdict import Hashes, Kept, Number, Part, Variant
+from eval.verdict import GateFile, Hashes, Kept, Number, Part, Provenance, Variant
 
 
 @dataclass(frozen=True)
@@ -23,7 +39,7 @@ class Case:
     fields: dict[str, Any]
 
 
-def case(e: Evidence, budget: Budget, found: Shares, recipe: str) -> Case:
+def case(e: Evidence, budget: Budget, found: Shares, recipe: str, before: list[str]) -> Case:
     parts = quality_parts(e, budget, recipe)
     fields = {
         "recipe": recipe,
@@ -32,6 +48,7 @@ def case(e: Evidence, budget: Budget, found: Shares, recipe: str) -> Case:
         "kept_share": found.of(kept(recipe), GAIN),
         "kept_of_student": found.of(kept(recipe), kept(PLAIN)),
         "guard_share": found.of(over_fallback(recipe), over_fallback(PLAIN)),
+        "chain": chain(found, before, recipe),
         "slices": slice_results(e, found, parts, recipe),
         "scores": {name: estimate(e.scores(name, STUDENT, recipe), tested=False) for name in e.columns},
     }
@@ -39,9 +56,12 @@ def case(e: Evidence, budget: Budget, found: Shares, recipe: str) -> Case:
 
 
 def joined(parts: list[Part]) -> Verdict:
-    """An intersection-union test: all must pass; one that fails decides, unless the assay is blind."""
+    """An intersection-union test: all must pass; one that fails decides, unless the assay is blind.
+
+    A method that makes its teacher worse fails: it was seen, and there is no gain to keep.
+    """
     verdicts = [part.verdict for part in parts]
-    blind = parts[0].verdict != PASS
+    blind = parts[0].verdict == INCONCLUSIVE
     if blind or (FAIL not in verdicts and INCONCLUSIVE in verdicts):
         return INCONCLUSIVE
     return FAIL if FAIL in verdicts else PASS
@@ -52,7 +72,9 @@ def why(verdict: Verdict, parts: list[Part], budget: Budget, target: str) -> str
     if verdict == PASS:
         slices = ", ".join([HELDOUT, *budget.slices])
         return f"keeps the asked share of the gain on {slices} and meets every limit of {target}"
-    if parts[0].verdict != PASS:
+    if parts[0].verdict == FAIL:
+        return parts[0].reason
+    if parts[0].verdict == INCONCLUSIVE:
         return f"the study cannot see the gain that it should judge: {parts[0].reason}"
     return "; ".join(part.reason for part in parts if part.verdict == verdict)
 
@@ -61,7 +83,7 @@ def hashes(e: Evidence, recipe: str, target: str) -> Hashes:
     def of(arm: str) -> dict[str, str]:
         return {str(seed): e.artifacts[f"{arm}/s{seed}/{recipe}"] for seed in e.study.seeds}
 
-    tops = f"records/score/{recipe}/", f"records/cost/{target}/{recipe}/"
+    tops = tuple(f"records/{kind}/{recipe}/" for kind in ("score", f"cost/{target}", f"load/{target}"))
     models = {f"{arm}-s{seed}" for arm in e.arms for seed in e.study.seeds}  # others are of earlier settings
     records = {
         path: found
@@ -88,6 +110,7 @@ def variant(e: Evidence, budget: Budget, case: Case, target: str) -> Variant:
         parts=parts,
         holm_p=None,
         cost=cost,
+        load=loaded(e, target, case.recipe, budget.alpha),
         measured=cost is not None,
         how=remedy(e, target, case.recipe, limits),
         hashes=hashes(e, case.recipe, target),
@@ -201,7 +224,10 @@ def told(verdict: Verdict, target: str, rows: list[Variant], alpha: float) -> st
         best = next(row for row in rows if row.recommended)
         return f"on {target} ship {best.recipe}: it {keeps(best.kept_share)} and meets every limit"
     if rows and (blind := rows[0].parts[0]).verdict != PASS:
-        return f"the study cannot see the gain that it should judge: {blind.reason}"
+        harmful = blind.verdict == FAIL
+        return (
+            blind.reason if harmful else f"the study cannot see the gain that it should judge: {blind.reason}"
+        )
     if verdict == FAIL:
         best = nearest(rows, FAIL)
         return f"on {target} every variant fails; {best.recipe}: {best.reason}"
@@ -218,3 +244,53 @@ def told(verdict: Verdict, target: str, rows: list[Variant], alpha: float) -> st
         )
     best = nearest(rows, INCONCLUSIVE)
     return f"on {target} no variant passes yet; {best.recipe}: {best.reason}"
+
+
+def judged(e: Evidence, budget: Budget) -> GateFile:
+    """The whole of gate.json: the same evidence gives the same bytes."""
+    found = shares(e)
+    before = prefixes(e.study)
+    cases = [case(e, budget, found, recipe, before.get(recipe, [])) for recipe in e.recipes]
+    rows = {target: on_target(e, budget, cases, target) for target in budget.targets}
+    verdict, reason = study_verdict(rows, budget.targets, budget.alpha)
+    gains = {name: estimate(e.gain(name, GAIN)) for name in e.columns}
+    return GateFile(
+        study=e.study.name,
+        title=e.study.title,
+        method=e.study.method.name,
+        verdict=verdict,
+        reason=reason,
+        notes=notes(e),
+        recommended={name: next((r.recipe for r in rows[name] if r.recommended), None) for name in rows},
+        budget=described(e, budget),
+        seeds=e.study.seeds,
+        documents={name: len(columns) for name, columns in e.columns.items()},
+        teacher_gain=gains[HELDOUT],
+        teacher_gain_slices={name: gain for name, gain in gains.items() if name != HELDOUT},
+        scores={
+            arm: {name: estimate(e.scores(name, arm), tested=False) for name in e.columns} for arm in e.arms
+        },
+        kept_by_student=students(e, found),
+        power=planning(e, budget),
+        variants=[row for name in rows for row in rows[name]],
+        quality=qualities(e, next(iter(rows.values()))),
+        sealed=summary(e.openings, e.artifacts, digest(budget.model_dump(mode="json"))),
+        provenance=provenance(e),
+    )
+
+
+def described(e: Evidence, budget: Budget) -> dict[str, Any]:
+    """The budget as it was read, its hash, and whether it is the one that the study names."""
+    value = budget.model_dump(mode="json")
+    return {**value, "hash": digest(value), "asked_by_study": e.study.budget}
+
+
+def provenance(e: Evidence) -> Provenance:
+    return Provenance(
+        config=e.study.hash(),
+        data=e.data,
+        machines=e.machines,
+        versions=e.versions,
+        artifacts=e.artifacts,
+        records=e.records,
+    )

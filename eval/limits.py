@@ -3,106 +3,34 @@
 import shlex
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from eval.budget import UNITS, Limit, Quantity, Target
+from eval.budget import AT_LOAD, UNITS, Limit, Quantity, Target
 from eval.evidence import Evidence
-from eval.records import PLAIN, Measured
-from eval.statistics import (
-    FAIL,
-    INCONCLUSIVE,
-    PASS,
-    Share,
-    Verdict,
-    cluster_bounds,
-    percentile_bounds,
-    ratio_bounds,
-    requests_needed,
-)
-from eval.verdict import Number, Part, Relative
-
-PERCENTILES: dict[Quantity, tuple[str, float]] = {
-    "prefill_p50": ("prefill_ms", 0.50),
-    "prefill_p95": ("prefill_ms", 0.95),
-    "prefill_p99": ("prefill_ms", 0.99),
-    "decode_p50": ("decode_ms", 0.50),
-    "decode_p95": ("decode_ms", 0.95),
-    "decode_p99": ("decode_ms", 0.99),
-}
-QUANTITIES: list[Quantity] = [*PERCENTILES, "peak_memory", "disk"]
-MIB = UNITS["MiB"]
+from eval.numbers import difference, knees, load_result, names, number, positive_ratio, ratio
+from eval.records import PLAIN, Loaded
+from eval.statistics import FAIL, INCONCLUSIVE, PASS, Share, Verdict
+from eval.verdict import Load, Number, Part, Relative
 
 
-def command(folder: Path, target: str) -> str:
-    return f"python -m eval.cost --study {shlex.quote(str(folder))} --target {target}"
+def command(folder: Path, target: str, device: str = "cpu", what: str = "cost") -> str:
+    """What to run, and where if not on any machine; a shell takes the whole line."""
+    run = f"python -m eval.{what} --study {shlex.quote(str(folder))} --target {target}"
+    if device == "cpu":
+        return run
+    join = f"python -m eval.merge --study {shlex.quote(str(folder))} COPY"
+    return f"{run}  # where there is a CUDA device, on a copy of the run folder; then here: {join}"
 
 
-def _latencies(records: list[Measured], name: Quantity) -> list[NDArray[np.float64]]:
-    """Timed values in ms of every process, in the order of seeds and rounds."""
-    field, _ = PERCENTILES[name]
-    return [np.asarray(getattr(p, field), float) for record in records for p in record.processes]
+def loaded(e: Evidence, target: str, recipe: str, alpha: float) -> Load | None:
+    """What was measured of a variant under load, if anything was."""
+    records = e.loads.get((target, recipe))
+    return load_result(records, alpha) if records else None
 
 
-def _summary(records: list[Measured], name: Quantity) -> NDArray[np.float64]:
-    """One value per process: its percentile in ms, its peak or the disk size in MiB."""
-    if name in PERCENTILES:
-        return np.asarray([np.quantile(x, PERCENTILES[name][1]) for x in _latencies(records, name)])
-    if name == "peak_memory":
-        return np.asarray([p.peak_memory_bytes / MIB for record in records for p in record.processes])
-    return np.asarray([record.disk_bytes / MIB for record in records for _ in record.processes])
-
-
-def _percentile(records: list[Measured], name: Quantity, alpha: float) -> Number:
-    processes, q = _latencies(records, name), PERCENTILES[name][1]
-    pooled = np.concatenate(processes)
-    low, high = percentile_bounds(processes, q, alpha)
-    enough = len(pooled) >= (needs := requests_needed(q, alpha))
-    return Number(
-        value=float(np.quantile(pooled, q)) if enough else None,
-        lower=low,
-        upper=high,
-        unit="ms",
-        requests=len(pooled),
-        processes=len(processes),
-        needs=None if enough else needs,
-    )
-
-
-def _size(records: list[Measured], name: Quantity, alpha: float) -> Number:
-    """Largest value seen; bytes on disk are counted, not sampled."""
-    values = _summary(records, name)
-    low = high = largest = float(values.max())
-    if name == "peak_memory" and (bounds := cluster_bounds(values, alpha)):
-        low, high = bounds[0], max(largest, bounds[1])
-    requests = 1 if name == "disk" else len(values)
-    return Number(value=largest, lower=low, upper=high, unit="MiB", requests=requests, processes=len(values))
-
-
-def difference(a: list[Measured], b: list[Measured]) -> tuple[str, object, object] | None:
-    """The first thing for which two sets of records cannot be compared round by round."""
-
-    def facts(records: list[Measured]) -> dict[str, object]:
-        return {
-            "host": sorted({r.provenance.machine.host for r in records}),
-            "device": sorted({r.provenance.machine.device for r in records}),
-            "seeds": [r.seed for r in records],
-            "rounds of": [r.provenance.time for r in records],
-            "threads": sorted({r.threads for r in records}),
-            "prompt tokens": sorted({r.prompt_tokens for r in records}),
-            "new tokens": sorted({r.new_tokens for r in records}),
-            "processes": [len(r.processes) for r in records],
-        }
-
-    ours, theirs = facts(a), facts(b)
-    return next(((name, ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]), None)
-
-
-def ratio(records: list[Measured], other: list[Measured], name: Quantity, alpha: float) -> Share | None:
-    """Ratio of two variants over paired rounds; None where they cannot be compared."""
-    if difference(records, other):
-        return None
-    return ratio_bounds(_summary(records, name), _summary(other, name), alpha)
+def _relative(number: Number, share: Share | None, of: str) -> Number:
+    if share is None or number.value is None:
+        return number
+    relative = Relative(point=share.point, lower=share.low, upper=share.high, of=of)
+    return number.model_copy(update={"relative": relative})
 
 
 def costs(e: Evidence, target: str, recipe: str, limits: Target, alpha: float) -> dict[str, Number] | None:
@@ -110,54 +38,93 @@ def costs(e: Evidence, target: str, recipe: str, limits: Target, alpha: float) -
     records = e.costs.get((target, recipe))
     if records is None:
         return None
+
+    def of(name: str) -> str:
+        limit = next((limit for known, limit in limits.limits.items() if known == name), None)
+        return limit.of if limit and limit.of else PLAIN
+
     found: dict[str, Number] = {}
-    for name in QUANTITIES:
-        measure = _percentile if name in PERCENTILES else _size
-        number = measure(records, name, alpha)
-        limit = limits.limits.get(name)
-        of = limit.of if limit and limit.of else PLAIN
-        share = ratio(records, e.costs.get((target, of), []), name, alpha)
-        if share and number.value is not None:
-            relative = Relative(point=share.point, lower=share.low, upper=share.high, of=of)
-            number = number.model_copy(update={"relative": relative})
-        found[name] = number
+    for name in names(records):
+        other = e.costs.get((target, of(name)), [])
+        comparable = not other or name in names(other)
+        share = ratio(records, other, name, alpha) if comparable else None
+        found[name] = _relative(number(records, name, alpha), share, of(name))
+    if load := loaded(e, target, recipe, alpha):
+        ours = e.loads[target, recipe]
+        for name, value in {"knee": load.knee_rps, "throughput": load.knee_tokens_per_s}.items():
+            other_loads = e.loads.get((target, of(name)), [])
+            share = None
+            if not apart(ours, other_loads):
+                share = positive_ratio(knees(ours), knees(other_loads), alpha)
+            found[name] = _relative(value, share, of(name))
     return found
 
 
-def _against(number: Number, limit: Limit) -> tuple[float | None, float | None, float | None, float, str]:
-    """Value, bounds, limit and unit in which a limit is held."""
+def apart(a: list[Loaded], b: list[Loaded]) -> tuple[str, object, object] | None:
+    """The first thing for which two variants under load cannot be compared."""
+    if found := difference(a, b):
+        return found
+    ours, theirs = ([record.slo_ms for record in records] for records in (a, b))
+    return None if ours == theirs else ("slo_ms", ours, theirs)
+
+
+def _against(number: Number, limit: Limit) -> tuple[float | None, float | None, float | None, str]:
+    """Value, bounds and unit in which a limit is held."""
     if limit.of is not None:
         r = number.relative
         found = (r.point, r.lower, r.upper) if r else (None, None, None)
-        return *found, limit.at_most, f"x {limit.of}"
+        return *found, f"x {limit.of}"
     unit = limit.unit
     assert unit is not None
     scale = UNITS[number.unit] / UNITS[unit]
-    values = [None if v is None else v * scale for v in (number.value, number.lower, number.upper)]
-    return values[0], values[1], values[2], limit.at_most, unit
+    value, low, high = (None if v is None else v * scale for v in (number.value, number.lower, number.upper))
+    return value, low, high, unit
 
 
 def _limit_part(name: str, number: Number, limit: Limit) -> Part:
-    value, low, high, most, unit = _against(number, limit)
+    value, low, high, unit = _against(number, limit)
     verdict: Verdict = INCONCLUSIVE
+    asked, least = limit.value, limit.at_least is not None
     if number.value is None and number.needs:
         reason = f"{number.requests} requests; {name} needs {number.needs} at least"
     elif low is None or high is None:
         reason = f"{name} has no bound from {number.processes} process(es)"
-    elif high <= most:
-        verdict, reason = PASS, f"{name} is at most {high:.4g} {unit}, the limit is {most:g}"
-    elif low > most:
-        verdict, reason = FAIL, f"{name} is at least {low:.4g} {unit}, the limit is {most:g}"
+    elif (low >= asked) if least else (high <= asked):
+        verdict = PASS
+        held = f"at least {low:.4g}" if least else f"at most {high:.4g}"
+        reason = f"{name} is {held} {unit}, the limit is {asked:g}"
+    elif (high < asked) if least else (low > asked):
+        verdict = FAIL
+        held = f"at most {high:.4g}" if least else f"at least {low:.4g}"
+        reason = f"{name} is {held} {unit}, the limit is {asked:g}"
     else:
-        reason = f"{name} lies between {low:.4g} and {high:.4g} {unit}, the limit is {most:g}"
+        reason = f"{name} lies between {low:.4g} and {high:.4g} {unit}, the limit is {asked:g}"
     return Part(
         name=f"cost:{name}",
         verdict=verdict,
         estimate=value,
         low=low,
         high=high,
-        limit=most,
+        limit=asked,
         unit=unit,
+        reason=reason,
+    )
+
+
+def _missing_part(e: Evidence, target: str, recipe: str, name: Quantity, limit: Limit) -> Part:
+    """A limit on what the records do not hold."""
+    reason = f"{name} was not measured on {target}"
+    energies = [run.energy for record in e.costs[target, recipe] for run in record.processes]
+    if name == "energy" and (why := next((one.meter for one in energies if one), None)):
+        reason += f" ({why})"
+    return Part(
+        name=f"cost:{name}",
+        verdict=INCONCLUSIVE,
+        estimate=None,
+        low=None,
+        high=None,
+        limit=limit.value,
+        unit=limit.unit or f"x {limit.of}",
         reason=reason,
     )
 
@@ -166,34 +133,54 @@ def cost_parts(e: Evidence, target: str, recipe: str, limits: Target, found: dic
     """One part per limit of the target; a ratio of measurements that were not paired decides nothing."""
     parts = []
     for name, limit in limits.limits.items():
+        if name not in found:
+            parts.append(_missing_part(e, target, recipe, name, limit))
+            continue
         part = _limit_part(name, found[name], limit)
-        if limit.of is not None and (apart := unpaired(e, target, recipe, limit.of)):
-            part = part.model_copy(update={"reason": f"{name} cannot be compared: {apart}"})
+        if limit.of is not None and (why := unpaired(e, target, recipe, name, limit.of)):
+            part = part.model_copy(update={"reason": f"{name} cannot be compared: {why}"})
             assert part.verdict == INCONCLUSIVE
         parts.append(part)
     return parts
 
 
-def unpaired(e: Evidence, target: str, recipe: str, of: str) -> str | None:
+def unpaired(e: Evidence, target: str, recipe: str, name: Quantity, of: str) -> str | None:
     """Why a measured variant cannot be compared with another round by round, if so."""
-    others = e.costs.get((target, of))
-    if others is None:
-        return f"{recipe} was measured on {target}, {of} was not"
-    if apart := difference(e.costs[target, recipe], others):
-        what, ours, theirs = apart
-        return f"{recipe} has {what} {ours}, {of} has {theirs}"
-    return None
+    what: tuple[str, object, object] | None
+    if name in AT_LOAD:
+        ours_loaded, loads = e.loads.get((target, recipe)), e.loads.get((target, of))
+        if loads is None or ours_loaded is None:
+            return f"{recipe} was measured under load on {target}, {of} was not"
+        what = apart(ours_loaded, loads)
+    else:
+        others = e.costs.get((target, of))
+        if others is None:
+            return f"{recipe} was measured on {target}, {of} was not"
+        what = difference(e.costs[target, recipe], others)
+    return f"{recipe} has {what[0]} {what[1]}, {of} has {what[2]}" if what else None
+
+
+def _lacks(e: Evidence, target: str, recipe: str, limits: dict[Quantity, Limit]) -> bool:
+    return any(
+        limit.of is not None and unpaired(e, target, recipe, name, limit.of) for name, limit in limits.items()
+    )
 
 
 def remedy(e: Evidence, target: str, recipe: str, limits: Target) -> str | None:
-    """The command that measures what the limits of a target lack for a variant, if anything."""
-    others = [limit.of for limit in limits.limits.values() if limit.of is not None]
-    missing = (target, recipe) not in e.costs
-    return (
-        command(e.folder, target)
-        if missing or any(unpaired(e, target, recipe, of) for of in others)
-        else None
-    )
+    """The commands that measure what the limits of a target lack for a variant, if anything."""
+    split: dict[str, dict[Quantity, Limit]] = {"cost": {}, "load": {}}
+    for name, limit in limits.limits.items():
+        split["load" if name in AT_LOAD else "cost"][name] = limit
+    missing = []
+    if (target, recipe) not in e.costs or _lacks(e, target, recipe, split["cost"]):
+        missing.append("cost")
+    if split["load"] and ((target, recipe) not in e.loads or _lacks(e, target, recipe, split["load"])):
+        missing.append("load")
+    if not missing:
+        return None
+    *before, last = missing
+    first = [f"{command(e.folder, target, what=what)} && " for what in before]
+    return "".join(first) + command(e.folder, target, limits.device, last)
 
 
 def expected(e: Evidence, target: Target, recipe: str) -> bool:

@@ -1,88 +1,28 @@
-"""Pictures of the report: deterministic SVG whose colours and fonts the page decides."""
+"""Pictures of gate.json: what every stage keeps, what a variant costs for it, losses, latency under load."""
 
-import io
 import math
-import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import matplotlib as mpl
-from markupsafe import Markup, escape
+import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from numpy.typing import NDArray
 
 from eval.records import HELDOUT, PLAIN
-from eval.tables import SYMBOLS, by_recipe, estimate, part_verdict
-from eval.verdict import GateFile, Kept
+from eval.svg import COLOURS, GRID, INK, MARKERS, MUTED, PANEL, SERIES, SHOWN, SOFT, Picture, inline, style
+from eval.tables import SYMBOLS, by_recipe, estimate, fixed, foremost, part_verdict, significant
+from eval.verdict import GateFile, Kept, Variant
 
+Array = NDArray[np.float64]
 Box = tuple[float, float, float, float]  # left, bottom, right, top
-
-# Colours that stand for variables of the page: matplotlib writes them, `_themed` replaces them.
-INK, MUTED, GRID, PANEL = "#010101", "#020202", "#030303", "#040404"
-COLOURS = {"PASS": "#050505", "FAIL": "#060606", "INCONCLUSIVE": "#070707"}
-SERIES = "#080808"
-VARIABLES = {
-    INK: "ink",
-    MUTED: "muted",
-    GRID: "line",
-    PANEL: "panel",
-    SERIES: "accent",
-    COLOURS["PASS"]: "pass",
-    COLOURS["FAIL"]: "fail",
-    COLOURS["INCONCLUSIVE"]: "unsure",
-}
-MARKERS = {"PASS": "o", "FAIL": "X", "INCONCLUSIVE": "D"}
 DASHES = ["-", "--", ":", "-."]
-SHOWN = 24  # more rows or labels cannot be read in one picture
 CURVE_POINTS = 400
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a title is text, whatever it holds
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": "none",
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
-
-
-@contextmanager
-def _style(name: str) -> Iterator[None]:
-    """The report's style; `name` salts the ids, so that two pictures of one page share none."""
-    style: Any = {**STYLE, "svg.hashsalt": name}  # matplotlib types every key on its own
-    with mpl.rc_context(style), warnings.catch_warnings():
-        # Text stays text: the reader's own fonts draw it, and matplotlib's need not hold the glyph.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
-
-
-def _themed(figure: Figure, alt: str) -> Markup:
-    """Inline SVG of `figure`, named `alt`, with the page's variables for colours."""
-    text = io.StringIO()
-    blank = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    figure.savefig(text, format="svg", transparent=True, metadata=blank)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href=", "href=")
-    for colour, name in VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    width, height = figure.get_size_inches() * 72
-    top = f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {width:g} {height:g}">'
-    return Markup(re.sub(r"<svg[^>]*>", lambda _: top, svg, count=1))
+PLACES = [(side * dx, dy) for dy in (10, -4, -20, 24, -34) for side, dx in ((1, 10), (-1, 10))]
+MARKS = 400  # more points hide each other
 
 
 @dataclass(frozen=True)
@@ -103,18 +43,21 @@ class Stage:
     text: str = ""
 
 
+def omitted(gate: GateFile) -> str:
+    """What pictures of one line per variant leave out, in a sentence; nothing where they show all."""
+    count = len(by_recipe(gate))
+    return f"{SHOWN} of {count} variants are drawn; the budget table holds all." if count > SHOWN else ""
+
+
 def _stages(gate: GateFile) -> list[Stage]:
-    """From the base to the last variant shown; the recommended ones are kept where not all fit."""
+    """From the base to the last variant shown."""
     student = gate.kept_by_student.over_control
     stages = [
         Stage("base B", Kept(point=0.0), text="no gain, by definition"),
         Stage("teacher T1", Kept(point=1.0), text="all of it, by definition"),
         Stage("student S1, plain", student, text=str(estimate(student))),
     ]
-    recipes = [v for v in by_recipe(gate) if v.recipe != PLAIN]
-    best = set(gate.recommended.values())
-    chosen = {id(v) for v in sorted(recipes, key=lambda v: v.recipe not in best)[:SHOWN]}
-    for v in [v for v in recipes if id(v) in chosen]:
+    for v in foremost((v for v in by_recipe(gate) if v.recipe != PLAIN), SHOWN):
         cell = estimate(v.kept_share, part_verdict(v, "retention"))
         stages.append(Stage(v.recipe, v.kept_share, cell.verdict, str(cell)))
     return stages
@@ -135,11 +78,11 @@ def _draw_stage(axes: Axes, y: int, stage: Stage) -> None:
     axes.text(1.03, y, stage.text, transform=axes.get_yaxis_transform(), va="center")
 
 
-def chain(gate: GateFile) -> Markup:
+def chain(gate: GateFile) -> Picture:
     """Share of the teacher's gain that each stage keeps, with intervals and the share that is asked."""
     stages, asked = _stages(gate), gate.budget["f"]
     height = 0.85 + 0.34 * len(stages)
-    with _style("chain"):
+    with style("chain"):
         figure = Figure(figsize=(9, height))
         axes = figure.add_axes((0.18, 0.5 / height, 0.5, 1 - 0.75 / height))
         axes.set_xlim(*_limits(stages))
@@ -154,8 +97,9 @@ def chain(gate: GateFile) -> Markup:
         axes.tick_params(length=0, labelcolor=INK, axis="y")
         axes.set_xlabel("share of the teacher's gain, held-out")
         axes.spines["left"].set_visible(False)
-        alt = "; ".join(f"{stage.label}: {stage.text}" for stage in stages)
-        return _themed(figure, f"Share of the teacher's gain kept, stage by stage. {alt}")
+        text = "; ".join(f"{stage.label}: {stage.text}" for stage in stages)
+        svg = inline(figure, "chain", "Share of the teacher's gain kept, stage by stage", text)
+    return Picture(svg, omitted(gate))
 
 
 def _points(gate: GateFile, target: str) -> list[Point]:
@@ -186,7 +130,7 @@ def _place_labels(axes: Axes, points: list[Point]) -> None:
     taken: list[Box] = [(x - 10, y - 10, x + 10, y + 10) for _, x, y in spots]
     for p, x, y in spots:
         text = p.recipe + (" *" if p.recommended else "")
-        for dx, dy in [(8, 10), (12, -4), (8, -20), (-8, 10), (-12, -4), (-8, -20)]:
+        for dx, dy in PLACES:
             left = x + dx - (6.0 * len(text) if dx < 0 else 0)
             box = (left, y + dy, left + 6.0 * len(text), y + dy + 9)
             if not any(_overlap(box, other) for other in taken):
@@ -200,6 +144,12 @@ def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
+def _log_ticks(axis: Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _latency_axis(axes: Axes, points: list[Point]) -> None:
     """A logarithmic axis where the slowest would squeeze the rest against the edge; room for the names."""
     low, high = points[0].x, points[-1].x
@@ -207,9 +157,7 @@ def _latency_axis(axes: Axes, points: list[Point]) -> None:
     if high > 8 * low:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.5, high * 2)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_ticks(axes.xaxis)
     else:
         axes.set_xlim(0, high * 1.2)
 
@@ -222,30 +170,74 @@ def _references(axes: Axes, gate: GateFile) -> None:
         axes.text(1.01, level, name, transform=axes.get_yaxis_transform(), color=MUTED, va="center")
 
 
-def pareto(gate: GateFile, target: str) -> Markup | None:
+def _drawn(points: list[Point], front: list[Point]) -> list[Point]:
+    """Those that are drawn: the front and the recommended, then an even choice of the rest."""
+    first = [p for p in points if p.recommended or p in front]
+    rest = [p for p in points if not p.recommended and p not in front]
+    step = max(1, math.ceil(len(rest) / max(1, MARKS - len(first))))
+    return sorted([*first, *rest[::step]], key=lambda p: (p.x, p.y))
+
+
+def _scatter(axes: Axes, points: list[Point]) -> None:
+    """One mark per point, the area with the bytes on disk; what is recommended stands inside a ring."""
+    biggest = max(p.disk for p in points) or 1.0
+    for verdict, marker in MARKERS.items():
+        some = [p for p in points if p.verdict == verdict]
+        area = np.array([30 + 220 * p.disk / biggest for p in some])
+        x, y, colour = [p.x for p in some], [p.y for p in some], COLOURS[verdict]
+        axes.scatter(x, y, area, colour, marker=marker, edgecolors=PANEL, zorder=3)
+    for p in points:
+        if p.recommended:
+            ring = 30 + 220 * p.disk / biggest
+            axes.scatter(
+                [p.x], [p.y], ring * 3, "none", edgecolors=COLOURS[p.verdict], linewidths=1.5, zorder=2
+            )
+
+
+def _described(points: list[Point], front: list[Point], target: str) -> str:
+    """The front in words; the other figures stand in the budget table."""
+    names = "; ".join(
+        f"{p.recipe}, {significant(p.x)} ms per token, {fixed(p.y)} bits per byte, {significant(p.disk)} MiB"
+        for p in front[:SHOWN]
+    )
+    more = f" and {len(front) - SHOWN} more" if len(front) > SHOWN else ""
+    return f"Of {len(points)} variants measured on {target}, no other is better in both than: {names}{more}."
+
+
+def pareto(gate: GateFile, target: str, place: int = 0) -> Picture | None:
     """Decode latency against held-out bits per byte; the area of a mark grows with bytes on disk."""
     points = _points(gate, target)
     if not points:
         return None
-    biggest = max(p.disk for p in points) or 1.0
-    with _style(f"pareto-{target}"):
+    front = _frontier(points)
+    drawn = _drawn(points, front)
+    name = f"pareto-{place}"
+    with style(name):
         figure = Figure(figsize=(7.4, 4.4), dpi=72)
         axes = figure.add_axes((0.11, 0.12, 0.75, 0.8))
         axes.grid(axis="y")
         _references(axes, gate)
-        best = _frontier(points)
-        axes.plot([p.x for p in best], [p.y for p in best], color=GRID, linewidth=4, zorder=1)
-        for p in points:
-            area, colour = 30 + 220 * p.disk / biggest, COLOURS[p.verdict]
-            axes.scatter([p.x], [p.y], area, colour, marker=MARKERS[p.verdict], edgecolors=PANEL, zorder=2)
+        axes.plot([p.x for p in front], [p.y for p in front], color=SOFT, linewidth=1.8, zorder=1)
+        _scatter(axes, drawn)
         _latency_axis(axes, points)
         axes.margins(y=0.12)
         axes.set_ylabel("held-out bits/byte (lower is better)")
         axes.autoscale_view()
-        _place_labels(axes, sorted(points, key=lambda p: not p.recommended)[:SHOWN])
-        _legend(axes, {p.verdict for p in points})
-        alt = f"Held-out bits per byte against decode latency on {target}; the budget table holds the figures"
-        return _themed(figure, alt)
+        _place_labels(axes, sorted(drawn, key=lambda p: (not p.recommended, p not in front))[:SHOWN])
+        _legend(axes, {p.verdict for p in drawn})
+        title = f"Held-out bits per byte against decode latency on {target}"
+        svg = inline(figure, name, title, _described(points, front, target))
+    return Picture(svg, _undrawn(len(points), len(drawn)))
+
+
+def _undrawn(points: int, drawn: int) -> str:
+    """What the picture leaves out, in a sentence; nothing where it leaves out nothing."""
+    if drawn < points:
+        return (
+            f"{drawn} of {points} variants are drawn: the front, the recommended and an even choice of the "
+            f"rest; at most {SHOWN} are named."
+        )
+    return f"{SHOWN} of {points} variants are named." if points > SHOWN else ""
 
 
 def _legend(axes: Axes, verdicts: set[str]) -> None:
@@ -257,18 +249,61 @@ def _legend(axes: Axes, verdicts: set[str]) -> None:
     axes.legend(handles=marks, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1), borderaxespad=0.2)
 
 
-def losses(title: str, curves: dict[str, list[list[float]]]) -> Markup:
+def smooth(values: Array) -> Array:
+    """The mean over a tenth of the values around each; fewer at the ends."""
+    half = len(values) // 20
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    first, last = (np.clip(np.arange(len(values)) + by, 0, len(values)) for by in (-half, half + 1))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def losses(place: int, title: str, curves: dict[str, list[list[float]]]) -> Markup:
     """Training loss over steps, one line per seed; `curves` maps a seed to [[step, loss], ...]."""
-    with _style(f"loss-{title}"):
+    name = f"loss-{place}"
+    with style(name):
         figure = Figure(figsize=(4.2, 2.8))
         axes = figure.add_axes((0.14, 0.17, 0.83, 0.7))
         axes.grid(axis="y")
         for i, (seed, curve) in enumerate(curves.items()):
             few = curve[:: math.ceil(len(curve) / CURVE_POINTS)]
             dash = DASHES[i % len(DASHES)]
-            axes.plot(*zip(*few, strict=True), dash, color=SERIES, linewidth=1.3, label=f"seed {seed}")
+            steps, values = np.array(few).T
+            axes.plot(steps, values, color=SERIES, linewidth=0.6, alpha=0.25)
+            axes.plot(steps, smooth(values), dash, color=SERIES, linewidth=1.6, label=f"seed {seed}")
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         axes.set_xlabel("step")
         axes.legend(loc="upper right", labelcolor=MUTED)
         ends = "; ".join(f"seed {seed} ends at {curve[-1][1]:.3f}" for seed, curve in curves.items())
-        return _themed(figure, f"Training loss of {title}: {ends}")
+        return inline(figure, name, f"Training loss of {title}", ends)
+
+
+def load(gate: GateFile, target: str, place: int = 0) -> Picture | None:
+    """Latency at p95, the wait included, over the rate of requests; one line per variant."""
+    loaded = [v for v in gate.variants if v.target == target and v.load]
+    drawn, name = foremost(loaded, len(DASHES) * 2), f"load-{place}"
+    if not drawn:
+        return None
+    with style(name):
+        figure = Figure(figsize=(7.4, 3.6))
+        axes = figure.add_axes((0.11, 0.15, 0.62, 0.78))
+        axes.grid(axis="y")
+        said = [_rates(axes, v, i) for i, v in enumerate(drawn)]
+        axes.set_yscale("log")
+        _log_ticks(axes.yaxis)
+        axes.set_xlabel("requests per second")
+        axes.set_ylabel("p95 until the last token, ms")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), labelcolor=INK)
+        svg = inline(figure, name, f"Latency under load on {target}", "; ".join(said))
+    few = f"{len(drawn)} of {len(loaded)} variants are drawn." if len(drawn) < len(loaded) else ""
+    return Picture(svg, few)
+
+
+def _rates(axes: Axes, variant: Variant, place: int) -> str:
+    """Draws one variant, and says it."""
+    assert variant.load is not None
+    found = [(r.rate, r.p95.value) for r in variant.load.rates if r.p95.value is not None]
+    colour, dash = (SERIES, COLOURS["INCONCLUSIVE"])[place // len(DASHES)], DASHES[place % len(DASHES)]
+    axes.plot(
+        [x for x, _ in found], [y for _, y in found], dash, marker="o", color=colour, label=variant.recipe
+    )
+    return f"{variant.recipe}: " + ", ".join(f"{significant(y)} ms at {x:g} a second" for x, y in found)

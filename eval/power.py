@@ -1,65 +1,224 @@
-"""Power of the crossed test: what a pilot's mean squares say about the seeds and documents to plan for."""
+"""Before a study: how many seeds and documents see the asked share, and what does the present plan see?
 
-from collections.abc import Callable
+    python -m eval.power --study runs/pilot [--plan STUDY.yaml] [--gain X] [--share R] [--json FILE]
+
+The pilot is a run whose bases, teachers and students are scored: two seeds and a few documents will do, and
+tell little about how seeds differ; the intervals say how little. Variances and, unless given, the teacher's
+gain and the kept share are those of the pilot's uncompressed student.
+"""
+
+import argparse
+import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.special import nctdtr
+from rich.console import Console
+from rich.table import Table
 
-from eval.statistics import MeanSquares, crossed_variance, mean_products, t_quantile
+from eval.artifacts import write_text
+from eval.budget import Budget, load_budget
+from eval.checks import Artifacts
+from eval.errors import UserError, entry, one_of
+from eval.evidence import Evidence, Tables, evidence, wanted
+from eval.planning import (
+    GOAL,
+    MOST_DOCUMENTS,
+    MOST_SEEDS,
+    Components,
+    components,
+    documents_for,
+    drawn_components,
+    effect_for,
+    power,
+    seeds_for,
+)
+from eval.quality import BOOTSTRAP_SEED, GAIN, PLAN_LEVEL, PLANS, estimate, kept, surplus
+from eval.records import HELDOUT, PLAIN, each_score
+from eval.statistics import Array, crossed_mean
+from eval.study import Study, load_study, study_from_command
+from eval.verdict import Estimate
 
-MOST_SEEDS, MOST_DOCUMENTS = 200, 1_000_000
+WIDTH = 130  # columns where nobody can tell
+ENDS = [(1 - PLAN_LEVEL) / 2, (1 + PLAN_LEVEL) / 2]
 
 
 @dataclass(frozen=True)
-class Components:
-    """Variance of one entry of a crossed table, by origin."""
+class Case:
+    """One test to plan: a pilot's table of the statistic, and its mean if the what-if were true."""
 
-    seeds: float
-    documents: float
-    residual: float
-
-    def mean_squares(self, s: int, c: int) -> MeanSquares:
-        """Expected mean squares of a table of `s` seeds by `c` documents (Cornfield and Tukey 1956)."""
-        parts = self.residual + c * self.seeds, self.residual + s * self.documents, self.residual
-        return MeanSquares(*(np.asarray(part, float) for part in parts))
+    name: str
+    table: Array  # [S, C] of the pilot
+    effect: float
+    seeds: int  # of the plan
+    documents: int
+    told: dict[str, float | None]  # what the effect was made of
 
 
-def components(z: ArrayLike) -> Components:
-    """Method-of-moments estimates from a pilot table [S, C], S, C >= 2; negative ones count as 0."""
-    s, c = np.shape(z)
-    ms = mean_products(z, z)
-    seeds, documents = (ms.seeds - ms.residual) / c, (ms.documents - ms.residual) / s
-    return Components(max(float(seeds), 0.0), max(float(documents), 0.0), float(ms.residual))
+def pilot_of(folder: Path, study: Study) -> Evidence:
+    """Scores of the uncompressed models; costs and variants are of no matter to a plan."""
+    artifacts = Artifacts(folder, study)
+    tables = Tables(artifacts, each_score(folder), wanted(study, [PLAIN]))
+    return evidence(tables, [PLAIN], {})
 
 
-def power(parts: Components, effect: float, s: int, c: int, alpha: float) -> float:
-    """Chance of a lower bound above 0 at level `alpha` when the true mean is `effect`: noncentral t."""
-    variance, nu = crossed_variance(parts.mean_squares(s, c), s, c)
-    if variance == 0:
-        return 0.0
-    shift = effect / float(np.sqrt(variance))
-    if abs(shift) > 30:  # where the noncentral t underflows; the answer is certain
-        return float(shift > 0)
-    return 1 - float(nctdtr(nu, shift, t_quantile(alpha, float(nu))))
+def planned_documents(e: Evidence, plan: Study, name: str) -> int:
+    """Held-out documents as the plan asks; of shifted slices the pilot alone knows how many there are."""
+    return plan.data.heldout if name == HELDOUT and plan != e.study else len(e.columns[name])
 
 
-def seeds_for(parts: Components, effect: float, c: int, alpha: float, goal: float = 0.8) -> int | None:
-    """Least number of seeds with power `goal` on `c` documents; None where 200 are too few."""
-    return _least(2, MOST_SEEDS, lambda s: power(parts, effect, s, c, alpha) >= goal)
+def cases(e: Evidence, budget: Budget, plan: Study, gain: float | None, share: float | None) -> list[Case]:
+    """The assay and retention of every slice that the budget asks for.
+
+    Raises:
+        UserError: the pilot shows no teacher gain, so that it knows of no kept share, and none was given.
+    """
+    found = []
+    for name, f in {HELDOUT: budget.f, **budget.slices}.items():
+        one_of(f"budget {budget.name!r}: slice without any scored document", name, list(e.columns))
+        teacher, student = e.gain(name, GAIN), e.gain(name, kept(PLAIN))
+        if gain is None and share is None:
+            known = float(teacher.mean())
+            part = float(student.mean()) / known if known > 0 else None
+            effect = float((student - f * teacher).mean())
+        else:
+            known = gain if gain is not None else float(teacher.mean())
+            if share is None and teacher.mean() <= 0:
+                found_gain = f"no teacher gain on {name} ({teacher.mean():+.4f} bits/byte)"
+                raise UserError(f"pilot {e.folder}", found_gain, "give the share to plan for with --share")
+            part = share if share is not None else float(student.mean() / teacher.mean())
+            effect = (part - f) * known
+        size = len(plan.seeds), planned_documents(e, plan, name)
+        told = {"gain": known, "share": part, "asked_share": f}
+        found.append(Case(f"assay on {name}", teacher, known, *size, told))
+        found.append(Case(f"retention on {name}", surplus(e, PLAIN, name, f), effect, *size, told))
+    return found
 
 
-def documents_for(parts: Components, effect: float, s: int, alpha: float, goal: float = 0.8) -> int | None:
-    """Least number of documents with power `goal` at `s` seeds; None where a million are too few."""
-    return _least(2, MOST_DOCUMENTS, lambda c: power(parts, effect, s, c, alpha) >= goal)
+def interval(values: Array) -> list[float | None]:
+    """The middle of the draws; a bound beyond what was searched is null."""
+    ends = np.quantile(values, ENDS, method="nearest")
+    return [float(end) if np.isfinite(end) else None for end in ends]
 
 
-def _least(low: int, high: int, enough: Callable[[int], bool]) -> int | None:
-    """Bisection for the least n in [low, high] that is enough; power grows with n."""
-    if not enough(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return low
+def planned(case: Case, alpha: float) -> dict[str, object]:
+    """Figures of one test, each with the interval that the pilot's variances leave."""
+    mean = crossed_mean(case.table)
+    if mean.problem:
+        raise UserError(f"pilot: {case.name}", mean.problem, "take a pilot of two seeds or more that differ")
+    s, c, effect = case.seeds, case.documents, case.effect
+    drawn = drawn_components(case.table, PLANS, BOOTSTRAP_SEED)
+
+    def figures(parts: Components) -> dict[str, Array]:
+        return {
+            "power": power(parts, effect, s, c, alpha),
+            "seeds_for_80": seeds_for(parts, effect, c, alpha),
+            "documents_for_80": documents_for(parts, effect, s, alpha),
+            "effect_for_80": effect_for(parts, s, c, alpha),
+        }
+
+    points, ends = figures(components(case.table)), figures(drawn)
+    shown: Estimate = estimate(case.table)
+    return {
+        "test": case.name,
+        "seeds": s,
+        "documents": c,
+        **case.told,
+        "effect": effect,
+        "pilot": shown.model_dump(exclude={"p"}),
+        **{
+            name: {"value": float(v) if np.isfinite(v) else None, "interval": interval(ends[name])}
+            for name, v in points.items()
+        },
+    }
+
+
+def cell(figure: dict, style: str = "{:,.0f}") -> str:
+    """`12 [5, 40]`; where no number that was searched is enough, `none`."""
+
+    def one(value: float | None) -> str:
+        return "none" if value is None else style.format(value)
+
+    low, high = figure["interval"]
+    return f"{one(figure['value'])} [{one(low)}, {one(high)}]"
+
+
+def table(rows: list[dict], alpha: float) -> Table:
+    shown = Table(
+        title=f"Power at level {alpha:g}; in brackets what the pilot's variances leave open, 80 %",
+        caption=f"80 % of repetitions pass with so many; none: not even {MOST_SEEDS} seeds, or "
+        f"{MOST_DOCUMENTS:,} documents",
+    )
+    for name in (
+        "test",
+        "plan",
+        "true effect",
+        "power now",
+        "seeds",
+        "documents",
+        "effect seen",
+        "share seen",
+    ):
+        shown.add_column(name)
+    for row in rows:
+        visible, share = row["effect_for_80"], "-"
+        if row["test"].startswith("retention") and row["gain"] > 0:
+            share = f"{row['asked_share'] + visible['value'] / row['gain']:.2f}"
+        shown.add_row(
+            row["test"],
+            f"{row['seeds']} x {row['documents']}",
+            f"{row['effect']:+.4f}",
+            cell(row["power"], "{:.0%}"),
+            cell(row["seeds_for_80"]),
+            cell(row["documents_for_80"]),
+            cell(visible, "{:.4f}"),
+            share,
+        )
+    return shown
+
+
+def told(rows: list[dict]) -> str:
+    """The plan in a sentence: the test that asks most decides."""
+    blind = [row["test"] for row in rows if row["seeds_for_80"]["value"] is None]
+    if blind:
+        return f"no number of seeds up to {MOST_SEEDS} sees {', '.join(blind)}: the true effect is too small"
+    most = max(rows, key=lambda row: row["seeds_for_80"]["value"])
+    weak = [row["test"] for row in rows if row["power"]["value"] < GOAL]
+    now = f"the present plan sees all of it with {GOAL:.0%} or more"
+    if weak:
+        now = f"the present plan is too small for {', '.join(weak)}"
+    seeds = f"{most['seeds_for_80']['value']:.0f} seeds"
+    return f"{now}; of all tests {most['test']} asks for most: {seeds} see it with {GOAL:.0%}"
+
+
+@entry
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.power", description=__doc__)
+    parser.add_argument("--plan", help="the study that is planned, a YAML file; default: the pilot itself")
+    parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
+    parser.add_argument("--gain", type=float, help="plan for this teacher gain, bits/byte, not the pilot's")
+    parser.add_argument("--share", type=float, help="plan for this true kept share, not the pilot's")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    study, args = study_from_command(parser)
+    folder = Path(args.study) if Path(args.study).is_dir() else study.folder
+    plan = load_study(args.plan) if args.plan else study
+    budget = load_budget(plan, args.budget)
+    pilot = pilot_of(folder, study)
+    rows = [planned(case, budget.alpha) for case in cases(pilot, budget, plan, args.gain, args.share)]
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(table(rows, budget.alpha))
+    console.print(told(rows), soft_wrap=True)
+    if args.json:
+        found = {
+            "pilot": str(folder),
+            "alpha": budget.alpha,
+            "goal": GOAL,
+            "level": PLAN_LEVEL,
+            "tests": rows,
+        }
+        write_text(args.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,9 @@
 """`python -m eval.score --study runs/X`: bits per byte of every base, student and variant of a run.
 
-Each model is loaded from its folder by its own engine, in a process that did not make it. Models that have
-a record of the same bytes, data and study are left alone. Teachers with a method are scored where they are
-made, by `distill`: only there can they be run.
+Each model is loaded from its folder by its own engine, in a process that did not make it; with `data.tasks`
+it is marked on those too. Models that have a record of the same bytes, data and study are left alone.
+Teachers with a method are scored where they are made, by `distill`: only there can they be run, and on
+tasks they are not marked.
 """
 
 import argparse
@@ -14,19 +15,28 @@ from rich.table import Table
 from eval.artifacts import read_manifest
 from eval.engines import subject_of
 from eval.errors import entry
-from eval.records import Score, read_scores
+from eval.items import check_tasks
+from eval.marking import mark_folder, mean_marks, unmarked
+from eval.records import HELDOUT, read_marks, read_scores
 from eval.scoring import corpus_bits_per_byte, model_folders, score_folder, unscored
 from eval.study import Study, study_from_command
 from eval.workers import Job, Report, locked, run_jobs
 
+Rows = dict[tuple[str, str], dict[str, float]]  # (recipe, arm) -> column -> value
+
 
 def score_run(study: Study) -> int:
-    """Scores what has no score yet; returns how many models that were."""
+    """Scores and marks what is not yet; returns how many models were scored."""
     run = study.folder
-    folders = unscored(run, study)
-    jobs = [Job(_label(folder), _score, (run, study, folder)) for folder in folders]
+    check_tasks(study.data.tasks)
+    jobs = [Job(_label(folder), _score, (run, study, folder)) for folder in unscored(run, study)]
+    done = len(jobs)
+    jobs += [
+        Job(f"{_label(folder)} tasks", mark_folder, (run, study, folder, names))
+        for folder, names in unmarked(run, study).items()
+    ]
     run_jobs("score", jobs, study.workers)
-    return len(jobs)
+    return done
 
 
 def _label(folder: Path) -> str:
@@ -37,12 +47,11 @@ def _score(run: Path, study: Study, folder: Path, report: Report) -> None:
     score_folder(run, study, folder, report)
 
 
-def table(records: list[Score]) -> Table:
-    rows = corpus_bits_per_byte(records)
-    slices = sorted({name for row in rows.values() for name in row}, key=lambda n: (n != "heldout", n))
-    shown = Table("recipe", "arm", *slices, title="bits per byte, lower is better")
+def table(title: str, rows: Rows) -> Table:
+    names = sorted({name for row in rows.values() for name in row}, key=lambda n: (n != HELDOUT, n))
+    shown = Table("recipe", "arm", *names, title=title)
     for (recipe, arm), row in rows.items():
-        shown.add_row(recipe, arm, *(f"{row[name]:.4f}" for name in slices))
+        shown.add_row(recipe, arm, *(f"{row[name]:.4f}" if name in row else "" for name in names))
     return shown
 
 
@@ -53,7 +62,10 @@ def main() -> None:
     with locked(study.folder):
         done = score_run(study)
     if done:
-        Console().print(table(read_scores(study.folder)))
+        title = "bits per byte, lower is better"
+        Console().print(table(title, corpus_bits_per_byte(read_scores(study.folder))))
+    if study.data.tasks:
+        Console().print(table("mean marks, higher is better", mean_marks(read_marks(study.folder))))
     print(f"scored {done} models, {len(model_folders(study.folder, study)) - done} were scored before")
 
 

@@ -4,17 +4,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.artifacts import MANIFEST, read_manifest, verified
-from eval.documents import read_documents, scored_slices, tokens_per_batch
-from eval.engines import Subject, load_engine, subject_of
+from eval.documents import SEALED, read_documents, scored_slices, tokens_per_batch
+from eval.engines import Engine, Subject, load_engine, subject_of
 from eval.errors import UserError
-from eval.metrics.likelihood import Predict, document_bits
-from eval.records import Documents, Score, provenance, read_scores, recipe_names, write_record
+from eval.metrics.likelihood import BATCH_TOKENS, Predict, likelihoods
+from eval.records import Bins, Documents, Kind, Score, provenance, read_scores, recipe_names, write_record
 from eval.study import Study
 from eval.workers import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+COLUMNS = ("id", "slice", "bytes", "tokens", "bits", "correct")
 METRIC = Path(__file__).parent / "metrics" / "bits_per_byte.py"
 
 
@@ -32,31 +33,49 @@ def score_with(
     tokenizer: "PreTrainedTokenizerBase",
     context: int,
     *,
-    batch_tokens: int = 4096,
+    kind: Kind = "score",
+    batch_tokens: int = BATCH_TOKENS,
     report: Report = lambda share: None,
 ) -> Documents:
-    """Bits of all documents of `scored_slices(data)`, in that order; see `document_bits`.
+    """Bits and correct tokens of all documents of `scored_slices(data)`, in that order; see `likelihoods`.
+
+    For the kind `sealed` they are those of the sealed documents, and of no other.
 
     Raises:
         UserError: a slice or a document is empty, or a likelihood is not finite.
     """
-    columns: dict[str, list] = {name: [] for name in Documents.model_fields}
-    slices = scored_slices(data)
+    columns: dict[str, list] = {name: [] for name in COLUMNS}
+    calibration = {}
+    slices = [SEALED] if kind == "sealed" else scored_slices(data)
     for done, name in enumerate(slices, start=1):
         documents = read_documents(data, name)
         if not documents:
             raise UserError(f"slice {name!r}", f"no documents in {data}", "give the slice other sources")
-        bits, tokens = document_bits(predict, documents, tokenizer, context, batch_tokens)
+        found = likelihoods(predict, documents, tokenizer, context, batch_tokens)
         columns["id"] += [document.id for document in documents]
         columns["slice"] += [name] * len(documents)
         columns["bytes"] += [document.bytes for document in documents]
-        columns["tokens"] += tokens
-        columns["bits"] += bits
+        columns["tokens"] += found.tokens
+        columns["bits"] += found.bits
+        columns["correct"] += found.correct
+        calibration[name] = Bins(**found.bins._asdict())
         report(done / len(slices))
-    return Documents(**columns)
+    return Documents(**columns, calibration=calibration)
 
 
-def score_folder(run: Path, study: Study, folder: Path, report: Report = lambda share: None) -> Score:
+def scoring_tokens(engine: Engine) -> int:
+    """Padded tokens per batch that suit an engine and the memory of its logits."""
+    return min(engine.batch_tokens, tokens_per_batch(engine.vocabulary))
+
+
+def kinds(study: Study) -> list[Kind]:
+    """Of the scores that are made where a teacher can run: nobody could make the sealed ones later."""
+    return ["score", "sealed"] if study.data.sealed else ["score"]
+
+
+def score_folder(
+    run: Path, study: Study, folder: Path, report: Report = lambda share: None, kind: Kind = "score"
+) -> Score:
     """Scores the artifact `folder` of a run on one CPU thread, by its own engine, and writes the record.
 
     Raises:
@@ -66,15 +85,16 @@ def score_folder(run: Path, study: Study, folder: Path, report: Report = lambda 
     subject = subject_of(manifest)
     engine = load_engine(subject.engine, folder)
     tokenizer, data = engine.tokenizer, run / "data"
-    size = tokens_per_batch(engine.vocabulary)
+    size = scoring_tokens(engine)
     try:
         documents = score_with(
-            engine.logits, data, tokenizer, study.data.context, batch_tokens=size, report=report
+            engine.logits, data, tokenizer, study.data.context, kind=kind, batch_tokens=size, report=report
         )
     except UserError as error:
         raise UserError(f"scoring {folder}: {error.thing}", error.found, error.mend) from error
     record = Score(
         **subject.model_dump(),
+        kind=kind,
         data=read_manifest(data).hash,
         documents=documents,
         provenance=provenance(manifest.hash, study.hash()),

@@ -1,6 +1,6 @@
 """The sections of a study: frozen, with unknown keys refused. `eval.study` puts them together."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -166,6 +166,8 @@ class Student(Frozen):
             raise ValueError("`layers` says how many layers `start: every` or `influential` keeps")
         if (self.start == "fresh") != (self.architecture is not None):
             raise ValueError("`architecture` is given for `start: fresh`, and for it alone")
+        if self.start == "fresh" and self.tuning != "full":
+            raise ValueError("`start: fresh` needs `tuning: full`: there is nothing yet to adapt")
         return self
 
 
@@ -195,13 +197,13 @@ class MethodChoice(Frozen):
 class Load(Frozen):
     """Open-loop load: requests arrive as a Poisson process, whether or not the one before is done."""
 
-    rates: list[float] | None = None  # requests per second; none: up to the knee, which is looked for
+    rates: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)  # per second; none: by knee
     seconds: float = Field(10.0, gt=0)  # per rate
     slo_ms: float | None = Field(None, gt=0)  # latency from the intended arrival that must be held at p95
 
 
 class Cost(Frozen):
-    """How latency and memory are measured."""
+    """How latency and memory are measured: batch 1, then the other `batch_sizes`."""
 
     processes: int = Field(3, gt=1)
     prompt_tokens: int = Field(128, gt=0)
@@ -211,3 +213,9 @@ class Cost(Frozen):
     threads: int = Field(1, gt=0)
     batch_sizes: list[int] = [1]
     load: Load | None = None
+
+    @model_validator(mode="after")
+    def sizes_ascend(self) -> Self:
+        if self.batch_sizes != sorted({1, *self.batch_sizes}) or self.batch_sizes[0] < 1:
+            raise ValueError(f"batch_sizes must start with 1 and ascend, found {self.batch_sizes}")
+        return self

@@ -47,7 +47,7 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def rows_suffice(self) -> Self:
-        for name, train in (("train", self.train), ("base.train", self.base.train)):
+        for name, train in (("train", self.train), ("ce_train", self.ce_train), ("base.train", self.base.train)):
             if train is not None and train.rows > self.data.train_rows:
                 raise ValueError(
                     f"{name}.rows is {train.rows}, more than data.train_rows: {self.data.train_rows}"
@@ -67,7 +67,7 @@ class Study(Frozen):
         """Digest of what decides the models and their scores; recipes and budgets may come and go."""
         beside: dict[str, Any] = dict.fromkeys(BESIDE, True)
         watched = {"checkpoint_every", "evaluate_every"}
-        beside |= {"train": watched, "ce_train": watched, "base": {"train": watched}}
+        beside |= {"train": watched, "ce_train": watched, "base": {"train": watched}, "data": {"tasks"}}
         return digest(self.model_dump(mode="json", exclude=beside))
 
 
@@ -182,6 +182,7 @@ def check_settled(study: Study) -> None:
         return
     here, there = _flat(study.model_dump(mode="json")), _flat(made.model_dump(mode="json"))
     names = [n for n in sorted({*here, *there}) if n.split(".")[0] not in BESIDE]
+    names = [n for n in names if not n.startswith("data.tasks.")]
     name = next(n for n in names if here.get(n) != there.get(n))
     raise UserError(
         f"{name} of run {study.folder}",

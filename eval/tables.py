@@ -1,16 +1,12 @@
-"""gate.json in words and cells, as Markdown and for the terminal. Nothing is decided here."""
+"""gate.json in words and cells, for every table that shows it. Nothing is decided here."""
 
 import math
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rich import box
-from rich.console import JustifyMethod
-from rich.table import Table
-from rich.text import Text
-
 from eval.records import HELDOUT
-from eval.verdict import Estimate, GateFile, Kept, Number, Variant
+from eval.statement import SignOff
+from eval.verdict import Difference, Estimate, GateFile, Kept, Number, Variant
 
 ARMS = {
     "B": "base, the fallback",
@@ -20,18 +16,27 @@ ARMS = {
     "S0": "control student, from T0",
     "S1": "student, from T1",
 }
+PARTS = {
+    "assay": "The study sees the teacher's gain",
+    "retention": "The gain over the control is kept",
+    "guard": "The lead over the fallback is kept",
+    "fallback": "Better than the fallback",
+    "cost": "The cost is known",
+}
 SYMBOLS = {"PASS": "✔", "FAIL": "✘", "INCONCLUSIVE": "?"}
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
-LATENCIES = {
-    "prefill_p50": "prefill p50",
-    "prefill_p95": "prefill p95",
-    "decode_p50": "decode p50",
-    "decode_p95": "decode p95",
+ALWAYS = ("prefill_p50", "prefill_p95", "decode_p50", "decode_p95", "peak_memory", "disk")
+WHERE_HAD = ("knee", "throughput", "energy")  # columns of tables where some variant has them
+UNITS = {
+    **dict.fromkeys(("peak_memory", "device_memory", "disk"), "MiB"),
+    "load_time": "s",
+    "energy": "J/token",
+    "knee": "requests/s",
+    "throughput": "tokens/s",
 }
-SIZES = {"peak_memory": "peak memory", "disk": "disk"}
 NOT_HAD, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 FOOTNOTE = (
-    f"≤ is the upper confidence bound that the limit is held against; {TIMES} is the ratio to the named "
+    f"≤ or ≥ is the confidence bound that a limit is held against; {TIMES} is the ratio to the named "
     f"variant in the same run; {NOT_HAD} stands where no honest figure could be had from what was measured."
 )
 
@@ -76,6 +81,16 @@ def estimate(value: Estimate | Kept | None, verdict: str | None = None) -> Cell:
     )
 
 
+def part_title(name: str) -> str:
+    """What a part of the gate asks, in plain words."""
+    kind, _, rest = name.partition(":")
+    if kind == "slice":
+        return f"The gain is kept on the slice {rest}"
+    if kind == "cost" and rest:
+        return f"Within the limit: {rest.replace('_', ' ')}"
+    return PARTS.get(name, name)
+
+
 def part_verdict(variant: Variant, name: str) -> str:
     return next((part.verdict for part in variant.parts if part.name == name), "")
 
@@ -100,31 +115,47 @@ def quality_cells(gate: GateFile, variant: Variant) -> list[Cell]:
     return [*cells, *(estimate(one.kept_share, one.verdict) for one in found)]
 
 
-def cost_titles() -> list[str]:
-    return [*(f"{name}, ms" for name in LATENCIES.values()), *(f"{name}, MiB" for name in SIZES.values())]
+def cost_names(gate: GateFile) -> list[str]:
+    """The columns of cost: the usual ones, those that the budget limits, and those that only some have."""
+    limited = [name for target in gate.budget["targets"].values() for name in target.get("limits", {})]
+    found = {name for v in gate.variants for name, one in (v.cost or {}).items() if one.value is not None}
+    return list(dict.fromkeys([*ALWAYS, *limited, *(name for name in WHERE_HAD if name in found)]))
 
 
-def cost_cell(found: Number | None, recipe: str) -> Cell:
-    """The figure with its upper bound and its ratio to another variant, or what it would need."""
+def cost_title(name: str) -> str:
+    return f"{name.replace('_', ' ')}, {UNITS.get(name, 'ms')}"
+
+
+def cost_note(found: Number) -> str:
+    """The bound that a limit is held against: the upper one, or the lower one where more is better."""
+    more = found.unit.endswith("s/s")
+    bound = found.lower if more else found.upper
+    if bound is None or bound == found.value:  # none, or counted and not estimated
+        return ""
+    return f"{'≥' if more else '≤'} {significant(bound)}"
+
+
+def cost_cell(found: Number | None, recipe: str, verdict: str = "") -> Cell:
+    """The figure with its bound and its ratio to another variant, or what it would need."""
     if found is None:
-        return Cell(NOT_HAD)
+        return Cell(NOT_HAD, verdict=verdict)
     needs = f"needs {found.needs} requests" if found.needs else NOT_HAD
     if found.value is None:
-        return Cell(needs)
-    notes = [f"≤ {significant(found.upper)}" if found.upper is not None else f"bound {needs}"]
-    if found.upper == found.value:
-        notes = []  # counted, not estimated
+        return Cell(needs, verdict=verdict)
+    notes = [cost_note(found)] if cost_note(found) else []
+    if found.upper is None:
+        notes = [f"bound {needs}"]
     if found.relative is not None and found.relative.of != recipe:
         notes.append(f"{significant(found.relative.point)}{TIMES} {found.relative.of}")
-    return Cell(significant(found.value), tuple(notes), sort=found.value)
+    return Cell(significant(found.value), tuple(notes), verdict, found.value)
 
 
-def cost_cells(variant: Variant) -> list[Cell]:
-    """Latencies in ms, then peak memory and disk in MiB; every cell says `not measured` where it was not."""
-    names = [*LATENCIES, *SIZES]
+def cost_cells(variant: Variant, names: list[str]) -> list[Cell]:
+    """One cell per quantity; every cell says `not measured` where the variant was not."""
     if variant.cost is None:
         return [Cell("not measured") for _ in names]
-    return [cost_cell(variant.cost.get(name), variant.recipe) for name in names]
+    cost, recipe = variant.cost, variant.recipe
+    return [cost_cell(cost.get(name), recipe, part_verdict(variant, f"cost:{name}")) for name in names]
 
 
 def gain(value: Estimate) -> str:
@@ -146,6 +177,15 @@ def by_recipe(gate: GateFile) -> list[Variant]:
     return list(found.values())
 
 
+def foremost(variants: Iterable[Variant], most: int) -> list[Variant]:
+    """At most so many: the recommended ones, then by verdict; in the order in which they came."""
+    found = list(variants)
+    rank = {name: i for i, name in enumerate(SYMBOLS)}
+    best = sorted(found, key=lambda v: (not v.recommended, rank[v.verdict]))[:most]
+    chosen = {id(v) for v in best}
+    return [v for v in found if id(v) in chosen]
+
+
 def student_shares(gate: GateFile) -> dict[str, Kept]:
     """What the uncompressed student kept, by what it is held against."""
     found = gate.kept_by_student
@@ -155,127 +195,100 @@ def student_shares(gate: GateFile) -> dict[str, Kept]:
     return {**shares, "student S1 over the base, what a study without a control would claim": found.over_base}
 
 
-# Markdown
+def difference(value: Difference | None) -> Cell:
+    """A difference from the uncompressed student with its interval, and what mere reruns differ by."""
+    if value is None:
+        return Cell(NOT_HAD)
+    span = f"[{significant(value.low)}, {significant(value.high)}]"
+    return Cell(significant(value.value), (span, f"noise {significant(value.floor)}"), sort=value.value)
 
 
-def plain(text: str) -> str:
-    """Free text that Markdown shows as it stands, on one line, inside a table too."""
-    return re.sub(r"([\\`|<*]|(?<=\])\()", r"\\\1", " ".join(str(text).split()))
+BEHAVIOUR = [
+    "next token right, held-out",
+    "calibration error, held-out",
+    "flips against plain, share",
+    "KL against plain, bits/token",
+    "slice that keeps least",
+]
 
 
-def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [[plain(title) for title in titles], ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def behaviour(gate: GateFile) -> dict[str, list[Cell]]:
+    """Recipe -> the cells of `BEHAVIOUR`, of the recipes of which more than the least slice is known."""
+
+    def figure(found: dict[str, Estimate]) -> Cell:
+        return estimate(found[HELDOUT]) if HELDOUT in found else Cell(NOT_HAD)
+
+    return {
+        recipe: [
+            *(figure(found) for found in (of.accuracy, of.calibration_error)),
+            *(difference(found) for found in (of.flips, of.kl)),
+            Cell(of.worst_slice or NOT_HAD),
+        ]
+        for recipe, of in gate.quality.items()
+        if of.accuracy or of.calibration_error or of.flips or of.kl
+    }
 
 
-def arms_table(gate: GateFile) -> str:
-    slices = [HELDOUT, *shifted(gate)]
-    rows = [
-        [f"{arm} ({title})", *(str(estimate(gate.scores[arm].get(name))) for name in slices)]
-        for arm, title in ARMS.items()
-        if arm in gate.scores
+def task_arms(gate: GateFile) -> list[str]:
+    """Arms that were marked on some task."""
+    had = {arm for of in gate.quality.values() for marks in of.tasks.values() for arm in marks}
+    return [arm for arm in ARMS if arm in had]
+
+
+def task_rows(gate: GateFile) -> list[tuple[str, str, list[Cell]]]:
+    """Recipe, task, and the mean mark of each of `task_arms`."""
+    arms = task_arms(gate)
+    return [
+        (recipe, task, [estimate(marks[arm]) if arm in marks else Cell(NOT_HAD) for arm in arms])
+        for recipe, of in gate.quality.items()
+        for task, marks in of.tasks.items()
     ]
-    return markdown_table(["arm", *slices], rows)
 
 
-def chain_table(gate: GateFile) -> str:
-    """The share of the teacher's gain after each stage, and what compression alone kept of the student's."""
-    rows = [[title, str(estimate(share)), ""] for title, share in student_shares(gate).items()]
-    rows += [
-        [plain(v.recipe), str(estimate(v.kept_share)), str(estimate(v.kept_of_student))]
-        for v in by_recipe(gate)
-    ]
-    return markdown_table(["stage", "kept of the teacher's gain", "kept of the student's gain"], rows)
-
-
-def quality_table(gate: GateFile) -> str:
-    rows = [
-        [plain(v.recipe), plain(v.engine), *(str(cell) for cell in quality_cells(gate, v))]
-        for v in by_recipe(gate)
-    ]
-    return markdown_table(["recipe", "engine", *quality_titles(gate)], rows)
-
-
-def cost_table(gate: GateFile) -> str:
-    rows = []
+def unmeasured(gate: GateFile) -> dict[str, str]:
+    """How to measure what was not: the variants that one command measures -> that command."""
+    found: dict[tuple[str, str], list[str]] = {}
     for v in gate.variants:
-        names = [plain(v.recipe) + (" \\*" if v.recommended else ""), plain(v.target), plain(v.engine)]
-        cells = [str(cell) for cell in cost_cells(v)]
-        rows.append([*names, v.verdict, *cells, plain(v.reason)])
-    return markdown_table(["recipe", "target", "engine", "verdict", *cost_titles(), "reason"], rows)
+        if v.how:
+            found.setdefault((v.target, v.how), []).append(v.recipe)
+    return {f"{several(names)} on {target}": how for (target, how), names in found.items()}
 
 
-def unmeasured(gate: GateFile) -> list[str]:
-    """How to measure what was not, one line per variant and target."""
-    return [f"{v.recipe} on {v.target}: {v.how}" for v in gate.variants if v.how]
+def several(names: list[str], most: int = 6) -> str:
+    """Names in a row; the last ones are only counted where there are many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
-def gains(gate: GateFile) -> str:
-    lines = [f"- Teacher gain (T1 - T0), held-out: {gain(gate.teacher_gain)}"]
-    lines += [
-        f"- Teacher gain, {plain(name)}: {gain(value)}" for name, value in gate.teacher_gain_slices.items()
-    ]
-    return "\n".join(lines)
+def sealed(gate: GateFile) -> str:
+    """What the sealed documents said, and how often anybody looked; empty where nobody did."""
+    look = gate.sealed
+    if look is None:
+        return ""
+    times = "once" if look.openings == 1 else f"{look.openings} times"
+    where = f" on {look.target}" if look.target else ""
+    last = f"last by {look.by} on {day(look.time)} for {look.recipe}{where}"
+    start = f"The sealed documents were opened {times}, {last}"
+    if look.verdict is None:
+        return f"{start}; they are not scored to the end yet."
+    old = "" if look.current else " They speak of artifacts or a budget of before."
+    share = estimate(look.kept_share)
+    keeps = f"kept share {' '.join([share.main, *share.notes])}"
+    return f"{start}: {look.verdict} on {look.documents} documents, {keeps}.{old}"
 
 
-def markdown(gate: GateFile) -> str:
-    """table.md: the verdict, then quality (no figure of time), then cost and the verdicts it decides."""
-    how = "".join(f"- {plain(line)}\n" for line in unmeasured(gate))
-    sections = [
-        f"# {plain(gate.title or gate.study)}",
-        f"**{gate.verdict}**: {plain(gate.reason)}",
-        f"Recommended: {plain(recommended(gate))}.",
-        "## Quality",
-        "Bits per byte, lower is better; intervals in brackets. Depends on the scores alone.",
-        gains(gate),
-        "### Arms",
-        arms_table(gate),
-        "### Gain kept, stage by stage",
-        chain_table(gate),
-        "### Variants",
-        quality_table(gate),
-        "## Cost and verdict",
-        cost_table(gate),
-        f"\\* recommended on its target. {FOOTNOTE}",
-    ]
-    return "\n\n".join([*sections, *([f"### Not measured\n\n{how.rstrip()}"] if how else [])]) + "\n"
+def day(time: str) -> str:
+    """The day of a time in ISO 8601."""
+    return time[:10]
 
 
-# Terminal
-
-
-def bounds(cells: list[Cell]) -> str:
-    """The upper bounds of two percentiles, for the line below them."""
-    found = [next((n.removeprefix("≤ ") for n in c.notes if n.startswith("≤")), NOT_HAD) for c in cells]
-    return f"≤ {' / '.join(found)}"
-
-
-def terminal_row(gate: GateFile, variant: Variant) -> list[Text]:
-    name = variant.recipe + (" *" if variant.recommended else "")
-    quality, cost = quality_cells(gate, variant), cost_cells(variant)
-    spans = ["\n".join([cell.main, *cell.notes]) for cell in quality[:3]]
-    slices = [f"{n} {c.verdict or NOT_HAD}" for n, c in zip(shifted(gate), quality[3:], strict=True)]
-    costs = ["not measured", "", "", ""]
-    if variant.cost is not None:
-        pairs = [cost[0:2], cost[2:4]]
-        costs = [f"{pair[0].main} / {pair[1].main}\n{bounds(pair)}" for pair in pairs]
-        costs += [cell.main for cell in cost[4:]]
-    names = [Text(f"{name}\n{variant.engine}"), Text(variant.target)]
-    verdict = Text(variant.verdict, style=STYLES[variant.verdict])
-    return [*names, verdict, *(Text(text) for text in [*spans, "\n".join(slices), *costs])]
-
-
-def terminal(gate: GateFile) -> Table:
-    """The budget table as rich prints it; upper bounds stand below the percentiles."""
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=Text(gate.title or gate.study), title_justify="left"
-    )
-    left = ["variant", "target", "verdict"]
-    right = ["bits/byte", "kept share", "guard share"]
-    costs = ["prefill ms\np50 / p95", "decode ms\np50 / p95", "peak\nMiB", "disk\nMiB"]
-    for title in [*left, *right, "slices", *costs]:
-        justify: JustifyMethod = "left" if title in (*left, "slices") else "right"
-        table.add_column(title, justify=justify, overflow="fold")
-    for variant in gate.variants:
-        table.add_row(*terminal_row(gate, variant))
-    return table
+def signed(one: SignOff) -> str:
+    """One sign-off in a sentence; a waiver and whatever speaks against it are told."""
+    if one.said is None:
+        return f"The sign-off {one.path.name} cannot be trusted: {one.problem}."
+    said = one.said
+    who = f"signed by {said.by} on {day(said.time)} (key {one.key[:12]})"
+    text = f"{said.verdict} of {said.recipe} on {said.target}, {who}"
+    if said.waiver:
+        text += f"; waived until {said.waiver.expires}: {said.waiver.reason}"
+    return f"{text}. It does not hold: {one.problem}." if one.problem else f"{text}."

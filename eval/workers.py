@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,22 +20,28 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait as wait_for_sentinel
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bar
 
 from eval.errors import UserError
 
 Report = Callable[[float], None]  # tells the share of the job that is done, 0 to 1
+
+
+class Progress(Protocol):
+    """A report that also takes the tokens learned from since the last one."""
+
+    def __call__(self, share: float, tokens: int = 0) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Job:
 class _Worker:
     queue: Any = None
     last: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0  # learned from, and not yet told
 
 
 _WORKER = _Worker()
@@ -79,12 +87,35 @@ def _start(queue: Any) -> None:
 
 
 def _call(job: Job) -> Any:
-    def report(share: float) -> None:
+    def report(share: float, tokens: int = 0) -> None:
+        _WORKER.tokens += tokens
         if time.monotonic() - _WORKER.last.get(job.name, 0.0) > 0.2:
             _WORKER.last[job.name] = time.monotonic()
-            _WORKER.queue.put((job.name, share))
+            _WORKER.queue.put((job.name, share, _WORKER.tokens))
+            _WORKER.tokens = 0
 
     return job.run(*job.args, report)
+
+
+class _Speed:
+    """Tokens per second over the last seconds."""
+
+    def __init__(self, seconds: float = 15.0) -> None:
+        self.seconds = seconds
+        self.seen: deque[tuple[float, int]] = deque()
+
+    def add(self, tokens: int) -> None:
+        self.seen.append((time.monotonic(), tokens))
+
+    def __str__(self) -> str:
+        now = time.monotonic()
+        while self.seen and self.seen[0][0] < now - self.seconds:
+            self.seen.popleft()
+        if len(self.seen) < 2:
+            return ""
+        counted = list(self.seen)[1:]  # the first one's tokens came before its time
+        rate = sum(tokens for _, tokens in counted) / max(now - self.seen[0][0], 1e-9)
+        return f"{rate:,.0f} tokens/s"
 
 
 class _Board:
@@ -97,24 +128,27 @@ class _Board:
         self.started = time.monotonic()
         self.title = title
         self.console = Console(stderr=True)
-        self.bar = Progress(
+        self.bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
+            TextColumn("{task.fields[now]} {task.fields[speed]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task(title, total=sum(self.weights.values()) or 1.0, now="")
+        self.speed = _Speed()
+        self.task = self.bar.add_task(title, total=sum(self.weights.values()) or 1.0, now="", speed="")
 
-    def update(self, name: str, share: float) -> None:
+    def update(self, name: str, share: float, tokens: int = 0) -> None:
         self.shares[name] = share
+        if tokens:
+            self.speed.add(tokens)
         done = sum(self.weights[n] * s for n, s in self.shares.items())
         running = [n for n, s in self.shares.items() if s < 1]
-        self.bar.update(self.task, completed=round(done), now=", ".join(running))
+        self.bar.update(self.task, completed=round(done), now=", ".join(running), speed=str(self.speed))
 
     def finish(self, name: str) -> None:
         self.update(name, 1.0)
@@ -124,9 +158,10 @@ class _Board:
         spent = time.monotonic() - self.started
         share = sum(self.weights[n] * s for n, s in self.shares.items()) / sum(self.weights.values())
         left = spent / share - spent if share else 0.0
+        speed = f"{self.speed}, " if str(self.speed) else ""
         print(
             f"{self.title}: {name} done, {self.done} of {len(self.weights)}, "
-            f"{spent:.0f} s, about {left:.0f} s left",
+            f"{speed}{spent:.0f} s, about {left:.0f} s left",
             file=sys.stderr,
             flush=True,
         )
@@ -168,9 +203,9 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
                 assert running, f"jobs wait for each other: {[j.name for j in waiting]}"
                 finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 while not queue.empty():
-                    name, share = queue.get()
+                    name, share, tokens = queue.get()
                     if name not in results:
-                        board.update(name, share)
+                        board.update(name, share, tokens)
                 for future in finished:
                     job = running.pop(future)
                     results[job.name] = future.result()

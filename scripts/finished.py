@@ -43,7 +43,7 @@ def state(study: Study) -> str:
 def check(study: Study) -> None:
     """Refuses now what the last stages would refuse after minutes of training."""
     load_recipes(study)
-    slices = [HELDOUT, *study.data.shifted]
+    slices = [HELDOUT, *study.data.shifted, *(c.slice for c in study.data.corruptions)]
     for name in load_budget(study).slices:
         one_of(f"slice of the budget {study.budget!r}", name, slices)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from compress.recipe import load_recipe
 from distill.method import make_method
@@ -20,11 +21,12 @@ from eval.study import (
     validated,
 )
 
+LAUNCHED = {"cpu2": "MULTI_CPU", "ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
 CONFIGS = sorted((ROOT / "configs").rglob("*"))
 
 
 def test_every_config_is_read():
-    seen = {"studies": 0, "recipes": 0, "budgets": 0}
+    seen = {"studies": 0, "recipes": 0, "budgets": 0, "accelerate": 0}
     for path in (p for p in CONFIGS if p.is_file()):
         assert path.suffix == ".yaml", f"{path}: configs/ holds YAML alone"
         kind = path.parent.name
@@ -37,9 +39,13 @@ def test_every_config_is_read():
             assert [load_recipe(name) for name in study.recipes]
         elif kind == "recipes":
             assert load_recipe(path.stem).name == path.stem
+        elif kind == "accelerate":
+            settings = load_config_from_file(str(path))
+            assert (settings.mixed_precision, settings.num_processes) == ("no", 2)
+            assert settings.distributed_type == LAUNCHED[path.stem]
         else:
             assert validated(Budget, read_yaml(path), str(path)).name == path.stem
-    assert seen == {"studies": 3, "recipes": 7, "budgets": 2}
+    assert seen == {"studies": 5, "recipes": 7, "budgets": 2, "accelerate": 4}
 
 
 def test_mandatory_slices_of_a_studys_budget_are_slices_of_its_data():

@@ -14,18 +14,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from torch import nn
 
-from compress.anatomy import decoder_layers, size_of
+from compress.anatomy import size_of
 from compress.calibrate import calibration_rows, mean_loss
 from compress.recipe import Context, Pass, PassReport, Stage
+from distill.layers import decoder_layers, keep_layers
 from eval.errors import UserError
 from eval.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Fields of transformers configs with one entry per layer, and those that list layer numbers.
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "block_types")
-LAYER_NUMBERS = ("mlp_only_layers", "cross_attention_layers", "moe_layers", "attn_layer_indices")
 
 
 class DropLayers(Pass):
@@ -79,22 +76,3 @@ def bypassed(layers: list[nn.Module]) -> Iterator[None]:
         for layer in layers:
             stack.callback(layer.register_forward_hook(hand_on, with_kwargs=True).remove)
         yield
-
-
-def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
-    """Leaves only the layers `kept`, renumbered, so that the cache and the config agree with them."""
-    owner, name, layers = decoder_layers(model)
-    config = model.config.get_text_config()
-    for field in PER_LAYER:
-        values = getattr(config, field, None)
-        if isinstance(values, list) and len(values) == len(layers):
-            setattr(config, field, [values[i] for i in kept])
-    for field in LAYER_NUMBERS:
-        if values := getattr(config, field, None):
-            setattr(config, field, [kept.index(i) for i in values if i in kept])
-    setattr(owner, name, nn.ModuleList(layers[i] for i in kept))
-    for new, old in enumerate(kept):
-        for module in layers[old].modules():
-            if "layer_idx" in vars(module):  # transformers' name for the module's place in the cache
-                vars(module)["layer_idx"] = new
-    config.num_hidden_layers = len(kept)

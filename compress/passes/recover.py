@@ -16,6 +16,8 @@ from eval.sections import Frozen, Train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from distill.targets import Target
+
 
 class Recover(Pass):
     stage = Stage.RECOVERY
@@ -36,7 +38,7 @@ class Recover(Pass):
             seed=context.seed,
             teacher=lambda batch: teach(context.parent, batch),
             scratch=context.scratch / f"recover-{digest(self.options.model_dump(mode='json'))[:16]}",
-            report=lambda step, steps, loss: context.report(step / steps),
+            report=lambda step: context.report(step.number / step.of),
             after_step=lambda: clear(zeros),
         )
         model.to("cpu")
@@ -46,11 +48,12 @@ class Recover(Pass):
 
 
 @torch.no_grad()
-def teach(parent: PreTrainedModel, batch: Batch) -> Tensor:
-    """[B, T, V] float32 log-probabilities of the uncompressed student, where the batch is."""
+def teach(parent: PreTrainedModel, batch: Batch) -> Target:
+    """What the uncompressed student says of the valid tokens, where the batch is."""
+    from distill.method import plain_signal
+
     parent.to(batch.input_ids.device)
-    output = parent(**batch.inputs, use_cache=False)
-    return torch.log_softmax(output.logits.float(), dim=-1)
+    return plain_signal(parent, batch=batch).at(torch.nn.functional.pad(batch.mask, (0, 1)))
 
 
 def pruned(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

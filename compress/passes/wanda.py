@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compress.anatomy import decoder_layers, layer_matrices, left_out, size_of
+from compress.anatomy import layer_matrices, left_out, size_of
 from compress.calibrate import calibration_rows, input_norms
 from compress.recipe import Context, Pass, PassReport, Skipped, Stage
 from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
+from distill.layers import decoder_layers
 from eval.errors import UserError
 from eval.sections import Frozen
 

@@ -1,23 +1,16 @@
 """K plain models trained apart; their probabilities are averaged."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from pydantic import Field
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.method import Bench, Card, Method, TeacherSignal, model_log_probs
+from distill.method import Bench, Card, Method, TeacherSignal, plain_signal
 from eval.documents import Batch
 from eval.errors import UserError
 from eval.sections import Frozen
-
-
-def mean_of_probabilities(log_probs: list[Tensor]) -> Tensor:
-    """log of the mean of K distributions [..., V], computed in log space."""
-    return torch.logsumexp(torch.stack(log_probs), dim=0) - math.log(len(log_probs))
 
 
 def _same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -62,5 +55,4 @@ class Ensemble(Method):
             del self._others
 
     def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
-        members = [teacher, *self._others]
-        return TeacherSignal(mean_of_probabilities([model_log_probs(m, batch) for m in members]))
+        return plain_signal(teacher, *self._others, batch=batch)

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from distill.method import Card, Method, TeacherSignal, model_log_probs
+from distill.method import Card, Method, TeacherSignal, plain_signal
 from eval.documents import Batch
 
 
@@ -16,4 +16,4 @@ class Placebo(Method):
     )
 
     def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
-        return TeacherSignal(model_log_probs(teacher, batch))
+        return plain_signal(teacher, batch=batch)

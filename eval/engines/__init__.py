@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -28,7 +28,9 @@ AGAIN = "delete the folder and make it again"
 
 
 class Engine(ABC):
-    """A loaded causal language model with V rows of output; it serves one sequence of decodes at a time."""
+    """A loaded causal language model with V rows of output; it serves one batch of decodes at a time."""
+
+    batch_tokens: ClassVar[int] = 1024  # padded, per forward pass: more of them are no faster on a CPU
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
         self.folder, self.vocabulary = folder, vocabulary
@@ -43,11 +45,11 @@ class Engine(ABC):
 
     @abstractmethod
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """Reads a prompt [1, T]; returns the logits [V] of the next token and a state with the cache."""
+        """Reads prompts [B, T]; returns the logits [B, V] of the next tokens and a state with the cache."""
 
     @abstractmethod
-    def decode(self, token: int, state: Any) -> tuple[Tensor, Any]:
-        """Reads one token more; returns the logits [V] of the next one and the new state.
+    def decode(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Reads one token [B] more of each; returns the logits [B, V] of the next ones and the new state.
 
         The state that was given is used up, and so is every state older than the last `prefill`.
         """

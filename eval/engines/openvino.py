@@ -41,6 +41,8 @@ EXACT = {
 class OpenVinoEngine(Engine):
     """The cache lives in the infer request; the state is the number of tokens that it holds."""
 
+    batch_tokens = 512  # it is slower by a tenth or more where the logits of a batch leave a core's cache
+
     def __init__(self, folder: Path, threads: int) -> None:
         path = folder / MODEL
         if not path.is_file():
@@ -76,11 +78,11 @@ class OpenVinoEngine(Engine):
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, int]:
         array = ids.numpy()
-        return self._run(array, np.ones_like(array), past=0)[0, -1], array.shape[1]
+        return self._run(array, np.ones_like(array), past=0)[:, -1], array.shape[1]
 
-    def decode(self, token: int, state: int) -> tuple[Tensor, int]:
-        mask = np.ones((1, state + 1), dtype=np.int64)
-        return self._run(np.array([[token]]), mask, past=state)[0, -1], state + 1
+    def decode(self, tokens: Tensor, state: int) -> tuple[Tensor, int]:
+        mask = np.ones((len(tokens), state + 1), dtype=np.int64)
+        return self._run(tokens[:, None].numpy(), mask, past=state)[:, -1], state + 1
 
 
 def load(folder: Path, threads: int, device: str) -> Engine:

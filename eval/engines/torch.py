@@ -131,13 +131,13 @@ class TorchEngine(Engine):
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         output = self.model(input_ids=ids.to(self.device), use_cache=True, **self.last_only)
-        return output.logits[0, -1].float(), output.past_key_values
+        return output.logits[:, -1].float(), output.past_key_values
 
     @torch.inference_mode()
-    def decode(self, token: int, state: Any) -> tuple[Tensor, Any]:
-        ids = torch.tensor([[token]], device=self.device)
+    def decode(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        ids = tokens[:, None].to(self.device)
         output = self.model(input_ids=ids, past_key_values=state, use_cache=True)
-        return output.logits[0, -1].float(), output.past_key_values
+        return output.logits[:, -1].float(), output.past_key_values
 
 
 def load(folder: Path, threads: int, device: str) -> Engine:

@@ -1,13 +1,14 @@
-"""Bits that a model needs for each document: the likelihood that every score is made of."""
+"""What a model says of each document's tokens: the bits that it needs, and how right and how sure it is."""
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from eval.artifacts import digest
 from eval.documents import Batch, Document, batches, boundary_id, windows
 from eval.errors import UserError
 
@@ -15,17 +16,49 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Predict = Callable[[Batch], Tensor]  # -> [B, T, V] logits or log-probabilities
+BATCH_TOKENS = 1024  # padded; more of them are no faster on a CPU, and slower once logits leave its cache
+BINS = 15  # of equal width over [0, 1], as Guo et al. (2017) take them
+KEPT = 8  # slices whose batches are kept
+PIECE = 2**19  # entries of one softmax: 2 MiB
+
+_PREPARED: dict[str, list[Batch]] = {}
+
+
+class Predicted(NamedTuple):
+    """One entry per predicted token, in the row-major order of the batch's mask."""
+
+    row: Tensor  # [N] int64, of the batch
+    nats: Tensor  # [N] float32, -log p of the token
+    confidence: Tensor  # [N] float32, p of the likeliest token
+    correct: Tensor  # [N] bool, whether that is the token
+
+
+class Sums(NamedTuple):
+    """Sums over the tokens whose confidence falls into each of the bins, [BINS] each."""
+
+    tokens: list[float]
+    confidence: list[float]
+    correct: list[float]
+
+
+class Likelihoods(NamedTuple):
+    """Columns of equal length, one entry per document, and the bins of all of them together."""
+
+    bits: list[float]
+    tokens: list[int]
+    correct: list[int]  # tokens that the model held to be the likeliest
+    bins: Sums
 
 
 @torch.no_grad()
-def document_bits(
+def likelihoods(
     predict: Predict,
     documents: list[Document],
     tokenizer: "PreTrainedTokenizerBase",
     context: int,
-    batch_tokens: int = 4096,
-) -> tuple[list[float], list[int]]:
-    """Negative log2 likelihood and number of predicted tokens of each document, in their order.
+    batch_tokens: int = BATCH_TOKENS,
+) -> Likelihoods:
+    """Bits, predicted tokens and correct ones of each document, in their order.
 
     bits = -sum over the document's tokens of log2 p(token | boundary token and the tokens before it in
     its window). Every token is predicted once, in windows of `context` tokens, so that bits divided by
@@ -39,27 +72,104 @@ def document_bits(
     Raises:
         UserError: a document has no tokens, or its likelihood is not finite.
     """
-    rows = [row for document in documents for row in windows(tokenizer, document, context)]
-    bits = {document.id: 0.0 for document in documents}
-    tokens = dict.fromkeys(bits, 0)
-    assert len(bits) == len(documents), "ids are unique within a slice"
-    for batch in batches(rows, boundary_id(tokenizer), batch_tokens):
-        sums = row_bits(predict(batch), batch)
-        for name, row_sum, count in zip(batch.documents, sums, batch.mask.sum(1).tolist(), strict=True):
-            bits[name] += row_sum
-            tokens[name] += count
-    for name, value in bits.items():
+    place = {document.id: i for i, document in enumerate(documents)}
+    assert len(place) == len(documents), "ids are unique within a slice"
+    made = prepared(documents, tokenizer, context, batch_tokens)
+    said = [predicted(predict(batch), batch) for batch in made]
+    nats, confidence, correct = (torch.cat(column).cpu() for column in list(zip(*said, strict=True))[1:])
+    names = [name for batch in made for name in batch.documents]
+    sizes = torch.cat([batch.mask.sum(1) for batch in made])  # tokens of each row, in the order of `said`
+    where = torch.tensor([place[name] for name in names]).repeat_interleave(sizes)
+    bits = torch.bincount(where, nats.double() / math.log(2), minlength=len(place))
+    tokens = torch.bincount(where, minlength=len(place))
+    right = torch.bincount(where[correct], minlength=len(place))
+    refuse_infinite(documents, bits)
+    return Likelihoods(
+        bits.tolist(), tokens.tolist(), right.tolist(), Sums(*binned(confidence, correct).tolist())
+    )
+
+
+def document_bits(
+    predict: Predict,
+    documents: list[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+    batch_tokens: int = BATCH_TOKENS,
+) -> tuple[list[float], list[int]]:
+    """Bits and number of predicted tokens of each document; see `likelihoods`."""
+    found = likelihoods(predict, documents, tokenizer, context, batch_tokens)
+    return found.bits, found.tokens
+
+
+def prepared(
+    documents: list[Document], tokenizer: "PreTrainedTokenizerBase", context: int, batch_tokens: int
+) -> list[Batch]:
+    """Batches of the documents' windows. Models of a study share their tokenizer, and a worker scores many
+    of them: what was made for one is kept for the next."""
+    told = [tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    asked = [tokenizer.chat_template, context, batch_tokens, [asdict(document) for document in documents]]
+    key = digest([*told, *asked])
+    if key not in _PREPARED:
+        rows = [row for document in documents for row in windows(tokenizer, document, context)]
+        while len(_PREPARED) >= KEPT:
+            del _PREPARED[next(iter(_PREPARED))]
+        _PREPARED[key] = list(batches(rows, boundary_id(tokenizer), batch_tokens))
+    return _PREPARED[key]
+
+
+def refuse_infinite(documents: list[Document], values: Tensor) -> None:
+    """Names the first document whose value [documents] is not finite."""
+    for document, value in zip(documents, values.tolist(), strict=True):
         if not math.isfinite(value):
             mend = "the model's output is not finite there: look at its weights"
-            raise UserError(f"document {name!r}", f"{value} bits", mend)
-    return list(bits.values()), list(tokens.values())
+            raise UserError(f"document {document.id!r}", f"{value} bits", mend)
 
 
-def row_bits(scores: Tensor, batch: Batch) -> list[float]:
-    """Bits of each row [B], from logits or log-probabilities [B, T, V]."""
+def predicted(scores: Tensor, batch: Batch) -> Predicted:
+    """What logits or log-probabilities [B, T, V] say of the tokens under the batch's mask."""
+    labels = (
+        batch.input_ids.roll(-1, 1).to(scores.device).flatten()
+    )  # of a row's last position: under no mask
+    parts = zip(pieces(scores, batch), labels.split(piece_rows(scores.shape[2])), strict=True)
+    nats, confidence, correct = torch.cat([_predicted(*part) for part in parts], 1)[:, masked(scores, batch)]
+    return Predicted(batch.mask.nonzero()[:, 0].to(scores.device), nats, confidence, correct.bool())
+
+
+def _predicted(logits: Tensor, labels: Tensor) -> Tensor:
+    """Nats, confidence and correctness [3, n] of logits [n, V]."""
+    log_probs = logits.log_softmax(-1)
+    best = likeliest(log_probs)
+    of_label, of_best = log_probs.gather(1, torch.stack([labels, best], 1)).T
+    return torch.stack([-of_label, of_best.exp(), best == labels])
+
+
+def piece_rows(vocabulary: int, entries: int = PIECE) -> int:
+    return max(1, entries // vocabulary)
+
+
+def pieces(scores: Tensor, batch: Batch, entries: int = PIECE) -> Iterator[Tensor]:
+    """Scores [B, T, V] as [n, V] in float32, views where they can be: no second [B, T, V] is made."""
     assert scores.shape[:2] == batch.input_ids.shape, f"[B, T, V] expected, got {tuple(scores.shape)}"
-    nats = cross_entropy(
-        scores[:, :-1].float().flatten(0, 1), batch.labels.to(scores.device).flatten(), reduction="none"
-    ).view_as(batch.labels)
-    kept = torch.where(batch.mask.to(nats.device), nats, 0.0)  # not a product: padding may hold infinity
-    return (kept.double().sum(1) / math.log(2)).tolist()
+    for part in scores.flatten(0, 1).split(piece_rows(scores.shape[2], entries)):
+        yield part.float()
+
+
+def masked(scores: Tensor, batch: Batch) -> Tensor:
+    """[N] places among the B * T positions that predict a token under the batch's mask, in their order."""
+    whole = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+    whole[:, :-1] = batch.mask
+    return whole.flatten().nonzero()[:, 0].to(scores.device)
+
+
+def likeliest(scores: Tensor) -> Tensor:
+    """[n] int64: the largest of each row [n, V], the first one of equals."""
+    if scores.device.type == "cpu":
+        return torch.from_numpy(scores.numpy().argmax(-1))  # torch's own is ten times as slow there
+    return scores.argmax(-1)
+
+
+def binned(confidence: Tensor, correct: Tensor) -> Tensor:
+    """`Sums` [3, BINS] over tokens [N], in bins of equal width by confidence; the last holds 1 too."""
+    index = (confidence.double() * BINS).long().clamp(0, BINS - 1)
+    weights = (torch.ones_like(confidence), confidence, correct)
+    return torch.stack([torch.bincount(index, w.double(), minlength=BINS) for w in weights])

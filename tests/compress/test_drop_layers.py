@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compress.anatomy import decoder_layers
 from compress.calibrate import mean_loss
-from compress.passes.drop_layers import bypassed, choose, keep_layers
+from compress.passes.drop_layers import bypassed, choose
+from distill.layers import decoder_layers, keep_layers
 from eval.documents import Row
 from eval.errors import UserError
 from tests.helpers import tiny_model

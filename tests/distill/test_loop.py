@@ -5,8 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from distill.learner import Learner
 from distill.loop import accelerator, batch_loss, learning_rate, row_order, step_loss, train
+from distill.targets import Dense
 from eval.documents import Row, collate
 from eval.errors import UserError
 from eval.sections import Optimizer, Train
@@ -25,6 +28,11 @@ def rows(count=8, longest=20):
 
 def row_teacher(batch):
     """A teacher whose answer for a row does not depend on the batch around it."""
+    return Dense(row_log_probs(batch)[:, :-1][batch.mask])
+
+
+def row_log_probs(batch):
+    """[B, T, V] log-probabilities that the tokens of a row decide."""
     found = torch.zeros(*batch.input_ids.shape, 320)
     for i, (ids, mask) in enumerate(zip(batch.input_ids, batch.attention_mask, strict=True)):
         generator = torch.Generator().manual_seed(int(ids[mask.bool()].sum()))
@@ -38,7 +46,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(teacher):
     for accumulate in (1, 8):
         model = tiny_model()
         config = Train(rows=8, accumulate=accumulate)
-        loss = step_loss(model, rows(8), teacher, config, accelerator(), 0)
+        loss = step_loss(Learner(model, config), rows(8), teacher, config, accelerator(), 0)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         found.append((loss, float(norm)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
@@ -49,6 +57,7 @@ SCRIPT = """
 import json, sys, torch
 sys.path[0] = sys.argv[1]
 from distill.launch import start_missing_processes
+from distill.learner import Learner
 from distill.loop import accelerator, step_loss
 from eval.sections import Train
 from tests.distill.test_loop import row_teacher, rows
@@ -57,8 +66,9 @@ from tests.helpers import tiny_model
 start_missing_processes()
 acc, found = accelerator(), []
 for accumulate in (1, 4):
-    model = acc.prepare(tiny_model())
-    loss = step_loss(model, rows(8), row_teacher, Train(rows=8, accumulate=accumulate), acc, 0)
+    config = Train(rows=8, accumulate=accumulate)
+    model = acc.prepare(Learner(tiny_model(), config))
+    loss = step_loss(model, rows(8), row_teacher, config, acc, 0)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     found.append([acc.num_processes, loss, float(norm)])
 if acc.is_main_process:
@@ -71,7 +81,7 @@ def test_processes_change_neither_loss_nor_gradient(tmp_path):
     script = tmp_path / "step.py"
     script.write_text(SCRIPT)
     found = []
-    for how in ([], ["--num_processes", "2", "--cpu"]):
+    for how in ([], ["--config_file", "configs/accelerate/cpu2.yaml"]):
         done = run("-m", "accelerate.commands.launch", *how, script, str(ROOT))
         assert done.returncode == 0, done.stderr
         line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
@@ -83,20 +93,28 @@ def test_processes_change_neither_loss_nor_gradient(tmp_path):
 
 
 class Table(torch.nn.Module):
-    """Logits that are parameters: the gradient of each position can be read off."""
+    """A model whose logits are parameters: the gradient of each position can be read off."""
 
     def __init__(self, length):
         super().__init__()
+        self.config = LlamaConfig(hidden_size=320, vocab_size=320)
+        self._no_split_modules = []
         self.table = torch.nn.Parameter(torch.randn(1, length, 320))
+        self.lm_head = torch.nn.Linear(320, 320, bias=False)
+        torch.nn.init.eye_(self.lm_head.weight)
+
+    def get_output_embeddings(self):
+        return self.lm_head
 
     def forward(self, **inputs):
-        return SimpleNamespace(logits=self.table)
+        return SimpleNamespace(logits=self.lm_head(self.table))
 
 
 def test_teacher_at_p_minus_1_teaches_token_p():
     """A change of the teacher at one position reaches that position of the student and no other."""
     torch.manual_seed(0)
     model, batch = Table(8), collate([Row("d", "code", 0, list(range(10, 18)))], 0)
+    learner = Learner(model, Train(rows=1))
     plain = torch.log_softmax(torch.randn(1, 8, 320), -1)
 
     def gradient(place):
@@ -104,7 +122,7 @@ def test_teacher_at_p_minus_1_teaches_token_p():
         if place is not None:
             changed[0, place] = torch.log_softmax(torch.arange(320.0) / 50, -1)
         model.zero_grad()
-        batch_loss(model, batch, lambda _: changed, Train(rows=1)).backward()
+        batch_loss(learner, batch, lambda _: Dense(changed[:, :-1][batch.mask])).backward()
         return model.table.grad.clone()[0]
 
     before = gradient(None)
@@ -115,16 +133,15 @@ def test_teacher_at_p_minus_1_teaches_token_p():
     assert torch.equal(gradient(7), before)
     # With labels alone, position p - 1 is pulled towards token p.
     model.zero_grad()
-    batch_loss(model, batch, None, Train(rows=1)).backward()
+    batch_loss(learner, batch, None).backward()
     assert model.table.grad[0, :7].argmin(-1).tolist() == list(range(11, 18))
 
 
 @torch.no_grad()
 def test_padding_is_no_token():
-    model, config = tiny_model(), Train(rows=2)
-    both = rows(2)
-    together = batch_loss(model, collate(both, 0), row_teacher, config)
-    apart = sum(batch_loss(model, collate([row], 0), row_teacher, config) for row in both)
+    learner, both = Learner(tiny_model(), Train(rows=2)), rows(2)
+    together = batch_loss(learner, collate(both, 0), row_teacher)
+    apart = sum(batch_loss(learner, collate([row], 0), row_teacher) for row in both)
     assert float(together) == pytest.approx(float(apart), rel=1e-5)
 
 
@@ -156,8 +173,8 @@ def test_a_stopped_run_continues_to_the_same_weights(tmp_path, name):
     def finish(folder, stop_at):
         model = tiny_model()
 
-        def report(step, steps, loss):
-            if step == stop_at:
+        def report(step):
+            if step.number == stop_at:
                 raise Stopped
 
         how = {"pad": 0, "seed": 1, "teacher": row_teacher, "scratch": folder}

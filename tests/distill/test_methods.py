@@ -1,13 +1,10 @@
 """One contract for every method found: fit, attach, signal, detach; and what is particular to each."""
 
-import math
-
 import pytest
 import torch
 
 from distill.loop import train
 from distill.method import Bench, Card, TeacherSignal, checked, known_methods, make_method, method_class
-from distill.methods.ensemble import mean_of_probabilities
 from distill.student import export
 from eval.documents import Document, collate, windows
 from eval.engines.torch import load_model
@@ -18,6 +15,7 @@ from tests.helpers import WORDS, text, tiny_model, tiny_tokenizer
 SETTINGS = {
     "ensemble": {"members": 2},
     "experts": {"rank": 2, "train": {"rows": 4, "steps": 6, "optimizer": {"lr": 0.01}}},
+    "harmful": {},
     "placebo": {},
 }
 
@@ -62,6 +60,13 @@ def mixed(rows):
     return collate(chosen, 0)
 
 
+def answer(method, teacher, batch):
+    """[B, T, V] log-probabilities, checked."""
+    signal = checked(method.signal(teacher, batch), batch, 320, "method")
+    everywhere = torch.ones_like(batch.input_ids, dtype=torch.bool)
+    return signal.at(everywhere).part(0, everywhere.numel()).view(*everywhere.shape, 320)
+
+
 def test_every_method_is_under_contract():
     assert known_methods() == sorted(SETTINGS)
 
@@ -80,12 +85,10 @@ def test_contract(name, side, bench, rows):
     batch = mixed(rows)
     with torch.no_grad():
         with method.attached(teacher, bench):
-            first = checked(method.signal(teacher, batch), batch, 320, name)
-            again = checked(method.signal(teacher, batch), batch, 320, name)
-            alone = [
-                checked(method.signal(teacher, collate([r], 0)), collate([r], 0), 320, name) for r in rows[:2]
-            ]
-            pair = checked(method.signal(teacher, collate(rows[:2], 0)), collate(rows[:2], 0), 320, name)
+            first = answer(method, teacher, batch)
+            again = answer(method, teacher, batch)
+            alone = [answer(method, teacher, collate([r], 0)) for r in rows[:2]]
+            pair = answer(method, teacher, collate(rows[:2], 0))
         assert torch.equal(first, again), "one input, one answer"
         for i, single in enumerate(alone):
             torch.testing.assert_close(pair[i, : single.shape[1]], single[0], atol=1e-4, rtol=1e-4)
@@ -107,7 +110,7 @@ def test_a_teacher_is_rebuilt_from_its_folder_alone(name, bench, rows):
             load_model(bench.bases[0]),
         )
         with torch.no_grad(), method.attached(teacher, bench):
-            answers.append(method.signal(teacher, batch).log_probs)
+            answers.append(answer(method, teacher, batch))
     assert torch.equal(*answers)
 
 
@@ -124,19 +127,13 @@ def test_ensemble_averages_probabilities(bench, rows):
         load_model(bench.bases[0]),
     )
     with torch.no_grad(), method.attached(teacher, bench):
-        found = method.signal(teacher, batch).log_probs
+        found = answer(method, teacher, batch)
         members = [
             load_model(bench.bases[s])(batch.input_ids, attention_mask=batch.attention_mask) for s in (0, 1)
         ]
     wanted = torch.stack([m.logits.double().softmax(-1) for m in members]).mean(0).log()
     valid = batch.attention_mask.bool()
     torch.testing.assert_close(found[valid].double(), wanted[valid], atol=1e-5, rtol=1e-5)
-
-
-def test_mean_of_probabilities_survives_the_improbable():
-    tiny = torch.tensor([[-1000.0, 0.0]])
-    assert mean_of_probabilities([tiny, tiny])[0, 0] == -1000
-    assert mean_of_probabilities([tiny, torch.tensor([[0.0, -1000.0]])])[0, 0] == pytest.approx(-math.log(2))
 
 
 def test_seeds_share_an_ensemble_of_all_of_them():

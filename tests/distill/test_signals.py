@@ -1,54 +1,223 @@
-"""The cache of targets: the teacher's own answers, found by row and refused when foreign or damaged."""
+"""Targets on disk: the teacher's own answers, found by row, few bytes, refused when foreign or damaged."""
 
+import numpy as np
 import pytest
 import torch
 
-from distill.signals import CachedTeacher, write_targets
-from eval.artifacts import building
-from eval.documents import Row, collate
+from distill.chunked import answer
+from distill.losses import distillation_loss
+from distill.signals import CachedTeacher, cut, join, make_form, write_shards
+from distill.targets import Dense, Sampled, TopK
+from eval.artifacts import building, read_manifest
+from eval.documents import Row, batches, collate
 from eval.errors import UserError
-from tests.distill.test_loop import row_teacher, rows
+from eval.sections import Loss, Targets
+
+FORMS = ["dense", "sampled", "top_k"]
+LINEAGE = {"teacher": "t", "tokenizer": "k", "data": "d"}
 
 
-@pytest.fixture
-def cache(tmp_path):
-    folder = tmp_path / "targets"
-    shares = []
-    with building(folder, kind="targets", name="targets", key="k", parents={}, facts={}) as aside:
-        write_targets(aside, rows(), row_teacher, 320, 0, shares.append)
-    assert shares[-1] == 1.0
-    return folder
+def rows(count=9, vocabulary=320, longest=20):
+    """Rows of unequal lengths; one is given in part, and one holds two packed ones."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [
+        [0, *torch.randint(1, vocabulary, (2 + (i * 7) % (longest - 2),), generator=generator).tolist()]
+        for i in range(count)
+    ]
+    plain = [Row(f"d{i}", "code", 0, t) for i, t in enumerate(tokens[:-2])]
+    given, packed = tokens[-2], tokens[-1]
+    parts = ((2, 0), (len(packed) - 2, 0))
+    return [*plain, Row("g", "code", 3, given, given=1), Row("p", "code", 0, packed, packed=parts)]
 
 
-def test_cached_targets_are_the_teachers_in_any_order_and_batch(cache):
-    cached, some = CachedTeacher(cache, rows()), rows()
-    for chosen in (some[:3], some[5:1:-1], [some[7]]):
+def teacher_of(vocabulary=320, sharpness=3.0):
+    """Says the same of a token whatever stands around it, so that batches cannot matter."""
+    generator = torch.Generator().manual_seed(1)
+    table = torch.log_softmax(sharpness * torch.randn(97, vocabulary, generator=generator), -1)
+    return lambda batch: Dense(table[batch.input_ids[:, :-1][batch.mask] % 97])
+
+
+def form_of(name, vocabulary=320, temperature=1.0, **settings):
+    return make_form(Targets(form=name, k=16, **settings), vocabulary, temperature)
+
+
+def cache(folder, form, some, teacher, **how):
+    """The artifact, made as a study makes it."""
+    write_shards(folder / "parts", some, teacher, form, pad=0, report=lambda share: None, **how)
+    facts = {**LINEAGE, **form.facts}
+    with building(folder / "t", kind="targets", name="t", key="k", parents={}, facts=facts) as aside:
+        facts |= join(folder / "parts", aside, sum(row.predicted for row in some))
+    return folder / "t"
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_kept_targets_are_the_teachers_in_any_order_and_batch(tmp_path, name):
+    some, teacher, form = rows(), teacher_of(), form_of(name)
+    kept = CachedTeacher(cache(tmp_path, form, some, teacher), some, form, LINEAGE)
+    drawn = {}
+    for chosen in ([row] for row in some):
+        drawn[chosen[0].id] = kept(collate(chosen, 0))
+    for chosen in (some[:3], some[:2:-1]):
         batch = collate(chosen, 0)
-        valid = batch.mask
-        found, wanted = cached(batch)[:, :-1][valid], row_teacher(batch)[:, :-1][valid]
-        # fp16 carries 11 bits, and log-probabilities here reach -16: half a unit in the last place.
-        torch.testing.assert_close(found, wanted, atol=2**-7, rtol=0)
-        assert float((found.exp().sum(-1) - 1).abs().max()) < 5e-3
+        found, wanted = kept(batch), teacher(batch).log_probs
+        single = [drawn[row.id] for row in chosen]
+        if isinstance(found, Dense):
+            # fp16 carries 11 bits, and log-probabilities here reach -20: half a unit in the last place.
+            torch.testing.assert_close(found.log_probs.float(), wanted, atol=2**-7, rtol=0)
+            assert torch.equal(found.log_probs, torch.cat([s.log_probs for s in single]))
+        elif isinstance(found, Sampled):
+            assert (found.counts.sum(1) == 50).all()
+            whole = torch.zeros_like(wanted).scatter_add(1, found.ids, found.counts)
+            alone = [torch.zeros(len(s.ids), 320).scatter_add(1, s.ids, s.counts) for s in single]
+            assert torch.equal(whole, torch.cat(alone))
+            assert float(wanted.exp()[whole > 0].min()) > 0
+            torch.testing.assert_close(
+                found.entropy, torch.special.entr(wanted.exp()).sum(1), atol=2**-9, rtol=0
+            )
+        else:
+            values, ids = wanted.topk(16, dim=1)
+            assert torch.equal(found.ids, ids)
+            assert bool((found.log_probs <= values).all()), "rounded down: the tail is not negative"
+            torch.testing.assert_close(found.log_probs, values, atol=2**-7, rtol=0)
 
 
-def test_rows_of_other_tokens_are_refused(cache):
-    other = [Row(r.document, r.domain, r.index, [*r.tokens[:-1], 5]) for r in rows()]
+@pytest.mark.parametrize("name", ["dense", "sampled"])
+def test_the_mean_gradient_over_many_draws_tends_to_the_full_one(tmp_path, name):
+    """Through the disk: 5,000 tokens of one distribution, each with draws of its own, at T = 2."""
+    some = [Row(f"d{i}", "code", 0, [0] * 26) for i in range(200)]
+    logs = torch.log_softmax(2 * torch.randn(60, generator=torch.Generator().manual_seed(2)), -1)
+    form, tokens, loss = form_of(name, 60, temperature=2.0), 5000, Loss(weight=1.0, temperature=2.0)
+    folder = cache(tmp_path, form, some, lambda batch: Dense(logs.expand(int(batch.mask.sum()), -1)))
+    kept = CachedTeacher(folder, some, form, LINEAGE)(collate(some, 0))
+
+    def gradient(target):
+        logits = torch.linspace(-1, 1, 60).requires_grad_()
+        labels = torch.zeros(tokens, dtype=torch.int64)
+        told = answer(target, 0, tokens)
+        value = distillation_loss(logits.expand(tokens, -1), labels, told, loss) / tokens
+        value.backward()
+        return logits.grad.double(), float(value.detach())
+
+    wanted, value = gradient(Dense(logs.expand(tokens, -1)))
+    found, near = gradient(kept)
+    p = torch.softmax(logs.double() / 2, -1)
+    error = 2 * (p * (1 - p) / (tokens * 50)).sqrt()  # T^2 / T; the largest, that of independent draws
+    assert float(error.max()) < 0.02 * float(wanted.abs().max()), "two percent of bias would be seen"
+    assert float(((found - wanted) / error).abs().max()) < 4
+    assert near == pytest.approx(value, abs=2e-3)
+
+
+@pytest.mark.parametrize(("vocabulary", "sharpness"), [(1024, 0.0), (1024, 3.0), (32000, 0.0), (32000, 3.0)])
+def test_at_most_80_bytes_per_token_at_50_draws(tmp_path, vocabulary, sharpness):
+    """Every byte of the artifact, whatever the teacher says: flat here, or as sharp as a trained one."""
+    some = [Row(f"d{i}", "code", 0, torch.randint(0, vocabulary, (128,)).tolist()) for i in range(6)]
+    folder = cache(tmp_path, form_of("sampled", vocabulary), some, teacher_of(vocabulary, sharpness))
+    manifest = read_manifest(folder)
+    assert manifest.facts["tokens"] == 6 * 127
+    assert manifest.bytes / manifest.facts["tokens"] == pytest.approx(
+        manifest.facts["bytes_per_token"], abs=0.01
+    )
+    assert manifest.facts["bytes_per_token"] <= 80
+
+
+def shard_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("shard-*")}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_shards_depend_neither_on_processes_nor_on_a_stop(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("distill.signals.SHARD_TOKENS", 20)
+    monkeypatch.setattr("distill.signals.tokens_per_batch", lambda vocabulary: 24)
+    some, teacher, form = rows(16), teacher_of(), form_of(name)
+    assert len(list(cut(some, 0, form))) > 3
+    one = shard_bytes(cache(tmp_path / "one", form, some, teacher))
+    for process in (1, 0):
+        how = {"process": process, "processes": 2, "pad": 0, "report": lambda share: None}
+        write_shards(tmp_path / "two" / "parts", some, teacher, form, **how)
+    assert shard_bytes(tmp_path / "two" / "parts") == one
+
+    asked = []
+
+    def failing(batch):
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        asked.append(batch.ids)
+        return teacher(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        cache(tmp_path / "stopped", form, some, failing)
+    left = sorted((tmp_path / "stopped" / "parts").glob("shard-*.safetensors"))
+    assert left
+    assert len(left) < len(one)
+    times = [path.stat().st_mtime_ns for path in left]
+    asked.clear()
+    assert (
+        shard_bytes(cache(tmp_path / "stopped", form, some, lambda b: asked.append(b.ids) or teacher(b)))
+        == one
+    )
+    assert [path.stat().st_mtime_ns for path in left] == times
+    assert len(asked) < len(list(batches(some, 0, 24))), "what was done is not done again"
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_foreign_targets_are_refused(tmp_path, name):
+    some, form = rows(), form_of(name)
+    folder = cache(tmp_path, form, some, teacher_of())
+    for key, value in LINEAGE.items():
+        with pytest.raises(UserError, match=rf"targets .*{key} is {value}, of this study it is x"):
+            CachedTeacher(folder, some, form, {**LINEAGE, key: "x"})
+    other = [Row(r.document, r.domain, r.index, [*r.tokens[:-1], 5], r.given, r.packed) for r in some]
     with pytest.raises(UserError, match="row d0#0 is not of these tokens"):
-        CachedTeacher(cache, other)
+        CachedTeacher(folder, other, form, LINEAGE)
     with pytest.raises(UserError, match="row new#0 is not of these tokens"):
-        CachedTeacher(cache, [Row("new", "code", 0, [1, 2])])
+        CachedTeacher(folder, [Row("new", "code", 0, [1, 2])], form, LINEAGE)
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
-def test_damaged_targets_are_refused(cache, harm):
-    path = cache / "log_probs.npy"
+def test_another_form_temperature_or_number_of_draws_is_refused(tmp_path):
+    some, form = rows(), form_of("sampled")
+    folder = cache(tmp_path, form, some, teacher_of())
+    for other, told in (
+        (form_of("sampled", temperature=2.0), "temperature is 1.0, of this study it is 2.0"),
+        (form_of("sampled", draws=20), "draws is 50, of this study it is 20"),
+        (form_of("top_k"), "form is sampled, of this study it is top_k"),
+        (form_of("sampled", vocabulary=319), "vocabulary is 320, of this study it is 319"),
+    ):
+        with pytest.raises(UserError, match=told):
+            CachedTeacher(folder, some, other, LINEAGE)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone", "more"])
+def test_damaged_targets_are_refused(tmp_path, harm):
+    some, form = rows(), form_of("sampled")
+    path = cache(tmp_path, form, some, teacher_of()) / "shard-00000.safetensors"
     content = bytearray(path.read_bytes())
-    if harm == "gone":
-        path.unlink()
-    elif harm == "cut":
+    path.unlink()  # the scratch folder links to the same bytes
+    if harm == "cut":
         path.write_bytes(content[:-100])
-    else:
+    elif harm == "flip":
         content[-7] ^= 1
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"artifact .*log_probs\.npy"):
-        CachedTeacher(cache, rows())
+    elif harm == "more":
+        path.write_bytes(content)
+        path.with_name("shard-00001.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"artifact .*shard-0000\d"):
+        CachedTeacher(path.parent, some, form, LINEAGE)
+
+
+def test_more_ids_than_the_vocabulary_has_are_refused():
+    with pytest.raises(UserError, match=r"targets\.k: 16; the vocabulary has 16"):
+        form_of("top_k", vocabulary=16)
+
+
+def test_a_disk_without_room_is_told_before_the_teacher_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.signals.shutil.disk_usage", lambda path: type("D", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"set targets\.source: online, or targets\.form: sampled"):
+        cache(tmp_path, form_of("dense"), rows(), None)
+
+
+def test_top_k_reads_back_as_ids_of_any_size(tmp_path):
+    some, form = rows(3), form_of("top_k", vocabulary=70_000)
+    folder = cache(tmp_path, form, some, teacher_of(70_000))
+    found = CachedTeacher(folder, some, form, LINEAGE)(collate(some, 0))
+    assert isinstance(found, TopK)
+    assert np.array_equal(found.ids, teacher_of(70_000)(collate(some, 0)).log_probs.topk(16, dim=1).indices)

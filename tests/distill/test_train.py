@@ -1,16 +1,19 @@
 """The real command lines: base, then students; resumed, launched on two processes, and stopped by bad input."""
 
+import json
 import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eval.artifacts import read_manifest
-from eval.records import read_scores
+from distill.stages import make_student
+from eval.artifacts import read_manifest, verified
+from eval.records import each_score, read_scores
 from eval.study import load_study
-from tests.helpers import ROOT, launch, run, tiny_model, tiny_study, tiny_tokenizer
+from tests.helpers import ROOT, SHAPE, launch, run, tiny_model, tiny_study, tiny_tokenizer
 
 MODELS = ["base/s0", "base/s1", *(f"students/{arm}/s{seed}" for arm in ("S1", "S0", "CE") for seed in (0, 1))]
 
@@ -35,10 +38,12 @@ def test_every_arm_is_exported_with_its_manifest_and_teachers_are_scored(trained
         assert manifest.name == name
         assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(manifest.files)
         assert manifest.facts["loss_curve"][-1][0] == 8, "32 rows, 4 a step"
-    assert {(s.arm, s.seed) for s in read_scores(study.folder)} == {
-        (t, s) for t in ("T0", "T1") for s in (0, 1)
-    }
+    for kind, split in (("score", "heldout"), ("sealed", "sealed")):
+        scores = list(each_score(study.folder, kind))
+        assert {(s.arm, s.seed) for s in scores} == {(t, s) for t in ("T0", "T1") for s in (0, 1)}
+        assert all(s.documents.slice[0] == split for s in scores)
     assert "left" in done.stderr, "progress tells the time left"
+    assert " tokens/s, " in done.stderr
     assert not list(study.folder.rglob("*.tmp"))
 
 
@@ -76,26 +81,75 @@ def test_only_what_a_change_touches_is_done_again(trained, tmp_path):
     assert not {name for name in same if "S1" in name or "S0" in name}
 
 
-def test_students_load_and_generate_where_this_project_is_absent(trained, tmp_path):
-    study, _, _ = trained
-    code = (
-        "import sys\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model, tokenizer = (k.from_pretrained(sys.argv[1]) for k in (AutoModelForCausalLM, AutoTokenizer))\n"
-        "out = model.generate(**tokenizer('def return', return_tensors='pt'), max_new_tokens=5, min_new_tokens=5)\n"
-        "assert out.shape[1] > 5, out.shape\n"
-        "assert not {'distill', 'compress', 'eval'} & set(sys.modules)\n"
-        "print(tokenizer.decode(out[0]))\n"
-    )
-    folder = (study.folder / "students" / "S1" / "s0").resolve()
+ALONE = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    model, tokenizer = (k.from_pretrained(folder) for k in (AutoModelForCausalLM, AutoTokenizer))
+    out = model.generate(**tokenizer("def return", return_tensors="pt"), max_new_tokens=5, min_new_tokens=5)
+    assert out.shape[1] > 5, out.shape
+    print(type(model).__name__, model.config.num_hidden_layers, tokenizer.decode(out[0]))
+assert not {"distill", "compress", "eval", "peft"} & set(sys.modules)
+"""
+FRESH = {"model_type": "qwen3", **SHAPE, "head_dim": 32, "num_hidden_layers": 1}
+KINDS = {
+    "lora": {"tuning": "lora", "rank": 4},
+    "every": {"start": "every", "layers": 1},
+    "influential": {"start": "influential", "layers": 1, "tuning": "lora", "modules": ["q_proj"]},
+    "fresh": {"start": "fresh", "architecture": FRESH},
+}
+
+
+def test_students_of_every_kind_load_and_generate_where_this_project_is_absent(trained, tmp_path):
+    study, path, _ = trained
+    shutil.copytree(study.folder, tmp_path / "runs" / "tiny")
+    folders = [(study.folder / "students" / "S1" / "s0").resolve()]
+    for kind, student in KINDS.items():
+        changed = load_study(path, ["--runs", str(tmp_path / "runs"), f"--student={json.dumps(student)}"])
+        make_student(changed, "S1", 0, lambda share, tokens=0: None)
+        made = changed.folder / "students" / "S1" / "s0"
+        verified(made)
+        assert read_manifest(made).parents == read_manifest(folders[0]).parents, "base, data and teacher stay"
+        assert read_manifest(made).facts.get("kept_layers") in (None, [0], [1])
+        assert (made / "generation_config.json").is_file()
+        folders.append(tmp_path / kind)
+        made.rename(folders[-1])
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code, str(folder)],
+        [sys.executable, "-I", "-c", ALONE, *map(str, folders)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    found = [line.split()[:2] for line in done.stdout.splitlines() if "ForCausalLM" in line]
+    llama = "LlamaForCausalLM"
+    assert found == [[llama, "2"], [llama, "2"], [llama, "1"], [llama, "1"], ["Qwen3ForCausalLM", "1"]]
+
+
+def test_curves_of_every_run_are_logged_with_bits_per_byte_where_asked(trained, tmp_path):
+    study, path, _ = trained
+    arms = {f"{arm}-s{seed}" for arm in ("base", "S1", "S0", "CE") for seed in (0, 1)}
+    assert {p.name for p in (study.folder / "logs").iterdir()} == arms
+    shutil.copytree(study.folder, tmp_path / "runs" / "tiny")
+    words = ["--runs", str(tmp_path / "runs"), "--train.evaluate_every", "3"]
+    own = json.loads(study.train.model_copy(update={"rows": 8, "evaluate_every": 2}).model_dump_json())
+    changed = load_study(path, [*words, f"--ce_train={json.dumps(own)}"])
+    place = changed.folder / "students"
+    before = {arm: (place / arm / "s0" / "manifest.json").read_text() for arm in ("S1", "CE")}
+    for arm in ("S1", "CE"):
+        make_student(changed, arm, 0, lambda share, tokens=0: None)
+    after = {arm: (place / arm / "s0" / "manifest.json").read_text() for arm in ("S1", "CE")}
+    assert after["S1"] == before["S1"], "to look at it more often makes no other student"
+    assert json.loads(after["CE"])["facts"]["loss_curve"][-1][0] == 4, (
+        "32 rows, 8 a step, as CE's own settings say"
+    )
+    events = EventAccumulator(str(changed.folder / "logs" / "CE-s0"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        *("loss", "gradient_norm", "learning_rate", "tokens_per_second", "heldout_bits_per_byte")
+    }
+    assert [e.step for e in events.Scalars("heldout_bits_per_byte")] == [2, 4]
 
 
 def test_two_processes_train_the_same_models(trained, tmp_path):
@@ -167,6 +221,9 @@ def one_line(done):
         (["--method.settings.members", "1"], "method.settings: members: 1; Input should be greater than 1"),
         (["--seeds", "[0, 0]"], "seeds must be distinct"),
         (["--base.path", "x"], "exactly one of `path`"),
+        (["--student.tuning", "qlora"], "student.tuning: qlora; NF4 needs CUDA here"),
+        (["--student.start", "every"], "`layers` says how many"),
+        (["--trackers", "[tensorbord]"], "did you mean 'tensorboard'"),
         (["--train.rows", "64"], "train.rows is 64, more than data.train_rows: 32"),
         (["--data.train_rows", "100000"], "data.train_rows: 100000; the training documents hold"),
         (["--runs", "/proc/nowhere"], "run folder /proc/nowhere/tiny"),

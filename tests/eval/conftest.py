@@ -31,3 +31,34 @@ def openvino_folder(checkpoint, tmp_path_factory):
     model.save_pretrained(folder)
     load_tokenizer(checkpoint).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def released_run(tmp_path_factory):
+    """A run of real tiny models with its gate and a sign-off of the variant `small`."""
+    from eval.keys import new_key
+    from tests.eval import real_run, synthetic_run
+    from tests.eval.signed_run import gate, sign
+
+    folder = tmp_path_factory.mktemp("released")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic_run, "RECIPES", real_run.RECIPES)
+        run = real_run.RealRun(folder).make()
+    run.fallback_cost()
+    gate(run)
+    new_key(folder / "key")
+    sign(run, folder / "key", "small")
+    return run
+
+
+@pytest.fixture(scope="session")
+def release(released_run):
+    """The release of that run, by its command."""
+    from tests.helpers import run as command
+
+    out = released_run.folder / "release"
+    given = ["--study", released_run.path, "--variant", "small", "--owner", "Team A", "--out", out]
+    done = command("-m", "eval.release", *given, "--public", released_run.folder / "key.pub")
+    assert done.returncode == 0, done.stderr
+    (released_run.folder / "said").write_text(done.stdout)
+    return out

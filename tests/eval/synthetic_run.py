@@ -48,6 +48,7 @@ class Run:
     budget: dict = field(default_factory=lambda: json.loads(json.dumps(BUDGET)))
     noise: float = 0.002
     far: dict[str, float] = field(default_factory=dict)  # gains that differ on the slice `far`
+    time: str = "2026-01-01T00:00:00+00:00"  # of every record
 
     @property
     def path(self) -> Path:
@@ -101,7 +102,7 @@ class Run:
             config=self.study.hash(),
             machine=machine,
             versions={"torch": "2.13.0"},
-            time="2026-01-01T00:00:00+00:00",
+            time=self.time,
         )
 
     def score(self, arm: str, seed: int, artifact: str, recipe: str = "plain", kept: float = 1.0) -> Path:

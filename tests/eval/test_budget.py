@@ -7,6 +7,7 @@ import yaml
 
 from eval.budget import Budget, Limit, load_budget
 from eval.errors import UserError
+from eval.sections import Cost, Load
 from eval.study import ROOT, Study
 
 GOOD = {"name": "mine", "f": 0.5, "g": 0.5, "targets": {"cpu": {"device": "cpu"}}}
@@ -62,6 +63,9 @@ def limits(**found: object) -> dict[str, object]:
         ({"alhpa": 0.05}, ["alhpa", "did you mean 'alpha'"]),
         ({"f": 1.5}, ["f", "1.5", "less than or equal to 1"]),
         ({"g": 0}, ["g", "0", "greater than 0"]),
+        ({"delta_min": 0.01}, ["exactly one of `g`", "`delta_min`"]),
+        ({"g": None}, ["exactly one of `g`", "`delta_min`"]),
+        ({"g": None, "delta_min": -0.1}, ["delta_min", "-0.1", "greater than 0"]),
         ({"alpha": 0.5}, ["alpha", "0.5", "less than 0.5"]),
         ({"slices": {"far": 2.0}}, ["slices.far", "2.0"]),
         ({"targets": {}}, ["targets", "at least 1"]),
@@ -72,6 +76,18 @@ def limits(**found: object) -> dict[str, object]:
         (limits(disk={"at_most": 1, "unit": "ms"}), ["disk cannot be in ms", "MiB"]),
         (limits(decode_p50={"at_most": 1, "unit": "GiB"}), ["decode_p50 cannot be in GiB", "ms"]),
         (limits(disk={"at_most": -1, "unit": "MiB"}), ["limits.disk.at_most", "-1"]),
+        (limits(disk={"at_mots": 1, "unit": "MiB"}), ["at_mots", "did you mean 'at_most'"]),
+        (limits(disk={"at_most": 1, "unit": "MB"}), ["limits.disk.unit", "'MB'", "'MiB'"]),
+        (limits(disk={"unit": "MiB"}), ["limits.disk", "exactly one of `at_most` and `at_least`"]),
+        (limits(disk={"at_least": 1, "unit": "MiB"}), ["disk takes `at_most`"]),
+        (limits(throughput={"at_most": 1, "unit": "tokens/s"}), ["throughput takes `at_least`"]),
+        (limits(throughput={"at_least": 1, "unit": "ms"}), ["throughput cannot be in ms", "tokens/s"]),
+        (limits(knee={"at_least": 1, "unit": "tokens/s"}), ["knee cannot be in tokens/s", "requests/s"]),
+        (limits(energy={"at_most": 1, "unit": "ms"}), ["energy cannot be in ms", "J/token"]),
+        (
+            limits(ttft_p95={"at_most": 1, "unit": "ms"}),
+            ["the time to first token is named prefill_p95 here"],
+        ),
     ],
 )
 def test_bad_budgets_are_refused(tmp_path: Path, changes: dict[str, object], words: list[str]):
@@ -79,6 +95,43 @@ def test_bad_budgets_are_refused(tmp_path: Path, changes: dict[str, object], wor
         load(tmp_path, **changes)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("load_time", {"at_most": 2, "unit": "s"}),
+        ("energy", {"at_most": 0.9, "of": "plain"}),
+        ("device_memory", {"at_most": 3, "unit": "GiB"}),
+        ("knee", {"at_least": 2.5, "unit": "requests/s"}),
+        ("throughput", {"at_least": 1.5, "of": "plain"}),
+    ],
+)
+def test_every_kind_of_limit(tmp_path: Path, name: str, limit: dict[str, object]):
+    found = load(tmp_path, **limits(**{name: limit})).targets["cpu"].limits[name]
+    assert found.model_dump(exclude_none=True) == limit
+    assert found.value in limit.values()
+
+
+def test_the_guard_may_be_absolute(tmp_path: Path):
+    budget = load(tmp_path, g=None, delta_min=0.01)
+    assert (budget.g, budget.delta_min) == (None, 0.01)
+
+
+def test_the_budget_of_the_documentation_is_one(tmp_path: Path):
+    blocks = (ROOT / "docs" / "cost.md").read_text().split("```yaml\n")[1:]
+    found = [yaml.safe_load(block.split("```")[0]) for block in blocks]
+    (budget,) = [raw for raw in found if "targets" in raw]
+    (load_section,) = [raw["cost"] for raw in found if "cost" in raw]
+    assert load(tmp_path, **{"g": None, **budget}).targets["cpu"].limits["throughput"].at_least == 40
+    assert Cost.model_validate(load_section).load == Load(rates=[2, 4, 8], seconds=30, slo_ms=500)
+
+
+@pytest.mark.parametrize("sizes", [[8], [1, 1], [8, 1], [0, 1], []])
+def test_batch_sizes_start_with_one_and_ascend(sizes: list[int]):
+    assert Cost(batch_sizes=[1, 8]).batch_sizes == [1, 8]
+    with pytest.raises(ValueError, match="batch_sizes must start with 1 and ascend"):
+        Cost(batch_sizes=sizes)
 
 
 def test_unknown_name():

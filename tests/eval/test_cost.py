@@ -1,17 +1,23 @@
 """Cost: fresh processes in rounds, through the command line; what cannot be measured is told."""
 
 import shutil
+from argparse import Namespace
+from itertools import pairwise
+from statistics import mean, median
 
 import pytest
 import torch
 
-from eval.artifacts import read_manifest
+from eval.artifacts import file_sha256, read_manifest
+from eval.bench import RANDOM, chosen, drawn, of_folders, of_run, variants
 from eval.budget import Target
-from eval.cost import chosen, measure_group, measured_before, prompts, started, variants
+from eval.cost import main, measured_before
 from eval.engines import load_engine, load_tokenizer
 from eval.errors import UserError
-from eval.probe import peak_memory, timed_request
-from eval.records import read_costs, write_record
+from eval.fresh import measure_group, order_of, started
+from eval.numbers import names, number
+from eval.probe import peak_memory, request
+from eval.records import TRAINING, read_costs, write_record
 from eval.study import load_study
 from tests.eval.fake_run import COST, facts, fake_run, put, torch_model
 from tests.helpers import run
@@ -31,11 +37,14 @@ def made(tmp_path, openvino_folder):
     return study, folder
 
 
-def test_the_command_measures_in_rounds_and_only_once(made):
+def test_the_command_measures_in_rounds_and_only_once(made, monkeypatch, capsys):
     study, folder = made
-    done = run("-m", "eval.cost", "--study", study)
+    shutil.rmtree(folder / "base")
+    sizes = ["--cost.batch_sizes", "[1, 3]"]
+    done = run("-m", "eval.cost", "--study", study, *sizes)
     assert done.returncode == 0, done.stderr
     assert "left" in done.stderr
+    assert "J/token" in done.stdout
     plain, int8 = sorted(read_costs(folder), key=lambda r: r.engine, reverse=True)
     assert [(r.recipe, r.arm, r.engine) for r in (plain, int8)] == [
         ("plain", "S1", "torch"),
@@ -49,14 +58,53 @@ def test_the_command_measures_in_rounds_and_only_once(made):
             assert min(process.prefill_ms + process.decode_ms) > 0
             assert process.load_s > 0
             assert process.peak_memory_bytes > 2**26, "torch alone weighs more"
+            assert process.device_memory_bytes is None
+            check_energy(process.energy, COST["requests"] * COST["new_tokens"])
+            check_batch(process)
         files = [p for p in (folder / name).iterdir() if p.name != "manifest.json"]
         assert record.disk_bytes == sum(p.stat().st_size for p in files)
         assert record.provenance.artifact == read_manifest(folder / name).hash
     assert plain.provenance.time == int8.provenance.time
 
-    again = run("-m", "eval.cost", "--study", study)
-    assert (again.returncode, again.stdout) == (0, "2 variants were measured before on cpu\n")
-    check_what_counts_as_done(load_study(study), folder, int8)
+    assert plain.prompts == int8.prompts == TRAINING
+    monkeypatch.setattr("sys.argv", ["eval.cost", "--study", str(study), *sizes])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert capsys.readouterr().out == "2 variants were measured before on cpu\n"
+    check_what_counts_as_done(load_study(study, sizes), folder, int8)
+    check_numbers(plain)
+
+
+def check_energy(energy, tokens):
+    """A number with its meter, or none with the reason."""
+    assert energy.tokens == tokens
+    assert (energy.joules is None) == energy.meter.startswith("no meter: ")
+
+
+def check_batch(process):
+    """As many batches as requests, each as long; a step makes a token for every prompt."""
+    (batched,) = process.batches
+    assert batched.batch_size == 3
+    assert len(batched.prefill_ms) == COST["requests"]
+    assert len(batched.decode_ms) == COST["requests"] * (COST["new_tokens"] - 1)
+    assert batched.peak_memory_bytes >= process.peak_memory_bytes
+    check_energy(batched.energy, 3 * COST["requests"] * COST["new_tokens"])
+
+
+def check_numbers(record):
+    """Every batch size has its latency and tokens per second, from the times that were taken."""
+    found = {name: number([record], name, alpha=0.05) for name in names([record])}
+    per_second = []
+    for process in record.processes:
+        (batched,) = process.batches
+        seconds = sum(batched.prefill_ms + batched.decode_ms) / 1e3
+        per_second.append(3 * COST["requests"] * COST["new_tokens"] / seconds)
+    assert found["tokens_per_s_batch3"].value == pytest.approx(mean(per_second))
+    assert (found["tokens_per_s_batch3"].unit, found["load_time"].unit) == ("tokens/s", "s")
+    times = [ms for process in record.processes for ms in process.batches[0].decode_ms]
+    assert found["decode_p50_batch3"].value == pytest.approx(median(times))
+    assert found["decode_p95_batch3"].value is None, "needs 59"
+    assert "energy" not in found or found["energy"].value > 0
 
 
 def check_what_counts_as_done(study, folder, int8):
@@ -64,8 +112,9 @@ def check_what_counts_as_done(study, folder, int8):
     wanted = variants(study)
     assert measured_before(study, "cpu", wanted)
     assert not measured_before(study, "gpu", wanted)
-    changed = study.model_copy(update={"cost": study.cost.model_copy(update={"requests": 4})})
-    assert not measured_before(changed, "cpu", wanted)
+    for update in ({"requests": 4}, {"batch_sizes": [1]}, {"threads": 2}):
+        changed = study.model_copy(update={"cost": study.cost.model_copy(update=update)})
+        assert not measured_before(changed, "cpu", wanted)
     for update in ({"time": "2020-01-01T00:00:00+00:00"}, {"artifact": "0" * 64}):
         source = int8.provenance.model_copy(update=update)
         write_record(folder, int8.model_copy(update={"provenance": source}))
@@ -78,11 +127,11 @@ def test_recipes_and_devices_choose_the_variants(made, capsys):
     put(folder, "variants/wanda50/S1/s0", torch_model(), **facts("S1", "wanda50"))
     put(folder, "variants/old/S1/s0", torch_model(), **facts("S1", "old"))  # the study names it no longer
     every = variants(load_study(study))
-    assert [v.recipe for v in every] == ["plain", "int8", "wanda50"]
+    assert [v.name for v in every] == ["plain", "int8", "wanda50", "fallback"]
     cpu, cuda = Target(device="cpu"), Target(device="cuda")
-    assert [v.recipe for v in chosen(every, None, cpu)] == ["plain", "int8", "wanda50"]
-    assert [v.recipe for v in chosen(every, ["wanda50"], cpu)] == ["plain", "wanda50"]
-    assert [v.recipe for v in chosen(every, None, cuda)] == ["plain", "wanda50"]
+    assert chosen(every, None, cpu) == every
+    assert [v.name for v in chosen(every, ["wanda50"], cpu)] == ["plain", "wanda50", "fallback"]
+    assert [v.name for v in chosen(every, None, cuda)] == ["plain", "wanda50", "fallback"]
     assert "int8 is not measured: engine openvino does not run on cuda" in capsys.readouterr().out
     with pytest.raises(UserError, match="--recipe: 'int9'; did you mean 'int8'"):
         chosen(every, ["int9"], cpu)
@@ -94,13 +143,45 @@ def test_recipes_and_devices_choose_the_variants(made, capsys):
 def test_prompts_are_fixed_tokens_of_training_documents(made):
     study, folder = made
     model = folder / "students/S1/s0"
-    found = prompts(load_study(study), model)
-    assert found == prompts(load_study(study), model)
+    given = Namespace(study=study, target="cpu", recipe=None)
+    found = of_run(given, []).prompts
+    assert found == of_run(given, []).prompts
     assert {len(prompt) for prompt in found} == {COST["prompt_tokens"]}
     assert len(found) == COST["warmup"] + COST["requests"]
     assert len(set(map(tuple, found))) == len(found)
     words = load_tokenizer(model)
     assert words.decode(found[0][1:]) in (folder / "data/train.jsonl").read_text()
+    random = drawn(load_study(study).cost, model)
+    assert [len(prompt) for prompt in random] == [len(prompt) for prompt in found]
+    assert random == drawn(load_study(study).cost, model)
+    assert 0 <= min(map(min, random)) < max(map(max, random)) < len(words)
+
+
+def test_folders_alone_can_be_measured_with_text_or_random_tokens(made, tmp_path):
+    study, folder = made
+    text = tmp_path / "text.txt"
+    text.write_text("def return self None import for in if else class " * 9)
+    facts = {"study": None, "target": "here", "device": "cpu", "record": "x.jsonl"}
+    given = Namespace(variant=[str(folder / "students/S1/s0")], text=None, **facts)
+    bench = of_folders(given, ["--cost.prompt_tokens", "7", "--cost.requests", "5"])
+    assert (bench.source, bench.config, bench.study) == (RANDOM, "", None)
+    assert ({len(prompt) for prompt in bench.prompts}, len(bench.prompts)) == ({7}, bench.cost.warmup + 5)
+    given.text, given.study = str(text), str(study)
+    bench = of_folders(given, [])
+    assert bench.source == f"text of sha256 {file_sha256(text)}"
+    assert bench.config == load_study(study).hash()
+    assert load_tokenizer(folder / "students/S1/s0").decode(bench.prompts[0][1:]) in text.read_text()
+    text.write_text("")
+    with pytest.raises(UserError, match=r"--text .*: no tokens; give other text"):
+        of_folders(given, [])
+    given.variant *= 2
+    with pytest.raises(UserError, match="the same model twice"):
+        of_folders(given, [])
+    given.variant, given.study = ["nowhere"], None
+    with pytest.raises(UserError, match=r"artifact nowhere: no manifest\.json"):
+        of_folders(given, [])
+    with pytest.raises(UserError, match="unknown key cots: 'cots'; did you mean 'cost'"):
+        of_folders(given, ["--cots.requests", "5"])
 
 
 @pytest.mark.parametrize("name", ["torch", "openvino"])
@@ -110,23 +191,24 @@ def test_a_request_is_a_prefill_and_the_steps_after_it(name, checkpoint, openvin
     seen = []
     decode = engine.decode
 
-    def noted(token, state):
-        seen.append(token)
-        return decode(token, state)
+    def noted(tokens, state):
+        seen.append(tokens)
+        return decode(tokens, state)
 
     engine.decode = noted
-    prompt = list(range(5, 17))
-    times = timed_request(engine, prompt, new_tokens=6, synchronize=lambda: None)
-    assert len(times) == 6
+    prompts = torch.stack([torch.arange(5, 17), torch.arange(40, 16, -2)])
+    stamps = request(engine, prompts, new_tokens=6, synchronize=lambda: None)
+    assert len(stamps) == 7
+    assert all(a < b for a, b in pairwise(stamps))
     model = load_engine("torch", checkpoint).model
     made = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        prompts,
+        attention_mask=torch.ones_like(prompts),
         max_new_tokens=5,
         min_new_tokens=5,
         do_sample=False,
     )
-    assert seen == made[0, len(prompt) :].tolist()
+    assert torch.stack(seen, 1).tolist() == made[:, prompts.shape[1] :].tolist()
 
 
 def test_peak_memory_is_that_of_the_process_at_its_highest():
@@ -142,10 +224,11 @@ def test_peak_memory_is_that_of_the_process_at_its_highest():
 
 def test_a_variant_that_cannot_be_loaded_is_told(made):
     study, _ = made
-    broken = variants(load_study(study))[1]
+    bench = of_run(Namespace(study=study, target="cpu", recipe=["int8"]), [])
+    broken = bench.wanted[1]
     (broken.folder / "openvino_model.xml").unlink()
     with pytest.raises(UserError, match=r"no openvino_model\.xml; export it"):
-        measure_group([broken], load_study(study).cost, "cpu", [[1, 2, 3]], lambda share: None)
+        measure_group([(broken, order_of(bench, broken))], lambda share: None)
 
 
 def test_a_killed_process_is_told(made):

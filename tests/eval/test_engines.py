@@ -34,16 +34,15 @@ def engine(request, checkpoint, openvino_folder):
 
 @pytest.mark.parametrize("engine", ENGINES, indirect=True)
 def test_prefill_and_decode_say_what_the_full_forward_says(engine, batch):
-    full = engine.logits(batch)[0]
-    ids = batch.input_ids[:1]
+    full = engine.logits(batch)
     assert full.dtype == torch.float32
-    assert full.shape == (20, engine.vocabulary)
-    for _ in range(2):  # the second prompt must not see the first one's cache
-        logits, state = engine.prefill(ids[:, :9])
-        torch.testing.assert_close(logits, full[8], atol=1e-5, rtol=1e-4)
-        for position in range(9, 20):
-            logits, state = engine.decode(int(ids[0, position]), state)
-            torch.testing.assert_close(logits, full[position], atol=1e-5, rtol=1e-4)
+    assert full.shape == (3, 20, engine.vocabulary)
+    for ids, wanted in ((batch.input_ids[:1, :20], full[:1]), (batch.input_ids[:2, :13], full[:2, :13])):
+        logits, state = engine.prefill(ids[:, :9])  # the second prompts must not see the first one's cache
+        torch.testing.assert_close(logits, wanted[:, 8], atol=1e-5, rtol=1e-4)
+        for position in range(9, ids.shape[1]):
+            logits, state = engine.decode(ids[:, position], state)
+            torch.testing.assert_close(logits, wanted[:, position], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("engine", ENGINES, indirect=True)

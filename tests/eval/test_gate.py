@@ -93,6 +93,39 @@ def test_scores_and_hashes_are_those_of_the_records(passed):
         assert file_sha256(run.path / path) == found
 
 
+def test_the_chain_multiplies_to_the_kept_share(made: Path, tmp_path: Path):
+    run = copied(made, tmp_path)
+    (tmp_path / "int8.yaml").write_text("name: int8\npasses: [{pass: a}]\n")
+    (tmp_path / "half.yaml").write_text("name: half\npasses: [{pass: a}, {pass: b}]\n")
+    run.gate("--recipes", json.dumps([str(tmp_path / f"{name}.yaml") for name in ("int8", "half")]))
+    links = {v.recipe: [(link.step, link.over) for link in v.chain] for v in run.result().variants}
+    first = ("distil", "teacher")
+    assert links == {
+        "plain": [first],
+        "int8": [first, ("int8", "plain")],
+        "half": [first, ("int8", "plain"), ("half", "int8")],
+    }
+    half = row(run.result(), "half")
+    assert np.prod([link.share.point for link in half.chain]) == pytest.approx(half.kept_share.point)
+    last = half.chain[-1].share
+    assert last.low < last.point < last.high
+    assert last.bootstrap_low == pytest.approx(last.low, abs=0.2)
+
+
+def test_what_a_verdict_is_conditional_on_stands_beside_it(made: Path, tmp_path: Path):
+    run = copied(made, tmp_path)
+    for seed in run.seeds:
+        change_score(lambda r: r["provenance"].update(artifact="one teacher"), f"plain/T1-s{seed}")(run)
+        path = run.path / f"students/S1/s{seed}/manifest.json"
+        edit(path, lambda m: m["parents"].update(teacher="one teacher"))
+    done = run.gate()
+    assert (
+        "note: all 4 seeds share one teacher T1 (one teacher): the verdict holds for this very" in done.stdout
+    )
+    assert any("dated before their artifact was made" in note for note in run.result().notes)
+    assert run.result().power.power_low <= run.result().power.power_now <= run.result().power.power_high
+
+
 def test_same_records_same_bytes(passed):
     run, _ = passed
     first = (run.path / "gate.json").read_bytes()
@@ -104,7 +137,10 @@ def test_unmeasured_target_says_how(passed):
     run, done = passed
     found = row(run.result(), "plain", "gpu")
     assert (found.measured, found.verdict) == (False, "INCONCLUSIVE")
-    assert found.how == f"python -m eval.cost --study {run.path} --target gpu"
+    assert found.how.startswith(
+        f"python -m eval.cost --study {run.path} --target gpu  # where there is a CUDA"
+    )
+    assert found.how.endswith(f"then here: python -m eval.merge --study {run.path} COPY")
     assert found.how in done.stdout
     assert not [v for v in run.result().variants if (v.recipe, v.target) == ("int8", "gpu")]
 
@@ -149,6 +185,24 @@ def test_no_teacher_gain_is_inconclusive_whatever_else_fails(toy: Run):
     assert done.returncode == 2
     assert "cannot see the gain" in done.stdout
     assert verdicts(toy.result(), "int8")["retention"] == "FAIL"
+
+
+def test_a_harmful_method_fails_in_plain_words(toy: Run):
+    toy.gains |= {"T1": -0.05, "S1": 0.0}
+    done = toy.make().gate()
+    assert done.returncode == 1
+    harm = "there is no gain to keep: the method makes its teacher worse on heldout (by 0.0"
+    assert f"FAIL: {harm}" in done.stdout
+    assert {v.verdict for v in toy.result().variants} == {"FAIL"}
+    assert all(v.reason.startswith(harm) for v in toy.result().variants)
+    assert toy.result().kept_by_student.over_control.point is None
+
+
+def test_a_method_that_harms_on_a_mandatory_slice_fails(toy: Run):
+    toy.far = {"T1": -0.05}
+    assert toy.make().gate().returncode == 1
+    assert verdicts(toy.result(), "int8")["assay"] == "PASS"
+    assert "makes its teacher worse on far" in row(toy.result(), "int8").reason
 
 
 def test_a_slice_without_a_teacher_gain_cannot_pass(toy: Run):
@@ -217,6 +271,7 @@ def test_a_variant_slower_than_its_parent_is_not_recommended(toy: Run):
         ),
         (lambda r: r["provenance"].update(time="2026-01-02T00:00:00+00:00"), "rounds of ['2026-01-02"),
         (lambda r: r["processes"].pop(), "processes [2], plain has [3]"),
+        (lambda r: r.update(prompts="random"), "prompts ['random'], plain has ['training documents']"),
     ],
 )
 def test_a_ratio_of_other_rounds_decides_nothing(made: Path, tmp_path: Path, change, found: str):
@@ -260,7 +315,7 @@ def test_too_few_requests_are_no_percentile(toy: Run):
 
 def test_documents_in_another_order_are_the_same_documents(passed, made: Path, tmp_path: Path):
     run = copied(made, tmp_path)
-    change_score(lambda r: r.update(documents={n: c[::-1] for n, c in r["documents"].items()}))(run)
+    change_score(lambda r: r.update(documents={n: c and c[::-1] for n, c in r["documents"].items()}))(run)
     run.gate()
     assert row(run.result(), "plain").kept_share == row(passed[0].result(), "plain").kept_share
 

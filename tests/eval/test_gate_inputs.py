@@ -7,6 +7,10 @@ import pytest
 import yaml
 
 from eval.artifacts import read_manifest
+from eval.budget import load_budget
+from eval.errors import UserError
+from eval.evidence import collect
+from eval.study import load_study
 from tests.eval.synthetic_run import Run, change_score, copied, edit
 
 
@@ -53,8 +57,14 @@ def other_parent(place: str, role: str):
 
 def one_more(record: dict) -> None:
     added = {"id": "new", "slice": "far", "bytes": 9, "tokens": 3, "bits": 20.0}
-    for name, column in record["documents"].items():
-        column.append(added[name])
+    for name, value in added.items():
+        record["documents"][name].append(value)
+
+
+def no_far(run: Run) -> None:
+    """Scores that lost every document of a mandatory slice."""
+    for path in (run.path / "records/score").rglob("*.json"):
+        edit(path, lambda r: r["documents"].update({n: c and c[:40] for n, c in r["documents"].items()}))
 
 
 BAD = {
@@ -116,6 +126,40 @@ BAD = {
         change_score(lambda r: r["documents"]["bits"].__setitem__(0, float("nan"))),
         ["'d0'", "nan"],
     ),
+    "infinite": (
+        change_score(lambda r: r["documents"]["bits"].__setitem__(2, float("inf"))),
+        ["'d2'", "inf"],
+    ),
+    "zero bytes": (change_score(lambda r: r["documents"]["bytes"].__setitem__(4, 0)), ["'d4' has 0 bytes"]),
+    "duplicate id": (
+        change_score(lambda r: r["documents"]["id"].__setitem__(1, "d0")),
+        ["'d0' appears twice in slice 'heldout'"],
+    ),
+    "columns of other lengths": (
+        change_score(lambda r: r["documents"]["bits"].pop()),
+        ["columns of [69, 70] entries"],
+    ),
+    "one document less": (
+        change_score(lambda r: [r["documents"][n].pop() for n in ("id", "slice", "bytes", "tokens", "bits")]),
+        ["'d69'", "is missing"],
+    ),
+    "empty slice": (no_far, ["slice without any scored document", "'far'", "accepted: heldout"]),
+    "a time to come": (
+        change_score(lambda r: r["provenance"].update(time="2999-01-01T00:00:00+00:00")),
+        ["S1-s1.json", "measured at 2999-01-01", "yet to come; set the clock"],
+    ),
+    "no time": (
+        change_cost(lambda r: r["provenance"].update(time="yesterday")),
+        ["int8/S1-s0.json", "provenance.time", "yesterday"],
+    ),
+    "a time without a zone": (
+        change_score(lambda r: r["provenance"].update(time="2026-01-01T00:00:00")),
+        ["names no time zone"],
+    ),
+    "cut short": (
+        lambda run: (run.path / "records/score/int8/S0-s2.json").write_text('{"arm": "S0", "seed"'),
+        ["S0-s2.json", "Invalid JSON"],
+    ),
     "misplaced record": (
         lambda run: (run.path / "records/score/int8/S0-s2.json").rename(
             run.path / "records/score/half/S0-s9.json"
@@ -133,6 +177,14 @@ BAD = {
     "unknown target": (
         change_budget(lambda b: b["targets"].update(cpux=b["targets"].pop("cpu"))),
         ["'cpux'", "did you mean 'cpu'"],
+    ),
+    "unknown unit": (
+        change_budget(lambda b: b["targets"]["cpu"].update(limits={"disk": {"at_most": 1, "unit": "MB"}})),
+        ["targets.cpu.limits.disk.unit", "'MB'", "'MiB'"],
+    ),
+    "unit of another quantity": (
+        change_budget(lambda b: b["targets"]["cpu"].update(limits={"disk": {"at_most": 1, "unit": "ms"}})),
+        ["targets.cpu", "disk cannot be in ms; accepted: B, KiB, MiB, GiB"],
     ),
     "nothing required": (
         change_budget(lambda b: b["targets"]["cpu"].update(required=False)),
@@ -153,10 +205,19 @@ def test_bad_input_is_one_clear_line(made: Path, tmp_path: Path, name: str):
     run = copied(made, tmp_path)
     spoil, words = BAD[name]
     spoil(run)
-    done = run.gate("--budget", str(tmp_path / "budget.yaml"))
-    assert done.returncode == 3
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    with pytest.raises(UserError) as error:
+        collect(run.path, load_study(run.path), load_budget(run.study, str(tmp_path / "budget.yaml")))
     for word in words:
-        assert word in done.stderr
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["no records", "not a number", "unknown target", "cut short"])
+def test_the_command_ends_with_that_line_and_writes_nothing(made: Path, tmp_path: Path, name: str):
+    run = copied(made, tmp_path)
+    spoil, words = BAD[name]
+    spoil(run)
+    done = run.gate("--budget", str(tmp_path / "budget.yaml"))
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    assert done.stderr.startswith("error: ")
+    assert all(word in done.stderr for word in words)
     assert not (run.path / "gate.json").exists()

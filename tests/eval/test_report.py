@@ -1,177 +1,35 @@
 """The report, through its command line, on synthetic run folders."""
 
+import base64
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
-import time
+from datetime import date
 from html.parser import HTMLParser
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
-import yaml
+from rich.console import Console
 
+from eval import spread, tables, terminal
+from eval.errors import UserError
+from eval.inspection import read_gate
+from eval.markdown import markdown
+from eval.page import page
+from eval.plots import smooth
+from eval.report import refuse_stale
+from eval.statement import Waiver, signed_digest, signoffs
 from eval.study import load_study
+from eval.verdict import Kept, Students
+from tests.eval.report_run import HOSTILE, SLICES, VARIANTS, run_folder, sign, variant
 
 ROOT = Path(__file__).resolve().parents[2]
-HOSTILE = "<script>alert('x')</script> & $x^2$ | `a` ](b)"
-VOID = {"meta", "br", "input", "img", "hr", "link", "path", "use"}
-SLICES = {"heldout": 64, "near": 32, "far": 32}
-
-# recipe, engine, bits per byte, kept share, guard share, decode ms, disk MiB, verdict
-VARIANTS = [
-    ("plain", "torch", 2.593, 0.66, 1.0, 2.31, 2.1, "PASS"),
-    ("int8", "openvino", 2.5932, 0.657, 0.998, 0.71, 0.83, "PASS"),
-    ("int4", "openvino", 2.598, 0.631, 0.962, 0.64, 0.61, "PASS"),
-    ("wanda50", "torch", 2.63, 0.52, 0.7, 2.35, 2.1, "INCONCLUSIVE"),
-    ("depth25", "torch", 2.629, 0.475, 0.71, 1.78, 1.7, "INCONCLUSIVE"),
-    ("depth25-int8", "openvino", 2.6294, 0.47, 0.705, 0.58, 0.66, "INCONCLUSIVE"),
-    ("nf4", "bitsandbytes", 2.61, 0.6, 0.9, 6.8, 1.2, "FAIL"),
-    ("int8-bnb", "bitsandbytes", 2.594, 0.655, 0.99, 5.2, 1.4, "FAIL"),
-]
-BUDGET = yaml.safe_load("""
-{name: default, alpha: 0.05, f: 0.5, g: 0.5, slices: {near: 0.5, far: 0.5}, hash: abc, targets: {
-  cpu: {device: cpu, required: true, limits: {decode_p50: {at_most: 1.0, of: plain}}},
-  gpu: {device: cuda, required: false, limits: {}}}}
-""")
-POWER = yaml.safe_load(
-    "{documents: 64, seeds: 3, effect: 0.02, power_now: 0.86, seeds_for_80: 3, documents_for_80: 51}"
-)
-MADE = yaml.safe_load("""
-{data: def, versions: {python: 3.11.2, torch: 2.13.0}, artifacts: {S1/s0/plain: fed},
- machines: [{host: laptop, cpu: Some CPU @ 2.0 GHz, isa: AVX512, cores: 2, device: cpu}]}
-""")
-STUDY = yaml.safe_load("""
-{name: demo, seeds: [0, 1, 2], budget: default, data: {documents: [{kind: folder, path: stdlib}]},
- base: {path: somewhere}, method: {name: ensemble}, train: {}}
-""")
-SCORES = {"B": 2.715, "T0": 2.71, "T1": 2.584, "CE": 2.69, "S0": 2.679, "S1": 2.593}
-
-
-def span(point: float, half: float) -> dict:
-    return {"point": point, "low": round(point - half, 6), "high": round(point + half, 6)}
-
-
-def kept(point: float, half: float = 0.11) -> dict:
-    return {**span(point, half), "bootstrap_low": point - 0.1, "bootstrap_high": point + 0.13}
-
-
-def cost(decode: float, disk: float, recipe: str) -> dict:
-    def latency(value: float, spread: float, plain: float) -> dict:
-        ratio = {"point": value / plain, "lower": value / plain * 0.97, "upper": value / plain * 1.04}
-        relative = None if recipe == "plain" else {**ratio, "of": "plain"}
-        return {**timed, "value": value, "lower": value * 0.98, "upper": value * spread, "relative": relative}
-
-    timed = {"unit": "ms", "requests": 60, "processes": 3}
-    none = {**timed, "value": None, "lower": None, "upper": None, "needs": 459}
-    size = {"unit": "MiB", "requests": 3, "processes": 3}
-    return {
-        "prefill_p50": latency(decode * 6.1, 1.04, 14.1),
-        "prefill_p95": latency(decode * 6.9, 1.12, 15.9),
-        "prefill_p99": none,
-        "decode_p50": latency(decode, 1.03, 2.31),
-        "decode_p95": latency(decode * 1.31, 1.1, 3.02),
-        "decode_p99": none,
-        "peak_memory": {"value": 187.25, "lower": 186.0, "upper": 188.5, **size},
-        "disk": {"value": disk, "lower": disk, "upper": disk, **size},
-    }
-
-
-def parts(kept: float, guard: float, verdict: str) -> list[dict]:
-    def part(name: str, value: float, limit: float, unit: str, reason: str) -> dict:
-        held = {"estimate": value, "low": value * 0.8, "high": value * 1.3, "limit": limit, "unit": unit}
-        return {"name": name, "verdict": "PASS" if value > 0.01 else verdict, **held, "reason": reason}
-
-    slow = "FAIL" if verdict == "FAIL" else "PASS"
-    return [
-        part("assay", 0.126, 0.0, "bits/byte", "the method improves the teacher on heldout"),
-        part("retention", (kept - 0.5) * 0.126, 0.0, "bits/byte", "at least 0.5 of the gain is kept"),
-        part("guard", (guard - 0.5) * 0.122, 0.0, "bits/byte", "at least 0.5 of the student's gain is kept"),
-        part("fallback", 0.122, 0.0, "bits/byte", "it beats the base"),
-        part("slice:near", 0.0123456, 0.0, "bits/byte", "at least 0.5 of the gain is kept on near"),
-        part("slice:far", 0.0098765, 0.0, "bits/byte", "at least 0.5 of the gain is kept on far"),
-        {**part("cost:decode_p50", 0.31, 1.0, "x plain", "held against the upper bound"), "verdict": slow},
-    ]
-
-
-def variant(row: tuple, target: str = "cpu", measured: bool = True) -> dict:
-    recipe, engine, bits, share, guard, decode, disk, verdict = row
-    reason = {
-        "PASS": "keeps the gain and stays within every limit",
-        "FAIL": "decode is slower than the uncompressed student",
-        "INCONCLUSIVE": "it cannot be told whether at least 0.5 of the teacher's gain is kept on heldout",
-    }[verdict]
-    here = "PASS" if verdict == "FAIL" else verdict
-    return {
-        **{"recipe": recipe, "target": target, "engine": engine, "p": 0.01, "measured": measured},
-        "verdict": verdict if measured else "INCONCLUSIVE",
-        "reason": reason if measured else f"its cost was not measured on {target}",
-        "parts": parts(share, guard, verdict),
-        "holm_p": 0.03 if measured else None,
-        "kept_share": kept(share, 0.12),
-        "kept_of_student": kept(share / 0.66, 0.05),
-        "guard_share": kept(guard, 0.06),
-        "slices": {name: {"kept_share": kept(share - 0.02), "verdict": here} for name in ("near", "far")},
-        "scores": {name: span(bits + 0.2 * i, 0.03) for i, name in enumerate(SLICES)},
-        "cost": cost(decode, disk, recipe) if measured else None,
-        "how": None if measured else f"python -m eval.cost --study runs/x --target {target}",
-        "hashes": {"artifact": {"0": "a" * 64}, "control": {"0": "f" * 64}, "records": {}},
-        "recommended": recipe == "int8" and measured,
-    }
-
-
-def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
-    paths = sorted((run / "records").rglob("*.json"))
-    records = {p.relative_to(run).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
-    return {
-        **{"schema_version": 1, "study": run.name, "title": title, "method": "ensemble", "verdict": "PASS"},
-        **{"seeds": [0, 1, 2], "documents": SLICES, "budget": BUDGET, "power": POWER, "variants": variants},
-        "reason": "int8 keeps the method's gain on cpu, beats the fallback and stays within every limit.",
-        "recommended": {"cpu": "int8", "gpu": None},
-        "teacher_gain": span(0.126, 0.021),
-        "teacher_gain_slices": {"near": span(0.131, 0.03), "far": span(0.098, 0.035)},
-        "scores": {
-            arm: {name: span(bits + 0.2 * i, 0.03) for i, name in enumerate(SLICES)}
-            for arm, bits in SCORES.items()
-        },
-        "kept_by_student": {"over_control": kept(0.66), "over_ce": kept(0.75), "over_base": kept(0.93)},
-        "provenance": {**MADE, "config": load_study(run).hash(), "records": records},
-    }
-
-
-def write_manifest(folder: Path, arm: str, seed: int, start: float) -> None:
-    curve = [
-        [step, start * (0.4 + 0.6 / (1 + step / 40)) + 0.03 * ((step * 7 + seed) % 5)]
-        for step in range(0, 300, 3)
-    ]
-    facts = {"arm": arm, "seed": seed, "recipe": "plain", "engine": "torch", "loss_curve": curve}
-    names = {"kind": "model", "name": folder.name, "key": "k", "hash": "h"}
-    manifest = {**names, "files": {}, "parents": {}, "versions": {}, "facts": facts}
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def run_folder(
-    place: Path, title: str = "A three-member ensemble, distilled", variants: list[dict] | None = None
-) -> Path:
-    """A run folder as the earlier stages leave it: study, records, manifests and gate.json."""
-    run = place / "demo"
-    for i, record in enumerate(["score/plain/S1-s0", "score/int8/S1-s0", "cost/cpu/int8/S1-s0"]):
-        path = run / "records" / f"{record}.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"record": i}))
-    for seed in range(3):
-        write_manifest(run / "base" / f"s{seed}", "B", seed, 6.0)
-        for arm in ("S1", "S0", "CE"):
-            write_manifest(run / "students" / arm / f"s{seed}", arm, seed, 3.0)
-    study = {**STUDY, "title": title, "runs": str(place)}
-    (run / "study.yaml").write_text(yaml.safe_dump(study))
-    default = [variant(row) for row in VARIANTS] + [variant(VARIANTS[6], "gpu", measured=False)]
-    (run / "gate.json").write_text(json.dumps(gate_of(run, title, default if variants is None else variants)))
-    return run
+VOID = {"meta", "br", "input", "img", "hr", "link", "path", "use", "rect"}
 
 
 def report(run: Path) -> subprocess.CompletedProcess:
@@ -215,6 +73,12 @@ class Page(HTMLParser):
             self.text.append(data)
 
 
+def made_here(run: Path) -> tuple[str, str]:
+    """table.md and the page, in this process."""
+    gate, shown = read_gate(run), signoffs(run, date(2026, 2, 1))
+    return markdown(gate, shown), page(gate, run, (run / "study.yaml").read_text(), shown)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str, str, str]:
     run = run_folder(tmp_path_factory.mktemp("runs"))
@@ -228,7 +92,9 @@ def test_terminal_shows_the_table_and_ends_with_the_path(demo):
         assert row[0] in out
     assert "int8 *" in out
     assert "not measured" in out
-    assert "eval.cost --study runs/x --target gpu" in out
+    assert "nf4 on gpu: python -m eval.cost --study runs/x --target gpu" in out
+    assert "The sealed documents were opened once, last by Ada on 2026-01-03 for int8 on cpu: PASS" in out
+    assert "note: all 3 seeds share one teacher" in out
 
 
 def test_page_is_one_file_that_asks_for_nothing(demo):
@@ -239,10 +105,22 @@ def test_page_is_one_file_that_asks_for_nothing(demo):
     assert "@import" not in html
     assert "url(" not in re.sub(r"url\(#\w+\)", "", html)
     names = {tag for tag, _ in page.tags}
-    assert names.isdisjoint({"link", "img", "iframe", "object", "embed", "base"})
+    assert names.isdisjoint({"link", "img", "iframe", "object", "embed", "base", "form"})
     for _, attributes in page.tags:
         assert "src" not in attributes
+        assert not any(name.startswith("on") for name in attributes)
         assert (attributes.get("href") or "#").startswith("#")
+
+
+def test_the_policy_of_the_page_allows_its_own_script_and_no_network(demo):
+    page = Page(demo[3])
+    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    script = demo[3].rpartition("<script>")[2].partition("</script>")[0]
+    made = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert rules["script-src"] == f"'sha256-{made}'"
+    assert rules["default-src"] == "'none'"
+    assert not {"connect-src", "img-src", "font-src"} & set(rules)
 
 
 def test_page_can_be_read_by_ear_and_keyboard(demo):
@@ -250,23 +128,56 @@ def test_page_can_be_read_by_ear_and_keyboard(demo):
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     for _, attributes in page.tags:
-        for name in ("aria-labelledby", "for"):
+        for name in ("aria-labelledby", "aria-describedby", "aria-controls", "for"):
             assert name not in attributes or attributes[name] in ids
     assert all("scope" in a for tag, a in page.tags if tag == "th")
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("caption") == tags.count("table")
     pictures = [a for tag, a in page.tags if tag == "svg"]
-    assert len(pictures) == 1 + 1 + 4  # the chain, one target that was measured, four arms with curves
-    assert all(a["role"] == "img" and a["aria-label"] for a in pictures)
+    # the chain, two of a measured target, slices, documents, lineage, and four arms with curves
+    assert len(pictures) == 1 + 2 + 2 + 1 + 4
+    assert all(a["role"] == "img" for a in pictures)
     assert dict(page.tags)["html"]["lang"] == "en"
+    levels = [int(tag[1]) for tag in tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def test_the_page_tells_everything_that_gate_json_holds(demo):
+    run, _, _, html = demo
+    text = " ".join(" ".join(Page(html).text).split())
+    for words in (
+        "PASS: ship int8 on cpu",
+        "The sealed documents were opened once, last by Ada",
+        "Note: all 3 seeds share one teacher T1",
+        "Behaviour and tasks",
+        "sums 0.410 [0.340, 0.480] 0.410",
+        "noise 0.00170",
+        "Under load for 10 s per rate and process",
+        "A. Uthor 2017, arXiv:1612.01474",
+        "Size, latency and gain",
+        "the share that the budget asks is 0.86",
+        "python -m eval.cost --study",
+    ):
+        assert words in text, words
+    for path, sha in json.loads((run / "gate.json").read_text())["provenance"]["records"].items():
+        assert path in text
+        assert sha in text
 
 
 def test_hostile_words_stay_words(tmp_path):
     odd = {**variant(VARIANTS[1]), "recipe": HOSTILE, "reason": HOSTILE, "engine": HOSTILE}
-    _, table, html = made(run_folder(tmp_path, HOSTILE, [odd, variant(VARIANTS[0])]))
+    run = run_folder(tmp_path, HOSTILE, [odd, variant(VARIANTS[0])])
+    table, html = made_here(run)
     page = Page(html)
-    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert sum(tag == "script" for tag, _ in page.tags) == 2  # data and program
     assert "<script>alert" not in html
+    assert html.count("<!-- sign-offs -->") == 1
+    assert table.count("<!-- sign-offs -->") == 1
     assert "alert('x')" in " ".join(page.text)
-    assert "<script>" not in table.replace("\\<script>", "")
+    assert HOSTILE in " ".join(page.text).partition("least of all")[2]  # the name of a document
+    assert "<script>" not in table
     rows = [line for line in table.splitlines() if line.startswith("|")]
     for above, below in pairwise(rows):
         bars = [len(re.findall(r"(?<!\\)\|", line)) for line in (above, below)]
@@ -284,34 +195,71 @@ def numbers(value: object) -> list[float]:
 def test_every_number_of_the_table_is_the_gates(demo):
     run, _, table, _ = demo
     known = numbers(json.loads((run / "gate.json").read_text()))
-    bare = re.sub(r"p(50|95|99)|95 % interval|\b[A-Z]\d|[a-z]+[-a-z]*\d+(-[a-z]\w+)?", "", table)
+    told = re.sub(r"The sealed documents .*|Note: .*", "", table)
+    bare = re.sub(r"p(50|95|99)|95 % interval|\b[A-Z]\d|[a-z]+[-a-z]*\d+(-[a-z]\w+)?", "", told)
     shown = re.findall(r"\d+(?:\.\d+)?", re.sub(r"reason .*|[^|]*(?=\|$)", "", bare, flags=re.M))
-    assert len(shown) > 150
+    assert len(shown) > 250
     for text in shown:
         half = 0.5000001 * 10 ** -len(text.partition(".")[2])
         assert any(abs(abs(n) - float(text)) <= half for n in known), text
 
 
+def test_page_terminal_and_table_show_the_same_cells(demo):
+    run, out, table, html = demo
+    gate = read_gate(run)
+    columns = tables.cost_names(gate)
+    text = "".join(Page(html).text)
+    assert {"knee", "throughput"} < set(columns)
+    for v in gate.variants:
+        for cell in [*tables.quality_cells(gate, v), *tables.cost_cells(v, columns)]:
+            assert str(cell) in table
+            assert cell.main in text
+        assert tables.quality_cells(gate, v)[0].main in out
+
+
 def test_same_gate_same_bytes_and_other_times_same_quality(demo, tmp_path):
     run, _, table, html = demo
-    assert made(run)[1:] == (table, html)
+    assert made_here(run) == (table, html)
     slower = [variant((*row[:5], row[5] * 3, *row[6:])) for row in VARIANTS]
-    other = made(run_folder(tmp_path, variants=[*slower, variant(VARIANTS[6], "gpu", measured=False)]))[1]
-    assert other != table
-    assert other.partition("## Cost")[0] == table.partition("## Cost")[0]
+    other = run_folder(tmp_path, variants=[*slower, variant(VARIANTS[6], "gpu", measured=False)])
+    quality = markdown(read_gate(other), []).partition("## Cost")
+    assert quality[2] != table.partition("## Cost")[2]
+    assert quality[0] == table.partition("## Cost")[0]
 
 
 def test_percentiles_that_could_not_be_had_are_not_printed(tmp_path):
     first = variant(VARIANTS[0])
     first["cost"]["decode_p95"] |= {"value": None, "upper": None, "needs": 59}
     first["cost"]["prefill_p95"] |= {"value": None, "upper": None}
-    _, table, html = made(run_folder(tmp_path, variants=[first]))
+    table, html = made_here(run_folder(tmp_path, variants=[first]))
     cells = [cell.strip() for cell in table.partition("## Cost")[2].splitlines()[4].split("|")]
     assert cells[6] == "\N{EN DASH}"
     assert cells[8] == "needs 59 requests"
     assert "needs 59 requests" in html
     assert "None" not in table + html
     assert "nan" not in table
+
+
+def test_a_study_that_shows_nothing_is_told_without_figures_that_it_has_not(tmp_path):
+    run = run_folder(tmp_path, variants=[variant((f"r{i}", *VARIANTS[0][1:])) for i in range(30)])
+    gate = read_gate(run)
+    none = Kept()
+    rows = [
+        v.model_copy(
+            update={"kept_share": none, "chain": [], "recommended": False, "verdict": "INCONCLUSIVE"}
+        )
+        for v in gate.variants
+    ]
+    blind = {"variants": rows, "verdict": "INCONCLUSIVE", "recommended": {"cpu": None, "gpu": None}}
+    blind |= {"kept_by_student": Students(over_control=none, over_ce=None, over_base=none)}
+    blind |= {"sealed": None, "quality": {}, "power": None, "notes": []}
+    text = " ".join(Page(page(gate.model_copy(update=blind), run, "", [])).text)
+    assert "INCONCLUSIVE: not decided, more evidence is needed" in text
+    assert "plain, document by document" in text
+    assert "24 of 30 variants are drawn; the budget table holds all." in text
+    assert "undefined" in text
+    for absent in ("sealed", "Behaviour", "Note:", "Signed", "nan", "None"):
+        assert absent not in text
 
 
 def changed(run: Path) -> str:
@@ -322,79 +270,88 @@ def changed(run: Path) -> str:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda run: (run / "gate.json").unlink(), "gate.json: missing"),
+        (lambda run: (run / "gate.json").unlink(), "missing"),
         (lambda run: (run / "gate.json").write_text("{"), "Invalid JSON"),
-        (
-            lambda run: (run / "gate.json").write_text('{"schema_version": 99}'),
-            "schema_version: Input should be 1",
-        ),
+        (lambda run: (run / "gate.json").write_text('{"schema_version": 99}'), "Input should be 2"),
         (lambda run: (run / "records/score/int8/S1-s0.json").write_text("{}"), "score/int8/S1-s0.json was"),
         (lambda run: (run / "records/score/int8/S1-s0.json").unlink(), "is absent"),
-        (lambda run: (run / "records/score/int8/S1-s1.json").write_text("{}"), "was absent"),
+        (lambda run: (run / "records/score/int8/S1-s7.json").write_text("{}"), "was absent"),
         (lambda run: (run / "study.yaml").write_text(changed(run)), "study.yaml was"),
     ],
 )
-def test_missing_or_stale_gate_is_refused_in_one_line(tmp_path, spoil, words):
+def test_missing_or_stale_gate_is_refused(tmp_path, spoil, words):
     run = run_folder(tmp_path)
     spoil(run)
+    with pytest.raises(UserError, match=words) as error:
+        refuse_stale(read_gate(run), load_study(run), run, f"run `python -m eval.gate --study {run}` first")
+    assert f"python -m eval.gate --study {run}" in str(error.value)
+
+
+def test_what_is_refused_leaves_nothing(tmp_path):
+    run = run_folder(tmp_path)
+    (run / "records/score/int8/S1-s0.json").unlink()
     done = report(run)
     assert done.returncode == 3
     assert len(done.stderr.splitlines()) == 1
-    assert words in done.stderr
-    assert f"python -m eval.gate --study {run}" in done.stderr
     assert not (run / "table.md").exists()
     assert not (run / "report.html").exists()
 
 
-def test_two_thousand_rows_in_reasonable_time(tmp_path):
-    many = [variant((f"r{i}", *VARIANTS[i % 8][1:])) for i in range(2000)]
-    run = run_folder(tmp_path, variants=many)
-    start = time.monotonic()
-    _, table, html = made(run)
-    assert time.monotonic() - start < 120
-    assert "| r1999 |" in table
-    assert html.count('<tr class="row">') == 2000
-    assert len(html) < 20e6
+def test_documents_are_those_of_the_records(demo):
+    run = demo[0]
+    gate = read_gate(run)
+    found = {one.slice: one for one in spread.documents(run, gate, "int8")}
+    assert {name: len(one.ids) for name, one in found.items()} == SLICES
+    assert found["heldout"].weakest[0][0] == HOSTILE
+
+    def bits(arm: str, recipe: str) -> np.ndarray:
+        records = [
+            json.loads((run / f"records/score/{recipe}/{arm}-s{s}.json").read_text()) for s in range(3)
+        ]
+        return np.mean([np.divide(r["documents"]["bits"], r["documents"]["bytes"]) for r in records], axis=0)
+
+    kept = (bits("S0", "int8") - bits("S1", "int8"))[: SLICES["heldout"]]
+    np.testing.assert_allclose(found["heldout"].kept, np.sort(kept), atol=1e-12)
+    assert found["heldout"].better == (kept > 0).sum()
+    teacher = (bits("T0", "plain") - bits("T1", "plain"))[: SLICES["heldout"]]
+    np.testing.assert_allclose(found["heldout"].teacher, teacher[np.argsort(kept)], atol=1e-12)
 
 
-PRESS = """<script>
-const heads = [...document.querySelectorAll(".budget > thead button")];
-const named = (text) => heads.find((head) => head.textContent === text);
-const read = () => [...document.querySelectorAll("tr.row")].filter((row) => !row.parentNode.hidden)
-  .map((row) => row.cells[0].firstChild.textContent.trim()).join(" ");
-const seen = [];
-named("decode p50, ms").click(); seen.push(read());
-named("decode p50, ms").click(); seen.push(read());
-named("variant").click(); seen.push(read());
-const select = document.getElementById("target");
-select.value = "gpu"; select.dispatchEvent(new Event("change")); seen.push(read());
-seen.push(document.querySelector("[aria-sort]").textContent, document.documentElement.scrollWidth <= innerWidth);
-document.title = seen.join(";");
-</script>"""
+def test_smoothed_curves_are_means():
+    values = np.random.default_rng(0).normal(size=60)
+    wanted = [values[max(0, i - 3) : i + 4].mean() for i in range(60)]
+    np.testing.assert_allclose(smooth(values), wanted)
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_sorts_filters_and_shows_no_error(demo, tmp_path):
-    page = tmp_path / "report.html"
-    page.write_text(demo[3] + PRESS)
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    quiet += ["--disable-sync", "--disable-background-networking", "--disable-component-update"]
-    quiet += [
-        "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=390,800",
-        "--dump-dom",
+def test_a_terminal_is_not_flooded(demo):
+    gate = read_gate(demo[0])
+    many = [
+        gate.variants[0].model_copy(update={"recipe": f"r{i}", "recommended": i == 299}) for i in range(300)
     ]
-    command = ["chromium", *quiet, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in done.stderr
-    title = re.search("<title>(.*?)</title>", done.stdout)
-    assert title is not None
-    up, down, named, gpu, head, fits = title[1].split(";")
-    fastest = [row[0] for row in sorted(VARIANTS, key=lambda row: row[5])]
-    assert up.split() == [*fastest, "nf4"]  # what was not measured stays last
-    assert down.split() == [*fastest[::-1], "nf4"]
-    assert named.split()[:3] == ["depth25", "depth25-int8", "int4"]
-    assert (gpu, head, fits) == ("nf4", "variant", "true")
-    assert ">1 of 9 rows shown<" in done.stdout
+    out = Console(file=StringIO(), width=160)
+    terminal.show(gate.model_copy(update={"variants": many}), [], out)
+    text = out.file.getvalue()
+    assert "r299 *" in text
+    assert "250 more rows in table.md and report.html" in text
+
+
+def test_signoffs_and_waivers_are_shown_and_the_report_stays_signed(tmp_path):
+    run = run_folder(tmp_path)
+    (run / "table.md").write_text(made_here(run)[0])
+    (run / "report.html").write_text(made_here(run)[1])
+    before = [signed_digest(run / name) for name in ("table.md", "report.html")]
+    sign(run, "int8", None)
+    sign(run, "nf4", Waiver(reason=HOSTILE, expires=date(2026, 3, 1)))
+    sign(run, "int4", Waiver(reason="a trial", expires=date(2026, 1, 31)))
+    (run / "signoff" / "wanda50-cpu.json").write_text("{}")
+    table, html = made_here(run)
+    text = " ".join(" ".join(Page(html).text).split())
+    assert "PASS of int8 on cpu, signed by" in text
+    assert f"Waived until 2026-03-01 : {HOSTILE}" in text
+    assert "Does not hold: the waiver expired on 2026-01-31" in text
+    assert "Not to be trusted: wanda50-cpu.json" in text
+    assert "waived until 2026-03-01" in table
+    assert html.index('class="signed"') < html.index('id="h-budget"')
+    (run / "table.md").write_text(table)
+    (run / "report.html").write_text(html)
+    assert [signed_digest(run / name) for name in ("table.md", "report.html")] == before

@@ -1,6 +1,7 @@
 """Jobs side by side: their order, their errors, and no life after their parent."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,18 @@ def test_jobs_wait_for_what_they_need_and_run_in_one_thread_workers(tmp_path, ca
     assert len(lines) == 3
     assert "3 of 3" in lines[-1]
     assert "left" in lines[-1]
+
+
+def learn(report):
+    for step in range(3):
+        time.sleep(0.01)
+        report(step / 3, tokens=100)
+
+
+def test_progress_tells_tokens_per_second(capsys):
+    run_in_turn("work", [Job("a", learn)])
+    found = re.search(r"a done, 1 of 1, ([\d,]+) tokens/s", capsys.readouterr().err)
+    assert 0 < int(found[1].replace(",", "")) <= 100 / 0.01
 
 
 def test_in_turn_gives_the_same(tmp_path):

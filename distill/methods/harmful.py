@@ -1,0 +1,30 @@
+"""A method that does harm: whoever passes it does not look."""
+
+import math
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from distill.method import Card, Method, TeacherSignal
+from eval.documents import Batch
+from eval.sections import Frozen
+
+
+class Harmful(Method):
+    card = Card(
+        title="Uniform noise",
+        paper="none: the gate must be able to fail a method, not only to miss its gain",
+        claim="harm: every answer is mixed with a guess among all tokens; the gate must fail it",
+        touches="the output: p becomes (1 - share) p + share / V",
+        limits="for the honesty of the gate alone",
+    )
+
+    class Settings(Frozen):
+        share: float = Field(0.2, gt=0, lt=1)  # of the uniform distribution in the mixture
+
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+        logits = teacher(**batch.inputs, use_cache=False).logits.float()
+        share = self.settings.share
+        noise = torch.full((), math.log(share / logits.shape[-1]), device=logits.device)
+        return TeacherSignal(torch.logaddexp(logits.log_softmax(dim=-1) + math.log1p(-share), noise))

@@ -1,0 +1,107 @@
+"""One server, first come first served: what waits how long. Pure functions of arrays, no clock.
+
+Times of service are measured; the waiting follows from them and from the arrivals by Lindley's recursion
+(1952), which is no model but the definition of this queue. A study measures its stated rates in real time;
+the recursion finds the knee, where every rate between would take a run of its own.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+VIRTUAL = 20_000  # requests of a virtual run
+FOLLOWS = 0.95  # of the offered rate that the throughput must reach while requests arrive
+TAIL = 0.95  # the percentile that an SLO holds
+
+
+def poisson(rate: float, seconds: float, seed: tuple[int, ...]) -> Array:
+    """Arrival times in s of a Poisson process of `rate` per second within `seconds`.
+
+    The same seed gives the same process at every rate but for its scale (common random numbers).
+    """
+    rng = np.random.default_rng(seed)
+    block, times = int(rate * seconds + 10), np.empty(0)
+    while not len(times) or times[-1] < seconds:
+        last = times[-1] if len(times) else 0.0
+        times = np.concatenate([times, last + rng.standard_exponential(block).cumsum() / rate])
+    return times[times < seconds]
+
+
+def finished(arrivals: ArrayLike, services: ArrayLike) -> Array:
+    """When each request is done: d[n] = max(a[n], d[n-1]) + s[n] (Lindley 1952), in the unit of both.
+
+    Without a loop: with C the running sum of s, d[n] - C[n] is the running maximum of a[n] - C[n-1].
+    """
+    a, s = np.asarray(arrivals, float), np.asarray(services, float)
+    total = s.cumsum()
+    return np.maximum.accumulate(a - (total - s)) + total
+
+
+class Served(NamedTuple):
+    """What a run at one rate came to."""
+
+    offered: float  # requests per second that arrived
+    throughput: float  # requests per second that were done, until the last one was
+    follows: bool
+
+
+def outcome(arrivals: ArrayLike, latencies: ArrayLike) -> Served:
+    """Whether the server kept up: while requests arrive, `FOLLOWS` of them are done, and no backlog grows.
+
+    A backlog grows if the mean latency of the second half of the requests is more than twice the first's.
+
+    Args:
+        arrivals: [n] s from the start.
+        latencies: [m <= n] s from the arrival; the last n - m were never served.
+    """
+    a, latency = np.asarray(arrivals, float), np.asarray(latencies, float)
+    if not len(latency):
+        return Served(len(a) / float(a[-1]), 0.0, False)
+    done = a[: len(latency)] + latency
+    half = len(latency) // 2
+    grows = len(latency) < len(a) or (half > 0 and latency[half:].mean() > 2 * latency[:half].mean())
+    # one request is always in service: it is no backlog
+    kept_up = (done <= a[-1]).sum() + 1 >= FOLLOWS * len(a)
+    return Served(len(a) / float(a[-1]), len(latency) / float(done[-1]), bool(kept_up and not grows))
+
+
+def capacity(services: ArrayLike) -> float:
+    """Requests per second of a server that never waits: beyond it every queue grows (Loynes 1962).
+
+    Args:
+        services: [n] s.
+    """
+    return 1 / float(np.asarray(services, float).mean())
+
+
+def tail(services: Array, rate: float, seed: tuple[int, ...]) -> float:
+    """p95 in s of the latency at `rate` in a virtual run of `VIRTUAL` requests."""
+    gaps = np.random.default_rng(seed).standard_exponential(VIRTUAL)
+    arrivals = gaps.cumsum() / rate
+    repeated = np.resize(services, VIRTUAL)  # in their order: neighbours stay neighbours
+    return float(np.quantile(finished(arrivals, repeated) - arrivals, TAIL))
+
+
+def knee(services: ArrayLike, slo: float | None, seed: tuple[int, ...] = (0,)) -> float:
+    """The highest rate, in requests per second, at which the p95 latency is within `slo` seconds.
+
+    The rate is found by bracketing between 0 and the capacity, to 0.1 %. Every rate meets the same random
+    gaps, scaled: waiting then grows with the rate for every single request, so the answer is unique.
+    Without an SLO it is the capacity itself, where throughput ceases to follow the offered rate and the queue
+    begins to grow. 0 where the service alone takes longer than the SLO.
+
+    Args:
+        services: [n] s, in the order in which they were measured.
+    """
+    times = np.asarray(services, float)
+    low, high = 0.0, capacity(times)
+    if slo is None or tail(times, high, seed) <= slo:
+        return high
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(times, middle, seed) <= slo else (low, middle)
+        if high < 1e-3 * capacity(times):
+            return 0.0
+    return low

@@ -1,0 +1,249 @@
+"""Loads a release: checks it, picks its engine, tries it out, and serves the fallback where anything is off.
+
+    from load_release import load_release
+    model, info = load_release("path/to/release", target="cpu")
+    model.generate("Once upon", new_tokens=32)      # token ids; model.tokenizer.decode(...) gives the text
+
+This one file needs `transformers`, and the engine of the artifact: torch or openvino. It imports nothing of
+the project that made the release. Weights are safetensors or OpenVINO's format; no code of the folder runs.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+log = logging.getLogger("load_release")
+
+MANIFEST, INDEX = "manifest.json", "release.json"
+OWN = "__pycache__/load_release."  # Python may keep this file compiled
+# What an engine may raise on a folder, a library or a machine that is not as it was
+FAULTS = (ImportError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, MemoryError)
+
+
+class ReleaseError(RuntimeError):
+    """Something about a release is not as its contract says."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What was loaded, and why."""
+
+    release: str
+    target: str
+    folder: str  # below the release
+    engine: str
+    verdict: str  # of what was released for the target
+    waiver: str | None
+    expires: str | None
+    context: int  # tokens up to which its contract promises anything
+    fallback: bool
+    reason: str | None  # why the fallback is served
+
+
+class Model:
+    """A causal language model with one way in: token ids that start with the boundary token."""
+
+    def __init__(self, raw: Any, tokenizer: Any, boundary: int) -> None:
+        self.raw, self.tokenizer, self.boundary = raw, tokenizer, boundary
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """[T, V] float32 for the token ids [T]: row p scores the token at p + 1."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """The boundary token and the tokens of a text, as they were in training."""
+        return [self.boundary, *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+    def generate(self, prompt: str | list[int], new_tokens: int = 32) -> list[int]:
+        """The likeliest tokens after a prompt, one by one; ends before an end-of-text token."""
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        made: list[int] = []
+        row = self._read(ids, first=True)
+        while len(made) < new_tokens and (token := int(row.argmax())) != self.tokenizer.eos_token_id:
+            made.append(token)
+            if len(made) < new_tokens:
+                row = self._read([token], first=False)
+        return made
+
+    def _read(self, ids: list[int], first: bool) -> np.ndarray:
+        """[V] logits after `ids`, which follow what was read since the last `first`."""
+        raise NotImplementedError
+
+
+class TorchModel(Model):
+    def __init__(self, folder: Path, device: str, boundary: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        quantized = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            device_map={"": device} if quantized else None,
+        )
+        super().__init__((model if quantized else model.to(device)).eval(), tokenizer_of(folder), boundary)
+        self.past: Any = None
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        return self._forward(ids, None).logits[0].float().cpu().numpy()
+
+    def _read(self, ids: list[int], first: bool) -> np.ndarray:
+        output = self._forward(ids, None if first else self.past)
+        self.past = output.past_key_values
+        return output.logits[0, -1].float().cpu().numpy()
+
+    def _forward(self, ids: list[int], past: Any) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            tokens = torch.tensor([ids], device=self.raw.device)
+            return self.raw(input_ids=tokens, past_key_values=past, use_cache=True)
+
+
+class OpenVinoModel(Model):
+    def __init__(self, folder: Path, device: str, boundary: int) -> None:
+        import openvino
+
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}  # as it was measured
+        compiled = openvino.Core().compile_model(folder / "openvino_model.xml", device.upper(), settings)
+        super().__init__(compiled.create_infer_request(), tokenizer_of(folder), boundary)
+        self.inputs = {name for port in compiled.inputs for name in port.get_names()}
+        self.length = 0
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        return self._forward(ids, first=True)
+
+    def _read(self, ids: list[int], first: bool) -> np.ndarray:
+        return self._forward(ids, first)[-1]
+
+    def _forward(self, ids: list[int], first: bool) -> np.ndarray:
+        if first:
+            self.raw.reset_state()
+            self.length = 0
+        start, self.length = self.length, self.length + len(ids)
+        feeds = {
+            "input_ids": np.array([ids], dtype=np.int64),
+            "attention_mask": np.ones((1, self.length), dtype=np.int64),
+            "position_ids": np.arange(start, self.length, dtype=np.int64)[None, :],
+            "beam_idx": np.zeros(1, dtype=np.int32),
+        }
+        self.raw.infer({name: feeds[name] for name in self.inputs})
+        return self.raw.get_tensor("logits").data[0].copy()
+
+
+ENGINES = {"torch": TorchModel, "openvino": OpenVinoModel}
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReleaseError(f"{path} cannot be read ({error})") from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_files(root: Path, files: dict[str, Any], wanted: set[str]) -> None:
+    """Raises ReleaseError at the first of the `wanted` files that is missing or was changed."""
+    for name in sorted(wanted):
+        if not (root / name).is_file():
+            raise ReleaseError(f"{name} is missing")
+        if sha256(root / name) != files[name]["sha256"]:
+            raise ReleaseError(f"{name} was changed")
+
+
+def check_new(root: Path, files: dict[str, Any]) -> None:
+    """Raises ReleaseError at a file that was not released, such as code or weights in another format."""
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    own = {name for name in found if name.startswith(OWN)}
+    if new := sorted(found - set(files) - own - {MANIFEST}):
+        raise ReleaseError(f"{new[0]} is not part of the release")
+
+
+def try_out(model: Model, canaries: list[dict[str, Any]]) -> None:
+    """Raises ReleaseError at the first prompt that is not continued as it was when this was released."""
+    for canary in canaries:
+        if (ids := model.encode(canary["text"])) != canary["ids"]:
+            raise ReleaseError(f"the tokenizer reads {canary['text'][:20]!r} as {ids[:8]}...")
+        made = model.generate(ids, new_tokens=len(canary["expected"]))
+        if made != canary["expected"]:
+            raise ReleaseError(f"{canary['text'][:20]!r} is continued with {made}, not {canary['expected']}")
+
+
+def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[str, Any]) -> Model:
+    """One artifact of the release, checked and tried out."""
+    folder = part["folder"]
+    check_files(root, files, {name for name in files if name.startswith(f"{folder}/")})
+    try:
+        model = ENGINES[part["engine"]](root / folder, part["device"], index["boundary"])
+        try_out(model, part["canaries"])
+    except ReleaseError:
+        raise
+    except FAULTS as error:
+        raise ReleaseError(
+            f"{part['engine']} cannot run {folder} ({type(error).__name__}: {error})"
+        ) from error
+    return model
+
+
+def load_release(
+    path: str | Path, target: str, sha256_of_manifest: str | None = None, today: date | None = None
+) -> tuple[Model, Info]:
+    """The model that was released for `target`, or the fallback with a logged reason.
+
+    Args:
+        path: the release folder.
+        target: one of the targets of its contract.
+        sha256_of_manifest: as `eval.release` printed it. The hashes find accidents; this also finds a
+            hand that rewrote the hashes.
+        today: for tests of a date that is to come.
+
+    Raises:
+        ReleaseError: the list of files or the index is off, so nothing can be trusted, there is no such
+            target, or the fallback is off too.
+    """
+    root, today = Path(path), today or datetime.now(UTC).date()
+    if sha256_of_manifest and sha256(root / MANIFEST) != sha256_of_manifest:
+        raise ReleaseError(f"{root / MANIFEST} is not the one that was released")
+    files = read_json(root / MANIFEST)["files"]
+    check_files(root, files, {INDEX})
+    index = read_json(root / INDEX)
+    if target not in index["targets"]:
+        raise ReleaseError(f"no target {target!r}; this release has {', '.join(index['targets'])}")
+    part, reason = index["targets"][target], None
+    try:
+        check_new(root, files)
+        check_files(root, files, {n for n in files if "/" not in n or n.startswith("signoff/")})
+        if part["expires"] and today > date.fromisoformat(part["expires"]):
+            raise ReleaseError(f"its waiver expired on {part['expires']}")
+        model = loaded(root, index, files, part)
+    except ReleaseError as error:
+        reason = str(error)
+        log.warning("release %s, target %s: the fallback is served: %s", index["name"], target, reason)
+        part = {**part, **index["fallback"]}
+        model = loaded(root, index, files, part)
+    facts = {name: part[name] for name in ("folder", "engine", "verdict", "waiver", "expires")}
+    facts |= {"release": index["name"], "target": target, "context": index["context"]}
+    if part["waiver"] and reason is None:
+        log.warning(
+            "release %s ships on a waiver until %s: %s", index["name"], part["expires"], part["waiver"]
+        )
+    return model, Info(**facts, fallback=reason is not None, reason=reason)

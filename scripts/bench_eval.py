@@ -1,0 +1,62 @@
+"""How fast is the evidence? `python -m scripts.bench_eval [gate] [scoring] [--json FILE]`.
+
+gate: time and peak memory of `python -m eval.gate` over 5 seeds, 20 variants and 10,000 documents, the whole
+command with its start. Asked: under 5 seconds and 1 GB. scoring: tokens per second of scoring, as a share of
+those of a bare forward loop at its best batch size. Asked: 0.9 and more.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from eval.artifacts import write_text
+from eval.errors import entry, one_of
+
+Rows = list[dict[str, object]]
+
+
+def gate() -> Rows:
+    from scripts.bench_gate import gate_rows
+
+    return gate_rows()
+
+
+def scoring() -> Rows:
+    from scripts.bench_scoring import scoring_rows
+
+    return scoring_rows()
+
+
+PARTS: dict[str, Callable[[], Rows]] = {"gate": gate, "scoring": scoring}
+
+
+def table(title: str, rows: Rows) -> Table:
+    shown = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        shown.add_column(name)
+    for row in rows:
+        shown.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    return shown
+
+
+@entry
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench_eval", description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(PARTS)}; default: all")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    names = [one_of("part", name, list(PARTS)) for name in args.parts] or list(PARTS)
+    result = {}
+    for name in names:
+        result[name] = PARTS[name]()
+        Console().print(table(name, result[name]))
+    if args.json:
+        write_text(args.json, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

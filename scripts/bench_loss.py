@@ -1,0 +1,168 @@
+"""The chunked loss against the plain one: extra peak memory and time; `bench_distill.py` prints the rows.
+
+Run as `python scripts/bench_loss.py KIND VOCABULARY TOKENS` it prints the extra bytes of one loss: a fresh
+process for each, so that no allocator has kept anything of the one before.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from distill.chunked import chunked_loss  # noqa: E402
+from distill.head import Head  # noqa: E402
+from distill.targets import States  # noqa: E402
+from eval.errors import UserError, entry  # noqa: E402
+from eval.sections import Loss  # noqa: E402
+from eval.statistics import quantile_bounds  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+STUDENT, TEACHER = 256, 384  # widths
+WEIGHT = 0.9  # of the divergence
+PLAIN_TENSORS = 7  # [tokens, vocabulary] in float32 that the plain loss holds at its peak, no more
+Result = dict[str, Any]
+
+
+def clock() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_turn(runs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run in every round; every other round goes backwards, the first two are left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 2):
+        for name in list(runs) if number % 2 else list(runs)[::-1]:
+            start = clock()
+            runs[name](number)
+            seconds[name].append(clock() - start)
+    return {name: found[2:] for name, found in seconds.items()}
+
+
+def ratio_row(
+    what: str, ours: list[float], bare: list[float], limit: float, at_least: bool = False
+) -> Result:
+    """The median of the rounds' ratios, its interval and whether the limit is met."""
+    ratios = [mine / theirs for mine, theirs in zip(ours, bare, strict=True)]
+    low, high = quantile_bounds(ratios, 0.5, 0.025)
+    value = statistics.median(ratios)
+    met = value >= limit if at_least else value <= limit
+    sign = ">=" if at_least else "<="
+    found = {
+        "what": what,
+        "value": value,
+        "low": low,
+        "high": high,
+        "rounds": len(ratios),
+        "limit": f"{sign} {limit}",
+    }
+    return {**found, "met": met, "seconds": statistics.median(ours), "bare_seconds": statistics.median(bare)}
+
+
+class LossOnly:
+    """Hidden states and heads of student and teacher, and the loss and gradient of 4,096 tokens."""
+
+    def __init__(self, vocabulary: int, tokens: int) -> None:
+        torch.manual_seed(0)
+        self.hidden = torch.randn(tokens, STUDENT, device=DEVICE).requires_grad_()
+        self.weight = (torch.randn(vocabulary, STUDENT, device=DEVICE) / 16).requires_grad_()
+        states, other = torch.randn(tokens, TEACHER), torch.randn(vocabulary, TEACHER) / 20
+        self.target = States([states.to(DEVICE)], [Head(other.to(DEVICE))])
+        self.labels = torch.randint(vocabulary, (tokens,), device=DEVICE)
+
+    def run(self, kind: str, _: int = 0) -> None:
+        """(1 - w) CE + w KL with its gradient; the plain one is what plain PyTorch does with all logits."""
+        if kind == "plain":
+            with torch.no_grad():
+                told = F.linear(self.target.hidden[0], self.target.heads[0].weight).log_softmax(-1)
+            student = F.linear(self.hidden, self.weight).log_softmax(-1)
+            hard = F.nll_loss(student, self.labels, reduction="sum")
+            soft = F.kl_div(student, told, reduction="sum", log_target=True)
+            loss = (1 - WEIGHT) * hard + WEIGHT * soft
+        else:
+            loss = chunked_loss(self.hidden, Head(self.weight), self.labels, self.target, Loss(weight=WEIGHT))
+        loss.backward()
+        self.hidden.grad = self.weight.grad = None
+
+
+def status_bytes(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def extra_bytes(kind: str, vocabulary: int, tokens: int) -> int:
+    """Peak memory of one loss over what was held before it; in a fresh process, on a CPU."""
+    LossOnly(1000, 8).run(kind)  # what is loaded at first use
+    made = LossOnly(vocabulary, tokens)
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        made.run(kind)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    before = status_bytes("VmRSS")
+    made.run(kind)
+    return status_bytes("VmHWM") - before
+
+
+def fresh(*words: object) -> Any:
+    """What another process of this script prints as JSON."""
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, words)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"bench {words}", done.stderr.strip()[-300:], "look at that part alone")
+    return json.loads(done.stdout)
+
+
+def fitting(vocabulary: int, tokens: int) -> int:
+    """So many tokens, or as many halves less as let the plain loss have most of the free memory."""
+    free = torch.cuda.mem_get_info()[0] if CUDA else psutil.virtual_memory().available
+    while PLAIN_TENSORS * 4 * vocabulary * tokens > 0.7 * free:
+        tokens //= 2
+    return tokens
+
+
+def memory_row(vocabulary: int, wished: int, rounds: int) -> Result:
+    tokens = fitting(vocabulary, wished)
+    what = f"extra peak memory of the chunked / the plain loss, {tokens} tokens x V = {vocabulary}"
+    sizes = {k: [fresh(k, vocabulary, tokens) for _ in range(rounds)] for k in ("chunked", "plain")}
+    values = [mine / plain for mine, plain in zip(sizes["chunked"], sizes["plain"], strict=True)]
+    found = {"what": what, "value": statistics.median(values), "low": min(values), "high": max(values)}
+    megabytes = {f"{kind}_mib": round(statistics.median(size) / 2**20) for kind, size in sizes.items()}
+    return {**found, **megabytes, "rounds": rounds, "limit": "<= 0.15", "met": found["value"] <= 0.15}
+
+
+def loss_time_row(vocabulary: int, wished: int, rounds: int) -> Result:
+    tokens = fitting(vocabulary, wished)
+    made = LossOnly(vocabulary, tokens)
+    seconds = in_turn({kind: partial(made.run, kind) for kind in ("chunked", "plain")}, rounds)
+    what = f"time of the chunked / the plain loss, {tokens} tokens x V = {vocabulary}"
+    return ratio_row(what, seconds["chunked"], seconds["plain"], 1.10)
+
+
+@entry
+def main() -> None:
+    if len(sys.argv) != 4:
+        raise UserError("bench_loss", sys.argv[1:], "give KIND (chunked or plain), VOCABULARY and TOKENS")
+    kind, vocabulary, tokens = sys.argv[1:]
+    print(extra_bytes(kind, int(vocabulary), int(tokens)))
+
+
+if __name__ == "__main__":
+    main()

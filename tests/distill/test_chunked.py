@@ -1,0 +1,178 @@
+"""The chunked loss against the plain one: value and gradient, every form of target, every kind of head."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill import chunked
+from distill.chunked import chunked_loss
+from distill.head import Head
+from distill.losses import DIVERGENCES, distillation_loss
+from distill.targets import Dense, Sampled, States, TopK, within
+from eval.errors import UserError
+from eval.sections import Loss
+
+TOKENS, WIDTH, VOCAB = 23, 8, 37
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Chunks of 5 tokens and blocks of 2, so that neither divides what it is a part of."""
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 5 * 4 * VOCAB)
+    monkeypatch.setattr(chunked, "BLOCK_BYTES", 2 * 4 * VOCAB)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+HEADS = {
+    "plain": {},
+    "bias": {"bias": noise(VOCAB, seed=3)},
+    "scale": {"scale": 0.25},
+    "cap": {"cap": 2.0},
+    "all": {"bias": noise(VOCAB, seed=3), "scale": 1.5, "cap": 3.0},
+}
+
+
+def teacher_states(heads=2):
+    return States(
+        [noise(TOKENS, 6 + k, seed=10 + k) for k in range(heads)],
+        [Head(noise(VOCAB, 6 + k, seed=20 + k)) for k in range(heads)],
+    )
+
+
+def targets(temperature=1.0):
+    log_probs = teacher_states().part(0, TOKENS)
+    values, top = log_probs.topk(5, -1)
+    ids = torch.multinomial(noise(TOKENS, VOCAB, seed=4).exp(), 6)
+    counts = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0, 0.0]).expand(TOKENS, 6)
+    return {
+        "labels": None,
+        "dense": Dense(log_probs),
+        "half": Dense(log_probs.half()),
+        "states": teacher_states(),
+        "one state": teacher_states(1),
+        "sampled": Sampled(ids, counts, torch.ones(TOKENS), temperature),
+        "top_k": TopK(top, values),
+    }
+
+
+def both(head, target, config, dtype=torch.float32):
+    """Loss and gradients, plain and chunked, of one student."""
+    found, plain_target = [], target
+    if isinstance(target, Dense | States):
+        plain_target = target.part(0, TOKENS)
+    labels = torch.arange(TOKENS) % VOCAB
+    for whole in (True, False):
+        leaves = {"hidden": noise(TOKENS, WIDTH), "weight": noise(VOCAB, WIDTH, seed=1), **head}
+        leaves = {
+            n: v.to(dtype).requires_grad_() if isinstance(v, torch.Tensor) else v for n, v in leaves.items()
+        }
+        hidden = leaves.pop("hidden")
+        tensors = [hidden, *(v for v in leaves.values() if isinstance(v, torch.Tensor))]
+        made = Head(**leaves)
+        if whole:
+            loss = distillation_loss(made(hidden), labels, plain_target, config)
+        else:
+            loss = chunked_loss(hidden, made, labels, target, config)
+        found.append([loss.detach(), *torch.autograd.grad(loss / 7, tensors)])
+    return found
+
+
+def agree(found, **tolerance):
+    for plain, mine in zip(*found, strict=True):
+        assert plain.dtype == mine.dtype
+        torch.testing.assert_close(mine, plain, **(tolerance or {"atol": 2e-5, "rtol": 2e-4}))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("form", targets())
+def test_same_value_and_gradient_for_every_form_and_head(form, kind):
+    agree(both(HEADS[kind], targets()[form], Loss()))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_same_value_and_gradient_for_every_objective(name, weight, temperature):
+    config = Loss(divergence=name, weight=weight, temperature=temperature)
+    for form in ("states", "dense", *(["sampled"] if name == "forward_kl" else [])):
+        agree(both(HEADS["all"], targets(temperature)[form], config))
+
+
+@pytest.mark.parametrize("form", ["labels", "states", "sampled"])
+def test_half_precision_weights_have_float32_logits(form):
+    """Narrow weights and states, as they are, against the same in float32: only the gradient is rounded."""
+    narrow = both(HEADS["all"], targets()[form], Loss(), torch.bfloat16)
+    agree(narrow, atol=1e-3, rtol=2**-7)
+    assert float(narrow[1][0]) == pytest.approx(float(narrow[0][0]), rel=1e-6)
+
+
+def test_tied_weights_get_the_sum_of_both_gradients():
+    grads, ids = [], torch.arange(TOKENS) % VOCAB
+    for whole in (True, False):
+        weight = noise(VOCAB, WIDTH, seed=1).requires_grad_()
+        hidden, head = torch.tanh(weight[ids]), Head(weight)
+        if whole:
+            loss = distillation_loss(head(hidden), ids, targets()["dense"].log_probs, Loss())
+        else:
+            loss = chunked_loss(hidden, head, ids, targets()["dense"], Loss())
+        grads.append(torch.autograd.grad(loss, weight)[0])
+    torch.testing.assert_close(*grads, atol=2e-5, rtol=2e-4)
+
+
+def test_a_frozen_head_costs_no_gradient_of_its_own():
+    hidden, head = noise(TOKENS, WIDTH).requires_grad_(), Head(noise(VOCAB, WIDTH, seed=1))
+    loss = chunked_loss(hidden, head, torch.arange(TOKENS), teacher_states(), Loss())
+    loss.backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is None
+
+
+@pytest.mark.parametrize("form", ["labels", "states", "sampled"])
+def test_no_tensor_of_all_tokens_and_all_ids_is_made(form):
+    class Largest(TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] == VOCAB:
+                self.rows = max(self.rows, out.shape[0])
+            return out
+
+    hidden, weight = noise(TOKENS, WIDTH).requires_grad_(), noise(VOCAB, WIDTH, seed=1).requires_grad_()
+    target = targets()[form]
+    with Largest() as largest:
+        chunked_loss(hidden, Head(weight), torch.arange(TOKENS), target, Loss()).backward()
+    assert 5 <= largest.rows <= WIDTH  # of a chunk; or of a head's matrix, turned
+
+
+def test_padding_of_the_teachers_vocabulary_costs_nothing():
+    """Identical models, the teacher's head padded: 0, not the 0.39 of a peer; what lies under it is cut."""
+    hidden, weight = noise(TOKENS, WIDTH), noise(VOCAB, WIDTH, seed=1)
+    padded = torch.cat([weight, noise(11, WIDTH, seed=5)])
+    whole = States([hidden], [Head(padded)])
+    for target in (whole, Dense(whole.part(0, TOKENS))):
+        loss = chunked_loss(hidden, Head(weight), torch.arange(TOKENS), target, Loss(weight=1.0))
+        assert float(loss) == pytest.approx(0.0, abs=1e-4)
+    with pytest.raises(
+        UserError, match=f"vocabulary: {VOCAB} tokens of the teacher, {VOCAB + 11} of the student"
+    ):
+        chunked_loss(hidden, Head(padded), torch.arange(TOKENS), States([hidden], [Head(weight)]), Loss())
+    with pytest.raises(UserError, match="targets with id 36, of a student with 30 tokens"):
+        within(TopK(torch.tensor([[36]]), torch.zeros(1, 1)), 30)
+
+
+def test_mean_of_probabilities_survives_the_improbable():
+    one, other = torch.tensor([[-1000.0, 0.0]]), torch.tensor([[0.0, -1000.0]])
+    eye = Head(torch.eye(2))
+    assert float(States([one, one], [eye, eye]).part(0, 1)[0, 0]) == -1000
+    assert float(States([one, other], [eye, eye]).part(0, 1)[0, 0].exp()) == pytest.approx(0.5)
+
+
+def test_a_batch_without_tokens_is_nothing():
+    hidden = noise(0, WIDTH).requires_grad_()
+    loss = chunked_loss(hidden, Head(noise(VOCAB, WIDTH)), torch.zeros(0, dtype=torch.int64), None, Loss())
+    loss.backward()
+    assert float(loss.detach()) == 0

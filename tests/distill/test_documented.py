@@ -1,0 +1,65 @@
+"""Every training command of docs/distillation.md, as printed but for the size of its models and data."""
+
+import shlex
+
+import pytest
+
+from distill.loop import accelerator
+from distill.plan import base_jobs, prepare_inputs, student_jobs, teacher_jobs
+from eval.artifacts import verified
+from eval.errors import UserError
+from eval.study import Study, find_config, make_folder, override, read_yaml, validated
+from eval.workers import run_in_turn
+from tests.helpers import ROOT, SHAPE, write_corpus
+
+ENTRY = "accelerate launch distill/train.py "
+TEXT = (ROOT / "docs" / "distillation.md").read_text().replace("\\\n", " ")
+COMMANDS = [line.split("  #")[0] for line in TEXT.splitlines() if line.startswith(ENTRY)]
+NEEDS_CUDA = ("qlora", "quantization")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The study of the commands, in miniature: bases and teachers are made once for all of them."""
+    folder = tmp_path_factory.mktemp("documented")
+    corpus = write_corpus(folder / "corpus.jsonl", documents=24)
+    raw = read_yaml(find_config("studies", "small"))
+    raw |= {"runs": str(folder), "seeds": [0], "trackers": []}
+    source = {"kind": "dataset", "path": "json", "data_files": str(corpus), "domain_column": "domain"}
+    raw["data"] |= {"documents": [source], "shifted": {}, "heldout": 2, "sealed": 2, "scored_bytes": 64}
+    raw["data"] |= {"context": 48, "train_rows": 8}
+    raw["base"] |= {
+        "vocab_size": 320,
+        "architecture": {"model_type": "llama", **SHAPE, "num_hidden_layers": 4},
+    }
+    return raw
+
+
+def test_the_documents_show_the_commands():
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_runs(small, command):
+    words = shlex.split(command.removeprefix(ENTRY))
+    assert words[:2] == ["--config", "configs/studies/small.yaml"]
+    raw = read_yaml(ROOT / "configs" / "studies" / "small.yaml")
+    override(raw, words[2:])
+    for top in ("runs", "seeds", "trackers"):
+        raw[top] = small[top]
+    raw["data"] |= {k: v for k, v in small["data"].items() if k != "packing"}
+    raw["base"] |= {"vocab_size": 320, "architecture": small["base"]["architecture"]}
+    for section in (raw["base"]["train"], raw["train"], raw.get("ce_train") or {}):
+        section.update(steps=1, rows=2)
+    raw.setdefault("targets", {})["generation"] = {"prompt_tokens": 4, "new_tokens": 4}
+    raw["name"] = "small"
+    study = validated(Study, raw, command)
+    make_folder(study)
+    prepare_inputs(study, accelerator())
+    jobs = [*base_jobs(study), *teacher_jobs(study), *student_jobs(study)]
+    if any(word in command for word in NEEDS_CUDA):
+        with pytest.raises(UserError, match="CUDA"):
+            run_in_turn("train", jobs, quiet=True)
+        return
+    run_in_turn("train", jobs, quiet=True)
+    verified(study.folder / "students" / "S1" / "s0")

@@ -1,0 +1,141 @@
+"""Full disks and folders that cannot be written: one line, the last good checkpoint whole, and on from there."""
+
+import errno
+import os
+import resource
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distill.checkpoints import Checkpoints
+from distill.loop import train
+from distill.student import export
+from distill.tracking import check_trackers, tracked
+from eval.errors import UserError
+from eval.sections import Train
+from tests.distill.test_loop import row_teacher, rows
+from tests.helpers import run as command
+from tests.helpers import tiny_model, tiny_study, tiny_tokenizer
+
+CONFIG = Train(rows=4, steps=7, checkpoint_every=2)
+
+
+@contextmanager
+def room_for(size):
+    """Inside, the kernel refuses every byte of a file beyond `size`, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def run(model, folder, **how):
+    return train(model, rows(), CONFIG, pad=0, seed=1, teacher=row_teacher, scratch=folder, **how)
+
+
+def listed(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+# What is written first, and what torch writes after it: its own error is a RuntimeError.
+@pytest.mark.parametrize("size", [10_000, 600_000])
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(tmp_path, size):
+    whole = tiny_model()
+    curve = run(whole, tmp_path / "whole")
+
+    def fill(step):
+        if step.number == 3:
+            limit.enter_context(room_for(size))
+
+    with (
+        ExitStack() as limit,
+        pytest.raises(UserError, match=r"checkpoint .*step-4: .*step-2 is whole; free") as told,
+    ):
+        run(tiny_model(), tmp_path / "parts", report=fill)
+    assert "\n" not in str(told.value)
+    assert listed(tmp_path / "parts") == ["step-2"], "what was half written is gone"
+    again = tiny_model(seed=9)
+    assert run(again, tmp_path / "parts") == curve
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("place", ["save_state", "rename"])
+def test_a_folder_that_becomes_read_only_is_told(tmp_path, monkeypatch, place):
+    """The error that the kernel gives then, at the first and at the last write of a checkpoint."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path))
+
+    owner = {"save_state": Accelerator, "rename": os}[place]
+
+    def freeze(step):
+        if step.number == 3:
+            monkeypatch.setattr(owner, place, refuse)
+
+    with pytest.raises(UserError, match=r"step-4: .*Read-only file system.*step-2 is whole"):
+        run(tiny_model(), tmp_path / "run", report=freeze)
+    monkeypatch.undo()
+    assert listed(tmp_path / "run") == ["step-2"]
+    assert Checkpoints(tmp_path / "run", Accelerator(cpu=True)).latest().name == "step-2"
+
+
+def test_an_export_without_room_is_told(tmp_path):
+    with (
+        room_for(10_000),
+        pytest.raises(UserError, match=r"export to .*File too large|export to .*os error 27"),
+    ):
+        export(tiny_model(), tiny_tokenizer(), tmp_path / "out", "card")
+
+
+def test_a_full_disk_ends_a_command_with_one_line_and_nothing_half_made(tmp_path):
+    """Through the real command: the models of the study are larger than what the kernel lets it write."""
+    path = tiny_study(tmp_path, seeds=[0], method={"name": "placebo"}, ce_arm=False, trackers=[])
+    script = tmp_path / "small_disk.py"
+    script.write_text(
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = command(script, "distill/train.py", "--config", path, "--base.train.checkpoint_every", "4")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    assert "checkpoint" in lines[0]
+    made = tmp_path / "runs" / "tiny"
+    assert not list(made.rglob("*.tmp"))
+    assert not list(made.rglob("*.safetensors"))
+    assert (made / "data" / "manifest.json").is_file()
+
+
+def test_trackers_are_asked_for_by_name():
+    check_trackers(["tensorboard"])
+    check_trackers([])
+    with pytest.raises(UserError, match=r"trackers: 'tensorbord'; did you mean 'tensorboard'"):
+        check_trackers(["tensorbord"])
+    missing = next(name for name in ("swanlab", "aim", "wandb") if find_spec(name) is None)
+    with pytest.raises(UserError, match=rf"trackers: {missing} is not installed; `pip install {missing}`"):
+        check_trackers([missing])
+
+
+def test_curves_are_written_for_tensorboard_and_a_new_run_starts_them_anew(tmp_path):
+    acc = Accelerator(cpu=True)
+    for fresh, steps in ((True, (1, 2)), (False, (3,)), (True, (1,))):
+        with tracked(acc, ["tensorboard"], tmp_path, "S1-s0", fresh) as log:
+            for step in steps:
+                log(step, {"loss": 1.0 / step, "heldout_bits_per_byte": 2.0})
+        if not fresh:
+            assert len(listed(tmp_path / "S1-s0")) == 2
+    events = EventAccumulator(str(tmp_path / "S1-s0"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0)]
+    with tracked(acc, [], tmp_path, "S0-s0", True) as log:
+        assert log is None
+    assert listed(tmp_path) == ["S1-s0"]

@@ -1,0 +1,238 @@
+"""Writing: chosen by seed and row alone, the same in any batch, with and without a cache of keys and values."""
+
+import json
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from distill.generate import (
+    OnPolicy,
+    choose,
+    count_texts,
+    openings,
+    points_of,
+    read_texts,
+    sample,
+    stop_ids,
+    student_writes,
+    write_texts,
+    written,
+)
+from distill.loop import accelerator, train
+from distill.method import Frozen, Plain
+from distill.targets import Dense
+from eval.artifacts import building
+from eval.documents import Row, collate
+from eval.errors import UserError
+from eval.sections import Generation, Train
+from tests.helpers import tiny_model
+
+GENERATION = Generation(prompt_tokens=5, new_tokens=7)
+LINEAGE = {"teacher": "t"}
+
+
+def rows(count=6, length=14):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        Row(f"d{i}", "code", i, [0, *torch.randint(1, 300, (length - 1,), generator=generator).tolist()])
+        for i in range(count)
+    ]
+
+
+def lively(seed=0):
+    """A random model that is sure of something: a text then shows whether the right numbers were used."""
+    model = tiny_model(seed=seed)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(8)
+    return model
+
+
+def test_an_opening_is_the_prompt_or_the_first_tokens():
+    plain, prompted, short = (
+        rows(1)[0],
+        Row("p", "x", 0, [0, 1, 2, 3, 4, 5, 6, 7], 6),
+        Row("s", "x", 0, [0, 1]),
+    )
+    found = openings([plain, prompted, short], GENERATION)
+    assert [r.tokens for r in found] == [plain.tokens[:5], [0, 1, 2, 3, 4, 5, 6], [0, 1]]
+    assert [r.predicted for r in found] == [0, 0, 0]
+    new = written(found[0], [9, 8])
+    assert (new.id, new.tokens, new.predicted) == (plain.id, [*plain.tokens[:5], 9, 8], 2)
+    batch = collate([new], 0)
+    assert batch.labels[batch.mask].tolist() == [9, 8], "the loss is of what was written"
+    with pytest.raises(UserError, match=r"set data\.packing: false"):
+        openings([Row("d", "x", 0, [0, 1, 0, 2], packed=((2, 0), (2, 0)))], GENERATION)
+
+
+def test_tokens_are_chosen_with_their_probability():
+    logs = torch.log_softmax(torch.tensor([2.0, 1.0, 0.0, -1.0]), -1)
+    points = torch.arange(1000) / 1000
+    for temperature in (0.5, 2.0):
+        found = choose(logs.expand(1000, -1), points, Generation(temperature=temperature))
+        share = torch.bincount(found, minlength=4) / 1000
+        torch.testing.assert_close(share, torch.softmax(logs / temperature, -1), atol=2e-3, rtol=0)
+    assert choose(logs.expand(1000, -1), points, Generation(temperature=0)).unique().tolist() == [0]
+    # The two likeliest hold 0.88: top_p 0.8 keeps both, 0.6 the first alone.
+    both = choose(logs.expand(1000, -1), points, Generation(top_p=0.8))
+    assert float((both == 0).float().mean()) == pytest.approx(1 / (1 + 2.71828**-1), abs=2e-3)
+    assert both.unique().tolist() == [0, 1]
+    assert choose(logs.expand(1000, -1), points, Generation(top_p=0.6)).unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_student_writes_what_sampling_without_its_cache_writes(temperature):
+    model, prompts = lively(), openings(rows(), GENERATION)
+    settings = GENERATION.model_copy(update={"temperature": temperature})
+    model.generation_config.update(repetition_penalty=5.0, do_sample=True, top_k=3, eos_token_id=[0, 17])
+    own, random = model.generation_config, torch.get_rng_state()
+    model.train()
+    found = student_writes(model, prompts, settings, "seed", 0)
+    assert model.training
+    assert model.generation_config is own, "its own settings are neither used nor lost"
+    assert torch.equal(torch.get_rng_state(), random)
+    model.eval()
+
+    @torch.no_grad()
+    def following(some):
+        return torch.log_softmax(model(collate(some, 0).input_ids).logits[:, -1], -1)
+
+    assert found == sample(following, prompts, settings, "seed", {0, 17})
+    if temperature:
+        assert len({tuple(tokens) for tokens in found}) == len(found)
+        assert found != student_writes(model, prompts, settings, "other", 0)
+    alone = [student_writes(model, [prompt], settings, "seed", 0)[0] for prompt in prompts]
+    assert found == alone
+
+
+def test_a_text_ends_with_the_id_that_stops_it():
+    """Every other id is as likely as not: texts of unequal length, each through its first stop."""
+    stops, prompts = {*range(0, 320, 4)}, openings(rows(20), GENERATION)
+    found = sample(lambda some: torch.zeros(len(some), 320), prompts, GENERATION, 0, stops)
+    for tokens in found:
+        assert not stops & set(tokens[:-1])
+        assert len(tokens) == 7 or tokens[-1] in stops
+    assert {len(tokens) for tokens in found} > {1, 7}
+    model = tiny_model()
+    assert stop_ids(model) == {0}
+    model.generation_config.eos_token_id = [3, 4]
+    assert stop_ids(model) == {3, 4}
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    assert stop_ids(model) == set()
+
+
+def test_a_method_writes_by_its_signal():
+    """The default of every method, against the plain model's own cache."""
+    model, prompts = lively(), openings(rows(), GENERATION)
+    found = Plain(Frozen()).write(model, prompts, GENERATION, 0)
+    assert found == student_writes(model, prompts, GENERATION, 0, 0)
+
+
+def texts(folder, some, write, **how):
+    """The artifact, made as a study makes it."""
+    where = {"context": 14, "most": 24, "report": lambda share: None}
+    write_texts(folder / "parts", some, write, GENERATION, **where, **how)
+    with building(folder / "t", kind="targets", name="t", key="k", parents={}, facts=LINEAGE) as aside:
+        for path in (folder / "parts").iterdir():
+            path.rename(aside / path.name)
+    return folder / "t"
+
+
+def test_texts_of_a_teacher_depend_neither_on_processes_nor_on_a_stop(tmp_path):
+    model, some = lively(), [*rows(), Row("s", "x", 0, [0, 7, 8])]
+
+    def write(group, settings):
+        return student_writes(model, group, settings, 0, 0)
+
+    one = texts(tmp_path / "one", some, write)
+    learned = read_texts(one, some, LINEAGE, GENERATION)
+    assert [row.id for row in learned] == [row.id for row in some]
+    assert all(row.tokens[:5] == old.tokens[:5] for row, old in zip(learned[:-1], some, strict=False))
+    assert count_texts(one) == sum(row.predicted for row in learned)
+    assert all(len(row.tokens) <= 14 for row in learned)
+    asked = []
+
+    def failing(group, settings):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(group)
+        return write(group, settings)
+
+    with pytest.raises(KeyboardInterrupt):
+        texts(tmp_path / "two", some, failing)
+    where = {"context": 14, "most": 24, "report": lambda share: None, "processes": 2}
+    for process in (1, 0):
+        write_texts(tmp_path / "two" / "parts", some, write, GENERATION, process=process, **where)
+    for path in one.glob("shard-*"):
+        assert (tmp_path / "two" / "parts" / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(UserError, match="teacher is t, of this study it is u"):
+        read_texts(one, some, {"teacher": "u"}, GENERATION)
+    with pytest.raises(UserError, match="row d0#0 is not of these tokens"):
+        read_texts(one, [Row("d0", "code", 0, [0, 1, 2, 3, 4, 5])], LINEAGE, GENERATION)
+    with pytest.raises(UserError, match="row new#0 is not of these tokens"):
+        read_texts(one, [Row("new", "code", 0, [0, 1, 2])], LINEAGE, GENERATION)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"targets\.generation: 5 tokens are given, and a row has 5"):
+        write_texts(tmp_path, rows(), None, GENERATION, context=5, most=99, report=lambda share: None)
+
+
+def test_the_share_of_on_policy_steps_is_told_by_seed_and_step():
+    def turns(share, seed=0):
+        return [OnPolicy(share, GENERATION, 14, seed, 0).turn(step) for step in range(1000)]
+
+    assert sum(turns(0.25)) == pytest.approx(250, abs=45)
+    assert turns(0.25) == turns(0.25) != turns(0.25, seed=1)
+    assert not any(turns(0.0))
+    assert all(turns(1.0))
+
+
+def test_an_on_policy_run_continues_to_the_same_weights(tmp_path):
+    """Half of the steps learn from what the student wrote; a stop changes neither which nor what."""
+    table = torch.log_softmax(3 * torch.randn(320, 320, generator=torch.Generator().manual_seed(5)), -1)
+    seen = []
+
+    def teacher(batch):
+        seen.append(batch)
+        return Dense(table[batch.input_ids[:, :-1][batch.mask]])
+
+    config = Train(rows=2, steps=6, checkpoint_every=2)
+    writer = OnPolicy(0.5, GENERATION, 14, 1, 0)
+    how = {"pad": 0, "seed": 1, "teacher": teacher, "rewrite": writer}
+
+    def stop(step):
+        if step.number == 5:
+            raise KeyboardInterrupt
+
+    whole, again = tiny_model(), tiny_model(seed=9)
+    train(whole, rows(), config, scratch=tmp_path / "whole", **how)
+    turns = [writer.turn(step) for step in range(6)]
+    assert 0 < sum(turns) < 6
+    given = {row.id: row for row in rows()}
+    for turn, batch in zip(turns, seen[:6], strict=True):
+        for name, ids, mask in zip(batch.ids, batch.input_ids, batch.mask, strict=True):
+            own = ids.tolist() == given[name].tokens
+            assert own is not turn
+            assert ids[:5].tolist() == given[name].tokens[:5]
+            assert not mask[:4].any() if turn else mask.all()
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), rows(), config, scratch=tmp_path / "parts", report=stop, **how)
+    train(again, rows(), config, scratch=tmp_path / "parts", **how)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_sharded_student_cannot_write():
+    acc, writer = accelerator(), OnPolicy(1.0, GENERATION, 14, 0, 0)
+    sharded = type(
+        "Sharded", (), {"distributed_type": DistributedType.FSDP, "process_index": acc.process_index}
+    )
+    with pytest.raises(UserError, match="no process has the whole student"):
+        writer(sharded, tiny_model(), 0, rows())
+
+
+def test_points_belong_to_row_and_seed():
+    one, two = points_of(rows(2), GENERATION, "a")
+    assert not torch.equal(one, two)
+    assert torch.equal(points_of(rows(3)[1:2], GENERATION, "a")[0], two)
+    assert json.dumps(two.tolist()) != json.dumps(points_of(rows(2), GENERATION, "b")[1].tolist())

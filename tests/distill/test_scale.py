@@ -1,0 +1,130 @@
+"""Several processes: what a launcher asks for, and students and teachers in shards."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from distill.launch import asked_processes
+from distill.loop import train
+from distill.method import plain_signal
+from distill.sharding import check_installed, set_up
+from eval.errors import UserError
+from eval.sections import Optimizer, Train
+from tests.distill.test_loop import rows
+from tests.helpers import ROOT, run, tiny_model
+
+CONFIG = Train(
+    rows=8, accumulate=2, steps=5, checkpoint_every=2, evaluate_every=2, optimizer=Optimizer(lr=0.01)
+)
+
+
+def test_a_launcher_asks_by_its_words_or_by_its_config(tmp_path):
+    config = str(ROOT / "configs" / "accelerate" / "cpu2.yaml")
+    assert asked_processes(["launch", "--num_processes", "3", "x.py"]) == 3
+    assert asked_processes(["launch", "--num-processes=3", "--config_file", config]) == 3
+    assert asked_processes(["launch", "--config_file", config, "x.py"]) == 2
+    assert asked_processes(["launch", f"--config_file={config}"]) == 2
+    assert asked_processes(["launch", "--config_file", str(tmp_path / "absent.yaml")]) is None
+
+
+def test_what_shards_cannot_do_is_told(monkeypatch):
+    acc = Accelerator(cpu=True)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match=r"optimizer\.name: muon, and FSDP splits .* to adamw"):
+        set_up(acc, Train(optimizer=Optimizer(name="muon")), tiny_model())
+    monkeypatch.setattr("distill.sharding.find_spec", lambda name: None)
+    check_installed(False)
+    with pytest.raises(UserError, match=r"DeepSpeed is asked for and not installed; `pip install deepspeed`"):
+        check_installed(True)
+
+
+def of_model(teacher):
+    return lambda batch: plain_signal(teacher, batch=batch).at(F.pad(batch.mask, (0, 1)))
+
+
+def trained(model, teacher, scratch, **how):
+    """The run that both sides make, and what it logs."""
+    told = {}
+
+    def log(step, values):
+        told.setdefault(step, {}).update({k: v for k, v in values.items() if k != "tokens_per_second"})
+
+    where = {"pad": 0, "seed": 0, "scratch": scratch, "log": log}
+    curve = train(model, rows(8), CONFIG, teacher=of_model(teacher), evaluate=evaluate, **where, **how)
+    return told, curve
+
+
+@torch.no_grad()
+def evaluate(learner):
+    from eval.documents import collate
+
+    return float(learner(collate(rows(4), 0), None))
+
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+sys.path[0] = sys.argv[1]
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+from distill.loop import accelerator
+from distill.sharding import shard_teacher
+from tests.distill.test_scale import evaluate, trained
+from tests.helpers import tiny_model
+
+torch.set_num_threads(1)
+acc = accelerator()
+# accelerate 1.15 takes a config with FSDP for GPUs alone; below it, all of it works with gloo as well.
+acc.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+)
+for state in (PartialState._shared_state, vars(acc.state)):
+    state["distributed_type"] = DistributedType.FSDP
+
+teacher = shard_teacher(tiny_model(seed=5, num_hidden_layers=3))
+split = sum(isinstance(p, DTensor) for p in teacher.parameters())
+
+def stop(step):
+    if step.number == 3:
+        raise KeyboardInterrupt
+
+model, scratch = tiny_model(), Path(sys.argv[2])
+try:
+    trained(model, teacher, scratch, report=stop)
+except KeyboardInterrupt:
+    pass
+assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_model().parameters()))
+told, curve = trained(model, teacher, scratch)
+if acc.is_main_process:
+    assert not any(isinstance(p, DTensor) for p in model.parameters())
+    model.save_pretrained(Path(sys.argv[2]) / "out")
+    print("FOUND", json.dumps([acc.num_processes, acc.distributed_type, split, told, curve]))
+"""
+
+
+def test_shards_train_the_model_that_one_process_trains(tmp_path):
+    """FSDP 2 on two gloo processes, the teacher in shards too, stopped and continued, against one process."""
+    one = tiny_model()
+    expected, whole = trained(one, tiny_model(seed=5, num_hidden_layers=3), tmp_path / "one")
+    script = tmp_path / "sharded.py"
+    script.write_text(SCRIPT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = run(*torchrun, script, ROOT, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+    processes, kind, split, told, curve = json.loads(line.removeprefix("FOUND"))
+    assert (processes, kind) == (2, "FSDP")
+    assert split == 3 * 9, "every weight of the teacher's layers"
+    assert {int(step) for step in told} == {3, 4, 5}, "it went on from the checkpoint of step 2"
+    for step, values in told.items():
+        assert values == pytest.approx(expected[int(step)], rel=1e-4)
+    assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in whole], rel=1e-4)
+    two = type(one).from_pretrained(tmp_path / "two" / "out")
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4, msg=name)

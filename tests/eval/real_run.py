@@ -1,0 +1,107 @@
+"""A run folder that can be released: real tiny models of the first seed, and records that fit them.
+
+Three models are trained for ever longer: the base, the control and the student. Their bits are those of every
+seed, with a little luck added; the teachers' are the base's and the student's.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eval.artifacts import building, read_manifest
+from eval.documents import Document, collate, windows
+from eval.metrics.likelihood import document_bits
+from eval.records import Documents, Measured, write_record
+from eval.study import Study
+from tests.eval.fake_run import tokenizer
+from tests.eval.synthetic_run import Run
+from tests.helpers import text, tiny_model
+
+CONTEXT = 64
+RECIPES = {"small": ("torch", 1.0, 0.6), "half": ("torch", 0.2, 1.0)}
+STEPS = {"B": 10, "S0": 16, "S1": 60}
+LIKE = {"B": "B", "T0": "B", "CE": "S0", "S0": "S0", "S1": "S1", "T1": "S1"}
+SIZES = {"train": 24, "heldout": 40, "far": 30}
+
+
+@cache
+def documents(split: str) -> list[Document]:
+    """Two thirds code, one third prose; on the slice far the other way round."""
+    start, words = {"train": 0, "heldout": 100, "far": 200}[split], 30
+    domains = [("prose", "code")[(i % 3 == 0) == (split == "far")] for i in range(SIZES[split])]
+    made = [(d, text(d, start + i, words=words + 10 * (i % 4))) for i, d in enumerate(domains)]
+    return [Document(f"{split}{i}", domain, said) for i, (domain, said) in enumerate(made)]
+
+
+@cache
+def trained(arm: str):
+    torch.set_num_threads(1)
+    words, model = tokenizer(), tiny_model()
+    rows = [row for d in documents("train") for row in windows(words, d, CONTEXT)]
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
+    for step in range(STEPS[arm]):
+        batch = collate([rows[(8 * step + i) % len(rows)] for i in range(8)], 0)
+        logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits[batch.mask], batch.labels[batch.mask])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@cache
+def bits(arm: str, split: str) -> tuple[list[float], list[int]]:
+    model = trained(arm)
+    return document_bits(lambda batch: model(**batch.inputs).logits, documents(split), tokenizer(), CONTEXT)
+
+
+class RealRun(Run):
+    """As `Run`, but a release can be built of it."""
+
+    @property
+    def study(self) -> Study:
+        study = super().study
+        return study.model_copy(update={"data": study.data.model_copy(update={"context": CONTEXT})})
+
+    def artifact(self, place: str, parents: dict[str, str] | None = None, content: str = "") -> str:
+        *_, arm, seed = [None, None, *place.replace("base", "B").split("/")]
+        recipe = place.split("/")[1] if place.startswith("variants") else "plain"
+        facts = {"arm": arm, "seed": 0, "recipe": recipe, "engine": "torch"} if seed == "s0" else {}
+        with building(
+            self.path / place, kind="model", name=place, key=place, parents=parents or {}, facts=facts
+        ) as aside:
+            if place == "data":
+                for split in SIZES:
+                    rows = [json.dumps(vars(d)) + "\n" for d in documents(split)]
+                    (aside / f"{split}.jsonl").write_text("".join(rows))
+            elif seed == "s0":
+                trained(LIKE[arm]).save_pretrained(aside)
+                tokenizer().save_pretrained(aside)
+                (aside / "note").write_text(place)
+            else:
+                (aside / "model.safetensors").write_text(place)
+        return read_manifest(self.path / place).hash
+
+    def documents(self, arm: str, seed: int, kept: float) -> Documents:
+        luck = np.random.default_rng([seed, *map(ord, arm)])
+        columns: dict[str, list] = {name: [] for name in ("id", "slice", "bytes", "tokens", "bits")}
+        for split in ("heldout", "far"):
+            found, tokens = bits(LIKE[arm], split)
+            control, _ = bits("S0", split)
+            for d, b, c, t in zip(documents(split), found, control, tokens, strict=True):
+                noise = luck.normal(0, 0.005) * d.bytes if seed else 0.0
+                values = (d.id, split, d.bytes, t, c + kept * (b - c) + noise)
+                for name, value in zip(columns, values, strict=True):
+                    columns[name].append(value)
+        return Documents(**columns)
+
+    def fallback_cost(self) -> Path:
+        """The base's cost, of the same rounds as the others."""
+        plain = self.path / "records/cost/cpu/plain/S1-s0.json"
+        record = Measured.model_validate_json(plain.read_text())
+        base = read_manifest(self.path / "base/s0").hash
+        moved = record.provenance.model_copy(update={"artifact": base})
+        return write_record(self.path, record.model_copy(update={"arm": "B", "provenance": moved}))

@@ -1,0 +1,328 @@
+"""A run folder with a gate.json of every kind of field, and records beneath it; no model in it."""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from eval.keys import new_key, private_key
+from eval.records import Documents, Machine, Provenance, Score, write_record
+from eval.statement import (
+    PREDICATE,
+    TYPE,
+    Digest,
+    Policy,
+    Predicate,
+    Statement,
+    Subject,
+    Waiver,
+    signed,
+    signed_digest,
+)
+from eval.study import load_study
+
+HOSTILE = "<script>alert('x')</script> & $x^2$ | `a` ](b) <!-- sign-offs -->"
+SLICES = {"heldout": 64, "near": 32, "far": 32}
+
+# recipe, engine, bits per byte, kept share, guard share, decode ms, disk MiB, verdict
+VARIANTS = [
+    ("plain", "torch", 2.593, 0.66, 1.0, 2.31, 2.1, "PASS"),
+    ("int8", "openvino", 2.5932, 0.657, 0.998, 0.71, 0.83, "PASS"),
+    ("int4", "openvino", 2.598, 0.631, 0.962, 0.64, 0.61, "PASS"),
+    ("wanda50", "torch", 2.63, 0.52, 0.7, 2.35, 2.1, "INCONCLUSIVE"),
+    ("depth25", "torch", 2.629, 0.475, 0.71, 1.78, 1.7, "INCONCLUSIVE"),
+    ("depth25-int8", "openvino", 2.6294, 0.47, 0.705, 0.58, 0.66, "INCONCLUSIVE"),
+    ("nf4", "bitsandbytes", 2.61, 0.6, 0.9, 6.8, 1.2, "FAIL"),
+    ("int8-bnb", "bitsandbytes", 2.594, 0.655, 0.99, 5.2, 1.4, "FAIL"),
+]
+BUDGET = yaml.safe_load("""
+{name: default, alpha: 0.05, f: 0.5, g: 0.5, slices: {near: 0.5, far: 0.5}, hash: abc, targets: {
+  cpu: {device: cpu, required: true, limits: {decode_p50: {at_most: 1.0, of: plain}}},
+  gpu: {device: cuda, required: false, limits: {}}}}
+""")
+POWER = yaml.safe_load(
+    "{documents: 64, seeds: 3, effect: 0.02, power_now: 0.86, seeds_for_80: 3, documents_for_80: 51}"
+)
+MADE = yaml.safe_load("""
+{data: def, versions: {python: 3.11.2, torch: 2.13.0},
+ machines: [{host: laptop, cpu: Some CPU @ 2.0 GHz, isa: AVX512, cores: 2, device: cpu}]}
+""")
+STUDY = yaml.safe_load("""
+{name: demo, seeds: [0, 1, 2], budget: default, data: {documents: [{kind: folder, path: stdlib}]},
+ base: {path: somewhere}, method: {name: ensemble}, train: {}}
+""")
+SCORES = {"B": 2.715, "T0": 2.71, "T1": 2.584, "CE": 2.69, "S0": 2.679, "S1": 2.593}
+
+
+def span(point: float, half: float) -> dict:
+    return {"point": point, "low": round(point - half, 6), "high": round(point + half, 6)}
+
+
+def kept(point: float, half: float = 0.11) -> dict:
+    return {**span(point, half), "bootstrap_low": point - 0.1, "bootstrap_high": point + 0.13}
+
+
+def cost(decode: float, disk: float, recipe: str) -> dict:
+    def latency(value: float, spread: float, plain: float) -> dict:
+        ratio = {"point": value / plain, "lower": value / plain * 0.97, "upper": value / plain * 1.04}
+        relative = None if recipe == "plain" else {**ratio, "of": "plain"}
+        return {**timed, "value": value, "lower": value * 0.98, "upper": value * spread, "relative": relative}
+
+    timed = {"unit": "ms", "requests": 60, "processes": 3}
+    none = {**timed, "value": None, "lower": None, "upper": None, "needs": 459}
+    size = {"unit": "MiB", "requests": 3, "processes": 3}
+    return {
+        "prefill_p50": latency(decode * 6.1, 1.04, 14.1),
+        "prefill_p95": latency(decode * 6.9, 1.12, 15.9),
+        "prefill_p99": none,
+        "decode_p50": latency(decode, 1.03, 2.31),
+        "decode_p95": latency(decode * 1.31, 1.1, 3.02),
+        "decode_p99": none,
+        "peak_memory": {"value": 187.25, "lower": 186.0, "upper": 188.5, **size},
+        "disk": {"value": disk, "lower": disk, "upper": disk, **size},
+    }
+
+
+def load(knee: float) -> dict:
+    """What a server that takes `knee` requests a second shows at three rates."""
+
+    def number(value: float, unit: str = "ms") -> dict:
+        return {
+            "value": value,
+            "lower": value * 0.9,
+            "upper": value * 1.1,
+            "unit": unit,
+            "requests": 3,
+            "processes": 3,
+        }
+
+    def rate(share: float) -> dict:
+        wait = 32 / knee / max(0.1, 1.2 - share) * 40
+        done = {
+            "offered_rps": number(share * knee, "requests/s"),
+            "throughput_rps": number(share * knee, "requests/s"),
+        }
+        done["throughput_tokens_per_s"] = number(share * knee * 32, "tokens/s")
+        times = {
+            "ttft_p95": number(wait),
+            "p50": number(wait * 2),
+            "p95": number(wait * 4),
+            "p99": number(wait * 5),
+        }
+        return {"rate": round(share * knee, 2), **done, **times, "follows": 3}
+
+    found = {"knee_rps": number(knee, "requests/s"), "knee_tokens_per_s": number(32 * knee, "tokens/s")}
+    return {**found, "slo_ms": 200.0, "seconds": 10.0, "rates": [rate(share) for share in (0.5, 0.8, 0.95)]}
+
+
+def quality(bits: float) -> dict:
+    return {
+        "accuracy": {name: {**span(1.1 / bits, 0.01), "unit": "share"} for name in SLICES},
+        "calibration_error": {name: {**span(0.03, 0.01), "unit": "share"} for name in SLICES},
+        "worst_slice": "far",
+        "flips": {"value": 0.0213, "low": 0.0184, "high": 0.0242, "floor": 0.0017, "unit": "share of tokens"},
+        "kl": {"value": 0.00412, "low": 0.0037, "high": 0.0046, "floor": 0.00021, "unit": "bits/token"},
+        "tasks": {"sums": {arm: {**span(0.41, 0.07), "unit": "mark"} for arm in ("S1", "S0")}},
+    }
+
+
+SEALED = yaml.safe_load("""
+{openings: 1, time: "2026-01-03T10:00:00+00:00", by: Ada, recipe: int8, target: cpu, current: true, documents: 64,
+ verdict: PASS, parts: [], teacher_gain: null, guard_share: null, kept_share: {point: 0.61, low: 0.52, high: 0.7},
+ history: [{number: 1, time: "2026-01-03T10:00:00+00:00", by: Ada, reason: null, recipe: int8, verdict: PASS}]}
+""")
+
+
+def parts(kept: float, guard: float, verdict: str) -> list[dict]:
+    def part(name: str, value: float, limit: float, unit: str, reason: str) -> dict:
+        held = {"estimate": value, "low": value * 0.8, "high": value * 1.3, "limit": limit, "unit": unit}
+        return {"name": name, "verdict": "PASS" if value > 0.01 else verdict, **held, "reason": reason}
+
+    slow = "FAIL" if verdict == "FAIL" else "PASS"
+    return [
+        part("assay", 0.126, 0.0, "bits/byte", "the method improves the teacher on heldout"),
+        part("retention", (kept - 0.5) * 0.126, 0.0, "bits/byte", "at least 0.5 of the gain is kept"),
+        part("guard", (guard - 0.5) * 0.122, 0.0, "bits/byte", "at least 0.5 of the student's gain is kept"),
+        part("fallback", 0.122, 0.0, "bits/byte", "it beats the base"),
+        part("slice:near", 0.0123456, 0.0, "bits/byte", "at least 0.5 of the gain is kept on near"),
+        part("slice:far", 0.0098765, 0.0, "bits/byte", "at least 0.5 of the gain is kept on far"),
+        {**part("cost:decode_p50", 0.31, 1.0, "x plain", "held against the upper bound"), "verdict": slow},
+    ]
+
+
+def variant(row: tuple, target: str = "cpu", measured: bool = True) -> dict:
+    recipe, engine, bits, share, guard, decode, disk, verdict = row
+    loaded = load(1000 / (32 * decode)) if measured and recipe in ("plain", "int8") else None
+    under = {"knee": loaded["knee_rps"], "throughput": loaded["knee_tokens_per_s"]} if loaded else {}
+    reason = {
+        "PASS": "keeps the gain and stays within every limit",
+        "FAIL": "decode is slower than the uncompressed student",
+        "INCONCLUSIVE": "it cannot be told whether at least 0.5 of the teacher's gain is kept on heldout",
+    }[verdict]
+    here = "PASS" if verdict == "FAIL" else verdict
+    return {
+        **{"recipe": recipe, "target": target, "engine": engine, "p": 0.01, "measured": measured},
+        "verdict": verdict if measured else "INCONCLUSIVE",
+        "reason": reason if measured else f"its cost was not measured on {target}",
+        "parts": parts(share, guard, verdict),
+        "holm_p": 0.03 if measured else None,
+        "kept_share": kept(share, 0.12),
+        "kept_of_student": kept(share / 0.66, 0.05),
+        "chain": [
+            {"step": "distil", "over": "teacher", "share": kept(0.66)},
+            *([{"step": recipe, "over": "plain", "share": kept(share / 0.66)}] if recipe != "plain" else []),
+        ],
+        "load": loaded,
+        "guard_share": kept(guard, 0.06),
+        "slices": {name: {"kept_share": kept(share - 0.02), "verdict": here} for name in ("near", "far")},
+        "scores": {name: span(bits + 0.2 * i, 0.03) for i, name in enumerate(SLICES)},
+        "cost": cost(decode, disk, recipe) | under if measured else None,
+        "how": None if measured else f"python -m eval.cost --study runs/x --target {target}",
+        "hashes": {"artifact": {"0": "a" * 64}, "control": {"0": "f" * 64}, "records": {}},
+        "recommended": recipe == "int8" and measured,
+    }
+
+
+def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
+    paths = sorted((run / "records").rglob("*.json"))
+    records = {p.relative_to(run).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+    return {
+        **{"schema_version": 2, "study": run.name, "title": title, "method": "ensemble", "verdict": "PASS"},
+        **{"seeds": [0, 1, 2], "documents": SLICES, "budget": BUDGET, "power": POWER, "variants": variants},
+        "reason": "int8 keeps the method's gain on cpu, beats the fallback and stays within every limit.",
+        "recommended": {"cpu": "int8", "gpu": None},
+        "notes": ["all 3 seeds share one teacher T1 (0123456789ab)"],
+        "sealed": SEALED,
+        "quality": {row[0]: quality(row[2]) for row in VARIANTS},
+        "teacher_gain": span(0.126, 0.021),
+        "teacher_gain_slices": {"near": span(0.131, 0.03), "far": span(0.098, 0.035)},
+        "scores": {
+            arm: {name: span(bits + 0.2 * i, 0.03) for i, name in enumerate(SLICES)}
+            for arm, bits in SCORES.items()
+        },
+        "kept_by_student": {"over_control": kept(0.66), "over_ce": kept(0.75), "over_base": kept(0.93)},
+        "provenance": {
+            **MADE,
+            "artifacts": artifacts(),
+            "config": load_study(run).hash(),
+            "records": records,
+        },
+    }
+
+
+def write_manifest(folder: Path, arm: str, seed: int, start: float) -> None:
+    curve = [
+        [step, start * (0.4 + 0.6 / (1 + step / 40)) + 0.03 * ((step * 7 + seed) % 5)]
+        for step in range(0, 300, 3)
+    ]
+    card = {
+        "title": "Deep ensemble",
+        "paper": "A. Uthor 2017, arXiv:1612.01474",
+        "claim": "a mean is better",
+        "limits": "K times",
+    }
+    facts = {
+        "method": card,
+        "arm": arm,
+        "seed": seed,
+        "recipe": "plain",
+        "engine": "torch",
+        "loss_curve": curve,
+    }
+    names = {"kind": "model", "name": folder.name, "key": "k", "hash": "h"}
+    manifest = {**names, "files": {}, "parents": {}, "versions": {}, "facts": facts}
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def write_score(run: Path, arm: str, seed: int, recipe: str) -> None:
+    """The documents of one model; the worst one of all has a hostile name."""
+    rng = np.random.default_rng([seed, *map(ord, arm)])
+    ids = [HOSTILE, *(f"d{i}" for i in range(1, sum(SLICES.values())))]
+    size = np.random.default_rng(7).integers(300, 3000, len(ids))
+    hard = np.random.default_rng(8).normal(2.7, 0.3, len(ids))
+    gain = {"T1": 0.126, "S1": 0.083}.get(arm, 0.0) * np.random.default_rng(9).gamma(4, 0.25, len(ids))
+    gain[0] = -0.2 if arm == "S1" else 0.0
+    bits = (hard - gain + rng.normal(0, 0.01, len(ids))) * size
+    documents = Documents(
+        id=ids,
+        slice=[name for name, n in SLICES.items() for _ in range(n)],
+        bytes=size.tolist(),
+        tokens=(size // 3).tolist(),
+        bits=bits.tolist(),
+    )
+    host = Machine(host="box", system="Linux", cpu="some CPU", isa="AVX512", cores=2, device="cpu")
+    made = Provenance(
+        artifact="a" * 64,
+        config=load_study(run).hash(),
+        machine=host,
+        versions={},
+        time="2026-01-01T00:00:00+00:00",
+    )
+    score = Score(
+        arm=arm, seed=seed, recipe=recipe, engine="torch", data="def", documents=documents, provenance=made
+    )
+    write_record(run, score)
+
+
+def artifacts() -> dict[str, str]:
+    arms = [*SCORES, "S1/int8", "S0/int8"]
+    places = [
+        f"{arm.partition('/')[0]}/s{seed}/{arm.partition('/')[2] or 'plain'}"
+        for arm in arms
+        for seed in range(3)
+    ]
+    return {place: hashlib.sha256(place.encode()).hexdigest() for place in places}
+
+
+def run_folder(
+    place: Path, title: str = "A three-member ensemble, distilled", variants: list[dict] | None = None
+) -> Path:
+    """A run folder as the earlier stages leave it: study, records, manifests and gate.json."""
+    run = place / "demo"
+    study = {**STUDY, "title": title, "runs": str(place)}
+    run.mkdir(parents=True)
+    (run / "study.yaml").write_text(yaml.safe_dump(study))
+    for seed in range(3):
+        for arm, recipe in [*((arm, "plain") for arm in SCORES), ("S1", "int8"), ("S0", "int8")]:
+            write_score(run, arm, seed, recipe)
+    for seed in range(3):
+        write_manifest(run / "base" / f"s{seed}", "B", seed, 6.0)
+        for arm, start in (("S1", 3.0), ("S0", 2.8), ("CE", 3.4)):
+            write_manifest(run / "students" / arm / f"s{seed}", arm, seed, start)
+    default = [variant(row) for row in VARIANTS] + [variant(VARIANTS[6], "gpu", measured=False)]
+    (run / "gate.json").write_text(json.dumps(gate_of(run, title, default if variants is None else variants)))
+    return run
+
+
+def sign(run: Path, recipe: str, waiver: Waiver | None) -> None:
+    """A sign-off of gate.json as it is, and of nothing else."""
+    key = run / "key"
+    if not key.exists():
+        new_key(key)
+    signer = private_key(key)
+    said = Predicate(
+        by=HOSTILE,
+        time=datetime(2026, 1, 5, tzinfo=UTC).isoformat(),
+        public_key=signer.public_key.keyval["public"],
+        study="demo",
+        config="c",
+        recipe=recipe,
+        target="cpu",
+        verdict="FAIL" if waiver else "PASS",
+        reason="because",
+        recommended=False,
+        waiver=waiver,
+        policy=Policy(name="default", sha256="p", hash="h"),
+        sealed=None,
+        data="d",
+        artifacts={},
+        files={"gate.json": signed_digest(run / "gate.json")},
+    )
+    subject = [Subject(name="x", digest=Digest(sha256="s"))]
+    text = signed(Statement(type=TYPE, subject=subject, predicate_type=PREDICATE, predicate=said), signer)
+    (run / "signoff").mkdir(exist_ok=True)
+    (run / "signoff" / f"{recipe}-cpu.json").write_text(text)

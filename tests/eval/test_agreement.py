@@ -1,0 +1,191 @@
+"""Flips and divergence: identities, a definition in float64, the noise beside them, and the command line."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from eval.behaviour import agreement
+from eval.documents import Document, Row, collate
+from eval.engines import load_engine
+from eval.errors import UserError
+from eval.likeness import (
+    compare_folder,
+    compared,
+    divergence,
+    in_other_batches,
+    likeness,
+    noise,
+    uncompared,
+    with_other_threads,
+)
+from eval.records import Agreement, Rerun, provenance, read_agreements, write_record
+from eval.study import load_study
+from tests.eval.fake_run import CONTEXT, facts, fake_run, put, torch_model
+from tests.helpers import run, text, tiny_model
+
+DOCUMENTS = [Document(f"d{i}", "code", text("code", i, words=5 + 23 * i)) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    return load_engine("torch", checkpoint)
+
+
+def logits_of(model):
+    return lambda batch: model(**batch.inputs).logits
+
+
+def exact_divergence(one, other):
+    """KL in bits of one pair of logits [V]: the definition, in float64."""
+    p, q = one.double().log_softmax(-1).tolist(), other.double().log_softmax(-1).tolist()
+    return math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)) / math.log(2)
+
+
+@torch.no_grad()
+def test_flips_and_divergence_are_those_of_the_definition(engine):
+    other = logits_of(tiny_model(seed=2, tie_word_embeddings=False))
+    found = likeness(engine.logits, other, engine, DOCUMENTS, CONTEXT)
+    words = engine.tokenizer
+    for i, document in enumerate(DOCUMENTS):
+        tokens = words(document.text, add_special_tokens=False)["input_ids"]
+        flips, bits = 0, 0.0
+        for start in range(0, len(tokens), CONTEXT - 1):
+            window = tokens[start : start + CONTEXT - 1]
+            batch = collate([Row("x", "code", 0, [0, *window])], pad=0)
+            p, q = engine.logits(batch)[0, :-1], other(batch)[0, :-1]
+            flips += sum(a.argmax() != b.argmax() for a, b in zip(p, q, strict=True)).item()
+            bits += sum(exact_divergence(a, b) for a, b in zip(p, q, strict=True))
+        assert (found.tokens[i], found.flips[i]) == (len(tokens), flips)
+        assert found.kl_bits[i] == pytest.approx(bits, rel=1e-5)
+    assert sum(found.flips) > 0
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-2, 1.0, 30.0])
+def test_divergence_keeps_its_digits_from_noise_to_certainty(scale):
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(20, 300, generator=generator) * 3
+    q = p + scale * torch.randn(20, 300, generator=generator)
+    found = divergence(p.log_softmax(-1), q.log_softmax(-1)) / math.log(2)
+    assert (found >= 0).all()
+    wanted = [exact_divergence(a, b) for a, b in zip(p, q, strict=True)]
+    assert found.tolist() == pytest.approx(wanted, rel=2e-2 if scale < 1e-4 else 1e-4)
+
+
+def test_a_token_that_cannot_come_counts_nothing_and_one_that_must_is_refused(engine):
+    never = torch.tensor([[0.0, 1.0, -math.inf]]).log_softmax(-1)
+    plain = torch.tensor([[0.0, 1.0, 2.0]]).log_softmax(-1)
+    p, q = never.double()[0, :2], plain.double()[0, :2]
+    assert divergence(never, plain).item() == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-6)
+    assert divergence(never, never).item() == 0
+    assert divergence(plain, never).item() == math.inf
+
+    def silent(batch):
+        return engine.logits(batch).index_fill(2, torch.tensor([40]), -math.inf)
+
+    with pytest.raises(UserError, match="document 'd0': inf bits"):
+        likeness(engine.logits, silent, engine, DOCUMENTS, CONTEXT)
+
+
+def test_the_same_model_agrees_with_itself_and_what_lies_under_padding_does_not_count(engine):
+    same = likeness(engine.logits, engine.logits, engine, DOCUMENTS, CONTEXT)
+    assert same.flips == [0] * 4
+    assert same.kl_bits == [0.0] * 4
+    rows = [Row("a", "code", 0, [0, 5, 6, 7]), Row("b", "code", 0, [0, 9])]
+    batch = collate(rows, pad=0)
+    one, spoiled = engine.logits(batch), engine.logits(batch).clone()
+    spoiled[1, 1:] = math.nan
+    spoiled[0, -1] = math.nan
+    assert compared(one, spoiled, batch).tolist() == [[0.0] * 4, [0.0] * 4]
+
+
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+def test_reruns_are_the_same_model_in_another_batch_and_with_other_threads(name, checkpoint, openvino_folder):
+    folder = {"torch": checkpoint, "openvino": openvino_folder}[name]
+    made, threads = load_engine(name, folder), torch.get_num_threads()
+    found = noise(made, name, DOCUMENTS, CONTEXT)
+    assert torch.get_num_threads() == threads
+    assert set(found) == {"batch", "threads"}
+    for rerun in found.values():
+        assert rerun.tokens == sum(likeness(made.logits, made.logits, made, DOCUMENTS, CONTEXT).tokens)
+        assert rerun.kl_bits / rerun.tokens < 1e-6
+    batch = collate([Row("a", "code", 0, [0, 5, 6, 7]), Row("b", "code", 0, [0, 9])], pad=0)
+    for other in (in_other_batches(made), with_other_threads(name, folder)):
+        torch.testing.assert_close(other(batch)[0], made.logits(batch)[0], atol=1e-5, rtol=1e-4)
+
+
+def record(seed, flips, tokens=(100, 300), floor=0.0, **changes):
+    fields = {"arm": "S1", "recipe": "int8", "engine": "torch", "data": "d" * 64, "student": "s" * 64}
+    made = {"id": ["a", "b"], "tokens": list(tokens), "flips": flips, "kl_bits": [0.5 * f for f in flips]}
+    reruns = {
+        "batch": Rerun(tokens=1000, flips=1, kl_bits=floor),
+        "threads": Rerun(tokens=1000, flips=0, kl_bits=0),
+    }
+    return Agreement(
+        **{
+            **fields,
+            **made,
+            "seed": seed,
+            "reruns": reruns,
+            "provenance": provenance("a" * 64, "c" * 64),
+            **changes,
+        }
+    )
+
+
+def test_shares_are_ratios_of_sums_with_seeds_and_documents_crossed():
+    flips, kl = agreement([record(0, [3, 5]), record(1, [1, 9], floor=2.0)], [0, 1])
+    assert flips.value == pytest.approx((3 + 5 + 1 + 9) / 800)
+    assert flips.low < flips.value < flips.high
+    assert flips.floor == 1 / 1000
+    assert (kl.value, kl.floor) == (pytest.approx(9 / 800), 2 / 1000)
+    assert agreement([record(0, [3, 5])], [0, 1]) == (None, None), "one seed of two was not compared"
+    one, _ = agreement([record(0, [3, 5])], [0])
+    assert (one.value, one.low, one.high) == (pytest.approx(8 / 400), None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl_bits": [1.0, math.nan]}, "not finite"),
+        ({"tokens": [100]}, "different lengths"),
+        ({"id": []}, "id"),
+    ],
+)
+def test_a_record_that_cannot_be_true_is_refused(tmp_path, changes, message):
+    path = write_record(tmp_path, record(0, [3, 5]))
+    assert read_agreements(tmp_path) == [record(0, [3, 5])] or read_agreements(tmp_path)[0].flips == [3, 5]
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({**value, **changes}))
+    with pytest.raises(UserError, match=message):
+        read_agreements(tmp_path)
+
+
+def test_the_command_compares_once_and_again_only_what_changed(tmp_path, openvino_folder):
+    study, folder = fake_run(tmp_path)
+    put(folder, "students/S1/s0", torch_model(seed=7), **facts("S1"))
+    put(
+        folder,
+        "variants/int8/S1/s0",
+        lambda to: shutil.copytree(openvino_folder, to, dirs_exist_ok=True),
+        **facts("S1", "int8", "openvino"),
+    )
+    put(folder, "variants/int8/S0/s0", torch_model(seed=5), **facts("S0", "int8"))
+    done = run("-m", "eval.agreement", "--study", study)
+    assert done.returncode == 0, done.stderr
+    assert "compared 1 variants, 0 were compared before" in done.stdout
+    (found,) = read_agreements(folder)
+    assert (found.arm, found.recipe, found.engine) == ("S1", "int8", "openvino")
+    assert len(found.id) == 6
+    assert sum(found.kl_bits) / sum(found.tokens) < 1e-6, "the same weights on another engine"
+    loaded = load_study(study)
+    assert uncompared(folder, loaded) == []
+    put(folder, "students/S1/s0", torch_model(seed=8), **facts("S1"))
+    assert uncompared(folder, loaded) == [folder / "variants/int8/S1/s0"]
+    again = compare_folder(folder, loaded, folder / "variants/int8/S1/s0")
+    assert sum(again.kl_bits) / sum(again.tokens) > 0.001
+    put(folder, "students/S1/s0", torch_model(seed=8, vocab_size=400), **facts("S1"))
+    with pytest.raises(UserError, match="320 rows of output, its student has 400"):
+        compare_folder(folder, loaded, folder / "variants/int8/S1/s0")

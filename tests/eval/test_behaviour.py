@@ -1,0 +1,89 @@
+"""What gate.json tells beside the gain: from records of a run, and only from those that fit it."""
+
+import numpy as np
+import pytest
+
+from eval.budget import load_budget
+from eval.evidence import collect
+from eval.judge import judged
+from eval.records import Agreement, Bins, Items, Marked, Rerun, read_scores, write_record
+from tests.eval.synthetic_run import Run
+
+
+def with_accuracy(run, share=0.4):
+    """Gives every score of S1 after int8 its correct tokens and bins."""
+    for record in read_scores(run.path):
+        if (record.arm, record.recipe) != ("S1", "int8"):
+            continue
+        columns = record.documents
+        correct = [round(share * n) for n in columns.tokens]
+        bins = {}
+        for name in dict.fromkeys(columns.slice):
+            n = sum(t for t, s in zip(columns.tokens, columns.slice, strict=True) if s == name)
+            bins[name] = Bins(tokens=[n], confidence=[0.5 * n], correct=[(0.4 - 0.01 * record.seed) * n])
+        made = columns.model_copy(update={"correct": correct, "calibration": bins})
+        write_record(run.path, record.model_copy(update={"documents": made}))
+
+
+def agree(run, record, flips, **changes):
+    student = next(
+        r for r in read_scores(run.path) if (r.arm, r.seed, r.recipe) == (record.arm, record.seed, "plain")
+    )
+    names = ["d0", "d1", "d2"]
+    made = {"id": names, "tokens": [100, 200, 300], "flips": flips, "kl_bits": [0.1 * f for f in flips]}
+    fields = {"data": record.data, "student": student.provenance.artifact, "provenance": record.provenance}
+    who = {"arm": record.arm, "seed": record.seed, "recipe": record.recipe, "engine": record.engine}
+    reruns = {"batch": Rerun(tokens=100, flips=0, kl_bits=1e-6)}
+    write_record(run.path, Agreement(**{**who, **made, **fields, "reruns": reruns, **changes}))
+
+
+def mark(run, record, value, **changes):
+    who = {"arm": record.arm, "seed": record.seed, "recipe": record.recipe, "engine": record.engine}
+    items = Items(id=["a", "b", "c", "d"], value=value)
+    fields = {"task": "pick", "source": "s" * 64, "metric": "multiple_choice", "items": items}
+    write_record(run.path, Marked(**{**who, **fields, "provenance": record.provenance, **changes}))
+
+
+def quality(run):
+    study = run.study.model_copy(
+        update={"data": run.study.data.model_copy(update={"tasks": {"pick": object()}})}
+    )
+    assert study.seeds == [0, 1, 2, 3]
+    return judged(collect(run.path, run.study, load_budget(run.study)), load_budget(run.study)).quality
+
+
+@pytest.fixture
+def made(tmp_path):
+    return Run(tmp_path).make()
+
+
+def test_what_was_not_measured_is_empty(made):
+    found = quality(made)
+    assert set(found) == {"plain", "int8", "half"}
+    one = found["int8"]
+    assert (one.accuracy, one.calibration_error, one.tasks, one.flips, one.kl) == ({}, {}, {}, None, None)
+    assert one.worst_slice in ("heldout", "far")
+
+
+def test_what_was_measured_is_told_with_its_interval(made):
+    with_accuracy(made)
+    variants = [r for r in read_scores(made.path) if (r.arm, r.recipe) == ("S1", "int8")]
+    for record in variants:
+        agree(made, record, [1 + record.seed, 2, 4])
+    one = quality(made)["int8"]
+    assert one.accuracy["heldout"].point == pytest.approx(0.4, abs=0.001)
+    assert one.accuracy["heldout"].unit == "share"
+    off = [0.1 + 0.01 * seed for seed in range(4)]
+    assert one.calibration_error["far"].point == pytest.approx(np.mean(off))
+    assert one.calibration_error["far"].low < np.mean(off) < one.calibration_error["far"].high
+    assert one.flips.value == pytest.approx((1 + 2 + 3 + 4 + 4 * 6) / (4 * 600))
+    assert one.flips.low < one.flips.value < one.flips.high
+    assert (one.flips.floor, one.kl.floor, one.kl.unit) == (0, 1e-8, "bits/token")
+
+
+@pytest.mark.parametrize("field", ["student", "data"])
+def test_an_agreement_of_other_artifacts_or_data_is_not_shown(made, field):
+    for record in read_scores(made.path):
+        if (record.arm, record.recipe) == ("S1", "int8"):
+            agree(made, record, [1, 2, 4], **({field: "x" * 64} if record.seed == 2 else {}))
+    assert quality(made)["int8"].flips is None

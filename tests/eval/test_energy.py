@@ -1,0 +1,112 @@
+"""Meters of energy, read from a folder that looks like the kernel's; without one there is no number."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.budget import load_budget
+from eval.energy import NONE, Counter, device_memory, meter_of, nvml, rapl
+from eval.errors import UserError
+from eval.evidence import collect
+from eval.judge import judged
+from tests.eval.synthetic_run import Run, edit, row
+
+RANGE = 262_143_328_850  # microjoules, of a real package
+
+
+def zone(top: Path, folder: str, name: str, count: int, wraps: int = RANGE) -> Path:
+    place = top / folder
+    place.mkdir(parents=True)
+    for file, value in {"name": name, "energy_uj": count, "max_energy_range_uj": wraps}.items():
+        (place / file).write_text(f"{value}\n")
+    return place / "energy_uj"
+
+
+def test_packages_and_their_memory_are_summed_and_what_they_contain_is_not(tmp_path):
+    zone(tmp_path, "intel-rapl:2", "psys", 5)
+    counts = {
+        "package-0": zone(tmp_path, "intel-rapl:0", "package-0", 1_000_000),
+        "core": zone(tmp_path, "intel-rapl:0:0", "core", 400_000),
+        "dram": zone(tmp_path, "intel-rapl:0:1", "dram", 7),
+        "package-1": zone(tmp_path, "intel-rapl:1", "package-1", 0),
+    }
+    zone(tmp_path, "intel-rapl-mmio:0", "package-0", 1_000_000)  # the same package by another way
+    (tmp_path / "intel-rapl").mkdir()
+    meter = rapl(tmp_path)
+    assert meter.name == "RAPL: package-0, dram, package-1"
+    before = meter.total
+    for name, path in counts.items():
+        path.write_text(str(int(path.read_text()) + {"package-0": 2_500_000, "dram": 500_000}.get(name, 0)))
+    counts["package-1"].write_text("4000000")
+    meter.update()
+    found = meter.spent(before, tokens=10)
+    assert (found.joules, found.tokens, found.meter) == (pytest.approx(7.0), 10, meter.name)
+
+
+def test_a_counter_that_wrapped_goes_on(tmp_path):
+    path = zone(tmp_path, "intel-rapl:0", "package-0", RANGE - 999_999)
+    meter = rapl(tmp_path)
+    for count in (RANGE, 1_000_000, 500_000):  # 0.999999 J, then past the end, then all the way round
+        path.write_text(str(count))
+        meter.update()
+    assert meter.total == pytest.approx((999_999 + 1_000_001 + RANGE + 1 - 500_000) / 1e6)
+
+
+def test_a_counter_without_a_range_must_not_go_back():
+    values = iter([10, 4])
+    counter = Counter("NVML", lambda: next(values), 1e3)
+    with pytest.raises(UserError, match="meter NVML: went back by 6"):
+        counter.update()
+
+
+def test_without_a_meter_there_is_a_reason_and_no_number(tmp_path):
+    meter = rapl(tmp_path)
+    meter.update()
+    found = meter.spent(meter.total, tokens=3)
+    assert (found.joules, found.meter) == (None, f"{NONE}: no RAPL package below {tmp_path}")
+    zone(tmp_path, "intel-rapl:0", "package-0", 0).unlink()
+    assert "energy_uj cannot be read (No such file" in rapl(tmp_path).name
+
+
+@pytest.mark.parametrize(
+    ("joules", "meter", "verdict", "words"),
+    [
+        (None, "no meter: no RAPL", "INCONCLUSIVE", "energy was not measured on cpu (no meter: no RAPL)"),
+        (40.0, "RAPL: package-0", "PASS", "energy is at most 0.4 J/token, the limit is 0.5"),
+        (60.0, "RAPL: package-0", "FAIL", "energy is at least 0.6 J/token, the limit is 0.5"),
+    ],
+)
+def test_the_gate_holds_energy_where_there_is_a_meter(tmp_path, joules, meter, verdict, words):
+    toy = Run(tmp_path)
+    toy.budget["targets"]["cpu"]["limits"] = {"energy": {"at_most": 0.5, "unit": "J/token"}}
+    toy.make()
+    energy = {"joules": joules, "tokens": 100, "meter": meter}
+    for path in (toy.path / "records/cost/cpu").rglob("*.json"):
+        edit(path, lambda record: [process.update(energy=energy) for process in record["processes"]])
+    budget = load_budget(toy.study)
+    part = row(judged(collect(toy.path, toy.study, budget), budget), "int8").parts[-1]
+    assert (part.name, part.verdict, part.reason) == ("cost:energy", verdict, words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_without_a_gpu_nvml_measures_nothing():
+    assert nvml().total is None
+    assert nvml().name.startswith(NONE)
+    assert meter_of("cpu").total is None or meter_of("cpu").name.startswith("RAPL")
+    assert device_memory("cpu") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_tells_its_energy_and_memory():
+    held = torch.ones(2**26, device="cuda")
+    meter = meter_of("cuda")
+    if meter.total is None:
+        pytest.skip(meter.name)
+    for _ in range(2000):
+        held *= 1.0
+    torch.cuda.synchronize()
+    meter.update()
+    assert meter.total > 0
+    assert (found := device_memory("cuda")) is None or found >= 2**28

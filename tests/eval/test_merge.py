@@ -1,0 +1,195 @@
+"""Records of other machines: what fits is joined, what does not is refused with both values named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from eval.artifacts import read_manifest
+from eval.bench import bench_from_command
+from eval.errors import UserError
+from eval.merge import joined
+from eval.records import Documents, Score, read_costs, write_record
+from eval.sections import Load
+from eval.study import load_study
+from tests.eval.fake_run import COST, fake_run
+
+MACHINE = {
+    "host": "elsewhere",
+    "system": "Linux",
+    "cpu": "c",
+    "isa": "AVX2",
+    "cores": 4,
+    "device": "Some GPU",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(study file, run folder) with the plain student."""
+    return fake_run(tmp_path_factory.mktemp("merge"), recipes=[])
+
+
+@pytest.fixture
+def here(made):
+    """The run folder without any record, and its study."""
+    shutil.rmtree(made[1] / "records", ignore_errors=True)
+    return made[1], load_study(made[0])
+
+
+def source(run, study, place="students/S1/s0", **changes):
+    facts = {"artifact": read_manifest(run / place).hash, "config": study.hash(), "machine": MACHINE}
+    return {**facts, "versions": {}, "time": "2026-01-01T00:00:00+00:00", **changes}
+
+
+def cost(run, study, **changes):
+    """A cost record of the plain student on the GPU, as JSON."""
+    count = COST["requests"]
+    process = {
+        "prefill_ms": [1.0] * count,
+        "decode_ms": [1.0] * count * (COST["new_tokens"] - 1),
+        "load_s": 1.0,
+        "peak_memory_bytes": 1,
+    }
+    sizes = {name: COST[name] for name in ("prompt_tokens", "new_tokens", "threads")}
+    facts = {"kind": "cost", "arm": "S1", "seed": 0, "engine": "torch", "target": "gpu", "disk_bytes": 1}
+    processes = [process] * COST["processes"]
+    return {**facts, **sizes, "processes": processes, "provenance": source(run, study), **changes}
+
+
+def load(run, study, **changes):
+    """A record of the same under load."""
+    gone = {"kind", "processes", "disk_bytes"}
+    kept = {name: value for name, value in cost(run, study).items() if name not in gone}
+    servers = [{"service_ms": [1.0] * 10, "rates": []}] * COST["processes"]
+    return {**kept, "kind": "load", "processes": servers, "seconds": 10.0, "slo_ms": None, **changes}
+
+
+def lines(path: Path, *records: dict) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_records_of_a_file_are_joined_once(here, tmp_path):
+    run_folder, study = here
+    given = lines(tmp_path / "far.jsonl", cost(*here), load(*here))
+    assert [record.kind for record in joined(run_folder, study, [given])] == ["cost", "load"]
+    (found,) = read_costs(run_folder)
+    assert (found.provenance.machine.host, found.target) == ("elsewhere", "gpu")
+    assert joined(run_folder, study, [given]) == [], "the very same again changes nothing"
+
+
+def test_a_record_without_a_study_is_bound_by_its_artifact(here, tmp_path):
+    run_folder, study = here
+    given = lines(tmp_path / "bare", cost(*here, provenance=source(*here, config=""), prompts="random"))
+    (record,) = joined(run_folder, study, [given])
+    assert (record.provenance.config, record.prompts) == (study.hash(), "random")
+    other = source(*here, "students/S0/s0", config="")
+    refused = lines(tmp_path / "other", cost(*here, provenance=other, target="cpu"))
+    with pytest.raises(UserError, match="Some GPU"):
+        joined(run_folder, study, [refused])
+    shutil.rmtree(run_folder / "records")
+    with pytest.raises(UserError, match=other["artifact"][:12]):
+        joined(run_folder, study, [lines(tmp_path / "other", cost(*here, provenance=other))])
+
+
+@pytest.mark.parametrize("make", [cost, load])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target": "gpux"}, ["target: 'gpux'; did you mean 'gpu'?"]),
+        ({"target": "cpu"}, ["measured on 'Some GPU', the target 'cpu' is 'cpu'"]),
+        ({"threads": 8}, ["threads is 8, the study asks 1"]),
+        ({"new_tokens": 9}, ["new_tokens is 9, the study asks 4"]),
+        ({"recipe": "int8"}, ["variants/int8/S1/s0", "no manifest.json"]),
+        ({"arm": "S0"}, ["S0-s0.json", "measured on artifact", "students/S0/s0 holds"]),
+        ({"provenance": {"config": "f" * 64}}, ["study hash ffffffffffff", "this study's is"]),
+        ({"provenance": {"artifact": "a" * 64}}, ["artifact aaaaaaaaaaaa", "students/S1/s0 holds"]),
+        ({"provenance": {"time": "2999-01-01T00:00:00+00:00"}}, ["2999-01-01", "yet to come"]),
+        ({"kind": "nothing"}, ["line 1", "'cost'"]),
+        ({"seed": "x"}, ["line 1", "seed"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(here, tmp_path, make, changes, words):
+    changed = {**changes}
+    if "provenance" in changes:
+        changed["provenance"] = source(*here, **changes["provenance"])
+    good = cost(*here) if make is load else load(*here)
+    given = lines(tmp_path / "good", good), lines(tmp_path / "bad", make(*here, **changed))
+    with pytest.raises(UserError) as caught:
+        joined(*here, list(given))
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (here[0] / "records").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["processes"].pop(), "processes is 1, the study asks 2"),
+        (lambda r: r["processes"].clear(), "processes is 0, the study asks 2"),
+        (lambda r: [p["prefill_ms"].pop() for p in r["processes"]], "requests is 2, the study asks 3"),
+    ],
+)
+def test_half_measured_is_refused(here, tmp_path, change, words):
+    record = json.loads(json.dumps(cost(*here)))
+    change(record)
+    with pytest.raises(UserError, match=words):
+        joined(*here, [lines(tmp_path / "half", record)])
+    assert not (here[0] / "records").exists()
+
+
+def test_other_settings_of_the_load_are_refused(here, tmp_path):
+    with pytest.raises(UserError, match=r"slo_ms is 5\.0, the study asks None"):
+        joined(*here, [lines(tmp_path / "x", load(*here, slo_ms=5.0))])
+    run_folder, study = here
+    cost = study.cost.model_copy(update={"load": Load(rates=[2.0])})
+    with pytest.raises(UserError, match=r"rates is \[\], the study asks \[2\.0\]"):
+        joined(run_folder, study.model_copy(update={"cost": cost}), [lines(tmp_path / "x", load(*here))])
+
+
+def test_two_records_of_one_model_are_refused(here, tmp_path):
+    ours, theirs = cost(*here), cost(*here, disk_bytes=2)
+    both = [lines(tmp_path / "a", ours), lines(tmp_path / "b", theirs)]
+    with pytest.raises(UserError, match=r"b: .*comes from .*a: .* too; give one of them"):
+        joined(*here, both)
+    joined(*here, both[:1])
+    theirs["provenance"]["machine"] = {**MACHINE, "host": "third"}
+    with pytest.raises(UserError, match=r"from third at 2026.*is from elsewhere at 2026.*delete the one"):
+        joined(*here, [lines(tmp_path / "b", theirs)])
+
+
+def test_a_copy_of_the_run_gives_all_its_records(here, tmp_path):
+    run_folder, study = here
+    joined(run_folder, study, [lines(tmp_path / "a", load(*here))])
+    copy = Path(shutil.copytree(run_folder, tmp_path / "tiny"))
+    joined(copy, load_study(copy), [lines(tmp_path / "b", cost(*here))])
+    documents = Documents(id=["x"], slice=["heldout"], bytes=[3], tokens=[1], bits=[4.0])
+    score = {"arm": "S1", "seed": 0, "engine": "torch", "documents": documents, "provenance": source(*here)}
+    write_record(copy, Score(**score, data=read_manifest(run_folder / "data").hash))
+    assert {record.kind for record in joined(run_folder, study, [str(copy)])} == {"score", "cost"}
+    shutil.rmtree(run_folder / "records")
+    write_record(copy, Score(**score, data="d" * 64))
+    with pytest.raises(UserError, match=r"scored on data dddddddddddd, .*data holds"):
+        joined(run_folder, study, [str(copy)])
+
+
+def test_what_is_no_record_is_told(here, tmp_path):
+    with pytest.raises(UserError, match="nowhere; name a file of records, or a copy"):
+        joined(*here, ["nowhere"])
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(UserError, match="the file is empty"):
+        joined(*here, [str(tmp_path / "empty")])
+    (tmp_path / "broken").write_text("{")
+    with pytest.raises(UserError, match="broken, line 1: not a record: Invalid JSON"):
+        joined(*here, [str(tmp_path / "broken")])
+
+
+def test_a_folder_that_is_not_what_its_manifest_says_is_not_measured(here, tmp_path, monkeypatch):
+    alone = Path(shutil.copytree(here[0] / "students/S1/s0", tmp_path / "model"))
+    (alone / "config.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["eval.cost", "--variant", str(alone)])
+    with pytest.raises(UserError, match=r"config\.json has sha256"):
+        bench_from_command("Cost.", "cost.jsonl")

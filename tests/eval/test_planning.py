@@ -1,0 +1,142 @@
+"""Power before a study: what a pilot foretells, and how unsure that is."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from eval.planning import (
+    Components,
+    components,
+    documents_for,
+    drawn_components,
+    effect_for,
+    power,
+    seeds_for,
+)
+from eval.statistics import crossed_variance, mean_squares
+from tests.eval.synthetic_run import Run
+from tests.eval.test_statistics import crossed
+from tests.helpers import run
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def test_power_is_what_happens(rng):
+    parts, s, c = Components(0.04, 0.5, 0.5), 4, 50
+    z = crossed(rng, 20_000, s, c, 0.2, np.sqrt(0.5), np.sqrt(0.5), mean=0.4)
+    variance, nu = crossed_variance(mean_squares(z), s, c)
+    passed = np.mean(z.mean((1, 2)) > stats.t.isf(0.05, nu) * np.sqrt(variance))
+    assert power(parts, 0.4, s, c, 0.05) == pytest.approx(passed, abs=0.06)
+    assert power(parts, 0.0, s, c, 0.05) == pytest.approx(0.05)
+    assert power(parts, 100.0, s, c, 0.05) == 1.0
+    assert power(Components(0, 0, 0), 1.0, s, c, 0.05) == 0.0
+
+
+def test_needed_seeds_and_documents_are_the_least():
+    parts = Components(0.04, 0.5, 0.5)
+    s = seeds_for(parts, 0.3, 50, 0.05)
+    assert power(parts, 0.3, s, 50, 0.05) >= 0.8 > power(parts, 0.3, s - 1, 50, 0.05)
+    c = documents_for(parts, 0.4, 5, 0.05)
+    assert power(parts, 0.4, 5, c, 0.05) >= 0.8 > power(parts, 0.4, 5, c - 1, 0.05)
+    assert seeds_for(parts, -0.1, 50, 0.05) == np.inf
+    assert documents_for(parts, 0.1, 2, 0.05) == np.inf  # seeds differ: documents cannot help
+
+
+def test_components_are_recovered(rng):
+    found = [components(z) for z in crossed(rng, 2000, 5, 30, 0.5, 1.0, 0.7)]
+    mean = np.mean([[f.seeds, f.documents, f.residual] for f in found], axis=0)
+    assert mean == pytest.approx([0.25, 1.0, 0.49], rel=0.05)
+    assert components(np.zeros((3, 5))) == Components(0.0, 0.0, 0.0)
+
+
+def test_many_pilots_at_once_are_each_of_them():
+    many = Components(np.array([0.04, 0.1, 0.0]), np.array([0.5, 0.5, 0.1]), np.array([0.5, 0.2, 0.1]))
+    ones = [Components(*of) for of in zip(many.seeds, many.documents, many.residual, strict=True)]
+    for figure in (
+        lambda p: power(p, 0.3, 4, 50, 0.05),
+        lambda p: seeds_for(p, 0.3, 50, 0.05),
+        lambda p: documents_for(p, 0.3, 5, 0.05),
+        lambda p: effect_for(p, 4, 50, 0.05),
+    ):
+        np.testing.assert_array_equal(figure(many), [figure(one) for one in ones])
+
+
+def test_the_smallest_effect_that_is_seen_is_seen():
+    parts = Components(0.04, 0.5, 0.5)
+    assert power(parts, effect_for(parts, 4, 50, 0.05), 4, 50, 0.05) == pytest.approx(0.8)
+
+
+def test_what_a_pilot_leaves_open_holds_the_truth(rng):
+    """The 80 % interval of the power covers the true power in 80 % of pilots, and not in all of them."""
+    truth, s, c = Components(0.04, 0.5, 0.5), 4, 50
+    true, held = power(truth, 0.4, s, c, 0.05), 0
+    for i in range(300):
+        z = crossed(rng, 1, s, c, 0.2, np.sqrt(0.5), np.sqrt(0.5), mean=0.4)[0]
+        low, high = np.quantile(power(drawn_components(z, 400, i), 0.4, s, c, 0.05), [0.1, 0.9])
+        held += low <= true <= high
+    assert 0.72 <= held / 300 <= 0.9
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def pilot(tmp_path_factory) -> Run:
+    made = Run(tmp_path_factory.mktemp("pilot"), seeds=[0, 1], noise=0.01)
+    made.gains |= {"S1": 0.11}
+    made.make()
+    for path in (made.path / "records/cost").rglob("*.json"):
+        path.unlink()  # a pilot has neither costs nor variants
+    for name in ("int8", "half"):
+        for path in (made.path / "records/score" / name).iterdir():
+            path.unlink()
+    return made
+
+
+def command(pilot: Run, *words: str):
+    return run("-m", "eval.power", "--study", str(pilot.path), *words)
+
+
+def test_the_command_plans_from_a_pilot(pilot, tmp_path):
+    done = command(pilot, "--json", str(tmp_path / "power.json"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "retention on far" in done.stdout
+    found = json.loads((tmp_path / "power.json").read_text())
+    tests = {row["test"]: row for row in found["tests"]}
+    assert set(tests) == {
+        f"{part} on {name}" for part in ("assay", "retention") for name in ("heldout", "far")
+    }
+    row = tests["retention on heldout"]
+    assert (row["seeds"], row["documents"], row["asked_share"]) == (2, 40, 0.5)
+    assert row["effect"] == pytest.approx((row["share"] - 0.5) * row["gain"])
+    low, high = row["power"]["interval"]
+    assert low <= row["power"]["value"] <= high
+    assert high > 2 * low  # two seeds tell little of the variance of seeds
+
+
+def test_a_larger_plan_and_another_truth(pilot, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    text = (pilot.path / "study.yaml").read_text().replace("- 0\n- 1\n", "- 0\n- 1\n- 2\n- 3\n- 4\n- 5\n")
+    plan.write_text(text.replace("heldout: 64", "heldout: 500"))
+    words = ("--plan", str(plan), "--gain", "0.05", "--share", "0.7", "--json", str(tmp_path / "power.json"))
+    assert command(pilot, *words).returncode == 0
+    rows = json.loads((tmp_path / "power.json").read_text())["tests"]
+    planned = {row["test"]: (row["seeds"], row["documents"]) for row in rows}
+    assert (planned["retention on heldout"], planned["retention on far"]) == ((6, 500), (6, 30))
+    assert rows[1]["effect"] == pytest.approx(0.2 * 0.05)
+
+
+def test_a_share_that_is_not_above_the_asked_one_is_never_seen(pilot):
+    done = command(pilot, "--share", "0.4")
+    assert "no number of seeds up to 200 sees retention on heldout, retention on far" in done.stdout
+
+
+def test_a_pilot_of_one_seed_is_refused(tmp_path):
+    done = command(Run(tmp_path, seeds=[0]).make())
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    assert "one seed says nothing about other seeds" in done.stderr

@@ -1,0 +1,195 @@
+"""The contract on new documents: does it hold, is the gain fading, or did everything get worse?"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from eval.artifacts import building
+from eval.contract import Gain, Promise, read_contract
+from eval.drift import QUESTIONS, drifts, surprise
+from eval.errors import UserError
+from eval.fading import Bits, change, diagnosis, findings, verdict
+from eval.keys import new_key, public_key
+from eval.recheck import checked, read_new, recheck
+from eval.verdict import Estimate, Kept
+from tests.eval import real_run
+from tests.helpers import run as command
+from tests.helpers import text
+
+NOTHING = Estimate(point=0.0, low=None, high=None)
+
+
+def gain(control=0.05, fallback=0.1):
+    def promise(floor):
+        return Promise(floor=floor, measured=NOTHING)
+
+    return Gain(
+        asked_share=0.5,
+        kept_share=Kept(),
+        teacher_gain=NOTHING,
+        over_control=promise(control),
+        over_fallback=promise(fallback),
+    )
+
+
+def models(n, *, over_control=0.1, over_fallback=0.2, level=2.5, seed=0, noise=0.02):
+    """Bits of n documents whose release saves so much, in bits per byte."""
+    rng = np.random.default_rng(seed)
+    size = rng.integers(200, 4000, n).astype(float)
+    fallback = level + rng.normal(0, 0.3, n)
+    release = fallback - over_fallback + rng.normal(0, noise, n)
+    control = release + over_control + rng.normal(0, noise, n)
+    return Bits(release * size, control * size, fallback * size, size)
+
+
+CASES = {
+    "as released": ({}, "PASS", "the gain holds; the fallback does about as well"),
+    "fading": (
+        {"over_control": 0.01, "over_fallback": 0.11},
+        "FAIL",
+        "the method's gain is fading (saved over the control: at most",
+    ),
+    "all worse": ({"level": 3.5}, "PASS", "the gain holds; everything got worse, the fallback too (+0.9"),
+    "both": (
+        {"over_control": -0.1, "over_fallback": 0.0, "level": 3.5},
+        "FAIL",
+        "and everything got worse, the fallback too",
+    ),
+    "smaller": (
+        {"over_control": 0.07, "over_fallback": 0.17},
+        "PASS",
+        "the gain is smaller than when it was released",
+    ),
+    "unsure": ({"over_control": 0.05}, "INCONCLUSIVE", "whether the gain holds cannot be told"),
+    "easier": ({"level": 1.5}, "PASS", "the fallback does better than before"),
+}
+
+
+@pytest.mark.parametrize(("changes", "decided", "said"), CASES.values(), ids=CASES)
+def test_a_fading_gain_is_told_from_everything_getting_worse(changes, decided, said):
+    found = findings(gain(), models(200), models(200, seed=1, **changes), alpha=0.05)
+    assert verdict(found) == decided
+    assert said in diagnosis(found)
+
+
+def test_figures_are_those_of_the_corpus_and_changes_those_of_welch():
+    before, now = models(80), models(120, seed=1)
+    found = {f.name: f for f in findings(gain(), before, now, alpha=0.05)}
+    saved = found["saved over the control"]
+    assert saved.now.point == pytest.approx((now.control - now.release).sum() / now.bytes.sum())
+    a, b = before.over("fallback"), now.over("fallback")
+    theirs = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    ours = found["saved over the fallback"].change
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    assert change([1.0, 1.0], [1.0, 1.0]) == Estimate(point=0.0, low=0.0, high=0.0)
+
+
+def test_the_contract_is_not_broken_by_chance():
+    """At the floor itself a break is said in about 5 % of the cases, as alpha promises."""
+    before = models(100)
+    broken = [
+        verdict(findings(gain(control=0.1, fallback=-1), before, models(100, seed=1 + i), alpha=0.05))
+        for i in range(400)
+    ]
+    assert 0.02 < broken.count("FAIL") / 400 < 0.09
+    assert 0.02 < broken.count("PASS") / 400 < 0.09
+
+
+def test_one_document_decides_nothing():
+    found = findings(gain(), models(20), models(1), alpha=0.05)
+    assert verdict(found) == "INCONCLUSIVE"
+    assert "one document says nothing" in diagnosis(found)
+
+
+def test_drift_is_seen_where_there_is_some_and_seldom_elsewhere():
+    rng = np.random.default_rng(0)
+
+    def sample(n, shift=0.0):
+        return {name: rng.normal(shift if name == "unigram" else 0, 1, n) for name in QUESTIONS}
+
+    found = {d.name: d for d in drifts(sample(200), sample(200, shift=1.0))}
+    assert found["unigram"].holm_p < 1e-6
+    assert min(d.holm_p for name, d in found.items() if name != "unigram") > 0.05
+    false = [min(d.holm_p for d in drifts(sample(30), sample(30))) <= 0.05 for _ in range(200)]
+    assert np.mean(false) < 0.09
+
+
+def test_surprise_is_the_cross_entropy_of_the_smoothed_unigram():
+    counts = {0: 3, 1: 1}
+    p = np.array([4, 2, 1]) / 7
+    assert surprise(counts, 3, [0, 1, 2, 2]) == pytest.approx(-np.log2(p[[0, 1, 2, 2]]).mean())
+
+
+BAD = {
+    "no json": ('{"text": ', "no JSON"),
+    "no text": ('{"words": "a"}', "None; give each line a `text`"),
+    "zero bytes": ('{"text": ""}', "give each line a `text` that is not empty"),
+    "a list": ("[1]", "None; give each line a `text`"),
+    "twice": ('{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}', "id 'x' appears 2 times"),
+    "nothing": ("\n", "no documents"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), BAD.values(), ids=BAD)
+def test_bad_documents_are_told(tmp_path, content, said):
+    path = tmp_path / "new.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        read_new(path, 100)
+    assert said in str(error.value)
+
+
+def test_new_documents_are_cut_as_those_of_the_study_were(tmp_path):
+    path = tmp_path / "new.jsonl"
+    path.write_text(json.dumps({"text": "ab\N{EURO SIGN}c"}))
+    assert read_new(path, 4)[0].text == "ab"
+    with pytest.raises(UserError, match="no such file"):
+        read_new(tmp_path / "other", 4)
+
+
+def test_the_same_documents_give_what_was_released(release, released_run):
+    contract, target = checked(release, public_key(released_run.folder / "key.pub"), None)
+    result = recheck(release, contract, target, "far", real_run.documents("far"))
+    for finding in result.findings:
+        assert finding.now.point == pytest.approx(finding.before.point, abs=1e-5)
+    assert [d.distance for d in result.drift] == [0, 0, 0, pytest.approx(0, abs=0.04)]
+    assert verdict(result.findings) == "PASS"
+    gains = contract.targets["cpu"].gain["far"]
+    saved = next(f for f in result.findings if f.name == "saved over the control")
+    assert saved.before == gains.over_control.measured
+
+
+def test_a_release_that_is_not_the_signed_one_is_refused(release, tmp_path):
+    copy = shutil.copytree(release, tmp_path / "copy")
+    with pytest.raises(UserError, match="not the trusted"):
+        checked(copy, new_key(tmp_path / "other"), None)
+    with pytest.raises(UserError, match=r"--target.*accepted: cpu"):
+        checked(copy, None, "tpu")
+    weights = copy / "evidence/control/small/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"control/small/model\.safetensors is changed"):
+        checked(copy, None, None)
+    shutil.copy(copy / "fallback/model.safetensors", weights)
+    shutil.copy(copy / "fallback/manifest.json", weights.parent)
+    (copy / "manifest.json").unlink()
+    with building(tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}) as place:
+        shutil.copytree(copy, place, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"control/small/manifest\.json is not the variants/small/S0/s0"):
+        checked(tmp_path / "forged", None, None)
+
+
+def test_the_command_line(release, tmp_path):
+    path = tmp_path / "new.jsonl"
+    odd = [" ".join(reversed(text("code", i, 40).split())).upper() for i in range(30)]
+    path.write_text("".join(json.dumps({"text": said}) + "\n" for said in odd))
+    done = command("-m", "eval.recheck", "--release", release, "--data", path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAIL: the method's gain is fading" in done.stdout
+    assert "everything got worse" in done.stdout
+    assert "drifted" in done.stdout
+    assert read_contract(release).name in done.stdout

@@ -1,0 +1,268 @@
+"""A release: what lies in it, that it cannot be built unsigned, and that it defends itself."""
+
+import importlib.util
+import json
+import logging
+import shutil
+from datetime import date
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from eval.artifacts import file_sha256, read_manifest, verified
+from eval.canaries import canaries, clear
+from eval.cards import card
+from eval.contract import Contract, read_contract, written
+from eval.documents import Document
+from eval.engines import load_engine
+from eval.errors import UserError
+from eval.inspection import read_gate
+from eval.keys import new_key
+from eval.release import build, told, verified_case, wanted
+from eval.statement import Waiver
+from eval.statistics import linearised
+from tests.eval import real_run
+
+DAY = date(2026, 6, 2)
+
+
+@pytest.fixture(scope="module")
+def loader(release):
+    """The module that a user would import from the release."""
+    spec = importlib.util.spec_from_file_location("load_release", release / "load_release.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def copy(release, tmp_path):
+    return shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def rewrite(release, name, change):
+    """Changes release.json and its recorded hash with it, as a hand that knows how would."""
+    index = json.loads((release / name).read_text())
+    change(index)
+    (release / name).write_text(json.dumps(index))
+    manifest = json.loads((release / "manifest.json").read_text())
+    manifest["files"][name]["sha256"] = file_sha256(release / name)
+    (release / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_release_holds_what_it_promises(released_run, release):
+    run = released_run
+    contract = read_contract(release)
+    verified(release)
+    shipped = contract.targets["cpu"]
+    row = next(v for v in read_gate(run.path).variants if v.recipe == "small")
+    assert shipped.artifact == read_manifest(release / "variants/small").hash == row.hashes.artifact["0"]
+    assert contract.fallback == read_manifest(release / "fallback").hash
+    gain = shipped.gain["heldout"]
+    assert gain.kept_share == row.kept_share
+    assert gain.over_control.floor == pytest.approx(0.5 * read_gate(run.path).teacher_gain.point)
+    documents = real_run.documents("heldout")
+    size = np.array([d.bytes for d in documents])
+    saved = np.subtract(real_run.bits("S0", "heldout")[0], real_run.bits("S1", "heldout")[0])
+    assert gain.over_control.measured.point == pytest.approx(saved.sum() / size.sum())
+    assert linearised(saved[None], size).mean() == pytest.approx(gain.over_control.measured.point)
+    assert [cost.verdict for cost in shipped.fallback_cost] == ["PASS", "PASS"]
+    assert contract.inputs.domains == {"code": 16, "prose": 8}
+    assert (contract.owner, contract.expires, contract.inputs.context_tokens) == ("Team A", None, 64)
+    lineage = json.loads((release / "lineage.json").read_text())
+    made = lineage["artifacts"]["variants/small/S1/s0"]
+    assert made["parents"]["student"] == lineage["artifacts"]["students/S1/s0"]["hash"]
+    assert lineage["teachers"]["T1"] == lineage["artifacts"]["students/S1/s0"]["parents"]["teacher"]
+
+
+def test_the_card_can_be_read_by_other_programs(release):
+    card = ModelCard.load(release / "README.md")
+    results = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
+    contract = yaml.safe_load((release / "contract.yaml").read_text())
+    gain = contract["targets"]["cpu"]["gain"]["far"]
+    assert results["far", "kept_share"] == pytest.approx(gain["kept_share"]["point"], abs=1e-6)
+    assert set(results) == {
+        (split, name)
+        for split in ("heldout", "far")
+        for name in (
+            "bits_per_byte",
+            "kept_share",
+            "bits_per_byte_saved_over_control",
+            "bits_per_byte_saved_over_fallback",
+        )
+    }
+    assert "Team A" in card.text
+    assert "waiver" not in card.text.lower()
+
+
+def test_the_command_tells_what_it_made(released_run, release):
+    said = (released_run.folder / "said").read_text()
+    assert "cpu: small (torch), PASS, signed by Ada" in said
+    assert file_sha256(release / "manifest.json") in said
+
+
+def test_a_waiver_is_shown_wherever_the_release_is(released_run, release):
+    contract = read_contract(release)
+    waiver = Waiver(reason="a demonstration", expires=date(2026, 7, 1))
+    shipped = contract.targets["cpu"].model_copy(update={"verdict": "FAIL", "waiver": waiver})
+    waived = contract.model_copy(update={"targets": {"cpu": shipped}})
+    assert "WAIVED until 2026-07-01: a demonstration" in "\n".join(told(waived, release))
+    text = card(waived, read_gate(released_run.path), None)
+    assert "**Shipped on a waiver until 2026-07-01.** On cpu the verdict is FAIL" in text
+    assert Contract.model_validate(yaml.safe_load(written(waived))) == waived
+
+
+def test_the_loader_serves_what_was_released(release, loader):
+    model, info = loader.load_release(release, "cpu", file_sha256(release / "manifest.json"))
+    assert (info.fallback, info.reason, info.verdict, info.folder) == (False, None, "PASS", "variants/small")
+    engine = load_engine("torch", release / "variants/small")
+    ids = model.encode("return self")
+    row = engine.prefill(torch.tensor([ids]))[0][0]
+    np.testing.assert_allclose(model.logits(ids)[-1], row.numpy(), atol=1e-5)
+    made = model.generate("return self", new_tokens=5)
+    step_by_step = list(ids)
+    for token in made:
+        assert int(model.logits(step_by_step)[-1].argmax()) == token
+        step_by_step.append(token)
+    with pytest.raises(loader.ReleaseError, match="no target 'tpu'; this release has cpu"):
+        loader.load_release(release, "tpu")
+
+
+def test_the_loader_imports_nothing_of_the_project(release):
+    source = (release / "load_release.py").read_text()
+    assert not any(
+        f"{word} {top}" in source for word in ("import", "from") for top in ("eval", "distill", "compress")
+    )
+
+
+SPOILED = {
+    "weights": ("variants/small/model.safetensors", "variants/small/model.safetensors was changed"),
+    "tokenizer": ("variants/small/tokenizer.json", "variants/small/tokenizer.json was changed"),
+    "contract": ("contract.yaml", "contract.yaml was changed"),
+    "sign-off": ("signoff/small-cpu.json", "signoff/small-cpu.json was changed"),
+    "loader": ("load_release.py", "load_release.py was changed"),
+}
+
+
+@pytest.mark.parametrize(("name", "reason"), SPOILED.values(), ids=SPOILED)
+def test_a_flipped_bit_serves_the_fallback_and_says_so(copy, loader, name, reason, caplog):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with caplog.at_level(logging.WARNING, "load_release"):
+        model, info = loader.load_release(copy, "cpu")
+    assert (info.fallback, info.reason, info.folder) == (True, reason, "fallback")
+    assert f"the fallback is served: {reason}" in caplog.text
+    assert model.logits([0, 1]).shape == (2, 320)
+
+
+def test_other_faults_serve_the_fallback(copy, loader, tmp_path):
+    (copy / "variants/small/modeling.py").write_text("import os")
+    assert "modeling.py is not part of the release" in loader.load_release(copy, "cpu")[1].reason
+    (copy / "variants/small/modeling.py").unlink()
+
+    def other_engine(index):
+        index["targets"]["cpu"]["engine"] = "openvino"
+
+    def expired(index):
+        index["targets"]["cpu"]["expires"] = "2026-06-01"
+
+    def other_answer(index):
+        index["targets"]["cpu"]["canaries"][0]["expected"][-1] += 1
+
+    def other_tokens(index):
+        index["targets"]["cpu"]["canaries"][0]["ids"][1] += 1
+
+    untouched = (copy / "release.json").read_text()
+    for change, reason in [
+        (other_engine, "openvino cannot run variants/small"),
+        (expired, "its waiver expired on 2026-06-01"),
+        (other_answer, "is continued with"),
+        (other_tokens, "the tokenizer reads"),
+    ]:
+        (copy / "release.json").write_text(untouched)
+        rewrite(copy, "release.json", change)
+        _, info = loader.load_release(copy, "cpu", today=DAY)
+        assert info.fallback
+        assert reason in info.reason
+
+
+def test_what_cannot_be_trusted_at_all_is_raised(copy, loader):
+    pin = file_sha256(copy / "manifest.json")
+    rewrite(copy, "release.json", lambda index: index.update(name="another"))
+    assert loader.load_release(copy, "cpu")[1].release == "another"
+    with pytest.raises(loader.ReleaseError, match="not the one that was released"):
+        loader.load_release(copy, "cpu", pin)
+    (copy / "release.json").write_text("{}")
+    with pytest.raises(loader.ReleaseError, match=r"release\.json was changed"):
+        loader.load_release(copy, "cpu")
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(loader.ReleaseError, match="cannot be read"):
+        loader.load_release(copy, "cpu")
+
+
+def test_a_spoiled_fallback_is_raised_only_where_it_is_needed(copy, loader):
+    (copy / "fallback/model.safetensors").write_bytes(b"gone")
+    assert not loader.load_release(copy, "cpu")[1].fallback
+    (copy / "variants/small/config.json").unlink()
+    with pytest.raises(loader.ReleaseError, match=r"fallback/model\.safetensors was changed"):
+        loader.load_release(copy, "cpu")
+
+
+def test_nothing_is_released_unsigned_unmeasured_or_twice(released_run, release, tmp_path):
+    run = released_run
+    with pytest.raises(UserError, match="nobody signed it"):
+        verified_case(run.path, ["half"], None, DAY)
+    with pytest.raises(UserError, match="not the trusted"):
+        verified_case(run.path, ["small"], new_key(tmp_path / "other"), DAY)
+    other = run.path / "signoff/small-er-cpu.json"
+    other.write_text("of the recipe small-er")
+    assert wanted(run.path, ["small"]) == {"cpu": "small"}
+    other.unlink()
+    with pytest.raises(UserError, match="two recipes for cpu"):
+        wanted(run.path, ["cpu=small", "cpu=half"])
+    case = verified_case(run.path, ["cpu=small"], None, DAY)
+    with pytest.raises(UserError, match="is there already"):
+        build(case, release, "Team A", DAY)
+    record = run.path / "records/cost/cpu/plain/B-s0.json"
+    kept = record.read_text()
+    record.unlink()
+    try:
+        with pytest.raises(UserError, match=r"records/cost/cpu/plain/B-s0\.json"):
+            verified_case(run.path, ["small"], None, DAY)
+        with pytest.raises(UserError, match="its cost was not measured"):
+            build(case, tmp_path / "out", "Team A", DAY)
+    finally:
+        record.write_text(kept)
+    assert not any(tmp_path.glob("*out*"))
+
+
+def test_a_release_that_would_serve_its_fallback_is_not_made(released_run, tmp_path, monkeypatch):
+    case = verified_case(released_run.path, ["small"], None, DAY)
+
+    def other(*args):
+        return [c.model_copy(update={"expected": [1, 2, 3]}) for c in canaries(*args)]
+
+    monkeypatch.setattr("eval.release.canaries", other)
+    with pytest.raises(UserError, match=r"release for cpu: .*is continued with"):
+        build(case, tmp_path / "out", "Team A", DAY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_canaries_are_sure_of_themselves(release):
+    engine = load_engine("torch", release / "fallback")
+    assert clear(torch.tensor([0.0, 1.0, 10.0])) == 2
+    assert clear(torch.tensor([0.0, 9.95, 10.0])) is None, "closer than 1 % of the range"
+    with pytest.raises(UserError, match="no prompt has a clear continuation"):
+        canaries(engine, [Document("long", "code", "x y z " * 50)], 16)
+
+
+def test_both_engines_of_the_loader_agree(loader, checkpoint, openvino_folder):
+    ours, theirs = loader.TorchModel(checkpoint, "cpu", 0), loader.OpenVinoModel(openvino_folder, "cpu", 0)
+    ids = ours.encode("import yield")
+    np.testing.assert_allclose(theirs.logits(ids), ours.logits(ids), atol=1e-4)
+    assert theirs.generate(ids, 6) == ours.generate(ids, 6)
+    assert theirs.generate("import yield", 6) == ours.generate(ids, 6), "the state of one prompt is not kept"

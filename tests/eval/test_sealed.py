@@ -1,0 +1,182 @@
+"""The sealed documents: opened once for one variant, counted, and shown ever after."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval.artifacts import building, read_manifest
+from eval.budget import load_budget
+from eval.errors import UserError
+from eval.evidence import Evidence, collect
+from eval.judge import judged
+from eval.openings import opening_path, read_openings, summary, write_opening
+from eval.records import Documents, Score, each_score, read_scores, write_record
+from eval.sealed import check_teachers, chosen, judged_sealed, opened
+from eval.study import Study
+from eval.verdict import Opening
+from tests.eval.fake_run import tokenizer, torch_model
+from tests.eval.synthetic_run import GAINS, Run, copied, edit
+from tests.helpers import run, text
+
+SEALED = {f"sealed-{i}": text("code", 50 + i, words=20 + 5 * (i % 3)) for i in range(12)}
+
+
+class SealedRun(Run):
+    """As `Run`, with sealed documents, teachers that were scored on them, and models that can be loaded."""
+
+    @property
+    def study(self) -> Study:
+        study = super().study
+        return study.model_copy(
+            update={"data": study.data.model_copy(update={"context": 32}), "workers": 1, "recipes": []}
+        )
+
+    def artifact(self, place: str, parents: dict[str, str] | None = None, content: str = "") -> str:
+        top, *rest = place.split("/")
+        arm, seed = {"base": ["B", *rest], "students": rest}.get(top, ["", "s0"])
+        facts = {"arm": arm, "seed": int(seed[1:]), "recipe": "plain", "engine": "torch"} if arm else {}
+        given = {"kind": "model", "name": place, "key": place, "parents": parents or {}, "facts": facts}
+        with building(self.path / place, **given) as aside:
+            if arm in ("B", "S1", "S0"):
+                torch_model(["B", "S1", "S0"].index(arm) + 3 * int(seed[1:]))(aside)
+            rows = [{"id": name, "domain": "code", "text": t} for name, t in SEALED.items()]
+            (aside / "sealed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return read_manifest(self.path / place).hash
+
+    def sealed_score(self, arm: str, seed: int, artifact: str) -> None:
+        """Bits that need no model: the gains of `GAINS`, with a little luck."""
+        size = np.array([len(t.encode()) for t in SEALED.values()])
+        luck = np.random.default_rng([seed, *map(ord, arm)])
+        value = 3 - self.gains[arm] + luck.normal(0, 0.002) + luck.normal(0, 0.01, len(size))
+        documents = Documents(
+            id=list(SEALED),
+            slice=["sealed"] * len(size),
+            bytes=size.tolist(),
+            tokens=[len(tokenizer()(t, add_special_tokens=False)["input_ids"]) for t in SEALED.values()],
+            bits=(value * size).tolist(),
+        )
+        data = read_manifest(self.path / "data").hash
+        given = {"arm": arm, "seed": seed, "engine": "torch", "data": data, "documents": documents}
+        write_record(self.path, Score(kind="sealed", **given, provenance=self.provenance(artifact)))
+
+    def seen(self) -> tuple[Evidence, object]:
+        budget = load_budget(self.study)
+        return collect(self.path, self.study, budget), budget
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    made = SealedRun(tmp_path_factory.mktemp("sealed"), seeds=[0, 1, 2])
+    made.make()
+    for arm in ("T0", "T1"):
+        for seed in made.seeds:
+            made.sealed_score(arm, seed, f"teacher {arm} {seed}")
+    return made.folder
+
+
+@pytest.fixture
+def toy(made, tmp_path) -> SealedRun:
+    return SealedRun(copied(made, tmp_path).folder, seeds=[0, 1, 2])
+
+
+def score_all(toy: SealedRun) -> None:
+    for arm, place in {"B": "base", "S1": "students/S1", "S0": "students/S0"}.items():
+        for seed in toy.seeds:
+            toy.sealed_score(arm, seed, read_manifest(toy.path / place / f"s{seed}").hash)
+
+
+def an_opening(toy: SealedRun, recipe: str = "plain", **given) -> Opening:
+    e, budget = toy.seen()
+    return opened(e, budget, recipe, "cpu", "Ada", given.get("reason"))
+
+
+def test_the_command_opens_once_and_the_gate_shows_it(toy):
+    words = ("-m", "eval.sealed", "--study", str(toy.path), "--by", "Ada Lovelace")
+    done = run(*words)
+    assert done.returncode in (1, 2), done.stderr  # random models keep nothing
+    assert "plain on 12 sealed documents, opening 1" in done.stdout
+    assert {(r.arm, r.seed) for r in each_score(toy.path, "sealed")} == {
+        (arm, seed) for arm in ("B", "T0", "T1", "S1", "S0") for seed in toy.seeds
+    }
+    assert not [r for r in read_scores(toy.path) if "sealed" in r.documents.slice]
+    again = run(*words)
+    assert (again.returncode, again.stderr.count("\n")) == (3, 1)
+    assert "opened 1 time(s), last for plain by Ada Lovelace" in again.stderr
+    gate = toy.gate()
+    assert "sealed documents, opening 1 by Ada Lovelace for plain: " in gate.stdout
+    shown = toy.result().sealed
+    assert (shown.openings, shown.by, shown.recipe, shown.current) == (1, "Ada Lovelace", "plain", True)
+    assert [part.name for part in shown.parts] == ["assay", "retention", "guard", "fallback"]
+    assert shown.verdict == read_openings(toy.path)[0].verdict
+
+
+def test_the_sealed_estimate_is_that_of_the_sealed_documents(toy):
+    score_all(toy)
+    e, budget = toy.seen()
+    opening = judged_sealed(e, budget, an_opening(toy))
+    assert opening.verdict == "PASS"
+    assert opening.documents == 12
+    assert opening.kept_share.point == pytest.approx((GAINS["S1"] - GAINS["S0"]) / GAINS["T1"], abs=0.1)
+    assert opening.teacher_gain.point == pytest.approx(GAINS["T1"], abs=0.02)
+    assert opening.guard_share.point == 1.0
+
+
+def test_the_gate_reads_no_sealed_score(toy):
+    """It judges the same with and without them; only their hashes are listed."""
+    before = judged(*toy.seen())
+    score_all(toy)
+    after = judged(*toy.seen())
+    assert after.variants == before.variants
+    assert set(after.provenance.records) - set(before.provenance.records) == {
+        f"records/sealed/plain/{arm}-s{seed}.json" for arm in ("B", "S1", "S0") for seed in toy.seeds
+    }
+
+
+def test_another_look_needs_a_reason_and_is_counted(toy):
+    first = an_opening(toy)
+    assert (first.number, first.reason) == (1, None)
+    write_opening(toy.path, first)
+    assert an_opening(toy) == first  # cut short before anything was seen: the same opening goes on
+    write_opening(toy.path, first.model_copy(update={"verdict": "FAIL"}))
+    with pytest.raises(UserError, match=r"opened 1 time\(s\).*give --reason"):
+        an_opening(toy)
+    second = an_opening(toy, reason="the export was mended")
+    assert (second.number, second.reason) == (2, "the export was mended")
+    write_opening(toy.path, second)
+    result = judged(*toy.seen())
+    assert result.sealed.openings == 2
+    assert [look.verdict for look in result.sealed.history] == ["FAIL", None]
+    assert "only the first look was blind" in " ".join(result.notes)
+    opening_path(toy.path, 1).rename(opening_path(toy.path, 3))
+    with pytest.raises(UserError, match=r"opening-1\.json: is gone"):
+        read_openings(toy.path)
+
+
+def test_a_look_at_other_artifacts_is_told_apart(toy):
+    opening = an_opening(toy)
+    e, _ = toy.seen()
+    assert summary([opening], e.artifacts, opening.budget).current
+    assert not summary([opening], e.artifacts | {"S1/s0/plain": "other"}, opening.budget).current
+    assert not summary([opening], e.artifacts, "another budget").current
+    assert summary([], e.artifacts, opening.budget) is None
+
+
+def test_what_cannot_be_opened_is_told_before_it_is_spent(toy):
+    e, budget = toy.seen()
+    with pytest.raises(UserError, match="did you mean 'plain'"):
+        chosen(judged(e, budget), e, "plian")
+    none = judged(e, budget).model_copy(update={"recommended": {"cpu": None}})
+    with pytest.raises(UserError, match="the gate recommends none; name it with --variant"):
+        chosen(none, e, None)
+    (toy.path / "records/sealed/plain/T1-s2.json").unlink()
+    with pytest.raises(UserError, match="teacher T1 of seed 2: not scored on the sealed documents"):
+        check_teachers(e)
+    assert not read_openings(toy.path)
+
+
+def test_a_spoiled_opening_is_one_clear_line(toy):
+    edit(write_opening(toy.path, an_opening(toy)), lambda o: o.update(verdict="MAYBE"))
+    with pytest.raises(UserError, match=r"opening-1\.json: verdict"):
+        read_openings(toy.path)

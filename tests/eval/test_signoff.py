@@ -1,0 +1,275 @@
+"""A sign-off: who may give one, what it rests on, and that one flipped bit of that is found and named."""
+
+import base64
+import json
+import os
+import shutil
+from datetime import UTC, date, datetime
+
+import pytest
+
+from eval.errors import UserError
+from eval.inspection import decided, problems, read_gate, row_of
+from eval.keys import new_key, private_key, public_key
+from eval.signoff import verify
+from eval.statement import BEGIN, END, read, signoffs
+from eval.verdict import Sealed
+from tests.eval.signed_run import NOW, gate, sign
+from tests.eval.synthetic_run import Run, edit
+from tests.helpers import run as command
+
+TODAY = NOW.date()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of one passing and one failing variant, with its gate, a report and a key; not yet signed."""
+    folder = tmp_path_factory.mktemp("signed")
+    run = Run(folder).make()
+    gate(run)
+    (run.path / "table.md").write_text("| int8 | PASS |\n")
+    (run.path / "report.html").write_text(f"<p>{'PASS ' * 20}</p>\n{BEGIN}<p>nobody yet</p>{END}\n")
+    new_key(folder / "key")
+    return folder
+
+
+@pytest.fixture
+def fresh(made, tmp_path):
+    """A copy in the same place below a new folder; its budget and recipes are still those of `made`."""
+    shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("signoff"))
+    return Run(tmp_path / "copy")
+
+
+@pytest.fixture
+def key(made):
+    return made / "key"
+
+
+def test_a_key_is_private_whole_and_never_overwritten(tmp_path):
+    path = tmp_path / "keys" / "ada"
+    made = new_key(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert private_key(path).public_key.keyid == public_key(tmp_path / "keys" / "ada.pub").keyid == made.keyid
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="never overwritten"):
+        new_key(path)
+    path.with_name("bob.pub").write_text("something")
+    with pytest.raises(UserError, match=r"bob\.pub: is there already"):
+        new_key(path.with_name("bob"))
+    assert path.read_bytes() == before
+    assert not path.with_name("bob").exists()
+    path.chmod(0o640)
+    with pytest.raises(UserError, match="mode 0640, others may read it"):
+        private_key(path)
+
+
+def test_a_key_that_is_no_key_is_told(tmp_path):
+    path = tmp_path / "key"
+    with pytest.raises(UserError, match="no such file"):
+        private_key(path)
+    new_key(path)
+    with pytest.raises(UserError, match="no public key"):
+        public_key(path)
+    shutil.copy(path.with_name("key.pub"), path)
+    path.chmod(0o600)
+    with pytest.raises(UserError, match="no private key"):
+        private_key(path)
+
+
+def test_the_signature_is_that_of_the_dsse_specification(fresh, key):
+    """Against the specification and OpenSSL's Ed25519, without the library that made it."""
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    outside = json.loads(sign(fresh, key).read_text())
+    payload, kind = base64.b64decode(outside["payload"]), outside["payloadType"]
+    said = f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload
+    signature = base64.b64decode(outside["signatures"][0]["sig"])
+    load_pem_public_key(key.with_name("key.pub").read_bytes()).verify(signature, said)
+    statement = json.loads(payload)
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+    assert [s["name"] for s in statement["subject"]] == [
+        f"variants/int8/S1/s{i}/manifest.json" for i in range(4)
+    ]
+
+
+def test_what_is_signed_is_verified_and_shown(fresh, key, made):
+    path = sign(fresh, key)
+    statement, found = problems(path, fresh.path, public_key(made / "key.pub"), TODAY)
+    assert found == []
+    said = statement.predicate
+    assert (said.by, said.verdict, said.recommended, said.waiver) == ("Ada", "PASS", True, None)
+    assert {"gate.json", "table.md", "report.html", "study.yaml", "data/manifest.json"} <= set(said.files)
+    assert said.artifacts["S0/s3/int8"] == read_gate(fresh.path).provenance.artifacts["S0/s3/int8"]
+    shown = signoffs(fresh.path, TODAY)
+    assert [(s.said.by, s.problem) for s in shown] == [("Ada", None)]
+    page = fresh.path / "report.html"
+    page.write_text(page.read_text().replace("nobody yet", "signed by Ada"))
+    assert problems(path, fresh.path, None, TODAY)[1] == [], "a report shows its own sign-off"
+    page.write_text(page.read_text().replace("signed by Ada", "<script>alert(1)</script>"))
+    assert "<script> among its sign-offs" in problems(path, fresh.path, None, TODAY)[1][0]
+
+
+FILES = {
+    "artifact": "variants/int8/S1/s2/model.safetensors",
+    "manifest": "variants/int8/S1/s0/manifest.json",
+    "control": "variants/int8/S0/s1/model.safetensors",
+    "fallback": "base/s0/model.safetensors",
+    "data": "data/model.safetensors",
+    "score": "records/score/int8/S1-s1.json",
+    "cost": "records/cost/cpu/int8/S1-s0.json",
+    "another record": "records/score/plain/CE-s0.json",
+    "budget": "../../budget.yaml",
+    "gate": "gate.json",
+    "table": "table.md",
+    "report": "report.html",
+    "study": "study.yaml",
+    "sign-off": "signoff/int8-cpu.json",
+}
+
+
+@pytest.mark.parametrize("name", FILES.values(), ids=FILES)
+def test_one_flipped_bit_is_found_and_named(made, key, name):
+    run = Run(made)  # in its own place: the budget and the recipes are files with absolute paths
+    path = sign(run, key)
+    spoiled = (run.path / name).resolve()
+    was = spoiled.stat()
+    content = bytearray(spoiled.read_bytes())
+    kept = bytes(content)
+    content[len(content) // 2] ^= 1
+    spoiled.write_bytes(content)
+    try:
+        statement, found = problems(path, run.path, None, TODAY)
+    finally:
+        spoiled.write_bytes(kept)
+        os.utime(spoiled, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert found
+    if name.startswith("signoff"):
+        assert statement is None
+    else:
+        assert any(spoiled.name in text for text in found), found
+    assert problems(path, run.path, None, TODAY)[1] == [], "mended, it holds again"
+
+
+def test_a_file_that_is_gone_or_came_later_is_named(fresh, key):
+    path = sign(fresh, key)
+    (fresh.path / "table.md").unlink()
+    assert problems(path, fresh.path, None, TODAY)[1] == ["table.md is missing"]
+    shutil.copy(fresh.path / "report.html", fresh.path / "variants/int8/S1/s0/extra")
+    found = problems(path, fresh.path, None, TODAY)[1]
+    assert any("unrecorded file extra" in text for text in found)
+    fresh.cost("int8", 0.6, target="gpu")
+    assert any("records/cost/gpu/int8/S1-s0.json" in t for t in problems(path, fresh.path, None, TODAY)[1])
+
+
+def test_only_the_trusted_key_is_trusted(fresh, key, tmp_path):
+    path = sign(fresh, key)
+    other = new_key(tmp_path / "other")
+    _, found = problems(path, fresh.path, other, TODAY)
+    assert "not the trusted" in found[0]
+    outside = json.loads(path.read_text())
+    stolen = json.loads(sign(fresh, tmp_path / "other").read_text())
+    outside["signatures"] = stolen["signatures"]
+    path.write_text(json.dumps(outside, indent=1) + "\n")
+    with pytest.raises(UserError, match="does not fit the bytes"):
+        read(path)
+
+
+def test_what_did_not_pass_needs_a_waiver_which_ends(fresh, key):
+    with pytest.raises(UserError, match="the verdict is FAIL"):
+        sign(fresh, key, "half")
+    for day in ("2026-06-01", "2025-01-01", "soon"):
+        with pytest.raises(UserError, match="--expires"):
+            sign(fresh, key, "half", waive="a demonstration", expires=day)
+    with pytest.raises(UserError, match="the verdict is PASS"):
+        sign(fresh, key, waive="why not", expires="2026-07-01")
+    path = sign(fresh, key, "half", waive="a demonstration", expires="2026-07-01")
+    assert problems(path, fresh.path, None, date(2026, 7, 1))[1] == []
+    assert problems(path, fresh.path, None, date(2026, 7, 2))[1] == ["the waiver expired on 2026-07-01"]
+    assert signoffs(fresh.path, date(2026, 7, 2))[0].problem == "the waiver expired on 2026-07-01"
+
+
+def test_what_was_not_measured_cannot_be_signed(fresh, key):
+    with pytest.raises(UserError, match=r"half was not measured on gpu: run python -m eval\.cost"):
+        sign(fresh, key, "half", "gpu", waive="we have none", expires="2026-07-01")
+    with pytest.raises(UserError, match="did you mean 'int8'"):
+        sign(fresh, key, "int9")
+
+
+def test_a_gate_that_the_records_do_not_give_is_refused(fresh, key):
+    def better(value):
+        row = next(row for row in value["variants"] if row["recipe"] == "half")
+        row["verdict"] = "PASS"
+
+    edit(fresh.path / "gate.json", better)
+    with pytest.raises(UserError, match=r"verdict is 'PASS', the records give 'FAIL'"):
+        sign(fresh, key, "half")
+
+
+def test_a_report_of_an_older_gate_is_not_signed(fresh, key):
+    os.utime(fresh.path / "table.md", (0, 0))
+    with pytest.raises(UserError, match=r"table\.md: older than gate\.json"):
+        sign(fresh, key)
+
+
+def test_what_is_signed_is_stricter_than_a_row(made):
+    gate = read_gate(Run(made).path)
+    row = row_of(gate, "int8", "cpu")
+    assert decided(gate, row)[0] == "PASS"
+    assert decided(gate, row.model_copy(update={"holm_p": 0.2}))[0] == "INCONCLUSIVE", (
+        "as a pick among several"
+    )
+    nothing = dict.fromkeys(("target", "documents", "teacher_gain", "kept_share", "guard_share"))
+    look = Sealed(
+        **{**nothing, "openings": 1, "time": "", "by": "Ada", "recipe": "int8", "current": True},
+        **{"verdict": "FAIL", "parts": [], "history": []},
+    )
+    opened = {
+        "FAIL": look,
+        "PASS": look.model_copy(update={"verdict": "PASS"}),
+        "of another variant": look.model_copy(update={"recipe": "half"}),
+        "of earlier artifacts": look.model_copy(update={"current": False}),
+    }
+    verdicts = {name: decided(gate.model_copy(update={"sealed": s}), row)[0] for name, s in opened.items()}
+    assert list(verdicts.values()) == ["FAIL", "PASS", "PASS", "PASS"]
+
+
+def test_a_clock_that_went_back_is_told(fresh, key):
+    with pytest.raises(UserError, match="set the clock"):
+        sign(fresh, key, now=datetime(2025, 12, 31, tzinfo=UTC))
+
+
+def test_a_sign_off_of_an_older_gate_is_shown_as_such(fresh, key):
+    sign(fresh, key)
+    (fresh.path / "gate.json").write_text("{}")
+    assert signoffs(fresh.path, TODAY)[0].problem == "gate.json is not the one that was signed"
+
+
+def test_the_command_line(made, tmp_path):
+    run = Run(made)
+    mine = tmp_path / "mine"
+    done = command("-m", "eval.signoff", "--new-key", mine)
+    assert done.returncode == 0, done.stderr
+    secret = b"".join(mine.read_bytes().splitlines()[1:-1]).decode()
+    given = ["-m", "eval.signoff", "--study", run.path]
+    done = command(*given, "--variant", "int8", "--by", "Ada", "--key", mine)
+    assert done.returncode == 0, done.stderr
+    assert secret not in done.stdout + done.stderr
+    done = command(*given, "--verify", "--public", tmp_path / "mine.pub")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASS of int8 on cpu, signed by Ada" in done.stdout
+
+
+def test_verify_says_what_is_broken(fresh, key, capsys):
+    from rich.console import Console
+
+    with pytest.raises(UserError, match="there are none"):
+        verify(fresh.path, None, TODAY, Console())
+    sign(fresh, key)
+    sign(fresh, key, "half", waive="a demonstration", expires="2026-07-01")
+    assert verify(fresh.path, None, TODAY, Console()) == 0
+    said = capsys.readouterr().out
+    assert "give --public FILE" in said
+    assert "waived until 2026-07-01: a demonstration" in said
+    (fresh.path / "table.md").write_text("| int8 | FAIL |\n")
+    assert verify(fresh.path, None, TODAY, Console()) == 1
+    assert "table.md has sha256" in capsys.readouterr().out

@@ -1,0 +1,218 @@
+"""Tasks: marks against the model asked one item at a time, on every engine; bad files; the command line."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+
+from eval.documents import boundary_id
+from eval.engines import load_engine
+from eval.engines.torch import load_checkpoint
+from eval.errors import UserError
+from eval.harness import marks, run_harness
+from eval.items import Item, check_tasks, read_items, source
+from eval.marking import mark_folder, mean_marks, unmarked
+from eval.records import read_marks
+from eval.sections import Task
+from eval.study import load_study
+from eval.tasks import answer_text, choice_rows, choose, generate, run_task
+from tests.eval.fake_run import CONTEXT, facts, fake_run, put, torch_model
+from tests.helpers import text
+
+ENGINES = ["torch", "openvino"]
+CHOICES = [
+    {
+        "prompt": text("code", i, 3 + 4 * i),
+        "choices": ["def self", " return", "quiet river stone"],
+        "answer": i % 3,
+    }
+    for i in range(6)
+]
+ANSWERS = [{"id": f"a{i}", "prompt": text("prose", i, 2 + i % 3), "answer": "stone"} for i in range(7)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def engine(request, checkpoint, openvino_folder):
+    return load_engine(request.param, {"torch": checkpoint, "openvino": openvino_folder}[request.param])
+
+
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_choices_are_those_of_one_forward_pass_each(engine, checkpoint, tmp_path):
+    """Whatever the batch: the log-likelihood of a choice's tokens after its prompt, without padding."""
+    task = Task(kind="multiple_choice", path=write(tmp_path / "t.jsonl", CHOICES))
+    model, words = load_checkpoint(checkpoint)
+    raw, even = [], []
+    for item in read_items(task):
+        sums = []
+        for row in choice_rows(words, item, "x", CONTEXT):
+            with torch.no_grad():
+                said = model(input_ids=torch.tensor([row.tokens])).logits[0].double().log_softmax(-1)
+            first = 1 + row.given
+            sums.append(sum(said[p - 1, row.tokens[p]].item() for p in range(first, len(row.tokens))))
+        sizes = [len(choice) for choice in item.choices]
+        raw.append(float(item.choices[sums.index(max(sums))] == item.answers[0]))
+        scaled = [s / n for s, n in zip(sums, sizes, strict=True)]
+        even.append(float(item.choices[scaled.index(max(scaled))] == item.answers[0]))
+    for size in (1, 40, 4096):
+        found = run_task(task, engine, CONTEXT, size)
+        assert (found.value, found.raw) == (even, raw)
+    assert found.id == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_a_choice_is_predicted_to_its_last_letter(checkpoint):
+    """The token that holds the end of the prompt and the start of the choice is predicted, not given."""
+    _, words = load_checkpoint(checkpoint)
+    item = Item("x", "class pri", ["nt lambda", "nt"], ["nt lambda", "nt"])
+    for row, choice in zip(choice_rows(words, item, "x", CONTEXT), item.choices, strict=True):
+        assert row.tokens[0] == boundary_id(words)
+        given = words.decode(row.tokens[1 : 1 + row.given])
+        assert item.prompt.startswith(given)
+        assert words.decode(row.tokens[1:]) == item.prompt + choice
+        assert words.decode(row.tokens[1 + row.given :]).endswith(choice)
+
+
+def test_a_long_prompt_loses_its_start_and_a_long_choice_is_refused(checkpoint):
+    _, words = load_checkpoint(checkpoint)
+    long = text("code", 1, 60)
+    row = next(choice_rows(words, Item("x", long, ["def"], ["def"]), "x", 16))
+    whole = words(long + "def", add_special_tokens=False)["input_ids"]
+    assert row.tokens == [boundary_id(words), *whole[-15:]]
+    with pytest.raises(UserError, match=r"item 'x': choice .* tokens; a row holds 15 tokens"):
+        list(choice_rows(words, Item("x", "def", [long], [long]), "x", 16))
+
+
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_generated_answers_are_the_library_s_own(engine, checkpoint, tmp_path):
+    """Greedy, in batches of prompts of one length, against transformers' generate for one prompt at a time."""
+    task = Task(kind="exact_match", path=write(tmp_path / "t.jsonl", ANSWERS), new_tokens=6)
+    items = read_items(task)
+    model, words = load_checkpoint(checkpoint)
+    wanted = []
+    for item in items:
+        ids = [boundary_id(words), *words(item.prompt, add_special_tokens=False)["input_ids"]]
+        made = model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=6, do_sample=False
+        )
+        wanted.append(answer_text(words.decode(made[0, len(ids) :], skip_special_tokens=True), item))
+    assert generate(items, engine, 64, 30, 6) == wanted
+    assert generate(items, engine, 64, 4096, 6) == wanted
+    right = [
+        {**row, "answer": ["no", answer or "empty"]} for row, answer in zip(ANSWERS, wanted, strict=True)
+    ]
+    again = run_task(Task(kind="f1", path=write(tmp_path / "r.jsonl", right), new_tokens=6), engine, 64, 100)
+    assert again.output == wanted
+    assert again.value == [float(bool(answer)) for answer in wanted]
+
+
+def test_an_answer_has_as_many_lines_as_the_accepted_ones():
+    one, two = Item("x", "p", ["a"], []), Item("x", "p", ["a", "b\nc"], [])
+    assert answer_text("\n  a \nb\nc", one) == "a"
+    assert answer_text("\n  a \nb\nc", two) == "a \nb"
+
+
+GOOD = {"prompt": "p", "choices": ["a", "b"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no items"),
+        (["{"], "line 1: not JSON"),
+        ([GOOD, [1]], "line 2: list; write one JSON object"),
+        ([{**GOOD, "anser": 1}], "unknown field: 'anser'; did you mean 'answer'"),
+        ([{**GOOD, "prompt": " "}], "line 1: prompt: ' '; give a text"),
+        ([{**GOOD, "choices": ["a"]}], "choices: .* at least two"),
+        ([{**GOOD, "choices": ["a", "a"]}], "choices: .* must differ"),
+        ([{**GOOD, "answer": 2}], "answer: 2; give one of the choices, or an index below 2"),
+        ([{**GOOD, "answer": True}], "answer: True"),
+        ([{**GOOD, "id": "x"}, {**GOOD, "id": "x"}], "two items are named 'x'"),
+    ],
+)
+def test_a_bad_file_is_told_with_its_line(tmp_path, rows, message):
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    with pytest.raises(UserError, match=message):
+        check_tasks({"mine": Task(kind="multiple_choice", path=str(path))})
+
+
+def test_files_names_and_the_harness_are_checked_before_any_model(tmp_path, monkeypatch):
+    task = Task(kind="f1", path=write(tmp_path / "t.jsonl", [{"prompt": "p", "answer": []}]))
+    with pytest.raises(UserError, match="line 1: answer"):
+        check_tasks({"mine": task})
+    with pytest.raises(UserError, match="no such file"):
+        check_tasks({"mine": Task(kind="f1", path="nowhere.jsonl")})
+    with pytest.raises(UserError, match=r"'\.\./x': not a name"):
+        check_tasks({"../x": task})
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    harness = Task(kind="lm_eval", path="lm_eval:arc_easy")
+    for refuse in (lambda: check_tasks({"arc": harness}), lambda: run_harness(harness, "torch", tmp_path)):
+        with pytest.raises(
+            UserError, match=r"task lm_eval:arc_easy: lm_eval is not installed; .*pip install lm-eval"
+        ):
+            refuse()
+
+
+def test_a_changed_file_or_setting_is_another_source(tmp_path):
+    path = write(tmp_path / "t.jsonl", ANSWERS)
+    one = source(Task(kind="f1", path=path))
+    assert source(Task(kind="f1", path=path)) == one
+    assert source(Task(kind="f1", path=path, new_tokens=3)) != one
+    write(tmp_path / "t.jsonl", ANSWERS[1:])
+    assert source(Task(kind="f1", path=path)) != one
+
+
+def test_the_harness_s_log_of_samples_becomes_items():
+    """The shape that lm_eval 0.4.13 logs: a row per document and filter."""
+
+    def row(doc, name, acc):
+        return {"doc_id": doc, "filter": name, "metrics": ["acc", "acc_norm"], "acc": 1.0, "acc_norm": acc}
+
+    log = {"arc": [row(1, "none", 0.0), row(0, "none", 1.0), row(0, "strict", 0.0)]}
+    items, metric = marks(log)
+    assert (metric, items.id, items.value) == ("acc_norm", ["arc:0", "arc:1"], [1.0, 0.0])
+    with pytest.raises(UserError, match="'acc_norm' is not between 0 and 1"):
+        marks({"ppl": [row(0, "none", 17.2)]})
+
+
+def test_every_plain_model_is_marked_once(tmp_path, openvino_folder):
+    choices, answers = write(tmp_path / "c.jsonl", CHOICES), write(tmp_path / "a.jsonl", ANSWERS)
+    study, folder = fake_run(tmp_path)
+    put(
+        folder,
+        "variants/int8/S1/s0",
+        lambda to: shutil.copytree(openvino_folder, to, dirs_exist_ok=True),
+        **facts("S1", "int8", "openvino"),
+    )
+    config = yaml.safe_load(study.read_text())
+    config["data"]["tasks"] = {
+        "pick": {"kind": "multiple_choice", "path": choices},
+        "write": {"kind": "exact_match", "path": answers, "new_tokens": 4, "limit": 3},
+    }
+    study.write_text(yaml.safe_dump(config))  # after training: tasks may come and go
+    loaded = load_study(study)
+    assert loaded.hash() == load_study(folder).hash(), "tasks change no model and no score"
+    for place, names in unmarked(folder, loaded).items():
+        mark_folder(folder, loaded, place, names)
+    records = {(r.task, r.recipe, r.arm): r for r in read_marks(folder)}
+    models = {("plain", "B"), ("plain", "S1"), ("plain", "S0"), ("int8", "S1")}
+    assert set(records) == {(task, *model) for task in ("pick", "write") for model in models}
+    assert len(records["write", "plain", "B"].items.id) == 3
+    assert set(mean_marks(list(records.values()))) == models
+    engine = load_engine("openvino", openvino_folder)
+    again = choose(read_items(loaded.data.tasks["pick"]), engine, CONTEXT, 512)
+    assert records["pick", "int8", "S1"].items == again
+    assert unmarked(folder, loaded) == {}
+    put(folder, "students/S0/s0", torch_model(seed=9), **facts("S0"))
+    write(tmp_path / "a.jsonl", ANSWERS[1:])
+    missing = unmarked(folder, loaded)
+    assert missing.pop(folder / "students/S0/s0") == ["pick", "write"]
+    assert set(missing) == {folder / "base/s0", folder / "students/S1/s0", folder / "variants/int8/S1/s0"}
+    assert all(names == ["write"] for names in missing.values())
