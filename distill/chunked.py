@@ -161,6 +161,23 @@ class Gradients:
             self.bias += logits.sum(0)
 
 
+def _chunk(
+    found: Gradients,
+    start: int,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    target: Target | None,
+    config: Loss,
+) -> Tensor:
+    """The summed loss of the tokens from `start` on, their gradient added; its logits end with it."""
+    logits = head.product(hidden)
+    told = answer(target, start, start + len(hidden))
+    loss = _blocks_(logits, head, labels, told, config)
+    found.add(start, logits, hidden, head)
+    return loss
+
+
 class _Chunked(torch.autograd.Function):
     """Loss and gradient of a batch, in one pass over its chunks."""
 
@@ -177,10 +194,8 @@ class _Chunked(torch.autograd.Function):
         ready, total = head.ready(hidden.dtype), torch.zeros((), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start, stop in spans(len(hidden), CHUNK_BYTES, len(weight)):
-                logits = ready.product(hidden[start:stop])
-                told = answer(target, start, stop)
-                total += _blocks_(logits, ready, labels[start:stop], told, config)
-                found.add(start, logits, hidden[start:stop], ready)
+                part = slice(start, stop)
+                total += _chunk(found, start, hidden[part], ready, labels[part], target, config)
         ctx.found = found
         return total
 

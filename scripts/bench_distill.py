@@ -246,9 +246,6 @@ def utilisation_rows(rounds: int) -> list[Result]:
 def line(row: Result) -> str:
     spread = f"[{row['low']:.3f}, {row['high']:.3f}]" if row.get("low") is not None else ""
     told = {True: "met", False: "MISSED"}[row["met"]] if "met" in row else ""
-    return f"{row['what']:<76} not measured: {row['note']}"
-    spread = f"[{row['low']:.3f}, {row['high']:.3f}]" if row.get("low") is not None else ""
-    told = {True: "met", False: "MISSED"}.get(bool(row["met"]) if "met" in row else None, "")
     return f"{row['what']:<76} {row['value']:8.3f} {spread:<16} {row.get('limit', ''):<8} {told}"
 
 

@@ -33,7 +33,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 STUDENT, TEACHER = 256, 384  # widths
 WEIGHT = 0.9  # of the divergence
-PLAIN_TENSORS = 7  # [tokens, vocabulary] in float32 that the plain loss holds at its peak, no more
+PLAIN_TENSORS = 5.5  # [tokens, vocabulary] in float32 that the plain loss holds at its peak, no more
 Result = dict[str, Any]
 
 
@@ -133,7 +133,7 @@ def fresh(*words: object) -> Any:
 def fitting(vocabulary: int, tokens: int) -> int:
     """So many tokens, or as many halves less as let the plain loss have most of the free memory."""
     free = torch.cuda.mem_get_info()[0] if CUDA else psutil.virtual_memory().available
-    while PLAIN_TENSORS * 4 * vocabulary * tokens > 0.7 * free:
+    while PLAIN_TENSORS * 4 * vocabulary * tokens > 0.75 * free:
         tokens //= 2
     return tokens
 

@@ -55,11 +55,11 @@ def test_the_command_runs(small, command):
     raw["name"] = "small"
     study = validated(Study, raw, command)
     make_folder(study)
-    prepare_inputs(study, accelerator())
-    jobs = [*base_jobs(study), *teacher_jobs(study), *student_jobs(study)]
     if any(word in command for word in NEEDS_CUDA):
         with pytest.raises(UserError, match="CUDA"):
-            run_in_turn("train", jobs, quiet=True)
+            prepare_inputs(study, accelerator())
         return
+    prepare_inputs(study, accelerator())
+    jobs = [*base_jobs(study), *teacher_jobs(study), *student_jobs(study)]
     run_in_turn("train", jobs, quiet=True)
     verified(study.folder / "students" / "S1" / "s0")

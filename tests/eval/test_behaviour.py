@@ -7,7 +7,10 @@ from eval.budget import load_budget
 from eval.evidence import collect
 from eval.judge import judged
 from eval.records import Agreement, Bins, Items, Marked, Rerun, read_scores, write_record
+from eval.sections import Task
 from tests.eval.synthetic_run import Run
+
+PICK = Task(kind="multiple_choice", path="pick.jsonl")
 
 
 def with_accuracy(run, share=0.4):
@@ -45,11 +48,10 @@ def mark(run, record, value, **changes):
 
 
 def quality(run):
-    study = run.study.model_copy(
-        update={"data": run.study.data.model_copy(update={"tasks": {"pick": object()}})}
-    )
-    assert study.seeds == [0, 1, 2, 3]
-    return judged(collect(run.path, run.study, load_budget(run.study)), load_budget(run.study)).quality
+    data = run.study.data.model_copy(update={"tasks": {"pick": PICK}})
+    study = run.study.model_copy(update={"data": data})
+    budget = load_budget(study)
+    return judged(collect(run.path, study, budget), budget).quality
 
 
 @pytest.fixture
@@ -87,3 +89,20 @@ def test_an_agreement_of_other_artifacts_or_data_is_not_shown(made, field):
         if (record.arm, record.recipe) == ("S1", "int8"):
             agree(made, record, [1, 2, 4], **({field: "x" * 64} if record.seed == 2 else {}))
     assert quality(made)["int8"].flips is None
+
+
+def test_marks_are_told_for_every_arm_that_has_them_on_the_same_items(made):
+    for record in read_scores(made.path):
+        if (record.recipe, record.arm) == ("plain", "S1"):
+            mark(made, record, [1, 0, 1, record.seed % 2])
+        if (record.recipe, record.arm) == ("plain", "B"):
+            mark(made, record, [1, 0, 0, 0], **({"source": "old"} if record.seed == 2 else {}))
+        if (record.recipe, record.arm) == ("int8", "S0") and record.seed != 1:
+            mark(made, record, [1, 0, 0, 0])
+    found = quality(made)
+    assert set(found["plain"].tasks) == {"pick"}
+    assert set(found["plain"].tasks["pick"]) == {"S1"}, "B was marked on two versions of the task"
+    one = found["plain"].tasks["pick"]["S1"]
+    assert (one.point, one.unit) == (pytest.approx((2 * 2 + 2 * 3) / 16), "share")
+    assert one.low < one.point < one.high
+    assert found["int8"].tasks == {}, "one seed was not marked"
