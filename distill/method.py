@@ -160,12 +160,19 @@ class Plain(Method):
         return plain_signal(teacher, batch=batch)
 
 
-def plain_signal(*models: PreTrainedModel, batch: Batch) -> TeacherSignal:
-    """The mean of the distributions of plain models, from one forward pass of each."""
+def plain_signal(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> TeacherSignal:
+    """The mean of the distributions of plain models, from one forward pass of each.
+
+    Args:
+        inputs: what the forward passes take beside the batch.
+
+    Raises:
+        UserError: the last step of a model is no plain linear layer (an adapter sits on it, say).
+    """
     hidden, heads = [], []
     for model in models:
         with tapped(output_embedding(model)) as seen:
-            model(**batch.inputs, use_cache=False)
+            model(**batch.inputs, **inputs, use_cache=False)
         hidden.append(seen[0])
         heads.append(head_of(model).ready(seen[0].dtype))
     return TeacherSignal(hidden=hidden, heads=heads)

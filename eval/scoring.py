@@ -88,7 +88,7 @@ def score_folder(
     size = scoring_tokens(engine)
     try:
         documents = score_with(
-            engine.logits, data, tokenizer, study.data.context, kind=kind, batch_tokens=size, report=report
+            engine.borrowed, data, tokenizer, study.data.context, kind=kind, batch_tokens=size, report=report
         )
     except UserError as error:
         raise UserError(f"scoring {folder}: {error.thing}", error.found, error.mend) from error

@@ -43,10 +43,9 @@ def choose(items: list[Item], engine: Engine, context: int, batch_tokens: int) -
     tokenizer, found = engine.tokenizer, dict[str, float]()
     rows = [row for i, item in enumerate(items) for row in choice_rows(tokenizer, item, str(i), context)]
     for batch in batches(rows, boundary_id(tokenizer), batch_tokens):
-        said = predicted(engine.logits(batch), batch)
-        sums = torch.zeros(len(batch.ids), dtype=torch.float64).index_add_(
-            0, said.row.cpu(), said.nats.double().cpu()
-        )
+        said = predicted(engine.borrowed(batch), batch)
+        rows_of = batch.mask.nonzero()[:, 0]
+        sums = torch.bincount(rows_of, said.nats.double().cpu(), minlength=len(batch.ids))
         found |= dict(zip(batch.ids, (-sums).tolist(), strict=True))
     even, raw = [], []
     for i, item in enumerate(items):

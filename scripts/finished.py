@@ -20,6 +20,7 @@ from eval.study import ROOT, Study, find_config, study_from_command  # noqa: E40
 
 MARK = "finished"
 LATER = {MARK, ".lock", "gate.json", "table.md", "report.html"}  # made from the rest, or made anew each time
+AFTER = ("logs/", "signoff/", "release/", "records/sealed/")  # what people do with a finished run
 
 
 def state(study: Study) -> str:
@@ -28,14 +29,15 @@ def state(study: Study) -> str:
         find_config("budgets", study.budget)
     ]
     code = sorted(p for top in ("distill", "compress", "eval") for p in (ROOT / top).rglob("*.py"))
-    made = sorted(p for p in study.folder.rglob("*") if p.is_file() and p.name not in LATER)
+    every = {p.relative_to(study.folder).as_posix(): p for p in study.folder.rglob("*") if p.is_file()}
+    made = {name: p for name, p in every.items() if p.name not in LATER and not name.startswith(AFTER)}
     return digest(
         [
             study.model_dump(mode="json"),
             data_key(study),
             versions(),
             [file_sha256(p) for p in [*configs, *code, ROOT / "requirements.lock"]],
-            {p.relative_to(study.folder).as_posix(): file_sha256(p) for p in made},
+            {name: file_sha256(p) for name, p in sorted(made.items())},
         ]
     )
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from distill.method import Bench, Card, Method, TeacherSignal
+from distill.method import Bench, Card, Method, TeacherSignal, plain_signal
 from eval.documents import Batch, Row
 from eval.errors import UserError
 from eval.sections import Frozen, Optimizer, Train
@@ -106,9 +106,5 @@ class Experts(Method):
         return name if name in self._model.peft_config else BASE
 
     def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
-        logits = self._model(
-            **batch.inputs,
-            use_cache=False,
-            adapter_names=[self._route(domain) for domain in batch.domains],
-        ).logits
-        return TeacherSignal(logits.float().log_softmax(dim=-1))
+        adapters = [self._route(domain) for domain in batch.domains]
+        return plain_signal(self._model, batch=batch, adapter_names=adapters)

@@ -43,6 +43,10 @@ class Engine(ABC):
     def logits(self, batch: Batch) -> Tensor:
         """[B, T, V] float32: position p scores the token at p + 1."""
 
+    def borrowed(self, batch: Batch) -> Tensor:
+        """The same, in memory that may be the engine's own: it holds until the engine is used again."""
+        return self.logits(batch)
+
     @abstractmethod
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         """Reads prompts [B, T]; returns the logits [B, V] of the next tokens and a state with the cache."""

@@ -27,7 +27,6 @@ _PREPARED: dict[str, list[Batch]] = {}
 class Predicted(NamedTuple):
     """One entry per predicted token, in the row-major order of the batch's mask."""
 
-    row: Tensor  # [N] int64, of the batch
     nats: Tensor  # [N] float32, -log p of the token
     confidence: Tensor  # [N] float32, p of the likeliest token
     correct: Tensor  # [N] bool, whether that is the token
@@ -76,7 +75,7 @@ def likelihoods(
     assert len(place) == len(documents), "ids are unique within a slice"
     made = prepared(documents, tokenizer, context, batch_tokens)
     said = [predicted(predict(batch), batch) for batch in made]
-    nats, confidence, correct = (torch.cat(column).cpu() for column in list(zip(*said, strict=True))[1:])
+    nats, confidence, correct = (torch.cat(column).cpu() for column in zip(*said, strict=True))
     names = [name for batch in made for name in batch.documents]
     sizes = torch.cat([batch.mask.sum(1) for batch in made])  # tokens of each row, in the order of `said`
     where = torch.tensor([place[name] for name in names]).repeat_interleave(sizes)
@@ -104,8 +103,10 @@ def document_bits(
 def prepared(
     documents: list[Document], tokenizer: "PreTrainedTokenizerBase", context: int, batch_tokens: int
 ) -> list[Batch]:
-    """Batches of the documents' windows. Models of a study share their tokenizer, and a worker scores many
-    of them: what was made for one is kept for the next."""
+    """Batches of the documents' windows.
+
+    Models of a study share their tokenizer, and a worker scores many: what one needed is kept for the next.
+    """
     told = [tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id]
     asked = [tokenizer.chat_template, context, batch_tokens, [asdict(document) for document in documents]]
     key = digest([*told, *asked])
@@ -132,7 +133,7 @@ def predicted(scores: Tensor, batch: Batch) -> Predicted:
     )  # of a row's last position: under no mask
     parts = zip(pieces(scores, batch), labels.split(piece_rows(scores.shape[2])), strict=True)
     nats, confidence, correct = torch.cat([_predicted(*part) for part in parts], 1)[:, masked(scores, batch)]
-    return Predicted(batch.mask.nonzero()[:, 0].to(scores.device), nats, confidence, correct.bool())
+    return Predicted(nats, confidence, correct.bool())
 
 
 def _predicted(logits: Tensor, labels: Tensor) -> Tensor:

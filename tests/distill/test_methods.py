@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from distill.head import Head
 from distill.loop import train
 from distill.method import Bench, Card, TeacherSignal, checked, known_methods, make_method, method_class
 from distill.student import export
@@ -162,7 +163,7 @@ def test_experts_are_routed_by_domain(bench, rows):
     batch.domains[:] = ["code", "prose", "never seen"]
     with torch.no_grad():
         with method.attached(teacher, bench):
-            code, prose, unseen = method.signal(teacher, batch).log_probs
+            code, prose, unseen = answer(method, teacher, batch)
         plain = teacher(batch.input_ids[:1]).logits.log_softmax(-1)[0]
     assert not torch.equal(code, prose)
     assert not torch.allclose(code, plain, atol=1e-4)
@@ -186,6 +187,26 @@ def test_a_method_that_returns_something_else_is_refused(returned, told, rows):
     )
     with pytest.raises(UserError, match=f"method 'mine': .*{told}"):
         checked(returned, batch, 320, "mine")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "told"),
+    [
+        (torch.zeros(1, 4, 8), [], "neither log_probs nor hidden states with a head each"),
+        (
+            torch.zeros(1, 4, 8),
+            [Head(torch.zeros(300, 8))],
+            r"a head of 300 tokens; must be \(1, 4, 8\) .* and 320",
+        ),
+        (torch.zeros(1, 3, 8), [Head(torch.zeros(320, 8))], r"hidden states of shape \(1, 3, 8\)"),
+        (torch.full((1, 4, 8), float("nan")), [Head(torch.zeros(320, 8))], "hidden states with NaN"),
+    ],
+)
+def test_hidden_states_are_checked_as_well(hidden, heads, told, rows):
+    row = rows[0]
+    batch = collate([type(row)(row.document, row.domain, 0, row.tokens[:4])], 0)
+    with pytest.raises(UserError, match=f"method 'mine': .*{told}"):
+        checked(TeacherSignal(hidden=[hidden], heads=heads), batch, 320, "mine")
 
 
 def test_names_are_answered_with_the_nearest():
