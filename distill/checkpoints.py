@@ -22,8 +22,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator = folder, accelerator
-        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if not sharded:  # those write their shards themselves
+        self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if not self.sharded:  # those write their shards themselves
             accelerator.register_save_state_pre_hook(_leave_out_frozen)
             accelerator.register_load_state_pre_hook(_load_trained)
 
@@ -36,6 +36,10 @@ class Checkpoints:
         path = self.latest()
         if path is None:
             return 0, []
+        found, wanted = len(list(path.glob("random_states_*.pkl"))), self.accelerator.num_processes
+        if found != wanted or not (self.sharded or (path / WEIGHTS).is_file()):
+            mend = "launch it as before, or delete that folder"
+            raise UserError(f"checkpoint {path}", f"of {found} processes, here are {wanted}", mend)
         self.accelerator.load_state(str(path))
         return int(path.name.split("-")[1]), [tuple(p) for p in json.loads((path / "curve.json").read_text())]
 

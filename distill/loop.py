@@ -86,6 +86,7 @@ def optimizers(
     settings = config.optimizer
     rest_lr = settings.lr_rest or settings.lr
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends += [module for module in model.modules() if isinstance(module, nn.Embedding)]  # positions too
     shared = {id(p) for end in ends if end is not None for p in end.parameters()}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     hidden = [p for n, p in named if _is_hidden_matrix(n, p, shared)]
@@ -162,11 +163,13 @@ def step_loss(
     return float(acc.reduce(total, reduction="sum"))
 
 
-def check_finite(loss: float, step: int, rows: list[Row]) -> None:
-    """Refuses a loss that is not a number, naming the step and its rows."""
-    if not math.isfinite(loss):
+def check_finite(value: float, step: int, rows: list[Row], what: str = "loss") -> None:
+    """Refuses a loss or a gradient norm that is not a number, naming the step and its rows."""
+    if not math.isfinite(value):
         names = ", ".join(row.id for row in rows)
-        raise UserError(f"loss at step {step + 1}", loss, f"lower the learning rate, or look at rows {names}")
+        raise UserError(
+            f"{what} at step {step + 1}", value, f"lower the learning rate, or look at rows {names}"
+        )
 
 
 def set_learning_rate(optimizers: Sequence[Optimizer], factor: float) -> None:
@@ -200,15 +203,17 @@ class Telling:
         self.report, self.log, self.evaluate = report, log, evaluate
         self.since, self.tokens = time.monotonic(), 0
 
-    def __call__(self, step: Step, rate: float, norm: Callable[[], float]) -> None:
+    def __call__(self, step: Step, rate: float, norm: float) -> None:
         self.tokens += step.tokens
         if step.number % max(1, step.of // CURVE_POINTS) == 0 or step.number == step.of:
             self.curve.append((step.number, step.loss))
             if self.log is not None:
-                self.log(step.number, self._values(step.loss, rate, norm()))
+                self.log(step.number, self._values(step.loss, rate, norm))
         every = self.config.evaluate_every
-        if self.evaluate is not None and self.log is not None and every and step.number % every == 0:
-            self.log(step.number, {"heldout_bits_per_byte": self.evaluate()})
+        if self.evaluate is not None and every and step.number % every == 0:
+            found = self.evaluate()  # by every process: a student in shards needs them all
+            if self.log is not None:
+                self.log(step.number, {"heldout_bits_per_byte": found})
         if self.report is not None:
             self.report(step)
 
@@ -284,14 +289,15 @@ def train(
         set_learning_rate(made, factor)
         loss = step_loss(learner, chosen, teacher, config, acc, pad)
         check_finite(loss, step, chosen)
-        norm = acc.clip_grad_norm_(learner.parameters(), config.clip)
+        norm = whole_norm(acc, acc.clip_grad_norm_(learner.parameters(), config.clip))
+        check_finite(norm, step, chosen, "gradient norm")
         for optimizer in made:
             optimizer.step()
             optimizer.zero_grad()
         if after_step is not None:
             after_step()
         done = Step(step + 1, steps, loss, sum(row.predicted for row in chosen))
-        tell(done, factor * config.optimizer.lr, partial(whole_norm, acc, norm))
+        tell(done, factor * config.optimizer.lr, norm)
         if done.number % config.checkpoint_every == 0 and done.number < steps:
             saved.save(done.number, curve)
     if is_sharded(acc):

@@ -17,17 +17,17 @@ from distill.tracking import tracked
 from eval.artifacts import building, file_sha256, is_done
 from eval.documents import Row, boundary_id
 from eval.sections import Train
-from eval.study import Study
+from eval.study import ROOT, Study
 from eval.workers import Progress
 
 WATCHED = {"checkpoint_every", "evaluate_every"}  # settings of a training that leave its weights alone
 PARTS = (
     *("losses", "chunked", "learner", "loop", "head", "targets"),
     *("signals", "draws", "generate", "lessons", "teachers", "method", "data", "packing"),
-    *("checkpoints", "layers", "start", "tuning", "student"),
+    *("checkpoints", "layers", "start", "tuning", "student", "making", "stages", "sharding"),
 )
 # A mended loss must not leave the students of the broken one in use.
-CODE = [file_sha256(Path(__file__).with_name(f"{name}.py")) for name in PARTS]
+CODE = [file_sha256(ROOT / name) for name in (*(f"distill/{part}.py" for part in PARTS), "eval/documents.py")]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -78,7 +78,7 @@ def run_training(
     """Trains with resumable checkpoints in the scratch folder of `name`, and its curves among the logs."""
     pad, place = pad_id(tokenizer), scratch(study, name, key)
     check_packing(model, rows, pad)
-    if config.evaluate_every:
+    if config.evaluate_every and study.trackers:
         how["evaluate"] = Heldout(study.folder / "data", tokenizer, study.data.context, pad)
     run, fresh = name.removeprefix("students/").replace("/", "-"), not place.exists()
     with tracked(accelerator(), study.trackers, study.folder / "logs", run, fresh) as log:

@@ -56,6 +56,9 @@ class LiveTeacher:
         batch = batch.to(self.model.device)
         with watched(self.model, self.layers) as seen:
             signal = checked(self.method.signal(self.model, batch), batch, self.vocabulary, self.name)
+        if self.layers and len(signal.heads) > 1:
+            found = f"a teacher of {len(signal.heads)} models"
+            raise UserError("train.loss.hidden", found, "take a method that is one model, or leave it out")
         places = torch.nn.functional.pad(batch.mask, (0, 1))
         return replace(signal.at(places), layers=tuple(layer[places] for layer in seen))
 
@@ -230,7 +233,9 @@ def teaching(
 def teacher_hash(study: Study, side: str, bases: tuple[int, ...], fitted: str) -> str:
     """Fingerprint of a teacher: its method, its bases, its data, what was fitted and how it is run."""
     how = [study.targets.dtype, study.targets.quantization]
-    return digest([method_of(study, side).identity, _teacher_parents(study, bases), fitted, how])
+    own = next(seeds[0] for group, seeds in teacher_groups(study)[side].items() if group == bases)
+    parents = _teacher_parents(study, tuple(sorted({own, *bases})))
+    return digest([CODE, method_of(study, side).identity, parents, fitted, how])
 
 
 def group_of(study: Study, side: str, seed: int) -> tuple[tuple[int, ...], list[int]]:

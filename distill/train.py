@@ -9,8 +9,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill.launch import start_missing_processes  # noqa: E402
-from distill.loop import accelerator  # noqa: E402
-from distill.plan import base_jobs, prepare_inputs, run, student_jobs, teacher_jobs  # noqa: E402
 from eval.errors import entry  # noqa: E402
 from eval.study import make_folder, study_from_command  # noqa: E402
 from eval.workers import locked  # noqa: E402
@@ -20,6 +18,10 @@ from eval.workers import locked  # noqa: E402
 def main() -> None:
     start_missing_processes()
     study, _ = study_from_command(argparse.ArgumentParser(description=__doc__), trained=False)
+    # Seconds to import: a mistake in the study is told before.
+    from distill.loop import accelerator
+    from distill.plan import base_jobs, prepare_inputs, run, student_jobs, teacher_jobs
+
     acc = accelerator()
     with locked(make_folder(study)) if acc.is_main_process else nullcontext():
         prepare_inputs(study, acc)

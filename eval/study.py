@@ -47,7 +47,8 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def rows_suffice(self) -> Self:
-        for name, train in (("train", self.train), ("ce_train", self.ce_train), ("base.train", self.base.train)):
+        named = {"train": self.train, "ce_train": self.ce_train, "base.train": self.base.train}
+        for name, train in named.items():
             if train is not None and train.rows > self.data.train_rows:
                 raise ValueError(
                     f"{name}.rows is {train.rows}, more than data.train_rows: {self.data.train_rows}"

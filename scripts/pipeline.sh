@@ -18,7 +18,6 @@ if ((todo)); then
         distill/train.py --config "$study" || exit 3
     python -m compress.run --study "$study" || exit 3           # recipes x {S1, S0} x seeds
     python -m eval.score --study "$study" || exit 3             # quality of every model, in new processes
-    python -m eval.agreement --study "$study" || exit 3         # flips and KL against the uncompressed student
     python -m eval.cost --study "$study" --target cpu || exit 3 # latency, memory and size, in fresh processes
     python scripts/finished.py --study "$study" --mark
 fi

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,13 @@ class Recover(Pass):
     class Options(Frozen):
         train: Train
 
+    @cached_property
+    def identity(self) -> list[Any]:
+        """As of any pass, with the code that trains: a mended loss must not leave its variants in use."""
+        from distill.making import CODE
+
+        return [*super().identity, CODE]
+
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
         from distill.loop import train
 
@@ -37,7 +45,7 @@ class Recover(Pass):
             pad=context.pad,
             seed=context.seed,
             teacher=lambda batch: teach(context.parent, batch),
-            scratch=context.scratch / f"recover-{digest(self.options.model_dump(mode='json'))[:16]}",
+            scratch=context.scratch / f"recover-{digest(self.identity)[:16]}",
             report=lambda step: context.report(step.number / step.of),
             after_step=lambda: clear(zeros),
         )

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from distill.launch import asked_processes
-from distill.loop import train
+from distill.loop import accelerator, train
 from distill.method import plain_signal
 from distill.sharding import check_installed, set_up
 from eval.errors import UserError
@@ -53,7 +53,7 @@ def trained(model, teacher, scratch, **how):
     def log(step, values):
         told.setdefault(step, {}).update({k: v for k, v in values.items() if k != "tokens_per_second"})
 
-    where = {"pad": 0, "seed": 0, "scratch": scratch, "log": log}
+    where = {"pad": 0, "seed": 0, "scratch": scratch, "log": log if accelerator().is_main_process else None}
     curve = train(model, rows(8), CONFIG, teacher=of_model(teacher), evaluate=evaluate, **where, **how)
     return told, curve
 
