@@ -88,7 +88,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_table(tiny, tmp_path):
             ["bash", "scripts/pipeline.sh", str(copy)],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        time.sleep(rng.uniform(5, 18))
+        time.sleep(rng.uniform(4, 13))
         alive += process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -121,6 +121,7 @@ def test_a_bad_study_ends_the_pipeline_before_anything_is_trained(tmp_path, chan
 def test_the_placebo_never_passes(tmp_path):
     raw = yaml.safe_load((ROOT / "configs" / "studies" / "placebo.yaml").read_text())
     study = tmp_path / "study.yaml"
+    raw["base"]["train"]["steps"] = raw["train"]["steps"] = 24  # the size decides nothing here
     study.write_text(yaml.safe_dump({**raw, "runs": str(tmp_path / "runs"), "recipes": []}))
     done = pipeline(study)
     assert done.returncode in (1, 2), done.stdout + done.stderr
@@ -141,6 +142,6 @@ def test_every_python_command_of_the_documents_is_a_command(tiny):
     for module in modules:
         done = run("-m", module, "--help")
         assert done.returncode == 0, done.stderr
-        assert "--study" in done.stdout
+        assert "--study" in done.stdout or "--release" in done.stdout
     scripts = {m for text in texts for m in re.findall(r"scripts/[\w.]+", text)}
     assert all((ROOT / script).is_file() for script in scripts), scripts
