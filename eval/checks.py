@@ -122,14 +122,14 @@ class Artifacts:
 
 def check_seeds_differ(scores: list[Score]) -> None:
     """Copies of one student would count as seeds and make the interval a lie."""
-    seen: dict[str, int] = {}
+    seen: dict[tuple[str, str], int] = {}
     for record in scores:
-        if record.arm != STUDENT or record.recipe != PLAIN:
+        if record.arm not in TAUGHT or record.recipe != PLAIN:
             continue
-        other = seen.setdefault(record.provenance.artifact, record.seed)
+        other = seen.setdefault((record.arm, record.provenance.artifact), record.seed)
         if other != record.seed:
             raise UserError(
-                f"students {STUDENT}",
+                f"students {record.arm}",
                 f"seeds {other} and {record.seed} are the same artifact {record.provenance.artifact[:12]}",
                 "seeds must be trained apart; copies are no evidence about seeds",
             )

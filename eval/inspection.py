@@ -94,9 +94,10 @@ def decided(gate: GateFile, row: Variant) -> tuple[Verdict, str]:
     """What is signed: the verdict of the row, as a pick among several and on the sealed documents too."""
     if row.verdict == PASS and not ships(row, gate.budget["alpha"]):
         return INCONCLUSIVE, row.reason
-    look = gate.sealed
-    seen = look.verdict if look and look.current and look.recipe == row.recipe else None
-    if row.verdict == PASS and seen is not None and seen != PASS:
+    history = gate.sealed.history if gate.sealed else []
+    looks = [look for look in history if look.same and look.recipe == row.recipe]
+    seen = (looks[-1].verdict or INCONCLUSIVE) if looks else PASS  # opened and not finished is no PASS
+    if row.verdict == PASS and seen != PASS:
         return seen, f"{row.reason}; on the sealed documents it is {seen}"
     return row.verdict, row.reason
 

@@ -76,7 +76,7 @@ def read_items(task: Task) -> list[Item]:
         UserError: there is no such file or it holds no items, or the first line that is not an item.
     """
     found: list[Item] = []
-    for number, line in enumerate(_file(task).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_file(task).read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip() and (task.limit is None or len(found) < task.limit):
             found.append(_item(f"{task.path}, line {number}", line, str(number), task))
     if not found:

@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from eval.budget import Budget, load_budget
-from eval.checks import Artifacts
+from eval.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Artifacts
 from eval.errors import UserError, entry, one_of
 from eval.records import (
     TRAINING,
@@ -25,6 +25,7 @@ from eval.records import (
     read_costs,
     read_loads,
     read_scores,
+    recipe_names,
     record_path,
     write_record,
 )
@@ -44,7 +45,7 @@ def read_lines(path: Path) -> list[Record]:
     if not path.is_file():
         raise UserError("records", str(path), "name a file of records, or a copy of the run folder")
     found: list[Record] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -140,7 +141,14 @@ def joined(run: Path, study: Study, given: list[str]) -> list[Record]:
         every += [
             (f"{name}: {record_path(run, record).relative_to(run)}", bound(record, study)) for record in found
         ]
+    recipes = recipe_names(study)
     for place, record in every:
+        one_of(
+            f"{place}: arm",
+            record.arm,
+            [FALLBACK, STUDENT, CONTROL, CE, *(TEACHERS if isinstance(record, Score) else ())],
+        )
+        one_of(f"{place}: recipe", record.recipe, recipes)
         if isinstance(record, Score):
             artifacts.check_data(record)
         else:

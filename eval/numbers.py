@@ -104,6 +104,7 @@ def percentile_number(processes: list[Array], q: float, alpha: float) -> Number:
     low = high = value = None
     if ended := bool(np.isfinite([np.quantile(x, q, method="higher") for x in processes]).all()):
         low, high = percentile_bounds(processes, q, alpha)
+        high = high if high is not None and np.isfinite(high) else None  # beyond what was served
     needs = requests_needed(q, alpha)
     if ended and len(pooled) >= needs:
         value = float(np.quantile(pooled, q))

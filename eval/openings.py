@@ -44,6 +44,14 @@ def read_openings(run: Path) -> list[Opening]:
             raise UserError(
                 f"opening {path}: {place}", first["msg"], "put the file back as it was"
             ) from error
+    scored = {
+        path.parent.name
+        for path in (run / "records" / "sealed").glob("*/*.json")
+        if not path.name.startswith(("T0-", "T1-"))  # those are scored while they are trained
+    }
+    if lost := sorted(scored - {"plain"} - {one.recipe for one in found}):
+        what = f"scored without an opening: {', '.join(lost)}"
+        raise UserError(f"openings of {run}", what, "put the opening back: they are counted for ever")
     return found
 
 
@@ -59,7 +67,13 @@ def summary(openings: list[Opening], artifacts: dict[str, str], budget: str) -> 
     return Sealed(
         openings=len(openings),
         current=last.artifacts.items() <= artifacts.items() and last.budget == budget,
-        history=[Look.model_validate(one, from_attributes=True) for one in openings],
+        history=[
+            Look(
+                same=one.artifacts.items() <= artifacts.items(),
+                **one.model_dump(include={"number", "time", "by", "reason", "recipe", "verdict"}),
+            )
+            for one in openings
+        ],
         **last.model_dump(
             include={"time", "by", "recipe", "target", "documents", "verdict", "parts"}
             | {"teacher_gain", "kept_share", "guard_share"}

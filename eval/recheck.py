@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eval.artifacts import MANIFEST, entries, file_sha256, read_manifest
+from eval.artifacts import MANIFEST, entries, file_sha256, read_manifest, verified
 from eval.checks import CONTROL, FALLBACK, STUDENT
 from eval.contract import Contract, Target, read_contract
 from eval.documents import Document, tokens_per_batch
@@ -65,6 +65,10 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
     for place, signed in signed_places(contract, shipped).items():
         if file_sha256(release / place) != said.files.get(signed):
             raise UserError(f"release {release}", f"{place} is not the {signed} that was signed", mend)
+    for folder in (f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"):
+        verified(release / folder)  # their manifests were signed: the files must be theirs
+    if (said.recipe, said.target, said.verdict) != (shipped.recipe, name, shipped.verdict):
+        raise UserError(f"release {release}", "its contract is not what was signed", mend)
     return contract, name
 
 
@@ -96,7 +100,11 @@ def read_new(path: Path, limit: int) -> list[Document]:
     if not path.is_file():
         raise UserError("--data", str(path), "no such file; give a JSONL of documents")
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path}", "not UTF-8", "save it as UTF-8") from error
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             documents.append(_document(f"{path}:{number}", line, number, limit))
     if not documents:

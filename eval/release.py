@@ -44,12 +44,11 @@ if TYPE_CHECKING:
 LOADER, INDEX, CARD = "load_release.py", "release.json", "README.md"
 TEMPLATES = Path(__file__).parent / "templates"
 REHEARSAL = """
-import sys
+import json, sys
 sys.dont_write_bytecode = True
 sys.path.insert(0, ".")
 from load_release import load_release
-for target in sys.argv[1:]:
-    print(load_release(".", target)[1].reason or "")
+print(json.dumps([load_release(".", target)[1].reason for target in sys.argv[1:]]))
 """
 
 
@@ -112,6 +111,9 @@ def verified_case(run: Path, words: list[str], trusted: "SSlibKey | None", today
         if found or statement is None:
             raise UserError(f"sign-off {path}", found[0], "mend that, or sign again")
         said[target] = statement.predicate
+        if (said[target].recipe, said[target].target) != (recipe, target):
+            found = [f"speaks of {said[target].recipe} on {said[target].target}"]
+            raise UserError(f"sign-off {path}", found[0], "rename one of them, and sign again")
     study, policies = load_study(run), {one.policy.name for one in said.values()}
     if len(policies) > 1:
         raise UserError("release", f"signed for the budgets {sorted(policies)}", "sign all for one budget")
@@ -245,9 +247,11 @@ def rehearse(place: Path, targets: list[str]) -> None:
         text=True,
         check=False,
     )
-    failed = done.returncode != 0
-    said = done.stderr.strip().splitlines()[-1:] if failed else done.stdout.splitlines()[-len(targets) :]
-    for target, reason in zip(targets, said, strict=False):
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        found = f"its loader ended with {done.returncode} ({last})"
+        raise UserError("release", found, "nothing was released; mend that")
+    for target, reason in zip(targets, json.loads(done.stdout.splitlines()[-1]), strict=True):
         if reason:
             raise UserError(f"release for {target}", reason, "nothing was released; mend that")
 

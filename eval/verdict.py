@@ -205,6 +205,7 @@ class Look(Frozen):
     reason: str | None
     recipe: str
     verdict: Verdict | None
+    same: bool = True  # of the artifacts that this file judges
 
 
 class Sealed(Frozen):

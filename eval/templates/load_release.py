@@ -23,7 +23,10 @@ log = logging.getLogger("load_release")
 MANIFEST, INDEX = "manifest.json", "release.json"
 OWN = "__pycache__/load_release."  # Python may keep this file compiled
 # What an engine may raise on a folder, a library or a machine that is not as it was
-FAULTS = (ImportError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, MemoryError)
+FAULTS = (
+    *(ImportError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, MemoryError),
+    AssertionError,  # of a torch that has no CUDA
+)
 
 
 class ReleaseError(RuntimeError):
@@ -170,9 +173,9 @@ def check_files(root: Path, files: dict[str, Any], wanted: set[str]) -> None:
             raise ReleaseError(f"{name} was changed")
 
 
-def check_new(root: Path, files: dict[str, Any]) -> None:
+def check_new(root: Path, files: dict[str, Any], below: str = "") -> None:
     """Raises ReleaseError at a file that was not released, such as code or weights in another format."""
-    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    found = {path.relative_to(root).as_posix() for path in (root / below).rglob("*") if not path.is_dir()}
     own = {name for name in found if name.startswith(OWN)}
     if new := sorted(found - set(files) - own - {MANIFEST}):
         raise ReleaseError(f"{new[0]} is not part of the release")
@@ -191,6 +194,7 @@ def try_out(model: Model, canaries: list[dict[str, Any]]) -> None:
 def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[str, Any]) -> Model:
     """One artifact of the release, checked and tried out."""
     folder = part["folder"]
+    check_new(root, files, folder)
     check_files(root, files, {name for name in files if name.startswith(f"{folder}/")})
     try:
         model = ENGINES[part["engine"]](root / folder, part["device"], index["boundary"])
@@ -221,9 +225,12 @@ def load_release(
             target, or the fallback is off too.
     """
     root, today = Path(path), today or datetime.now(UTC).date()
-    if sha256_of_manifest and sha256(root / MANIFEST) != sha256_of_manifest:
+    listed = read_json(root / MANIFEST)
+    if sha256_of_manifest is not None and sha256(root / MANIFEST) != sha256_of_manifest:
         raise ReleaseError(f"{root / MANIFEST} is not the one that was released")
-    files = read_json(root / MANIFEST)["files"]
+    files = listed.get("files") if isinstance(listed, dict) else None
+    if not isinstance(files, dict) or INDEX not in files:
+        raise ReleaseError(f"{root / MANIFEST} lists no {INDEX}")
     check_files(root, files, {INDEX})
     index = read_json(root / INDEX)
     if target not in index["targets"]:
@@ -239,7 +246,13 @@ def load_release(
         reason = str(error)
         log.warning("release %s, target %s: the fallback is served: %s", index["name"], target, reason)
         part = {**part, **index["fallback"]}
-        model = loaded(root, index, files, part)
+        try:
+            model = loaded(root, index, files, part)
+        except ReleaseError:
+            if part["device"] == "cpu":
+                raise
+            part = {**part, "device": "cpu"}  # it may be the device that is missing
+            model = loaded(root, index, files, part)
     facts = {name: part[name] for name in ("folder", "engine", "verdict", "waiver", "expires")}
     facts |= {"release": index["name"], "target": target, "context": index["context"]}
     if part["waiver"] and reason is None:

@@ -247,7 +247,7 @@ def test_a_release_that_would_serve_its_fallback_is_not_made(released_run, tmp_p
         return [c.model_copy(update={"expected": [1, 2, 3]}) for c in canaries(*args)]
 
     monkeypatch.setattr("eval.release.canaries", other)
-    with pytest.raises(UserError, match=r"release for cpu: .*is continued with"):
+    with pytest.raises(UserError, match="is continued with"):
         build(case, tmp_path / "out", "Team A", DAY)
     assert not (tmp_path / "out").exists()
 

@@ -219,18 +219,22 @@ def test_what_is_signed_is_stricter_than_a_row(made):
         "as a pick among several"
     )
     nothing = dict.fromkeys(("target", "documents", "teacher_gain", "kept_share", "guard_share"))
-    look = Sealed(
-        **{**nothing, "openings": 1, "time": "", "by": "Ada", "recipe": "int8", "current": True},
-        **{"verdict": "FAIL", "parts": [], "history": []},
-    )
-    opened = {
-        "FAIL": look,
-        "PASS": look.model_copy(update={"verdict": "PASS"}),
-        "of another variant": look.model_copy(update={"recipe": "half"}),
-        "of earlier artifacts": look.model_copy(update={"current": False}),
-    }
-    verdicts = {name: decided(gate.model_copy(update={"sealed": s}), row)[0] for name, s in opened.items()}
-    assert list(verdicts.values()) == ["FAIL", "PASS", "PASS", "PASS"]
+    last = {"time": "", "by": "Ada", "recipe": "half", "current": False, "verdict": "PASS", "parts": []}
+
+    def signed(*looks):
+        history = [
+            {"number": n, "time": "", "by": "Ada", "reason": None, "recipe": r, "verdict": v, "same": s}
+            for n, (r, v, s) in enumerate(looks, start=1)
+        ]
+        sealed = Sealed(**nothing, **last, openings=len(looks), history=history)
+        return decided(gate.model_copy(update={"sealed": sealed}), row)[0]
+
+    assert signed(("int8", "FAIL", True)) == "FAIL"
+    assert signed(("int8", "FAIL", True), ("half", "PASS", True)) == "FAIL", "hidden by a later look"
+    assert signed(("int8", None, True)) == "INCONCLUSIVE", "opened and not finished"
+    assert signed(("int8", "PASS", True)) == "PASS"
+    assert signed(("half", "FAIL", True)) == "PASS", "of another variant"
+    assert signed(("int8", "FAIL", False)) == "PASS", "of earlier artifacts"
 
 
 def test_a_clock_that_went_back_is_told(fresh, key):
