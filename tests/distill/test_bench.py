@@ -7,7 +7,7 @@ import pytest
 from tests.helpers import run
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_the_bench_prints_every_row_and_writes_them_down(tmp_path):
     done = run("scripts/bench_distill.py", "--quick", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr
