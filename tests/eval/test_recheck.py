@@ -183,6 +183,16 @@ def test_a_release_that_is_not_the_signed_one_is_refused(release, tmp_path):
         checked(tmp_path / "forged", None, None)
 
 
+def test_other_weights_under_a_signed_manifest_are_refused(release, tmp_path):
+    copy = shutil.copytree(release, tmp_path / "copy")
+    shutil.copy(copy / "fallback/model.safetensors", copy / "variants/small/model.safetensors")
+    (copy / "manifest.json").unlink()
+    with building(tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}) as place:
+        shutil.copytree(copy, place, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"artifact .*variants/small: model\.safetensors has sha256"):
+        checked(tmp_path / "forged", None, None)
+
+
 def test_the_command_line(release, tmp_path):
     path = tmp_path / "new.jsonl"
     odd = [" ".join(reversed(text("code", i, 40).split())).upper() for i in range(30)]

@@ -204,6 +204,15 @@ def test_what_cannot_be_trusted_at_all_is_raised(copy, loader):
         loader.load_release(copy, "cpu")
 
 
+def test_nothing_is_served_beside_a_file_that_nobody_listed(copy, loader):
+    (copy / "fallback/adapter_config.json").write_text("{}")
+    with pytest.raises(loader.ReleaseError, match=r"adapter_config\.json is not part of the release"):
+        loader.load_release(copy, "cpu")
+    (copy / "manifest.json").write_text("{}")
+    with pytest.raises(loader.ReleaseError, match=r"lists no release\.json"):
+        loader.load_release(copy, "cpu")
+
+
 def test_a_spoiled_fallback_is_raised_only_where_it_is_needed(copy, loader):
     (copy / "fallback/model.safetensors").write_bytes(b"gone")
     assert not loader.load_release(copy, "cpu")[1].fallback

@@ -180,3 +180,13 @@ def test_a_spoiled_opening_is_one_clear_line(toy):
     edit(write_opening(toy.path, an_opening(toy)), lambda o: o.update(verdict="MAYBE"))
     with pytest.raises(UserError, match=r"opening-1\.json: verdict"):
         read_openings(toy.path)
+
+
+def test_scores_that_an_opening_left_behind_are_told(tmp_path):
+    place = tmp_path / "records" / "sealed" / "small"
+    place.mkdir(parents=True)
+    (place / "T1-s0.json").write_text("{}")  # teachers are scored while they are trained
+    assert read_openings(tmp_path) == []
+    (place / "S1-s0.json").write_text("{}")
+    with pytest.raises(UserError, match="scored without an opening: small"):
+        read_openings(tmp_path)
