@@ -11,6 +11,7 @@ the project that made the release. Weights are safetensors or OpenVINO's format;
 import hashlib
 import json
 import logging
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -49,15 +50,15 @@ class Info:
     reason: str | None  # why the fallback is served
 
 
-class Model:
+class Model(ABC):
     """A causal language model with one way in: token ids that start with the boundary token."""
 
     def __init__(self, raw: Any, tokenizer: Any, boundary: int) -> None:
         self.raw, self.tokenizer, self.boundary = raw, tokenizer, boundary
 
+    @abstractmethod
     def logits(self, ids: list[int]) -> np.ndarray:
         """[T, V] float32 for the token ids [T]: row p scores the token at p + 1."""
-        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         """The boundary token and the tokens of a text, as they were in training."""
@@ -74,9 +75,9 @@ class Model:
                 row = self._read([token], first=False)
         return made
 
+    @abstractmethod
     def _read(self, ids: list[int], first: bool) -> np.ndarray:
         """[V] logits after `ids`, which follow what was read since the last `first`."""
-        raise NotImplementedError
 
 
 class TorchModel(Model):
