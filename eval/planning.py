@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import nctdtr
+from scipy.special import chdtr, chdtri, nctdtr
 
 from eval.statistics import Array, MeanSquares, crossed_variance, mean_squares, t_quantile
 
 MOST_SEEDS, MOST_DOCUMENTS = 200, 1_000_000
 GOAL = 0.8
-FAR = 30.0  # standard errors: there the noncentral t underflows, and the answer is certain
+FAR = 30.0  # standard errors: from there on the noncentral t of scipy underflows
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,20 @@ def drawn_components(z: ArrayLike, draws: int, seed: int) -> Components:
 
 
 def power(parts: Components, effect: ArrayLike, s: ArrayLike, c: ArrayLike, alpha: float) -> Array:
-    """Chance of a lower bound above 0 at level `alpha` when the true mean is `effect`: noncentral t."""
+    """Chance of a lower bound above 0 at level `alpha` when the true mean is `effect`: noncentral t.
+
+    That far from 0 that scipy cannot say it, the mean is as good as certain and its standard error alone
+    varies: t(alpha) is exceeded where chi2(nu) / nu < (shift / t(alpha))^2. With one degree of freedom and a
+    small `alpha` that is no certainty even there.
+    """
     s, c = np.asarray(s, float), np.asarray(c, float)
     variance, nu = crossed_variance(parts.mean_squares(s, c), s, c)
     effect, variance, nu = np.broadcast_arrays(np.asarray(effect, float), variance, nu)
     measured = variance > 0
     shift = np.divide(effect, np.sqrt(variance), out=np.zeros(variance.shape), where=measured)
-    near = np.clip(shift, -FAR, FAR)
-    found = np.where(near == shift, 1 - nctdtr(nu, near, t_quantile(alpha, nu)), shift > 0)
+    near, limit = np.clip(shift, -FAR, FAR), t_quantile(alpha, nu)
+    beyond = np.where(shift > 0, chdtr(nu, nu * (shift / limit) ** 2), 0.0)
+    found = np.where(near == shift, 1 - nctdtr(nu, near, limit), beyond)
     return np.where(measured, found, 0.0)
 
 
@@ -102,8 +108,9 @@ def _least(
 
 def effect_for(parts: Components, s: ArrayLike, c: ArrayLike, alpha: float, goal: float = GOAL) -> Array:
     """The smallest true mean that `s` seeds and `c` documents see with power `goal`."""
-    variance, _ = crossed_variance(parts.mean_squares(s, c), np.asarray(s, float), np.asarray(c, float))
-    low, high = np.zeros(variance.shape), FAR * np.sqrt(variance)
+    variance, nu = crossed_variance(parts.mean_squares(s, c), np.asarray(s, float), np.asarray(c, float))
+    most = FAR + t_quantile(alpha, nu) * np.sqrt(chdtri(nu, 1 - goal) / nu)  # see `power`
+    low, high = np.zeros(variance.shape), most * np.sqrt(variance)
     for _ in range(40):
         middle = (low + high) / 2
         yes = power(parts, middle, s, c, alpha) >= goal

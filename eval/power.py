@@ -1,10 +1,11 @@
 """Before a study: how many seeds and documents see the asked share, and what does the present plan see?
 
-    python -m eval.power --study runs/pilot [--plan STUDY.yaml] [--gain X] [--share R] [--json FILE]
+    python -m eval.power --study runs/pilot [--plan STUDY.yaml] [--gain X] [--share R] [--among M] [--json FILE]
 
 The pilot is a run whose bases, teachers and students are scored: two seeds and a few documents will do, and
 tell little about how seeds differ; the intervals say how little. Variances and, unless given, the teacher's
-gain and the kept share are those of the pilot's uncompressed student.
+gain and the kept share are those of the pilot's uncompressed student. Whoever will pick among M variants
+that a target can afford plans with `--among M`: Holm asks alpha / M of the first of them.
 """
 
 import argparse
@@ -146,7 +147,7 @@ def cell(figure: dict, style: str = "{:,.0f}") -> str:
 
 def table(rows: list[dict], alpha: float) -> Table:
     shown = Table(
-        title=f"Power at level {alpha:g}; in brackets what the pilot's variances leave open, 80 %",
+        title=f"Power at level {alpha:.3g}; in brackets what the pilot's variances leave open, 80 %",
         caption=f"80 % of repetitions pass with so many; none: not even {MOST_SEEDS} seeds, or "
         f"{MOST_DOCUMENTS:,} documents",
     )
@@ -199,20 +200,25 @@ def main() -> None:
     parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
     parser.add_argument("--gain", type=float, help="plan for this teacher gain, bits/byte, not the pilot's")
     parser.add_argument("--share", type=float, help="plan for this true kept share, not the pilot's")
+    parser.add_argument("--among", type=int, default=1, help="affordable variants to pick from (default: 1)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     study, args = study_from_command(parser)
     folder = Path(args.study) if Path(args.study).is_dir() else study.folder
     plan = load_study(args.plan) if args.plan else study
     budget = load_budget(plan, args.budget)
+    if args.among < 1:
+        raise UserError("--among", args.among, "give the number of variants to pick from, 1 at least")
+    alpha = budget.alpha / args.among
     pilot = pilot_of(folder, study)
-    rows = [planned(case, budget.alpha) for case in cases(pilot, budget, plan, args.gain, args.share)]
+    rows = [planned(case, alpha) for case in cases(pilot, budget, plan, args.gain, args.share)]
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(table(rows, budget.alpha))
+    console.print(table(rows, alpha))
     console.print(told(rows), soft_wrap=True)
     if args.json:
         found = {
             "pilot": str(folder),
-            "alpha": budget.alpha,
+            "alpha": alpha,
+            "among": args.among,
             "goal": GOAL,
             "level": PLAN_LEVEL,
             "tests": rows,

@@ -35,6 +35,7 @@ from rich.progress import Progress as Bar
 
 from eval.errors import UserError
 
+HEAVY = ["transformers.modeling_utils"]  # imported once, by the process from which all workers are forked
 Report = Callable[[float], None]  # tells the share of the job that is done, 0 to 1
 
 
@@ -186,7 +187,8 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
     assert len(set(names)) == len(names), "job names are unique"
     if not jobs:
         return {}
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*HEAVY, *sorted({job.run.__module__ for job in jobs} - {"__main__"})])
     queue = context.Queue()
     board = _Board(title, jobs)
     results: dict[str, Any] = {}
