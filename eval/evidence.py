@@ -120,8 +120,8 @@ def collect(folder: Path, study: Study, budget: Budget) -> Evidence:
     for record in asked:
         artifacts.check(record)
     check_budget(budget, recipes, list(tables.columns))
-    grouped = _costs(folder, study, budget, costs, tables.engines)
-    return evidence(tables, recipes, grouped, _costs(folder, study, budget, loads, tables.engines))
+    grouped = by_target(folder, study, budget, costs, tables.engines)
+    return evidence(tables, recipes, grouped, by_target(folder, study, budget, loads, tables.engines))
 
 
 class Tables:
@@ -255,9 +255,14 @@ def _asked(study: Study, budget: Budget, recipes: list[str], records: list[C]) -
     ]
 
 
-def _costs(
+def by_target(
     folder: Path, study: Study, budget: Budget, costs: list[C], engines: dict[str, str]
 ) -> dict[tuple[str, str], list[C]]:
+    """(target, recipe) -> its records by seed, each made as the study, the target and the scores ask.
+
+    Raises:
+        UserError: one was made on another device, with another engine or other settings.
+    """
     grouped: dict[tuple[str, str], list[C]] = defaultdict(list)
     for record in costs:
         path = record_path(folder, record)

@@ -1,6 +1,7 @@
 """Before a study: how many seeds and documents see the asked share, and what does the present plan see?
 
-    python -m eval.power --study runs/pilot [--plan STUDY.yaml] [--gain X] [--share R] [--among M] [--json FILE]
+    python -m eval.power --study runs/pilot [--plan STUDY.yaml] [--gain X] [--share R] [--among M]
+        [--json FILE]
 
 The pilot is a run whose bases, teachers and students are scored: two seeds and a few documents will do, and
 tell little about how seeds differ; the intervals say how little. Variances and, unless given, the teacher's

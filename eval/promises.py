@@ -1,25 +1,25 @@
 """What a release may promise: its contract, drawn from the gate, the records and the manifests of a run."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
 from eval.artifacts import read_manifest
 from eval.budget import Budget
-from eval.budget import Target as Limits
-from eval.checks import CONTROL, FALLBACK, STUDENT
+from eval.checks import CONTROL, FALLBACK, STUDENT, Artifacts
 from eval.contract import Contract, Cost, Gain, Inputs, Promise, Signature, Target, over_documents
 from eval.documents import TRAIN, read_documents
+from eval.engines import subject_of
 from eval.errors import UserError
-from eval.evidence import Contrast, Evidence
+from eval.evidence import C, Evidence, by_target
+from eval.fading import Bits
 from eval.limits import cost_parts, costs
-from eval.quality import kept, over_fallback
 from eval.records import HELDOUT, PLAIN, read_costs, read_loads
 from eval.statement import Predicate
-from eval.statistics import linearised
 from eval.study import Study
-from eval.verdict import Estimate, GateFile, Part, Variant
+from eval.verdict import GateFile, Part, Variant
 
 
 def costs_of(parts: list[Part]) -> list[Cost]:
@@ -39,55 +39,63 @@ def costs_of(parts: list[Part]) -> list[Cost]:
     ]
 
 
-def fallback_parts(e: Evidence, target: str, limits: Limits, alpha: float) -> list[Part]:
+def fallback_parts(e: Evidence, budget: Budget, target: str) -> list[Part]:
     """The base of the released seed, held against the limits of a target as a variant would be.
 
     Raises:
-        UserError: its cost was not measured there.
+        UserError: its cost was not measured there, or its records do not fit the run.
     """
-    seed = e.study.seeds[0]
+    seed, key, limits = e.study.seeds[0], (target, FALLBACK), budget.targets[target]
+    artifacts = Artifacts(e.folder, e.study)
+    engines = {PLAIN: subject_of(read_manifest(e.folder / "base" / f"s{seed}")).engine}
 
-    def ours(record) -> bool:
-        return (record.arm, record.recipe, record.seed, record.target) == (FALLBACK, PLAIN, seed, target)
+    def checked(records: Iterable[C]) -> dict[tuple[str, str], list[C]]:
+        ours = (FALLBACK, PLAIN, seed, target)
+        found = [r for r in records if (r.arm, r.recipe, r.seed, r.target) == ours]
+        for record in found:
+            artifacts.check(record)
+        grouped = by_target(e.folder, e.study, budget, found, engines)
+        return {key: grouped[target, PLAIN]} if found else {}
 
-    measured = [record for record in read_costs(e.folder) if ours(record)]
-    base = e.artifacts[f"{FALLBACK}/s{seed}/{PLAIN}"]
-    if not measured or measured[0].provenance.artifact != base:
+    measured = checked(read_costs(e.folder))
+    if not measured:
         mend = f"run python -m eval.cost --study {e.folder} --target {target}"
         raise UserError(f"fallback of {target}", "its cost was not measured", mend)
-    key = (target, FALLBACK)
-    loads = [record for record in read_loads(e.folder) if ours(record)]
-    seen = replace(e, costs={**e.costs, key: measured}, loads={**e.loads, **({key: loads} if loads else {})})
-    found = costs(seen, target, FALLBACK, limits, alpha)
+    seen = replace(e, costs=e.costs | measured, loads=e.loads | checked(read_loads(e.folder)))
+    found = costs(seen, target, FALLBACK, limits, budget.alpha)
     assert found is not None
     return cost_parts(seen, target, FALLBACK, limits, found)
 
 
-def gain(e: Evidence, gate: GateFile, budget: Budget, row: Variant, name: str) -> Gain:
-    """The promise on one slice, with what the released seed alone keeps of it there."""
-    share = budget.f if name == HELDOUT else budget.slices[name]
-    teacher = gate.teacher_gain if name == HELDOUT else gate.teacher_gain_slices[name]
-
-    def measured(contrast: Contrast) -> Estimate:
-        bits = e.raw(name, contrast)[:1]  # the first seed is the one that is released
-        return over_documents(linearised(bits, e.bytes[e.columns[name]])[0])
-
+def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:
+    """The promise on one slice, with what the released seed alone keeps of it there: `bits` are its own."""
+    inside = name == HELDOUT
+    share = gate.budget["f"] if inside else gate.budget["slices"][name]
+    teacher = gate.teacher_gain if inside else gate.teacher_gain_slices[name]
     return Gain(
         asked_share=share,
-        kept_share=row.kept_share if name == HELDOUT else row.slices[name].kept_share,
+        kept_share=row.kept_share if inside else row.slices[name].kept_share,
         teacher_gain=teacher,
-        over_control=Promise(floor=share * teacher.point, measured=measured(kept(row.recipe))),
-        over_fallback=Promise(floor=lead(e, budget, name), measured=measured(over_fallback(row.recipe))),
+        over_control=Promise(floor=share * teacher.point, measured=over_documents(bits.over("control"))),
+        over_fallback=Promise(floor=lead(gate, name), measured=over_documents(bits.over("fallback"))),
     )
 
 
-def lead(e: Evidence, budget: Budget, name: str) -> float | None:
+def lead(gate: GateFile, name: str) -> float | None:
     """Bits per byte by which the budget asks to beat the fallback: on the held-out documents alone."""
     if name != HELDOUT:
         return None
-    if budget.g is None:
-        return budget.delta_min
-    return budget.g * float(e.gain(name, over_fallback(PLAIN)).mean())
+    if gate.budget["g"] is None:
+        return gate.budget["delta_min"]
+    return gate.budget["g"] * (gate.scores[FALLBACK][name].point - gate.scores[STUDENT][name].point)
+
+
+def released_bits(e: Evidence, recipe: str, name: str) -> Bits:
+    """Of the first seed, which is the one that is released."""
+    columns = e.columns[name]
+    models = (STUDENT, recipe), (CONTROL, recipe), (FALLBACK, PLAIN)
+    ours, control, base = (e.bits[model][0, columns] for model in models)
+    return Bits(ours, control, base, e.bytes[columns])
 
 
 def shipped(
@@ -104,9 +112,9 @@ def shipped(
         reason=said.reason,
         waiver=said.waiver,
         signature=signature,
-        gain={name: gain(e, gate, budget, row, name) for name in [HELDOUT, *budget.slices]},
+        gain={n: gain(gate, row, n, released_bits(e, row.recipe, n)) for n in [HELDOUT, *budget.slices]},
         cost=costs_of(row.parts),
-        fallback_cost=costs_of(fallback_parts(e, row.target, limits, budget.alpha)),
+        fallback_cost=costs_of(fallback_parts(e, budget, row.target)),
     )
 
 

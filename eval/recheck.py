@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -23,18 +23,21 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.artifacts import MANIFEST, entries, file_sha256, read_manifest, verified
-from eval.checks import CONTROL, FALLBACK, STUDENT
-from eval.contract import Contract, Target, read_contract
+from eval.checks import CONTROL, FALLBACK, STUDENT, order_of
+from eval.contract import Contract, Signature, Target, read_contract
 from eval.documents import Document, tokens_per_batch
 from eval.drift import QUESTIONS, Array, Drift, Reference, drifts, surprise, token_ids
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.errors import EXIT_FAIL, EXITS, UserError, entry, one_of
 from eval.fading import Bits, Finding, diagnosis, findings, verdict
-from eval.keys import public_key
+from eval.inspection import difference, read_gate, row_of
+from eval.keys import from_raw, public_key
 from eval.metrics.likelihood import BATCH_TOKENS, document_bits
+from eval.promises import costs_of, gain
 from eval.records import HELDOUT, PLAIN, Documents, read_scores
-from eval.statement import expired, read
+from eval.statement import FOLDER, Predicate, expired, read
 from eval.statistics import FAIL
+from eval.study import load_study
 from eval.tables import STYLES, estimate, fixed, significant
 
 if TYPE_CHECKING:
@@ -60,16 +63,53 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
     contract = read_contract(release)
     name = target or next(iter(contract.targets))
     shipped = contract.targets[one_of("--target", name, list(contract.targets))]
-    statement, _ = read(release / shipped.signature.file, trusted)
+    statement, _ = read(release / FOLDER / f"{shipped.recipe}-{name}.json", trusted)
     said = statement.predicate
     for place, signed in signed_places(contract, shipped).items():
         if file_sha256(release / place) != said.files.get(signed):
             raise UserError(f"release {release}", f"{place} is not the {signed} that was signed", mend)
     for folder in (f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"):
         verified(release / folder)  # their manifests were signed: the files must be theirs
-    if (said.recipe, said.target, said.verdict) != (shipped.recipe, name, shipped.verdict):
-        raise UserError(f"release {release}", "its contract is not what was signed", mend)
+    if apart := difference(contract.model_dump(mode="json"), restated(release, contract, name, said)):
+        raise UserError(f"release {release}", f"its contract is not what was signed: {apart}", mend)
     return contract, name
+
+
+def restated(release: Path, contract: Contract, target: str, said: Predicate) -> dict[str, Any]:
+    """The contract with what it says of a target drawn again from the signed evidence."""
+    gate, study = read_gate(release / "evidence"), load_study(release / "evidence" / "study.yaml")
+    was, row = contract.targets[target], row_of(gate, said.recipe, said.target)
+    drawn = was.model_copy(
+        update={
+            **said.model_dump(include={"recipe", "verdict", "reason"}),
+            "waiver": said.waiver,
+            "signature": Signature(
+                by=said.by,
+                time=said.time,
+                key=from_raw(said.public_key).keyid,
+                file=f"{FOLDER}/{said.recipe}-{said.target}.json",
+            ),
+            "gain": {
+                name: gain(gate, row, name, released(release, contract, was, name)[0])
+                for name in [HELDOUT, *gate.budget["slices"]]
+            },
+            "cost": costs_of(row.parts),
+        }
+    )
+    limits = {"context_tokens": study.data.context, "scored_bytes": study.data.scored_bytes}
+    whole = contract.model_copy(
+        update={
+            "study": gate.study,
+            "method": gate.method,
+            "seed": study.seeds[0],
+            "alpha": gate.budget["alpha"],
+            "data": gate.provenance.data,
+            "config": gate.provenance.config,
+            "targets": {**contract.targets, said.target: drawn},
+            "inputs": contract.inputs.model_copy(update=limits),
+        }
+    )
+    return whole.model_dump(mode="json")
 
 
 def signed_places(contract: Contract, shipped: Target) -> dict[str, str]:
@@ -84,6 +124,7 @@ def signed_places(contract: Contract, shipped: Target) -> dict[str, str]:
         f"evidence/control/{recipe}/{MANIFEST}": f"{made(CONTROL)}/{MANIFEST}",
         f"fallback/{MANIFEST}": f"base/{seed}/{MANIFEST}",
         "evidence/gate.json": "gate.json",
+        "evidence/study.yaml": "study.yaml",
     }
     for arm, of in ((STUDENT, recipe), (CONTROL, recipe), (FALLBACK, PLAIN)):
         record = f"records/score/{of}/{arm}-{seed}.json"
@@ -142,9 +183,9 @@ def scored(folder: Path, documents: list[Document], context: int) -> Scored:
     return Scored(np.asarray(bits), np.asarray(tokens, float))
 
 
-def of_slice(documents: Documents, name: str) -> tuple[Array, Array, Array]:
-    """Bits, tokens and bytes of one slice of a score record, [C] each."""
-    kept = [i for i, found in enumerate(documents.slice) if found == name]
+def of_slice(documents: Documents, name: str, first: Documents) -> tuple[Array, Array, Array]:
+    """Bits, tokens and bytes of one slice of a score record, [C] each, in the order of the `first` one."""
+    kept = [i for i in order_of(first, documents) if documents.slice[i] == name]
     columns = (documents.bits, documents.tokens, documents.bytes)
     bits, tokens, size = (np.asarray([column[i] for i in kept], float) for column in columns)
     return bits, tokens, size
@@ -154,7 +195,8 @@ def released(release: Path, contract: Contract, shipped: Target, name: str) -> t
     """Bits of the three models on the study's documents of a slice, and the fallback's tokens."""
     records = {(r.arm, r.recipe): r.documents for r in read_scores(release / "evidence")}
     models = [(STUDENT, shipped.recipe), (CONTROL, shipped.recipe), (FALLBACK, PLAIN)]
-    (ours, _, size), (control, *_), (base, tokens, _) = (of_slice(records[m], name) for m in models)
+    first = records[models[0]]
+    (ours, _, size), (control, *_), (base, tokens, _) = (of_slice(records[m], name, first) for m in models)
     return Bits(ours, control, base, size), tokens
 
 

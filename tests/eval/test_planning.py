@@ -1,6 +1,7 @@
 """Power before a study: what a pilot foretells, and how unsure that is."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -24,6 +25,19 @@ from tests.helpers import run
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(7)
+
+
+@pytest.mark.parametrize("se", [10, 29, 31, 60])
+def test_power_is_what_happens_far_from_zero(rng, se):
+    """With two seeds the standard error itself is so unsure that even 60 of them are no certainty."""
+    parts, c, alpha = Components(1.0, 0.0, 0.0), 4, 0.01
+    effect = se * math.sqrt(1 / 2)
+    means = effect + rng.standard_normal((200_000, 2))
+    t = means.mean(1) / (means.std(1, ddof=1) / math.sqrt(2))
+    passed = (t > stats.t.ppf(1 - alpha, 1)).mean()
+    assert power(parts, effect, 2, c, alpha) == pytest.approx(passed, abs=0.005)
+    seen = effect_for(parts, 2, c, alpha)
+    assert power(parts, seen, 2, c, alpha) == pytest.approx(0.8, abs=1e-6)
 
 
 def test_power_is_what_happens(rng):

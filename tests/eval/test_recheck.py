@@ -1,10 +1,12 @@
 """The contract on new documents: does it hold, is the gain fading, or did everything get worse?"""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
 from eval.artifacts import building
@@ -190,6 +192,33 @@ def test_other_weights_under_a_signed_manifest_are_refused(release, tmp_path):
     with building(tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}) as place:
         shutil.copytree(copy, place, dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"artifact .*variants/small: model\.safetensors has sha256"):
+        checked(tmp_path / "forged", None, None)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("alpha",), 0.2),
+        (("inputs", "scored_bytes"), 64),
+        (("targets", "cpu", "gain", "heldout", "over_control", "floor"), 0.0),
+        (("targets", "cpu", "gain", "heldout", "over_fallback", "floor"), -1.0),
+        (("targets", "cpu", "waiver"), {"reason": "never mind", "expires": "2999-01-01"}),
+        (("targets", "cpu", "signature", "file"), "evidence/signoff.json"),
+    ],
+)
+def test_a_softer_contract_under_a_new_manifest_is_refused(release, tmp_path, place, value):
+    """Whoever can write the folder can write its manifest, but not the sign-off."""
+    copy = shutil.copytree(release, tmp_path / "copy")
+    contract = yaml.safe_load((copy / "contract.yaml").read_text())
+    inner = contract
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (copy / "contract.yaml").write_text(yaml.safe_dump(contract))
+    (copy / "manifest.json").unlink()
+    with building(tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}) as aside:
+        shutil.copytree(copy, aside, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=rf"not what was signed: {re.escape('.'.join(place))}"):
         checked(tmp_path / "forged", None, None)
 
 
