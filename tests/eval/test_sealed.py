@@ -140,6 +140,7 @@ def test_another_look_needs_a_reason_and_is_counted(toy):
     write_opening(toy.path, first)
     assert an_opening(toy) == first  # cut short before anything was seen: the same opening goes on
     write_opening(toy.path, first.model_copy(update={"verdict": "FAIL"}))
+    assert "opening 1 of the sealed documents ended in FAIL for plain" in " ".join(judged(*toy.seen()).notes)
     with pytest.raises(UserError, match=r"opened 1 time\(s\).*give --reason"):
         an_opening(toy)
     second = an_opening(toy, reason="the export was mended")
