@@ -4,11 +4,15 @@ import argparse
 import itertools
 import random
 import subprocess
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from eval.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verified, write_text
 from eval.budget import Target, load_budget
@@ -18,8 +22,10 @@ from eval.errors import UserError, one_of
 from eval.records import PLAIN, TRAINING, Loaded, Measured, Provenance, provenance, recipe_names, write_record
 from eval.sections import Cost, Frozen
 from eval.study import Study, check_settled, load_study, override, validated
+from eval.workers import locked
 
 RANDOM = "random tokens, seed 0"
+R = TypeVar("R", Measured, Loaded)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Bench:
             "provenance": source.model_copy(update={"artifact": variant.manifest.hash}),
         }
 
-    def store(self, records: list[Measured] | list[Loaded]) -> None:
+    def store(self, records: list[R]) -> None:
         """Into the run folder, else as lines of one file."""
         if self.study:
             for record in records:
@@ -238,3 +244,23 @@ def bench_from_command(doc: str, record: str) -> Bench:
     for variant in bench.wanted:
         verified(variant.folder)
     return bench
+
+
+def measure_from_command(
+    doc: str,
+    record: str,
+    *,
+    before: Callable[[Study, str, list[Variant]], bool],
+    measure: Callable[[Bench], list[R]],
+    table: Callable[[Bench, list[R]], Table],
+) -> None:
+    """The command `eval.cost` or `eval.load`: measures, stores and shows what was not `before`."""
+    bench = bench_from_command(doc, record)
+    study = bench.study
+    with locked(study.folder) if study else nullcontext():
+        if study and before(study, bench.target, bench.wanted):
+            print(f"{len(bench.wanted)} variants were measured before on {bench.target}")
+            return
+        records = measure(bench)
+        bench.store(records)
+    Console().print(table(bench, records))

@@ -11,15 +11,13 @@ On a machine without the run folder: `python -m eval.cost --target gpu --device 
 
 from statistics import median
 
-from rich.console import Console
 from rich.table import Column, Table
 
-from eval.bench import Bench, Variant, bench_from_command
+from eval.bench import Bench, Variant, measure_from_command
 from eval.errors import entry
 from eval.fresh import in_rounds, order_of
 from eval.records import Measured, Process, read_costs
 from eval.study import Study
-from eval.workers import locked
 
 
 def measured_before(study: Study, target: str, wanted: list[Variant]) -> bool:
@@ -80,24 +78,9 @@ def table(bench: Bench, records: list[Measured]) -> Table:
     return shown
 
 
-def measure_bench(bench: Bench) -> list[Measured]:
-    records = measure_together(bench)
-    bench.store(records)
-    return records
-
-
 @entry
 def main() -> None:
-    bench = bench_from_command(__doc__, "cost.jsonl")
-    if bench.study is None:
-        records = measure_bench(bench)
-    else:
-        with locked(bench.study.folder):
-            if measured_before(bench.study, bench.target, bench.wanted):
-                print(f"{len(bench.wanted)} variants were measured before on {bench.target}")
-                return
-            records = measure_bench(bench)
-    Console().print(table(bench, records))
+    measure_from_command(__doc__, "cost.jsonl", before=measured_before, measure=measure_together, table=table)
 
 
 if __name__ == "__main__":

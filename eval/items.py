@@ -6,15 +6,16 @@
 An `id` may be given; without one an item is known by its line.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from eval.artifacts import digest, file_sha256
 from eval.errors import UserError, one_of
+from eval.jsonl import objects
 from eval.sections import Task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -75,12 +76,8 @@ def read_items(task: Task) -> list[Item]:
     Raises:
         UserError: there is no such file or it holds no items, or the first line that is not an item.
     """
-    found: list[Item] = []
-    for number, line in enumerate(_file(task).read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip() and (task.limit is None or len(found) < task.limit):
-            found.append(_item(f"{task.path}, line {number}", line, str(number), task))
-    if not found:
-        raise UserError(f"task {task.path}", "no items", "write one JSON object a line")
+    rows = objects(_file(task), "task", "write one JSON object a line")
+    found = [_item(where, row, str(number), task) for where, number, row in islice(rows, task.limit)]
     ids = [item.id for item in found]
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
@@ -88,13 +85,7 @@ def read_items(task: Task) -> list[Item]:
     return found
 
 
-def _item(where: str, line: str, number: str, task: Task) -> Item:
-    try:
-        raw = json.loads(line)
-    except ValueError as error:
-        raise UserError(where, f"not JSON ({error})", "write one JSON object a line") from error
-    if not isinstance(raw, dict):
-        raise UserError(where, type(raw).__name__, "write one JSON object a line")
+def _item(where: str, raw: dict[str, Any], number: str, task: Task) -> Item:
     for field in raw:
         one_of(f"{where}: unknown field", field, FIELDS)
     prompt, choices, answer = raw.get("prompt"), raw.get("choices", []), raw.get("answer")

@@ -13,10 +13,9 @@ meet the same arrivals. Times of service do not depend on the rate here: nothing
 """
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Column, Table
 
-from eval.bench import Bench, Variant, bench_from_command
+from eval.bench import Bench, Variant, measure_from_command
 from eval.errors import UserError, entry
 from eval.fresh import in_rounds, order_of
 from eval.numbers import load_result
@@ -26,7 +25,6 @@ from eval.records import Loaded, Server, read_loads
 from eval.sections import Load
 from eval.study import Study
 from eval.verdict import Number
-from eval.workers import locked
 
 SHARES = (0.5, 0.8, 0.95, 1.1)  # of the knee, where no rates are stated
 FEWEST = 10  # requests that a rate must bring on average
@@ -95,12 +93,12 @@ def measured_before(study: Study, target: str, wanted: list[Variant]) -> bool:
     return len(rounds) == 1 and None not in rounds
 
 
-def measure_bench(bench: Bench) -> list[Loaded]:
-    """Measures the variants together; writes their records, which share one time."""
+def measure_together(bench: Bench) -> list[Loaded]:
+    """The records of all variants of the bench, which share one time."""
     load = settings(bench)
     servers = served(bench, "load", bench.cost.processes, rates_of(bench))
     source = bench.provenance()
-    records = [
+    return [
         Loaded(
             **bench.facts(variant, source),
             seconds=load.seconds,
@@ -109,8 +107,6 @@ def measure_bench(bench: Bench) -> list[Loaded]:
         )
         for variant in bench.wanted
     ]
-    bench.store(records)
-    return records
 
 
 def shown(number: Number) -> str:
@@ -140,16 +136,7 @@ def table(bench: Bench, records: list[Loaded]) -> Table:
 
 @entry
 def main() -> None:
-    bench = bench_from_command(__doc__, "load.jsonl")
-    if bench.study is None:
-        records = measure_bench(bench)
-    else:
-        with locked(bench.study.folder):
-            if measured_before(bench.study, bench.target, bench.wanted):
-                print(f"{len(bench.wanted)} variants were measured before on {bench.target}")
-                return
-            records = measure_bench(bench)
-    Console().print(table(bench, records))
+    measure_from_command(__doc__, "load.jsonl", before=measured_before, measure=measure_together, table=table)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from eval.budget import Budget, load_budget
 from eval.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Artifacts
 from eval.errors import UserError, entry, one_of
+from eval.jsonl import lines
 from eval.records import (
     TRAINING,
     Loaded,
@@ -42,20 +43,14 @@ def read_lines(path: Path) -> list[Record]:
     Raises:
         UserError: there is no such file, or a line is no record.
     """
-    if not path.is_file():
-        raise UserError("records", str(path), "name a file of records, or a copy of the run folder")
     found: list[Record] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    for where, _, line in lines(path, "records", "name a file of records, or a copy of the run folder"):
         try:
             found.append(ANY.validate_json(line))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "not a record"
-            raise UserError(f"{path}, line {number}", f"{place}: {first['msg']}", "measure again") from error
-    if not found:
-        raise UserError(f"records {path}", "the file is empty", "measure again")
+            raise UserError(where, f"{place}: {first['msg']}", "measure again") from error
     return found
 
 

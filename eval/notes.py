@@ -47,14 +47,14 @@ def early_records(e: Evidence) -> list[str]:
 def sealed_look(e: Evidence) -> list[str]:
     """The sealed documents are blind once, for what was judged then, and do not always agree."""
     found = [
-        f"opening {one.number} of the sealed documents ended in {one.verdict} for {one.recipe}: what they were "
-        "not chosen by does not confirm it"
+        f"opening {one.number} of the sealed documents ended in {one.verdict} for {one.recipe}: documents "
+        "that nothing was chosen by do not confirm it"
         for one in e.openings
         if one.verdict not in (None, PASS)
     ]
     if len(e.openings) > 1:
         found.append(
-            f"the sealed documents were opened {len(e.openings)} times: only the first look was blind to what "
-            "others had said"
+            f"the sealed documents were opened {len(e.openings)} times: only the first look was blind to "
+            "what others had said"
         )
     return found

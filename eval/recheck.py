@@ -8,7 +8,6 @@ needed, 3 error. Costs are repeated with `python -m eval.cost --variant FOLDER/v
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.errors import EXIT_FAIL, EXITS, UserError, entry, one_of
 from eval.fading import Bits, Finding, diagnosis, findings, verdict
 from eval.inspection import difference, read_gate, row_of
+from eval.jsonl import objects
 from eval.keys import from_raw, public_key
 from eval.metrics.likelihood import BATCH_TOKENS, document_bits
 from eval.promises import costs_of, gain
@@ -138,30 +138,16 @@ def read_new(path: Path, limit: int) -> list[Document]:
     Raises:
         UserError: a line is no document, an id appears twice, or there is none at all.
     """
-    if not path.is_file():
-        raise UserError("--data", str(path), "no such file; give a JSONL of documents")
-    documents = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path}", "not UTF-8", "save it as UTF-8") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            documents.append(_document(f"{path}:{number}", line, number, limit))
-    if not documents:
-        raise UserError(f"--data {path}", "no documents", 'give lines like {"text": "..."}')
+    rows = objects(path, "--data", 'give a JSONL of documents, {"text": "..."} a line')
+    documents = [_document(where, row, number, limit) for where, number, row in rows]
     name, times = Counter(document.id for document in documents).most_common(1)[0]
     if times > 1:
         raise UserError(f"--data {path}", f"id {name!r} appears {times} times", "give each document its own")
     return documents
 
 
-def _document(where: str, line: str, number: int, limit: int) -> Document:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(where, f"no JSON ({error})", 'give one {"text": "..."} per line') from error
-    text = row.get("text") if isinstance(row, dict) else None
+def _document(where: str, row: dict[str, Any], number: int, limit: int) -> Document:
+    text = row.get("text")
     if not isinstance(text, str) or not text.strip():
         raise UserError(where, repr(text)[:60], "give each line a `text` that is not empty")
     text = text.encode()[:limit].decode(errors="ignore")

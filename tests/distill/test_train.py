@@ -9,8 +9,9 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.stages import make_student
+from distill.stages import make_base, make_student
 from eval.artifacts import read_manifest, verified
+from eval.errors import UserError
 from eval.records import each_score, read_scores
 from eval.study import load_study
 from tests.helpers import ROOT, SHAPE, launch, run, tiny_model, tiny_study, tiny_tokenizer
@@ -248,7 +249,8 @@ def test_a_base_without_weights_or_with_foreign_ones_is_told(tmp_path):
     assert "tokenizer of" in one_line(run("distill/train.py", "--config", path))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    assert "model.safetensors" in one_line(run("distill/train.py", "--config", path))
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        make_base(load_study(path), 0, lambda share, tokens=0: None)
     missing = tiny_study(tmp_path, base={"path": "nobody/has-this"}, method={"name": "placebo"})
     assert "base.path: nobody/has-this" in one_line(run("distill/train.py", "--config", missing))
     assert "no such file" in one_line(run("distill/train.py", "--config", tmp_path / "absent.yaml"))

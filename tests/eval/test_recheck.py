@@ -126,12 +126,12 @@ def test_surprise_is_the_cross_entropy_of_the_smoothed_unigram():
 
 
 BAD = {
-    "no json": ('{"text": ', "no JSON"),
+    "no json": ('{"text": ', "line 1: not JSON"),
     "no text": ('{"words": "a"}', "None; give each line a `text`"),
     "zero bytes": ('{"text": ""}', "give each line a `text` that is not empty"),
-    "a list": ("[1]", "None; give each line a `text`"),
+    "a list": ("[1]", "line 1: list; write one JSON object a line"),
     "twice": ('{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}', "id 'x' appears 2 times"),
-    "nothing": ("\n", "no documents"),
+    "nothing": ("\n", "the file is empty"),
 }
 
 

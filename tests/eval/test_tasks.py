@@ -124,7 +124,7 @@ GOOD = {"prompt": "p", "choices": ["a", "b"], "answer": 0}
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "no items"),
+        ([], "the file is empty"),
         (["{"], "line 1: not JSON"),
         ([GOOD, [1]], "line 2: list; write one JSON object"),
         ([{**GOOD, "anser": 1}], "unknown field: 'anser'; did you mean 'answer'"),
