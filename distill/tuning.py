@@ -82,7 +82,20 @@ def adapt(model: PreTrainedModel, config: Student) -> PeftModel:
             adapted = get_peft_model(model, _settings(model, config))
     except ValueError as error:
         raise UserError("student.modules", config.modules, " ".join(str(error).split())[:200]) from error
+    check_routers(adapted, config)
     return adapted
+
+
+def check_routers(adapted: PeftModel, config: Student) -> None:
+    """Refuses adapters on a module that its model reads more of than the weight: peft 0.21 hides the rest."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    for name, module in adapted.named_modules():
+        if isinstance(module, ParamWrapper) and list(module.get_base_layer().buffers(recurse=False)):
+            found = f"{config.modules!r} takes in {name}, which has more than a weight"
+            raise UserError(
+                "student.modules", found, "name the linear layers to adapt, e.g. [q_proj, o_proj]"
+            )
 
 
 def _settings(model: PreTrainedModel, config: Student) -> LoraConfig:

@@ -1,9 +1,12 @@
 """Kinds of student: what each starts from, what of it is trained, and the plain model that comes out."""
 
+import copy
+
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.cards import model_card
 from distill.checkpoints import Checkpoints
@@ -121,6 +124,20 @@ def test_what_does_not_go_together_is_refused():
         tuned(tiny_model(), Student(tuning="lora", modules=["attention"]), 0, **CPU)
     with pytest.raises(UserError, match=r"leave lm_head out"):
         tuned(tiny_model(), Student(tuning="lora", modules=["lm_head"]), 0, **CPU)
+
+
+def test_a_router_with_a_bias_of_its_own_is_not_adapted():
+    """peft would wrap it, and the model's next forward pass miss what it wrapped."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1}
+    width = {"moe_intermediate_size": 32, "topk_group": 1, "first_k_dense_replace": 1}
+    config = AutoConfig.for_model("glm4_moe", vocab_size=64, **SHAPE, **experts, **width)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=r"student\.modules: 'all-linear' takes in .*mlp\.gate"):
+        tuned(copy.deepcopy(model), Student(tuning="lora"), 0, **CPU)
+    adapted = tuned(model, Student(tuning="lora", modules=["q_proj", "o_proj"]), 0, **CPU)
+    ids = torch.arange(8)[None]
+    adapted.model(input_ids=ids, labels=ids).loss.backward()
+    assert type(adapted.merged()).__name__ == "Glm4MoeForCausalLM"
 
 
 def lora(model, folder, seed=0, **changes):
