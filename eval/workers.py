@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait as wait_for_sentinel
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -187,8 +188,7 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
     assert len(set(names)) == len(names), "job names are unique"
     if not jobs:
         return {}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*HEAVY, *sorted({job.run.__module__ for job in jobs} - {"__main__"})])
+    context = _context(jobs)
     queue = context.Queue()
     board = _Board(title, jobs)
     results: dict[str, Any] = {}
@@ -221,6 +221,15 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
     finally:
         _stop(pool)
     return results
+
+
+def _context(jobs: list[Job]) -> BaseContext:
+    """Fresh processes; where forking is safe, from one that has imported what the jobs need."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*HEAVY, *sorted({job.run.__module__ for job in jobs} - {"__main__"})])
+    return context
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
