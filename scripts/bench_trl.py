@@ -1,24 +1,24 @@
 """`python scripts/bench_trl.py --trl-python VENV/bin/python [--json FILE]`: our trainer beside TRL's.
 
-Both train one student from one teacher (the same files of weights), in float32, on the same documents of
-unequal length, eight to a step, with AdamW of the same settings, clipping and divergence: the forward KL,
-which is `beta=0, lmbda=0` of GKD. What is compared is valid tokens per second: those that carry loss.
+Both train one student from one teacher (the same files of weights) on a CPU, in float32, on the same
+documents of unequal length, four to a step, with AdamW of the same settings, clipping and divergence: the
+forward KL, `beta=0, lmbda=0` of GKD. What is compared is valid tokens per second: those that carry loss.
 
-Each side is a process in an environment of its own, and runs its trainer's own loop: `GKDTrainer.train`
-there, `distill.loop.train` here. At the end of a step it waits until it is told to go on, so that rounds go
-from side to side and a slow spell hits all; the clock runs from the end of one step to that of another, and
-so counts all that a step does. A round gives one ratio: printed is the median with its 95 % interval (order
-statistics). All sides are started afresh `--starts` times.
+Each side is a process in an environment of its own and runs its trainer's own loop: `GKDTrainer.train` there,
+`distill.loop.train` here. At the end of a step it waits until it is told to go on, so that rounds go from
+side to side and a slow spell hits all. A turn starts with a step off the clock and the first two rounds are
+left out: memory that the system took back is slow at first. The clock runs from the end of one step to that
+of another, so that all of it counts. A round gives one ratio: printed is the median with its 95 % interval
+(order statistics).
 
 What they do differently: TRL forms the logits of padded places too, all [B, T, V] of student and teacher at
 once; ours forms those of valid tokens, chunk by chunk. `padded` takes the very batches that TRL takes, and
-its first loss must be TRL's. `packed` lays documents end to end (`data.packing`), eight such rows to a
-step; GKDTrainer cannot, for it hands no positions to its models. `cached` reads 50 draws of the teacher per
-token from disk in place of running it: an unbiased estimate of the same divergence, whose making is told
-and not counted.
+its first loss must be TRL's. `packed` lays documents end to end (`data.packing`), four such rows to a step;
+GKDTrainer cannot: it hands its models no positions. `cached` reads 50 draws of the teacher per token from
+disk in place of running it: an unbiased estimate of the same divergence; making them is told, not counted.
 
-In TRL's favour: no gradient checkpointing (its default, which computes everything twice), no chat template
-in its collator, no key-value cache of the teacher. Nothing is logged, saved or evaluated on either side.
+In TRL's favour: no gradient checkpointing (its default), no chat template in its collator, no key-value cache
+of the teacher, its fused AdamW (ours is not). Nothing is logged, saved or evaluated on either side.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-CONTEXT, SHORTEST, DOCUMENTS, ROWS = 256, 64, 96, 8  # tokens a row; tokens; in all; rows a step
+CONTEXT, SHORTEST, DOCUMENTS, ROWS = 256, 64, 48, 4  # tokens a row; tokens; in all; rows a step
 LR, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
-WARM, STEPS = 2, {8000: 4, 32000: 2}  # steps before the clock runs; vocabulary -> steps a round
+WARM, LEFT_OUT, STEPS = 2, 2, {8000: 4, 32000: 3}  # steps; rounds; vocabulary -> steps a turn
 LIMITS = {8000: {"online": 1.0, "cached": 1.5}, 32000: {"online": 1.3, "cached": 1.5}}
 SIDES = ("trl", "padded online", "padded cached", "packed online", "packed cached")
 Found = dict[str, Any]
+PIPES: Found = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 Rates = dict[str, list[float]]  # side -> valid tokens per second, an entry per round
 
 
@@ -61,8 +62,7 @@ class Pace:
 
     def __init__(self, told: Iterator[str], answer: Callable[[Found], None]) -> None:
         self.told, self.answer = told, answer
-        self.left, self.tokens, self.losses = WARM, 0, list[float]()
-        self.since = time.perf_counter()
+        self.left, self.tokens, self.losses, self.since = WARM, 0, list[float](), time.perf_counter()
 
     def __call__(self, tokens: int, loss: float) -> None:
         """At the end of every step. Raises SystemExit when no more is wanted."""
@@ -80,12 +80,10 @@ class Pace:
 
 def trl_settings(folder: Path, steps: int) -> Found:
     off = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
-    precise = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    rate = {"learning_rate": LR, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0}
-    adam = {"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "max_grad_norm": CLIP}
+    same = {"learning_rate": LR, "adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "max_grad_norm": CLIP}
+    flat = {"lr_scheduler_type": "constant", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     rows = {"per_device_train_batch_size": ROWS, "max_steps": steps, "train_sampling_strategy": "sequential"}
-    kind = {"lmbda": 0.0, "beta": 0.0, "temperature": 1.0, "output_dir": str(folder / "trl")}
-    return {**off, **precise, **rate, **adam, **rows, **kind}
+    return {**off, **same, **flat, **rows, "lmbda": 0.0, "beta": 0.0, "output_dir": str(folder / "trl")}
 
 
 def trl_side(folder: Path, vocabulary: int, steps: int, pace: Pace) -> None:
@@ -110,17 +108,14 @@ def trl_side(folder: Path, vocabulary: int, steps: int, pace: Pace) -> None:
     laid = [rows[i] for step in json.loads((folder / "order.json").read_text()) for i in step]
     teacher = LlamaForCausalLM.from_pretrained(folder / "teacher").requires_grad_(False)
     teacher.config.use_cache = False
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    ids = {word: i for i, word in enumerate(special.values())}
+    words = Tokenizer(models.WordLevel({"</s>": 0}))
     trainer = Counted(
         model=LlamaForCausalLM.from_pretrained(folder / "student"),
         teacher_model=teacher,
         args=GKDConfig(**trl_settings(folder, steps)),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=0),
         train_dataset=Dataset.from_dict({"input_ids": laid, "labels": laid}),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel(ids)), **special
-        ),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>", eos_token="</s>"),
         callbacks=[Paced()],
     )
     trainer.train()
@@ -132,7 +127,7 @@ def cached(folder: Path, rows: list[Any], teacher: Any, vocabulary: int) -> Any:
     from eval.artifacts import building
     from eval.sections import Targets
 
-    form = make_form(Targets(form="sampled"), vocabulary, 1.0)
+    form = make_form(Targets(form="sampled", draws=50), vocabulary, 1.0)
     write_shards(folder / "shards", rows, teacher, form, pad=0, report=lambda share: None)
     about: Found = {"kind": "targets", "name": "t", "key": "", "parents": {}, "facts": dict(form.facts)}
     with building(folder / "t", **about) as aside:
@@ -159,12 +154,12 @@ def our_side(kind: str, folder: Path, vocabulary: int, steps: int, pace: Pace) -
         teacher = cached(folder / kind, rows, teacher, vocabulary)
         pace.answer({"making_s": time.perf_counter() - since})
         del model
-    adam = Optimizer(name="adamw", lr=LR, betas=BETAS)
+    adam, loss = Optimizer(name="adamw", lr=LR, betas=BETAS), Loss(weight=1)  # of the divergence
     once: Found = {"steps": steps, "checkpoint_every": steps, "warmup": 0, "decay": 0}
     train(
         LlamaForCausalLM.from_pretrained(folder / "student"),
         rows,
-        Train(rows=ROWS, optimizer=adam, loss=Loss(weight=1), clip=CLIP, **once),
+        Train(rows=ROWS, optimizer=adam, loss=loss, clip=CLIP, **once),
         pad=0,
         seed=0,
         teacher=teacher,
@@ -180,32 +175,23 @@ def work(given: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(given.threads)
-    names = ["torch", "transformers", "accelerate", *(["trl"] if given.side == "trl" else [])]
+    names = ["torch", "transformers", "accelerate"] + ["trl"] * (given.side == "trl")
     pace = Pace(iter(sys.stdin.readline, ""), lambda found: print(json.dumps(found), file=answers))
     pace.answer({"python": platform.python_version(), **{name: version(name) for name in names}})
-    where = given.folder, given.vocabulary, given.steps, pace
-    if given.side == "trl":
-        trl_side(*where)
-    else:
-        our_side(given.side, *where)
+    run = trl_side if given.side == "trl" else partial(our_side, given.side)
+    run(given.folder, given.vocabulary, given.steps, pace)
 
 
 class Side:
     """A running process of one side, warmed up."""
 
-    def __init__(self, kind: str, python: str, folder: Path, words: list[str], threads: int) -> None:
-        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        env = kept | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    def __init__(self, kind: str, folder: Path, words: list[str], given: argparse.Namespace) -> None:
+        threads, python = str(given.threads), given.trl_python if kind == "trl" else sys.executable
+        env = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         self.log = folder / f"{kind}.log"
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [python, __file__, "--side", kind, "--folder", folder, "--threads", str(threads), *words],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=env,
-            )
+            command = [python, __file__, "--side", kind, "--folder", folder, "--threads", threads, *words]
+            self.process = subprocess.Popen(command, stderr=log, env=os.environ | env, **PIPES)
         self.versions = self.hear()
         self.making = self.hear()["making_s"] if "cached" in kind else None
         self.loss = self.hear()["loss"]
@@ -220,48 +206,40 @@ class Side:
         return json.loads(line)
 
     def rate(self, steps: int) -> float:
-        """Valid tokens per second of so many steps."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        found = self.hear()
+        """Valid tokens per second of so many steps, after one that is not counted."""
+        for number in (1, steps):
+            print(number, file=self.process.stdin, flush=True)
+            found = self.hear()
         return found["tokens"] / found["seconds"]
 
-    def stop(self) -> None:
-        self.process.communicate()  # it reads the end of its input, and goes
 
-
-def started(vocabulary: int, given: argparse.Namespace) -> tuple[Rates, Found]:
-    """Rates of every side in every round of one start of all; and what to tell of it.
-
-    Raises:
-        UserError: a side stopped, or the first losses of TRL and of ours differ.
-    """
+def started(vocabulary: int, given: argparse.Namespace, rates: Rates) -> Found:
+    """Adds the rates of one start of all sides, their first losses held against each other; what to tell."""
     from distill.loop import row_order
+    from eval.engines.torch import quiet
     from eval.errors import UserError
     from scripts.bench_distill import STUDENT, TEACHER, model
 
-    steps = WARM + (given.rounds + 1) * STEPS[vocabulary]
+    steps = WARM + (given.rounds + LEFT_OUT + 1) * (1 + STEPS[vocabulary])
     words = ["--vocabulary", str(vocabulary), "--steps", str(steps)]
-    rates: Rates = {kind: [] for kind in SIDES}
-    with TemporaryDirectory() as name, ExitStack() as stack:
+    with TemporaryDirectory() as name, quiet(), ExitStack() as stack:
         folder, sides = Path(name), {}
         model(STUDENT, vocabulary, 1).save_pretrained(folder / "student")
         model(TEACHER, vocabulary, 2).save_pretrained(folder / "teacher")
         (folder / "order.json").write_text(json.dumps(row_order(DOCUMENTS, steps, ROWS, seed=0)))
         for kind in SIDES:
-            python = given.trl_python if kind == "trl" else sys.executable
-            sides[kind] = Side(kind, python, folder, words, given.threads)
-            stack.callback(sides[kind].stop)
+            sides[kind] = Side(kind, folder, words, given)
+            stack.callback(sides[kind].process.communicate)  # it reads the end of its input, and goes
         losses = {kind: side.loss for kind, side in sides.items()}
         if not math.isclose(losses["trl"], losses["padded online"], rel_tol=1e-4):
             raise UserError("first loss", losses, "both sides must train the same")
-        for number in range(given.rounds):
+        for number in range(given.rounds + LEFT_OUT):
             for kind in SIDES[:: -1 if number % 2 else 1]:
-                rates[kind].append(sides[kind].rate(STEPS[vocabulary]))
+                rate = sides[kind].rate(STEPS[vocabulary])
+                rates[kind] += [rate] if number >= LEFT_OUT else []
     making = {kind: side.making for kind, side in sides.items() if side.making}
-    versions = {"trl": sides["trl"].versions, "ours": sides["padded online"].versions}
-    return rates, {"first_loss": losses, "making_s": making, "versions": versions}
+    versions = {kind: sides[kind].versions for kind in SIDES[:2]}
+    return {"first_loss": losses, "making_s": making, "versions": versions}
 
 
 def rows_of(vocabulary: int, rates: Rates) -> list[Found]:
@@ -273,7 +251,8 @@ def rows_of(vocabulary: int, rates: Rates) -> list[Found]:
         limit = LIMITS[vocabulary][kind.split()[1]]
         what = f"{kind} / TRL, valid tokens/s, V = {vocabulary}"
         row = ratio_row(what, rates[kind], rates["trl"], limit, at_least=True)
-        found.append({**row, "ours_per_s": row.pop("seconds"), "trl_per_s": row.pop("bare_seconds")})
+        row["ours_per_s"], row["trl_per_s"] = row.pop("seconds"), row.pop("bare_seconds")  # rates were given
+        found.append(row)
     return found
 
 
@@ -286,14 +265,12 @@ def compare(given: argparse.Namespace) -> None:
     for vocabulary in LIMITS:
         rates: Rates = {kind: [] for kind in SIDES}
         for _ in range(given.starts):
-            more, told = started(vocabulary, given)
-            rates = {kind: rates[kind] + more[kind] for kind in SIDES}
-        facts |= {"versions": told["versions"], str(vocabulary): {**told, "rates": rates}}
+            told = started(vocabulary, given, rates)
+        facts[str(vocabulary)] = {**told, "rates": rates}
         for row in rows_of(vocabulary, rates):
             facts["rows"].append(row)
             print(line(row), f" {row['ours_per_s']:.0f} / {row['trl_per_s']:.0f}", flush=True)
-        print(f"  first loss {told['first_loss']}, making s {told['making_s']}", flush=True)
-    print(f"versions {facts['versions']}")
+        print("  ", *(f"{name} {value}\n  " for name, value in told.items()), flush=True)
     if given.json:
         given.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
@@ -302,22 +279,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trl-python", help="of an environment that has TRL 1.16 or later")
     parser.add_argument("--json", type=Path, help="write the rows here too")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=10, help="of one start")
-    parser.add_argument("--starts", type=int, default=2)
+    for name, default in (("threads", 2), ("starts", 2), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     for name, kind in (("side", str), ("folder", Path), ("vocabulary", int), ("steps", int)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.side:
-        work(given)
-    elif given.trl_python:
-        compare(given)
-    else:
+    if not (given.side or given.trl_python):
         parser.error("--trl-python is needed")
+    (work if given.side else compare)(given)
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from eval.errors import entry  # of the standard library alone: TRL's environment has it too
 
     entry(main)()
