@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -74,7 +75,12 @@ def _watched(modules: Mapping[str, nn.Linear], squares: dict[str, Tensor]) -> It
     masks: list[Tensor] = []
 
     def add(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        squares[name] += args[0][masks[-1]].double().square().sum(dim=0)
+        values, mask = args[0], masks[-1]
+        mask = mask.flatten() if values.ndim == 2 else mask  # some families put all tokens in one row
+        if values.shape[:-1] != mask.shape:
+            found = f"{tuple(values.shape)}, of {mask.numel()} tokens"
+            raise UserError(f"inputs of {name}", found, "prune a model whose linear layers see every token")
+        squares[name] += values[mask].double().square().sum(dim=0)
 
     handles = [m.register_forward_pre_hook(partial(add, name)) for name, m in modules.items()]
     try:
@@ -85,5 +91,5 @@ def _watched(modules: Mapping[str, nn.Linear], squares: dict[str, Tensor]) -> It
 
 
 def check_batch(rows: list[Row], pad: int) -> Batch:
-    """The fixed batch of training rows on which a model and its saved copy are compared."""
-    return collate(rows[:4], pad)
+    """The fixed batch of training rows on which a model and its saved copy are compared; none is packed."""
+    return collate([replace(row, tokens=row.tokens[: row.parts[0][0]], packed=()) for row in rows[:4]], pad)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from eval.artifacts import file_sha256
+from eval.artifacts import file_sha256, source_hashes
 from eval.documents import Row
 from eval.errors import UserError, one_of
 from eval.records import PLAIN
@@ -112,9 +112,9 @@ class Pass(ABC):
 
     @cached_property
     def identity(self) -> list[Any]:
-        """What decides the outcome beside the model: the file's bytes, the class, the options."""
-        source = Path(inspect.getfile(type(self)))
-        return [file_sha256(source), type(self).__qualname__, self.options.model_dump(mode="json")]
+        """What decides the outcome beside the model: its code, the class, the options."""
+        code = source_hashes(type(self), Pass)
+        return [code, type(self).__qualname__, self.options.model_dump(mode="json")]
 
 
 class RecipeFile(Frozen):

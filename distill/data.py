@@ -86,7 +86,7 @@ def _loaded(source: Source) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    if source.data_files and "://" not in source.data_files and not glob(source.data_files):
+    if source.data_files and "://" not in source.data_files and not _named(source):
         raise UserError("data source", source.data_files, "no such file")
     try:
         yield from load_dataset(
@@ -154,9 +154,18 @@ def fingerprint(source: Source) -> Any:
         root = source_root(source.path)
         stats = [(p.as_posix(), (root / p).stat()) for p in _files(source)]
         return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
-    local = bool(source.data_files) and "://" not in str(source.data_files)
-    files = [Path(name) for name in sorted(glob(str(source.data_files)))] if local else []
-    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files] or metadata.version("datasets")
+    files = _named(source) + [p for p in Path(source.path).rglob("*") if p.is_file()]
+    seen = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)]
+    return seen or metadata.version("datasets")
+
+
+def _named(source: Source) -> list[Path]:
+    """The local files that `data_files` names, below the folder that `path` may be."""
+    if not source.data_files or "://" in source.data_files:
+        return []
+    root = source.path if Path(source.path).is_dir() else None
+    found = glob(source.data_files, root_dir=root, recursive=True)
+    return [path for name in found if (path := Path(root or "") / name).is_file()]
 
 
 def _distinct(documents: Iterator[Document], seen: set[str]) -> list[Document]:

@@ -18,7 +18,7 @@ from distill.generate import sample, stop_ids
 from distill.head import Head, head_of, output_embedding, tapped
 from distill.loop import Curve
 from distill.targets import Dense, States
-from eval.artifacts import file_sha256
+from eval.artifacts import source_hashes
 from eval.documents import Batch, Row, collate
 from eval.engines.torch import load_model
 from eval.errors import UserError, one_of
@@ -140,9 +140,9 @@ class Method(ABC):
 
     @cached_property
     def identity(self) -> list[Any]:
-        """What decides the teacher beside its base: the file's bytes, the class, the settings."""
-        source = Path(inspect.getfile(type(self)))
-        return [file_sha256(source), type(self).__qualname__, self.settings.model_dump(mode="json")]
+        """What decides the teacher beside its base: its code, the class, the settings."""
+        code = source_hashes(type(self), Method)
+        return [code, type(self).__qualname__, self.settings.model_dump(mode="json")]
 
 
 class Plain(Method):

@@ -97,7 +97,8 @@ def started(
     study: Study, base: Path, tokenizer: PreTrainedTokenizerBase, seed: int, config: Train
 ) -> tuple[Tuned, dict[str, Any]]:
     """A student before its first step, and what to note of it: the same one in all arms of a seed."""
-    model, found = start(load_model(base), tokenizer, study.student, training_rows(study, tokenizer), seed)
+    rows = training_rows(study, tokenizer) if study.student.start == "influential" else []
+    model, found = start(load_model(base), tokenizer, study.student, rows, seed)
     check_vocabulary(model, tokenizer, "the student")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     return tuned(model, study.student, seed, device=accelerator().device, dtype=dtype), found

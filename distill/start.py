@@ -23,7 +23,7 @@ def start(
 
     Args:
         base: may be changed; the student is made of it.
-        rows: training rows, of which the first few tell the influence of layers.
+        rows: training rows, of which the first few tell the influence of layers; needed for that alone.
 
     Raises:
         UserError: more layers are asked for than there are, or the family cannot spare any.

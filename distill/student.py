@@ -114,7 +114,7 @@ def load_quantized(folder: Path, kind: str, dtype: torch.dtype, device: torch.de
 def local_files(path: str | None) -> dict[str, list[int]]:
     """Size and time of every file of a local base: what tells that it has changed. Empty for a hub name."""
     files = sorted(Path(path).rglob("*")) if path and Path(path).is_dir() else []
-    stats = {p.name: p.stat() for p in files if p.is_file()}
+    stats = {p.relative_to(str(path)).as_posix(): p.stat() for p in files if p.is_file()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 

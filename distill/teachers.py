@@ -160,7 +160,7 @@ def _teacher_parents(study: Study, bases: tuple[int, ...]) -> dict[str, str]:
 
 def _fit_inputs(study: Study, side: str, seed: int, bases: tuple[int, ...]) -> list[Any]:
     """All that decides what a method fits."""
-    parents = _teacher_parents(study, bases)
+    parents = _teacher_parents(study, tuple(sorted({seed, *bases})))
     return [CODE, method_of(study, side).identity, parents, rows_shape(study), seed]
 
 
@@ -169,7 +169,8 @@ def fitted(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], re
     method = method_of(study, side)
     if type(method).fit is Method.fit:
         return ""
-    name, parents = f"method/{teacher_name(side, seeds)}", _teacher_parents(study, bases)
+    name = f"method/{teacher_name(side, seeds)}"
+    parents = _teacher_parents(study, tuple(sorted({seeds[0], *bases})))
     key = digest(_fit_inputs(study, side, seeds[0], bases))
     if needed(study.folder / name, key):
         facts = {"arm": side, "seed": seeds[0], "method": study.method.name}

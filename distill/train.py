@@ -10,7 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill.launch import start_missing_processes  # noqa: E402
 from eval.errors import entry  # noqa: E402
-from eval.study import make_folder, study_from_command  # noqa: E402
+from eval.study import ended, make_folder, study_from_command  # noqa: E402
 from eval.workers import locked  # noqa: E402
 
 
@@ -26,6 +26,8 @@ def main() -> None:
     with locked(make_folder(study)) if acc.is_main_process else nullcontext():
         prepare_inputs(study, acc)
         run(study, [*base_jobs(study), *teacher_jobs(study), *student_jobs(study)], "train")
+        if acc.is_main_process:
+            ended(study)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ it was made from (settings and parents), so that finished work is recognised and
 """
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -64,6 +66,20 @@ def digest(value: Any) -> str:
     """SHA-256 of the canonical JSON of `value`."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_hashes(kind: type, base: type) -> list[str]:
+    """SHA-256 of the code of a plug-in: of its class and those that it inherits from, up to `base`.
+
+    Of a class that lies outside this project, every Python file of its package counts.
+    """
+    root, found = Path(__file__).resolve().parent.parent, set()
+    for one in kind.__mro__:
+        if one not in base.__mro__:
+            path = Path(inspect.getfile(one)).resolve()
+            packaged = sys.modules[one.__module__].__package__ and not path.is_relative_to(root)
+            found |= set(path.parent.rglob("*.py")) if packaged else {path}
+    return sorted(file_sha256(path) for path in found)
 
 
 def file_sha256(path: Path) -> str:

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
 
+from safetensors import SafetensorError
+
 EXIT_PASS, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_ERROR = 0, 1, 2, 3
 EXITS = {"PASS": EXIT_PASS, "FAIL": EXIT_FAIL, "INCONCLUSIVE": EXIT_INCONCLUSIVE}  # of verdicts
 
@@ -38,7 +40,7 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
     def run() -> None:
         try:
             code = main() or EXIT_PASS
-        except (UserError, OSError) as error:
+        except (UserError, OSError, SafetensorError) as error:  # the last one where a disk is full
             text = " ".join(str(error).split())
             print(f"error: {text}", file=sys.stderr)
             code = EXIT_ERROR

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import socket
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -311,7 +312,7 @@ def machine(device: str = "cpu", driver: str | None = None) -> Machine:
         system=platform.platform(),
         cpu=cpu,
         isa=torch.backends.cpu.get_cpu_capability(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         device=device,
         driver=driver,
     )

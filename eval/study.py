@@ -14,6 +14,7 @@ from eval.sections import Base, Cost, Data, Frozen, MethodChoice, Student, Targe
 
 ROOT = Path(__file__).resolve().parent.parent
 
+CHANGED = ".changed"  # lies in a run folder while its models are of two settings
 BESIDE = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers"}  # no model depends on these
 M = TypeVar("M", bound=BaseModel)
 
@@ -179,6 +180,10 @@ def check_settled(study: Study) -> None:
         mend = f"run `accelerate launch distill/train.py --config ...` for {study.name!r} first"
         raise UserError(f"run folder {study.folder}", "no study.yaml", mend)
     made = load_study(study.folder)
+    if (study.folder / CHANGED).is_file():
+        found = "its settings were changed, and training has not ended since: its models are of both"
+        mend = f"run `accelerate launch distill/train.py --config {study.folder}` to its end"
+        raise UserError(f"run folder {study.folder}", found, mend)
     if made.hash() == study.hash():
         return
     here, there = _flat(study.model_dump(mode="json")), _flat(made.model_dump(mode="json"))
@@ -219,9 +224,27 @@ def make_folder(study: Study) -> Path:
 
 
 def settle(study: Study) -> None:
-    """Writes the settled study into its run folder; whoever does must hold the folder."""
-    text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
-    write_text(study.folder / "study.yaml", text)
+    """Writes the settled study into its run folder; whoever does must hold the folder.
+
+    Where that changes what made the models there, they are of both settings until training has `ended`.
+    """
+    path = study.folder / "study.yaml"
+    if path.is_file() and _made_by(study.folder) != study.hash():
+        write_text(study.folder / CHANGED, "its models are being made anew\n")
+    write_text(path, yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False))
+
+
+def ended(study: Study) -> None:
+    """Every model of the run is of the settled study."""
+    (study.folder / CHANGED).unlink(missing_ok=True)
+
+
+def _made_by(folder: Path) -> str | None:
+    """Hash of the study that a run folder holds; None of one that cannot be read any more."""
+    try:
+        return load_study(folder).hash()
+    except UserError:
+        return None
 
 
 def study_from_command(

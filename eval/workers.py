@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -188,7 +189,7 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
     assert len(set(names)) == len(names), "job names are unique"
     if not jobs:
         return {}
-    context = _context(jobs)
+    context = _context()
     queue = context.Queue()
     board = _Board(title, jobs)
     results: dict[str, Any] = {}
@@ -223,12 +224,16 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
     return results
 
 
-def _context(jobs: list[Job]) -> BaseContext:
-    """Fresh processes; where forking is safe, from one that has imported what the jobs need."""
-    if sys.platform != "linux":
+def _context() -> BaseContext:
+    """Fresh processes; where forking is safe, from one that has imported the heavy libraries.
+
+    That one looks for modules in the current folder first, so it imports none of ours; and its socket below
+    the folder for temporary files must have a name of at most 107 bytes.
+    """
+    if sys.platform != "linux" or len(tempfile.gettempdir()) > 70:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*HEAVY, *sorted({job.run.__module__ for job in jobs} - {"__main__"})])
+    context.set_forkserver_preload(HEAVY)
     return context
 
 

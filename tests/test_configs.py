@@ -12,6 +12,7 @@ from eval.study import (
     ROOT,
     Study,
     check_settled,
+    ended,
     find_config,
     load_study,
     make_folder,
@@ -122,6 +123,19 @@ def test_a_settled_study_reads_back_the_same_from_wherever_its_folder_lies(settl
     moved.rename(moved.with_name("other"))
     with pytest.raises(UserError, match="holds the study 'default'; rename"):
         load_study(moved.with_name("other"))
+
+
+def test_later_stages_refuse_models_of_two_settings(settled):
+    """Training with other settings that was stopped midway leaves some models of the old ones."""
+    changed = load_study(settled.folder, ["--train.optimizer.lr", "0.5"])
+    settle(changed)
+    settle(changed)  # gone on with, and stopped again
+    with pytest.raises(UserError, match="its models are of both; run `accelerate launch"):
+        check_settled(changed)
+    ended(changed)
+    check_settled(changed)
+    settle(changed)
+    check_settled(changed)
 
 
 def test_later_stages_refuse_other_settings(settled):

@@ -1,5 +1,6 @@
 """One LoRA adapter per domain, routed by the domain of the document."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,17 +10,14 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from distill.method import Bench, Card, Method, TeacherSignal, plain_signal
+from eval.artifacts import write_text
 from eval.documents import Batch, Row
 from eval.errors import UserError
 from eval.sections import Frozen, Optimizer, Train
 
-ALL = "all"  # the one adapter of the control
+ALL = "all"  # what the one adapter of the control is trained on
 BASE = "__base__"  # peft's name for no adapter
-
-
-def _adapter(domain: str) -> str:
-    """A domain as a module name: peft puts it into the keys of a state dict, where a dot would split it."""
-    return domain.replace(".", "_")
+NAMES = "domains.json"  # domain -> adapter: a domain may hold what neither peft nor a folder takes as a name
 
 
 class Experts(Method):
@@ -46,9 +44,9 @@ class Experts(Method):
         return Experts(self.settings.model_copy(update={"routed": False}))
 
     def _groups(self, rows: list[Row]) -> dict[str, list[Row]]:
-        """Adapter name -> the rows it is trained on."""
+        """Domain -> the rows its adapter is trained on."""
         domains = self.settings.domains or sorted({row.domain for row in rows})
-        groups = {_adapter(d): [row for row in rows if row.domain == d] for d in domains}
+        groups = {d: [row for row in rows if row.domain == d] for d in domains}
         if len(groups) < max(2, len(domains)):
             raise UserError("method experts", f"domains {domains}", "needs two domains or more, named apart")
         for name, group in groups.items():
@@ -73,21 +71,23 @@ class Experts(Method):
             task_type="CAUSAL_LM",
         )
         groups = self._groups(bench.rows())
-        for name, rows in groups.items():
+        names = {domain: f"expert{i}" for i, domain in enumerate(groups)}
+        for domain, rows in groups.items():
+            name = names[domain]
             torch.manual_seed(bench.seed)  # the adapter's first weights
             model = get_peft_model(bench.load_base(bench.seed), config, adapter_name=name)
             bench.train(model, rows, self._budget(rows), name)
             model.save_pretrained(str(bench.folder), selected_adapters=[name])
+        write_text(bench.folder / NAMES, json.dumps(names))
 
     @contextmanager
     def attached(self, teacher: PreTrainedModel, bench: Bench) -> Iterator[None]:
         trainable = [p.requires_grad for p in teacher.parameters()]
-        names = sorted(p.parent.name for p in bench.folder.glob("*/adapter_config.json"))
-        if not names:
-            raise UserError(
-                "method experts", f"no adapter in {bench.folder}", "delete that folder and run again"
-            )
-        first, *rest = names
+        path = bench.folder / NAMES
+        if not path.is_file():
+            raise UserError("method experts", f"no {path}", "delete that folder and run again")
+        self._names: dict[str, str] = json.loads(path.read_text())
+        first, *rest = self._names.values()
         self._model = PeftModel.from_pretrained(teacher, str(bench.folder / first), adapter_name=first)
         try:
             for name in rest:
@@ -96,14 +96,13 @@ class Experts(Method):
             yield
         finally:
             self._model.unload()
-            del self._model
+            del self._model, self._names
             for parameter, flag in zip(teacher.parameters(), trainable, strict=True):
                 parameter.requires_grad_(flag)
 
     def _route(self, domain: str) -> str:
         """The adapter of a domain: its own, or the plain base where none was trained."""
-        name = _adapter(domain) if self.settings.routed else ALL
-        return name if name in self._model.peft_config else BASE
+        return self._names.get(domain if self.settings.routed else ALL, BASE)
 
     def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
         adapters = [self._route(domain) for domain in batch.domains]

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
-from compress.calibrate import input_norms
+from compress.calibrate import check_batch, input_norms
 from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
-from eval.documents import Row
+from eval.documents import Row, pack
+from eval.errors import UserError
 from tests.helpers import tiny_model
 
 
@@ -77,3 +79,37 @@ def test_norms_leave_padding_out():
     together = input_norms(model, modules, rows, pad=0)[name]
     alone = sum(input_norms(model, modules, [row], pad=0)[name].square() for row in rows).sqrt()
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+class Flat(nn.Module):
+    """Some families put all tokens in one row before a linear layer, or show it some of them only."""
+
+    def __init__(self, take=slice(None)):
+        super().__init__()
+        self.linear, self.take = nn.Linear(4, 4), take
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        self.linear(nn.functional.one_hot(input_ids % 4, 4).float().flatten(0, 1)[self.take])
+
+
+def test_norms_of_tokens_in_one_row():
+    rows = [Row("d", "x", i, list(range(1, 4 + 5 * i))) for i in range(3)]
+    model = Flat()
+    seen = torch.cat([torch.tensor(row.tokens) % 4 for row in rows])
+    norm = input_norms(model, {"linear": model.linear}, rows, pad=0)["linear"]
+    torch.testing.assert_close(norm, torch.bincount(seen, minlength=4).float().sqrt())
+    model = Flat(slice(3))
+    with pytest.raises(UserError, match=r"inputs of linear: \(3, 4\), of \d+ tokens"):
+        input_norms(model, {"linear": model.linear}, rows, pad=0)
+
+
+def test_the_rows_that_a_saved_model_is_compared_on_are_not_packed():
+    """Whoever loads it gives it plain rows."""
+    rows = [Row("d", "x", i, list(range(1, 6 + i))) for i in range(4)]
+    packed = list(pack(rows, 16))
+    assert any(row.packed for row in packed)
+    batch = check_batch(packed, 0)
+    assert set(batch.inputs) == {"input_ids", "attention_mask"}
+    assert [row.tokens[: row.parts[0][0]] for row in packed] == [
+        ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    ]

@@ -9,10 +9,11 @@ import yaml
 from pydantic import ValidationError
 from transformers import OPTConfig, OPTForCausalLM
 
-from distill.data import prepare, read_source, training_rows
+from distill.data import fingerprint, prepare, read_source, training_rows
 from distill.packing import check_packing
+from distill.student import local_files
 from eval.artifacts import read_manifest
-from eval.documents import HELDOUT, SEALED, TRAIN, read_documents, scored_slices
+from eval.documents import HELDOUT, SEALED, TRAIN, Document, read_documents, scored_slices, texts
 from eval.errors import UserError
 from eval.sections import Source
 from eval.study import load_study
@@ -242,3 +243,38 @@ def test_packed_rows_are_full_and_a_model_that_mixes_their_parts_is_refused(tmp_
     )
     with pytest.raises(UserError, match="documents see each other in a opt"):
         check_packing(mixing.eval(), rows, 0)
+
+
+def test_a_template_that_prints_the_day_gives_the_same_rows_tomorrow(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}{% for turn in messages %}{{ turn['content'] }};{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "hello"}]
+    assert texts(tokenizer, Document("a", "x", "there", turns)) == ("26 Jul 2024hello;", "there;")
+
+
+def test_what_a_local_source_holds_is_noticed(tmp_path):
+    """A folder of its own, and a pattern that goes down into folders."""
+    (tmp_path / "in").mkdir()
+    file = tmp_path / "in" / "rows.jsonl"
+    file.write_text('{"text": "a"}\n')
+    for given in (
+        {"path": str(tmp_path)},
+        {"path": "json", "data_files": f"{tmp_path}/**/*.jsonl"},
+        {"path": str(tmp_path), "data_files": "in/*.jsonl"},
+    ):
+        source = Source(kind="dataset", **given)
+        before = fingerprint(source)
+        file.write_text(file.read_text() + '{"text": "b"}\n')
+        assert fingerprint(source) != before
+
+
+def test_files_of_one_name_in_a_local_base_are_told_apart(tmp_path):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "onnx" / "config.json").write_text("{}")
+    before = local_files(str(tmp_path))
+    assert set(before) == {"config.json", "onnx/config.json"}
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert local_files(str(tmp_path)) != before

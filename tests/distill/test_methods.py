@@ -1,17 +1,29 @@
 """One contract for every method found: fit, attach, signal, detach; and what is particular to each."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from distill.head import Head
 from distill.loop import train
-from distill.method import Bench, Card, TeacherSignal, checked, known_methods, make_method, method_class
+from distill.method import (
+    Bench,
+    Card,
+    Method,
+    TeacherSignal,
+    checked,
+    known_methods,
+    make_method,
+    method_class,
+)
 from distill.student import export
+from eval.artifacts import file_sha256, source_hashes
 from eval.documents import Document, collate, windows
 from eval.engines.torch import load_model
 from eval.errors import UserError
 from eval.sections import MethodChoice
-from tests.helpers import WORDS, text, tiny_model, tiny_tokenizer
+from tests.helpers import ROOT, WORDS, text, tiny_model, tiny_tokenizer
 
 SETTINGS = {
     "ensemble": {"members": 2},
@@ -168,6 +180,40 @@ def test_experts_are_routed_by_domain(bench, rows):
     assert not torch.equal(code, prose)
     assert not torch.allclose(code, plain, atol=1e-4)
     torch.testing.assert_close(unseen, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_a_domain_may_have_any_name(bench, rows):
+    """Hub data sets name domains with a slash, and peft has a meaning of its own for `default`."""
+    named = {"code": "en/wiki", "prose": "default"}
+    given = replace(bench, rows=lambda: [replace(row, domain=named[row.domain]) for row in rows])
+    method = make_method(MethodChoice(name="experts", settings=SETTINGS["experts"]))
+    method.fit(given)
+    row = next(r for r in rows if r.domain == "code")
+    batch = collate([row, row, row], 0)
+    batch.domains[:] = ["en/wiki", "default", "never seen"]
+    teacher = load_model(bench.bases[0])
+    with torch.no_grad(), method.attached(teacher, given):
+        one, other, unseen = answer(method, teacher, batch)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, unseen)
+    assert not torch.equal(other, unseen)
+
+
+def test_the_identity_is_that_of_all_its_code(tmp_path, monkeypatch):
+    """Its own file, the other files of its package, and the classes that it inherits from."""
+    package = tmp_path / "theirs"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "helper.py").write_text("SHARE = 0.5\n")
+    code = "from distill.methods.ensemble import Ensemble\n\n\nclass Mine(Ensemble):\n    pass\n"
+    (package / "mine.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    from theirs.mine import Mine
+
+    before = source_hashes(Mine, Method)
+    assert file_sha256(ROOT / "distill" / "methods" / "ensemble.py") in before
+    (package / "helper.py").write_text("SHARE = 0.9\n")
+    assert source_hashes(Mine, Method) != before
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from eval.errors import UserError
 from eval.workers import Job, locked, run_in_turn, run_jobs
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run
 
 
 def note(folder, name, report):
@@ -26,6 +26,10 @@ def note(folder, name, report):
 
 def refuse(report):
     raise UserError("thing", "found", "mend")
+
+
+def double(number, report):
+    return 2 * number
 
 
 def vanish(report):
@@ -143,3 +147,32 @@ def test_a_second_signal_does_not_break_the_sweeping(tmp_path):
         assert process.stderr.read() == ""
     assert process.returncode == 143
     assert (tmp_path / "swept").exists()
+
+
+def test_a_long_folder_for_temporary_files_is_no_trouble(tmp_path):
+    """A socket's path has at most 107 bytes, and a batch system's folder may take them all."""
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir()
+    code = "import sys; sys.path.insert(0, '.')\nfrom tests.eval.test_workers import double\n"
+    code += "from eval.workers import Job, run_jobs\n"
+    code += "if __name__ == '__main__': print(run_jobs('a', [Job('a', double, (3,))], 1))"
+    path = tmp_path / "main.py"
+    path.write_text(code)
+    done = run(path, TMPDIR=str(deep), PYTHONPATH=".")
+    assert done.stdout.strip() == "{'a': 6}", done.stderr
+
+
+def test_workers_run_the_code_that_started_them(tmp_path):
+    """Another checkout in the current folder is not it."""
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "__init__.py").write_text("raise RuntimeError('another checkout')")
+    path = tmp_path / "main.py"
+    path.write_text(
+        f"import sys; sys.path[0] = {str(ROOT)!r}\nfrom tests.eval.test_workers import double\n"
+        "from eval.workers import Job, run_jobs\n"
+        "if __name__ == '__main__': print(run_jobs('a', [Job('a', double, (3,))], 1))"
+    )
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "{'a': 6}", done.stderr
