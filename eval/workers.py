@@ -84,12 +84,13 @@ def _end(*_: Any) -> None:
 def _start(queue: Any) -> None:
     """A worker's first act: one thread, and no life after its parent's (kill -9 leaves no orphan)."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _WORKER.queue = queue
 
 
 def _call(job: Job) -> Any:
+    signal.signal(signal.SIGTERM, _end)  # not before: a worker that has begun nothing may die as it is
+
     def report(share: float, tokens: int = 0) -> None:
         _WORKER.tokens += tokens
         if time.monotonic() - _WORKER.last.get(job.name, 0.0) > 0.2:
