@@ -188,7 +188,7 @@ def test_a_base_may_be_a_folder_and_targets_online(tmp_path):
     fitted = read_manifest(study.folder / "method" / "T1" / "s0")
     assert {f"expert{i}/adapter_model.safetensors" for i in (0, 1)} <= set(fitted.files)
     assert set(read_manifest(study.folder / "method" / "T0" / "s0").files) >= {
-        "all/adapter_model.safetensors"
+        "expert0/adapter_model.safetensors"
     }
 
 
