@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,11 +86,18 @@ class Batch:
         """[B, T - 1] the token that each position predicts."""
         return self.input_ids[:, 1:]
 
-    @property
+    @cached_property
     def mask(self) -> Tensor:
         """[B, T - 1] bool, True where the predicted token is real and not given."""
         real = self.attention_mask[:, 1:].bool()
         return real if self.given is None else real & ~self.given[:, 1:]
+
+    @cached_property
+    def asked(self) -> tuple[Tensor, Tensor]:
+        """[N] places among the B * T positions that predict a token under the mask; [N] those tokens."""
+        rows, columns = self.mask.nonzero(as_tuple=True)
+        places = rows * self.input_ids.shape[1] + columns
+        return places, self.input_ids.flatten()[places + 1]
 
     def to(self, device: torch.device | str) -> Batch:
         moved = self.input_ids.to(device), self.attention_mask.to(device)

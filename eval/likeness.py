@@ -14,7 +14,7 @@ from eval.checks import STUDENT, artifact_folder
 from eval.documents import Batch, Document, read_documents, tokens_per_batch
 from eval.engines import Engine, load_engine, subject_of
 from eval.errors import UserError
-from eval.metrics.likelihood import Predict, likeliest, masked, pieces, prepared, refuse_infinite
+from eval.metrics.likelihood import Predict, likeliest, pieces, prepared, refuse_infinite
 from eval.records import (
     HELDOUT,
     PLAIN,
@@ -49,7 +49,7 @@ def compared(one: Tensor, other: Tensor, batch: Batch) -> Tensor:
         flips = likeliest(left) != likeliest(right)
         bits = divergence(left.log_softmax(-1), right.log_softmax(-1)) / math.log(2)
         found.append(torch.stack([flips, bits]))
-    return torch.cat(found, 1)[:, masked(one, batch)]
+    return torch.cat(found, 1)[:, batch.asked[0].to(one.device)]
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class OpenVinoEngine(Engine):
             "position_ids": np.tile(np.arange(past, past + length), (batch, 1)),
             "beam_idx": np.arange(batch, dtype=np.int32),
         }
-        self.request.infer({name: feeds[name] for name in self.inputs}, share_inputs=True)
+        self.request.infer({name: feeds[name] for name in self.inputs}, share_inputs=True, share_outputs=True)
         return torch.from_numpy(self.request.get_tensor("logits").data)
 
     def logits(self, batch: Batch) -> Tensor:

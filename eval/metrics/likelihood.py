@@ -19,7 +19,7 @@ Predict = Callable[[Batch], Tensor]  # -> [B, T, V] logits or log-probabilities
 BATCH_TOKENS = 1024  # padded; more of them are no faster on a CPU, and slower once logits leave its cache
 BINS = 15  # of equal width over [0, 1], as Guo et al. (2017) take them
 KEPT = 8  # slices whose batches are kept
-PIECE = 2**19  # entries of one softmax: 2 MiB
+PIECE = 2**18  # entries of one softmax: 1 MiB, which is half of what a core keeps near itself
 
 _PREPARED: dict[str, list[Batch]] = {}
 
@@ -128,38 +128,32 @@ def refuse_infinite(documents: list[Document], values: Tensor) -> None:
 
 def predicted(scores: Tensor, batch: Batch) -> Predicted:
     """What logits or log-probabilities [B, T, V] say of the tokens under the batch's mask."""
-    labels = (
-        batch.input_ids.roll(-1, 1).to(scores.device).flatten()
-    )  # of a row's last position: under no mask
-    parts = zip(pieces(scores, batch), labels.split(piece_rows(scores.shape[2])), strict=True)
-    nats, confidence, correct = torch.cat([_predicted(*part) for part in parts], 1)[:, masked(scores, batch)]
-    return Predicted(nats, confidence, correct.bool())
+    parts, size = list(pieces(scores, batch, PIECE)), piece_rows(scores.shape[2], PIECE)
+    if len(parts) == 1:  # by far the most: cutting costs more than it seems where a model is small
+        return _predicted(parts[0], *batch.asked)
+    places, labels = batch.asked
+    cuts = torch.searchsorted(places, torch.arange(size, size * len(parts), size))
+    asked = zip(parts, places.tensor_split(cuts), labels.tensor_split(cuts), strict=True)
+    said = [_predicted(part, where - i * size, ids) for i, (part, where, ids) in enumerate(asked)]
+    return Predicted(*(torch.cat(column) for column in zip(*said, strict=True)))
 
 
-def _predicted(logits: Tensor, labels: Tensor) -> Tensor:
-    """Nats, confidence and correctness [3, n] of logits [n, V]."""
-    log_probs = logits.log_softmax(-1)
-    best = likeliest(log_probs)
-    of_label, of_best = log_probs.gather(1, torch.stack([labels, best], 1)).T
-    return torch.stack([-of_label, of_best.exp(), best == labels])
+def _predicted(logits: Tensor, places: Tensor, labels: Tensor) -> Predicted:
+    """Of logits [n, V], at the places [m] of their rows, which predict the labels [m]."""
+    places, labels = places.to(logits.device), labels.to(logits.device)
+    log_probs, best = logits.log_softmax(-1), likeliest(logits)[places]
+    return Predicted(-log_probs[places, labels], log_probs[places, best].exp(), best == labels)
 
 
-def piece_rows(vocabulary: int, entries: int = PIECE) -> int:
+def piece_rows(vocabulary: int, entries: int) -> int:
     return max(1, entries // vocabulary)
 
 
-def pieces(scores: Tensor, batch: Batch, entries: int = PIECE) -> Iterator[Tensor]:
+def pieces(scores: Tensor, batch: Batch, entries: int) -> Iterator[Tensor]:
     """Scores [B, T, V] as [n, V] in float32, views where they can be: no second [B, T, V] is made."""
     assert scores.shape[:2] == batch.input_ids.shape, f"[B, T, V] expected, got {tuple(scores.shape)}"
     for part in scores.flatten(0, 1).split(piece_rows(scores.shape[2], entries)):
         yield part.float()
-
-
-def masked(scores: Tensor, batch: Batch) -> Tensor:
-    """[N] places among the B * T positions that predict a token under the batch's mask, in their order."""
-    whole = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
-    whole[:, :-1] = batch.mask
-    return whole.flatten().nonzero()[:, 0].to(scores.device)
 
 
 def likeliest(scores: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from eval.artifacts import read_manifest
 from eval.documents import Document, boundary_id, read_documents
 from eval.engines.torch import load_checkpoint
 from eval.errors import UserError
-from eval.metrics.likelihood import document_bits
+from eval.metrics import likelihood
+from eval.metrics.likelihood import document_bits, likelihoods
 from eval.records import read_scores
 from eval.scoring import METRIC, score_folder, score_with, unscored
 from eval.study import load_study
@@ -73,6 +74,18 @@ def test_bits_do_not_depend_on_the_batch_or_the_order(model, words, size):
     assert tokens[::-1] == counts
     again, _ = document_bits(logits_of(model), DOCUMENTS[::-1], words, CONTEXT, size)
     assert again == bits, "the same call gives the same bits"
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 200])
+def test_a_softmax_in_pieces_says_the_same(model, words, monkeypatch, rows):
+    """Pieces end within rows, at their ends, and where nothing is predicted."""
+    documents = [*DOCUMENTS, Document("asked", "code", "no. ", prompt=text("code", 9, words=20))]
+    wanted = likelihoods(logits_of(model), documents, words, CONTEXT)
+    monkeypatch.setattr(likelihood, "PIECE", rows * model.config.vocab_size)
+    found = likelihoods(logits_of(model), documents, words, CONTEXT)
+    assert found.bits == pytest.approx(wanted.bits, rel=1e-6)
+    assert (found.tokens, found.correct) == (wanted.tokens, wanted.correct)
+    assert found.bins.tokens == wanted.bins.tokens
 
 
 def test_log_probabilities_are_taken_as_they_are(model, words):
