@@ -106,6 +106,8 @@ class Pass(ABC):
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[Any, PassReport]:
         """Compresses `model`, in place or not: it belongs to the pass.
 
+        In the stages STRUCTURE and SPARSITY it lies on a GPU where there is one; put batches there.
+
         Returns:
             A model with the interface of transformers (call, `save_pretrained`), and what was done.
         """

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.calibrate import check_batch, log_probs
-from compress.recipe import Context, Pass, PassReport, Recipe
+from compress.recipe import Context, Pass, PassReport, Recipe, Stage
 from distill.data import training_rows
 from eval.artifacts import building, digest, write_text
 from eval.documents import Batch, boundary_id
@@ -126,7 +126,11 @@ class Line:
         key = self._key(passes)
         if key not in self.kept:
             model, reports = self.after(passes[:-1])
+            looks = passes[-1].stage in (Stage.STRUCTURE, Stage.SPARSITY)
+            if looks and torch.cuda.is_available():  # many forward passes, and nothing that asks for a CPU
+                model = model.to("cuda")
             made, found = passes[-1].apply(model, self._context(passes[:-1]))
+            made = made.to("cpu") if looks else made
             if key not in self.shared:
                 return made, [*reports, found]
             self.kept[key] = made, [*reports, found]

@@ -22,9 +22,11 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from distill.draws import invert, uniforms
 from distill.signals import AGAIN, SHARDS, check_lineage, fill
 from eval.artifacts import verified
-from eval.documents import Row, tokens_per_batch
+from eval.documents import Row
 from eval.errors import UserError
 from eval.sections import Generation
+
+AT_ONCE = 2**14  # tokens whose keys and values a student that writes holds; of logits it needs the last alone
 
 Write = Callable[[list[Row], Generation], list[list[int]]]  # openings of one length -> what follows each
 
@@ -204,8 +206,7 @@ class OnPolicy:
         prompts = openings(rows, self.generation)
         mine = prompts[acc.process_index :: acc.num_processes]
         texts: dict[str, list[int]] = {}
-        most = tokens_per_batch(student.config.get_text_config().vocab_size)
-        for group, settings in _groups(mine, self.generation, self.context, most):
+        for group, settings in _groups(mine, self.generation, self.context, AT_ONCE):
             found = student_writes(student, group, settings, f"{self.seed} {step}", self.pad)
             texts |= {row.id: tokens for row, tokens in zip(group, found, strict=True)}
         if acc.num_processes > 1:

@@ -8,10 +8,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compress.anatomy import layer_matrices, left_out, size_of
-from compress.calibrate import calibration_rows, input_norms
+from compress.calibrate import Walk, calibration_rows
 from compress.recipe import Context, Pass, PassReport, Skipped, Stage
 from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
-from distill.layers import decoder_layers
 from eval.errors import UserError
 from eval.sections import Frozen
 
@@ -43,16 +42,17 @@ class Wanda(Pass):
         touched: set[nn.Module] = set()
         skipped: list[Skipped] = []
         names = {module: name for name, module in model.named_modules()}
-        layers = decoder_layers(model)[2]
-        for i, layer in enumerate(layers):  # in turn: a layer sees what the pruned ones before it give
+        walk = Walk(model, rows, context.pad)
+        for i, layer in enumerate(walk.layers):  # in turn: a layer sees what the pruned ones before it give
             matrices = {names[m]: m for m in layer_matrices(layer).values()}
             fit = {name: m for name, m in matrices.items() if self._fits(m)}
             skipped += [self._unfit(name, m) for name, m in matrices.items() if name not in fit]
-            for name, norms in input_norms(model, fit, rows, context.pad).items():
+            for name, norms in walk.norms(i, fit).items():
                 weight = fit[name].weight
-                weight.data *= self._keep(wanda_scores(weight, norms))
+                weight.data *= self._keep(wanda_scores(weight, norms.to(weight.device)))
+            walk.leave(i)
             touched |= set(matrices.values())
-            context.report((i + 1) / len(layers))
+            context.report((i + 1) / len(walk.layers))
         if len(skipped) == len(touched):
             raise UserError("wanda", "no linear layer that it can prune", "leave it out of the recipe")
         skipped += left_out(model, touched, "not a linear layer of the decoder")

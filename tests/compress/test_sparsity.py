@@ -1,13 +1,19 @@
 """The masks of Wanda against brute force and identities."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from compress.calibrate import check_batch, input_norms
+from compress.anatomy import layer_matrices
+from compress.calibrate import Walk, check_batch, input_norms
 from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
-from eval.documents import Row, pack
+from distill.layers import decoder_layers
+from eval.documents import Row, batches, pack
 from eval.errors import UserError
+from tests.distill.test_families import FAMILIES
 from tests.helpers import tiny_model
 
 
@@ -70,14 +76,39 @@ def test_wanda_is_optimal_for_uncorrelated_inputs():
             assert error <= (inputs @ (weight * ~other).T).square().sum() + 1e-6
 
 
+def whole(model, rows):
+    """Forward passes of the whole model."""
+    return [(b.attention_mask, partial(model, **b.inputs, use_cache=False)) for b in batches(rows, 0)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_walk_shows_each_layer_what_the_whole_model_would(family):
+    """Also where layers are changed on the way, and where they differ in kind; nothing stays behind."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).eval()
+    rows = [Row("d", "x", i, list(range(1, 4 + 9 * i))) for i in range(3)]
+    layers = decoder_layers(model)[2]
+    walk = Walk(model, rows, pad=0)
+    for i, layer in enumerate(layers):
+        linears = layer_matrices(layer)
+        if not linears:
+            pytest.skip("its layers have no linear modules")
+        found = walk.norms(i, linears)
+        for name, norm in input_norms(linears, whole(model, rows)).items():
+            torch.testing.assert_close(found[name], norm, rtol=0, atol=0)
+        for module in linears.values():
+            module.weight.data *= 0.5
+        walk.leave(i)
+    assert "forward" not in vars(layers[0])
+
+
 def test_norms_leave_padding_out():
     """One batch with padding gives the norms of the rows taken one by one."""
     model = tiny_model(64)
     rows = [Row("d", "x", i, list(range(1, 4 + 5 * i))) for i in range(3)]
     name = "model.layers.1.mlp.down_proj"
     modules = {name: model.get_submodule(name)}
-    together = input_norms(model, modules, rows, pad=0)[name]
-    alone = sum(input_norms(model, modules, [row], pad=0)[name].square() for row in rows).sqrt()
+    together = input_norms(modules, whole(model, rows))[name]
+    alone = sum(input_norms(modules, whole(model, [row]))[name].square() for row in rows).sqrt()
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
@@ -96,11 +127,11 @@ def test_norms_of_tokens_in_one_row():
     rows = [Row("d", "x", i, list(range(1, 4 + 5 * i))) for i in range(3)]
     model = Flat()
     seen = torch.cat([torch.tensor(row.tokens) % 4 for row in rows])
-    norm = input_norms(model, {"linear": model.linear}, rows, pad=0)["linear"]
+    norm = input_norms({"linear": model.linear}, whole(model, rows))["linear"]
     torch.testing.assert_close(norm, torch.bincount(seen, minlength=4).float().sqrt())
     model = Flat(slice(3))
     with pytest.raises(UserError, match=r"inputs of linear: \(3, 4\), of \d+ tokens"):
-        input_norms(model, {"linear": model.linear}, rows, pad=0)
+        input_norms({"linear": model.linear}, whole(model, rows))
 
 
 def test_the_rows_that_a_saved_model_is_compared_on_are_not_packed():
