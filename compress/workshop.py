@@ -182,6 +182,7 @@ def publish(study: Study, variant: Variant, report: Callable[[float], None]) -> 
         "arm": student.arm,
         "seed": student.seed,
         "recipe": recipe.name,
+        "recipe_hash": digest(recipe.identity),
         "target": recipe.target,
         "engine": recipe.engine,
         "reports": reports,

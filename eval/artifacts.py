@@ -175,9 +175,13 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"artifact {folder}", f"no {MANIFEST}", "make it first, or name another folder")
     try:
-        return Manifest.model_validate_json(path.read_text())
+        manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise UserError(f"manifest {path}", error.errors()[0]["msg"], "make the artifact again") from error
+    if manifest.hash != (found := content_hash(manifest.files)):
+        said = f"says hash {manifest.hash[:12]}, its files give {found[:12]}"
+        raise UserError(f"manifest {path}", said, "it was edited: make the artifact again")
+    return manifest
 
 
 def verified(folder: Path) -> Manifest:

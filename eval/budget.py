@@ -39,8 +39,8 @@ ACCEPTED: dict[str, list[str]] = {
 class Limit(Frozen):
     """`at_most: 20, unit: ms`, or `at_most: 0.5, of: plain` (a variant of the same run); or `at_least`."""
 
-    at_most: float | None = Field(None, gt=0)
-    at_least: float | None = Field(None, gt=0)
+    at_most: float | None = Field(None, gt=0, allow_inf_nan=False)
+    at_least: float | None = Field(None, gt=0, allow_inf_nan=False)
     unit: Unit | None = None
     of: str | None = None
 
@@ -93,7 +93,7 @@ class Budget(Frozen):
     f: float = Field(gt=0, le=1)
     # the guard: a share of the student's gain over the base, or so many bits per byte over the base
     g: float | None = Field(None, gt=0, le=1)
-    delta_min: float | None = Field(None, gt=0)
+    delta_min: float | None = Field(None, gt=0, allow_inf_nan=False)
     # mandatory slices beside the held-out one -> their own f
     slices: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     targets: dict[str, Target] = Field(min_length=1)

@@ -7,6 +7,7 @@ things would look like any other.
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from eval.artifacts import Manifest, read_manifest
 from eval.budget import Budget
@@ -104,6 +105,22 @@ class Artifacts:
                         f"made from {role} {made.get(role, 'unknown')[:12]}, the run's is {now[:12]}",
                         f"run {stage} again, then score and measure",
                     )
+
+    def check_recipes(self, scores: list[Score]) -> None:
+        """Every variant of a name was made by one recipe: its control and all its seeds as itself."""
+        seen: dict[str, tuple[Any, Path]] = {}
+        for record in scores:
+            place = artifact_folder(self.folder, record.arm, record.seed, record.recipe)
+            if record.recipe == PLAIN or place is None:
+                continue
+            made = self.manifest(place).facts.get("recipe_hash"), record.engine
+            other, there = seen.setdefault(record.recipe, (made, place))
+            if made != other:
+                raise UserError(
+                    f"artifact {place}",
+                    f"made by another recipe {record.recipe!r} than {there}, or for another engine",
+                    "run python -m compress.run again, then score and measure",
+                )
 
     def _parents(self, record: Score, teachers: dict[tuple[str, int], str]) -> dict[str, str]:
         """Role -> hash of what the model of `record` must have been made from."""

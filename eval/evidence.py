@@ -40,6 +40,7 @@ from eval.records import (
     recipe_names,
     record_path,
 )
+from eval.sections import Load
 from eval.statistics import linearised
 from eval.study import Study
 from eval.verdict import Opening
@@ -144,6 +145,7 @@ class Tables:
         check_seeds_differ(self.scores)
         self._check_whole(models)
         artifacts.check_parents(self.scores)
+        artifacts.check_recipes(self.scores)
 
     def _add(self, record: Score) -> None:
         found = record.documents
@@ -277,6 +279,13 @@ def by_target(
             {name: getattr(of, name) for name in ("prompt_tokens", "new_tokens", "threads")}
             for of in (study.cost, record)
         )
+        if isinstance(record, Loaded):
+            load = study.cost.load or Load()
+            asked |= {"seconds": load.seconds, "slo_ms": load.slo_ms}
+            had |= {"seconds": record.seconds, "slo_ms": record.slo_ms}
+            if load.rates is not None:
+                rates = {tuple(one.rate for one in server.rates) for server in record.processes}
+                asked, had = asked | {"rates": [tuple(load.rates)]}, had | {"rates": sorted(rates)}
         if asked != had:
             raise UserError(f"record {path}", f"measured with {had}, the study asks {asked}", "measure again")
         grouped[record.target, record.recipe].append(record)

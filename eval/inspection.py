@@ -15,7 +15,7 @@ from eval.evidence import CONTROL, FALLBACK, STUDENT, artifact_folder, collect
 from eval.judge import judged, ships
 from eval.records import PLAIN
 from eval.statement import Policy, Predicate, Statement, expired, read, signed_digest
-from eval.statistics import INCONCLUSIVE, PASS, Verdict
+from eval.statistics import FAIL, INCONCLUSIVE, PASS, Verdict
 from eval.study import Study, find_config, load_study
 from eval.verdict import GateFile, Variant
 
@@ -96,7 +96,10 @@ def decided(gate: GateFile, row: Variant) -> tuple[Verdict, str]:
         return INCONCLUSIVE, row.reason
     history = gate.sealed.history if gate.sealed else []
     looks = [look for look in history if look.same and look.recipe == row.recipe]
-    seen = (looks[-1].verdict or INCONCLUSIVE) if looks else PASS  # opened and not finished is no PASS
+    # Whatever the budget of a look was: what did not pass is not made good by a second one. One that was cut
+    # short, and not repeated, is no PASS either.
+    told = [look.verdict or INCONCLUSIVE for look in looks if look.verdict or look is looks[-1]]
+    seen: Verdict = next((v for v in (FAIL, INCONCLUSIVE) if v in told), PASS)
     if row.verdict == PASS and seen != PASS:
         return seen, f"{row.reason}; on the sealed documents it is {seen}"
     return row.verdict, row.reason

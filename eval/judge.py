@@ -10,7 +10,7 @@ from eval.behaviour import qualities
 from eval.budget import Budget, Target
 from eval.evidence import CONTROL, STUDENT, Evidence
 from eval.limits import cost_parts, costs, expected, loaded, ratio, remedy
-from eval.notes import notes
+from eval.notes import notes, other_budget
 from eval.openings import summary
 from eval.quality import (
     GAIN,
@@ -260,7 +260,7 @@ def judged(e: Evidence, budget: Budget) -> GateFile:
         method=e.study.method.name,
         verdict=verdict,
         reason=reason,
-        notes=notes(e),
+        notes=[*other_budget(e.study, budget), *notes(e)],
         recommended={name: next((r.recipe for r in rows[name] if r.recommended), None) for name in rows},
         budget=described(e, budget),
         seeds=e.study.seeds,

@@ -6,7 +6,7 @@ from pathlib import Path
 from eval.budget import AT_LOAD, UNITS, Limit, Quantity, Target
 from eval.evidence import Evidence
 from eval.numbers import difference, knees, load_result, names, number, positive_ratio, ratio
-from eval.records import PLAIN, Loaded
+from eval.records import PLAIN
 from eval.statistics import FAIL, INCONCLUSIVE, PASS, Share, Verdict
 from eval.verdict import Load, Number, Part, Relative
 
@@ -54,18 +54,10 @@ def costs(e: Evidence, target: str, recipe: str, limits: Target, alpha: float) -
         for name, value in {"knee": load.knee_rps, "throughput": load.knee_tokens_per_s}.items():
             other_loads = e.loads.get((target, of(name)), [])
             share = None
-            if not apart(ours, other_loads):
+            if not difference(ours, other_loads):
                 share = positive_ratio(knees(ours), knees(other_loads), alpha)
             found[name] = _relative(value, share, of(name))
     return found
-
-
-def apart(a: list[Loaded], b: list[Loaded]) -> tuple[str, object, object] | None:
-    """The first thing for which two variants under load cannot be compared."""
-    if found := difference(a, b):
-        return found
-    ours, theirs = ([record.slo_ms for record in records] for records in (a, b))
-    return None if ours == theirs else ("slo_ms", ours, theirs)
 
 
 def _against(number: Number, limit: Limit) -> tuple[float | None, float | None, float | None, str]:
@@ -151,7 +143,7 @@ def unpaired(e: Evidence, target: str, recipe: str, name: Quantity, of: str) -> 
         ours_loaded, loads = e.loads.get((target, recipe)), e.loads.get((target, of))
         if loads is None or ours_loaded is None:
             return f"{recipe} was measured under load on {target}, {of} was not"
-        what = apart(ours_loaded, loads)
+        what = difference(ours_loaded, loads)
     else:
         others = e.costs.get((target, of))
         if others is None:

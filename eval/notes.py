@@ -2,14 +2,26 @@
 
 from collections import Counter
 
+from eval.budget import Budget, load_budget
+from eval.errors import UserError
 from eval.evidence import TEACHERS, Evidence
 from eval.records import PLAIN
 from eval.statistics import PASS
+from eval.study import Study
 
 
 def notes(e: Evidence) -> list[str]:
     """Plain sentences; none where there is nothing to say."""
     return [*shared_teacher(e), *two_seeds(e), *early_records(e), *sealed_look(e)]
+
+
+def other_budget(study: Study, budget: Budget) -> list[str]:
+    """The study's own was fixed before the run; another one may have been chosen after it."""
+    try:
+        own = load_budget(study)
+    except UserError:  # it does not lie here
+        own = None
+    return [] if budget == own else [f"judged by budget {budget.name!r}; the study asks {study.budget!r}"]
 
 
 def shared_teacher(e: Evidence) -> list[str]:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from eval.artifacts import write_text
 from eval.errors import UserError
+from eval.records import PLAIN
 from eval.verdict import Look, Opening, Sealed
 
 
@@ -49,7 +50,8 @@ def read_openings(run: Path) -> list[Opening]:
         for path in (run / "records" / "sealed").glob("*/*.json")
         if not path.name.startswith(("T0-", "T1-"))  # those are scored while they are trained
     }
-    if lost := sorted(scored - {"plain"} - {one.recipe for one in found}):
+    known = {name for one in found for name in (one.recipe, PLAIN)}  # the student is scored at every look
+    if lost := sorted(scored - known):
         what = f"scored without an opening: {', '.join(lost)}"
         raise UserError(f"openings of {run}", what, "put the opening back: they are counted for ever")
     return found

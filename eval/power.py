@@ -11,6 +11,7 @@ that a target can afford plans with `--among M`: Holm asks alpha / M of the firs
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +208,9 @@ def main() -> None:
     folder = Path(args.study) if Path(args.study).is_dir() else study.folder
     plan = load_study(args.plan) if args.plan else study
     budget = load_budget(plan, args.budget)
+    for name in ("gain", "share"):
+        if (given := getattr(args, name)) is not None and not math.isfinite(given):
+            raise UserError(f"--{name}", given, "give a number")
     if args.among < 1:
         raise UserError("--among", args.among, "give the number of variants to pick from, 1 at least")
     alpha = budget.alpha / args.among

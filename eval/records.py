@@ -277,6 +277,8 @@ def recipe_names(study: Study) -> list[str]:
         name = read_yaml(path).get("name")
         if not isinstance(name, str):
             raise UserError(f"{path}: name", repr(name), "give the recipe a name")
+        if name in names:
+            raise UserError(f"{path}: name", repr(name), "another recipe or the student has it: rename it")
         names.append(name)
     return names
 

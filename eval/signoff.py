@@ -62,7 +62,7 @@ def waiver(verdict: Verdict, reason: str | None, expires: str | None, today: dat
         if reason or expires:
             raise UserError("--waive", "the verdict is PASS", "sign it without a waiver")
         return None
-    if not reason or not expires:
+    if not (reason or "").strip() or not expires:
         mend = "do not ship it, or give --waive REASON and --expires YYYY-MM-DD"
         raise UserError("sign-off", f"the verdict is {verdict}", mend)
     try:
@@ -175,7 +175,8 @@ def line(path: Path, statement: Statement | None, found: list[str], trusted: "SS
     if found or statement is None:
         return Text.assemble(f"{path}: ", ("does not hold", "bold red"), *(f"\n  {text}" for text in found))
     said = statement.predicate
-    parts = [f"{said.verdict} of {said.recipe} on {said.target}, signed by {said.by} on {said.time}"]
+    by = f"signed by {said.by} on {said.time}, by budget {said.policy.name}"
+    parts = [f"{said.verdict} of {said.recipe} on {said.target}, {by}"]
     if said.waiver:
         parts.append(f"waived until {said.waiver.expires}: {said.waiver.reason}")
     if trusted is None:
@@ -225,7 +226,7 @@ def main() -> int:
         trusted = public_key(Path(args.public)) if args.public else None
         return verify(run, trusted, datetime.now(UTC).date(), Console())
     for name in ("variant", "by", "key"):
-        if not getattr(args, name):
+        if not (getattr(args, name) or "").strip():
             raise UserError(f"--{name}", "missing", "give --variant, --by and --key, or --verify")
     path = sign(run, args)
     print(f"signed {path}; check it with python -m eval.signoff --study {run} --verify")

@@ -237,6 +237,8 @@ def pigeonhole(tables: ArrayLike, draws: int, seed: int) -> Array:
         n = min(step, draws - start)
         seeds = rng.multinomial(s, np.full(s, 1 / s), size=n) / s  # [n, S]
         weights = POISSON[rng.integers(len(POISSON), size=(n, c), dtype=np.uint16)]
+        while (none := weights.sum(1) == 0).any():  # of a handful of documents: a draw without any is no draw
+            weights[none] = POISSON[rng.integers(len(POISSON), size=(none.sum(), c), dtype=np.uint16)]
         sums = (weights @ flat).reshape(n, k, s) / weights.sum(1)[:, None, None]
         means[start : start + n] = np.einsum("ns,nks->nk", seeds, sums)
     return means

@@ -82,11 +82,22 @@ def find_config(kind: str, name: str) -> Path:
     return path
 
 
+class OneKeyLoader(yaml.SafeLoader):
+    """A second key of one name would silently take the place of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := next((i for i, key in enumerate(keys) if key in keys[:i] and key != "<<"), None):
+            key, _ = node.value[twice]
+            raise yaml.MarkedYAMLError(problem=f"key {keys[twice]!r} twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError("config", str(path), "no such file; give the path of a YAML file")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=OneKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}", " ".join(str(error).split()), "mend the YAML") from error
     if not isinstance(raw, dict):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from eval.artifacts import content_hash
 from eval.keys import new_key, private_key
 from eval.records import Documents, Machine, Provenance, Score, write_record
 from eval.statement import (
@@ -232,7 +233,7 @@ def write_manifest(folder: Path, arm: str, seed: int, start: float) -> None:
         "engine": "torch",
         "loss_curve": curve,
     }
-    names = {"kind": "model", "name": folder.name, "key": "k", "hash": "h"}
+    names = {"kind": "model", "name": folder.name, "key": "k", "hash": content_hash({})}
     manifest = {**names, "files": {}, "parents": {}, "versions": {}, "facts": facts}
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps(manifest))

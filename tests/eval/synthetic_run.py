@@ -49,6 +49,7 @@ class Run:
     noise: float = 0.002
     far: dict[str, float] = field(default_factory=dict)  # gains that differ on the slice `far`
     time: str = "2026-01-01T00:00:00+00:00"  # of every record
+    load: dict | None = None  # how the study measures under load
 
     @property
     def path(self) -> Path:
@@ -66,7 +67,7 @@ class Run:
                 "base": {"path": "somewhere"},
                 "method": {"name": "ensemble"},
                 "train": {},
-                "cost": {"prompt_tokens": 64, "new_tokens": 10, "threads": 1},
+                "cost": {"prompt_tokens": 64, "new_tokens": 10, "threads": 1, "load": self.load},
                 "recipes": [str(self.folder / f"{name}.yaml") for name in RECIPES],
                 "budget": str(self.folder / "budget.yaml"),
             }

@@ -1,5 +1,6 @@
 """What the gate refuses: one clear line that names both values, exit code 3, nothing written."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -67,7 +68,43 @@ def no_far(run: Run) -> None:
         edit(path, lambda r: r["documents"].update({n: c and c[:40] for n, c in r["documents"].items()}))
 
 
+def by_other_recipe(run: Run) -> None:
+    """The control of a variant was made by an older recipe of its name."""
+    for arm, made in (("S1", "new"), ("S0", "old")):
+        for seed in run.seeds:
+            place = run.path / f"variants/int8/{arm}/s{seed}/manifest.json"
+            edit(place, lambda m, made=made: m["facts"].update(recipe_hash=made))
+
+
+def other_weights(run: Run) -> None:
+    """Weights that nobody measured, with a manifest that lists them and keeps its hash."""
+    path = run.path / "variants/int8/S1/s0/manifest.json"
+    edit(path, lambda m: m["files"].update({next(iter(m["files"])): {"sha256": "0" * 64, "bytes": 1}}))
+
+
+def twice(run: Run) -> None:
+    path = run.folder / "budget.yaml"
+    path.write_text(path.read_text() + "\nf: 0.001\n")
+
+
 BAD = {
+    "a manifest edited": (other_weights, ["int8/S1/s0/manifest.json", "its files give", "it was edited"]),
+    "a manifest of no text": (
+        lambda run: (run.path / "variants/int8/S1/s0/manifest.json").write_bytes(b'{"kind": "\xff"}'),
+        ["int8/S1/s0/manifest.json", "Invalid JSON"],
+    ),
+    "another recipe": (by_other_recipe, ["int8/S0/s0", "another recipe 'int8'", "compress.run again"]),
+    "another engine of the control": (
+        change_score(lambda r: r.update(engine="torch"), "int8/S0-s1"),
+        ["int8/S0/s1", "another engine"],
+    ),
+    "a key twice": (twice, ["budget.yaml", "key 'f' twice", "line"]),
+    "no finite limit": (
+        change_budget(
+            lambda b: b["targets"]["cpu"].update(limits={"disk": {"at_most": math.inf, "unit": "B"}})
+        ),
+        ["targets.cpu.limits.disk.at_most", "finite"],
+    ),
     "no records": (lambda run: shutil.rmtree(run.path / "records"), ["no score record", "eval.score"]),
     "seed missing": (
         lambda run: (run.path / "records/score/int8/S0-s2.json").unlink(),

@@ -239,7 +239,7 @@ LIMIT = {"throughput": {"at_least": 400, "unit": "tokens/s"}, "knee": {"at_least
 @pytest.fixture
 def busy(tmp_path):
     """A run whose budget has limits under load."""
-    toy = Run(tmp_path)
+    toy = Run(tmp_path, load={"seconds": 20.0, "rates": [20.0]})
     toy.budget["targets"]["cpu"]["limits"] = LIMIT
     toy.make()
     (toy.folder / "budget.yaml").write_text(yaml.safe_dump(toy.budget))
@@ -287,8 +287,10 @@ def test_a_limit_under_load_that_was_not_measured_decides_nothing(busy):
     assert "throughput was not measured on cpu" in plain.reason
     assert (int8.verdict, int8.how) == ("INCONCLUSIVE", how)
     assert "int8 was measured under load on cpu, plain was not" in int8.reason
-    put_load(busy, "plain", [[20.0] * 30] * 3, slo_ms=50.0)
-    assert "int8 has slo_ms [None], plain has [50.0]" in row(verdict_of(busy), "int8").reason
+    for change in ({"slo_ms": 50.0}, {"seconds": 9.0}):  # a longer limit of latency holds more requests
+        put_load(busy, "plain", [[20.0] * 30] * 3, **change)
+        with pytest.raises(UserError, match=r"the study asks .*'seconds': 20.0, 'slo_ms': None"):
+            verdict_of(busy)
     put_load(busy, "plain", [[20.0] * 30] * 3, engine="openvino")
     with pytest.raises(UserError, match="measured with engine 'openvino', scored with 'torch'"):
         verdict_of(busy)

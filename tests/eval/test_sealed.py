@@ -82,6 +82,7 @@ def toy(made, tmp_path) -> SealedRun:
 
 
 def score_all(toy: SealedRun) -> None:
+    write_opening(toy.path, an_opening(toy))
     for arm, place in {"B": "base", "S1": "students/S1", "S0": "students/S0"}.items():
         for seed in toy.seeds:
             toy.sealed_score(arm, seed, read_manifest(toy.path / place / f"s{seed}").hash)
@@ -130,7 +131,8 @@ def test_the_gate_reads_no_sealed_score(toy):
     after = judged(*toy.seen())
     assert after.variants == before.variants
     assert set(after.provenance.records) - set(before.provenance.records) == {
-        f"records/sealed/plain/{arm}-s{seed}.json" for arm in ("B", "S1", "S0") for seed in toy.seeds
+        "records/sealed/opening-1.json",
+        *(f"records/sealed/plain/{arm}-s{seed}.json" for arm in ("B", "S1", "S0") for seed in toy.seeds),
     }
 
 
@@ -190,4 +192,9 @@ def test_scores_that_an_opening_left_behind_are_told(tmp_path):
     assert read_openings(tmp_path) == []
     (place / "S1-s0.json").write_text("{}")
     with pytest.raises(UserError, match="scored without an opening: small"):
+        read_openings(tmp_path)
+    (place / "S1-s0.json").rename(place.parent / "S1-s0.json")
+    (place.parent / "plain").mkdir()
+    (place.parent / "S1-s0.json").rename(place.parent / "plain" / "S1-s0.json")
+    with pytest.raises(UserError, match="scored without an opening: plain"):
         read_openings(tmp_path)

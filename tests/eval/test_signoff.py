@@ -231,6 +231,8 @@ def test_what_is_signed_is_stricter_than_a_row(made):
 
     assert signed(("int8", "FAIL", True)) == "FAIL"
     assert signed(("int8", "FAIL", True), ("half", "PASS", True)) == "FAIL", "hidden by a later look"
+    assert signed(("int8", "FAIL", True), ("int8", "PASS", True)) == "FAIL", "looked at until it passed"
+    assert signed(("int8", None, True), ("int8", "PASS", True)) == "PASS", "cut short, then finished"
     assert signed(("int8", None, True)) == "INCONCLUSIVE", "opened and not finished"
     assert signed(("int8", "PASS", True)) == "PASS"
     assert signed(("half", "FAIL", True)) == "PASS", "of another variant"

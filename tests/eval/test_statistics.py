@@ -247,6 +247,14 @@ def test_pigeonhole_is_that_of_plain_resampling(rng):
     assert found[:, 0].std() == pytest.approx(np.std(slow), rel=0.03)
 
 
+@pytest.mark.parametrize("documents", [1, 2, 3])
+def test_pigeonhole_of_a_handful_of_documents_is_finite(documents):
+    """A document's weight is 0 in a third of all draws: a draw of none says nothing."""
+    found = pigeonhole([np.arange(2.0 * documents).reshape(2, documents)], 5_000, 1)
+    assert np.isfinite(found).all()
+    assert found.mean() == pytest.approx(documents - 0.5, abs=0.05)
+
+
 def test_pigeonhole_is_seeded_and_independent_of_chunks(monkeypatch, rng):
     z = rng.normal(size=(3, 4, 50))
     np.testing.assert_array_equal(pigeonhole(z, 100, 3), pigeonhole(z, 100, 3))
