@@ -80,6 +80,8 @@ def promised(name: str, before: Array, now: Array, floor: float | None, alpha: f
     verdict: Verdict
     if bounds is None:
         verdict, reason = INCONCLUSIVE, "one document says nothing about other documents"
+    elif bounds[0] == bounds[1]:
+        verdict, reason = INCONCLUSIVE, "all documents say the same: that is no sample of others"
     elif bounds[0] >= floor:
         verdict, reason = PASS, f"at least {bounds[0]:.3f}, promised {floor:.3f}"
     elif bounds[1] < floor:
@@ -119,9 +121,12 @@ def diagnosis(found: list[Finding]) -> str:
     moved = f"{fallback.change.point:+.3f} bits per byte"
     if fallback.rose:
         world = f"everything got worse, the fallback too ({moved})"
+    elif fallback.fell:
+        world = f"the fallback does better than before ({moved})"
     else:
-        how = "better than" if fallback.fell else "about as well as"
-        world = f"the fallback does {how} before ({moved})"
+        low, high = fallback.change.low, fallback.change.high
+        between = "one document tells nothing" if low is None else f"between {low:+.3f} and {high:+.3f}"
+        world = f"the fallback shows no change ({moved}; {between})"
     if broken:
         told = f"the method's gain is fading ({broken[0].name}: {broken[0].reason})"
         return f"{told}, and {world}" if fallback.rose else f"{told}, while {world}"

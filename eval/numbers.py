@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from eval.budget import UNITS
 from eval.queueing import knee, outcome
-from eval.records import Arrivals, Loaded, Measured, Process, Server
+from eval.records import Arrivals, Loaded, Measured, Process
 from eval.statistics import Share, cluster_bounds, percentile_bounds, ratio_bounds, requests_needed
 from eval.verdict import Load, Number, Rate
 
@@ -91,31 +91,37 @@ def number(records: list[Measured], name: str, alpha: float) -> Number:
     """One quantity of a variant with one-sided bounds at `alpha`."""
     if percentile := timed(name):
         runs = [run for record in records for run in record.processes]
-        return percentile_number([percentile.values(run) for run in runs], percentile.q, alpha)
+        times = [percentile.values(run) for run in runs]
+        requests = sum(len(percentile._replace(field="prefill_ms").values(run)) for run in runs)
+        return percentile_number(times, percentile.q, alpha, sum(map(len, times)) // requests)
     values = summary(records, name)
     if name in ("peak_memory", "device_memory", "disk"):
         return _size(values, name, alpha)
     return mean_number(values, {"energy": "J/token", "load_time": "s"}.get(name, "tokens/s"), alpha)
 
 
-def percentile_number(processes: list[Array], q: float, alpha: float) -> Number:
-    """A percentile in ms; no value from too few requests, or where too many never ended (infinite)."""
+def percentile_number(processes: list[Array], q: float, alpha: float, each: int = 1) -> Number:
+    """A percentile in ms; no value from too few requests, or where too many never ended (infinite).
+
+    Args:
+        each: values that one request gave: the tokens of a slow one are slow together.
+    """
     pooled = np.concatenate(processes)
     low = high = value = None
     if ended := bool(np.isfinite([np.quantile(x, q, method="higher") for x in processes]).all()):
-        low, high = percentile_bounds(processes, q, alpha)
+        low, high = percentile_bounds(processes, q, alpha, each)
         high = high if high is not None and np.isfinite(high) else None  # beyond what was served
-    needs = requests_needed(q, alpha)
-    if ended and len(pooled) >= needs:
+    needs, requests = requests_needed(q, alpha), len(pooled) // each
+    if ended and requests >= needs:
         value = float(np.quantile(pooled, q))
     return Number(
         value=value,
         lower=low,
         upper=high,
         unit="ms",
-        requests=len(pooled),
+        requests=requests,
         processes=len(processes),
-        needs=needs if len(pooled) < needs else None,
+        needs=needs if requests < needs else None,
     )
 
 
@@ -175,16 +181,17 @@ def positive_ratio(values: Array, reference: Array, alpha: float) -> Share | Non
 
 
 def knees(records: list[Loaded]) -> Array:
-    """Requests per second, one value per process: each has its own times of service.
+    """Requests per second, one value per process: each has its own times of service, and its own arrivals.
 
-    All share the virtual run's random gaps: its chance is small, and cancels from a ratio of variants.
+    Those of a round are the same for every variant, so that their chance cancels from a ratio; over the
+    rounds it is in the bound.
     """
-    return np.asarray([_knee(record, server) for record in records for server in record.processes])
+    return np.asarray([_knee(record, i) for record in records for i in range(len(record.processes))])
 
 
-def _knee(record: Loaded, server: Server) -> float:
+def _knee(record: Loaded, turn: int) -> float:
     slo = None if record.slo_ms is None else record.slo_ms / 1e3
-    return knee(np.asarray(server.service_ms) / 1e3, slo)
+    return knee(np.asarray(record.processes[turn].service_ms) / 1e3, slo, (record.seed, turn))
 
 
 def load_result(records: list[Loaded], alpha: float) -> Load:

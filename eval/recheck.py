@@ -143,6 +143,10 @@ def read_new(path: Path, limit: int) -> list[Document]:
     name, times = Counter(document.id for document in documents).most_common(1)[0]
     if times > 1:
         raise UserError(f"--data {path}", f"id {name!r} appears {times} times", "give each document its own")
+    same, times = Counter(document.text for document in documents).most_common(1)[0]
+    if times > 1:
+        found = f"{same[:40]!r}... is {times} documents, as far as they are read"
+        raise UserError(f"--data {path}", found, "give each text once: copies are no evidence")
     return documents
 
 
@@ -150,7 +154,7 @@ def _document(where: str, row: dict[str, Any], number: int, limit: int) -> Docum
     text = row.get("text")
     if not isinstance(text, str) or not text.strip():
         raise UserError(where, repr(text)[:60], "give each line a `text` that is not empty")
-    text = text.encode()[:limit].decode(errors="ignore")
+    text = text.encode(errors="replace")[:limit].decode(errors="ignore")  # half of a surrogate pair is a "?"
     return Document(str(row.get("id", number)), str(row.get("domain", "")), text)
 
 

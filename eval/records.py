@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -109,11 +109,16 @@ class Score(Frozen):
     provenance: Provenance
 
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Counted = Annotated[int, Field(gt=0)]
+Times = Annotated[list[Positive], Field(min_length=1)]
+
+
 class Energy(Frozen):
     """What a meter counted while requests were served, idle power and neighbours of all it feeds included."""
 
-    joules: float | None  # null: no meter
-    tokens: int  # generated meanwhile
+    joules: Positive | None  # null: no meter
+    tokens: Counted  # generated meanwhile
     meter: str  # its name; without one, why there is none
 
 
@@ -121,9 +126,9 @@ class Batched(Frozen):
     """Several prompts served at once, in step."""
 
     batch_size: int
-    prefill_ms: list[float]  # one entry per batch
-    decode_ms: list[float]  # one entry per step, which makes a token for every prompt of the batch
-    peak_memory_bytes: int  # of the process so far; it takes the sizes in ascending order
+    prefill_ms: Times  # one entry per batch
+    decode_ms: Times  # one entry per step, which makes a token for every prompt of the batch
+    peak_memory_bytes: Counted  # of the process so far; it takes the sizes in ascending order
     device_memory_bytes: int | None
     energy: Energy
 
@@ -131,10 +136,10 @@ class Batched(Frozen):
 class Process(Frozen):
     """What one fresh process measured; batch 1 unless told otherwise."""
 
-    prefill_ms: list[float]  # one entry per request: until its first token is known
-    decode_ms: list[float]  # one entry per generated token after the first
-    load_s: float
-    peak_memory_bytes: int  # VmHWM on a CPU, the reserved peak on CUDA
+    prefill_ms: Times  # one entry per request: until its first token is known
+    decode_ms: Times  # one entry per generated token after the first
+    load_s: Positive
+    peak_memory_bytes: Counted  # VmHWM on a CPU, the reserved peak on CUDA
     device_memory_bytes: int | None = None  # of this process by the accelerator's own count, where it tells
     energy: Energy | None = None  # null in records of before
     batches: list[Batched] = Field(default_factory=list)  # the sizes above 1
@@ -150,19 +155,19 @@ class Measured(Frozen):
     recipe: str = PLAIN
     engine: str
     target: str
-    disk_bytes: int
+    disk_bytes: Counted
     prompt_tokens: int
     new_tokens: int
     threads: int
     prompts: str = TRAINING  # what the prompts were made of
-    processes: list[Process]  # in rounds: process r of every variant ran in round r
+    processes: list[Process] = Field(min_length=1)  # in rounds: process r of every variant ran in round r
     provenance: Provenance
 
 
 class Arrivals(Frozen):
     """Requests of one rate, served in real time; latencies count from the intended arrival."""
 
-    rate: float  # requests per second that were asked
+    rate: Positive  # requests per second that were asked
     arrival_s: list[float]  # intended, from the start
     first_ms: list[float]  # until the first token; shorter than `arrival_s` where the time was over
     done_ms: list[float]  # until the last token
@@ -171,7 +176,7 @@ class Arrivals(Frozen):
 class Server(Frozen):
     """What one fresh process served, one request after another in the order of arrival."""
 
-    service_ms: list[float]  # of requests that followed each other without a pause
+    service_ms: Times  # of requests that followed each other without a pause
     rates: list[Arrivals]
 
 
@@ -191,7 +196,7 @@ class Loaded(Frozen):
     prompts: str = TRAINING
     seconds: float  # per rate
     slo_ms: float | None
-    processes: list[Server]  # in rounds, with the same arrivals for every variant of a round
+    processes: list[Server] = Field(min_length=1)  # in rounds, whose arrivals all variants share
     provenance: Provenance
 
 

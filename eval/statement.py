@@ -8,7 +8,6 @@ import hashlib
 import re
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -27,27 +26,12 @@ PREDICATE: Final = "https://absorb.example/signoff/v1"  # an identifier; docs/re
 FOLDER = "signoff"
 BEGIN, END = "<!-- sign-offs -->", "<!-- end of sign-offs -->"
 SHOWN = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
-TEXT_TAGS = {
-    *(
-        "section",
-        "div",
-        "h2",
-        "h3",
-        "p",
-        "span",
-        "strong",
-        "em",
-        "code",
-        "time",
-        "ul",
-        "ol",
-        "li",
-        "dl",
-        "dt",
-    ),
-    *("dd", "table", "caption", "thead", "tbody", "tr", "th", "td"),
-}
-TEXT_ATTRIBUTES = {"class", "id", "scope", "datetime", "aria-labelledby", "aria-hidden"}
+# What the page may hold between these marks, tag by tag as its template writes them: readers of HTML differ
+# in what they make of anything else, and a browser must not see more than whoever checks it.
+TAG = re.compile(
+    r'<(section) class="signed" aria-labelledby="h-signed">|<(h2) id="h-signed">|<(ul|strong|code)>'
+    r'|<(li) class="(?:broken|waived|whole)">|<(time)(?: class="until")? datetime="[^"<>&]*">'
+)
 
 
 class Said(BaseModel):
@@ -194,15 +178,13 @@ def signed_digest(path: Path) -> str:
 
 
 def _beyond_text(part: str) -> str | None:
-    """The first tag or attribute of a piece of HTML that does more than show text."""
-    found: list[str] = []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-            if tag not in TEXT_TAGS:
-                found.append(f"<{tag}> among its sign-offs")
-            beyond = (name for name, _ in attributes if name not in TEXT_ATTRIBUTES)
-            found.extend(f"the attribute {name} among its sign-offs" for name in beyond)
-
-    Reader().feed(part)
-    return found[0] if found else None
+    """The first tag of the part with the sign-offs that its template does not write, or does not end."""
+    opened: list[str] = []
+    for tag in re.findall("<[^>]*>?", part.removeprefix(BEGIN).removesuffix(END)):
+        if found := TAG.fullmatch(tag):
+            opened.append(next(name for name in found.groups() if name))
+        elif opened and tag == f"</{opened[-1]}>":
+            opened.pop()
+        else:
+            return f"{tag[:40]} among its sign-offs"
+    return f"<{opened[-1]}> among its sign-offs, which does not end" if opened else None

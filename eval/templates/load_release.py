@@ -23,11 +23,6 @@ log = logging.getLogger("load_release")
 
 MANIFEST, INDEX = "manifest.json", "release.json"
 OWN = "__pycache__/load_release."  # Python may keep this file compiled
-# What an engine may raise on a folder, a library or a machine that is not as it was
-FAULTS = (
-    *(ImportError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, MemoryError),
-    AssertionError,  # of a torch that has no CUDA
-)
 
 
 class ReleaseError(RuntimeError):
@@ -161,8 +156,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ReleaseError(f"{path} cannot be read ({error})") from error
 
 
 def check_files(root: Path, files: dict[str, Any], wanted: set[str]) -> None:
@@ -202,7 +200,7 @@ def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[
         try_out(model, part["canaries"])
     except ReleaseError:
         raise
-    except FAULTS as error:
+    except Exception as error:  # libraries raise their own, and some a bare one
         raise ReleaseError(
             f"{part['engine']} cannot run {folder} ({type(error).__name__}: {error})"
         ) from error

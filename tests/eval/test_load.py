@@ -17,7 +17,7 @@ from eval.errors import UserError
 from eval.evidence import collect
 from eval.judge import judged
 from eval.load import measured_before, rates_of, shares, table
-from eval.numbers import load_result
+from eval.numbers import knees, load_result
 from eval.probe import in_turn
 from eval.queueing import capacity, finished, knee, outcome, poisson
 from eval.records import Arrivals, Loaded, Server, read_loads, write_record
@@ -294,3 +294,12 @@ def test_a_limit_under_load_that_was_not_measured_decides_nothing(busy):
     put_load(busy, "plain", [[20.0] * 30] * 3, engine="openvino")
     with pytest.raises(UserError, match="measured with engine 'openvino', scored with 'torch'"):
         verdict_of(busy)
+
+
+def test_a_bound_of_the_knee_holds_the_chance_of_its_arrivals():
+    """Rounds have arrivals of their own, which all variants of a round share."""
+    same = [np.full(30, 20.0)] * 3
+    found = [knees([loaded(same, rates=[20.0], slo_ms=60.0)]) for _ in range(2)]
+    assert len(set(found[0])) == 3
+    assert found[0].tolist() == found[1].tolist()
+    assert found[0].std() / found[0].mean() < 0.05

@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(here, tmp_path, mak
     ("change", "words"),
     [
         (lambda r: r["processes"].pop(), "processes is 1, the study asks 2"),
-        (lambda r: r["processes"].clear(), "processes is 0, the study asks 2"),
+        (lambda r: r["processes"].clear(), "cost.processes: List should have at least 1 item"),
         (lambda r: [p["prefill_ms"].pop() for p in r["processes"]], "requests is 2, the study asks 3"),
     ],
 )

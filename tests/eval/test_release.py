@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +158,35 @@ def test_a_flipped_bit_serves_the_fallback_and_says_so(copy, loader, name, reaso
     assert (info.fallback, info.reason, info.folder) == (True, reason, "fallback")
     assert f"the fallback is served: {reason}" in caplog.text
     assert model.logits([0, 1]).shape == (2, 320)
+
+
+@pytest.mark.parametrize("error", [PermissionError("denied"), OSError(5, "input/output error")])
+def test_a_disk_that_fails_serves_the_fallback(copy, loader, monkeypatch, error):
+    opened = Path.open
+
+    def failing(path, *args, **given):
+        if "variants" in path.parts:
+            raise error
+        return opened(path, *args, **given)
+
+    monkeypatch.setattr(Path, "open", failing)
+    info = loader.load_release(copy, "cpu")[1]
+    assert info.fallback
+    assert "variants/small" in info.reason
+    assert "cannot be read" in info.reason
+
+
+def test_an_error_of_any_kind_serves_the_fallback(copy, loader, monkeypatch):
+    """tokenizers raises a bare Exception, safetensors one of its own."""
+    made = loader.tokenizer_of
+
+    def failing(folder):
+        if "variants" in folder.parts:
+            raise Exception("data did not match any variant")
+        return made(folder)
+
+    monkeypatch.setattr(loader, "tokenizer_of", failing)
+    assert "data did not match any variant" in loader.load_release(copy, "cpu")[1].reason
 
 
 def test_other_faults_serve_the_fallback(copy, loader, tmp_path):

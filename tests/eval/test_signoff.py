@@ -28,7 +28,7 @@ def made(tmp_path_factory):
     run = Run(folder).make()
     gate(run)
     (run.path / "table.md").write_text("| int8 | PASS |\n")
-    (run.path / "report.html").write_text(f"<p>{'PASS ' * 20}</p>\n{BEGIN}<p>nobody yet</p>{END}\n")
+    (run.path / "report.html").write_text(f"<p>{'PASS ' * 20}</p>\n{BEGIN}<strong>nobody yet</strong>{END}\n")
     new_key(folder / "key")
     return folder
 
@@ -105,8 +105,26 @@ def test_what_is_signed_is_verified_and_shown(fresh, key, made):
     page = fresh.path / "report.html"
     page.write_text(page.read_text().replace("nobody yet", "signed by Ada"))
     assert problems(path, fresh.path, None, TODAY)[1] == [], "a report shows its own sign-off"
-    page.write_text(page.read_text().replace("signed by Ada", "<script>alert(1)</script>"))
-    assert "<script> among its sign-offs" in problems(path, fresh.path, None, TODAY)[1][0]
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        "<script>alert(1)</script>",
+        "<!--><style>h1 { display: none }</style>-->",  # a comment to Python, a style to a browser
+        "<!-- x --!><style>h1 { display: none }</style>-->",
+        '<div class="hide">',  # hides the rest of the page
+        '<li class="whole" style="position: fixed">',
+        '<li class="whole">',
+        "</section></header><h1>PASS",
+        '<time datetime="x"onclick="y">now</time>',
+        "<strong",
+    ],
+)
+def test_a_report_shows_nothing_beside_its_sign_offs(fresh, key, forged):
+    path, page = sign(fresh, key), fresh.path / "report.html"
+    page.write_text(page.read_text().replace("nobody yet", forged))
+    assert " among its sign-offs" in problems(path, fresh.path, None, TODAY)[1][0]
 
 
 FILES = {

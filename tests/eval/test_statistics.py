@@ -247,6 +247,20 @@ def test_pigeonhole_is_that_of_plain_resampling(rng):
     assert found[:, 0].std() == pytest.approx(np.std(slow), rel=0.03)
 
 
+def test_tokens_of_a_request_are_no_requests_of_their_own(rng):
+    """A slow request is slow in all its tokens: a bound that counts tokens misses the p95 again and again."""
+    requests, tokens, q = 80, 30, 0.95
+    slow = np.where(rng.random((400, requests, 1)) < 0.03, 2.0, 1.0)
+    runs = (slow * np.exp(rng.normal(0, 0.03, (400, requests, tokens)))).reshape(400, -1)
+    true = np.quantile(np.where(rng.random(10**6) < 0.03, 2.0, 1.0) * np.exp(rng.normal(0, 0.03, 10**6)), q)
+    missed = [
+        np.mean([quantile_bounds(run, q, 0.05, each)[1] < true for run in runs]) for each in (1, tokens)
+    ]
+    assert missed[0] > 0.1
+    assert missed[1] <= 0.05
+    assert quantile_bounds(runs[0][: 58 * tokens], q, 0.05, tokens)[1] is None, "58 requests have no bound"
+
+
 @pytest.mark.parametrize("documents", [1, 2, 3])
 def test_pigeonhole_of_a_handful_of_documents_is_finite(documents):
     """A document's weight is 0 in a third of all draws: a draw of none says nothing."""
