@@ -133,7 +133,7 @@ def envelope(text: str, where: Path) -> "Envelope":
 
     try:
         found = Envelope.from_dict(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"sign-off {where}", f"no DSSE envelope ({error})", AGAIN) from error
     if found.payload_type != PAYLOAD_TYPE:
         raise UserError(f"sign-off {where}", f"payload of type {found.payload_type!r}", AGAIN)

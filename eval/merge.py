@@ -7,7 +7,6 @@ record of already, unless it is the very same.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -103,9 +102,12 @@ def present(run: Path, record: Record, place: str) -> bool:
     path = record_path(run, record)
     if not path.is_file():
         return False
-    if json.loads(path.read_text()) == json.loads(record.model_dump_json()):
+    try:
+        old = type(record).model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"record {path}", error.errors()[0]["msg"], "delete it, then merge again") from error
+    if old == record:
         return True
-    old = type(record).model_validate_json(path.read_text())
     ours, theirs = (f"{r.provenance.machine.host} at {r.provenance.time}" for r in (old, record))
     raise UserError(place, f"from {theirs}, {path} is from {ours}", "delete the one that is not meant")
 
@@ -144,7 +146,12 @@ def joined(run: Path, study: Study, given: list[str]) -> list[Record]:
             [FALLBACK, STUDENT, CONTROL, CE, *(TEACHERS if isinstance(record, Score) else ())],
         )
         one_of(f"{place}: recipe", record.recipe, recipes)
+        if record.seed not in study.seeds:
+            raise UserError(f"{place}: seed", record.seed, f"the study has {study.seeds}")
         if isinstance(record, Score):
+            if record.kind == "sealed":
+                mend = "open them where the run lies: python -m eval.sealed"
+                raise UserError(place, "a score of sealed documents", mend)
             artifacts.check_data(record)
         else:
             check_target(record, budget, place)

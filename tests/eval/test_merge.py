@@ -172,6 +172,10 @@ def test_a_copy_of_the_run_gives_all_its_records(here, tmp_path):
     write_record(copy, Score(**score, data=read_manifest(run_folder / "data").hash))
     assert {record.kind for record in joined(run_folder, study, [str(copy)])} == {"score", "cost"}
     shutil.rmtree(run_folder / "records")
+    sealed = Score(**score, kind="sealed", data=read_manifest(run_folder / "data").hash)
+    (copy / "sealed.jsonl").write_text(sealed.model_dump_json() + "\n")
+    with pytest.raises(UserError, match="a score of sealed documents"):
+        joined(run_folder, study, [str(copy / "sealed.jsonl")])
     write_record(copy, Score(**score, data="d" * 64))
     with pytest.raises(UserError, match=r"scored on data dddddddddddd, .*data holds"):
         joined(run_folder, study, [str(copy)])
@@ -194,3 +198,20 @@ def test_a_folder_that_is_not_what_its_manifest_says_is_not_measured(here, tmp_p
     monkeypatch.setattr("sys.argv", ["eval.cost", "--variant", str(alone)])
     with pytest.raises(UserError, match=r"config\.json has sha256"):
         bench_from_command("Cost.", "cost.jsonl")
+
+
+def test_a_damaged_record_that_lies_there_is_told(here, tmp_path):
+    run_folder, study = here
+    given = lines(tmp_path / "far.jsonl", cost(*here))
+    joined(run_folder, study, [given])
+    (path,) = (run_folder / "records" / "cost").rglob("*.json")
+    path.write_text("")
+    with pytest.raises(UserError, match=r"S1-s0\.json: Invalid JSON.*delete it"):
+        joined(run_folder, study, [given])
+    path.unlink()
+
+
+def test_seeds_that_the_study_does_not_have_are_refused(here, tmp_path):
+    given = lines(tmp_path / "far.jsonl", cost(*here, seed=77))
+    with pytest.raises(UserError, match=r"seed: 77; the study has"):
+        joined(*here, [given])

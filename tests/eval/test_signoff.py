@@ -107,6 +107,12 @@ def test_what_is_signed_is_verified_and_shown(fresh, key, made):
     assert problems(path, fresh.path, None, TODAY)[1] == [], "a report shows its own sign-off"
 
 
+def test_a_payload_that_is_no_text_is_told(fresh, key):
+    path = sign(fresh, key)
+    edit(path, lambda envelope: envelope.update(payload=5))
+    assert "no DSSE envelope" in problems(path, fresh.path, None, TODAY)[1][0]
+
+
 @pytest.mark.parametrize(
     "forged",
     [
