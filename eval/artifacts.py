@@ -167,7 +167,11 @@ def building(
         else:
             aside.rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+        except SystemExit:  # told to end while sweeping: it is told once
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
 
 
 def read_manifest(folder: Path) -> Manifest:

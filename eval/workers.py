@@ -58,6 +58,9 @@ class Job:
     weight: float = 1.0  # expected cost, for the time left
 
 
+GRACE = 20.0  # seconds to unwind in
+
+
 @dataclass
 class _Worker:
     queue: Any = None
@@ -98,7 +101,10 @@ def _call(job: Job) -> Any:
             _WORKER.queue.put((job.name, share, _WORKER.tokens))
             _WORKER.tokens = 0
 
-    return job.run(*job.args, report)
+    try:
+        return job.run(*job.args, report)
+    except SystemExit:  # told to end, and unwound; the pool would take it for a result and go on
+        os._exit(143)
 
 
 class _Speed:
@@ -206,6 +212,9 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
                     running[pool.submit(_call, job)] = job
                 assert running, f"jobs wait for each other: {[j.name for j in waiting]}"
                 finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                # a pool that has just begun a worker may not watch it before its next result
+                if not finished and wait_for_sentinel([p.sentinel for p in _processes(pool)], 0):
+                    raise BrokenProcessPool
                 while not queue.empty():
                     name, share, tokens = queue.get()
                     if name not in results:
@@ -238,10 +247,19 @@ def _context() -> BaseContext:
     return context
 
 
+def _processes(pool: ProcessPoolExecutor) -> list[Any]:
+    return list((pool._processes or {}).values())
+
+
 def _stop(pool: ProcessPoolExecutor) -> None:
     """Ends the workers at once: what they were writing lies aside and is swept by the next run."""
-    for process in list((pool._processes or {}).values()):
+    processes = _processes(pool)
+    for process in processes:
         process.terminate()
+    late = time.monotonic() + GRACE
+    for process in processes:
+        if not wait_for_sentinel([process.sentinel], max(0.0, late - time.monotonic())):
+            process.kill()
     pool.shutdown(wait=True, cancel_futures=True)
 
 

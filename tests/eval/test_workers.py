@@ -76,6 +76,29 @@ def test_the_first_error_ends_the_rest_whole(tmp_path):
     assert not (tmp_path / "log").exists()
 
 
+def dawdle(report):
+    time.sleep(120)
+
+
+def vanish_later(report):
+    time.sleep(2)
+    vanish(report)
+
+
+@pytest.mark.parametrize("after", [(), ("quick",)])
+def test_a_killed_worker_ends_the_others_that_work(tmp_path, after):
+    """They must not go on for long, nor, told twice to end (by the pool and by us), wait for a job for ever.
+
+    The second worker's death is seen by us alone before the first result, and by the pool after it.
+    """
+    jobs = [Job("quick", note, (tmp_path, "quick"))] * len(after)
+    jobs += [Job("gone", vanish_later), Job("slow", dawdle, after=after)]
+    start = time.monotonic()
+    with pytest.raises(UserError, match="a worker of all: was killed"):
+        run_jobs("all", jobs, 2)
+    assert time.monotonic() - start < 60
+
+
 def test_a_killed_worker_is_told():
     with pytest.raises(UserError, match="a worker of work: was killed; free some memory"):
         run_jobs("work", [Job("gone", vanish)], workers=1)
