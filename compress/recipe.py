@@ -12,16 +12,16 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from eval.artifacts import file_sha256, source_hashes
 from eval.documents import Row
 from eval.errors import UserError, one_of
-from eval.records import PLAIN
+from eval.recipes import read_recipe
 from eval.sections import Frozen
-from eval.study import Study, find_config, read_yaml, validated
+from eval.study import Study, validated
 
 if TYPE_CHECKING:  # heavy, and a call that finds everything done should end at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,14 +119,6 @@ class Pass(ABC):
         return [code, type(self).__qualname__, self.options.model_dump(mode="json")]
 
 
-class RecipeFile(Frozen):
-    """A file of configs/recipes."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    target: Literal["cpu", "gpu"]
-    passes: list[dict[str, Any]] = Field(min_length=1)  # `pass: NAME` and its options
-
-
 # What passes share is part of what a variant is made of, as their own files are.
 SHARED = ("anatomy", "calibrate", "rounding", "sparsity", "workshop")
 CODE = [file_sha256(Path(__file__).with_name(f"{name}.py")) for name in SHARED]
@@ -216,12 +208,7 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         UserError: names the file, the key and what is accepted.
     """
-    path = find_config("recipes", name)
-    raw = validated(RecipeFile, read_yaml(path), str(path))
-    if raw.name == PLAIN:
-        raise UserError(
-            f"{path}: name", repr(PLAIN), "this name means the uncompressed student; take another"
-        )
+    path, raw = read_recipe(name)
     passes = [make_pass(entry, f"{path}: passes.{i}") for i, entry in enumerate(raw.passes)]
     check_order(passes, str(path))
     return Recipe(raw.name, raw.target, tuple(passes))

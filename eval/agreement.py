@@ -15,7 +15,8 @@ from eval.behaviour import agreement
 from eval.engines import subject_of
 from eval.errors import entry
 from eval.likeness import compare_folder, uncompared, variant_folders
-from eval.records import read_agreements, recipe_names
+from eval.recipes import recipe_names
+from eval.records import read_agreements
 from eval.study import Study, study_from_command
 from eval.verdict import Difference
 from eval.workers import Job, locked, run_jobs

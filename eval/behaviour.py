@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from eval.checks import STUDENT
 from eval.errors import UserError
 from eval.evidence import Evidence
+from eval.items import source_here
 from eval.quality import LEVEL, estimate
 from eval.records import HELDOUT, Agreement, Bins, Marked, read_agreements, read_marks
+from eval.sections import Task
 from eval.statistics import cluster_bounds, crossed_mean, linearised
 from eval.verdict import Difference, Estimate, Quality, Variant
 
@@ -41,7 +43,7 @@ def _quality(
         worst_slice=worst,
         flips=flips,
         kl=kl,
-        tasks=tasks([r for r in marks if r.recipe == recipe], e.study.seeds, list(e.study.data.tasks)),
+        tasks=tasks([r for r in marks if r.recipe == recipe], e.study.seeds, e.study.data.tasks),
     )
 
 
@@ -136,12 +138,19 @@ def _difference(z: Array, floor: float, unit: str) -> Difference:
     return Difference(value=mean.point, low=low, high=high, floor=floor, unit=unit)
 
 
-def tasks(records: list[Marked], seeds: Sequence[int], names: list[str]) -> dict[str, dict[str, Estimate]]:
-    """Task -> arm -> mean mark, seeds and items crossed, where every seed has marks on the same items."""
-    found: dict[str, dict[str, Estimate]] = {name: {} for name in names}
-    for name in names:
-        for arm in dict.fromkeys(r.arm for r in records if r.task == name):
-            by_seed = {r.seed: r for r in records if (r.task, r.arm) == (name, arm)}
+def tasks(
+    records: list[Marked], seeds: Sequence[int], asked: dict[str, Task]
+) -> dict[str, dict[str, Estimate]]:
+    """Task -> arm -> mean mark, seeds and items crossed, where every seed has marks on the same items.
+
+    Marks on items that are not those of the task's file, where it is here, are not shown.
+    """
+    found: dict[str, dict[str, Estimate]] = {name: {} for name in asked}
+    for name, task in asked.items():
+        here = source_here(task)
+        of_task = [r for r in records if r.task == name and r.source == (here or r.source)]
+        for arm in dict.fromkeys(r.arm for r in of_task):
+            by_seed = {r.seed: r for r in of_task if r.arm == arm}
             rows = [by_seed[seed] for seed in seeds if seed in by_seed]
             if len(rows) == len(seeds) and len({(r.source, *r.items.id) for r in rows}) == 1:
                 found[name][arm] = _share(np.array([r.items.value for r in rows], float))

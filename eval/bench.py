@@ -19,7 +19,8 @@ from eval.budget import Target, load_budget
 from eval.documents import TRAIN, boundary_id, read_documents
 from eval.engines import Subject, engine_module, load_tokenizer, subject_of
 from eval.errors import UserError, one_of
-from eval.records import PLAIN, TRAINING, Loaded, Measured, Provenance, provenance, recipe_names, write_record
+from eval.recipes import recipe_names
+from eval.records import PLAIN, TRAINING, Loaded, Measured, Provenance, provenance, write_record
 from eval.sections import Cost, Frozen
 from eval.study import Study, check_settled, load_study, override, validated
 from eval.workers import locked

@@ -26,6 +26,7 @@ from eval.checks import (
 )
 from eval.errors import UserError, one_of
 from eval.openings import read_openings
+from eval.recipes import recipe_names
 from eval.records import (
     PLAIN,
     Bins,
@@ -37,7 +38,6 @@ from eval.records import (
     each_score,
     read_costs,
     read_loads,
-    recipe_names,
     record_path,
 )
 from eval.sections import Load

@@ -36,6 +36,11 @@ def source(task: Task) -> str:
     return digest([task.model_dump(mode="json"), *of_file])
 
 
+def source_here(task: Task) -> str | None:
+    """The same, or None where its file is not: a run folder may be judged away from its tasks."""
+    return source(task) if not is_file(task) or Path(task.path).is_file() else None
+
+
 def is_file(task: Task) -> bool:
     """False for a task that lm-evaluation-harness knows by its name."""
     return task.kind != "lm_eval" or task.path.endswith((".yaml", ".yml"))

@@ -25,7 +25,8 @@ from eval.quality import (
     slice_results,
     students,
 )
-from eval.records import HELDOUT, PLAIN, prefixes
+from eval.recipes import prefixes
+from eval.records import HELDOUT, PLAIN
 from eval.statistics import FAIL, INCONCLUSIVE, PASS, Verdict, holm
 from eval.verdict import GateFile, Hashes, Kept, Number, Part, Provenance, Variant
 

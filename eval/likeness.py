@@ -15,6 +15,7 @@ from eval.documents import Batch, Document, read_documents, tokens_per_batch
 from eval.engines import Engine, load_engine, subject_of
 from eval.errors import UserError
 from eval.metrics.likelihood import Predict, likeliest, pieces, prepared, refuse_infinite
+from eval.recipes import recipe_names
 from eval.records import (
     HELDOUT,
     PLAIN,
@@ -22,7 +23,6 @@ from eval.records import (
     Rerun,
     provenance,
     read_agreements,
-    recipe_names,
     write_record,
 )
 from eval.study import Study

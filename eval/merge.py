@@ -16,6 +16,7 @@ from eval.budget import Budget, load_budget
 from eval.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Artifacts
 from eval.errors import UserError, entry, one_of
 from eval.jsonl import lines
+from eval.recipes import recipe_names
 from eval.records import (
     TRAINING,
     Loaded,
@@ -25,7 +26,6 @@ from eval.records import (
     read_costs,
     read_loads,
     read_scores,
-    recipe_names,
     record_path,
     write_record,
 )

@@ -15,7 +15,6 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from eval.artifacts import versions, write_text
 from eval.errors import UserError
 from eval.sections import Frozen
-from eval.study import Study, find_config, read_yaml
 
 PLAIN = "plain"  # the recipe of the uncompressed student
 TRAINING = "training documents"  # what the prompts of a cost are made of where a run folder is there
@@ -48,12 +47,21 @@ class Provenance(Frozen):
         return value
 
 
+Sums = list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+
 class Bins(Frozen):
     """Sums over the tokens of a slice by the confidence in them: 15 bins of equal width over [0, 1]."""
 
-    tokens: list[float]
-    confidence: list[float]  # probability of the likeliest token
-    correct: list[float]  # whether that was the token
+    tokens: Sums
+    confidence: Sums  # probability of the likeliest token
+    correct: Sums  # whether that was the token
+
+    @model_validator(mode="after")
+    def sound(self) -> Self:
+        if not len(self.tokens) == len(self.confidence) == len(self.correct) or sum(self.tokens) <= 0:
+            raise ValueError("sums of different bins, or of no token")
+        return self
 
 
 class Documents(Frozen):
@@ -82,6 +90,10 @@ class Documents(Frozen):
         if not all(map(math.isfinite, self.bits)):
             name, bits = next(p for p in zip(self.id, self.bits, strict=True) if not math.isfinite(p[1]))
             raise ValueError(f"document {name!r} has {bits} bits; the model's output is not finite")
+        if self.calibration is not None and set(self.calibration) != (slices := set(self.slice)):
+            raise ValueError(
+                f"calibration of slices {sorted(self.calibration)}, documents of {sorted(slices)}"
+            )
         return self
 
     def _twice(self) -> tuple[str, str] | None:
@@ -272,37 +284,6 @@ class Agreement(Frozen):
 Record = Score | Measured | Loaded  # what the gate judges
 Written = Record | Marked | Agreement
 R = TypeVar("R", Score, Measured, Loaded, Marked, Agreement)
-
-
-def recipe_names(study: Study) -> list[str]:
-    """Names of the study's variants, the uncompressed student first."""
-    names = [PLAIN]
-    for recipe in study.recipes:
-        path = find_config("recipes", recipe)
-        name = read_yaml(path).get("name")
-        if not isinstance(name, str):
-            raise UserError(f"{path}: name", repr(name), "give the recipe a name")
-        if name in names:
-            raise UserError(f"{path}: name", repr(name), "another recipe or the student has it: rename it")
-        names.append(name)
-    return names
-
-
-def prefixes(study: Study) -> dict[str, list[str]]:
-    """Recipe -> the recipes of the study whose passes it begins with, the shortest first."""
-    read = [read_yaml(find_config("recipes", recipe)) for recipe in study.recipes]
-    passes = {str(recipe["name"]): recipe.get("passes") or [] for recipe in read}
-    return {
-        name: sorted(
-            (
-                other
-                for other, first in passes.items()
-                if first and len(first) < len(of) and of[: len(first)] == first
-            ),
-            key=lambda other: len(passes[other]),
-        )
-        for name, of in passes.items()
-    }
 
 
 def machine(device: str = "cpu", driver: str | None = None) -> Machine:

@@ -8,7 +8,8 @@ from eval.documents import SEALED, read_documents, scored_slices, tokens_per_bat
 from eval.engines import Engine, Subject, load_engine, subject_of
 from eval.errors import UserError
 from eval.metrics.likelihood import BATCH_TOKENS, Predict, likelihoods
-from eval.records import Bins, Documents, Kind, Score, provenance, read_scores, recipe_names, write_record
+from eval.recipes import recipe_names
+from eval.records import Bins, Documents, Kind, Score, provenance, read_scores, write_record
 from eval.study import Study
 from eval.workers import Report
 

@@ -53,7 +53,7 @@ class Size:
 def synthetic_study(folder: Path, size: Size) -> Study:
     names = [f"r{i}" for i in range(size.recipes)]
     for name in names:
-        (folder / f"{name}.yaml").write_text(f"name: {name}\npasses: [{{pass: {name}}}]\n")
+        (folder / f"{name}.yaml").write_text(f"name: {name}\ntarget: cpu\npasses: [{{pass: {name}}}]\n")
     (folder / "budget.yaml").write_text(yaml.safe_dump(BUDGET))
     return Study.model_validate(
         {

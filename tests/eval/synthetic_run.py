@@ -151,7 +151,9 @@ class Run:
     def make(self) -> "Run":
         self.path.mkdir(parents=True, exist_ok=True)
         for name in RECIPES:
-            (self.folder / f"{name}.yaml").write_text(f"name: {name}\n")
+            (self.folder / f"{name}.yaml").write_text(
+                f"name: {name}\ntarget: cpu\npasses: [{{pass: {name}}}]\n"
+            )
         (self.folder / "budget.yaml").write_text(yaml.safe_dump(self.budget))
         (self.path / "study.yaml").write_text(yaml.safe_dump(self.study.model_dump(mode="json")))
         data = {"data": self.artifact("data")}

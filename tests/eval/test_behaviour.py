@@ -5,6 +5,7 @@ import pytest
 
 from eval.budget import load_budget
 from eval.evidence import collect
+from eval.items import source
 from eval.judge import judged
 from eval.records import Agreement, Bins, Items, Marked, Rerun, read_scores, write_record
 from eval.sections import Task
@@ -106,3 +107,14 @@ def test_marks_are_told_for_every_arm_that_has_them_on_the_same_items(made):
     assert (one.point, one.unit) == (pytest.approx((2 * 2 + 2 * 3) / 16), "share")
     assert one.low < one.point < one.high
     assert found["int8"].tasks == {}, "one seed was not marked"
+
+
+def test_marks_on_another_version_of_a_task_file_that_is_here_are_not_shown(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pick.jsonl").write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n')
+    for record in read_scores(made.path):
+        if (record.recipe, record.arm) == ("plain", "S1"):
+            mark(made, record, [1, 0, 1, 0])
+        if (record.recipe, record.arm) == ("plain", "B"):
+            mark(made, record, [1, 0, 0, 0], source=source(PICK))
+    assert set(quality(made)["plain"].tasks["pick"]) == {"B"}

@@ -95,8 +95,8 @@ def test_scores_and_hashes_are_those_of_the_records(passed):
 
 def test_the_chain_multiplies_to_the_kept_share(made: Path, tmp_path: Path):
     run = copied(made, tmp_path)
-    (tmp_path / "int8.yaml").write_text("name: int8\npasses: [{pass: a}]\n")
-    (tmp_path / "half.yaml").write_text("name: half\npasses: [{pass: a}, {pass: b}]\n")
+    (tmp_path / "int8.yaml").write_text("name: int8\ntarget: cpu\npasses: [{pass: a}]\n")
+    (tmp_path / "half.yaml").write_text("name: half\ntarget: cpu\npasses: [{pass: a}, {pass: b}]\n")
     run.gate("--recipes", json.dumps([str(tmp_path / f"{name}.yaml") for name in ("int8", "half")]))
     links = {v.recipe: [(link.step, link.over) for link in v.chain] for v in run.result().variants}
     first = ("distil", "teacher")

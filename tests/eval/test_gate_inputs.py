@@ -82,6 +82,24 @@ def other_weights(run: Run) -> None:
     edit(path, lambda m: m["files"].update({next(iter(m["files"])): {"sha256": "0" * 64, "bytes": 1}}))
 
 
+def calibrated(slices: list[str], sums: float, bins: int = 15):
+    """A score that tells its calibration on these slices."""
+    made = {"tokens": [1.0] * bins, "confidence": [sums] * 15, "correct": [0.5] * 15}
+    return change_score(lambda r: r["documents"].update(calibration=dict.fromkeys(slices, made)))
+
+
+def recipe(text: str):
+    """The study asks for a recipe `half` with this text."""
+
+    def spoil(run: Run) -> None:
+        study = yaml.safe_load((run.path / "study.yaml").read_text())
+        study["recipes"][-1] = str(run.folder / "half.yaml")
+        (run.path / "study.yaml").write_text(yaml.safe_dump(study))
+        (run.folder / "half.yaml").write_text(text)
+
+    return spoil
+
+
 def twice(run: Run) -> None:
     path = run.folder / "budget.yaml"
     path.write_text(path.read_text() + "\nf: 0.001\n")
@@ -97,6 +115,24 @@ BAD = {
     "another engine of the control": (
         change_score(lambda r: r.update(engine="torch"), "int8/S0-s1"),
         ["int8/S0/s1", "another engine"],
+    ),
+    "calibration of other slices": (
+        calibrated(["heldout"], 0.5),
+        ["S1-s1.json", "calibration of slices ['heldout'], documents of ['far', 'heldout']"],
+    ),
+    "calibration not a number": (
+        calibrated(["heldout", "far"], math.nan),
+        ["S1-s1.json", "calibration.heldout.confidence.0"],
+    ),
+    "calibration of other bins": (calibrated(["heldout", "far"], 0.5, 14), ["of different bins"]),
+    "passes that are none": (recipe("name: half\ntarget: cpu\npasses: 3\n"), ["half.yaml", "passes", "list"]),
+    "recipes of one name": (
+        recipe("name: int8\ntarget: cpu\npasses: [{pass: int8}]\n"),
+        ["half.yaml: name", "'int8'", "another recipe has it"],
+    ),
+    "a recipe called plain": (
+        recipe("name: plain\ntarget: cpu\npasses: [{pass: int8}]\n"),
+        ["half.yaml: name", "'plain'", "uncompressed student"],
     ),
     "a key twice": (twice, ["budget.yaml", "key 'f' twice", "line"]),
     "no finite limit": (
