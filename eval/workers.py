@@ -78,10 +78,14 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
+class _Told(SystemExit):
+    """The parent asks the worker to end."""
+
+
 def _end(*_: Any) -> None:
     """Unwinds, so that what lies aside is swept; once, for a broken pool sends a second signal."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(143)
+    raise _Told(143)
 
 
 def _start(queue: Any) -> None:
@@ -92,7 +96,7 @@ def _start(queue: Any) -> None:
 
 
 def _call(job: Job) -> Any:
-    signal.signal(signal.SIGTERM, _end)  # not before: a worker that has begun nothing may die as it is
+    signal.signal(signal.SIGTERM, _end)  # only here: a worker without a job may die as it is
 
     def report(share: float, tokens: int = 0) -> None:
         _WORKER.tokens += tokens
@@ -103,8 +107,10 @@ def _call(job: Job) -> Any:
 
     try:
         return job.run(*job.args, report)
-    except SystemExit:  # told to end, and unwound; the pool would take it for a result and go on
+    except _Told:  # and unwound; the pool would take it for a result and wait for more
         os._exit(143)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Speed:
