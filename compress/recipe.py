@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from eval.artifacts import file_sha256, source_hashes
-from eval.documents import Row
-from eval.errors import UserError, one_of
-from eval.recipes import read_recipe
-from eval.sections import Frozen
-from eval.study import Study, validated
+from eval.core.artifacts import file_sha256, source_hashes
+from eval.core.documents import Row
+from eval.core.errors import UserError, one_of
+from eval.core.recipes import read_recipe
+from eval.core.sections import Frozen
+from eval.core.study import Study, validated
 
 if TYPE_CHECKING:  # heavy, and a call that finds everything done should end at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,7 +120,7 @@ class Pass(ABC):
 
 
 # What passes share is part of what a variant is made of, as their own files are.
-SHARED = ("anatomy", "calibrate", "rounding", "sparsity", "workshop")
+SHARED = ("build", "calibration", "model_size", "quant_error", "sparsity")
 CODE = [file_sha256(Path(__file__).with_name(f"{name}.py")) for name in SHARED]
 
 

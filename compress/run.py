@@ -6,12 +6,12 @@ python -m compress.run --study runs/default
 import argparse
 import shutil
 
+from compress.build import Student, Variant, is_made, make_variants, publish, scratch_of
 from compress.recipe import load_recipes
-from compress.workshop import Student, Variant, is_made, make_variants, publish, scratch_of
-from eval.artifacts import is_done, verified
-from eval.errors import EXIT_PASS, UserError, entry
-from eval.study import Study, study_from_command
-from eval.workers import Job, locked, run_jobs
+from eval.core.artifacts import is_done, verified
+from eval.core.errors import EXIT_PASS, UserError, entry
+from eval.core.jobs import Job, locked, run_jobs
+from eval.core.study import Study, study_from_command
 
 ARMS = ("S1", "S0")
 

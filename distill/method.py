@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.generate import sample, stop_ids
-from distill.head import Head, head_of, output_embedding, tapped
-from distill.loop import Curve
-from distill.targets import Dense, States
-from eval.artifacts import source_hashes
-from eval.documents import Batch, Row, collate
+from distill.losses.teacher_output import Dense, States
+from distill.models.generation import sample, stop_ids
+from distill.models.lm_head import Head, head_of, output_embedding, tapped
+from distill.trainer.loop import Curve
+from eval.core.artifacts import source_hashes
+from eval.core.documents import Batch, Row, collate
+from eval.core.errors import UserError, one_of
+from eval.core.sections import Frozen, Generation, MethodChoice, Train
+from eval.core.study import validated
 from eval.engines.torch import load_model
-from eval.errors import UserError, one_of
-from eval.sections import Frozen, Generation, MethodChoice, Train
-from eval.study import validated
 
 FOLDER = Path(__file__).parent / "methods"
 

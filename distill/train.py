@@ -1,33 +1,60 @@
-"""`accelerate launch distill/train.py --config STUDY`: bases, teachers, students, with their scores."""
+"""Trains a study: data, bases, teachers with their targets, students, each with its scores.
+
+`accelerate launch distill/train.py --config STUDY [--until STAGE] [--KEY VALUE ...]`; several processes on a
+CPU: `torchrun --nproc_per_node 2 distill/train.py --config STUDY`. Finished work is not done again.
+"""
 
 import argparse
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-# The launcher puts distill/ first on the path and leaves the root out: put the root in its place.
+# A launcher puts distill/ first on the path and leaves the root out: put the root in its place.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from distill.launch import start_missing_processes  # noqa: E402
-from eval.errors import entry  # noqa: E402
-from eval.study import ended, make_folder, study_from_command  # noqa: E402
-from eval.workers import locked  # noqa: E402
+from eval.core.errors import UserError, entry  # noqa: E402
+from eval.core.jobs import locked  # noqa: E402
+from eval.core.study import ended, make_folder, study_from_command  # noqa: E402
+
+STAGES = ("data", "bases", "teachers", "students")
+
+
+def check_processes() -> None:
+    """Refuses a launch of several CPU processes of which only one was started.
+
+    Without an MPI host file `accelerate launch --cpu --num_processes N` (1.15) sets the address of a process
+    group but neither rank nor size: that one process would train and call itself the only one.
+    """
+    announced = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
+    by_mpi = any(name.startswith(("OMPI_", "PMI_")) for name in os.environ)
+    if announced and "RANK" not in os.environ and not by_mpi:
+        raise UserError(
+            "accelerate launch --cpu",
+            "started one process of several",
+            "use `torchrun --nproc_per_node N distill/train.py ...` for N processes on a CPU",
+        )
 
 
 @entry
 def main() -> None:
-    start_missing_processes()
-    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__), trained=False)
-    # Seconds to import: a mistake in the study is told before.
-    from distill.loop import accelerator
-    from distill.plan import base_jobs, prepare_inputs, run, student_jobs, teacher_jobs
+    check_processes()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    study, args = study_from_command(parser, trained=False)
+    # Seconds to import: a mistake in the study is reported before.
+    from distill.pipeline import jobs_until, prepare_inputs, run_all, show_targets
+    from distill.trainer.loop import accelerator
 
     acc = accelerator()
     with locked(make_folder(study)) if acc.is_main_process else nullcontext():
         prepare_inputs(study, acc)
-        run(study, [*base_jobs(study), *teacher_jobs(study), *student_jobs(study)], "train")
+        run_all(study, jobs_until(study, args.until), args.until)
         if acc.is_main_process:
-            ended(study)
+            if args.until == "teachers":
+                show_targets(study)
+            if args.until == "students":
+                ended(study)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ On a machine with a GPU the same rows are measured there, and model-FLOP utilisa
 
 The bare step is plain PyTorch on tensors that lie ready, rows without padding: the teacher's forward pass,
 the student's, cross-entropy of all its logits, backward, the same optimizer's step. Ours is all that a step
-of `distill.loop.train` does: rows to tensors, the teacher's checks, the loss, clipping, the optimizer.
+of `distill.trainer.loop.train` does: rows to tensors, teacher's checks, loss, clipping, optimizer.
 """
 
 import argparse
@@ -33,17 +33,17 @@ import transformers  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from distill.learner import Learner  # noqa: E402
-from distill.loop import accelerator, check_finite, optimizers, set_learning_rate, step_loss  # noqa: E402
+from distill.losses.teacher_output import Teacher  # noqa: E402
 from distill.method import Plain  # noqa: E402
-from distill.signals import CachedTeacher, join, make_form, write_shards  # noqa: E402
-from distill.targets import Teacher  # noqa: E402
-from distill.teachers import LiveTeacher  # noqa: E402
-from eval.artifacts import building  # noqa: E402
-from eval.documents import Row  # noqa: E402
-from eval.errors import entry  # noqa: E402
-from eval.records import machine  # noqa: E402
-from eval.sections import Frozen, Targets, Train  # noqa: E402
+from distill.teachers.cache import CachedTeacher, join, make_form, write_shards  # noqa: E402
+from distill.teachers.run import LiveTeacher  # noqa: E402
+from distill.trainer.loop import accelerator, check_finite, optimizers, set_learning_rate, step_loss  # noqa: E402
+from distill.trainer.module import Learner  # noqa: E402
+from eval.core.artifacts import building  # noqa: E402
+from eval.core.documents import Row  # noqa: E402
+from eval.core.errors import entry  # noqa: E402
+from eval.core.records import machine  # noqa: E402
+from eval.core.sections import Frozen, Targets, Train  # noqa: E402
 from scripts.bench_loss import (  # noqa: E402
     CUDA,
     DEVICE,
@@ -108,7 +108,7 @@ class Bare:
 
 
 class Ours:
-    """One step after the other as `distill.loop.train` makes them."""
+    """One step after the other as `distill.trainer.loop.train` makes them."""
 
     def __init__(
         self, vocabulary: int, config: Train, student: tuple[int, int], teacher: Teacher | None

@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from eval.artifacts import write_text
-from eval.errors import entry, one_of
+from eval.core.artifacts import write_text
+from eval.core.errors import entry, one_of
 
 Rows = list[dict[str, object]]
 

@@ -22,12 +22,12 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from distill.chunked import chunked_loss  # noqa: E402
-from distill.head import Head  # noqa: E402
-from distill.targets import States  # noqa: E402
-from eval.errors import UserError, entry  # noqa: E402
-from eval.sections import Loss  # noqa: E402
-from eval.statistics import quantile_bounds  # noqa: E402
+from distill.losses.chunked import chunked_loss  # noqa: E402
+from distill.losses.teacher_output import States  # noqa: E402
+from distill.models.lm_head import Head  # noqa: E402
+from eval.core.errors import UserError, entry  # noqa: E402
+from eval.core.sections import Loss  # noqa: E402
+from eval.stats.crossed import quantile_bounds  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

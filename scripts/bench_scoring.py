@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill.data import read_source
-from distill.student import train_tokenizer
-from eval.documents import HELDOUT, Batch, batches, read_documents, windows
+from distill.data.sources import read_source
+from distill.models.load import train_tokenizer
+from eval.core.documents import HELDOUT, Batch, batches, read_documents, windows
+from eval.core.sections import Source
 from eval.engines import load_engine
 from eval.engines.torch import TorchEngine
-from eval.scoring import score_with, scoring_tokens
-from eval.sections import Source
+from eval.score.scoring import score_with, scoring_tokens
 
 CONTEXT, DOCUMENTS, BYTES, VOCABULARY = 256, 16, 3072, 1024  # as the default study scores
 SHAPES = {"1M": (128, 320, 4), "2M": (192, 512, 4)}  # weights: hidden, intermediate, layers

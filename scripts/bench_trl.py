@@ -5,11 +5,11 @@ documents of unequal length, four to a step, with AdamW of the same settings, cl
 forward KL, `beta=0, lmbda=0` of GKD. What is compared is valid tokens per second: those that carry loss.
 
 Each side is a process in an environment of its own and runs its trainer's own loop: `GKDTrainer.train` there,
-`distill.loop.train` here. At the end of a step it waits until it is told to go on, so that rounds go from
-side to side and a slow spell hits all. A turn starts with a step off the clock and the first two rounds are
-left out: memory that the system took back is slow at first. The clock runs from the end of one step to that
-of another, so that all of it counts. A round gives one ratio: printed is the median with its 95 % interval
-(order statistics).
+`distill.trainer.loop.train` here. At the end of a step it waits until it is told to go on, so that rounds
+go from side to side and a slow spell hits all. A turn starts with a step off the clock and the first two
+rounds are left out: memory that the system took back is slow at first. The clock runs from the end of one
+step to that of another, so that all of it counts. A round gives one ratio: printed is the median with its
+95 % interval (order statistics).
 
 What they do differently: TRL forms the logits of padded places too, all [B, T, V] of student and teacher at
 once; ours forms those of valid tokens, chunk by chunk. `padded` takes the very batches that TRL takes, and
@@ -123,9 +123,9 @@ def trl_side(folder: Path, vocabulary: int, steps: int, pace: Pace) -> None:
 
 def cached(folder: Path, rows: list[Any], teacher: Any, vocabulary: int) -> Any:
     """A teacher that reads its draws from disk, where they are put first."""
-    from distill.signals import CachedTeacher, join, make_form, write_shards
-    from eval.artifacts import building
-    from eval.sections import Targets
+    from distill.teachers.cache import CachedTeacher, join, make_form, write_shards
+    from eval.core.artifacts import building
+    from eval.core.sections import Targets
 
     form = make_form(Targets(form="sampled", draws=50), vocabulary, 1.0)
     write_shards(folder / "shards", rows, teacher, form, pad=0, report=lambda share: None)
@@ -139,11 +139,11 @@ def our_side(kind: str, folder: Path, vocabulary: int, steps: int, pace: Pace) -
     """Our trainer as it is, with a teacher that runs or one that is read from disk."""
     from transformers import LlamaForCausalLM
 
-    from distill.loop import train
     from distill.method import Plain
-    from distill.teachers import LiveTeacher
-    from eval.documents import Row, pack
-    from eval.sections import Frozen, Loss, Optimizer, Train
+    from distill.teachers.run import LiveTeacher
+    from distill.trainer.loop import train
+    from eval.core.documents import Row, pack
+    from eval.core.sections import Frozen, Loss, Optimizer, Train
 
     rows = [Row(f"d{i}", "random", 0, tokens) for i, tokens in enumerate(documents(vocabulary))]
     rows = list(pack(rows, CONTEXT)) if "packed" in kind else rows
@@ -197,7 +197,7 @@ class Side:
         self.loss = self.hear()["loss"]
 
     def hear(self) -> Found:
-        from eval.errors import UserError
+        from eval.core.errors import UserError
 
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -215,9 +215,9 @@ class Side:
 
 def started(vocabulary: int, given: argparse.Namespace, rates: Rates) -> Found:
     """Adds the rates of one start of all sides, their first losses held against each other; what to tell."""
-    from distill.loop import row_order
+    from distill.trainer.loop import row_order
+    from eval.core.errors import UserError
     from eval.engines.torch import quiet
-    from eval.errors import UserError
     from scripts.bench_distill import STUDENT, TEACHER, model
 
     steps = WARM + (given.rounds + LEFT_OUT + 1) * (1 + STEPS[vocabulary])
@@ -257,7 +257,7 @@ def rows_of(vocabulary: int, rates: Rates) -> list[Found]:
 
 
 def compare(given: argparse.Namespace) -> None:
-    from eval.records import machine
+    from eval.core.records import machine
     from scripts.bench_distill import line
 
     facts: Found = {"device": machine().cpu, "threads": given.threads, "rows": []}
@@ -291,6 +291,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from eval.errors import entry  # of the standard library alone: TRL's environment has it too
+    from eval.core.errors import entry  # of the standard library alone: TRL's environment has it too
 
     entry(main)()

@@ -11,12 +11,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from compress.recipe import load_recipes  # noqa: E402
-from distill.data import data_key  # noqa: E402
-from eval.artifacts import digest, file_sha256, versions, write_text  # noqa: E402
-from eval.budget import load_budget  # noqa: E402
-from eval.errors import entry, one_of  # noqa: E402
-from eval.records import HELDOUT  # noqa: E402
-from eval.study import ROOT, Study, find_config, study_from_command  # noqa: E402
+from distill.data.sources import data_key  # noqa: E402
+from eval.core.artifacts import digest, file_sha256, versions, write_text  # noqa: E402
+from eval.core.budget import load_budget  # noqa: E402
+from eval.core.errors import entry, one_of  # noqa: E402
+from eval.core.records import HELDOUT  # noqa: E402
+from eval.core.study import ROOT, Study, find_config, study_from_command  # noqa: E402
 
 MARK = "finished"
 LATER = {MARK, ".lock", "gate.json", "table.md", "report.html"}  # made from the rest, or made anew each time

@@ -1,7 +1,7 @@
 """How often does the gate's test err? False PASS at a true share of exactly f, power, and placebo studies.
 
 `python -m scripts.simulate_gate [--draws 20000] [--json FILE]` prints its tables. Scores are simulated
-per seed and document in bits, documents have unequal sizes, and the tests are those of eval.statistics.
+per seed and document in bits, documents have unequal sizes, and the tests are those of eval.stats.crossed.
 One point is 0.01 bits/byte; the teacher's gain is 12 points, f is 0.5, alpha is 0.05.
 """
 
@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from scipy.special import stdtrit
 
-from eval.artifacts import write_text
-from eval.errors import entry
-from eval.judge import joined
-from eval.planning import Components, components, power
-from eval.quality import RESOLUTION, mean_part
-from eval.statistics import MeanSquares, crossed_mean, crossed_variance, linearised, mean_squares
+from eval.core.artifacts import write_text
+from eval.core.errors import entry
+from eval.gate.decision import joined
+from eval.gate.quality import RESOLUTION, mean_part
+from eval.stats.crossed import MeanSquares, crossed_mean, crossed_variance, linearised, mean_squares
+from eval.stats.power import Components, components, power
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -165,7 +165,7 @@ def worst_case(s: int, draws: int) -> dict[str, object]:
 
 
 def power_curve(of: Scenario, s: int, share: float, draws: int) -> dict[str, float]:
-    """Share of studies that pass with `share` kept, beside what eval.power foretells from the variances."""
+    """Share of studies that pass with `share` kept, beside what eval.gate.power foretells."""
     hits = 0
     pilots: list[Components] = []
     for teacher, kept in tables(of, GAIN, share, s, draws):

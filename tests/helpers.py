@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from distill.student import train_tokenizer
+from distill.models.load import train_tokenizer
 
 SHAPE = {
     "hidden_size": 64,
@@ -152,7 +152,8 @@ def run(*words: str | Path, timeout: float = 300, **env: str) -> subprocess.Comp
 def launch(
     study: Path, *words: str, processes: int = 1, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch distill/train.py --config STUDY`."""
-    how = ["--num_processes", str(processes), "--cpu"] if processes > 1 else []
-    entry = ["-m", "accelerate.commands.launch", *how, "distill/train.py", "--config", str(study)]
-    return run(*entry, *words, timeout=timeout)
+    """`accelerate launch distill/train.py --config STUDY`, or `torchrun` for several processes."""
+    launcher = ["-m", "accelerate.commands.launch"]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return run(*launcher, "distill/train.py", "--config", str(study), *words, timeout=timeout)

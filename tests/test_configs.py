@@ -6,9 +6,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from compress.recipe import load_recipe
 from distill.method import make_method
-from eval.budget import Budget, load_budget
-from eval.errors import UserError
-from eval.study import (
+from eval.core.budget import Budget, load_budget
+from eval.core.errors import UserError
+from eval.core.study import (
     ROOT,
     Study,
     check_settled,
@@ -22,7 +22,7 @@ from eval.study import (
     validated,
 )
 
-LAUNCHED = {"cpu2": "MULTI_CPU", "ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
+LAUNCHED = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
 CONFIGS = sorted((ROOT / "configs").rglob("*"))
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.anatomy import left_out, size_of, stored_bytes
+from compress.model_size import left_out, size_of, stored_bytes
+from compress.quant_error import INT8_ROUNDED, NF4_GAP, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Stage
-from compress.rounding import INT8_ROUNDED, NF4_GAP, check_rounding
-from eval.errors import UserError
-from eval.sections import Frozen
+from eval.core.errors import UserError
+from eval.core.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from torch import nn
 
-from compress.anatomy import size_of
-from compress.calibrate import calibration_rows, mean_loss
+from compress.calibration import calibration_rows, mean_loss
+from compress.model_size import size_of
 from compress.recipe import Context, Pass, PassReport, Stage
-from distill.layers import decoder_layers, keep_layers
-from eval.errors import UserError
-from eval.sections import Frozen
+from distill.models.layers import decoder_layers, keep_layers
+from eval.core.errors import UserError
+from eval.core.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

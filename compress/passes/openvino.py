@@ -21,12 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.anatomy import size_of
-from compress.calibrate import check_batch, log_probs
+from compress.calibration import check_batch, log_probs
+from compress.model_size import size_of
+from compress.quant_error import INT4_STEP, INT8_STEP, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Skipped, Stage
-from compress.rounding import INT4_STEP, INT8_STEP, check_rounding
-from eval.errors import UserError
-from eval.sections import Frozen
+from eval.core.errors import UserError
+from eval.core.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

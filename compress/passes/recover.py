@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.anatomy import size_of
+from compress.model_size import size_of
 from compress.recipe import Context, Pass, PassReport, Stage
-from eval.artifacts import digest
-from eval.documents import Batch
-from eval.sections import Frozen, Train
+from eval.core.artifacts import digest
+from eval.core.documents import Batch
+from eval.core.sections import Frozen, Train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from distill.targets import Target
+    from distill.losses.teacher_output import Target
 
 
 class Recover(Pass):
@@ -29,12 +29,12 @@ class Recover(Pass):
     @cached_property
     def identity(self) -> list[Any]:
         """As of any pass, with the code that trains: a mended loss must not leave its variants in use."""
-        from distill.making import CODE
+        from distill.trainer.stage import CODE
 
         return [*super().identity, CODE]
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
-        from distill.loop import train
+        from distill.trainer.loop import train
 
         before = size_of(model)
         zeros = pruned(model)

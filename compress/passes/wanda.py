@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compress.anatomy import layer_matrices, left_out, size_of
-from compress.calibrate import Walk, calibration_rows
+from compress.calibration import Walk, calibration_rows
+from compress.model_size import layer_matrices, left_out, size_of
 from compress.recipe import Context, Pass, PassReport, Skipped, Stage
 from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
-from eval.errors import UserError
-from eval.sections import Frozen
+from eval.core.errors import UserError
+from eval.core.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,10 +10,10 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from distill.method import Bench, Card, Method, TeacherSignal, plain_signal
-from eval.artifacts import write_text
-from eval.documents import Batch, Row
-from eval.errors import UserError
-from eval.sections import Frozen, Optimizer, Train
+from eval.core.artifacts import write_text
+from eval.core.documents import Batch, Row
+from eval.core.errors import UserError
+from eval.core.sections import Frozen, Optimizer, Train
 
 ALL = "all"  # what the one adapter of the control is trained on
 BASE = "__base__"  # peft's name for no adapter

@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel
 
 from distill.method import Card, Method, TeacherSignal, plain_signal
-from eval.documents import Batch
+from eval.core.documents import Batch
 
 
 class Placebo(Method):

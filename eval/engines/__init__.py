@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from eval.artifacts import Manifest
-from eval.documents import Batch
-from eval.errors import UserError, one_of
+from eval.core.artifacts import Manifest
+from eval.core.documents import Batch
+from eval.core.errors import UserError, one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval.documents import Batch
+from eval.core.documents import Batch
+from eval.core.errors import UserError
 from eval.engines import AGAIN, Engine, first_line
-from eval.errors import UserError
 
 try:
     import openvino

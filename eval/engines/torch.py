@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from eval.documents import Batch
+from eval.core.documents import Batch
+from eval.core.errors import UserError, one_of
 from eval.engines import AGAIN, Engine, first_line, load_tokenizer
-from eval.errors import UserError, one_of
 
 DEVICES = ("cpu", "cuda")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on each layer of each int8 model

@@ -1,4 +1,4 @@
-"""How an answer is marked: pure functions, for `eval.tasks` and the modules of `evaluate` beside them."""
+"""How an answer is marked: pure functions, for `eval.score.tasks` and the `evaluate` modules beside them."""
 
 import string
 from collections import Counter

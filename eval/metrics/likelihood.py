@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from eval.artifacts import digest
-from eval.documents import Batch, Document, batches, boundary_id, windows
-from eval.errors import UserError
+from eval.core.artifacts import digest
+from eval.core.documents import Batch, Document, batches, boundary_id, windows
+from eval.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,12 +8,12 @@ import yaml
 from transformers import PreTrainedModel
 
 from compress.recipe import Context
-from distill.data import prepare, training_rows
-from distill.loop import train
-from eval.artifacts import building
+from distill.data.sources import prepare, training_rows
+from distill.trainer.loop import train
+from eval.core.artifacts import building
+from eval.core.sections import Train
+from eval.core.study import Study, load_study, settle
 from eval.engines.torch import load_checkpoint
-from eval.sections import Train
-from eval.study import Study, load_study, settle
 from tests.helpers import tiny_model, tiny_study, tiny_tokenizer
 
 VOCAB = 320

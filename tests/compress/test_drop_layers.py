@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compress.calibrate import mean_loss
+from compress.calibration import mean_loss
 from compress.passes.drop_layers import bypassed, choose
-from distill.layers import decoder_layers, keep_layers
-from eval.documents import Row
-from eval.errors import UserError
+from distill.models.layers import decoder_layers, keep_layers
+from eval.core.documents import Row
+from eval.core.errors import UserError
 from tests.helpers import tiny_model
 
 SMALL = {

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from compress.anatomy import size_of
-from compress.calibrate import calibration_rows, mean_loss
+from compress.calibration import calibration_rows, mean_loss
+from compress.model_size import size_of
 from compress.recipe import PassReport, known_passes, make_pass
-from distill.data import training_rows
-from eval.artifacts import content_hash, entries
-from eval.errors import UserError
+from distill.data.sources import training_rows
+from eval.core.artifacts import content_hash, entries
+from eval.core.errors import UserError
 from tests.compress.shop import context_of, fake_run, model_of
 from tests.helpers import tiny_model
 

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from compress.recipe import Pass, Stage, known_passes, load_recipe, load_recipes, pass_class
-from eval.errors import UserError
-from eval.study import ROOT, load_study
+from eval.core.errors import UserError
+from eval.core.study import ROOT, load_study
 from tests.compress.shop import recipe_file
 from tests.helpers import tiny_model, tiny_study
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from compress.rounding import INT4_STEP, INT8_STEP, NF4_GAP, check_rounding, worst_error
-from eval.errors import UserError
+from compress.quant_error import INT4_STEP, INT8_STEP, NF4_GAP, check_rounding, worst_error
+from eval.core.errors import UserError
 
 
 def quantized(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.build import compare, made_folder, make_variants, publish
 from compress.run import pending
-from compress.workshop import compare, made_folder, make_variants, publish
-from eval.artifacts import entries, read_manifest, verified
+from eval.core.artifacts import entries, read_manifest, verified
+from eval.core.errors import UserError
 from eval.engines.torch import load_checkpoint
-from eval.errors import UserError
 from tests.compress.shop import add_student, fake_run, recipe_file
 from tests.helpers import ROOT, run
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compress.anatomy import layer_matrices
-from compress.calibrate import Walk, check_batch, input_norms
+from compress.calibration import Walk, check_batch, input_norms
+from compress.model_size import layer_matrices
 from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
-from distill.layers import decoder_layers
-from eval.documents import Row, batches, pack
-from eval.errors import UserError
+from distill.models.layers import decoder_layers
+from eval.core.documents import Row, batches, pack
+from eval.core.errors import UserError
 from tests.distill.test_families import FAMILIES
 from tests.helpers import tiny_model
 

@@ -1,4 +1,4 @@
-"""`distill.cache`: targets ahead of training, by any number of processes; and teachers that run beside a student."""
+"""`train.py --until teachers`: targets ahead of training, by any number of processes; and teachers that run beside a student."""
 
 import json
 import shutil
@@ -7,21 +7,20 @@ import pytest
 import torch
 import yaml
 
-from distill import teachers
-from distill.data import training_rows
-from distill.generate import OnPolicy
-from distill.lessons import check_kept, check_lesson, lesson, lesson_key, make_teacher
-from distill.loop import accelerator, optimizers
-from distill.plan import base_jobs, prepare_inputs, teacher_jobs
-from distill.stages import make_student
-from distill.teachers import LiveTeacher, group_of, load_running, teacher_of, teaching
-from eval.artifacts import read_manifest
-from eval.documents import collate
+from distill.data.sources import training_rows
+from distill.pipeline import base_jobs, make_student, prepare_inputs, teacher_jobs
+from distill.teachers import run as teachers
+from distill.teachers.run import LiveTeacher, group_of, load_running, teacher_of, teaching
+from distill.teachers.target_source import check_lesson, lesson, lesson_key, make_teacher
+from distill.trainer.loop import accelerator, optimizers
+from distill.trainer.rollout import OnPolicy
+from eval.core.artifacts import read_manifest
+from eval.core.documents import collate
+from eval.core.errors import UserError
+from eval.core.jobs import run_in_turn
+from eval.core.sections import Targets
+from eval.core.study import load_study
 from eval.engines import load_tokenizer
-from eval.errors import UserError
-from eval.sections import Targets
-from eval.study import load_study
-from eval.workers import run_in_turn
 from tests.distill.test_generate import GENERATION, lively
 from tests.distill.test_generate import rows as some_rows
 from tests.helpers import ROOT, run, tiny_study
@@ -76,18 +75,16 @@ SCRIPT = """
 import json, runpy, sys
 root, place, *words = sys.argv[1:]
 sys.path[0] = root
-from distill.launch import start_missing_processes
-from distill.loop import accelerator
+from distill.trainer.loop import accelerator
 from tests.distill.test_generate import GENERATION, lively, rows
-from distill.generate import OnPolicy
+from distill.trainer.rollout import OnPolicy
 
-start_missing_processes()
 acc = accelerator()
 found = OnPolicy(1.0, GENERATION, 14, 0, 0)(acc, lively(), 3, rows())
 with open(f"{place}/{acc.process_index}.json", "w") as out:
     json.dump([acc.num_processes, [[row.id, row.tokens, row.given] for row in found]], out)
-sys.argv = ["distill.cache", *words]
-runpy.run_module("distill.cache", run_name="__main__", alter_sys=True)
+sys.argv = ["train.py", *words, "--until", "teachers"]
+runpy.run_path(f"{root}/distill/train.py", run_name="__main__")
 """
 
 
@@ -99,13 +96,13 @@ def test_two_processes_write_and_keep_what_one_does(cached, tmp_path):
     script = tmp_path / "both.py"
     script.write_text(SCRIPT)
     words = [str(ROOT), tmp_path, "--config", path, *SAMPLED, "--runs", tmp_path]
-    done = run("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", script, *words)
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *words)
     assert done.returncode == 0, done.stderr
     lines = [json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1)]
     assert [count for count, _ in lines] == [2, 2]
     alone = OnPolicy(1.0, GENERATION, 14, 0, 0)(accelerator(), lively(), 3, some_rows())
     assert lines[0][1] == lines[1][1] == [[row.id, row.tokens, row.given] for row in alone]
-    assert "cache: 2 processes on cpu" in done.stderr
+    assert "teachers: 2 processes on cpu" in done.stderr
     two = load_study(path, [*SAMPLED, "--runs", str(tmp_path)])
     assert shard_bytes(two) == shard_bytes(study)
     told = done.stdout.splitlines()
@@ -136,7 +133,7 @@ def test_a_teacher_that_runs_has_no_gradient_no_optimizer_and_keeps_its_weights(
         return trained
 
     monkeypatch.setattr(teachers, "load_running", loading)
-    monkeypatch.setattr("distill.loop.optimizers", watching)
+    monkeypatch.setattr("distill.trainer.loop.optimizers", watching)
     make_student(study, "S1", 0, quiet)
     assert len(made) == 2, "the members of the ensemble"
     taught = {id(p) for optimizer in trained for group in optimizer.param_groups for p in group["params"]}
@@ -239,9 +236,3 @@ def test_only_what_matters_decides_a_lesson(cached):
     assert key(source="online") == key(source="online", form="sampled", generation={"new_tokens": 3})
     assert key(source="on_policy") != key(source="on_policy", generation={"new_tokens": 3})
     assert key("CE", source="online") == key("CE", source="on_policy") is None
-
-
-@pytest.mark.parametrize("source", ["online", "on_policy"])
-def test_nothing_is_kept_of_a_teacher_that_runs(tmp_path, source):
-    with pytest.raises(UserError, match=f"targets.source: {source}; .* take cached or sequence"):
-        check_kept(load_study(tiny_study(tmp_path), ["--targets.source", source]))

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill import chunked
-from distill.chunked import chunked_loss
-from distill.head import Head
-from distill.losses import DIVERGENCES, distillation_loss
-from distill.targets import Dense, Sampled, States, TopK, within
-from eval.errors import UserError
-from eval.sections import Loss
+from distill.losses import chunked
+from distill.losses.chunked import chunked_loss
+from distill.losses.divergences import DIVERGENCES, distillation_loss
+from distill.losses.teacher_output import Dense, Sampled, States, TopK, within
+from distill.models.lm_head import Head
+from eval.core.errors import UserError
+from eval.core.sections import Loss
 
 TOKENS, WIDTH, VOCAB = 23, 8, 37
 

@@ -9,14 +9,14 @@ import yaml
 from pydantic import ValidationError
 from transformers import OPTConfig, OPTForCausalLM
 
-from distill.data import fingerprint, prepare, read_source, training_rows
-from distill.packing import check_packing
-from distill.student import local_files
-from eval.artifacts import read_manifest
-from eval.documents import HELDOUT, SEALED, TRAIN, Document, read_documents, scored_slices, texts
-from eval.errors import UserError
-from eval.sections import Source
-from eval.study import load_study
+from distill.data.packing import check_packing
+from distill.data.sources import fingerprint, prepare, read_source, training_rows
+from distill.models.load import local_files
+from eval.core.artifacts import read_manifest
+from eval.core.documents import HELDOUT, SEALED, TRAIN, Document, read_documents, scored_slices, texts
+from eval.core.errors import UserError
+from eval.core.sections import Source
+from eval.core.study import load_study
 from tests.helpers import text, tiny_model, tiny_study, tiny_tokenizer
 
 

@@ -4,12 +4,12 @@ import shlex
 
 import pytest
 
-from distill.loop import accelerator
-from distill.plan import base_jobs, prepare_inputs, student_jobs, teacher_jobs
-from eval.artifacts import verified
-from eval.errors import UserError
-from eval.study import Study, find_config, make_folder, override, read_yaml, validated
-from eval.workers import run_in_turn
+from distill.pipeline import jobs_until, prepare_inputs
+from distill.trainer.loop import accelerator
+from eval.core.artifacts import verified
+from eval.core.errors import UserError
+from eval.core.jobs import run_in_turn
+from eval.core.study import Study, find_config, make_folder, override, read_yaml, validated
 from tests.helpers import ROOT, SHAPE, write_corpus
 
 ENTRY = "accelerate launch distill/train.py "
@@ -43,8 +43,10 @@ def test_the_documents_show_the_commands():
 def test_the_command_runs(small, command):
     words = shlex.split(command.removeprefix(ENTRY))
     assert words[:2] == ["--config", "configs/studies/small.yaml"]
+    stage = words[3] if words[2:3] == ["--until"] else "students"
+    words = words[4:] if stage != "students" else words[2:]
     raw = read_yaml(ROOT / "configs" / "studies" / "small.yaml")
-    override(raw, words[2:])
+    override(raw, words)
     for top in ("runs", "seeds", "trackers"):
         raw[top] = small[top]
     raw["data"] |= {k: v for k, v in small["data"].items() if k != "packing"}
@@ -60,6 +62,5 @@ def test_the_command_runs(small, command):
             prepare_inputs(study, accelerator())
         return
     prepare_inputs(study, accelerator())
-    jobs = [*base_jobs(study), *teacher_jobs(study), *student_jobs(study)]
-    run_in_turn("train", jobs, quiet=True)
-    verified(study.folder / "students" / "S1" / "s0")
+    run_in_turn("train", jobs_until(study, stage), quiet=True)
+    verified(study.folder / ("students/S1/s0" if stage == "students" else "targets/T1/s0"))

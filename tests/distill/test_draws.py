@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from distill.draws import draw, invert, pack, packed_bytes, uniforms, unpack
+from distill.models.generation import invert, uniforms
+from distill.teachers.codec import draw, pack, packed_bytes, unpack
 
 
 def distribution(vocabulary, sharpness, tokens=40, seed=0):
@@ -81,6 +82,6 @@ def test_a_key_alone_decides_the_numbers():
 def test_a_large_table_is_drawn_from_in_parts(monkeypatch):
     log_probs = distribution(100, 2.0)
     whole = drawn(log_probs)
-    monkeypatch.setattr("distill.draws.AT_ONCE", 300)
+    monkeypatch.setattr("distill.teachers.codec.AT_ONCE", 300)
     parts = drawn(log_probs)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.layers import decoder_layers, keep_layers
-from distill.loop import train
-from distill.student import export
-from distill.targets import Dense
-from distill.tuning import tuned
-from eval.documents import Row, collate
+from distill.losses.teacher_output import Dense
+from distill.models.layers import decoder_layers, keep_layers
+from distill.models.load import export
+from distill.models.lora import tuned
+from distill.trainer.loop import train
+from eval.core.documents import Row, collate
+from eval.core.errors import UserError
+from eval.core.sections import Optimizer, Student, Train
 from eval.engines.torch import load_checkpoint
-from eval.errors import UserError
-from eval.sections import Optimizer, Student, Train
 from tests.helpers import tiny_tokenizer
 
 COMMON = {

@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.checkpoints import Checkpoints
-from distill.loop import train
-from distill.student import export
-from distill.tracking import check_trackers, tracked
-from eval.errors import UserError
-from eval.sections import Train
+from distill.models.load import export
+from distill.trainer.checkpoint import Checkpoints
+from distill.trainer.logging import check_trackers, tracked
+from distill.trainer.loop import train
+from eval.core.errors import UserError
+from eval.core.sections import Train
 from tests.distill.test_loop import row_teacher, rows
 from tests.helpers import run as command
 from tests.helpers import tiny_model, tiny_study, tiny_tokenizer

@@ -6,26 +6,16 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from distill.generate import (
-    OnPolicy,
-    choose,
-    count_texts,
-    openings,
-    points_of,
-    read_texts,
-    sample,
-    stop_ids,
-    student_writes,
-    write_texts,
-    written,
-)
-from distill.loop import accelerator, train
+from distill.losses.teacher_output import Dense
 from distill.method import Frozen, Plain
-from distill.targets import Dense
-from eval.artifacts import building
-from eval.documents import Row, collate
-from eval.errors import UserError
-from eval.sections import Generation, Train
+from distill.models.generation import choose, openings, points_of, sample, stop_ids, student_writes, written
+from distill.teachers.texts import count_texts, read_texts, write_texts
+from distill.trainer.loop import accelerator, train
+from distill.trainer.rollout import OnPolicy
+from eval.core.artifacts import building
+from eval.core.documents import Row, collate
+from eval.core.errors import UserError
+from eval.core.sections import Generation, Train
 from tests.helpers import tiny_model
 
 GENERATION = Generation(prompt_tokens=5, new_tokens=7)

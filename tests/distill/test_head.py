@@ -5,11 +5,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.head import CAPS, SCALES, Head, check_head, head_of, output_embedding, tapped, watched
-from distill.learner import Learner
-from eval.documents import Row, collate
-from eval.errors import UserError
-from eval.sections import Loss, Train
+from distill.models.lm_head import CAPS, SCALES, Head, check_head, head_of, output_embedding, tapped, watched
+from distill.trainer.module import Learner
+from eval.core.documents import Row, collate
+from eval.core.errors import UserError
+from eval.core.sections import Loss, Train
 from tests.helpers import tiny_model
 
 SMALL = {

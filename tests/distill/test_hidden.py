@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from distill.head import watched
-from distill.learner import Learner, distance, layer_widths
-from distill.loop import train
+from distill.losses.teacher_output import Sampled
 from distill.method import plain_signal
-from distill.targets import Sampled
-from eval.documents import collate
-from eval.errors import UserError
-from eval.sections import Hidden, Loss, Optimizer, Train
+from distill.models.lm_head import watched
+from distill.trainer.loop import train
+from distill.trainer.module import Learner, distance, layer_widths
+from eval.core.documents import collate
+from eval.core.errors import UserError
+from eval.core.sections import Hidden, Loss, Optimizer, Train
 from tests.distill.test_loop import Stopped, row_teacher, rows
 from tests.helpers import tiny_model
 

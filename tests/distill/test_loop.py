@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from distill.learner import Learner
-from distill.loop import accelerator, batch_loss, learning_rate, row_order, step_loss, train
-from distill.targets import Dense
-from eval.documents import Row, collate
-from eval.errors import UserError
-from eval.sections import Optimizer, Train
+from distill.losses.teacher_output import Dense
+from distill.trainer.loop import accelerator, batch_loss, learning_rate, row_order, step_loss, train
+from distill.trainer.module import Learner
+from eval.core.documents import Row, collate
+from eval.core.errors import UserError
+from eval.core.sections import Optimizer, Train
 from tests.helpers import ROOT, run, tiny_model
 
 
@@ -56,14 +56,12 @@ def test_accumulation_changes_neither_loss_nor_gradient(teacher):
 SCRIPT = """
 import json, sys, torch
 sys.path[0] = sys.argv[1]
-from distill.launch import start_missing_processes
-from distill.learner import Learner
-from distill.loop import accelerator, step_loss
-from eval.sections import Train
+from distill.trainer.module import Learner
+from distill.trainer.loop import accelerator, step_loss
+from eval.core.sections import Train
 from tests.distill.test_loop import row_teacher, rows
 from tests.helpers import tiny_model
 
-start_missing_processes()
 acc, found = accelerator(), []
 for accumulate in (1, 4):
     config = Train(rows=8, accumulate=accumulate)
@@ -81,8 +79,10 @@ def test_processes_change_neither_loss_nor_gradient(tmp_path):
     script = tmp_path / "step.py"
     script.write_text(SCRIPT)
     found = []
-    for how in ([], ["--config_file", "configs/accelerate/cpu2.yaml"]):
-        done = run("-m", "accelerate.commands.launch", *how, script, str(ROOT))
+    for processes in ("1", "2"):
+        done = run(
+            "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script, str(ROOT)
+        )
         assert done.returncode == 0, done.stderr
         line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
         found += json.loads(line.removeprefix("FOUND"))

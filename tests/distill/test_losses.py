@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.losses import (
+from distill.losses.divergences import (
     DIVERGENCES,
     check_target,
     cross_entropy,
@@ -16,9 +16,9 @@ from distill.losses import (
     skew_forward_kl,
     skew_reverse_kl,
 )
-from distill.targets import Dense, Sampled, TopK
-from eval.errors import UserError
-from eval.sections import Loss
+from distill.losses.teacher_output import Dense, Sampled, TopK
+from eval.core.errors import UserError
+from eval.core.sections import Loss
 
 TOKENS, VOCAB = 7, 13
 

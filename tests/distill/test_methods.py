@@ -5,8 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill.head import Head
-from distill.loop import train
 from distill.method import (
     Bench,
     Card,
@@ -17,12 +15,14 @@ from distill.method import (
     make_method,
     method_class,
 )
-from distill.student import export
-from eval.artifacts import file_sha256, source_hashes
-from eval.documents import Document, collate, windows
+from distill.models.lm_head import Head
+from distill.models.load import export
+from distill.trainer.loop import train
+from eval.core.artifacts import file_sha256, source_hashes
+from eval.core.documents import Document, collate, windows
+from eval.core.errors import UserError
+from eval.core.sections import MethodChoice
 from eval.engines.torch import load_model
-from eval.errors import UserError
-from eval.sections import MethodChoice
 from tests.helpers import ROOT, WORDS, text, tiny_model, tiny_tokenizer
 
 SETTINGS = {

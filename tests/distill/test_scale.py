@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from distill.launch import asked_processes
-from distill.loop import accelerator, train
 from distill.method import plain_signal
-from distill.sharding import check_installed, set_up
-from eval.errors import UserError
-from eval.sections import Optimizer, Train
+from distill.trainer.distributed import check_installed, set_up
+from distill.trainer.loop import accelerator, train
+from eval.core.errors import UserError
+from eval.core.sections import Optimizer, Train
 from tests.distill.test_loop import rows
 from tests.helpers import ROOT, run, tiny_model
 
@@ -22,13 +21,11 @@ CONFIG = Train(
 )
 
 
-def test_a_launcher_asks_by_its_words_or_by_its_config(tmp_path):
-    config = str(ROOT / "configs" / "accelerate" / "cpu2.yaml")
-    assert asked_processes(["launch", "--num_processes", "3", "x.py"]) == 3
-    assert asked_processes(["launch", "--num-processes=3", "--config_file", config]) == 3
-    assert asked_processes(["launch", "--config_file", config, "x.py"]) == 2
-    assert asked_processes(["launch", f"--config_file={config}"]) == 2
-    assert asked_processes(["launch", "--config_file", str(tmp_path / "absent.yaml")]) is None
+def test_one_cpu_process_of_several_is_refused_with_the_command_that_starts_all(tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    done = run(*launch, "distill/train.py", "--config", "configs/studies/tiny.yaml", "--runs", tmp_path)
+    assert "started one process of several; use `torchrun --nproc_per_node N distill/train.py" in done.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_shards_cannot_do_is_told(monkeypatch):
@@ -36,7 +33,7 @@ def test_what_shards_cannot_do_is_told(monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UserError, match=r"optimizer\.name: muon, and FSDP splits .* to adamw"):
         set_up(acc, Train(optimizer=Optimizer(name="muon")), tiny_model())
-    monkeypatch.setattr("distill.sharding.find_spec", lambda name: None)
+    monkeypatch.setattr("distill.trainer.distributed.find_spec", lambda name: None)
     check_installed(False)
     with pytest.raises(UserError, match=r"DeepSpeed is asked for and not installed; `pip install deepspeed`"):
         check_installed(True)
@@ -60,7 +57,7 @@ def trained(model, teacher, scratch, **how):
 
 @torch.no_grad()
 def evaluate(learner):
-    from eval.documents import collate
+    from eval.core.documents import collate
 
     return float(learner(collate(rows(4), 0), None))
 
@@ -73,8 +70,8 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
-from distill.loop import accelerator
-from distill.sharding import shard_teacher
+from distill.trainer.loop import accelerator
+from distill.trainer.distributed import shard_teacher
 from tests.distill.test_scale import evaluate, trained
 from tests.helpers import tiny_model
 

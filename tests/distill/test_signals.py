@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from distill.chunked import answer
-from distill.losses import distillation_loss
-from distill.signals import CachedTeacher, cut, join, make_form, write_shards
-from distill.targets import Dense, Sampled, TopK
-from eval.artifacts import building, read_manifest
-from eval.documents import Row, batches, collate
-from eval.errors import UserError
-from eval.sections import Loss, Targets
+from distill.losses.chunked import answer
+from distill.losses.divergences import distillation_loss
+from distill.losses.teacher_output import Dense, Sampled, TopK
+from distill.teachers.cache import CachedTeacher, cut, join, make_form, write_shards
+from eval.core.artifacts import building, read_manifest
+from eval.core.documents import Row, batches, collate
+from eval.core.errors import UserError
+from eval.core.sections import Loss, Targets
 
 FORMS = ["dense", "sampled", "top_k"]
 LINEAGE = {"teacher": "t", "tokenizer": "k", "data": "d"}
@@ -126,8 +126,8 @@ def shard_bytes(folder):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_shards_depend_neither_on_processes_nor_on_a_stop(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("distill.signals.SHARD_TOKENS", 20)
-    monkeypatch.setattr("distill.signals.tokens_per_batch", lambda vocabulary: 24)
+    monkeypatch.setattr("distill.teachers.cache.SHARD_TOKENS", 20)
+    monkeypatch.setattr("distill.teachers.cache.tokens_per_batch", lambda vocabulary: 24)
     some, teacher, form = rows(16), teacher_of(), form_of(name)
     assert len(list(cut(some, 0, form))) > 3
     one = shard_bytes(cache(tmp_path / "one", form, some, teacher))
@@ -210,7 +210,9 @@ def test_more_ids_than_the_vocabulary_has_are_refused():
 
 
 def test_a_disk_without_room_is_told_before_the_teacher_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr("distill.signals.shutil.disk_usage", lambda path: type("D", (), {"free": 1000}))
+    monkeypatch.setattr(
+        "distill.teachers.cache.shutil.disk_usage", lambda path: type("D", (), {"free": 1000})
+    )
     with pytest.raises(UserError, match=r"set targets\.source: online, or targets\.form: sampled"):
         cache(tmp_path, form_of("dense"), rows(), None)
 

@@ -8,21 +8,21 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.cards import model_card
-from distill.checkpoints import Checkpoints
-from distill.data import prepare
-from distill.heldout import Heldout
-from distill.layers import block_influence, decoder_layers, every, influential
-from distill.learner import Learner
-from distill.loop import accelerator, train
-from distill.start import start
-from distill.student import fresh_model
-from distill.tuning import quantized_and_tuned, tuned
-from eval.documents import Row, batches, collate
-from eval.errors import UserError
-from eval.scoring import score_with
-from eval.sections import Optimizer, Student, Train
-from eval.study import load_study
+from distill.data.sources import prepare
+from distill.models.card import model_card
+from distill.models.init import start
+from distill.models.layers import block_influence, decoder_layers, every, influential
+from distill.models.load import fresh_model
+from distill.models.lora import quantized_and_tuned, tuned
+from distill.trainer.checkpoint import Checkpoints
+from distill.trainer.evaluate import Heldout
+from distill.trainer.loop import accelerator, train
+from distill.trainer.module import Learner
+from eval.core.documents import Row, batches, collate
+from eval.core.errors import UserError
+from eval.core.sections import Optimizer, Student, Train
+from eval.core.study import load_study
+from eval.score.scoring import score_with
 from tests.helpers import SHAPE, tiny_model, tiny_study, tiny_tokenizer
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}

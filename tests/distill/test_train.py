@@ -9,11 +9,11 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.stages import make_base, make_student
-from eval.artifacts import read_manifest, verified
-from eval.errors import UserError
-from eval.records import each_score, read_scores
-from eval.study import load_study
+from distill.pipeline import make_base, make_student
+from eval.core.artifacts import read_manifest, verified
+from eval.core.errors import UserError
+from eval.core.records import each_score, read_scores
+from eval.core.study import load_study
 from tests.helpers import ROOT, SHAPE, launch, run, tiny_model, tiny_study, tiny_tokenizer
 
 MODELS = ["base/s0", "base/s1", *(f"students/{arm}/s{seed}" for arm in ("S1", "S0", "CE") for seed in (0, 1))]
@@ -194,7 +194,7 @@ def test_a_base_may_be_a_folder_and_targets_online(tmp_path):
 
 def test_base_alone_then_an_override(tmp_path):
     path = tiny_study(tmp_path)
-    done = run("-m", "distill.base", "--config", path, "--base.train.steps", "3")
+    done = run("distill/train.py", "--until", "bases", "--config", path, "--base.train.steps", "3")
     assert done.returncode == 0, done.stderr
     study = load_study(path)
     assert read_manifest(study.folder / "base" / "s0").facts["loss_curve"][-1][0] == 3

@@ -36,7 +36,7 @@ def openvino_folder(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="session")
 def released_run(tmp_path_factory):
     """A run of real tiny models with its gate and a sign-off of the variant `small`."""
-    from eval.keys import new_key
+    from eval.signoff.keys import new_key
     from tests.eval import real_run, synthetic_run
     from tests.eval.signed_run import gate, sign
 

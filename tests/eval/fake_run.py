@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.student import train_tokenizer
-from eval.artifacts import Manifest, building, digest, read_manifest
-from eval.study import load_study, make_folder, settle
+from distill.models.load import train_tokenizer
+from eval.core.artifacts import Manifest, building, digest, read_manifest
+from eval.core.study import load_study, make_folder, settle
 from tests.helpers import WORDS, text, tiny_model, tiny_study
 
 CONTEXT = 32

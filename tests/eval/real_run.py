@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval.artifacts import building, read_manifest
-from eval.documents import Document, collate, windows
+from eval.core.artifacts import building, read_manifest
+from eval.core.documents import Document, collate, windows
+from eval.core.records import Documents, Measured, write_record
+from eval.core.study import Study
 from eval.metrics.likelihood import document_bits
-from eval.records import Documents, Measured, write_record
-from eval.study import Study
 from tests.eval.fake_run import tokenizer
 from tests.eval.synthetic_run import Run
 from tests.helpers import text, tiny_model

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from eval.artifacts import content_hash
-from eval.keys import new_key, private_key
-from eval.records import Documents, Machine, Provenance, Score, write_record
-from eval.statement import (
+from eval.core.artifacts import content_hash
+from eval.core.records import Documents, Machine, Provenance, Score, write_record
+from eval.core.study import load_study
+from eval.signoff.keys import new_key, private_key
+from eval.signoff.statement import (
     PREDICATE,
     TYPE,
     Digest,
@@ -23,7 +24,6 @@ from eval.statement import (
     signed,
     signed_digest,
 )
-from eval.study import load_study
 
 HOSTILE = "<script>alert('x')</script> & $x^2$ | `a` ](b) <!-- sign-offs -->"
 SLICES = {"heldout": 64, "near": 32, "far": 32}

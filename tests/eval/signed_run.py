@@ -3,13 +3,13 @@
 import json
 from datetime import UTC, datetime
 
-from eval.budget import load_budget
-from eval.evidence import collect
-from eval.judge import judged
-from eval.keys import private_key
-from eval.signoff import stated
-from eval.statement import signed
-from eval.study import load_study
+from eval.core.budget import load_budget
+from eval.core.study import load_study
+from eval.gate.decision import judged
+from eval.gate.evidence import collect
+from eval.signoff.__main__ import stated
+from eval.signoff.keys import private_key
+from eval.signoff.statement import signed
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 

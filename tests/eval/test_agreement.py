@@ -7,11 +7,13 @@ import shutil
 import pytest
 import torch
 
-from eval.behaviour import agreement
-from eval.documents import Document, Row, collate
+from eval.core.documents import Document, Row, collate
+from eval.core.errors import UserError
+from eval.core.records import Agreement, Rerun, provenance, read_agreements, write_record
+from eval.core.study import load_study
 from eval.engines import load_engine
-from eval.errors import UserError
-from eval.likeness import (
+from eval.gate.secondary import agreement
+from eval.score.divergence import (
     compare_folder,
     compared,
     divergence,
@@ -21,8 +23,6 @@ from eval.likeness import (
     uncompared,
     with_other_threads,
 )
-from eval.records import Agreement, Rerun, provenance, read_agreements, write_record
-from eval.study import load_study
 from tests.eval.fake_run import CONTEXT, facts, fake_run, put, torch_model
 from tests.helpers import run, text, tiny_model
 
@@ -173,7 +173,7 @@ def test_the_command_compares_once_and_again_only_what_changed(tmp_path, openvin
         **facts("S1", "int8", "openvino"),
     )
     put(folder, "variants/int8/S0/s0", torch_model(seed=5), **facts("S0", "int8"))
-    done = run("-m", "eval.agreement", "--study", study)
+    done = run("-m", "eval.score.agreement", "--study", study)
     assert done.returncode == 0, done.stderr
     assert "compared 1 variants, 0 were compared before" in done.stdout
     (found,) = read_agreements(folder)

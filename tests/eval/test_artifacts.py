@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from eval.artifacts import building, digest, is_done, read_manifest, verified, write_text
-from eval.errors import UserError
+from eval.core.artifacts import building, digest, is_done, read_manifest, verified, write_text
+from eval.core.errors import UserError
 from tests.helpers import ROOT
 
 
@@ -66,7 +66,7 @@ def test_remaking_replaces_the_whole(tmp_path):
 
 def test_what_a_killed_process_left_aside_is_swept(tmp_path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom eval.artifacts import building\n"
+        "import sys, time\nfrom pathlib import Path\nfrom eval.core.artifacts import building\n"
         "with building(Path(sys.argv[1]), kind='m', name='m', key='k', parents={}, facts={}) as aside:\n"
         "    (aside / 'half').write_text('x')\n    print('writing', flush=True)\n    time.sleep(60)\n"
     )

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from eval.budget import load_budget
-from eval.evidence import collect
-from eval.items import source
-from eval.judge import judged
-from eval.records import Agreement, Bins, Items, Marked, Rerun, read_scores, write_record
-from eval.sections import Task
+from eval.core.budget import load_budget
+from eval.core.records import Agreement, Bins, Items, Marked, Rerun, read_scores, write_record
+from eval.core.sections import Task
+from eval.gate.decision import judged
+from eval.gate.evidence import collect
+from eval.score.items import source
 from tests.eval.synthetic_run import Run
 
 PICK = Task(kind="multiple_choice", path="pick.jsonl")

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval.budget import Budget, Limit, load_budget
-from eval.errors import UserError
-from eval.sections import Cost, Load
-from eval.study import ROOT, Study
+from eval.core.budget import Budget, Limit, load_budget
+from eval.core.errors import UserError
+from eval.core.sections import Cost, Load
+from eval.core.study import ROOT, Study
 
 GOOD = {"name": "mine", "f": 0.5, "g": 0.5, "targets": {"cpu": {"device": "cpu"}}}
 

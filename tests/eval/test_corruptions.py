@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 
-from distill.data import prepare
-from eval.corruptions import corrupted, damaged_slices
-from eval.documents import Document, read_documents, scored_slices
-from eval.errors import UserError
-from eval.sections import Corruption
-from eval.study import load_study
+from distill.data.sources import prepare
+from eval.core.documents import Document, read_documents, scored_slices
+from eval.core.errors import UserError
+from eval.core.sections import Corruption
+from eval.core.study import load_study
+from eval.score.corruptions import corrupted, damaged_slices
 from tests.helpers import text, tiny_study
 
 BODY = "def f(x):\n\treturn x + 41  # größer als 40\n" + text("code", 1) + "数据 42;\n"

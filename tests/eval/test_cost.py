@@ -8,17 +8,17 @@ from statistics import mean, median
 import pytest
 import torch
 
-from eval.artifacts import file_sha256, read_manifest
-from eval.bench import RANDOM, chosen, drawn, of_folders, of_run, variants
-from eval.budget import Target
-from eval.cost import main, measured_before
+from eval.core.artifacts import file_sha256, read_manifest
+from eval.core.budget import Target
+from eval.core.errors import UserError
+from eval.core.records import TRAINING, read_costs, write_record
+from eval.core.study import load_study
+from eval.cost.__main__ import main, measured_before
+from eval.cost.estimates import names, number
+from eval.cost.plan import RANDOM, chosen, drawn, of_folders, of_run, variants
+from eval.cost.rounds import measure_group, order_of, started
+from eval.cost.worker import peak_memory, request
 from eval.engines import load_engine, load_tokenizer
-from eval.errors import UserError
-from eval.fresh import measure_group, order_of, started
-from eval.numbers import names, number
-from eval.probe import peak_memory, request
-from eval.records import TRAINING, read_costs, write_record
-from eval.study import load_study
 from tests.eval.fake_run import COST, facts, fake_run, put, torch_model
 from tests.helpers import run
 
@@ -213,7 +213,7 @@ def test_a_request_is_a_prefill_and_the_steps_after_it(name, checkpoint, openvin
 
 def test_peak_memory_is_that_of_the_process_at_its_highest():
     script = (
-        "from eval.probe import peak_memory\n"
+        "from eval.cost.worker import peak_memory\n"
         "before = peak_memory('cpu'); block = b'x' * 2**28; del block\n"
         "print(peak_memory('cpu') - before >= 2**28 - 2**24)"
     )

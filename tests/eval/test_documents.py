@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval.documents import (
+from eval.core.documents import (
     Document,
     Row,
     batches,
@@ -15,7 +15,7 @@ from eval.documents import (
     scored_slices,
     windows,
 )
-from eval.errors import UserError
+from eval.core.errors import UserError
 from tests.eval.fake_run import put_data, tokenizer
 from tests.helpers import text
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.budget import load_budget
-from eval.energy import NONE, Counter, device_memory, meter_of, nvml, rapl
-from eval.errors import UserError
-from eval.evidence import collect
-from eval.judge import judged
+from eval.core.budget import load_budget
+from eval.core.errors import UserError
+from eval.cost.meters import NONE, Counter, device_memory, meter_of, nvml, rapl
+from eval.gate.decision import judged
+from eval.gate.evidence import collect
 from tests.eval.synthetic_run import Run, edit, row
 
 RANGE = 262_143_328_850  # microjoules, of a real package

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from eval.documents import Row, collate
+from eval.core.documents import Row, collate
+from eval.core.errors import UserError
 from eval.engines import load_engine, load_tokenizer
 from eval.engines.torch import load_checkpoint
-from eval.errors import UserError
 from tests.eval.fake_run import tokenizer
 from tests.helpers import run, tiny_model
 
@@ -175,7 +175,7 @@ def test_cuda_without_a_device_is_refused(checkpoint):
 def test_a_missing_openvino_names_the_extra(tmp_path):
     script = (
         "import sys; sys.modules['openvino'] = None\n"
-        "from eval.errors import entry\nfrom eval.engines import load_engine\n"
+        "from eval.core.errors import entry\nfrom eval.engines import load_engine\n"
         "entry(lambda: load_engine('openvino', 'nowhere'))()"
     )
     done = run("-c", script)

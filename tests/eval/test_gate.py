@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.artifacts import file_sha256
-from eval.errors import UserError
-from eval.report import refuse_stale
-from eval.statistics import holm
-from eval.study import ROOT
-from eval.verdict import GateFile
+from eval.core.artifacts import file_sha256
+from eval.core.errors import UserError
+from eval.core.gate_file import GateFile
+from eval.core.study import ROOT
+from eval.report.__main__ import refuse_stale
+from eval.stats.crossed import holm
 from tests.eval.synthetic_run import GAINS, HOST, Run, change_score, copied, edit, row
 
 
@@ -140,7 +140,7 @@ def test_unmeasured_target_says_how(passed):
     assert found.how.startswith(
         f"python -m eval.cost --study {run.path} --target gpu  # where there is a CUDA"
     )
-    assert found.how.endswith(f"then here: python -m eval.merge --study {run.path} COPY")
+    assert found.how.endswith(f"then here: python -m eval.cost.merge --study {run.path} COPY")
     assert found.how in done.stdout
     assert not [v for v in run.result().variants if (v.recipe, v.target) == ("int8", "gpu")]
 

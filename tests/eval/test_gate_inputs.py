@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval.artifacts import read_manifest
-from eval.budget import load_budget
-from eval.errors import UserError
-from eval.evidence import collect
-from eval.study import load_study
+from eval.core.artifacts import read_manifest
+from eval.core.budget import load_budget
+from eval.core.errors import UserError
+from eval.core.study import load_study
+from eval.gate.evidence import collect
 from tests.eval.synthetic_run import Run, change_score, copied, edit
 
 
@@ -174,7 +174,7 @@ BAD = {
     ),
     "base of other data": (
         other_parent("base/s3", "data"),
-        ["base/s3", "data 999999999999", "distill/base.py"],
+        ["base/s3", "data 999999999999", "distill/train.py"],
     ),
     "variant of other data": (other_parent("variants/half/S0/s0", "data"), ["half/S0/s0", "made from data"]),
     "no parents": (

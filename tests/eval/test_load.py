@@ -10,19 +10,19 @@ import pytest
 import yaml
 from scipy import stats
 
-from eval.artifacts import read_manifest
-from eval.bench import of_run, variants
-from eval.budget import load_budget
-from eval.errors import UserError
-from eval.evidence import collect
-from eval.judge import judged
-from eval.load import measured_before, rates_of, shares, table
-from eval.numbers import knees, load_result
-from eval.probe import in_turn
-from eval.queueing import capacity, finished, knee, outcome, poisson
-from eval.records import Arrivals, Loaded, Server, read_loads, write_record
-from eval.sections import Load
-from eval.study import load_study
+from eval.core.artifacts import read_manifest
+from eval.core.budget import load_budget
+from eval.core.errors import UserError
+from eval.core.records import Arrivals, Loaded, Server, read_loads, write_record
+from eval.core.sections import Load
+from eval.core.study import load_study
+from eval.cost.estimates import knees, load_result
+from eval.cost.load import measured_before, rates_of, shares, table
+from eval.cost.plan import of_run, variants
+from eval.cost.worker import in_turn
+from eval.gate.decision import judged
+from eval.gate.evidence import collect
+from eval.stats.queueing import capacity, finished, knee, outcome, poisson
 from tests.eval.fake_run import COST, fake_run
 from tests.eval.synthetic_run import HOST, Run, row
 from tests.helpers import run
@@ -197,11 +197,11 @@ def test_a_folder_measured_elsewhere_comes_home(tmp_path):
     shutil.copytree(folder / "students/S1/s0", alone)
     for name, value in {**COST, **{f"load.{name}": value for name, value in load.items()}}.items():
         words += [f"--cost.{name}", str(value)]
-    done = run("-m", "eval.load", "--target", "cpu", "--variant", alone, "--record", record, *words)
+    done = run("-m", "eval.cost.load", "--target", "cpu", "--variant", alone, "--record", record, *words)
     assert done.returncode == 0, done.stderr
     assert "latency from the intended arrival" in done.stdout
-    assert f"1 record(s) in {record}; join them: python -m eval.merge" in done.stdout
-    merged = run("-m", "eval.merge", "--study", folder, record)
+    assert f"1 record(s) in {record}; join them: python -m eval.cost.merge" in done.stdout
+    merged = run("-m", "eval.cost.merge", "--study", folder, record)
     assert (merged.returncode, merged.stderr) == (0, "")
     assert "records/load/cpu/plain/S1-s0.json (random tokens, seed 0)" in merged.stdout
     (found,) = read_loads(folder)
@@ -281,7 +281,7 @@ def test_throughput_is_held_from_below(busy):
 def test_a_limit_under_load_that_was_not_measured_decides_nothing(busy):
     put_load(busy, "int8", [[20.0] * 30, [20.2] * 30, [20.4] * 30])
     gate = verdict_of(busy)
-    how = f"python -m eval.load --study {busy.path} --target cpu"
+    how = f"python -m eval.cost.load --study {busy.path} --target cpu"
     plain, int8 = row(gate, "plain"), row(gate, "int8")
     assert (plain.verdict, plain.how, plain.load) == ("INCONCLUSIVE", how, None)
     assert "throughput was not measured on cpu" in plain.reason

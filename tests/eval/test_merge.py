@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from eval.artifacts import read_manifest
-from eval.bench import bench_from_command
-from eval.errors import UserError
-from eval.merge import joined
-from eval.records import Documents, Score, read_costs, write_record
-from eval.sections import Load
-from eval.study import load_study
+from eval.core.artifacts import read_manifest
+from eval.core.errors import UserError
+from eval.core.records import Documents, Score, read_costs, write_record
+from eval.core.sections import Load
+from eval.core.study import load_study
+from eval.cost.merge import joined
+from eval.cost.plan import bench_from_command
 from tests.eval.fake_run import COST, fake_run
 
 MACHINE = {

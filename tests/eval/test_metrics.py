@@ -7,12 +7,12 @@ import evaluate
 import pytest
 import torch
 
-from eval.behaviour import calibration_error
-from eval.documents import Document
+from eval.core.documents import Document
+from eval.core.records import Bins
+from eval.gate.secondary import calibration_error
 from eval.metrics.answers import chosen, exact_match, token_f1
 from eval.metrics.likelihood import BINS, binned, likelihoods
-from eval.records import Bins
-from eval.scoring import METRIC
+from eval.score.scoring import METRIC
 from tests.eval.fake_run import CONTEXT, tokenizer
 from tests.helpers import text, tiny_model
 

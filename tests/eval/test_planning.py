@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.planning import (
+from eval.stats.crossed import crossed_variance, mean_squares
+from eval.stats.power import (
     Components,
     components,
     documents_for,
@@ -16,7 +17,6 @@ from eval.planning import (
     power,
     seeds_for,
 )
-from eval.statistics import crossed_variance, mean_squares
 from tests.eval.synthetic_run import Run
 from tests.eval.test_statistics import crossed
 from tests.helpers import run
@@ -113,7 +113,7 @@ def pilot(tmp_path_factory) -> Run:
 
 
 def command(pilot: Run, *words: str):
-    return run("-m", "eval.power", "--study", str(pilot.path), *words)
+    return run("-m", "eval.gate.power", "--study", str(pilot.path), *words)
 
 
 def test_the_command_plans_from_a_pilot(pilot, tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eval.documents import Document, Row, boundary_id, collate, pack, windows
-from eval.errors import UserError
+from eval.core.documents import Document, Row, boundary_id, collate, pack, windows
+from eval.core.errors import UserError
 from eval.metrics.likelihood import document_bits
 from tests.helpers import text, tiny_model, tiny_tokenizer
 

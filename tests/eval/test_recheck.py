@@ -9,14 +9,14 @@ import pytest
 import yaml
 from scipy import stats
 
-from eval.artifacts import building
-from eval.contract import Gain, Promise, read_contract
-from eval.drift import QUESTIONS, drifts, surprise
-from eval.errors import UserError
-from eval.fading import Bits, change, diagnosis, findings, verdict
-from eval.keys import new_key, public_key
-from eval.recheck import checked, read_new, recheck
-from eval.verdict import Estimate, Kept
+from eval.core.artifacts import building
+from eval.core.errors import UserError
+from eval.core.gate_file import Estimate, Kept
+from eval.release.contract_file import Bits, Gain, Promise, read_contract
+from eval.signoff.keys import new_key, public_key
+from eval.stats.drift import QUESTIONS, drifts, surprise
+from eval.watch.recheck import checked, read_new, recheck
+from eval.watch.regression import change, diagnosis, findings, verdict
 from tests.eval import real_run
 from tests.helpers import run as command
 from tests.helpers import text
@@ -231,7 +231,7 @@ def test_the_command_line(release, tmp_path):
     path = tmp_path / "new.jsonl"
     odd = [" ".join(reversed(text("code", i, 40).split())).upper() for i in range(30)]
     path.write_text("".join(json.dumps({"text": said}) + "\n" for said in odd))
-    done = command("-m", "eval.recheck", "--release", release, "--data", path)
+    done = command("-m", "eval.watch.recheck", "--release", release, "--data", path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAIL: the method's gain is fading" in done.stdout
     assert "everything got worse" in done.stdout

@@ -6,8 +6,8 @@ import os
 import pytest
 from pydantic import ValidationError
 
-from eval.errors import UserError
-from eval.records import (
+from eval.core.errors import UserError
+from eval.core.records import (
     Documents,
     Measured,
     Process,

@@ -13,18 +13,18 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from eval.artifacts import file_sha256, read_manifest, verified
-from eval.canaries import canaries, clear
-from eval.cards import card
-from eval.contract import Contract, read_contract, written
-from eval.documents import Document
+from eval.core.artifacts import file_sha256, read_manifest, verified
+from eval.core.documents import Document
+from eval.core.errors import UserError
 from eval.engines import load_engine
-from eval.errors import UserError
-from eval.inspection import read_gate
-from eval.keys import new_key
-from eval.release import build, told, verified_case, wanted
-from eval.statement import Waiver
-from eval.statistics import linearised
+from eval.release.__main__ import build, told, verified_case, wanted
+from eval.release.card import card
+from eval.release.contract_file import Contract, read_contract, written
+from eval.release.golden_answers import canaries, clear
+from eval.signoff.keys import new_key
+from eval.signoff.statement import Waiver
+from eval.signoff.verify import read_gate
+from eval.stats.crossed import linearised
 from tests.eval import real_run
 
 DAY = date(2026, 6, 2)

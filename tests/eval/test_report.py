@@ -16,16 +16,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from eval import spread, tables, terminal
-from eval.errors import UserError
-from eval.inspection import read_gate
-from eval.markdown import markdown
-from eval.page import page
-from eval.plots import smooth
-from eval.report import refuse_stale
-from eval.statement import Waiver, signed_digest, signoffs
-from eval.study import load_study
-from eval.verdict import Kept, Students
+from eval.core.errors import UserError
+from eval.core.gate_file import Kept, Students
+from eval.core.study import load_study
+from eval.report import format as tables
+from eval.report import slice_figures as spread
+from eval.report import terminal
+from eval.report.__main__ import refuse_stale
+from eval.report.figures import smooth
+from eval.report.html import page
+from eval.report.markdown import markdown
+from eval.signoff.statement import Waiver, signed_digest, signoffs
+from eval.signoff.verify import read_gate
 from tests.eval.report_run import HOSTILE, SLICES, VARIANTS, run_folder, sign, variant
 
 ROOT = Path(__file__).resolve().parents[2]

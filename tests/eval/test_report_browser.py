@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval.inspection import read_gate
-from eval.page import page as html_of
-from eval.statement import Policy, Predicate, SignOff, Waiver
+from eval.report.html import page as html_of
+from eval.signoff.statement import Policy, Predicate, SignOff, Waiver
+from eval.signoff.verify import read_gate
 from tests.eval.report_run import VARIANTS, run_folder
 
 pytestmark = pytest.mark.browser

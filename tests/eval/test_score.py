@@ -11,15 +11,15 @@ import evaluate
 import pytest
 import torch
 
-from eval.artifacts import read_manifest
-from eval.documents import Document, boundary_id, read_documents
+from eval.core.artifacts import read_manifest
+from eval.core.documents import Document, boundary_id, read_documents
+from eval.core.errors import UserError
+from eval.core.records import read_scores
+from eval.core.study import load_study
 from eval.engines.torch import load_checkpoint
-from eval.errors import UserError
 from eval.metrics import likelihood
 from eval.metrics.likelihood import document_bits, likelihoods
-from eval.records import read_scores
-from eval.scoring import METRIC, score_folder, score_with, unscored
-from eval.study import load_study
+from eval.score.scoring import METRIC, score_folder, score_with, unscored
 from tests.eval.fake_run import CONTEXT, facts, fake_run, put, put_data, tokenizer, torch_model
 from tests.helpers import run, text, tiny_model
 

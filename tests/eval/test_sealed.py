@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.artifacts import building, read_manifest
-from eval.budget import load_budget
-from eval.errors import UserError
-from eval.evidence import Evidence, collect
-from eval.judge import judged
-from eval.openings import opening_path, read_openings, summary, write_opening
-from eval.records import Documents, Score, each_score, read_scores, write_record
-from eval.sealed import check_teachers, chosen, judged_sealed, opened
-from eval.study import Study
-from eval.verdict import Opening
+from eval.core.artifacts import building, read_manifest
+from eval.core.budget import load_budget
+from eval.core.errors import UserError
+from eval.core.gate_file import Opening
+from eval.core.records import Documents, Score, each_score, read_scores, write_record
+from eval.core.study import Study
+from eval.gate.decision import judged
+from eval.gate.evidence import Evidence, collect
+from eval.gate.openings import opening_path, read_openings, summary, write_opening
+from eval.gate.test_set import check_teachers, chosen, judged_sealed, opened
 from tests.eval.fake_run import tokenizer, torch_model
 from tests.eval.synthetic_run import GAINS, Run, copied, edit
 from tests.helpers import run, text
@@ -94,7 +94,7 @@ def an_opening(toy: SealedRun, recipe: str = "plain", **given) -> Opening:
 
 
 def test_the_command_opens_once_and_the_gate_shows_it(toy):
-    words = ("-m", "eval.sealed", "--study", str(toy.path), "--by", "Ada Lovelace")
+    words = ("-m", "eval.gate.test_set", "--study", str(toy.path), "--by", "Ada Lovelace")
     done = run(*words)
     assert done.returncode in (1, 2), done.stderr  # random models keep nothing
     assert "plain on 12 sealed documents, opening 1" in done.stdout

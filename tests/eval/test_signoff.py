@@ -8,12 +8,12 @@ from datetime import UTC, date, datetime
 
 import pytest
 
-from eval.errors import UserError
-from eval.inspection import decided, problems, read_gate, row_of
-from eval.keys import new_key, private_key, public_key
-from eval.signoff import verify
-from eval.statement import BEGIN, END, read, signoffs
-from eval.verdict import Sealed
+from eval.core.errors import UserError
+from eval.core.gate_file import Sealed
+from eval.signoff.__main__ import verify
+from eval.signoff.keys import new_key, private_key, public_key
+from eval.signoff.statement import BEGIN, END, read, signoffs
+from eval.signoff.verify import decided, problems, read_gate, row_of
 from tests.eval.signed_run import NOW, gate, sign
 from tests.eval.synthetic_run import Run, edit
 from tests.helpers import run as command

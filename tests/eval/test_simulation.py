@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.study import ROOT
+from eval.core.study import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from eval.planning import Components
-from eval.statistics import (
+from eval.stats.crossed import (
     FAIL,
     INCONCLUSIVE,
     PASS,
@@ -25,6 +24,7 @@ from eval.statistics import (
     requests_needed,
     t_quantile,
 )
+from eval.stats.power import Components
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_pigeonhole_is_seeded_and_independent_of_chunks(monkeypatch, rng):
     z = rng.normal(size=(3, 4, 50))
     np.testing.assert_array_equal(pigeonhole(z, 100, 3), pigeonhole(z, 100, 3))
     assert not np.array_equal(pigeonhole(z, 100, 3), pigeonhole(z, 100, 4))
-    monkeypatch.setattr("eval.statistics.CHUNK", 500)
+    monkeypatch.setattr("eval.stats.crossed.CHUNK", 500)
     assert pigeonhole(z, 4000, 3).std(0) == pytest.approx(pigeonhole(z, 4000, 5).std(0), rel=0.1)
 
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 import yaml
 
-from eval.documents import boundary_id
+from eval.core.documents import boundary_id
+from eval.core.errors import UserError
+from eval.core.records import read_marks
+from eval.core.sections import Task
+from eval.core.study import load_study
 from eval.engines import load_engine
 from eval.engines.torch import load_checkpoint
-from eval.errors import UserError
-from eval.harness import marks, run_harness
-from eval.items import Item, check_tasks, read_items, source
-from eval.marking import mark_folder, mean_marks, unmarked
-from eval.records import read_marks
-from eval.sections import Task
-from eval.study import load_study
-from eval.tasks import answer_text, choice_rows, choose, generate, run_task
+from eval.score.items import Item, check_tasks, read_items, source
+from eval.score.lm_eval import marks, run_harness
+from eval.score.samples import mark_folder, mean_marks, unmarked
+from eval.score.tasks import answer_text, choice_rows, choose, generate, run_task
 from tests.eval.fake_run import CONTEXT, facts, fake_run, put, torch_model
 from tests.helpers import text
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.errors import UserError
-from eval.workers import Job, locked, run_in_turn, run_jobs
+from eval.core.errors import UserError
+from eval.core.jobs import Job, locked, run_in_turn, run_jobs
 from tests.helpers import ROOT, run
 
 
@@ -107,7 +107,7 @@ def test_a_killed_worker_is_told():
 SLEEPER = """
 import sys, time
 from pathlib import Path
-from eval.workers import Job, run_jobs
+from eval.core.jobs import Job, run_jobs
 
 def sleep(folder, report):
     (Path(folder) / "started").touch()
@@ -142,7 +142,7 @@ def test_a_run_folder_is_held_by_one_process(tmp_path):
 UNWINDING = """
 import atexit, signal, sys, time, weakref
 from pathlib import Path
-from eval.workers import _end
+from eval.core.jobs import _end
 
 class Held:
     pass
@@ -177,7 +177,7 @@ def test_a_long_folder_for_temporary_files_is_no_trouble(tmp_path):
     deep = tmp_path / ("d" * 120)
     deep.mkdir()
     code = "import sys; sys.path.insert(0, '.')\nfrom tests.eval.test_workers import double\n"
-    code += "from eval.workers import Job, run_jobs\n"
+    code += "from eval.core.jobs import Job, run_jobs\n"
     code += "if __name__ == '__main__': print(run_jobs('a', [Job('a', double, (3,))], 1))"
     path = tmp_path / "main.py"
     path.write_text(code)
@@ -192,7 +192,7 @@ def test_workers_run_the_code_that_started_them(tmp_path):
     path = tmp_path / "main.py"
     path.write_text(
         f"import sys; sys.path[0] = {str(ROOT)!r}\nfrom tests.eval.test_workers import double\n"
-        "from eval.workers import Job, run_jobs\n"
+        "from eval.core.jobs import Job, run_jobs\n"
         "if __name__ == '__main__': print(run_jobs('a', [Job('a', double, (3,))], 1))"
     )
     done = subprocess.run(

@@ -1,0 +1,149 @@
+"""What passes measure on training rows: the loss, the norms of inputs, the model's own answers."""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from distill.models.layers import decoder_layers
+from eval.core.documents import Batch, Row, batches, collate, tokens_per_batch
+from eval.core.errors import UserError
+
+
+def calibration_rows(rows: list[Row], count: int, seed: int) -> list[Row]:
+    """At most `count` of the rows, chosen by `seed` alone."""
+    return random.Random(seed).sample(rows, min(count, len(rows)))
+
+
+@torch.no_grad()
+def log_probs(model: Any, batch: Batch) -> Tensor:
+    """[B, T, V] float32 log-probabilities of a model with the interface of transformers, on the CPU."""
+    moved = batch.to(model.device)
+    output = model(**moved.inputs)
+    return torch.log_softmax(output.logits.float(), dim=-1).cpu()
+
+
+@torch.no_grad()
+def mean_loss(model: Any, rows: list[Row], pad: int) -> float:
+    """Mean cross-entropy per token, in nats.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    total, tokens = 0.0, 0
+    for made in batches(rows, pad, tokens_per_batch(model.config.get_text_config().vocab_size)):
+        batch = made.to(model.device)
+        logits = model(**batch.inputs, use_cache=False).logits
+        total += float(
+            cross_entropy(logits[:, :-1][batch.mask].float(), batch.labels[batch.mask], reduction="sum")
+        )
+        tokens += int(batch.mask.sum())
+    if not math.isfinite(loss := total / tokens):
+        raise UserError("calibration loss", loss, "the student is broken: look at its training")
+    return loss
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass at the layer that was asked for."""
+
+
+class Walk:
+    """The decoder layers of a model in turn over one set of rows, each run on what those before it gave.
+
+    A pass that changes layer after layer, and looks at the inputs of each after that, costs two forward
+    passes in all (as Frantar and Alistarh 2023, "SparseGPT", work); the whole model for each layer would
+    cost as many as there are layers.
+    """
+
+    def __init__(self, model: Any, rows: list[Row], pad: int) -> None:
+        self.model, self.layers = model, decoder_layers(model)[2]
+        self._given: list[tuple[Batch, Any]] = [(b.to(model.device), None) for b in batches(rows, pad)]
+
+    def norms(self, place: int, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+        """`input_norms` of linear layers inside the layer `place`, all before which were passed."""
+        return input_norms(
+            modules, [(b.attention_mask, partial(self._run, place, b, g)) for b, g in self._given]
+        )
+
+    @torch.no_grad()
+    def leave(self, place: int) -> None:
+        """Keeps what the layer `place`, as it is now, gives to the next one."""
+        self._given = [(batch, self._run(place, batch, given)) for batch, given in self._given]
+
+    def _run(self, place: int, batch: Batch, given: Any) -> Any:
+        """What the layer `place` gives; those before it give `given`, and those after it are not reached."""
+        found: list[Any] = []
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(output)
+            raise _ReachedError
+
+        hook, before = self.layers[place].register_forward_hook(stop), list(self.layers)[:place]
+        for layer in before:
+            layer.forward = lambda *args, **kwargs: given  # the model gives each the masks of its own kind
+        try:
+            self.model(**batch.inputs, use_cache=False)
+        except _ReachedError:
+            return found[0]
+        finally:
+            hook.remove()
+            for layer in before:
+                del layer.forward
+        raise UserError(f"layer {place}", "the model does not run it", "leave the pass out of the recipe")
+
+
+@torch.no_grad()
+def input_norms(
+    modules: Mapping[str, nn.Linear], runs: Iterable[tuple[Tensor, Callable[[], Any]]]
+) -> dict[str, Tensor]:
+    """L2 norm over all tokens of each input of `modules`: name -> [I] float32. Padding is left out.
+
+    Args:
+        runs: attention mask [B, T] of each batch, and a call that shows it to the modules.
+
+    Raises:
+        UserError: a norm is not finite, or a module saw no token.
+    """
+    squares = {name: torch.zeros(module.in_features, dtype=torch.float64) for name, module in modules.items()}
+    with _watched(modules, squares) as masks:
+        for mask, run in runs:
+            masks.append(mask.bool())
+            run()
+    norms = {name: total.sqrt().float() for name, total in squares.items()}
+    for name, norm in norms.items():
+        if not bool(torch.isfinite(norm).all()) or not bool(norm.any()):
+            raise UserError(f"inputs of {name}", "not finite, or all zero", "look at the student's training")
+    return norms
+
+
+@contextmanager
+def _watched(modules: Mapping[str, nn.Linear], squares: dict[str, Tensor]) -> Iterator[list[Tensor]]:
+    """Adds up squared inputs [B, T, I] where the last mask given is True."""
+    masks: list[Tensor] = []
+
+    def add(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values, mask = args[0], masks[-1]
+        mask = mask.flatten() if values.ndim == 2 else mask  # some families put all tokens in one row
+        if values.shape[:-1] != mask.shape:
+            found = f"{tuple(values.shape)}, of {mask.numel()} tokens"
+            raise UserError(f"inputs of {name}", found, "prune a model whose linear layers see every token")
+        squares[name] += values[mask].double().square().sum(dim=0).cpu()
+
+    handles = [m.register_forward_pre_hook(partial(add, name)) for name, m in modules.items()]
+    try:
+        yield masks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_batch(rows: list[Row], pad: int) -> Batch:
+    """The fixed batch of training rows on which a model and its saved copy are compared; none is packed."""
+    return collate([replace(row, tokens=row.tokens[: row.parts[0][0]], packed=()) for row in rows[:4]], pad)

@@ -1,0 +1,45 @@
+"""How far a quantized matrix may lie from the one that it was made of: pure, and held by every such pass."""
+
+import torch
+from torch import Tensor
+
+from eval.core.errors import UserError
+
+# Worst |w - q| by the largest |w| of its group, from the levels of each format. Symmetric n-bit levels run
+# from -2^(n-1) to 2^(n-1) - 1 by a scale of max|w| / 2^(n-1): the end without a level is cut by a whole step.
+HALVES = 2.0**-10  # a float16 scale and a float16 product, each rounded by at most 2^-11
+INT8_STEP = 1 / 128 + HALVES
+INT4_STEP = 1 / 8 + HALVES
+INT8_ROUNDED = 0.5 / 127 + HALVES  # levels -127..127 of a weight first rounded to float16: half a step
+NF4_GAP = (1.0 - 0.6961928) / 2  # half of the widest gap of NF4 (Dettmers et al. 2023, appendix E)
+SLACK = 1.001  # float32 arithmetic
+
+
+def worst_error(original: Tensor, restored: Tensor, group: int | None) -> float:
+    """Largest |original - restored| of [O, I], each by the largest |original| of its group.
+
+    Groups are `group` neighbouring inputs of a row, or whole rows. A group of zeros must stay zero: any
+    error there counts as infinite, and so does a value that is not finite.
+    """
+    assert original.shape == restored.shape, f"{tuple(original.shape)} and {tuple(restored.shape)}"
+    width = group or original.shape[-1]
+    old, new = (t.detach().float().cpu().reshape(-1, width) for t in (original, restored))
+    error, scale = (old - new).abs().amax(dim=1), old.abs().amax(dim=1)
+    ratio = torch.where(error == 0, 0.0, error / scale)
+    return float(torch.nan_to_num(ratio, nan=torch.inf, posinf=torch.inf).max())
+
+
+def check_rounding(name: str, original: Tensor, restored: Tensor, group: int | None, bound: float) -> float:
+    """The worst error of one matrix.
+
+    Raises:
+        UserError: it is above `bound`: the library that quantized it computes something else here.
+    """
+    worst = worst_error(original, restored, group)
+    if worst > bound * SLACK:
+        raise UserError(
+            f"quantized matrix {name} {tuple(original.shape)}",
+            f"round-trip error {worst:.4f} of the largest weight of its group",
+            f"at most {bound:.4f} is right for the format: install another version of the quantizing library",
+        )
+    return worst

@@ -1,0 +1,134 @@
+"""What a teacher says about the N valid tokens of a batch, in the four forms that a loss can take.
+
+Valid tokens are those of `batch.mask`, in its row-major order: entry n answers for the n-th True of it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distill.models.lm_head import Head
+from eval.core.documents import Batch
+from eval.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dense:
+    """log_probs: [N, V] at T = 1, in any float dtype, normalised over V in float32.
+
+    layers: [N, D] of each teacher layer that `loss.hidden` pairs, in its order; none where it pairs none.
+    """
+
+    log_probs: Tensor
+    layers: tuple[Tensor, ...] = ()
+
+    @property
+    def vocabulary(self) -> int:
+        return self.log_probs.shape[1]
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """[n, V] float32 log-probabilities of the tokens start to stop, up to a constant of each token."""
+        return self.log_probs[start:stop].float()
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """[n, V] float32 log-probabilities of the tokens start to stop."""
+        return self.logits(start, stop)
+
+
+@dataclass(frozen=True)
+class States:
+    """The mean of the distributions that one or several heads make of their hidden states.
+
+    hidden: K tensors [N, D_k]; heads: K heads over one vocabulary V. No [N, V] tensor is ever made.
+    layers: see Dense.
+    """
+
+    hidden: list[Tensor]
+    heads: list[Head]
+    layers: tuple[Tensor, ...] = ()
+
+    @property
+    def vocabulary(self) -> int:
+        return self.heads[0].weight.shape[0]
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """[n, V] float32 log-probabilities of the tokens start to stop, up to a constant of each token."""
+        if len(self.heads) == 1:
+            return self.heads[0](self.hidden[0][start:stop])
+        return self.part(start, stop)
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """[n, V] float32 log-probabilities of the tokens start to stop."""
+        if len(self.heads) == 1:
+            return torch.log_softmax(self.logits(start, stop), dim=-1)
+        total = torch.zeros(0)
+        for hidden, head in zip(self.hidden, self.heads, strict=True):
+            found = torch.log_softmax(head(hidden[start:stop]), dim=-1)
+            total = torch.logaddexp(total, found) if len(total) else found
+        return total - math.log(len(self.heads))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Ids drawn from the teacher at `temperature`: an unbiased estimate of its distribution.
+
+    ids: [N, K] int64, distinct within a token; counts: [N, K] float32, 0 where a place is unused, summing to
+    the number of draws; entropy: [N] float32, of the teacher at that temperature, in nats.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    entropy: Tensor
+    temperature: float
+
+    def few(self, start: int, stop: int) -> "Sampled":
+        """The same of the tokens start to stop."""
+        part = slice(start, stop)
+        return Sampled(self.ids[part], self.counts[part], self.entropy[part], self.temperature)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k likeliest ids; what is left of the probability is one more bucket, the tail.
+
+    ids: [N, k] int64; log_probs: [N, k] float32 at T = 1.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+    def few(self, start: int, stop: int) -> "TopK":
+        """The same of the tokens start to stop."""
+        return TopK(self.ids[start:stop], self.log_probs[start:stop])
+
+
+Target = Dense | States | Sampled | TopK
+Teacher = Callable[[Batch], Target]
+
+
+def within(target: Target, vocabulary: int) -> Target:
+    """The target over the first `vocabulary` ids, as the loss normalises it again.
+
+    A teacher's head is often padded beyond the ids that its tokenizer writes, and a student of the same
+    tokenizer beyond fewer: what is cut off is padding.
+
+    Raises:
+        UserError: the target has fewer ids than the student, or names one beyond them.
+    """
+    if isinstance(target, Sampled | TopK):
+        largest = int(target.ids.max()) if target.ids.numel() else 0
+        if largest >= vocabulary:
+            found = f"targets with id {largest}, of a student with {vocabulary} tokens"
+            raise UserError("vocabulary", found, "set targets.source: online, or targets.form: dense")
+        return target
+    if target.vocabulary < vocabulary:
+        found = f"{target.vocabulary} tokens of the teacher, {vocabulary} of the student"
+        raise UserError("vocabulary", found, "give the student no more tokens than its teacher has")
+    if target.vocabulary == vocabulary:
+        return target
+    if isinstance(target, Dense):
+        return replace(target, log_probs=target.log_probs[:, :vocabulary])
+    return replace(target, heads=[head.first(vocabulary) for head in target.heads])

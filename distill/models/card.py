@@ -1,0 +1,60 @@
+"""Model cards of exported models, with their lineage."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from eval.core.study import Study
+
+ROLES = {
+    "B": "the plain base: what could be shipped instead",
+    "S1": "the student of the teacher that carries the method",
+    "S0": "the control student, of the teacher without the method",
+    "CE": "trained on the text alone, for as many steps as the students",
+}
+
+
+def front_matter(study: Study, arm: str, seed: int, parents: dict[str, str]) -> ModelCardData:
+    """What programs read: the base, the method, and the hash of everything that the model was made of."""
+    named = study.base.path is not None and not Path(study.base.path).is_dir()
+    return ModelCardData(
+        base_model=study.base.path if named else None,  # the hub's name of it; a folder has none
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        lineage={
+            "study": study.name,
+            "study_sha256": study.hash(),
+            "arm": arm,
+            "seed": seed,
+            **({"method": study.method.name} if arm == "S1" else {}),
+            **({"tuning": study.student.tuning, "start": study.student.start} if arm != "B" else {}),
+            "parents_sha256": parents,
+        },
+    )
+
+
+def model_card(
+    study: Study, arm: str, seed: int, parents: dict[str, str], method: dict[str, str] | None = None
+) -> str:
+    """README.md of one exported model: what it is, what it was made of, how to load it.
+
+    Args:
+        method: the card of the study's method, for S1 and S0.
+    """
+    text = f"""---
+{front_matter(study, arm, seed, parents).to_yaml()}
+---
+
+# {study.name}: {arm}, seed {seed}
+
+This is {ROLES[arm]} in the study `{study.name}`. It is a plain causal language model: load it with
+`transformers.AutoModelForCausalLM.from_pretrained`. What it was made of stands above; the hash of every file
+stands in `manifest.json`.
+"""
+    if method is not None:
+        text += f"""
+- method of the study: {method["title"]} ({method["paper"]})
+- claim under test: {method["claim"]}
+- known limits of the method: {method["limits"]}
+"""
+    return str(ModelCard(text))

@@ -1,0 +1,46 @@
+"""What a student starts from: the base, some of its layers, or random weights in its vocabulary."""
+
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.models.layers import decoder_layers, every, influential, keep_layers
+from distill.models.load import fresh_model
+from eval.core.documents import Row, batches, pad_id, tokens_per_batch
+from eval.core.errors import UserError
+from eval.core.sections import Student
+
+ROWS = 64  # training rows that tell which layers matter
+
+
+def start(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Student, rows: list[Row], seed: int
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The student before its first step, and what to note in its manifest.
+
+    All arms of a seed start alike: the base, the rows and the seed decide.
+
+    Args:
+        base: may be changed; the student is made of it.
+        rows: training rows, of which the first few tell the influence of layers; needed for that alone.
+
+    Raises:
+        UserError: more layers are asked for than there are, or the family cannot spare any.
+    """
+    if config.start == "base":
+        return base, {}
+    if config.architecture is not None:
+        vocabulary = base.config.get_text_config().vocab_size  # padded as the teacher's
+        where = "student.architecture"
+        return fresh_model(config.architecture, tokenizer, seed, vocabulary=vocabulary, where=where), {}
+    count, wanted = len(decoder_layers(base)[2]), config.layers
+    assert wanted is not None
+    if wanted > count:
+        raise UserError("student.layers", wanted, f"the base has {count}: ask for at most so many")
+    if config.start == "every":
+        kept = every(count, wanted)
+    else:
+        size = tokens_per_batch(base.config.get_text_config().vocab_size)
+        kept = influential(base, list(batches(rows[:ROWS], pad_id(tokenizer), size)), wanted)
+    keep_layers(base, kept)
+    return base, {"kept_layers": kept}

@@ -1,0 +1,158 @@
+"""Plain models: made from a config, loaded, compared with a tokenizer, exported to stand alone."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from eval.core.errors import UserError
+from eval.core.sections import Base
+from eval.engines.torch import load_checkpoint, quiet
+
+BOS = "<|endoftext|>"
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every text can be written in it, so that bits per byte are always defined."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS)
+
+
+def fresh_model(
+    architecture: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    vocabulary: int | None = None,
+    where: str = "base.architecture",
+) -> PreTrainedModel:
+    """A model of random weights that `seed` decides.
+
+    Args:
+        vocabulary: rows of its embedding; the tokenizer's tokens where it is not told.
+        where: the architecture stands in the study.
+
+    Raises:
+        UserError: transformers does not know the family, or does not take a field.
+    """
+    fields = dict(architecture)
+    kind = fields.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(kind, **fields, vocab_size=vocabulary or len(tokenizer))
+    except (ValueError, TypeError) as error:
+        raise UserError(where, kind, " ".join(str(error).split())[:200]) from error
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def named_model(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base that a study names: a hub repository or a folder, from safetensors alone; it runs no code."""
+    assert base.path is not None
+    if Path(base.path).is_dir():
+        return load_checkpoint(Path(base.path))
+    settings = {"revision": base.revision or "main", "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, **settings)
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=torch.float32, use_safetensors=True, **settings
+        )
+    except (OSError, ValueError, ImportError) as error:
+        mend = "give a hub name that has safetensors, or a folder"
+        raise UserError("base.path", f"{base.path} ({' '.join(str(error).split())[:200]})", mend) from error
+    return model.eval(), tokenizer
+
+
+def load_quantized(folder: Path, kind: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model as bitsandbytes holds it: `int8`, or `nf4` with products in `dtype`; the rest in `dtype`.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"quantization {kind!r}", "bitsandbytes is not installed", "install the extra `gpu`")
+    config = {
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+    }[kind]
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            quantization_config=config,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    return model.eval()
+
+
+def local_files(path: str | None) -> dict[str, list[int]]:
+    """Size and time of every file of a local base: what tells that it has changed. Empty for a hub name."""
+    files = sorted(Path(path).rglob("*")) if path and Path(path).is_dir() else []
+    stats = {p.relative_to(str(path)).as_posix(): p.stat() for p in files if p.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuses a tokenizer that writes ids which the model does not have."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"tokenizer of {where}",
+            f"{len(tokenizer)} tokens, the model has {rows}",
+            "give the model's own one",
+        )
+
+
+def check_same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuses two tokenizers that differ, naming the first token that does."""
+    left, right = one.get_vocab(), other.get_vocab()
+    if left == right:
+        return
+    for token, _ in sorted({**left, **right}.items(), key=lambda item: item[1]):
+        if left.get(token) != right.get(token):
+            found = f"token {token!r} is id {left.get(token)} in one and {right.get(token)} in the other"
+            raise UserError(f"tokenizer of {where}", found, "teacher and student must share one tokenizer")
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
+    """A plain transformers checkpoint: it loads where this project is absent.
+
+    Raises:
+        UserError: the disk does not take it.
+    """
+    model = model.to("cpu")
+    model.config.use_cache = True
+    try:
+        with quiet():
+            model.save_pretrained(str(folder), safe_serialization=True)
+        tokenizer.save_pretrained(str(folder))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        mend = "free some room; the same command goes on from the last checkpoint"
+        raise UserError(f"export to {folder.parent}", " ".join(str(error).split())[:200], mend) from error

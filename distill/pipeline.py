@@ -1,0 +1,226 @@
+"""The training side of a study: what each job makes, and the order in which jobs may run.
+
+Every job runs in a worker process of one thread, or in all processes of a distributed launch: then all of
+them train, and the first one writes. What is done already, by key and by hash, is not done again.
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from distill.data.sources import prepare, training_rows
+from distill.method import make_method
+from distill.models.card import model_card
+from distill.models.init import start
+from distill.models.load import (
+    check_vocabulary,
+    export,
+    fresh_model,
+    local_files,
+    named_model,
+    train_tokenizer,
+)
+from distill.models.lora import Tuned, check_device, tuned
+from distill.teachers.run import TEACHERS, teacher_groups, teacher_name, teacher_of
+from distill.teachers.target_source import KEPT, check_lesson, lesson, lesson_key, make_teacher
+from distill.trainer.logging import check_trackers
+from distill.trainer.loop import accelerator
+from distill.trainer.stage import CODE, WATCHED, in_steps, made, needed, rows_shape, run_training, sweep
+from eval.core.artifacts import building, digest, is_done, read_manifest
+from eval.core.documents import TRAIN, read_documents
+from eval.core.jobs import Job, Progress, run_in_turn, run_jobs
+from eval.core.sections import Train
+from eval.core.study import Study, settle
+from eval.engines import load_tokenizer
+from eval.engines.torch import load_model
+
+
+def make_tokenizer(study: Study) -> None:
+    """The byte-level BPE of a study whose base is trained from nothing."""
+    folder, data = study.folder / "tokenizer", read_manifest(study.folder / "data")
+    key = digest([study.base.vocab_size, data.hash])
+    if study.base.architecture is None or is_done(folder, key):
+        return
+    with building(
+        folder, kind="tokenizer", name="tokenizer", key=key, parents={"data": data.hash}, facts={}
+    ) as aside:
+        texts = [document.text for document in read_documents(study.folder / "data", TRAIN)]
+        tokenizer = train_tokenizer(texts, study.base.vocab_size)
+        tokenizer.save_pretrained(str(aside))
+
+
+def prepare_inputs(study: Study, acc: Accelerator) -> None:
+    """The settled study, data and tokenizer, by the first process, which holds the folder."""
+    check_trackers(study.trackers)
+    check_device(study.student, acc.device)
+    check_lesson(study)
+    if acc.is_main_process:
+        settle(study)
+        prepare(study)
+        make_tokenizer(study)
+    acc.wait_for_everyone()
+
+
+def make_base(study: Study, seed: int, report: Progress) -> None:
+    """The plain base of a seed: trained from nothing, fine-tuned, or taken as it is."""
+    name, base = f"base/s{seed}", study.base
+    data = read_manifest(study.folder / "data")
+    parents = {"data": data.hash}
+    if base.architecture:
+        parents["tokenizer"] = read_manifest(study.folder / "tokenizer").hash
+    training = base.train.model_dump(exclude=WATCHED) if base.train else None
+    shape = rows_shape(study) if base.train else []
+    origin = [base.model_dump(exclude={"train"}), local_files(base.path)]
+    key = digest([CODE, origin, training, shape, parents, seed if base.train else None])
+    if not needed(study.folder / name, key):
+        return
+    if base.architecture:
+        tokenizer = load_tokenizer(study.folder / "tokenizer")
+        model = fresh_model(base.architecture, tokenizer, seed)
+    else:
+        model, tokenizer = named_model(base)
+    check_vocabulary(model, tokenizer, name)
+    facts: dict[str, Any] = {"arm": "B", "seed": seed, "recipe": "plain", "engine": "torch"}
+    with made(study, name, kind="model", key=key, parents=parents, facts=facts) as aside:
+        if base.train is not None:
+            facts["loss_curve"] = run_training(
+                study,
+                name,
+                model,
+                tokenizer,
+                training_rows(study, tokenizer),
+                base.train,
+                key=key,
+                seed=seed,
+                teacher=None,
+                report=in_steps(report, 0.9),
+            )
+        export(model, tokenizer, aside, model_card(study, "B", seed, parents))
+    sweep(study, name)
+
+
+def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
+    """Distils one student from its own base and exports it."""
+    name, base = f"students/{arm}/s{seed}", study.folder / "base" / f"s{seed}"
+    parents = {"base": read_manifest(base).hash, "data": read_manifest(study.folder / "data").hash}
+    if (of := teacher_of(study, arm, seed)) is not None:
+        parents["teacher"] = of
+    config = study.ce_train if arm == "CE" and study.ce_train else study.train
+    settings = [config.model_dump(exclude=WATCHED), study.student.model_dump()]
+    key = digest([CODE, settings, rows_shape(study), lesson_key(study, arm), parents, arm, seed])
+    if not needed(study.folder / name, key):
+        return
+    tokenizer = load_tokenizer(base)
+    facts: dict[str, Any] = {"arm": arm, "seed": seed, "recipe": "plain", "engine": "torch"}
+    method_card = asdict(make_method(study.method).card) if arm in TEACHERS else None
+    if method_card is not None:
+        facts["method"] = method_card
+    with (
+        made(study, name, kind="model", key=key, parents=parents, facts=facts) as aside,
+        lesson(study, arm, seed, tokenizer) as learned,
+    ):
+        student, found = started(study, base, tokenizer, seed, config)
+        facts |= found
+        how: dict[str, Any] = {"key": key, "seed": seed, "report": in_steps(report, 0.9)}
+        how |= {"teacher": learned.teacher, "rewrite": learned.rewrite}
+        facts["loss_curve"] = run_training(study, name, student.model, tokenizer, learned.rows, config, **how)
+        export(student.merged(), tokenizer, aside, model_card(study, arm, seed, parents, method_card))
+    sweep(study, name)
+
+
+def started(
+    study: Study, base: Path, tokenizer: PreTrainedTokenizerBase, seed: int, config: Train
+) -> tuple[Tuned, dict[str, Any]]:
+    """A student before its first step, and what to note of it: the same one in all arms of a seed."""
+    rows = training_rows(study, tokenizer) if study.student.start == "influential" else []
+    model, found = start(load_model(base), tokenizer, study.student, rows, seed)
+    check_vocabulary(model, tokenizer, "the student")
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return tuned(model, study.student, seed, device=accelerator().device, dtype=dtype), found
+
+
+def base_jobs(study: Study) -> list[Job]:
+    """One job per plain base: the seeds of the study, and what the teachers need beside them."""
+    wanted = {seed for groups in teacher_groups(study).values() for bases in groups for seed in bases}
+    steps = study.base.train.epochs if study.base.train else 0.2
+    return [
+        Job(f"base s{seed}", make_base, (study, seed), weight=10 * steps)
+        for seed in sorted({*study.seeds, *wanted})
+    ]
+
+
+def _teacher_job(side: str, seeds: list[int]) -> str:
+    return f"teacher {teacher_name(side, seeds)}"
+
+
+def teacher_jobs(study: Study) -> list[Job]:
+    """One job per distinct teacher, after its bases."""
+    return [
+        Job(
+            _teacher_job(side, seeds),
+            make_teacher,
+            (study, side, seeds, bases),
+            tuple(f"base s{s}" for s in sorted({*bases, *seeds})),
+            weight=5 * len(bases),
+        )
+        for side, groups in teacher_groups(study).items()
+        for bases, seeds in groups.items()
+    ]
+
+
+def student_jobs(study: Study) -> list[Job]:
+    """One job per student, after its base and its teacher; plain CE needs its base alone."""
+    groups = teacher_groups(study)
+    after = {
+        (side, seed): _teacher_job(side, seeds)
+        for side in groups
+        for seeds in groups[side].values()
+        for seed in seeds
+    }
+    jobs = []
+    for seed in study.seeds:
+        for arm in study.arms:
+            teacher = after.get((TEACHERS.get(arm, ""), seed))
+            needs = (f"base s{seed}", *([teacher] if teacher else []))
+            jobs.append(
+                Job(f"{arm} s{seed}", make_student, (study, arm, seed), needs, weight=10 * study.train.epochs)
+            )
+    return jobs
+
+
+def jobs_until(study: Study, stage: str) -> list[Job]:
+    """The jobs of a study up to a stage: `data`, `bases`, `teachers` (with their targets) or `students`."""
+    stages = {"data": None, "bases": base_jobs, "teachers": teacher_jobs, "students": student_jobs}
+    wanted = list(stages)[: list(stages).index(stage) + 1]
+    return [job for name in wanted if (jobs := stages[name]) is not None for job in jobs(study)]
+
+
+def show_targets(study: Study) -> None:
+    """One line per teacher whose targets are kept: what, how much of it, where."""
+    if study.targets.source not in KEPT:
+        return
+    for side, groups in teacher_groups(study).items():
+        for seeds in groups.values():
+            folder = study.folder / "targets" / teacher_name(side, seeds)
+            manifest = read_manifest(folder)
+            facts = manifest.facts
+            print(
+                f"{side} of seeds {', '.join(map(str, seeds))}: {facts['form']}, {facts['tokens']} tokens, "
+                f"{facts['bytes_per_token']} bytes per token, {manifest.bytes / 2**20:.1f} MiB in {folder}"
+            )
+
+
+def run_all(study: Study, jobs: list[Job], title: str) -> None:
+    """Side by side on one machine's CPU; in turn on a GPU or where several processes train as one."""
+    acc = accelerator()
+    if acc.num_processes > 1 or acc.device.type != "cpu":
+        if acc.is_main_process:
+            print(f"{title}: {acc.num_processes} processes on {acc.device.type}", file=sys.stderr)
+        run_in_turn(title, jobs, quiet=not acc.is_main_process)
+    else:
+        run_jobs(title, jobs, study.workers)

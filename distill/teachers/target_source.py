@@ -1,0 +1,173 @@
+"""What students learn from: targets that a teacher left on disk, a teacher that runs, or texts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from distill.data.sources import training_rows
+from distill.losses.divergences import check_target
+from distill.losses.teacher_output import Sampled, Target, Teacher, TopK
+from distill.teachers.cache import CachedTeacher, Form, join, make_form, write_shards
+from distill.teachers.run import (
+    TEACHERS,
+    LiveTeacher,
+    fitted,
+    group_of,
+    is_scored,
+    score_teacher,
+    teacher_hash,
+    teacher_name,
+    teacher_of,
+    teaching,
+)
+from distill.teachers.texts import count_texts, read_texts, write_texts
+from distill.trainer.loop import accelerator
+from distill.trainer.rollout import OnPolicy
+from distill.trainer.stage import CODE, made, needed, rows_shape, scratch, sweep
+from eval.core.artifacts import digest, read_manifest
+from eval.core.documents import Row, pad_id, tokens_per_batch
+from eval.core.errors import UserError
+from eval.core.jobs import Progress
+from eval.core.sections import Targets
+from eval.core.study import Study
+from eval.engines import load_tokenizer
+
+KEPT = ("cached", "sequence")  # sources whose teacher need not run while a student trains
+WRITTEN = ("on_policy", "sequence")  # sources whose rows are written
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one student is trained on: rows, a teacher if it has one, and who rewrites the rows of a step."""
+
+    rows: list[Row]
+    teacher: Teacher | None = None
+    rewrite: OnPolicy | None = None
+
+
+def check_lesson(study: Study) -> None:
+    """Refuses now what training would refuse after bases and teachers are made.
+
+    Raises:
+        UserError: source and form of the targets, the loss and the data do not go together.
+    """
+    targets, loss, source = study.targets, study.train.loss, study.targets.source
+    if source == "cached" and targets.form != "dense":
+        one = torch.zeros(1, 1)
+        few: dict[str, Target] = {
+            "sampled": Sampled(one.long(), one + 1, one[0], loss.temperature),
+            "top_k": TopK(one.long(), one - 1),
+        }
+        check_target(few[targets.form], loss)
+    if source in KEPT and loss.hidden is not None:
+        mend = "set targets.source: online"
+        raise UserError("train.loss.hidden", f"{source} targets hold no hidden states", mend)
+    if source in WRITTEN and study.data.packing:
+        mend = "set data.packing: false"
+        raise UserError("data.packing", f"true, and with targets.source: {source} texts are written", mend)
+    if source == "on_policy" and loss.weight < 1:
+        found = f"{loss.weight}, and with on_policy the labels are the student's own"
+        raise UserError("train.loss.weight", found, "set train.loss.weight: 1")
+
+
+def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], report: Progress) -> None:
+    """Fits the method, scores the teacher for its seeds and writes its targets: what is not done yet."""
+    teacher = teacher_hash(study, side, bases, fitted(study, side, seeds, bases, report))
+    name, key = f"targets/{teacher_name(side, seeds)}", _targets_key(study, teacher)
+    missing = study.targets.source in KEPT and needed(study.folder / name, key)
+    scored = is_scored(study, side, seeds, teacher)
+    acc = accelerator()
+    acc.wait_for_everyone()  # all have looked before the first one writes
+    if scored and not missing:
+        return
+    with teaching(study, side, seeds, bases) as live:
+        if missing:
+            _keep(study, name, key, live, teacher, report)
+        if not scored and acc.is_main_process:
+            score_teacher(study, side, seeds, live, teacher)
+    acc.wait_for_everyone()
+
+
+def _keep(study: Study, name: str, key: str, live: LiveTeacher, teacher: str, report: Progress) -> None:
+    """What the teacher says of all training rows: every process writes its share, the first joins them."""
+    acc, place = accelerator(), scratch(study, name, key)
+    base = study.folder / "base" / Path(name).name
+    tokenizer = load_tokenizer(base)
+    rows = training_rows(study, tokenizer)
+    share: dict[str, Any] = {"process": acc.process_index, "processes": acc.num_processes, "report": report}
+    facts: dict[str, Any] = {**_lineage(study, base, teacher), "method": live.method.identity}
+    if study.targets.source == "cached":
+        form = form_of(study, base)
+        facts |= form.facts
+        write_shards(place, rows, live, form, pad=pad_id(tokenizer), **share)
+    else:
+        generation = study.targets.generation
+        facts |= {"form": "texts", "generation": generation.model_dump()}
+        most, context = tokens_per_batch(live.vocabulary), study.data.context
+        write = partial(live.write, seed=0)
+        write_texts(place, rows, write, generation, context=context, most=most, **share)
+    acc.wait_for_everyone()
+    tokens = sum(row.predicted for row in rows) if study.targets.source == "cached" else count_texts(place)
+    parents = {"base": read_manifest(base).hash, "data": facts["data"]}
+    with made(study, name, kind="targets", key=key, parents=parents, facts=facts) as aside:
+        if acc.is_main_process:
+            facts |= join(place, aside, tokens)
+    sweep(study, name)
+
+
+def form_of(study: Study, base: Path) -> Form:
+    """How targets of this study are written, in the vocabulary of a base."""
+    vocabulary = AutoConfig.from_pretrained(str(base)).get_text_config().vocab_size
+    return make_form(study.targets, vocabulary, study.train.loss.temperature)
+
+
+def _lineage(study: Study, base: Path, teacher: str) -> dict[str, str]:
+    """What targets must be of: the teacher, its tokenizer, the data."""
+    tokenizer = digest(load_tokenizer(base).get_vocab())
+    return {"teacher": teacher, "tokenizer": tokenizer, "data": read_manifest(study.folder / "data").hash}
+
+
+def _matters(targets: Targets) -> dict[str, Any]:
+    """The settings that decide what a student is told; what decides its teacher is in the teacher's hash."""
+    form = {"dense": ["form"], "sampled": ["form", "draws"], "top_k": ["form", "k"]}[targets.form]
+    keys = {"cached": form, "online": [], "on_policy": ["share", "generation"], "sequence": ["generation"]}
+    return targets.model_dump(include={"source", *keys[targets.source]})
+
+
+def _targets_key(study: Study, teacher: str) -> str:
+    sampled = study.targets.source == "cached" and study.targets.form == "sampled"
+    temperature = study.train.loss.temperature if sampled else None
+    return digest([CODE, teacher, rows_shape(study), _matters(study.targets), temperature])
+
+
+def lesson_key(study: Study, arm: str) -> Any:
+    """What decides a student's lesson beside its rows and its teacher."""
+    return _matters(study.targets) if arm in TEACHERS else None
+
+
+@contextmanager
+def lesson(study: Study, arm: str, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[Lesson]:
+    """What a student learns from: rows alone, or rows and its teacher."""
+    rows, targets = training_rows(study, tokenizer), study.targets
+    teacher = teacher_of(study, arm, seed)
+    if teacher is None:
+        yield Lesson(rows)
+        return
+    bases, seeds = group_of(study, TEACHERS[arm], seed)
+    folder = study.folder / "targets" / teacher_name(TEACHERS[arm], seeds)
+    base = study.folder / "base" / f"s{seeds[0]}"
+    if targets.source == "cached":
+        lineage = _lineage(study, base, teacher)
+        yield Lesson(rows, CachedTeacher(folder, rows, form_of(study, base), lineage))
+    elif targets.source == "sequence":
+        yield Lesson(read_texts(folder, rows, _lineage(study, base, teacher), targets.generation))
+    else:
+        writer = OnPolicy(targets.share, targets.generation, study.data.context, seed, pad_id(tokenizer))
+        with teaching(study, TEACHERS[arm], seeds, bases, split=True) as live:
+            yield Lesson(rows, live, writer if targets.source == "on_policy" else None)

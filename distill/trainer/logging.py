@@ -1,0 +1,61 @@
+"""Curves of a run for people: TensorBoard and its like, by the names that accelerate knows."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+
+from eval.core.errors import UserError, one_of
+
+
+class Log(Protocol):
+    """Writes what was measured at a step."""
+
+    def __call__(self, step: int, values: dict[str, float]) -> None: ...
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuses a name that accelerate does not know, and a tracker that is not installed."""
+    installed = {str(kind.value) for kind in get_available_trackers()}
+    for name in names:
+        one_of("trackers", name, list(LOGGER_TYPE_TO_CLASS))
+        if name not in installed:
+            raise UserError("trackers", f"{name} is not installed", f"`pip install {name}`, or leave it out")
+
+
+@contextmanager
+def tracked(acc: Accelerator, names: list[str], folder: Path, run: str, fresh: bool) -> Iterator[Log | None]:
+    """What logs a run, on the first process; files go to `folder / run`. None where nothing is to be logged.
+
+    Args:
+        fresh: the run starts at its first step: what an earlier one left in that folder is dropped.
+    """
+    if not names or not acc.is_main_process:
+        yield None
+        return
+    if fresh:
+        shutil.rmtree(folder / run, ignore_errors=True)
+    trackers = [_start(name, run, folder) for name in names]
+
+    def log(step: int, values: dict[str, float]) -> None:
+        for tracker in trackers:
+            tracker.log(values, step=step)
+
+    try:
+        yield log
+    finally:
+        for tracker in trackers:
+            tracker.finish()
+
+
+def _start(name: str, run: str, folder: Path) -> GeneralTracker:
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    tracker = kind(run, folder) if kind.requires_logging_directory else kind(run)
+    tracker.start()
+    return tracker

@@ -1,0 +1,87 @@
+"""What every stage does alike: is its work needed, is it whole, does its training go on where it stopped."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.data.packing import check_packing
+from distill.trainer.checkpoint import Curve
+from distill.trainer.evaluate import Heldout
+from distill.trainer.logging import tracked
+from distill.trainer.loop import Step, accelerator, train
+from eval.core.artifacts import building, file_sha256, is_done
+from eval.core.documents import Row, pad_id
+from eval.core.jobs import Progress
+from eval.core.sections import Train
+from eval.core.study import ROOT, Study
+
+WATCHED = {"checkpoint_every", "evaluate_every"}  # settings of a training that leave its weights alone
+CODE = sorted(file_sha256(p) for p in [*(ROOT / "distill").rglob("*.py"), ROOT / "eval/core/documents.py"])
+
+
+def needed(folder: Path, key: str) -> bool:
+    """True if `folder` must be made; every process of a launch answers before any goes on."""
+    missing = not is_done(folder, key)
+    accelerator().wait_for_everyone()
+    return missing
+
+
+@contextmanager
+def made(study: Study, name: str, **what: Any) -> Iterator[Path]:
+    """A folder that becomes the artifact `name`; processes beside the first write to nowhere."""
+    acc = accelerator()
+    if acc.is_main_process:
+        with building(study.folder / name, name=name, **what) as aside:
+            yield aside
+    else:
+        with TemporaryDirectory() as nowhere:
+            yield Path(nowhere)
+    acc.wait_for_everyone()
+
+
+def rows_shape(study: Study) -> list[Any]:
+    """What decides the training rows beside the data and the tokenizer."""
+    return [study.data.context, study.data.train_rows, study.data.packing]
+
+
+def scratch(study: Study, name: str, key: str) -> Path:
+    """Where unfinished work of the artifact `name` lies, told apart by what it is made of."""
+    return study.folder / "scratch" / name.replace("/", "-") / key[:16]
+
+
+def run_training(
+    study: Study,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    config: Train,
+    *,
+    key: str,
+    **how: Any,
+) -> Curve:
+    """Trains with resumable checkpoints in the scratch folder of `name`, and its curves among the logs."""
+    pad, place = pad_id(tokenizer), scratch(study, name, key)
+    check_packing(model, rows, pad)
+    if config.evaluate_every and study.trackers:
+        how["evaluate"] = Heldout(study.folder / "data", tokenizer, study.data.context, pad)
+    run, fresh = name.removeprefix("students/").replace("/", "-"), not place.exists()
+    with tracked(accelerator(), study.trackers, study.folder / "logs", run, fresh) as log:
+        return train(model, rows, config, pad=pad, scratch=place, log=log, **how)
+
+
+def sweep(study: Study, name: str) -> None:
+    """Drops the checkpoints of finished work, and those of its parts."""
+    if accelerator().is_main_process:
+        top, stem = study.folder / "scratch", name.replace("/", "-")
+        for place in [top / stem, *top.glob(f"{stem}-*")]:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def in_steps(report: Progress, share: float = 1.0) -> Callable[[Step], None]:
+    return lambda step: report(share * step.number / step.of, step.tokens)

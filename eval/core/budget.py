@@ -1,0 +1,111 @@
+"""The budget: what a release must keep and what it may cost, fixed before the run."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from eval.core.sections import Frozen
+from eval.core.study import Study, find_config, read_yaml, validated
+
+Quantity = Literal[
+    "prefill_p50",
+    "prefill_p95",
+    "prefill_p99",
+    "decode_p50",
+    "decode_p95",
+    "decode_p99",
+    "peak_memory",
+    "device_memory",
+    "disk",
+    "load_time",
+    "energy",
+    "knee",
+    "throughput",
+]
+Unit = Literal["ms", "s", "B", "KiB", "MiB", "GiB", "J/token", "requests/s", "tokens/s"]
+UNITS: dict[str, float] = {
+    **{"ms": 1.0, "s": 1e3, "B": 1.0, "KiB": 1024.0, "MiB": 1024.0**2, "GiB": 1024.0**3},
+    **dict.fromkeys(["J/token", "requests/s", "tokens/s"], 1.0),
+}
+AT_LOAD = ("knee", "throughput")  # measured by eval.cost.load; more is better
+ACCEPTED: dict[str, list[str]] = {
+    **{name: ["B", "KiB", "MiB", "GiB"] for name in ("peak_memory", "device_memory", "disk")},
+    "energy": ["J/token"],
+    "knee": ["requests/s"],
+    "throughput": ["tokens/s"],
+}
+
+
+class Limit(Frozen):
+    """`at_most: 20, unit: ms`, or `at_most: 0.5, of: plain` (a variant of the same run); or `at_least`."""
+
+    at_most: float | None = Field(None, gt=0, allow_inf_nan=False)
+    at_least: float | None = Field(None, gt=0, allow_inf_nan=False)
+    unit: Unit | None = None
+    of: str | None = None
+
+    @model_validator(mode="after")
+    def one_measure(self) -> Self:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError("give exactly one of `at_most` and `at_least`")
+        if (self.unit is None) == (self.of is None):
+            raise ValueError("give exactly one of `unit` (absolute) and `of` (relative to a variant)")
+        return self
+
+    @property
+    def value(self) -> float:
+        found = self.at_most if self.at_least is None else self.at_least
+        assert found is not None
+        return found
+
+
+class Target(Frozen):
+    device: Literal["cpu", "cuda"]
+    required: bool = True
+    limits: dict[Quantity, Limit] = Field(default_factory=dict)
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def known_by_one_name(cls, limits: Any) -> Any:
+        for name in limits if isinstance(limits, dict) else ():
+            phase, _, percentile = str(name).partition("_")
+            if phase == "ttft":
+                raise ValueError(f"the time to first token is named prefill_{percentile or 'p50'} here")
+        return limits
+
+    @model_validator(mode="after")
+    def units_fit(self) -> Self:
+        for name, limit in self.limits.items():
+            accepted = ACCEPTED.get(name, ["ms", "s"])
+            if limit.unit is not None and limit.unit not in accepted:
+                raise ValueError(f"{name} cannot be in {limit.unit}; accepted: {', '.join(accepted)}")
+            side = "at_least" if name in AT_LOAD else "at_most"
+            if getattr(limit, side) is None:
+                raise ValueError(f"{name} takes `{side}`")
+        return self
+
+
+class Budget(Frozen):
+    """f, g and alpha of the gate, the mandatory slices with their own f, and limits per target."""
+
+    name: str
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    f: float = Field(gt=0, le=1)
+    # the guard: a share of the student's gain over the base, or so many bits per byte over the base
+    g: float | None = Field(None, gt=0, le=1)
+    delta_min: float | None = Field(None, gt=0, allow_inf_nan=False)
+    # mandatory slices beside the held-out one -> their own f
+    slices: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
+    targets: dict[str, Target] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def one_guard(self) -> Self:
+        if (self.g is None) == (self.delta_min is None):
+            raise ValueError("give exactly one of `g` (a share) and `delta_min` (bits per byte)")
+        return self
+
+
+def load_budget(study: Study, name: str | None = None) -> Budget:
+    """The study's budget, or the one named."""
+    path = find_config("budgets", name or study.budget)
+    return validated(Budget, read_yaml(path), str(path))

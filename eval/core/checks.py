@@ -1,0 +1,185 @@
+"""Do the records of a run speak of the study, the data and the artifacts that lie there now?
+
+Everything that does not fit is refused by name, with both values: a verdict over records of different
+things would look like any other.
+"""
+
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from eval.core.artifacts import Manifest, read_manifest
+from eval.core.budget import Budget
+from eval.core.errors import UserError, one_of
+from eval.core.records import HELDOUT, PLAIN, Documents, Record, Score, record_path
+from eval.core.study import Study
+
+FALLBACK, TEACHERS, STUDENT, CONTROL, CE = "B", ("T1", "T0"), "S1", "S0", "CE"
+TAUGHT = dict(zip((STUDENT, CONTROL), TEACHERS, strict=True))  # a student's teacher; CE has none
+STAGES = {"base": "distill/train.py", "students": "distill/train.py", "variants": "compress/run.py"}
+SLACK = timedelta(minutes=5)  # by which the clocks of two machines may differ
+
+
+def artifact_folder(folder: Path, arm: str, seed: int, recipe: str) -> Path | None:
+    """Where a base, student or variant of a run lies; None for teachers, of which no folder is left."""
+    if recipe != PLAIN:
+        return folder / "variants" / recipe / arm / f"s{seed}"
+    if arm == FALLBACK:
+        return folder / "base" / f"s{seed}"
+    return folder / "students" / arm / f"s{seed}" if arm in (STUDENT, CONTROL, CE) else None
+
+
+class Artifacts:
+    """The manifests of a run folder, each read once."""
+
+    def __init__(self, folder: Path, study: Study) -> None:
+        self.folder, self.study = folder, study
+        self._read: dict[Path, Manifest] = {}
+        self.early: list[Path] = []  # records that are older than the artifact they speak of
+
+    @cached_property
+    def config(self) -> str:
+        return self.study.hash()
+
+    @property
+    def data(self) -> Manifest:
+        return self.manifest(self.folder / "data")
+
+    def manifest(self, place: Path) -> Manifest:
+        if place not in self._read:
+            self._read[place] = read_manifest(place)
+        return self._read[place]
+
+    def check(self, record: Record) -> None:
+        """The record was measured for this study, on the bytes that lie there now, after they were made."""
+        path, found = record_path(self.folder, record), record.provenance
+        if found.config != self.config:
+            raise UserError(
+                f"record {path}",
+                f"measured for study hash {found.config[:12]}, this study's is {self.config[:12]}",
+                "measure again, or name the study that it was measured for",
+            )
+        place = artifact_folder(self.folder, record.arm, record.seed, record.recipe)
+        made = self.manifest(place) if place else self.data
+        if place and made.hash != found.artifact:
+            raise UserError(
+                f"record {path}",
+                f"measured on artifact {found.artifact[:12]}, {place} holds {made.hash[:12]}",
+                "delete the record and measure again",
+            )
+        self._check_clock(path, found.time, made)
+
+    def _check_clock(self, path: Path, time: str, made: Manifest) -> None:
+        """Refuses a time to come, and notes one before the artifact was made.
+
+        The bytes are those that were measured: either they were made again since, or a clock went back.
+        """
+        measured = datetime.fromisoformat(time)
+        if measured > datetime.now(UTC) + SLACK:
+            found = f"measured at {time}, which is yet to come"
+            raise UserError(f"record {path}", found, "set the clock, then measure again")
+        if made.time and measured < datetime.fromisoformat(made.time) - SLACK:
+            self.early.append(path)
+
+    def check_data(self, record: Score) -> None:
+        if record.data != self.data.hash:
+            raise UserError(
+                f"record {record_path(self.folder, record)}",
+                f"scored on data {record.data[:12]}, {self.folder / 'data'} holds {self.data.hash[:12]}",
+                "delete the record and score again",
+            )
+
+    def check_parents(self, scores: list[Score]) -> None:
+        """Every model was made from what lies in the run now, so no variant of a lost student is judged."""
+        teachers = {(s.arm, s.seed): s.provenance.artifact for s in scores if s.arm in TEACHERS}
+        for record in scores:
+            place = artifact_folder(self.folder, record.arm, record.seed, record.recipe)
+            if place is None:
+                continue
+            made, stage = self.manifest(place).parents, STAGES[place.relative_to(self.folder).parts[0]]
+            for role, now in self._parents(record, teachers).items():
+                if made.get(role) != now:
+                    raise UserError(
+                        f"artifact {place}",
+                        f"made from {role} {made.get(role, 'unknown')[:12]}, the run's is {now[:12]}",
+                        f"run {stage} again, then score and measure",
+                    )
+
+    def check_recipes(self, scores: list[Score]) -> None:
+        """Every variant of a name was made by one recipe: its control and all its seeds as itself."""
+        seen: dict[str, tuple[Any, Path]] = {}
+        for record in scores:
+            place = artifact_folder(self.folder, record.arm, record.seed, record.recipe)
+            if record.recipe == PLAIN or place is None:
+                continue
+            made = self.manifest(place).facts.get("recipe_hash"), record.engine
+            other, there = seen.setdefault(record.recipe, (made, place))
+            if made != other:
+                raise UserError(
+                    f"artifact {place}",
+                    f"made by another recipe {record.recipe!r} than {there}, or for another engine",
+                    "run python -m compress.run again, then score and measure",
+                )
+
+    def _parents(self, record: Score, teachers: dict[tuple[str, int], str]) -> dict[str, str]:
+        """Role -> hash of what the model of `record` must have been made from."""
+        found = {"data": self.data.hash}
+        arm, seed = record.arm, record.seed
+        if record.recipe != PLAIN:
+            student = artifact_folder(self.folder, arm, seed, PLAIN)
+            assert student is not None
+            return found | {"student": self.manifest(student).hash}
+        if arm != FALLBACK:
+            found["base"] = self.manifest(self.folder / "base" / f"s{seed}").hash
+        if arm in TAUGHT:
+            found["teacher"] = teachers[TAUGHT[arm], seed]
+        return found
+
+
+def check_seeds_differ(scores: list[Score]) -> None:
+    """Copies of one student would count as seeds and make the interval a lie."""
+    seen: dict[tuple[str, str], int] = {}
+    for record in scores:
+        if record.arm not in TAUGHT or record.recipe != PLAIN:
+            continue
+        other = seen.setdefault((record.arm, record.provenance.artifact), record.seed)
+        if other != record.seed:
+            raise UserError(
+                f"students {record.arm}",
+                f"seeds {other} and {record.seed} are the same artifact {record.provenance.artifact[:12]}",
+                "seeds must be trained apart; copies are no evidence about seeds",
+            )
+
+
+def check_aligned(folder: Path, first: Score, record: Score) -> None:
+    """Two scores speak of the same documents, in whatever order."""
+    a, b = first.documents, record.documents
+    sizes = {(s, i): size for s, i, size in zip(b.slice, b.id, b.bytes, strict=True)}
+    place = f"record {record_path(folder, record)}"
+    mend = f"differs from {record_path(folder, first)}: score both again"
+    for name, key, size in zip(a.slice, a.id, a.bytes, strict=True):
+        if sizes.get((name, key)) != size:
+            other = f"{sizes[name, key]} bytes" if (name, key) in sizes else "is missing"
+            raise UserError(
+                place, f"document {key!r} of slice {name!r}: {other}, elsewhere {size} bytes", mend
+            )
+    if len(b.id) != len(a.id):
+        raise UserError(place, f"{len(b.id)} documents, elsewhere {len(a.id)}", mend)
+
+
+def order_of(first: Documents, other: Documents) -> list[int]:
+    """Where the documents of `first` lie in `other`."""
+    place = {key: i for i, key in enumerate(zip(other.slice, other.id, strict=True))}
+    return [place[key] for key in zip(first.slice, first.id, strict=True)]
+
+
+def check_budget(budget: Budget, recipes: list[str], slices: list[str]) -> None:
+    """Every slice and variant that the budget names is there, and some target is required."""
+    for name in [HELDOUT, *budget.slices]:
+        one_of(f"budget {budget.name!r}: slice without any scored document", name, slices)
+    for target, of in [(t, limit.of) for t in budget.targets for limit in budget.targets[t].limits.values()]:
+        if of is not None:
+            one_of(f"budget {budget.name!r}: targets.{target}: variant", of, recipes)
+    if not any(target.required for target in budget.targets.values()):
+        raise UserError(f"budget {budget.name!r}", "no required target", "set required: true on one")

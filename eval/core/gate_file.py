@@ -1,0 +1,260 @@
+"""The shape of gate.json, schema version 2. Other programs read it; docs/statistics.md tells every field."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from eval.core.sections import Frozen
+from eval.stats.crossed import Verdict
+
+STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
+
+
+class Estimate(Frozen):
+    """A mean with its two-sided 95 % interval; bounds are null where the error is unknown."""
+
+    point: float
+    low: float | None
+    high: float | None
+    p: float | None = None  # one-sided, of "the mean is at most 0"; null for scores
+    unit: str = "bits/byte"
+
+
+class Kept(Frozen):
+    """A ratio of two gains with its two-sided 95 % interval; all null where the ratio is undefined."""
+
+    point: float | None = None
+    low: float | None = None
+    high: float | None = None
+    method: str = "fieller"
+    bootstrap_low: float | None = None
+    bootstrap_high: float | None = None
+
+
+class Link(Frozen):
+    """One step from the teacher's gain to the variant's; the product of all links is the kept share."""
+
+    step: str  # `distil`, else the recipe that the step leads to
+    over: str  # what the share is of: `teacher`, else the recipe before
+    share: Kept
+
+
+class Students(Frozen):
+    over_control: Kept  # (S1 - S0) / (T1 - T0)
+    over_ce: Kept | None  # (S1 - CE) / (T1 - T0); null without a CE arm
+    over_base: Kept  # (S1 - B) / (T1 - B): what a study without a control would claim
+
+
+class Power(Frozen):
+    """Of the held-out retention test of the uncompressed student, with this run as the pilot."""
+
+    documents: int
+    seeds: int
+    effect: float  # bits/byte by which the kept gain exceeds f times the teacher's
+    power_now: float | None
+    power_low: float | None = None  # 80 % interval of power_now, for the variances themselves are estimates
+    power_high: float | None = None
+    seeds_for_80: int | None
+    documents_for_80: int | None
+    share_for_80: float | None = None  # the least true share that this plan passes with 80 %
+
+
+class Part(Frozen):
+    """One of the tests that a variant must pass; `low` and `high` are one-sided bounds at alpha."""
+
+    name: str
+    verdict: Verdict
+    estimate: float | None
+    low: float | None
+    high: float | None
+    limit: float
+    unit: str
+    p: float | None = None
+    reason: str
+
+
+class Slice(Frozen):
+    kept_share: Kept
+    verdict: Verdict | None  # null where the budget does not make the slice mandatory
+
+
+class Relative(Frozen):
+    """Ratio to another variant measured in the same rounds, with one-sided bounds at alpha."""
+
+    point: float
+    lower: float
+    upper: float
+    of: str
+
+
+class Number(Frozen):
+    """A measured cost with one-sided bounds at alpha; `value` is null where it could not be had honestly."""
+
+    value: float | None
+    lower: float | None
+    upper: float | None
+    unit: Literal["ms", "s", "MiB", "J/token", "requests/s", "tokens/s"]
+    requests: int  # timed values behind a percentile or a knee; 1 for disk; else the processes
+    processes: int
+    needs: int | None = None  # timed values without which the percentile has no upper bound
+    relative: Relative | None = None
+
+
+class Rate(Frozen):
+    """What was measured in real time at one rate of requests; latencies from the intended arrival."""
+
+    rate: float  # asked, requests/s
+    offered_rps: Number  # that arrived
+    throughput_rps: Number
+    throughput_tokens_per_s: Number
+    ttft_p95: Number  # until the first token, the wait included
+    p50: Number  # until the last token
+    p95: Number
+    p99: Number
+    follows: int  # processes that kept up: 95 % of what arrived was done meanwhile, and no backlog grew
+
+
+class Load(Frozen):
+    """Open-loop load on one server, first come first served, batch 1."""
+
+    knee_rps: Number  # the highest rate whose p95 is within the SLO; without one, what the server can do
+    knee_tokens_per_s: Number  # generated
+    slo_ms: float | None
+    seconds: float  # of arrivals per rate and process
+    rates: list[Rate]
+
+
+class Hashes(Frozen):
+    artifact: dict[str, str]  # seed -> hash of S1 after the recipe
+    control: dict[str, str]  # seed -> hash of S0 after the recipe
+    records: dict[str, str]  # path -> sha256
+
+
+class Variant(Frozen):
+    """One recipe on one target."""
+
+    recipe: str
+    target: str
+    engine: str
+    verdict: Verdict
+    reason: str
+    parts: list[Part]
+    p: float  # of the quality parts together: the largest
+    holm_p: float | None  # adjusted over the variants of the target that meet every limit; null for others
+    kept_share: Kept
+    kept_of_student: Kept
+    guard_share: Kept
+    chain: list[Link] = Field(default_factory=list)  # from the teacher's gain to this variant's
+    slices: dict[str, Slice]
+    scores: dict[str, Estimate]
+    cost: dict[str, Number] | None
+    load: Load | None = None  # null where it was not measured
+    measured: bool
+    how: str | None
+    hashes: Hashes
+    recommended: bool
+
+
+class Difference(Frozen):
+    """How far a variant is from its student, and from itself run again: below `floor` there is only noise."""
+
+    value: float
+    low: float | None
+    high: float | None
+    floor: float
+    unit: str
+
+
+class Quality(Frozen):
+    """What a recipe does to the student beside bits per byte; empty or null where it was not measured."""
+
+    accuracy: dict[str, Estimate]  # by slice: share of next tokens held to be the likeliest
+    calibration_error: dict[str, Estimate]  # by slice; the interval is over seeds, documents held fixed
+    worst_slice: str | None  # where the smallest share of the gain is kept
+    flips: Difference | None
+    kl: Difference | None
+    tasks: dict[str, dict[str, Estimate]]  # task -> arm -> mean mark
+
+
+class Opening(Frozen):
+    """One look at the sealed documents; `verdict` and what follows are null until they are scored."""
+
+    schema_version: int = 1
+    number: int
+    time: str  # ISO 8601, UTC
+    by: str
+    reason: str | None  # why they were opened again; null for the first time
+    recipe: str
+    target: str | None  # for which the gate recommended it
+    budget: str  # hash
+    config: str  # hash of the study
+    data: str
+    artifacts: dict[str, str]  # arm/s<seed>/recipe -> hash
+    documents: int | None = None
+    verdict: Verdict | None = None
+    parts: list[Part] = Field(default_factory=list)
+    teacher_gain: Estimate | None = None
+    kept_share: Kept | None = None
+    guard_share: Kept | None = None
+
+
+class Look(Frozen):
+    """What is told of every opening."""
+
+    number: int
+    time: str
+    by: str
+    reason: str | None
+    recipe: str
+    verdict: Verdict | None
+    same: bool = True  # of the artifacts that this file judges
+
+
+class Sealed(Frozen):
+    """The last look at the sealed documents: the estimate to quote, for nothing was chosen by it."""
+
+    openings: int  # so far; only the first is free of what was learned from the ones before
+    time: str
+    by: str
+    recipe: str
+    target: str | None
+    current: bool  # whether it was of the artifacts and the budget of this file
+    documents: int | None
+    verdict: Verdict | None
+    parts: list[Part]
+    teacher_gain: Estimate | None
+    kept_share: Kept | None
+    guard_share: Kept | None
+    history: list[Look]
+
+
+class Provenance(Frozen):
+    config: str
+    data: str
+    machines: list[dict[str, Any]]
+    versions: dict[str, str]
+    artifacts: dict[str, str]
+    records: dict[str, str]
+
+
+class GateFile(Frozen):
+    schema_version: Literal[2] = 2
+    study: str
+    title: str
+    method: str
+    verdict: Verdict
+    reason: str
+    notes: list[str] = Field(default_factory=list)  # what the verdict is conditional on
+    recommended: dict[str, str | None]
+    budget: dict[str, Any]
+    seeds: list[int]
+    documents: dict[str, int]
+    teacher_gain: Estimate
+    teacher_gain_slices: dict[str, Estimate]
+    scores: dict[str, dict[str, Estimate]]
+    kept_by_student: Students
+    power: Power | None
+    variants: list[Variant]
+    quality: dict[str, Quality] = Field(default_factory=dict)  # by recipe
+    sealed: Sealed | None = None  # null: never opened
+    provenance: Provenance

@@ -1,0 +1,380 @@
+"""Records: measured facts with their provenance, one JSON file each, below `records/` of a run folder."""
+
+import math
+import os
+import platform
+import socket
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from eval.core.artifacts import versions, write_text
+from eval.core.errors import UserError
+from eval.core.sections import Frozen
+
+PLAIN = "plain"  # the recipe of the uncompressed student
+TRAINING = "training documents"  # what the prompts of a cost are made of where a run folder is there
+Kind = Literal["score", "sealed"]  # of scores: of the documents that decide, and of those kept unopened
+HELDOUT = "heldout"  # the slice of documents like the training ones
+
+
+class Machine(Frozen):
+    host: str
+    system: str
+    cpu: str
+    isa: str
+    cores: int
+    device: str  # cpu, or the name of the accelerator
+    driver: str | None = None
+
+
+class Provenance(Frozen):
+    artifact: str  # hash of the measured artifact
+    config: str  # hash of the study; empty where none was there, until eval.cost.merge has bound the record
+    machine: Machine
+    versions: dict[str, str]
+    time: str  # ISO 8601, UTC
+
+    @field_validator("time")
+    @classmethod
+    def is_a_time(cls, value: str) -> str:
+        if datetime.fromisoformat(value).tzinfo is None:
+            raise ValueError(f"{value!r} names no time zone")
+        return value
+
+
+Sums = list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+
+class Bins(Frozen):
+    """Sums over the tokens of a slice by the confidence in them: 15 bins of equal width over [0, 1]."""
+
+    tokens: Sums
+    confidence: Sums  # probability of the likeliest token
+    correct: Sums  # whether that was the token
+
+    @model_validator(mode="after")
+    def sound(self) -> Self:
+        if not len(self.tokens) == len(self.confidence) == len(self.correct) or sum(self.tokens) <= 0:
+            raise ValueError("sums of different bins, or of no token")
+        return self
+
+
+class Documents(Frozen):
+    """Columns of equal length, one entry per scored document."""
+
+    id: list[str]
+    slice: list[str]
+    bytes: list[int]
+    tokens: list[int]
+    bits: list[float]  # negative log2 likelihood of the whole document
+    correct: list[int] | None = None  # tokens that were held to be the likeliest
+    calibration: dict[str, Bins] | None = None  # by slice
+
+    @model_validator(mode="after")
+    def sound(self) -> Self:
+        columns = self.id, self.slice, self.bytes, self.tokens, self.bits, self.correct
+        lengths = {len(column) for column in columns if column is not None}
+        if lengths == {0} or len(lengths) != 1:
+            raise ValueError(f"columns of {sorted(lengths)} entries; all must have the same, at least 1")
+        if len(set(self.id)) < len(self.id) and (twice := self._twice()):
+            raise ValueError(f"document {twice[1]!r} appears twice in slice {twice[0]!r}")
+        # `min` and `map` look at 10,000 documents in a millisecond; a name is looked for on error alone
+        if (least := min(self.bytes)) <= 0:
+            name = self.id[self.bytes.index(least)]
+            raise ValueError(f"document {name!r} has {least} bytes; drop empty documents")
+        if not all(map(math.isfinite, self.bits)):
+            name, bits = next(p for p in zip(self.id, self.bits, strict=True) if not math.isfinite(p[1]))
+            raise ValueError(f"document {name!r} has {bits} bits; the model's output is not finite")
+        if self.calibration is not None and set(self.calibration) != (slices := set(self.slice)):
+            raise ValueError(
+                f"calibration of slices {sorted(self.calibration)}, documents of {sorted(slices)}"
+            )
+        return self
+
+    def _twice(self) -> tuple[str, str] | None:
+        """The first slice and id that come a second time."""
+        seen: set[tuple[str, str]] = set()
+        for pair in zip(self.slice, self.id, strict=True):
+            if pair in seen:
+                return pair
+            seen.add(pair)
+        return None
+
+
+class Score(Frozen):
+    """Quality of one model on every document; on the sealed ones it is of a kind of its own."""
+
+    schema_version: int = 1
+    kind: Kind = "score"
+    arm: str  # B, T0, T1, S1, S0, CE
+    seed: int
+    recipe: str = PLAIN
+    engine: str  # torch, openvino; method for a teacher that carries one
+    metric: Literal["bits_per_byte"] = "bits_per_byte"
+    data: str  # hash of the data artifact
+    documents: Documents
+    provenance: Provenance
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Counted = Annotated[int, Field(gt=0)]
+Times = Annotated[list[Positive], Field(min_length=1)]
+
+
+class Energy(Frozen):
+    """What a meter counted while requests were served, idle power and neighbours of all it feeds included."""
+
+    joules: Positive | None  # null: no meter
+    tokens: Counted  # generated meanwhile
+    meter: str  # its name; without one, why there is none
+
+
+class Batched(Frozen):
+    """Several prompts served at once, in step."""
+
+    batch_size: int
+    prefill_ms: Times  # one entry per batch
+    decode_ms: Times  # one entry per step, which makes a token for every prompt of the batch
+    peak_memory_bytes: Counted  # of the process so far; it takes the sizes in ascending order
+    device_memory_bytes: int | None
+    energy: Energy
+
+
+class Process(Frozen):
+    """What one fresh process measured; batch 1 unless told otherwise."""
+
+    prefill_ms: Times  # one entry per request: until its first token is known
+    decode_ms: Times  # one entry per generated token after the first
+    load_s: Positive
+    peak_memory_bytes: Counted  # VmHWM on a CPU, the reserved peak on CUDA
+    device_memory_bytes: int | None = None  # of this process by the accelerator's own count, where it tells
+    energy: Energy | None = None  # null in records of before
+    batches: list[Batched] = Field(default_factory=list)  # the sizes above 1
+
+
+class Measured(Frozen):
+    """Cost of one variant on one target."""
+
+    schema_version: int = 1
+    kind: Literal["cost"] = "cost"
+    arm: str
+    seed: int
+    recipe: str = PLAIN
+    engine: str
+    target: str
+    disk_bytes: Counted
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
+    prompts: str = TRAINING  # what the prompts were made of
+    processes: list[Process] = Field(min_length=1)  # in rounds: process r of every variant ran in round r
+    provenance: Provenance
+
+
+class Arrivals(Frozen):
+    """Requests of one rate, served in real time; latencies count from the intended arrival."""
+
+    rate: Positive  # requests per second that were asked
+    arrival_s: list[float]  # intended, from the start
+    first_ms: list[float]  # until the first token; shorter than `arrival_s` where the time was over
+    done_ms: list[float]  # until the last token
+
+
+class Server(Frozen):
+    """What one fresh process served, one request after another in the order of arrival."""
+
+    service_ms: Times  # of requests that followed each other without a pause
+    rates: list[Arrivals]
+
+
+class Loaded(Frozen):
+    """Open-loop load of one variant on one target."""
+
+    schema_version: int = 1
+    kind: Literal["load"] = "load"
+    arm: str
+    seed: int
+    recipe: str = PLAIN
+    engine: str
+    target: str
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
+    prompts: str = TRAINING
+    seconds: float  # per rate
+    slo_ms: float | None
+    processes: list[Server] = Field(min_length=1)  # in rounds, whose arrivals all variants share
+    provenance: Provenance
+
+
+class Items(Frozen):
+    """Columns of equal length, one entry per item of a task."""
+
+    id: list[str] = Field(min_length=1)
+    value: list[float]  # its mark, 0 to 1
+    raw: list[float] | None = None  # of multiple choice: by likelihood not divided by bytes
+    output: list[str] | None = None  # what was generated
+
+    @model_validator(mode="after")
+    def sound(self) -> Self:
+        columns = self.id, self.value, self.raw, self.output
+        if len({len(column) for column in columns if column is not None}) > 1:
+            raise ValueError("columns of different lengths")
+        if len(set(self.id)) < len(self.id) or not all(0 <= value <= 1 for value in self.value):
+            raise ValueError("an item appears twice, or its mark is not between 0 and 1")
+        return self
+
+
+class Marked(Frozen):
+    """Marks of one model on the items of one task."""
+
+    schema_version: int = 1
+    kind: Literal["task"] = "task"
+    task: str  # its name in the study
+    source: str  # digest of the task's settings and file
+    metric: str
+    arm: str
+    seed: int
+    recipe: str = PLAIN
+    engine: str
+    items: Items
+    provenance: Provenance
+
+
+class Rerun(Frozen):
+    """The same model once more, under other circumstances: what differs is noise."""
+
+    tokens: int
+    flips: int
+    kl_bits: float
+
+
+class Agreement(Frozen):
+    """How far a variant says what its uncompressed student says, on the held-out documents."""
+
+    schema_version: int = 1
+    kind: Literal["agreement"] = "agreement"
+    arm: str
+    seed: int
+    recipe: str
+    engine: str
+    data: str  # hash of the data artifact
+    student: str  # hash of the uncompressed student
+    id: list[str] = Field(min_length=1)  # of documents, as are the columns below
+    tokens: list[int]
+    flips: list[int]  # tokens whose likeliest prediction differs
+    kl_bits: list[float]  # sum over tokens of KL(student || variant)
+    reruns: dict[str, Rerun]  # of the variant, on some of the documents: other batch, other threads
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def sound(self) -> Self:
+        if len({len(column) for column in (self.id, self.tokens, self.flips, self.kl_bits)}) > 1:
+            raise ValueError("columns of different lengths")
+        if not all(map(math.isfinite, self.kl_bits)) or min(self.tokens) < 1:
+            raise ValueError("a divergence that is not finite, or a document without tokens")
+        return self
+
+
+Record = Score | Measured | Loaded  # what the gate judges
+Written = Record | Marked | Agreement
+R = TypeVar("R", Score, Measured, Loaded, Marked, Agreement)
+
+
+def machine(device: str = "cpu", driver: str | None = None) -> Machine:
+    """This machine, as records carry it."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    return Machine(
+        host=socket.gethostname(),
+        system=platform.platform(),
+        cpu=cpu,
+        isa=torch.backends.cpu.get_cpu_capability(),
+        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        device=device,
+        driver=driver,
+    )
+
+
+def provenance(artifact: str, config: str, device: str = "cpu", driver: str | None = None) -> Provenance:
+    return Provenance(
+        artifact=artifact,
+        config=config,
+        machine=machine(device, driver),
+        versions={"python": platform.python_version(), **versions()},
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def record_path(run: Path, record: Written) -> Path:
+    """`records/<kind>/<recipe>/<arm>-s<seed>.json`; a cost's target, a mark's task follows the kind."""
+    top = run / "records" / record.kind
+    if isinstance(record, Measured | Loaded | Marked):
+        top = top / (record.task if isinstance(record, Marked) else record.target)
+    return top / record.recipe / f"{record.arm}-s{record.seed}.json"
+
+
+def write_record(run: Path, record: Written) -> Path:
+    path = record_path(run, record)
+    write_text(path, record.model_dump_json() + "\n")
+    return path
+
+
+def _read(run: Path, path: Path, kind: type[R]) -> R:
+    """A record that lies where its content says: else two may speak of one model."""
+    try:
+        record = kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"record {path}", f"{place}: {first['msg']}", "delete it and measure again"
+        ) from error
+    if path != record_path(run, record):
+        raise UserError("record", path, "its path and its content name different models; delete it")
+    return record
+
+
+def each_score(run: Path, kind: Kind = "score") -> Iterator[Score]:
+    """Every score record of a run, in the order of their paths; one at a time, for they are large."""
+    for path in sorted((run / "records" / kind).glob("*/*.json")):
+        yield _read(run, path, Score)
+
+
+def read_scores(run: Path) -> list[Score]:
+    """Every score record of a run, in the order of their paths."""
+    return list(each_score(run))
+
+
+def read_costs(run: Path) -> list[Measured]:
+    """Every cost record of a run, in the order of their paths."""
+    paths = sorted((run / "records" / "cost").glob("*/*/*.json"))
+    return [_read(run, path, Measured) for path in paths]
+
+
+def read_loads(run: Path) -> list[Loaded]:
+    """Every load record of a run, in the order of their paths."""
+    paths = sorted((run / "records" / "load").glob("*/*/*.json"))
+    return [_read(run, path, Loaded) for path in paths]
+
+
+def read_marks(run: Path) -> list[Marked]:
+    """Every task record of a run, in the order of their paths."""
+    paths = sorted((run / "records" / "task").glob("*/*/*.json"))
+    return [_read(run, path, Marked) for path in paths]
+
+
+def read_agreements(run: Path) -> list[Agreement]:
+    """Every agreement record of a run, in the order of their paths."""
+    paths = sorted((run / "records" / "agreement").glob("*/*.json"))
+    return [_read(run, path, Agreement) for path in paths]

@@ -1,0 +1,275 @@
+"""The study: one YAML file, frozen, with unknown keys refused. Every stage reads it; it runs nothing."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from eval.core.artifacts import digest, write_text
+from eval.core.errors import UserError, one_of
+from eval.core.sections import Base, Cost, Data, Frozen, MethodChoice, Student, Targets, Train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CHANGED = ".changed"  # lies in a run folder while its models are of two settings
+BESIDE = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers"}  # no model depends on these
+M = TypeVar("M", bound=BaseModel)
+
+
+class Study(Frozen):
+    """One config: everything that it produces lies in `folder`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    title: str = ""
+    runs: str = "runs"
+    seeds: list[int] = Field(min_length=1)
+    data: Data
+    base: Base
+    method: MethodChoice
+    train: Train
+    targets: Targets = Targets()
+    student: Student = Student()
+    ce_arm: bool = True
+    ce_train: Train | None = None  # of the CE arm, where its best learning rate is another; default: train
+    trackers: list[str] = Field(default_factory=lambda: ["tensorboard"])  # names that accelerate knows
+    recipes: list[str] = Field(default_factory=list)  # files of configs/recipes, by name or path
+    cost: Cost = Cost()
+    budget: str  # a file of configs/budgets, by name or path
+    workers: int = Field(2, gt=0)  # one-thread processes side by side on a CPU
+
+    @model_validator(mode="after")
+    def seeds_differ(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must be distinct and not negative, found {self.seeds}")
+        return self
+
+    @model_validator(mode="after")
+    def rows_suffice(self) -> Self:
+        named = {"train": self.train, "ce_train": self.ce_train, "base.train": self.base.train}
+        for name, train in named.items():
+            if train is not None and train.rows > self.data.train_rows:
+                raise ValueError(
+                    f"{name}.rows is {train.rows}, more than data.train_rows: {self.data.train_rows}"
+                )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    @property
+    def arms(self) -> list[str]:
+        """Student arms in the order in which they are trained."""
+        return ["S1", "S0", *(["CE"] if self.ce_arm else [])]
+
+    def hash(self) -> str:
+        """Digest of what decides the models and their scores; recipes and budgets may come and go."""
+        beside: dict[str, Any] = dict.fromkeys(BESIDE, True)
+        watched = {"checkpoint_every", "evaluate_every"}
+        beside |= {"train": watched, "ce_train": watched, "base": {"train": watched}, "data": {"tasks"}}
+        return digest(self.model_dump(mode="json", exclude=beside))
+
+
+def find_config(kind: str, name: str) -> Path:
+    """`configs/<kind>/<name>.yaml` for a bare name, else the path itself."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "configs" / kind / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in (ROOT / "configs" / kind).glob("*.yaml"))
+        raise UserError(f"{kind} config", repr(name), f"no such file; known by name: {', '.join(known)}")
+    return path
+
+
+class OneKeyLoader(yaml.SafeLoader):
+    """A second key of one name would silently take the place of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := next((i for i, key in enumerate(keys) if key in keys[:i] and key != "<<"), None):
+            key, _ = node.value[twice]
+            raise yaml.MarkedYAMLError(problem=f"key {keys[twice]!r} twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError("config", str(path), "no such file; give the path of a YAML file")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=OneKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}", " ".join(str(error).split()), "mend the YAML") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path}", type(raw).__name__, "the file must hold a mapping")
+    return _unshared(raw)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which YAML's aliases are values of their own: an override of one must not reach the other."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+
+
+def validated(model: type[M], raw: dict[str, Any], where: str) -> M:
+    """`model` built from `raw`; the first error is told with its path, value and what is accepted.
+
+    Raises:
+        UserError: an unknown key, a missing key or a value that is not accepted.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+    loc = [str(part) for part in first["loc"]]
+    thing = f"{where}: {'.'.join(loc) or 'top level'}"
+    if first["type"] == "extra_forbidden":
+        one_of(f"{where}: unknown key {'.'.join(loc)}", loc[-1], _accepted(model, loc[:-1]))
+    if first["type"] == "missing":
+        raise UserError(thing, "missing", "add this key")
+    raise UserError(thing, repr(first["input"])[:200], first["msg"])
+
+
+def _accepted(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields that are accepted at `path` below `model`."""
+    fields = model.model_fields
+    for part in path:
+        if part not in fields:
+            continue
+        kinds = [fields[part].annotation, *getattr(fields[part].annotation, "__args__", ())]
+        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        fields = inner[0].model_fields if inner else fields
+    return list(fields)
+
+
+def override(raw: dict[str, Any], words: list[str]) -> None:
+    """Lays `--train.steps 50` or `--train.steps=50` over `raw`, in place."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError("command line", repr(word), "overrides look like --train.steps 50")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError("command line", word, "give a value after it")
+            value = rest.pop(0)
+        *path, last = name.split(".")
+        place = raw
+        for part in path:
+            if not isinstance(place.setdefault(part, {}), dict):
+                raise UserError("command line", word, f"{part!r} holds no keys")
+            place = place[part]
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError("command line", f"{word} {value}", "mend the YAML of its value") from error
+
+
+def load_study(where: str | Path, words: list[str] | None = None) -> Study:
+    """The study in a YAML file, or the one that made the run folder `where`, wherever that lies now."""
+    path = Path(where) if Path(where).name else Path(where).resolve()  # `.` has no name
+    raw = read_yaml(path / "study.yaml" if path.is_dir() else path)
+    if path.is_dir():
+        raw["runs"] = str(path.parent)
+        if raw.get("name") != path.resolve().name:
+            raise UserError(
+                f"run folder {path}", f"holds the study {raw.get('name')!r}", "rename the folder to it"
+            )
+    override(raw, words or [])
+    return validated(Study, raw, str(path))
+
+
+def check_settled(study: Study) -> None:
+    """Refuses settings other than those that made the run folder: its models would be misread.
+
+    Raises:
+        UserError: there is no such run, or the first setting that differs.
+    """
+    if not (study.folder / "study.yaml").is_file():
+        mend = f"run `accelerate launch distill/train.py --config ...` for {study.name!r} first"
+        raise UserError(f"run folder {study.folder}", "no study.yaml", mend)
+    made = load_study(study.folder)
+    if (study.folder / CHANGED).is_file():
+        found = "its settings were changed, and training has not ended since: its models are of both"
+        mend = f"run `accelerate launch distill/train.py --config {study.folder}` to its end"
+        raise UserError(f"run folder {study.folder}", found, mend)
+    if made.hash() == study.hash():
+        return
+    here, there = _flat(study.model_dump(mode="json")), _flat(made.model_dump(mode="json"))
+    names = [n for n in sorted({*here, *there}) if n.split(".")[0] not in BESIDE]
+    names = [n for n in names if not n.startswith("data.tasks.")]
+    name = next(n for n in names if here.get(n) != there.get(n))
+    raise UserError(
+        f"{name} of run {study.folder}",
+        f"was {there.get(name)!r} when it was trained, here it is {here.get(name)!r}",
+        f"give --study {study.folder}, or train again",
+    )
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    if not isinstance(value, dict):
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{path}.{key}" if path else key)
+    return flat
+
+
+def make_folder(study: Study) -> Path:
+    """The run folder, made if it is not there.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = study.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run folder {folder}", error.strerror, "give another place with --runs") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"run folder {folder}", "not writable", "mend its mode, or give --runs elsewhere")
+    return folder
+
+
+def settle(study: Study) -> None:
+    """Writes the settled study into its run folder; whoever does must hold the folder.
+
+    Where that changes what made the models there, they are of both settings until training has `ended`.
+    """
+    path = study.folder / "study.yaml"
+    if path.is_file() and _made_by(study.folder) != study.hash():
+        write_text(study.folder / CHANGED, "its models are being made anew\n")
+    write_text(path, yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False))
+
+
+def ended(study: Study) -> None:
+    """Every model of the run is of the settled study."""
+    (study.folder / CHANGED).unlink(missing_ok=True)
+
+
+def _made_by(folder: Path) -> str | None:
+    """Hash of the study that a run folder holds; None of one that cannot be read any more."""
+    try:
+        return load_study(folder).hash()
+    except UserError:
+        return None
+
+
+def study_from_command(
+    parser: argparse.ArgumentParser, trained: bool = True
+) -> tuple[Study, argparse.Namespace]:
+    """Parses `--config`/`--study` (a YAML file or a run folder), the parser's own flags and overrides.
+
+    With `trained`, the settings must be those that made the run folder.
+    """
+    parser.add_argument(
+        "--config", "--study", dest="study", required=True, help="a study's YAML file, or a run folder"
+    )
+    known, words = parser.parse_known_args()
+    study = load_study(known.study, words)
+    if trained:
+        check_settled(study)
+    return study, known

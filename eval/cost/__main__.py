@@ -1,0 +1,87 @@
+"""`python -m eval.cost --study runs/X [--target cpu] [--recipe NAME ...]`: what variants cost on a target.
+
+Each measurement is a fresh process (`eval.cost.worker`), alone while it measures; this one sleeps meanwhile.
+Processes run in rounds, one of every variant in each, so that a ratio to a named variant is taken within a
+round, where the machine's mood is shared. A variant is done when its record is of the same bytes and study
+and was taken in the same rounds as that of the plain student: what was half measured is measured again.
+
+On a machine without the run folder: `python -m eval.cost --target gpu --device cuda --variant FOLDER ...
+[--record FILE]`. Its records are joined with the run's by `python -m eval.cost.merge`.
+"""
+
+from statistics import median
+
+from rich.table import Column, Table
+
+from eval.core.errors import entry
+from eval.core.records import Measured, Process, read_costs
+from eval.core.study import Study
+from eval.cost.plan import Bench, Variant, measure_from_command
+from eval.cost.rounds import in_rounds, order_of
+
+
+def measured_before(study: Study, target: str, wanted: list[Variant]) -> bool:
+    """True if all records are there, of these bytes and settings, and of the same rounds."""
+    cost, times = study.cost, {}
+    asked = (cost.prompt_tokens, cost.new_tokens, cost.threads, cost.processes, cost.requests)
+    for record in read_costs(study.folder):
+        settings = (record.prompt_tokens, record.new_tokens, record.threads, len(record.processes))
+        first = record.processes[0]
+        sizes = [1, *(batched.batch_size for batched in first.batches)]
+        found = (*settings, len(first.prefill_ms))
+        same = (record.target, record.provenance.config) == (target, study.hash())
+        if same and found == asked and sizes == cost.batch_sizes:
+            times[record.recipe, record.provenance.artifact] = record.provenance.time
+    rounds = {times.get((v.recipe, v.manifest.hash)) for v in wanted}
+    return len(rounds) == 1 and None not in rounds
+
+
+def measure_together(bench: Bench) -> list[Measured]:
+    """The records of all variants of the bench, which share one time."""
+    answers = in_rounds("cost", bench, bench.cost.processes, lambda variant, _: order_of(bench, variant))
+    source = bench.provenance()
+    return [
+        Measured(
+            **bench.facts(variant, source),
+            disk_bytes=variant.manifest.bytes,
+            processes=[a.process for a in answers[variant.label] if a.process],
+        )
+        for variant in bench.wanted
+    ]
+
+
+def joules(runs: list[Process]) -> str:
+    """J per generated token over all processes; a dash without a meter."""
+    metered = [run.energy for run in runs if run.energy is not None and run.energy.joules is not None]
+    if not metered:
+        return "\N{EN DASH}"
+    return f"{sum(e.joules or 0.0 for e in metered) / sum(e.tokens for e in metered):.3g}"
+
+
+def table(bench: Bench, records: list[Measured]) -> Table:
+    """Medians over all processes; the gate holds upper bounds against the limits, not these."""
+    titles = ["prefill ms", "decode ms/token", "peak MiB", "disk MiB", "load s", "J/token"]
+    shown = Table(Column("variant", no_wrap=True), "engine", *titles)
+    shown.title = f"cost on {bench.target}, medians, batch 1"
+    for variant, record in zip(bench.wanted, records, strict=True):
+        runs = record.processes
+        figures = (
+            median(ms for run in runs for ms in run.prefill_ms),
+            median(ms for run in runs for ms in run.decode_ms),
+            median(run.peak_memory_bytes for run in runs) / 2**20,
+            record.disk_bytes / 2**20,
+            median(run.load_s for run in runs),
+        )
+        shown.add_row(variant.name, record.engine, *(f"{f:.2f}" for f in figures), joules(runs))
+    meters = {run.energy.meter for r in records for run in r.processes if run.energy is not None}
+    shown.caption = "; ".join(sorted(meters))
+    return shown
+
+
+@entry
+def main() -> None:
+    measure_from_command(__doc__, "cost.jsonl", before=measured_before, measure=measure_together, table=table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""From records of cost and load to numbers with bounds, before any limit is looked at.
+
+Bounds under load: latencies of one queue are autocorrelated, so a process is one cluster: t bounds over the
+processes' own values, each from arrivals of its own. The order statistic of all requests is taken where it is
+wider; alone it would be too narrow.
+"""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.core.budget import UNITS
+from eval.core.gate_file import Load, Number, Rate
+from eval.core.records import Arrivals, Loaded, Measured, Process
+from eval.stats.crossed import Share, cluster_bounds, percentile_bounds, ratio_bounds, requests_needed
+from eval.stats.queueing import knee, outcome
+
+Array = NDArray[np.float64]
+PERCENTILES = [f"{phase}_p{q}" for phase in ("prefill", "decode") for q in (50, 95, 99)]
+BATCHED = [f"{phase}_p{q}" for phase in ("prefill", "decode") for q in (50, 95)]
+MIB = UNITS["MiB"]
+NEVER = float("inf")  # the latency of what was not served
+
+
+class Timed(NamedTuple):
+    """A percentile of the times of one phase at one batch size."""
+
+    field: str
+    q: float
+    batch: int
+
+    def values(self, process: Process) -> Array:
+        """Timed values in ms."""
+        at = {1: process, **{batched.batch_size: batched for batched in process.batches}}[self.batch]
+        return np.asarray(getattr(at, self.field), float)
+
+
+def timed(name: str) -> Timed | None:
+    """`decode_p95` is at batch 1, `decode_p95_batch8` at batch 8."""
+    found = re.fullmatch(r"(prefill|decode)_p(\d\d)(?:_batch(\d+))?", name)
+    return Timed(f"{found[1]}_ms", int(found[2]) / 100, int(found[3] or 1)) if found else None
+
+
+def tokens_per_s(process: Process, new_tokens: int, batch: int) -> float:
+    """Generated tokens per second of service, back to back, prompts included."""
+    steps, prefill = (Timed(field, 0.5, batch).values(process) for field in ("decode_ms", "prefill_ms"))
+    return len(prefill) * new_tokens * batch / (steps.sum() + prefill.sum()) * 1e3
+
+
+def names(records: list[Measured]) -> list[str]:
+    """Every quantity that these records hold."""
+    runs = [process for record in records for process in record.processes]
+    found = [*PERCENTILES, "peak_memory", "disk", "load_time", "tokens_per_s"]
+    if all(run.device_memory_bytes is not None for run in runs):
+        found.append("device_memory")
+    if all(run.energy is not None and run.energy.joules is not None for run in runs):
+        found.append("energy")
+    sizes = [{batched.batch_size for batched in run.batches} for run in runs]
+    for size in sorted(set.intersection(*sizes)):
+        found += [f"{name}_batch{size}" for name in (*BATCHED, "tokens_per_s")]
+    return found
+
+
+def summary(records: list[Measured], name: str) -> Array:
+    """One value per process, in the unit of its number."""
+    return np.asarray([_of_process(record, run, name) for record in records for run in record.processes])
+
+
+def _of_process(record: Measured, process: Process, name: str) -> float:
+    if percentile := timed(name):
+        return float(np.quantile(percentile.values(process), percentile.q))
+    if name.startswith("tokens_per_s"):
+        return tokens_per_s(process, record.new_tokens, int(name.partition("_batch")[2] or 1))
+    if name == "energy":
+        assert process.energy is not None
+        assert process.energy.joules is not None
+        return process.energy.joules / process.energy.tokens
+    if name == "device_memory":
+        assert process.device_memory_bytes is not None
+        return process.device_memory_bytes / MIB
+    return {
+        "peak_memory": process.peak_memory_bytes / MIB,
+        "disk": record.disk_bytes / MIB,
+        "load_time": process.load_s,
+    }[name]
+
+
+def number(records: list[Measured], name: str, alpha: float) -> Number:
+    """One quantity of a variant with one-sided bounds at `alpha`."""
+    if percentile := timed(name):
+        runs = [run for record in records for run in record.processes]
+        times = [percentile.values(run) for run in runs]
+        requests = sum(len(percentile._replace(field="prefill_ms").values(run)) for run in runs)
+        return percentile_number(times, percentile.q, alpha, sum(map(len, times)) // requests)
+    values = summary(records, name)
+    if name in ("peak_memory", "device_memory", "disk"):
+        return _size(values, name, alpha)
+    return mean_number(values, {"energy": "J/token", "load_time": "s"}.get(name, "tokens/s"), alpha)
+
+
+def percentile_number(processes: list[Array], q: float, alpha: float, each: int = 1) -> Number:
+    """A percentile in ms; no value from too few requests, or where too many never ended (infinite).
+
+    Args:
+        each: values that one request gave: the tokens of a slow one are slow together.
+    """
+    pooled = np.concatenate(processes)
+    low = high = value = None
+    if ended := bool(np.isfinite([np.quantile(x, q, method="higher") for x in processes]).all()):
+        low, high = percentile_bounds(processes, q, alpha, each)
+        high = high if high is not None and np.isfinite(high) else None  # beyond what was served
+    needs, requests = requests_needed(q, alpha), len(pooled) // each
+    if ended and requests >= needs:
+        value = float(np.quantile(pooled, q))
+    return Number(
+        value=value,
+        lower=low,
+        upper=high,
+        unit="ms",
+        requests=requests,
+        processes=len(processes),
+        needs=needs if requests < needs else None,
+    )
+
+
+def mean_number(values: Array, unit: str, alpha: float, requests: int | None = None) -> Number:
+    """The mean over processes with t bounds, not below 0."""
+    bounds = cluster_bounds(values, alpha)
+    low, high = (max(bounds[0], 0.0), bounds[1]) if bounds else (None, None)
+    facts = {"value": float(values.mean()), "lower": low, "upper": high, "unit": unit}
+    return Number.model_validate(
+        {**facts, "requests": len(values) if requests is None else requests, "processes": len(values)}
+    )
+
+
+def _size(values: Array, name: str, alpha: float) -> Number:
+    """Largest value seen; bytes on disk are counted, not sampled."""
+    low = high = largest = float(values.max())
+    if name != "disk" and (bounds := cluster_bounds(values, alpha)):
+        low, high = bounds[0], max(largest, bounds[1])
+    requests = 1 if name == "disk" else len(values)
+    return Number(value=largest, lower=low, upper=high, unit="MiB", requests=requests, processes=len(values))
+
+
+def difference(
+    a: list[Measured] | list[Loaded], b: list[Measured] | list[Loaded]
+) -> tuple[str, object, object] | None:
+    """The first thing for which two sets of records cannot be compared round by round."""
+
+    def facts(records: list[Measured] | list[Loaded]) -> dict[str, object]:
+        return {
+            "host": sorted({r.provenance.machine.host for r in records}),
+            "device": sorted({r.provenance.machine.device for r in records}),
+            "seeds": [r.seed for r in records],
+            "rounds of": [r.provenance.time for r in records],
+            "threads": sorted({r.threads for r in records}),
+            "prompts": sorted({r.prompts for r in records}),
+            "prompt tokens": sorted({r.prompt_tokens for r in records}),
+            "new tokens": sorted({r.new_tokens for r in records}),
+            "processes": [len(r.processes) for r in records],
+        }
+
+    ours, theirs = facts(a), facts(b)
+    return next(((name, ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]), None)
+
+
+def ratio(records: list[Measured], other: list[Measured], name: str, alpha: float) -> Share | None:
+    """Ratio of two variants over paired rounds; None where they cannot be compared."""
+    if difference(records, other):
+        return None
+    return positive_ratio(summary(records, name), summary(other, name), alpha)
+
+
+def positive_ratio(values: Array, reference: Array, alpha: float) -> Share | None:
+    """None where a zero has no logarithm."""
+    if min(values.min(), reference.min()) <= 0:
+        return None
+    return ratio_bounds(values, reference, alpha)
+
+
+def knees(records: list[Loaded]) -> Array:
+    """Requests per second, one value per process: each has its own times of service, and its own arrivals.
+
+    Those of a round are the same for every variant, so that their chance cancels from a ratio; over the
+    rounds it is in the bound.
+    """
+    return np.asarray([_knee(record, i) for record in records for i in range(len(record.processes))])
+
+
+def _knee(record: Loaded, turn: int) -> float:
+    slo = None if record.slo_ms is None else record.slo_ms / 1e3
+    return knee(np.asarray(record.processes[turn].service_ms) / 1e3, slo, (record.seed, turn))
+
+
+def load_result(records: list[Loaded], alpha: float) -> Load:
+    """What a variant can serve on a target, pooled over its records."""
+    found, new_tokens = knees(records), records[0].new_tokens
+    requests = sum(len(server.service_ms) for record in records for server in record.processes)
+    runs: dict[float, list[Arrivals]] = {}
+    for one in (one for record in records for server in record.processes for one in server.rates):
+        runs.setdefault(one.rate, []).append(one)
+    return Load(
+        knee_rps=mean_number(found, "requests/s", alpha, requests),
+        knee_tokens_per_s=mean_number(found * new_tokens, "tokens/s", alpha, requests),
+        slo_ms=records[0].slo_ms,
+        seconds=records[0].seconds,
+        rates=[_rate(rate, runs[rate], new_tokens, alpha) for rate in sorted(runs)],
+    )
+
+
+def _rate(rate: float, runs: list[Arrivals], new_tokens: int, alpha: float) -> Rate:
+    kept = [outcome(run.arrival_s, np.asarray(run.done_ms) / 1e3) for run in runs]
+    first, done = ([_padded(getattr(run, name), run) for run in runs] for name in ("first_ms", "done_ms"))
+    per_second = np.asarray([one.throughput for one in kept])
+    return Rate(
+        rate=rate,
+        offered_rps=mean_number(np.asarray([one.offered for one in kept]), "requests/s", alpha),
+        throughput_rps=mean_number(per_second, "requests/s", alpha),
+        throughput_tokens_per_s=mean_number(per_second * new_tokens, "tokens/s", alpha),
+        ttft_p95=percentile_number(first, 0.95, alpha),
+        p50=percentile_number(done, 0.50, alpha),
+        p95=percentile_number(done, 0.95, alpha),
+        p99=percentile_number(done, 0.99, alpha),
+        follows=sum(one.follows for one in kept),
+    )
+
+
+def _padded(latencies: list[float], run: Arrivals) -> Array:
+    """[n] ms: what was never served took for ever."""
+    return np.asarray([*latencies, *[NEVER] * (len(run.arrival_s) - len(latencies))])

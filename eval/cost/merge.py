@@ -1,0 +1,184 @@
+"""Joins records of other machines into a run folder: `python -m eval.cost.merge --study runs/X RECORD ...`
+
+A RECORD is a file of records, one in a line (what `eval.cost` and `eval.cost.load` write without a run
+folder), or a copy of the run folder, of which all records are taken. All are checked before one is written:
+a record of another artifact, data, study, setting or device is refused, and so is one of a model that the
+run has a record of already, unless it is the very same.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from eval.core.budget import Budget, load_budget
+from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Artifacts
+from eval.core.errors import UserError, entry, one_of
+from eval.core.jobs import locked
+from eval.core.jsonl import lines
+from eval.core.recipes import recipe_names
+from eval.core.records import (
+    TRAINING,
+    Loaded,
+    Measured,
+    Record,
+    Score,
+    read_costs,
+    read_loads,
+    read_scores,
+    record_path,
+    write_record,
+)
+from eval.core.sections import Load
+from eval.core.study import Study, check_settled, load_study
+
+ANY: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The records in the lines of a file.
+
+    Raises:
+        UserError: there is no such file, or a line is no record.
+    """
+    found: list[Record] = []
+    for where, _, line in lines(path, "records", "name a file of records, or a copy of the run folder"):
+        try:
+            found.append(ANY.validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "not a record"
+            raise UserError(where, f"{place}: {first['msg']}", "measure again") from error
+    return found
+
+
+def read_copy(folder: Path) -> list[Record]:
+    """Every record of a copied run folder."""
+    return [*read_scores(folder), *read_costs(folder), *read_loads(folder)]
+
+
+def bound(record: Record, study: Study) -> Record:
+    """A record that was measured without a study is of this one, if its artifact is; that is checked next."""
+    if record.provenance.config or isinstance(record, Score):
+        return record
+    source = record.provenance.model_copy(update={"config": study.hash()})
+    return record.model_copy(update={"provenance": source})
+
+
+def check_settings(record: Measured | Loaded, study: Study, place: str) -> None:
+    """Measured in the way that the study asks for."""
+    names = ["prompt_tokens", "new_tokens", "threads"]
+    asked = study.cost.model_dump(include=set(names)) | {"processes": study.cost.processes}
+    had = record.model_dump(include=set(names)) | {"processes": len(record.processes)}
+    if isinstance(record, Measured):
+        asked |= {"requests": study.cost.requests, "batch_sizes": study.cost.batch_sizes}
+        first = record.processes[0] if record.processes else None
+        sizes = [1, *(batched.batch_size for batched in first.batches)] if first else []
+        had |= {"requests": len(first.prefill_ms) if first else 0, "batch_sizes": sizes}
+    else:
+        load = study.cost.load or Load()
+        asked |= {"seconds": load.seconds, "slo_ms": load.slo_ms}
+        had |= {"seconds": record.seconds, "slo_ms": record.slo_ms}
+        if load.rates is not None:
+            asked["rates"] = load.rates
+            had["rates"] = [run.rate for run in record.processes[0].rates] if record.processes else []
+    for name, value in asked.items():
+        if had[name] != value:
+            raise UserError(place, f"{name} is {had[name]}, the study asks {value}", "measure again with it")
+
+
+def check_target(record: Measured | Loaded, budget: Budget, place: str) -> None:
+    """On a target of the budget, on such a device."""
+    one_of(f"{place}: target", record.target, list(budget.targets))
+    wanted, device = budget.targets[record.target].device, record.provenance.machine.device
+    if (wanted == "cpu") != (device == "cpu"):
+        found = f"measured on {device!r}, the target {record.target!r} is {wanted!r}"
+        raise UserError(place, found, "measure again on such a device")
+
+
+def present(run: Path, record: Record, place: str) -> bool:
+    """True if the run holds this very record. Another one of the same model is refused."""
+    path = record_path(run, record)
+    if not path.is_file():
+        return False
+    try:
+        old = type(record).model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"record {path}", error.errors()[0]["msg"], "delete it, then merge again") from error
+    if old == record:
+        return True
+    ours, theirs = (f"{r.provenance.machine.host} at {r.provenance.time}" for r in (old, record))
+    raise UserError(place, f"from {theirs}, {path} is from {ours}", "delete the one that is not meant")
+
+
+def check_duplicates(run: Path, records: list[tuple[str, Record]]) -> None:
+    """No two of those that come speak of one model on one target."""
+    seen: dict[Path, tuple[str, Record]] = {}
+    for place, record in records:
+        path = record_path(run, record)
+        if path in seen and seen[path][1] != record:
+            raise UserError(
+                place, f"{path.relative_to(run)} comes from {seen[path][0]} too", "give one of them"
+            )
+        seen[path] = (place, record)
+
+
+def joined(run: Path, study: Study, given: list[str]) -> list[Record]:
+    """Checks every record that is given and writes those that are new.
+
+    Raises:
+        UserError: one does not belong here; then nothing is written.
+    """
+    budget, artifacts = load_budget(study), Artifacts(run, study)
+    every: list[tuple[str, Record]] = []
+    for name in given:
+        path = Path(name)
+        found = read_copy(path) if path.is_dir() else read_lines(path)
+        every += [
+            (f"{name}: {record_path(run, record).relative_to(run)}", bound(record, study)) for record in found
+        ]
+    recipes = recipe_names(study)
+    for place, record in every:
+        one_of(
+            f"{place}: arm",
+            record.arm,
+            [FALLBACK, STUDENT, CONTROL, CE, *(TEACHERS if isinstance(record, Score) else ())],
+        )
+        one_of(f"{place}: recipe", record.recipe, recipes)
+        if record.seed not in study.seeds:
+            raise UserError(f"{place}: seed", record.seed, f"the study has {study.seeds}")
+        if isinstance(record, Score):
+            if record.kind == "sealed":
+                mend = "open them where the run lies: python -m eval.gate.test_set"
+                raise UserError(place, "a score of sealed documents", mend)
+            artifacts.check_data(record)
+        else:
+            check_target(record, budget, place)
+            check_settings(record, study, place)
+        artifacts.check(record)
+    check_duplicates(run, every)
+    new = [record for place, record in every if not present(run, record, place)]
+    for record in new:
+        write_record(run, record)
+    return new
+
+
+@entry
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--study", "--config", required=True, help="the run folder, or its study's YAML file")
+    parser.add_argument("records", nargs="+", help="files of records, or copies of the run folder")
+    given = parser.parse_args()
+    study = load_study(given.study)
+    check_settled(study)
+    with locked(study.folder):
+        new = joined(study.folder, study, given.records)
+    for record in new:
+        note = "" if isinstance(record, Score) or record.prompts == TRAINING else f" ({record.prompts})"
+        print(f"{record_path(study.folder, record)}{note}")
+    print(f"{len(new)} new record(s) in {study.folder}; run python -m eval.gate --study {study.folder}")
+
+
+if __name__ == "__main__":
+    main()

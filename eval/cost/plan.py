@@ -1,0 +1,267 @@
+"""What is measured, where and with which settings: the variants of a run, or any that have a manifest."""
+
+import argparse
+import itertools
+import random
+import subprocess
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verified, write_text
+from eval.core.budget import Target, load_budget
+from eval.core.documents import TRAIN, boundary_id, read_documents
+from eval.core.errors import UserError, one_of
+from eval.core.jobs import locked
+from eval.core.recipes import recipe_names
+from eval.core.records import PLAIN, TRAINING, Loaded, Measured, Provenance, provenance, write_record
+from eval.core.sections import Cost, Frozen
+from eval.core.study import Study, check_settled, load_study, override, validated
+from eval.engines import Subject, engine_module, load_tokenizer, subject_of
+
+RANDOM = "random tokens, seed 0"
+R = TypeVar("R", Measured, Loaded)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model folder that is measured."""
+
+    folder: Path
+    manifest: Manifest
+    subject: Subject
+
+    @property
+    def recipe(self) -> str:
+        return self.subject.recipe
+
+    @property
+    def label(self) -> str:
+        return self.subject.label
+
+    @property
+    def name(self) -> str:
+        """As people see it."""
+        return "fallback" if self.subject.arm == "B" else self.recipe
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Variants that are measured together on one target."""
+
+    target: str
+    device: str
+    cost: Cost
+    wanted: list[Variant]
+    prompts: list[list[int]]  # [warmup + requests][prompt_tokens], the same for every variant
+    source: str  # what the prompts are made of
+    config: str  # hash of the study; empty without one
+    study: Study | None = None  # of the run folder that takes the records
+    record: Path | None = None  # the file that takes them where there is no run folder
+
+    @property
+    def workers(self) -> int:
+        return self.study.workers if self.study else 1
+
+    def provenance(self) -> Provenance:
+        """Of all that is measured together: it shares one time."""
+        return provenance("", self.config, *accelerator(self.device))
+
+    def facts(self, variant: Variant, source: Provenance) -> dict[str, Any]:
+        """The fields that every record of a variant has."""
+        return {
+            **variant.subject.model_dump(),
+            **self.cost.model_dump(include={"prompt_tokens", "new_tokens", "threads"}),
+            "target": self.target,
+            "prompts": self.source,
+            "provenance": source.model_copy(update={"artifact": variant.manifest.hash}),
+        }
+
+    def store(self, records: list[R]) -> None:
+        """Into the run folder, else as lines of one file."""
+        if self.study:
+            for record in records:
+                write_record(self.study.folder, record)
+            return
+        assert self.record is not None
+        write_text(self.record, "".join(record.model_dump_json() + "\n" for record in records))
+        print(f"{len(records)} record(s) in {self.record}; join: python -m eval.cost.merge --study RUN FILE")
+
+
+def accelerator(device: str) -> tuple[str, str | None]:
+    """Name and driver of the device that was measured on."""
+    if device == "cpu":
+        return "cpu", None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return torch.cuda.get_device_name(), driver
+
+
+def variant_at(folder: Path) -> Variant:
+    manifest = read_manifest(folder)
+    return Variant(folder, manifest, subject_of(manifest))
+
+
+def variants(study: Study) -> list[Variant]:
+    """The plain student S1 of the first seed, its variants in the order of the study, and its fallback."""
+    seed, run = study.seeds[0], study.folder
+    names = recipe_names(study)[1:]
+    folders = [run / f"students/S1/s{seed}", *(run / f"variants/{name}/S1/s{seed}" for name in names)]
+    folders.append(run / f"base/s{seed}")  # a release holds it against the same limits
+    found = [path for path in folders if (path / MANIFEST).is_file()]
+    if not found or found[0] != folders[0]:
+        raise UserError(f"model {folders[0]}", "not made yet", "run distill/train.py with this study first")
+    return [variant_at(path) for path in found]
+
+
+def chosen(every: list[Variant], recipes: list[str] | None, target: Target) -> list[Variant]:
+    """Plain first, then the recipes named (default: all) whose engine runs on the target's device."""
+    known = [v.recipe for v in every]
+    for name in recipes or []:
+        one_of("--recipe", name, known)
+    kept = []
+    for variant in every:
+        if recipes and variant.recipe not in (PLAIN, *recipes):
+            continue
+        engine = variant.subject.engine
+        if target.device != "cpu" and target.device not in engine_module(engine).DEVICES:
+            print(f"{variant.recipe} is not measured: engine {engine} does not run on {target.device}")
+            continue
+        kept.append(variant)
+    return kept
+
+
+def cut(cost: Cost, model: Path, texts: list[str], thing: str) -> list[list[int]]:
+    """[warmup + requests][prompt_tokens]: the tokens of the texts, again from the first when they end."""
+    tokenizer = load_tokenizer(model)
+    tokens = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
+    stream = itertools.cycle(itertools.chain.from_iterable(tokens))
+    body, count = cost.prompt_tokens - 1, cost.warmup + cost.requests
+    made = [[boundary_id(tokenizer), *itertools.islice(stream, body)] for _ in range(count)]
+    if len(made[0]) <= body:
+        raise UserError(thing, "no tokens", "give other text")
+    return made
+
+
+def drawn(cost: Cost, model: Path) -> list[list[int]]:
+    """The same of tokens drawn evenly from the whole vocabulary."""
+    rng, known = random.Random(0), len(load_tokenizer(model))
+    count = cost.warmup + cost.requests
+    return [[rng.randrange(known) for _ in range(cost.prompt_tokens)] for _ in range(count)]
+
+
+def of_run(given: argparse.Namespace, words: list[str]) -> Bench:
+    """The variants of a run folder, on a target of its study's budget."""
+    study = load_study(given.study, words)
+    check_settled(study)
+    targets = load_budget(study).targets
+    target = targets[one_of("--target", given.target, list(targets))]
+    refuse_absent(given.target, target.device)
+    wanted = chosen(variants(study), given.recipe, target)
+    texts = [document.text for document in read_documents(study.folder / "data", TRAIN)]
+    return Bench(
+        target=given.target,
+        device=target.device,
+        cost=study.cost,
+        wanted=wanted,
+        prompts=cut(study.cost, wanted[0].folder, texts, f"slice {TRAIN!r}"),
+        source=TRAINING,
+        config=study.hash(),
+        study=study,
+    )
+
+
+class Settings(Frozen):
+    """What may be set on the command line where there is no study."""
+
+    cost: Cost = Cost()
+
+
+def of_folders(given: argparse.Namespace, words: list[str]) -> Bench:
+    """Variant folders alone, by the settings of a study's YAML file or of the command line."""
+    if given.study:
+        study = load_study(given.study, words)
+        cost, config = study.cost, study.hash()
+    else:
+        raw: dict[str, Any] = {}
+        override(raw, words)
+        cost, config = validated(Settings, raw, "command line").cost, ""
+    refuse_absent(given.target, given.device)
+    wanted = [variant_at(Path(folder)) for folder in given.variant]
+    if len({v.label for v in wanted}) < len(wanted):
+        raise UserError("--variant", "the same model twice", "name each once")
+    for variant in wanted:
+        one_of(
+            f"device of {variant.folder}", given.device, list(engine_module(variant.subject.engine).DEVICES)
+        )
+    prompts, source = drawn(cost, wanted[0].folder), RANDOM
+    if given.text:
+        text = Path(given.text)
+        prompts = cut(cost, wanted[0].folder, [text.read_text(encoding="utf-8")], f"--text {text}")
+        source = f"text of sha256 {file_sha256(text)}"
+    return Bench(
+        target=given.target,
+        device=given.device,
+        cost=cost,
+        wanted=wanted,
+        prompts=prompts,
+        source=source,
+        config=config,
+        record=Path(given.record),
+    )
+
+
+def refuse_absent(target: str, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        mend = "run this command on a machine that has one, on a copy of the run folder"
+        raise UserError(f"target {target!r}", "no CUDA device here", mend)
+
+
+def bench_from_command(doc: str, record: str) -> Bench:
+    """Parses the command line of `eval.cost` and `eval.cost.load`, and checks every variant's hashes.
+
+    Raises:
+        UserError: there is nothing to measure, or it cannot be measured here.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--config", "--study", dest="study", help="a study's YAML file, or a run folder")
+    parser.add_argument("--target", default="cpu", help="a target of the budget (default: cpu)")
+    parser.add_argument("--recipe", nargs="+", help="measure these and the plain student only")
+    alone = parser.add_argument_group("without a run folder")
+    alone.add_argument("--variant", nargs="+", help="folders with a manifest, measured together")
+    alone.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: cpu)")
+    alone.add_argument("--text", help="a text file for prompts (default: random tokens)")
+    alone.add_argument("--record", default=record, help=f"where the records go (default: {record})")
+    given, words = parser.parse_known_args()
+    if not given.study and not given.variant:
+        raise UserError("command line", "nothing to measure", "give --study, or --variant with folders")
+    bench = of_folders(given, words) if given.variant else of_run(given, words)
+    for variant in bench.wanted:
+        verified(variant.folder)
+    return bench
+
+
+def measure_from_command(
+    doc: str,
+    record: str,
+    *,
+    before: Callable[[Study, str, list[Variant]], bool],
+    measure: Callable[[Bench], list[R]],
+    table: Callable[[Bench, list[R]], Table],
+) -> None:
+    """The command `eval.cost` or `eval.cost.load`: measures, stores and shows what was not `before`."""
+    bench = bench_from_command(doc, record)
+    study = bench.study
+    with locked(study.folder) if study else nullcontext():
+        if study and before(study, bench.target, bench.wanted):
+            print(f"{len(bench.wanted)} variants were measured before on {bench.target}")
+            return
+        records = measure(bench)
+        bench.store(records)
+    Console().print(table(bench, records))

@@ -1,0 +1,81 @@
+"""The verdict of a study: does the method's gain persist in a variant that its targets can afford?
+
+`python -m eval.gate --study runs/NAME [--budget NAME]` reads the records of a run and writes `gate.json`.
+Exit codes: 0 pass, 1 fail, 2 inconclusive, 3 error.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+# One thread adds up in one order: the same records give the same bytes on any number of cores. Before numpy.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+from rich.console import Console
+from rich.text import Text
+
+from eval.core.artifacts import write_text
+from eval.core.budget import load_budget
+from eval.core.errors import EXITS, entry
+from eval.core.gate_file import STYLES, GateFile, Sealed, Variant
+from eval.core.study import study_from_command
+from eval.gate.decision import judged
+from eval.gate.evidence import collect
+from eval.stats.crossed import INCONCLUSIVE
+
+
+def line(row: Variant) -> Text:
+    """One line per variant: what, where, how it went and why."""
+    mark = " *" if row.recommended else ""
+    return Text.assemble(
+        f"{row.recipe}{mark} on {row.target}: ",
+        (row.verdict, STYLES[row.verdict]),
+        f" - {row.reason}",
+        f"; run {row.how}" if row.how and row.verdict == INCONCLUSIVE else "",
+    )
+
+
+def sealed_line(found: Sealed) -> Text:
+    """How often the sealed documents were opened, and what the last look said."""
+    share, when = found.kept_share, "" if found.current else ", of artifacts or a budget of before"
+    start = f"sealed documents, opening {found.openings} by {found.by} for {found.recipe}{when}: "
+    if found.verdict is None:
+        return Text(f"{start}not finished; run the same command of eval.gate.test_set again")
+    keeps = "the kept share is undefined"
+    if share is not None and share.point is not None:
+        keeps = f"keeps {share.point:.2f} (95 % interval {share.low:.2f} to {share.high:.2f})"
+    return Text.assemble(start, (found.verdict, STYLES[found.verdict]), f", {keeps}")
+
+
+def show(console: Console, result: GateFile, path: Path) -> None:
+    for row in result.variants:
+        console.print(line(row), soft_wrap=True)
+    for note in result.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+    if result.sealed:
+        console.print(sealed_line(result.sealed), soft_wrap=True)
+    console.print(
+        Text.assemble((result.verdict, STYLES[result.verdict]), f": {result.reason}"), soft_wrap=True
+    )
+    marked = "* recommended; " if any(row.recommended for row in result.variants) else ""
+    console.print(Text(f"{marked}the whole verdict lies in {path}"), soft_wrap=True)
+
+
+@entry
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.gate", description=__doc__)
+    parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
+    study, args = study_from_command(parser)
+    folder = Path(args.study) if Path(args.study).is_dir() else study.folder
+    budget = load_budget(study, args.budget)
+    result = judged(collect(folder, study, budget), budget)
+    path = folder / "gate.json"
+    text = json.dumps(result.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(path, text + "\n")
+    show(Console(), result, path)
+    return EXITS[result.verdict]
+
+
+if __name__ == "__main__":
+    main()

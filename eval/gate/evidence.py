@@ -1,0 +1,308 @@
+"""What the gate judges: the records of one run as tables, checked against the study and the artifacts."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.core.artifacts import digest, file_sha256
+from eval.core.budget import Budget
+from eval.core.checks import (
+    CE,
+    CONTROL,
+    FALLBACK,
+    STUDENT,
+    TEACHERS,
+    Artifacts,
+    artifact_folder,
+    check_aligned,
+    check_budget,
+    check_seeds_differ,
+    order_of,
+)
+from eval.core.errors import UserError, one_of
+from eval.core.gate_file import Opening
+from eval.core.recipes import recipe_names
+from eval.core.records import (
+    PLAIN,
+    Bins,
+    Documents,
+    Loaded,
+    Measured,
+    Record,
+    Score,
+    each_score,
+    read_costs,
+    read_loads,
+    record_path,
+)
+from eval.core.sections import Load
+from eval.core.study import Study
+from eval.gate.openings import read_openings
+from eval.stats.crossed import linearised
+
+__all__ = ["CE", "CONTROL", "FALLBACK", "STUDENT", "TEACHERS", "artifact_folder"]  # also known from here
+Array = NDArray[np.float64]
+C = TypeVar("C", Measured, Loaded)
+Model = tuple[str, str]  # arm, recipe
+BySeed = defaultdict[Model, dict[int, Any]]
+
+
+class Contrast(NamedTuple):
+    """What `arm` after `recipe` gains over `minus` after `of`."""
+
+    arm: str
+    minus: str
+    recipe: str = PLAIN
+    of: str = PLAIN
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Checked records: bits per (arm, recipe) as [S, C], seeds in the order of the study."""
+
+    study: Study
+    folder: Path
+    recipes: list[str]  # `plain` first, then in the order of the study
+    data: str  # hash of the data artifact
+    columns: dict[str, NDArray[np.intp]]  # slice -> its columns of the tables
+    bytes: Array  # [C]
+    bits: dict[Model, Array]  # [S, C]
+    tokens: dict[Model, Array]  # [S, C] predicted tokens
+    correct: dict[Model, Array]  # [S, C] of these, those held to be the likeliest; where every seed tells
+    calibration: dict[Model, list[dict[str, Bins]]]  # by seed: slice -> bins; where every seed tells
+    engines: dict[str, str]  # recipe -> engine
+    costs: dict[tuple[str, str], list[Measured]]  # (target, recipe) -> records of S1, by seed
+    artifacts: dict[str, str]  # arm/s<seed>/recipe -> hash
+    machines: list[dict[str, object]]
+    versions: dict[str, str]
+    records: dict[str, str]  # path below the run folder -> sha256, of all that were there
+    early: list[str]  # records dated before their artifact was made
+    openings: list[Opening]  # of the sealed documents
+    loads: dict[tuple[str, str], list[Loaded]]  # (target, recipe) -> records of S1 under load, by seed
+
+    @property
+    def arms(self) -> list[str]:
+        return [FALLBACK, "T0", "T1", *self.study.arms]
+
+    def raw(self, name: str, contrast: Contrast) -> Array:
+        """[S, C] bits per document of the slice `name` that the contrast saves."""
+        columns = self.columns[name]
+        return (
+            self.bits[contrast.minus, contrast.of][:, columns]
+            - self.bits[contrast.arm, contrast.recipe][:, columns]
+        )
+
+    def gain(self, name: str, contrast: Contrast) -> Array:
+        """The same as a linearised table [S, C] in bits per byte: positive is better."""
+        return linearised(self.raw(name, contrast), self.bytes[self.columns[name]])
+
+    def scores(self, name: str, arm: str, recipe: str = PLAIN) -> Array:
+        """[S, C] linearised bits per byte of one arm: lower is better."""
+        return linearised(self.bits[arm, recipe][:, self.columns[name]], self.bytes[self.columns[name]])
+
+
+def collect(folder: Path, study: Study, budget: Budget) -> Evidence:
+    """Reads every record below `folder` and checks that all of them speak of the same things.
+
+    Raises:
+        UserError: a record is missing, was made with other data, settings or artifacts, or the budget
+            names a slice, variant or target that the run does not know. Both values are named.
+    """
+    recipes, artifacts = recipe_names(study), Artifacts(folder, study)
+    tables = Tables(artifacts, each_score(folder), wanted(study, recipes))
+    costs = _asked_costs(study, budget, recipes, read_costs(folder))
+    loads = _asked(study, budget, recipes, read_loads(folder))
+    asked: list[Record] = [*costs, *loads]
+    for record in asked:
+        artifacts.check(record)
+    check_budget(budget, recipes, list(tables.columns))
+    grouped = by_target(folder, study, budget, costs, tables.engines)
+    return evidence(tables, recipes, grouped, by_target(folder, study, budget, loads, tables.engines))
+
+
+class Tables:
+    """Columns of the scores of some models; each record is let go once its columns are taken.
+
+    Raises:
+        UserError: a score is missing, or does not fit the run or the other scores.
+    """
+
+    def __init__(self, artifacts: Artifacts, records: Iterable[Score], models: list[Model]) -> None:
+        self.artifacts, self.seeds = artifacts, artifacts.study.seeds
+        self.scores: list[Score] = []  # all with the documents of the first, whose order is that of all
+        self.bits, self.tokens, self.correct, self.bins = (BySeed(dict) for _ in range(4))
+        for record in records:
+            if (record.arm, record.recipe) in models and record.seed in self.seeds:
+                self._add(record)
+        if not self.scores:
+            mend = f"run python -m eval.score --study {artifacts.folder}"
+            raise UserError(f"run {artifacts.folder}", "no score record", mend)
+        check_seeds_differ(self.scores)
+        self._check_whole(models)
+        artifacts.check_parents(self.scores)
+        artifacts.check_recipes(self.scores)
+
+    def _add(self, record: Score) -> None:
+        found = record.documents
+        self.artifacts.check(record)
+        self.artifacts.check_data(record)
+        self.scores.append(record.model_copy(update={"documents": self.documents if self.scores else found}))
+        first = self.documents
+        order: slice | list[int] = slice(None)
+        if (first.id, first.slice, first.bytes) != (found.id, found.slice, found.bytes):
+            check_aligned(self.artifacts.folder, self.scores[0], record)
+            order = order_of(first, found)
+        model = record.arm, record.recipe
+        self.bits[model][record.seed] = np.asarray(found.bits, float)[order]
+        self.tokens[model][record.seed] = np.asarray(found.tokens, float)[order]
+        if found.correct is not None:
+            self.correct[model][record.seed] = np.asarray(found.correct, float)[order]
+        if found.calibration is not None:
+            self.bins[model][record.seed] = found.calibration
+
+    def _check_whole(self, models: list[Model]) -> None:
+        for model in models:
+            if missing := [seed for seed in self.seeds if seed not in self.bits[model]]:
+                raise UserError(
+                    f"scores of {model[0]}, recipe {model[1]!r}",
+                    f"seeds {missing} are missing, the study has {self.seeds}",
+                    f"run python -m eval.score --study {self.artifacts.folder}",
+                )
+
+    @property
+    def documents(self) -> Documents:
+        return self.scores[0].documents
+
+    @property
+    def engines(self) -> dict[str, str]:
+        return {s.recipe: s.engine for s in self.scores if s.arm == STUDENT}
+
+    @property
+    def columns(self) -> dict[str, NDArray[np.intp]]:
+        names = np.asarray(self.documents.slice)
+        return {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(self.documents.slice)}
+
+    def by_seed(self, found: BySeed) -> dict[Model, list[Any]]:
+        """Model -> its columns in the order of the seeds, where each seed has them."""
+        return {m: [of[s] for s in self.seeds] for m, of in found.items() if len(of) == len(self.seeds)}
+
+    def stacked(self, found: BySeed) -> dict[Model, Array]:
+        return {model: np.stack(rows) for model, rows in self.by_seed(found).items()}
+
+
+def evidence(
+    tables: Tables,
+    recipes: list[str],
+    costs: dict[tuple[str, str], list[Measured]],
+    loads: dict[tuple[str, str], list[Loaded]] | None = None,
+) -> Evidence:
+    """The tables of a run with what is known of their models."""
+    loads = loads or {}
+    scores, artifacts, folder = tables.scores, tables.artifacts, tables.artifacts.folder
+    used: list[Record] = [*scores, *(record for group in costs.values() for record in group)]
+    used += [record for group in loads.values() for record in group]
+    files = sorted((folder / "records").rglob("*.json"))
+    return Evidence(
+        study=artifacts.study,
+        folder=folder,
+        recipes=recipes,
+        data=artifacts.data.hash,
+        columns=tables.columns,
+        bytes=np.asarray(tables.documents.bytes, float),
+        bits=tables.stacked(tables.bits),
+        tokens=tables.stacked(tables.tokens),
+        correct=tables.stacked(tables.correct),
+        calibration=tables.by_seed(tables.bins),
+        engines=tables.engines,
+        costs=costs,
+        artifacts={f"{s.arm}/s{s.seed}/{s.recipe}": s.provenance.artifact for s in scores},
+        machines=_machines(used),
+        versions=_versions(used),
+        records={path.relative_to(folder).as_posix(): file_sha256(path) for path in files},
+        early=sorted(path.relative_to(folder).as_posix() for path in artifacts.early),
+        openings=read_openings(folder),
+        loads=loads,
+    )
+
+
+def wanted(study: Study, recipes: list[str]) -> list[Model]:
+    """(arm, recipe) of the scores that the study asks for; what was left by earlier settings is not read."""
+    plain = [(arm, PLAIN) for arm in (FALLBACK, *TEACHERS, *study.arms)]
+    return plain + [(arm, recipe) for recipe in recipes[1:] for arm in (STUDENT, CONTROL)]
+
+
+def _asked_costs(study: Study, budget: Budget, recipes: list[str], costs: list[Measured]) -> list[Measured]:
+    """Costs of S1 on the budget's targets. A required target must not be missing for its mere spelling."""
+    measured = {record.target for record in costs}
+    if unknown := sorted(measured - set(budget.targets)):
+        for name, target in budget.targets.items():
+            if target.required and name not in measured:
+                one_of(f"budget {budget.name!r}: target without any cost record", name, unknown)
+    return _asked(study, budget, recipes, costs)
+
+
+def _asked(study: Study, budget: Budget, recipes: list[str], records: list[C]) -> list[C]:
+    return [
+        record
+        for record in records
+        if record.target in budget.targets
+        and record.arm == STUDENT
+        and record.recipe in recipes
+        and record.seed in study.seeds
+    ]
+
+
+def by_target(
+    folder: Path, study: Study, budget: Budget, costs: list[C], engines: dict[str, str]
+) -> dict[tuple[str, str], list[C]]:
+    """(target, recipe) -> its records by seed, each made as the study, the target and the scores ask.
+
+    Raises:
+        UserError: one was made on another device, with another engine or other settings.
+    """
+    grouped: dict[tuple[str, str], list[C]] = defaultdict(list)
+    for record in costs:
+        path = record_path(folder, record)
+        wanted, device = budget.targets[record.target].device, record.provenance.machine.device
+        if (wanted == "cpu") != (device == "cpu"):
+            mend = "measure again on such a device"
+            raise UserError(f"record {path}", f"measured on {device!r}, the target is {wanted!r}", mend)
+        if record.engine != engines[record.recipe]:
+            found = f"measured with engine {record.engine!r}, scored with {engines[record.recipe]!r}"
+            raise UserError(f"record {path}", found, "measure again with the engine that was scored")
+        asked, had = (
+            {name: getattr(of, name) for name in ("prompt_tokens", "new_tokens", "threads")}
+            for of in (study.cost, record)
+        )
+        if isinstance(record, Loaded):
+            load = study.cost.load or Load()
+            asked |= {"seconds": load.seconds, "slo_ms": load.slo_ms}
+            had |= {"seconds": record.seconds, "slo_ms": record.slo_ms}
+            if load.rates is not None:
+                rates = {tuple(one.rate for one in server.rates) for server in record.processes}
+                asked, had = asked | {"rates": [tuple(load.rates)]}, had | {"rates": sorted(rates)}
+        if asked != had:
+            raise UserError(f"record {path}", f"measured with {had}, the study asks {asked}", "measure again")
+        grouped[record.target, record.recipe].append(record)
+    for records in grouped.values():
+        records.sort(key=lambda r: study.seeds.index(r.seed))
+    return dict(grouped)
+
+
+def _machines(records: list[Record]) -> list[dict[str, object]]:
+    found = {digest(m): m for m in (r.provenance.machine.model_dump(mode="json") for r in records)}
+    return [found[key] for key in sorted(found)]
+
+
+def _versions(records: list[Record]) -> dict[str, str]:
+    """Library -> version; several where records of several machines were merged."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for name, version in record.provenance.versions.items():
+            found[name].add(version)
+    return {name: ", ".join(sorted(found[name])) for name in sorted(found)}

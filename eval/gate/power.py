@@ -1,0 +1,235 @@
+"""Before a study: how many seeds and documents see the asked share, and what does the present plan see?
+
+    python -m eval.gate.power --study runs/pilot [--plan STUDY.yaml] [--gain X] [--share R] [--among M]
+        [--json FILE]
+
+The pilot is a run whose bases, teachers and students are scored: two seeds and a few documents will do, and
+tell little about how seeds differ; the intervals say how little. Variances and, unless given, the teacher's
+gain and the kept share are those of the pilot's uncompressed student. Whoever will pick among M variants
+that a target can afford plans with `--among M`: Holm asks alpha / M of the first of them.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from eval.core.artifacts import write_text
+from eval.core.budget import Budget, load_budget
+from eval.core.checks import Artifacts
+from eval.core.errors import UserError, entry, one_of
+from eval.core.gate_file import Estimate
+from eval.core.records import HELDOUT, PLAIN, each_score
+from eval.core.study import Study, load_study, study_from_command
+from eval.gate.evidence import Evidence, Tables, evidence, wanted
+from eval.gate.quality import BOOTSTRAP_SEED, GAIN, PLAN_LEVEL, PLANS, estimate, kept, surplus
+from eval.stats.crossed import Array, crossed_mean
+from eval.stats.power import (
+    GOAL,
+    MOST_DOCUMENTS,
+    MOST_SEEDS,
+    Components,
+    components,
+    documents_for,
+    drawn_components,
+    effect_for,
+    power,
+    seeds_for,
+)
+
+WIDTH = 130  # columns where nobody can tell
+ENDS = [(1 - PLAN_LEVEL) / 2, (1 + PLAN_LEVEL) / 2]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test to plan: a pilot's table of the statistic, and its mean if the what-if were true."""
+
+    name: str
+    table: Array  # [S, C] of the pilot
+    effect: float
+    seeds: int  # of the plan
+    documents: int
+    told: dict[str, float | None]  # what the effect was made of
+
+
+def pilot_of(folder: Path, study: Study) -> Evidence:
+    """Scores of the uncompressed models; costs and variants are of no matter to a plan."""
+    artifacts = Artifacts(folder, study)
+    tables = Tables(artifacts, each_score(folder), wanted(study, [PLAIN]))
+    return evidence(tables, [PLAIN], {})
+
+
+def planned_documents(e: Evidence, plan: Study, name: str) -> int:
+    """Held-out documents as the plan asks; of shifted slices the pilot alone knows how many there are."""
+    return plan.data.heldout if name == HELDOUT and plan != e.study else len(e.columns[name])
+
+
+def cases(e: Evidence, budget: Budget, plan: Study, gain: float | None, share: float | None) -> list[Case]:
+    """The assay and retention of every slice that the budget asks for.
+
+    Raises:
+        UserError: the pilot shows no teacher gain, so that it knows of no kept share, and none was given.
+    """
+    found = []
+    for name, f in {HELDOUT: budget.f, **budget.slices}.items():
+        one_of(f"budget {budget.name!r}: slice without any scored document", name, list(e.columns))
+        teacher, student = e.gain(name, GAIN), e.gain(name, kept(PLAIN))
+        if gain is None and share is None:
+            known = float(teacher.mean())
+            part = float(student.mean()) / known if known > 0 else None
+            effect = float((student - f * teacher).mean())
+        else:
+            known = gain if gain is not None else float(teacher.mean())
+            if share is None and teacher.mean() <= 0:
+                found_gain = f"no teacher gain on {name} ({teacher.mean():+.4f} bits/byte)"
+                raise UserError(f"pilot {e.folder}", found_gain, "give the share to plan for with --share")
+            part = share if share is not None else float(student.mean() / teacher.mean())
+            effect = (part - f) * known
+        size = len(plan.seeds), planned_documents(e, plan, name)
+        told = {"gain": known, "share": part, "asked_share": f}
+        found.append(Case(f"assay on {name}", teacher, known, *size, told))
+        found.append(Case(f"retention on {name}", surplus(e, PLAIN, name, f), effect, *size, told))
+    return found
+
+
+def interval(values: Array) -> list[float | None]:
+    """The middle of the draws; a bound beyond what was searched is null."""
+    ends = np.quantile(values, ENDS, method="nearest")
+    return [float(end) if np.isfinite(end) else None for end in ends]
+
+
+def planned(case: Case, alpha: float) -> dict[str, object]:
+    """Figures of one test, each with the interval that the pilot's variances leave."""
+    mean = crossed_mean(case.table)
+    if mean.problem:
+        raise UserError(f"pilot: {case.name}", mean.problem, "take a pilot of two seeds or more that differ")
+    s, c, effect = case.seeds, case.documents, case.effect
+    drawn = drawn_components(case.table, PLANS, BOOTSTRAP_SEED)
+
+    def figures(parts: Components) -> dict[str, Array]:
+        return {
+            "power": power(parts, effect, s, c, alpha),
+            "seeds_for_80": seeds_for(parts, effect, c, alpha),
+            "documents_for_80": documents_for(parts, effect, s, alpha),
+            "effect_for_80": effect_for(parts, s, c, alpha),
+        }
+
+    points, ends = figures(components(case.table)), figures(drawn)
+    shown: Estimate = estimate(case.table)
+    return {
+        "test": case.name,
+        "seeds": s,
+        "documents": c,
+        **case.told,
+        "effect": effect,
+        "pilot": shown.model_dump(exclude={"p"}),
+        **{
+            name: {"value": float(v) if np.isfinite(v) else None, "interval": interval(ends[name])}
+            for name, v in points.items()
+        },
+    }
+
+
+def cell(figure: dict, style: str = "{:,.0f}") -> str:
+    """`12 [5, 40]`; where no number that was searched is enough, `none`."""
+
+    def one(value: float | None) -> str:
+        return "none" if value is None else style.format(value)
+
+    low, high = figure["interval"]
+    return f"{one(figure['value'])} [{one(low)}, {one(high)}]"
+
+
+def table(rows: list[dict], alpha: float) -> Table:
+    shown = Table(
+        title=f"Power at level {alpha:.3g}; in brackets what the pilot's variances leave open, 80 %",
+        caption=f"80 % of repetitions pass with so many; none: not even {MOST_SEEDS} seeds, or "
+        f"{MOST_DOCUMENTS:,} documents",
+    )
+    for name in (
+        "test",
+        "plan",
+        "true effect",
+        "power now",
+        "seeds",
+        "documents",
+        "effect seen",
+        "share seen",
+    ):
+        shown.add_column(name)
+    for row in rows:
+        visible, share = row["effect_for_80"], "-"
+        if row["test"].startswith("retention") and row["gain"] > 0:
+            share = f"{row['asked_share'] + visible['value'] / row['gain']:.2f}"
+        shown.add_row(
+            row["test"],
+            f"{row['seeds']} x {row['documents']}",
+            f"{row['effect']:+.4f}",
+            cell(row["power"], "{:.0%}"),
+            cell(row["seeds_for_80"]),
+            cell(row["documents_for_80"]),
+            cell(visible, "{:.4f}"),
+            share,
+        )
+    return shown
+
+
+def told(rows: list[dict]) -> str:
+    """The plan in a sentence: the test that asks most decides."""
+    blind = [row["test"] for row in rows if row["seeds_for_80"]["value"] is None]
+    if blind:
+        return f"no number of seeds up to {MOST_SEEDS} sees {', '.join(blind)}: the true effect is too small"
+    most = max(rows, key=lambda row: row["seeds_for_80"]["value"])
+    weak = [row["test"] for row in rows if row["power"]["value"] < GOAL]
+    now = f"the present plan sees all of it with {GOAL:.0%} or more"
+    if weak:
+        now = f"the present plan is too small for {', '.join(weak)}"
+    seeds = f"{most['seeds_for_80']['value']:.0f} seeds"
+    return f"{now}; of all tests {most['test']} asks for most: {seeds} see it with {GOAL:.0%}"
+
+
+@entry
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.gate.power", description=__doc__)
+    parser.add_argument("--plan", help="the study that is planned, a YAML file; default: the pilot itself")
+    parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
+    parser.add_argument("--gain", type=float, help="plan for this teacher gain, bits/byte, not the pilot's")
+    parser.add_argument("--share", type=float, help="plan for this true kept share, not the pilot's")
+    parser.add_argument("--among", type=int, default=1, help="affordable variants to pick from (default: 1)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    study, args = study_from_command(parser)
+    folder = Path(args.study) if Path(args.study).is_dir() else study.folder
+    plan = load_study(args.plan) if args.plan else study
+    budget = load_budget(plan, args.budget)
+    for name in ("gain", "share"):
+        if (given := getattr(args, name)) is not None and not math.isfinite(given):
+            raise UserError(f"--{name}", given, "give a number")
+    if args.among < 1:
+        raise UserError("--among", args.among, "give the number of variants to pick from, 1 at least")
+    alpha = budget.alpha / args.among
+    pilot = pilot_of(folder, study)
+    rows = [planned(case, alpha) for case in cases(pilot, budget, plan, args.gain, args.share)]
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(table(rows, alpha))
+    console.print(told(rows), soft_wrap=True)
+    if args.json:
+        found = {
+            "pilot": str(folder),
+            "alpha": alpha,
+            "among": args.among,
+            "goal": GOAL,
+            "level": PLAN_LEVEL,
+            "tests": rows,
+        }
+        write_text(args.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

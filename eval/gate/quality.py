@@ -1,0 +1,215 @@
+"""The gate's quality parts: assay sensitivity, retention, guard and slices of one variant."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.core.budget import Budget
+from eval.core.gate_file import Estimate, Kept, Link, Part, Power, Slice, Students
+from eval.core.records import HELDOUT, PLAIN
+from eval.gate.evidence import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Contrast, Evidence
+from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Mean, crossed_mean, fieller, pigeonhole
+from eval.stats.power import components, documents_for, drawn_components, effect_for, power, seeds_for
+
+Array = NDArray[np.float64]
+
+LEVEL = 0.95  # of reported intervals; tests use the budget's alpha
+RESOLUTION = 1e-5  # bits/byte: float32 scores do not resolve a smaller teacher gain, rounding can make one
+DRAWS, BOOTSTRAP_SEED = 10_000, 0
+PLANS, PLAN_LEVEL = 1000, 0.8  # draws of a pilot's variances, and the interval that is told of them
+GAIN = Contrast(*TEACHERS)
+GAIN_OVER_BASE = Contrast(TEACHERS[0], FALLBACK)
+OVER_CE = Contrast(STUDENT, CE)
+
+
+def kept(recipe: str) -> Contrast:
+    return Contrast(STUDENT, CONTROL, recipe, recipe)
+
+
+def over_fallback(recipe: str) -> Contrast:
+    return Contrast(STUDENT, FALLBACK, recipe)
+
+
+def estimate(z: Array, tested: bool = True) -> Estimate:
+    mean = crossed_mean(z)
+    low, high = mean.bounds((1 - LEVEL) / 2)
+    return Estimate(point=mean.point, low=low, high=high, p=mean.p if tested and not mean.problem else None)
+
+
+def mean_part(name: str, mean: Mean, alpha: float, words: tuple[str, str], resolution: float = 0.0) -> Part:
+    """A test of mean > 0; `words` say what a PASS shows and what a FAIL shows."""
+    low, high = mean.bounds(alpha)
+    verdict = mean.verdict(alpha, resolution)
+    unsure = (
+        mean.problem or f"it cannot be told whether {words[0]}: the bounds are {low:+.4f} and {high:+.4f}"
+    )
+    return Part(
+        name=name,
+        verdict=verdict,
+        estimate=mean.point,
+        low=low,
+        high=high,
+        limit=resolution,
+        unit="bits/byte",
+        p=mean.p,
+        reason={PASS: words[0], FAIL: words[1], INCONCLUSIVE: unsure}[verdict],
+    )
+
+
+def assay(e: Evidence, name: str, alpha: float) -> Part:
+    """Can this study see the teacher's gain at all? A method that harms is seen, too."""
+    mean = crossed_mean(e.gain(name, GAIN))
+    _, high = mean.bounds(alpha)
+    harm = f"by {-mean.point:.2g} bits/byte, {-high:.2g} at least" if high is not None else ""
+    words = (
+        f"the method improves the teacher on {name}",
+        f"there is no gain to keep: the method makes its teacher worse on {name} ({harm})",
+    )
+    return mean_part("assay", mean, alpha, words, RESOLUTION)
+
+
+def surplus(e: Evidence, recipe: str, name: str, f: float) -> Array:
+    """[S, C] L = (S1v - S0v) - f (T1 - T0)."""
+    return e.gain(name, kept(recipe)) - f * e.gain(name, GAIN)
+
+
+def retention(e: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
+    """The surplus over the asked share is linear, so no ratio can blow up."""
+    words = (
+        f"at least {f:g} of the teacher's gain is kept on {name}",
+        f"less than {f:g} of the teacher's gain is kept on {name}",
+    )
+    return mean_part("retention", crossed_mean(surplus(e, recipe, name, f)), alpha, words)
+
+
+def guard(e: Evidence, recipe: str, budget: Budget, name: str = HELDOUT) -> Part:
+    """The release still beats its fallback: (S1v - B) - g (S1 - B) > 0, or (S1v - B) - delta_min > 0."""
+    student, variant = (e.gain(name, over_fallback(r)) for r in (PLAIN, recipe))
+    if budget.g is None:
+        assert budget.delta_min is not None
+        lead, what = variant - budget.delta_min, f"{budget.delta_min:g} bits/byte over the base"
+    else:
+        lead, what = variant - budget.g * student, f"{budget.g:g} of the student's gain over the base"
+    words = f"at least {what} is kept", f"less than {what} is kept"
+    return mean_part("guard", crossed_mean(lead), budget.alpha, words)
+
+
+def fallback(e: Evidence, recipe: str, alpha: float, name: str = HELDOUT) -> Part:
+    """S1v - B: a share of nothing would satisfy the guard, so the gain itself must be there too."""
+    words = "it beats the base", "it is worse than the base that it would replace"
+    return mean_part("fallback", crossed_mean(e.gain(name, over_fallback(recipe))), alpha, words)
+
+
+def on_slice(e: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
+    """Retention on a shifted slice: no visible teacher gain there, no PASS; harm there is a FAIL."""
+    seen, part = assay(e, name, alpha), retention(e, recipe, name, f, alpha)
+    changed: dict[str, object] = {"name": f"slice:{name}", "p": max(seen.p or 0.0, part.p or 0.0)}
+    if seen.verdict == FAIL:
+        changed |= {"verdict": FAIL, "reason": seen.reason}
+    elif seen.verdict != PASS:
+        changed |= {"verdict": INCONCLUSIVE, "reason": f"no teacher gain is visible on {name}: {seen.reason}"}
+    return part.model_copy(update=changed)
+
+
+def quality_parts(e: Evidence, budget: Budget, recipe: str) -> list[Part]:
+    """Parts 1 to 4 of the gate. Without assay sensitivity nothing else can be judged."""
+    alpha = budget.alpha
+    return [
+        assay(e, HELDOUT, alpha),
+        retention(e, recipe, HELDOUT, budget.f, alpha),
+        guard(e, recipe, budget),
+        fallback(e, recipe, alpha),
+        *(on_slice(e, recipe, name, f, alpha) for name, f in budget.slices.items()),
+    ]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Fieller intervals of ratios of contrasts, with their bootstrap on the held-out documents."""
+
+    evidence: Evidence
+    columns: dict[Contrast, int]
+    means: Array  # [draws, contrasts]
+    known: dict[tuple[Contrast, Contrast, str], Kept] = field(default_factory=dict)
+
+    def of(self, top: Contrast, below: Contrast, name: str = HELDOUT) -> Kept:
+        """Each share once: a link of one chain is a link of others."""
+        if (top, below, name) not in self.known:
+            self.known[top, below, name] = self._made(top, below, name)
+        return self.known[top, below, name]
+
+    def _made(self, top: Contrast, below: Contrast, name: str) -> Kept:
+        found = fieller(self.evidence.gain(name, top), self.evidence.gain(name, below), LEVEL)
+        if found is None:
+            return Kept()
+        low, high = None, None
+        if name == HELDOUT:
+            draws = self.means[:, self.columns[top]] / self.means[:, self.columns[below]]
+            low, high = (float(v) for v in np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+        return Kept(point=found.point, low=found.low, high=found.high, bootstrap_low=low, bootstrap_high=high)
+
+
+def shares(e: Evidence) -> Shares:
+    """Draws one bootstrap for all contrasts, in bits: bytes cancel from a ratio of two sums."""
+    contrasts = [GAIN, GAIN_OVER_BASE]
+    contrasts += [c for r in e.recipes for c in (kept(r), over_fallback(r))]
+    if (CE, PLAIN) in e.bits:
+        contrasts.append(OVER_CE)
+    raw = np.stack([e.raw(HELDOUT, contrast) for contrast in contrasts])
+    columns = {contrast: i for i, contrast in enumerate(contrasts)}
+    return Shares(e, columns, pigeonhole(raw, DRAWS, BOOTSTRAP_SEED))
+
+
+def students(e: Evidence, found: Shares) -> Students:
+    return Students(
+        over_control=found.of(kept(PLAIN), GAIN),
+        over_ce=found.of(OVER_CE, GAIN) if OVER_CE in found.columns else None,
+        over_base=found.of(over_fallback(PLAIN), GAIN_OVER_BASE),
+    )
+
+
+def slice_results(e: Evidence, found: Shares, parts: list[Part], recipe: str) -> dict[str, Slice]:
+    verdicts = {part.name: part.verdict for part in parts}
+    return {
+        name: Slice(kept_share=found.of(kept(recipe), GAIN, name), verdict=verdicts.get(f"slice:{name}"))
+        for name in e.columns
+        if name != HELDOUT
+    }
+
+
+def chain(found: Shares, before: list[str], recipe: str) -> list[Link]:
+    """R = R_distil x R_compress: the student's share of the teacher's gain, then each step's of the rest.
+
+    `before` are the recipes of the study that this one goes on from, the shortest first.
+    """
+    links = [Link(step="distil", over="teacher", share=found.of(kept(PLAIN), GAIN))]
+    steps = [PLAIN, *before, recipe] if recipe != PLAIN else []
+    return links + [
+        Link(step=step, over=over, share=found.of(kept(step), kept(over))) for over, step in pairwise(steps)
+    ]
+
+
+def planning(e: Evidence, budget: Budget, name: str = HELDOUT) -> Power | None:
+    """Power to pass the retention test again, with the uncompressed student of this run as the pilot."""
+    f, alpha = budget.f if name == HELDOUT else budget.slices[name], budget.alpha
+    z = surplus(e, PLAIN, name, f)
+    (s, c), mean = z.shape, crossed_mean(z)
+    if mean.problem:
+        return None
+    parts, effect, gain = components(z), mean.point, float(e.gain(name, GAIN).mean())
+    drawn = power(drawn_components(z, PLANS, BOOTSTRAP_SEED), effect, s, c, alpha)
+    low, high = np.quantile(drawn, [(1 - PLAN_LEVEL) / 2, (1 + PLAN_LEVEL) / 2])
+    seeds, documents = seeds_for(parts, effect, c, alpha), documents_for(parts, effect, s, alpha)
+    return Power(
+        documents=c,
+        seeds=s,
+        effect=effect,
+        power_now=float(power(parts, effect, s, c, alpha)),
+        power_low=float(low),
+        power_high=float(high),
+        seeds_for_80=int(seeds) if np.isfinite(seeds) else None,
+        documents_for_80=int(documents) if np.isfinite(documents) else None,
+        share_for_80=f + float(effect_for(parts, s, c, alpha)) / gain if gain > 0 else None,
+    )

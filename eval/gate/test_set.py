@@ -1,0 +1,193 @@
+"""Opens the sealed documents for one variant: the estimate to quote, for nothing was chosen by them.
+
+    python -m eval.gate.test_set --study runs/NAME --by WHO [--variant NAME] [--reason TEXT]
+
+Scores the base, the students and the variant on the sealed documents and judges assay, retention, guard and
+fallback there. Default: the variant that the gate recommends. The opening is written down before anything is
+scored, and counted and shown ever after; another one needs a reason. Exit codes as those of the gate.
+"""
+
+import argparse
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from eval.core.artifacts import digest, read_manifest
+from eval.core.budget import Budget, load_budget
+from eval.core.checks import CE, TEACHERS, Artifacts, artifact_folder
+from eval.core.documents import SEALED, read_documents
+from eval.core.errors import EXITS, UserError, entry, one_of
+from eval.core.gate_file import STYLES, GateFile, Opening
+from eval.core.jobs import Job, Report, locked, run_jobs
+from eval.core.records import PLAIN, each_score
+from eval.core.study import Study, study_from_command
+from eval.engines import subject_of
+from eval.gate.decision import joined, judged, keeps
+from eval.gate.evidence import Evidence, Model, Tables, collect, evidence, wanted
+from eval.gate.openings import opening_path, write_opening
+from eval.gate.quality import GAIN, Shares, assay, estimate, fallback, guard, kept, over_fallback, retention
+from eval.score.scoring import score_folder
+
+
+def models(study: Study, recipe: str) -> list[Model]:
+    """(arm, recipe) of what is judged: B, T1, T0, S1 and S0, and the variants of S1 and S0."""
+    recipes = [PLAIN] if recipe == PLAIN else [PLAIN, recipe]
+    return [model for model in wanted(study, recipes) if model[0] != CE]
+
+
+def chosen(gate: GateFile, e: Evidence, variant: str | None) -> tuple[str, str | None]:
+    """The variant to open the documents for, and the target that it was recommended for."""
+    picks = {recipe: target for target, recipe in reversed(gate.recommended.items()) if recipe is not None}
+    if variant is not None:
+        one_of("variant", variant, e.recipes)
+        return variant, picks.get(variant)
+    if len(picks) != 1:
+        found = f"the gate recommends {', '.join(sorted(picks)) or 'none'}"
+        raise UserError("variant to open the sealed documents for", found, "name it with --variant")
+    return next(iter(picks.items()))
+
+
+def check_teachers(e: Evidence) -> None:
+    """The teachers were scored on the sealed documents where they were made; only there can they run.
+
+    Raises:
+        UserError: there are no sealed documents, or a teacher was not scored on them.
+    """
+    if not read_documents(e.folder / "data", SEALED):
+        raise UserError(f"run {e.folder}", "no sealed documents", "set data.sealed and train again")
+    found = {
+        (r.arm, r.seed): r.provenance.artifact for r in each_score(e.folder, "sealed") if r.arm in TEACHERS
+    }
+    for arm in TEACHERS:
+        for seed in e.study.seeds:
+            if found.get((arm, seed)) != e.artifacts[f"{arm}/s{seed}/{PLAIN}"]:
+                raise UserError(
+                    f"teacher {arm} of seed {seed}",
+                    "not scored on the sealed documents",
+                    f"run accelerate launch distill/train.py --config {e.folder}: only there can it run",
+                )
+
+
+def opened(
+    e: Evidence, budget: Budget, recipe: str, target: str | None, by: str, reason: str | None
+) -> Opening:
+    """The next opening, or the last one where it was cut short before anything could be seen.
+
+    Raises:
+        UserError: the documents were opened before, and no reason is given.
+    """
+    names = {f"{arm}/s{seed}/{of}" for arm, of in models(e.study, recipe) for seed in e.study.seeds}
+    new = Opening(
+        number=len(e.openings) + 1,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        by=by,
+        reason=reason if e.openings else None,
+        recipe=recipe,
+        target=target,
+        budget=digest(budget.model_dump(mode="json")),
+        config=e.study.hash(),
+        data=e.data,
+        artifacts={name: found for name, found in sorted(e.artifacts.items()) if name in names},
+    )
+    if e.openings:
+        last = e.openings[-1]
+        same = (last.recipe, last.artifacts, last.budget) == (new.recipe, new.artifacts, new.budget)
+        if last.verdict is None and same:
+            return last
+        if not reason:
+            raise UserError(
+                f"sealed documents of {e.folder}",
+                f"opened {len(e.openings)} time(s), last for {last.recipe} by {last.by} at {last.time}",
+                "a further look is no longer blind: give --reason to have it counted",
+            )
+    return new
+
+
+def _score(run: Path, study: Study, folder: Path, report: Report) -> None:
+    score_folder(run, study, folder, report, kind="sealed")
+
+
+def score_sealed(e: Evidence, recipe: str) -> None:
+    """Scores every model that can be loaded anew, each in a process that did not make it."""
+    jobs = []
+    for arm, of in models(e.study, recipe):
+        for seed in e.study.seeds:
+            if place := artifact_folder(e.folder, arm, seed, of):
+                name = subject_of(read_manifest(place)).label
+                jobs.append(Job(name, _score, (e.folder, e.study, place)))
+    run_jobs("sealed", jobs, e.study.workers)
+
+
+def judged_sealed(e: Evidence, budget: Budget, opening: Opening) -> Opening:
+    """The opening with what the sealed documents say."""
+    recipe, alpha = opening.recipe, budget.alpha
+    artifacts = Artifacts(e.folder, e.study)
+    tables = Tables(artifacts, each_score(e.folder, "sealed"), models(e.study, recipe))
+    seen = evidence(tables, [PLAIN, recipe], {})
+    assert list(seen.columns) == [SEALED]
+    parts = [
+        assay(seen, SEALED, alpha),
+        retention(seen, recipe, SEALED, budget.f, alpha),
+        guard(seen, recipe, budget, SEALED),
+        fallback(seen, recipe, alpha, SEALED),
+    ]
+    shares = Shares(seen, {}, np.empty((0, 0)))
+    return opening.model_copy(
+        update={
+            "documents": len(seen.bytes),
+            "verdict": joined(parts),
+            "parts": parts,
+            "teacher_gain": estimate(seen.gain(SEALED, GAIN)),
+            "kept_share": shares.of(kept(recipe), GAIN, SEALED),
+            "guard_share": shares.of(over_fallback(recipe), over_fallback(PLAIN), SEALED),
+        }
+    )
+
+
+def show(console: Console, opening: Opening, path: Path) -> None:
+    assert opening.verdict is not None
+    assert opening.kept_share is not None
+    for part in opening.parts:
+        console.print(
+            Text.assemble(f"{part.name}: ", (part.verdict, STYLES[part.verdict]), f" - {part.reason}")
+        )
+    told = keeps(opening.kept_share) if opening.kept_share.point is not None else "its share is undefined"
+    console.print(
+        Text.assemble(
+            (opening.verdict, STYLES[opening.verdict]),
+            f": {opening.recipe} on {opening.documents} sealed documents, opening {opening.number}: {told}",
+        ),
+        soft_wrap=True,
+    )
+    console.print(Text(f"written to {path}; run the gate and the report again to show it"), soft_wrap=True)
+
+
+@entry
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.gate.test_set", description=__doc__)
+    parser.add_argument("--by", required=True, help="who opens them; it is written down")
+    parser.add_argument("--variant", help="default: the variant that the gate recommends")
+    parser.add_argument("--reason", help="why they are opened again")
+    parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
+    study, args = study_from_command(parser)
+    folder = Path(args.study) if Path(args.study).is_dir() else study.folder
+    budget = load_budget(study, args.budget)
+    with locked(folder):
+        e = collect(folder, study, budget)
+        recipe, target = chosen(judged(e, budget), e, args.variant)
+        check_teachers(e)
+        opening = opened(e, budget, recipe, target, args.by, args.reason)
+        write_opening(folder, opening)
+        score_sealed(e, recipe)
+        opening = judged_sealed(e, budget, opening)
+        write_opening(folder, opening)
+    show(Console(), opening, opening_path(folder, opening.number))
+    assert opening.verdict is not None
+    return EXITS[opening.verdict]
+
+
+if __name__ == "__main__":
+    main()

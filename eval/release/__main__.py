@@ -1,0 +1,306 @@
+"""A folder that can be shipped and defends itself: artifacts, fallback, contract, sign-off and a loader.
+
+    python -m eval.release --study runs/X --variant RECIPE --owner NAME [--public FILE] [--out FOLDER]
+
+`--variant` takes one recipe for every target on which it is signed, or TARGET=RECIPE ... . Nothing is built
+without a sign-off that verifies. docs/release.md tells what lies in the folder.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.core.artifacts import MANIFEST, building, digest, entries, file_sha256, read_manifest, write_text
+from eval.core.budget import Budget, load_budget
+from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
+from eval.core.documents import TRAIN, boundary_id, read_documents
+from eval.core.errors import UserError, entry, one_of
+from eval.core.gate_file import GateFile
+from eval.core.records import PLAIN, read_scores, record_path
+from eval.core.study import Study, load_study, study_from_command
+from eval.engines import load_engine, load_tokenizer, subject_of
+from eval.gate.evidence import Evidence, collect
+from eval.release.card import card
+from eval.release.contract import contract, inputs, lineage, shipped
+from eval.release.contract_file import CONTRACT, Contract, Signature, Target, written
+from eval.release.golden_answers import canaries
+from eval.release.reference import reference
+from eval.signoff.keys import from_raw, public_key
+from eval.signoff.statement import FOLDER, Predicate
+from eval.signoff.verify import problems, read_gate, row_of
+from eval.stats.crossed import PASS
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import SSlibKey
+    from transformers import PreTrainedTokenizerBase
+
+LOADER, INDEX, CARD = "load_release.py", "release.json", "README.md"
+TEMPLATES = Path(__file__).parent / "templates"
+REHEARSAL = """
+import json, sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, ".")
+from load_release import load_release
+print(json.dumps([load_release(".", target)[1].reason for target in sys.argv[1:]]))
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is released: for each target the sign-off, with the evidence behind it."""
+
+    run: Path
+    study: Study
+    budget: Budget
+    gate: GateFile
+    evidence: Evidence
+    said: dict[str, Predicate]  # target -> sign-off
+
+    @property
+    def seed(self) -> int:
+        return self.study.seeds[0]
+
+    @property
+    def recipes(self) -> list[str]:
+        return list(dict.fromkeys(said.recipe for said in self.said.values()))
+
+    def folder(self, arm: str, recipe: str = PLAIN) -> Path:
+        found = artifact_folder(self.run, arm, self.seed, recipe)
+        assert found is not None
+        return found
+
+
+def wanted(run: Path, words: list[str]) -> dict[str, str]:
+    """Target -> recipe, of RECIPE (each target on which it is signed) or TARGET=RECIPE."""
+    found: dict[str, str] = {}
+    known = read_gate(run).budget["targets"]
+    for word in words:
+        target, equals, recipe = word.rpartition("=")
+        signed = [one_of("--variant: target", target, list(known))] if equals else []
+        signed = signed or [name for name in known if (run / FOLDER / f"{recipe}-{name}.json").is_file()]
+        if not signed:
+            mend = f"run python -m eval.signoff --study {run} --variant {recipe} --by NAME --key FILE"
+            raise UserError(f"release of {recipe!r}", "nobody signed it", mend)
+        for name in signed:
+            if name in found:
+                raise UserError("--variant", f"two recipes for {name}", "name one recipe for a target")
+            found[name] = recipe
+    return found
+
+
+def verified_case(run: Path, words: list[str], trusted: "SSlibKey | None", today: date) -> Case:
+    """The evidence of a release whose sign-offs all hold.
+
+    Raises:
+        UserError: a sign-off is missing or does not hold, or a target that the budget requires has none.
+    """
+    said: dict[str, Predicate] = {}
+    for target, recipe in wanted(run, words).items():
+        path = run / FOLDER / f"{recipe}-{target}.json"
+        if not path.is_file():
+            mend = f"run python -m eval.signoff --study {run} --variant {recipe} --target {target} first"
+            raise UserError(f"release of {recipe} on {target}", "nobody signed it", mend)
+        statement, found = problems(path, run, trusted, today)
+        if found or statement is None:
+            raise UserError(f"sign-off {path}", found[0], "mend that, or sign again")
+        said[target] = statement.predicate
+        if (said[target].recipe, said[target].target) != (recipe, target):
+            found = [f"speaks of {said[target].recipe} on {said[target].target}"]
+            raise UserError(f"sign-off {path}", found[0], "rename one of them, and sign again")
+    study, policies = load_study(run), {one.policy.name for one in said.values()}
+    if len(policies) > 1:
+        raise UserError("release", f"signed for the budgets {sorted(policies)}", "sign all for one budget")
+    budget = load_budget(study, policies.pop())
+    required = {name for name, target in budget.targets.items() if target.required}
+    if missing := sorted(required - set(said)):
+        mend = f"sign a variant on {missing[0]} and add {missing[0]}=RECIPE"
+        raise UserError("release", f"the budget requires the target {missing[0]}", mend)
+    return Case(run, study, budget, read_gate(run), collect(run, study, budget), said)
+
+
+@dataclass
+class Folder:
+    """The release in the making."""
+
+    case: Case
+    place: Path
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the loader knows of each artifact
+
+    def add(self, name: str, source: Path) -> str:
+        """Copies an artifact to `name`, once."""
+        if not (self.place / name).exists():
+            shutil.copytree(source, self.place / name)
+        return name
+
+    def part(self, name: str) -> dict[str, Any]:
+        """What the loader must know of an artifact: where it lies, its engine, and how to try it out."""
+        if name not in self.parts:
+            engine = subject_of(read_manifest(self.place / name)).engine
+            documents = read_documents(self.case.run / "data", TRAIN)
+            found = canaries(load_engine(engine, self.place / name), documents, self.case.study.data.context)
+            self.parts[name] = {"folder": name, "engine": engine, "canaries": [c.model_dump() for c in found]}
+        return self.parts[name]
+
+    def fill(self, owner: str, made: date) -> Contract:
+        case = self.case
+        fallback = self.part(self.add("fallback", case.folder(FALLBACK)))
+        tokenizer = load_tokenizer(self.place / "fallback")
+        targets, index = {}, {}
+        for target, said in case.said.items():
+            name = self.add(f"variants/{said.recipe}", case.folder(STUDENT, said.recipe))
+            self.add(f"evidence/control/{said.recipe}", case.folder(CONTROL, said.recipe))
+            targets[target] = self.target(target, said)
+            index[target] = {**self.part(name), **_facts(targets[target])}
+        promise = contract(
+            case.evidence,
+            case.gate,
+            targets=targets,
+            owner=owner,
+            made=made,
+            inputs=inputs(case.run, case.study, len(tokenizer), boundary_id(tokenizer)),
+            alpha=case.budget.alpha,
+        )
+        self.write_evidence(tokenizer, promise)
+        facts = {
+            "schema_version": 1,
+            "name": promise.name,
+            "boundary": promise.inputs.boundary_token,
+            "context": promise.inputs.context_tokens,
+        }
+        self.write(INDEX, _json({**facts, "targets": index, "fallback": fallback}))
+        self.write(CONTRACT, written(promise))
+        self.write(CARD, card(promise, case.gate, case.study.base.path))
+        self.write("lineage.json", _json(lineage(case.run, case.evidence, case.recipes)))
+        shutil.copy(TEMPLATES / LOADER, self.place / LOADER)
+        return promise
+
+    def target(self, target: str, said: Predicate) -> Target:
+        case, name = self.case, f"{FOLDER}/{said.recipe}-{target}.json"
+        (self.place / FOLDER).mkdir(exist_ok=True)
+        shutil.copy(case.run / name, self.place / name)
+        key = from_raw(said.public_key).keyid
+        signature = Signature(by=said.by, time=said.time, key=key, file=name)
+        row = row_of(case.gate, said.recipe, target)
+        return shipped(case.evidence, case.gate, case.budget, row, said, signature)
+
+    def write_evidence(self, tokenizer: "PreTrainedTokenizerBase", promise: Contract) -> None:
+        """What a recheck compares with: the signed scores, and how the documents of the study looked."""
+        case = self.case
+        models = {(FALLBACK, PLAIN), *((arm, r) for arm in (STUDENT, CONTROL) for r in case.recipes)}
+        for record in read_scores(case.run):
+            if record.seed == case.seed and (record.arm, record.recipe) in models:
+                source = record_path(case.run, record)
+                place = self.place / "evidence" / source.relative_to(case.run)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, place)
+        for name in ("gate.json", "study.yaml"):
+            shutil.copy(case.run / name, self.place / "evidence" / name)
+        slices = next(iter(promise.targets.values())).gain
+        self.write(
+            "evidence/reference.json",
+            reference(case.run / "data", list(slices), tokenizer).model_dump_json() + "\n",
+        )
+
+    def write(self, name: str, text: str) -> None:
+        write_text(self.place / name, text)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _facts(target: Target) -> dict[str, Any]:
+    waiver = target.waiver
+    return {
+        "device": target.device,
+        "verdict": target.verdict,
+        "waiver": waiver.reason if waiver else None,
+        "expires": waiver.expires.isoformat() if waiver else None,
+    }
+
+
+def present(target: Target) -> bool:
+    """Can the target's artifact be run on this machine?"""
+    import torch
+
+    return target.device == "cpu" or torch.cuda.is_available()
+
+
+def rehearse(place: Path, targets: list[str]) -> None:
+    """Loads every target in a fresh process that cannot see this project.
+
+    Raises:
+        UserError: the release would serve its fallback from the first day, or nothing at all.
+    """
+    write_text(place / MANIFEST, _json({"files": {n: e.model_dump() for n, e in entries(place).items()}}))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", REHEARSAL, *targets],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        found = f"its loader ended with {done.returncode} ({last})"
+        raise UserError("release", found, "nothing was released; mend that")
+    for target, reason in zip(targets, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        if reason:
+            raise UserError(f"release for {target}", reason, "nothing was released; mend that")
+
+
+def build(case: Case, out: Path, owner: str, made: date) -> Contract:
+    """The release at `out`, whole or not at all.
+
+    Raises:
+        UserError: `out` is there already, or what was built cannot be loaded.
+    """
+    if out.exists():
+        raise UserError(f"release {out}", "is there already", "delete it, or give another place with --out")
+    parents = {f"{target}: {said.recipe}": digest(said.files) for target, said in case.said.items()}
+    name = f"release of {case.study.name}"
+    with building(out, kind="release", name=name, key=digest(parents), parents=parents, facts={}) as place:
+        promise = Folder(case, place).fill(owner, made)
+        rehearse(place, [name for name, target in promise.targets.items() if present(target)])
+    return promise
+
+
+def told(promise: Contract, out: Path) -> Iterator[str]:
+    yield f"{out} holds {promise.name}"
+    for name, target in promise.targets.items():
+        by = target.signature.by
+        yield f"  {name}: {target.recipe} ({target.engine}), {target.verdict}, signed by {by}"
+        if not present(target):
+            yield "    not tried out: no CUDA device here; load it on such a machine before you ship it"
+        if target.waiver:
+            yield f"    WAIVED until {target.waiver.expires}: {target.waiver.reason}"
+        for cost in target.fallback_cost:
+            if cost.verdict != PASS:
+                yield f"    the fallback is not within the budget: {cost.reason}"
+    yield f"sha256 of its {MANIFEST}, to be kept elsewhere: {file_sha256(out / MANIFEST)}"
+
+
+@entry
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.release", description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", nargs="+", required=True, metavar="[TARGET=]RECIPE", help="what to ship")
+    parser.add_argument("--owner", required=True, help="who answers for the release")
+    parser.add_argument("--public", help="the signer's public key: only this one is trusted")
+    parser.add_argument("--out", help="the folder to build (default: RUN/release/NAME)")
+    study, args = study_from_command(parser)
+    run, now = study.folder, datetime.now(UTC).date()
+    case = verified_case(run, args.variant, public_key(Path(args.public)) if args.public else None, now)
+    out = Path(args.out) if args.out else run / "release" / "-".join(case.recipes)
+    promise = build(case, out, args.owner, now)
+    print("\n".join(told(promise, out)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What a release may promise: its contract, drawn from the gate, the records and the manifests of a run."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+from eval.core.artifacts import read_manifest
+from eval.core.budget import Budget
+from eval.core.checks import CONTROL, FALLBACK, STUDENT, Artifacts
+from eval.core.documents import TRAIN, read_documents
+from eval.core.errors import UserError
+from eval.core.gate_file import GateFile, Part, Variant
+from eval.core.records import HELDOUT, PLAIN, read_costs, read_loads
+from eval.core.study import Study
+from eval.engines import subject_of
+from eval.gate.evidence import C, Evidence, by_target
+from eval.gate.limits import cost_parts, costs
+from eval.release.contract_file import (
+    Bits,
+    Contract,
+    Cost,
+    Gain,
+    Inputs,
+    Promise,
+    Signature,
+    Target,
+    over_documents,
+)
+from eval.signoff.statement import Predicate
+
+
+def costs_of(parts: list[Part]) -> list[Cost]:
+    return [
+        Cost(
+            quantity=part.name.partition(":")[2],
+            measured=part.estimate,
+            low=part.low,
+            high=part.high,
+            limit=part.limit,
+            unit=part.unit,
+            verdict=part.verdict,
+            reason=part.reason,
+        )
+        for part in parts
+        if part.name.startswith("cost:")
+    ]
+
+
+def fallback_parts(e: Evidence, budget: Budget, target: str) -> list[Part]:
+    """The base of the released seed, held against the limits of a target as a variant would be.
+
+    Raises:
+        UserError: its cost was not measured there, or its records do not fit the run.
+    """
+    seed, key, limits = e.study.seeds[0], (target, FALLBACK), budget.targets[target]
+    artifacts = Artifacts(e.folder, e.study)
+    engines = {PLAIN: subject_of(read_manifest(e.folder / "base" / f"s{seed}")).engine}
+
+    def checked(records: Iterable[C]) -> dict[tuple[str, str], list[C]]:
+        ours = (FALLBACK, PLAIN, seed, target)
+        found = [r for r in records if (r.arm, r.recipe, r.seed, r.target) == ours]
+        for record in found:
+            artifacts.check(record)
+        grouped = by_target(e.folder, e.study, budget, found, engines)
+        return {key: grouped[target, PLAIN]} if found else {}
+
+    measured = checked(read_costs(e.folder))
+    if not measured:
+        mend = f"run python -m eval.cost --study {e.folder} --target {target}"
+        raise UserError(f"fallback of {target}", "its cost was not measured", mend)
+    seen = replace(e, costs=e.costs | measured, loads=e.loads | checked(read_loads(e.folder)))
+    found = costs(seen, target, FALLBACK, limits, budget.alpha)
+    assert found is not None
+    return cost_parts(seen, target, FALLBACK, limits, found)
+
+
+def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:
+    """The promise on one slice, with what the released seed alone keeps of it there: `bits` are its own."""
+    inside = name == HELDOUT
+    share = gate.budget["f"] if inside else gate.budget["slices"][name]
+    teacher = gate.teacher_gain if inside else gate.teacher_gain_slices[name]
+    return Gain(
+        asked_share=share,
+        kept_share=row.kept_share if inside else row.slices[name].kept_share,
+        teacher_gain=teacher,
+        over_control=Promise(floor=share * teacher.point, measured=over_documents(bits.over("control"))),
+        over_fallback=Promise(floor=lead(gate, name), measured=over_documents(bits.over("fallback"))),
+    )
+
+
+def lead(gate: GateFile, name: str) -> float | None:
+    """Bits per byte by which the budget asks to beat the fallback: on the held-out documents alone."""
+    if name != HELDOUT:
+        return None
+    if gate.budget["g"] is None:
+        return gate.budget["delta_min"]
+    return gate.budget["g"] * (gate.scores[FALLBACK][name].point - gate.scores[STUDENT][name].point)
+
+
+def released_bits(e: Evidence, recipe: str, name: str) -> Bits:
+    """Of the first seed, which is the one that is released."""
+    columns = e.columns[name]
+    models = (STUDENT, recipe), (CONTROL, recipe), (FALLBACK, PLAIN)
+    ours, control, base = (e.bits[model][0, columns] for model in models)
+    return Bits(ours, control, base, e.bytes[columns])
+
+
+def shipped(
+    e: Evidence, gate: GateFile, budget: Budget, row: Variant, said: Predicate, signature: Signature
+) -> Target:
+    """What one target gets."""
+    limits = budget.targets[row.target]
+    return Target(
+        recipe=row.recipe,
+        engine=row.engine,
+        device=limits.device,
+        artifact=e.artifacts[f"{STUDENT}/s{e.study.seeds[0]}/{row.recipe}"],
+        verdict=said.verdict,
+        reason=said.reason,
+        waiver=said.waiver,
+        signature=signature,
+        gain={n: gain(gate, row, n, released_bits(e, row.recipe, n)) for n in [HELDOUT, *budget.slices]},
+        cost=costs_of(row.parts),
+        fallback_cost=costs_of(fallback_parts(e, budget, row.target)),
+    )
+
+
+def inputs(run: Path, study: Study, vocabulary: int, boundary: int) -> Inputs:
+    domains = Counter(document.domain for document in read_documents(run / "data", TRAIN))
+    return Inputs(
+        context_tokens=study.data.context,
+        scored_bytes=study.data.scored_bytes,
+        vocabulary=vocabulary,
+        boundary_token=boundary,
+        domains=dict(domains.most_common()),
+        sources=[f"{source.kind} {source.path}".strip() for source in study.data.documents],
+    )
+
+
+def contract(
+    e: Evidence,
+    gate: GateFile,
+    *,
+    targets: dict[str, Target],
+    owner: str,
+    made: date,
+    inputs: Inputs,
+    alpha: float,
+) -> Contract:
+    ends = [target.waiver.expires for target in targets.values() if target.waiver]
+    recipes = dict.fromkeys(target.recipe for target in targets.values())
+    return Contract(
+        name="-".join([gate.study, *recipes]),
+        study=gate.study,
+        method=gate.method,
+        owner=owner,
+        made=made,
+        expires=min(ends, default=None),
+        seed=e.study.seeds[0],
+        alpha=alpha,
+        data=e.data,
+        config=gate.provenance.config,
+        fallback=e.artifacts[f"{FALLBACK}/s{e.study.seeds[0]}/{PLAIN}"],
+        targets=targets,
+        inputs=inputs,
+    )
+
+
+def lineage(run: Path, e: Evidence, recipes: list[str]) -> dict[str, object]:
+    """What was made from what: every artifact behind the release with its hash, parents and versions."""
+    seed = e.study.seeds[0]
+    names = ["data", f"base/s{seed}"]
+    names += [f"students/{arm}/s{seed}" for arm in (STUDENT, CONTROL)]
+    names += [
+        f"variants/{recipe}/{arm}/s{seed}"
+        for recipe in recipes
+        if recipe != PLAIN
+        for arm in (STUDENT, CONTROL)
+    ]
+    nodes = {}
+    for name in names:
+        manifest = read_manifest(run / name)
+        facts = {key: value for key, value in manifest.facts.items() if key != "loss_curve"}
+        nodes[name] = {**manifest.model_dump(include={"kind", "hash", "parents", "versions"}), "facts": facts}
+    teachers = {arm: e.artifacts[f"{arm}/s{seed}/{PLAIN}"] for arm in ("T1", "T0")}
+    method = e.study.method.model_dump(mode="json")
+    return {"study": e.study.name, "method": method, "teachers": teachers, "artifacts": nodes}

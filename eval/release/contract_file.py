@@ -1,0 +1,161 @@
+"""What a release promises: the shape of contract.yaml, and the figures behind it.
+
+The study promises a share of the teacher's gain. No teacher is in a release, so its promise is restated in
+bits per byte against what is there: the control with the same recipe, and the fallback. The floor is the
+share that the budget asks times the gain that the study measured, so holding it means what the gate meant.
+"""
+
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import yaml
+from numpy.typing import ArrayLike, NDArray
+from pydantic import ValidationError
+
+from eval.core.errors import UserError
+from eval.core.gate_file import Estimate, Kept
+from eval.core.sections import Frozen
+from eval.signoff.statement import Waiver
+from eval.stats.crossed import Verdict, cluster_bounds, linearised
+
+Array = NDArray[np.float64]
+CONTRACT = "contract.yaml"
+
+
+class Promise(Frozen):
+    """Bits per byte that the release saves against another model on the same documents."""
+
+    floor: float | None  # what is promised; null where the study asked nothing
+    measured: Estimate  # of the released artifact alone, over the documents of the study
+
+
+class Gain(Frozen):
+    """One slice of documents."""
+
+    asked_share: float  # of the teacher's gain
+    kept_share: Kept  # as measured over all seeds
+    teacher_gain: Estimate
+    over_control: Promise
+    over_fallback: Promise
+
+
+class Cost(Frozen):
+    """One limit of the budget and what was measured, with one-sided bounds at alpha."""
+
+    quantity: str
+    measured: float | None
+    low: float | None
+    high: float | None
+    limit: float
+    unit: str
+    verdict: Verdict
+    reason: str
+
+
+class Signature(Frozen):
+    by: str
+    time: str
+    key: str  # id of the public key
+    file: str  # path in the release
+
+
+class Target(Frozen):
+    """What is shipped to one target."""
+
+    recipe: str
+    engine: str
+    device: Literal["cpu", "cuda"]
+    artifact: str  # hash
+    verdict: Verdict
+    reason: str
+    waiver: Waiver | None
+    signature: Signature
+    gain: dict[str, Gain]  # slice -> promise
+    cost: list[Cost]
+    fallback_cost: list[Cost]  # of the base, held against the same limits
+
+
+class Inputs(Frozen):
+    """What the promise holds for."""
+
+    context_tokens: int  # the boundary token included
+    scored_bytes: int  # a scored document is cut to so many
+    vocabulary: int  # tokens of the tokenizer
+    boundary_token: int  # every text starts with it
+    domains: dict[str, int]  # of the training documents, with their number
+    sources: list[str]
+
+
+class Contract(Frozen):
+    """contract.yaml."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    study: str
+    method: str
+    owner: str
+    made: date
+    expires: date | None  # the first waiver that ends; after it the fallback is served
+    seed: int  # of the artifacts: the first of the study, named before any was measured
+    alpha: float  # of every one-sided test
+    data: str  # hash of the data artifact
+    config: str  # hash of the study
+    fallback: str  # hash of the base
+    targets: dict[str, Target]
+    inputs: Inputs
+
+
+def written(contract: Contract) -> str:
+    return yaml.safe_dump(contract.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def read_contract(folder: Path) -> Contract:
+    """The contract of a release.
+
+    Raises:
+        UserError: it is missing, or no contract of this version.
+    """
+    path = folder / CONTRACT
+    if not path.is_file():
+        raise UserError(f"release {folder}", f"no {CONTRACT}", "name a folder that `eval.release` made")
+    try:
+        return Contract.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError) as error:
+        found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UserError(f"contract {path}", str(found), "make the release again") from error
+
+
+def saved(minus: ArrayLike, bits: ArrayLike, size: ArrayLike) -> np.ndarray:
+    """[C] linearised bits per byte that a model saves against another on the same C documents."""
+    return linearised(np.subtract(minus, bits)[None, :], size)[0]
+
+
+def over_documents(z: ArrayLike, level: float = 0.95) -> Estimate:
+    """Mean of per-document values with its two-sided interval: the document is the cluster."""
+    values = np.asarray(z, float)
+    low, high = cluster_bounds(values, (1 - level) / 2) or (None, None)
+    return Estimate(point=float(values.mean()), low=low, high=high)
+
+
+Of = Literal["release", "control", "fallback"]
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits of three models on the same C documents of so many bytes, [C] each."""
+
+    release: Array
+    control: Array
+    fallback: Array
+    bytes: Array
+
+    def level(self, of: Of) -> Array:
+        """[C] linearised bits per byte of one model."""
+        return linearised(getattr(self, of)[None, :], self.bytes)[0]
+
+    def over(self, of: Of) -> Array:
+        """[C] linearised bits per byte that the release saves over another."""
+        return saved(getattr(self, of), self.release, self.bytes)

@@ -1,0 +1,34 @@
+"""How the documents of a study look, kept with a release so that new ones can be held against them."""
+
+from collections import Counter
+from pathlib import Path
+
+from eval.core.documents import TRAIN, Document, read_documents
+from eval.core.sections import Frozen
+from eval.stats.drift import surprise
+
+
+class Reference(Frozen):
+    """How the documents of a study look; no text of theirs is kept."""
+
+    counts: dict[int, int]  # token -> its number in the training documents
+    vocabulary: int
+    unigram: dict[str, list[float]]  # slice -> bits per token of each document
+
+
+def token_ids(tokenizer, document: Document) -> list[int]:
+    return tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def reference(data: Path, slices: list[str], tokenizer) -> Reference:
+    """Of the slices of a data artifact that are documents of their own."""
+    counts: Counter[int] = Counter()
+    for document in read_documents(data, TRAIN):
+        counts.update(token_ids(tokenizer, document))
+    size = len(tokenizer)
+    kept = [name for name in slices if (data / f"{name}.jsonl").is_file()]
+    unigram = {
+        name: [surprise(counts, size, token_ids(tokenizer, d)) for d in read_documents(data, name)]
+        for name in kept
+    }
+    return Reference(counts=dict(counts), vocabulary=size, unigram=unigram)

@@ -1,0 +1,61 @@
+"""From gate.json to a table that can be read: in the terminal, as table.md and as one HTML file.
+
+    python -m eval.report --study runs/default
+
+The report decides nothing: every figure and verdict is the gate's.
+"""
+
+import argparse
+import shutil
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from eval.core.artifacts import file_sha256, write_text
+from eval.core.errors import UserError, entry
+from eval.core.gate_file import GateFile
+from eval.core.study import Study, study_from_command
+from eval.report.markdown import markdown
+from eval.report.terminal import show
+from eval.signoff.statement import signoffs
+from eval.signoff.verify import read_gate
+
+WIDTH = 160  # columns of the table where nobody can tell, e.g. in a log
+
+
+def refuse_stale(gate: GateFile, study: Study, run: Path, mend: str) -> None:
+    """Raises UserError if the gate judged another study, or at the first record that differs by now."""
+    read = {"study.yaml": gate.provenance.config, **gate.provenance.records}
+    files = (run / "records").rglob("*.json")
+    found = {"study.yaml": study.hash(), **{p.relative_to(run).as_posix(): file_sha256(p) for p in files}}
+    for name in sorted({*read, *found}):
+        if read.get(name) != found.get(name):
+            was, now = (held.get(name, "absent")[:12] for held in (read, found))
+            raise UserError("gate.json is stale", f"{name} was {was}, is {now}", mend)
+
+
+def console() -> Console:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    return Console(width=width, highlight=False)
+
+
+@entry
+def main() -> None:
+    study, known = study_from_command(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
+    run = Path(known.study) if Path(known.study).is_dir() else study.folder
+    gate = read_gate(run)
+    refuse_stale(gate, study, run, f"run `python -m eval.gate --study {run}` first")
+    signatures = signoffs(run, datetime.now(UTC).date())
+    from eval.report.html import page  # matplotlib: what is refused should be refused fast
+
+    html = page(gate, run, (run / "study.yaml").read_text(encoding="utf-8"), signatures)
+    write_text(run / "table.md", markdown(gate, signatures))
+    write_text(run / "report.html", html)
+    show(gate, signatures, console())
+    print(run / "report.html", flush=True)
+
+
+if __name__ == "__main__":
+    main()

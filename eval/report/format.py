@@ -1,0 +1,293 @@
+"""gate.json in words and cells, for every table that shows it. Nothing is decided here."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from eval.core.gate_file import Difference, Estimate, GateFile, Kept, Number, Variant
+from eval.core.records import HELDOUT
+from eval.signoff.statement import SignOff
+
+ARMS = {
+    "B": "base, the fallback",
+    "T0": "plain teacher",
+    "T1": "teacher with the method",
+    "CE": "student without a teacher",
+    "S0": "control student, from T0",
+    "S1": "student, from T1",
+}
+PARTS = {
+    "assay": "The study sees the teacher's gain",
+    "retention": "The gain over the control is kept",
+    "guard": "The lead over the fallback is kept",
+    "fallback": "Better than the fallback",
+    "cost": "The cost is known",
+}
+SYMBOLS = {"PASS": "✔", "FAIL": "✘", "INCONCLUSIVE": "?"}
+ALWAYS = ("prefill_p50", "prefill_p95", "decode_p50", "decode_p95", "peak_memory", "disk")
+WHERE_HAD = ("knee", "throughput", "energy")  # columns of tables where some variant has them
+UNITS = {
+    **dict.fromkeys(("peak_memory", "device_memory", "disk"), "MiB"),
+    "load_time": "s",
+    "energy": "J/token",
+    "knee": "requests/s",
+    "throughput": "tokens/s",
+}
+NOT_HAD, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+FOOTNOTE = (
+    f"≤ or ≥ is the confidence bound that a limit is held against; {TIMES} is the ratio to the named "
+    f"variant in the same run; {NOT_HAD} stands where no honest figure could be had from what was measured."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, the interval or bounds beside it, the verdict of its part, and the value to sort by."""
+
+    main: str
+    notes: tuple[str, ...] = ()
+    verdict: str = ""
+    sort: float | None = None
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.main, ", ".join(self.notes), self.verdict) if part)
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return NOT_HAD
+    return f"{value:.{digits}f}" if math.isfinite(value) else "unbounded"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """`value` with at least `digits` significant digits, in plain notation unless it is very small."""
+    if value is None or not math.isfinite(value):
+        return fixed(value)
+    if abs(value) < 1e-4:
+        return f"{value:.{digits}g}"
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 0.9996 is 1.00
+    return f"{value:.{max(0, digits - 1 - exponent)}f}"
+
+
+def estimate(value: Estimate | Kept | None, verdict: str | None = None) -> Cell:
+    """A point with its interval; `undefined` where the gate could not define the point."""
+    if value is None or value.point is None:
+        return Cell("undefined", verdict=verdict or "")
+    if value.low is None and value.high is None:
+        return Cell(fixed(value.point), ("no interval",), verdict or "", value.point)
+    return Cell(
+        fixed(value.point), (f"[{fixed(value.low)}, {fixed(value.high)}]",), verdict or "", value.point
+    )
+
+
+def part_title(name: str) -> str:
+    """What a part of the gate asks, in plain words."""
+    kind, _, rest = name.partition(":")
+    if kind == "slice":
+        return f"The gain is kept on the slice {rest}"
+    if kind == "cost" and rest:
+        return f"Within the limit: {rest.replace('_', ' ')}"
+    return PARTS.get(name, name)
+
+
+def part_verdict(variant: Variant, name: str) -> str:
+    return next((part.verdict for part in variant.parts if part.name == name), "")
+
+
+def shifted(gate: GateFile) -> list[str]:
+    return [name for name in gate.documents if name != HELDOUT]
+
+
+def quality_titles(gate: GateFile) -> list[str]:
+    slices = [f"kept, {name}" for name in shifted(gate)]
+    return ["held-out bits/byte", "kept share of the gain", "guard share", *slices]
+
+
+def quality_cells(gate: GateFile, variant: Variant) -> list[Cell]:
+    """Held-out bits per byte, kept share, guard share, then the kept share on every shifted slice."""
+    cells = [
+        estimate(variant.scores.get(HELDOUT)),
+        estimate(variant.kept_share, part_verdict(variant, "retention")),
+        estimate(variant.guard_share, part_verdict(variant, "guard")),
+    ]
+    found = [variant.slices[name] for name in shifted(gate)]
+    return [*cells, *(estimate(one.kept_share, one.verdict) for one in found)]
+
+
+def cost_names(gate: GateFile) -> list[str]:
+    """The columns of cost: the usual ones, those that the budget limits, and those that only some have."""
+    limited = [name for target in gate.budget["targets"].values() for name in target.get("limits", {})]
+    found = {name for v in gate.variants for name, one in (v.cost or {}).items() if one.value is not None}
+    return list(dict.fromkeys([*ALWAYS, *limited, *(name for name in WHERE_HAD if name in found)]))
+
+
+def cost_title(name: str) -> str:
+    return f"{name.replace('_', ' ')}, {UNITS.get(name, 'ms')}"
+
+
+def cost_note(found: Number) -> str:
+    """The bound that a limit is held against: the upper one, or the lower one where more is better."""
+    more = found.unit.endswith("s/s")
+    bound = found.lower if more else found.upper
+    if bound is None or bound == found.value:  # none, or counted and not estimated
+        return ""
+    return f"{'≥' if more else '≤'} {significant(bound)}"
+
+
+def cost_cell(found: Number | None, recipe: str, verdict: str = "") -> Cell:
+    """The figure with its bound and its ratio to another variant, or what it would need."""
+    if found is None:
+        return Cell(NOT_HAD, verdict=verdict)
+    needs = f"needs {found.needs} requests" if found.needs else NOT_HAD
+    if found.value is None:
+        return Cell(needs, verdict=verdict)
+    notes = [cost_note(found)] if cost_note(found) else []
+    if found.upper is None:
+        notes = [f"bound {needs}"]
+    if found.relative is not None and found.relative.of != recipe:
+        notes.append(f"{significant(found.relative.point)}{TIMES} {found.relative.of}")
+    return Cell(significant(found.value), tuple(notes), verdict, found.value)
+
+
+def cost_cells(variant: Variant, names: list[str]) -> list[Cell]:
+    """One cell per quantity; every cell says `not measured` where the variant was not."""
+    if variant.cost is None:
+        return [Cell("not measured") for _ in names]
+    cost, recipe = variant.cost, variant.recipe
+    return [cost_cell(cost.get(name), recipe, part_verdict(variant, f"cost:{name}")) for name in names]
+
+
+def gain(value: Estimate) -> str:
+    cell = estimate(value)
+    return f"{cell.main} bits/byte, 95 % interval {cell.notes[0]}" if cell.notes else cell.main
+
+
+def recommended(gate: GateFile) -> str:
+    """One clause per target: what may be shipped there."""
+    found = gate.recommended.items()
+    return "; ".join(f"{target}: {recipe or 'no variant'}" for target, recipe in found)
+
+
+def by_recipe(gate: GateFile) -> list[Variant]:
+    """One variant per recipe and engine: quality is the same on every target."""
+    found: dict[tuple[str, str], Variant] = {}
+    for variant in gate.variants:
+        found.setdefault((variant.recipe, variant.engine), variant)
+    return list(found.values())
+
+
+def foremost(variants: Iterable[Variant], most: int) -> list[Variant]:
+    """At most so many: the recommended ones, then by verdict; in the order in which they came."""
+    found = list(variants)
+    rank = {name: i for i, name in enumerate(SYMBOLS)}
+    best = sorted(found, key=lambda v: (not v.recommended, rank[v.verdict]))[:most]
+    chosen = {id(v) for v in best}
+    return [v for v in found if id(v) in chosen]
+
+
+def student_shares(gate: GateFile) -> dict[str, Kept]:
+    """What the uncompressed student kept, by what it is held against."""
+    found = gate.kept_by_student
+    shares = {"student S1, over its control S0": found.over_control}
+    if found.over_ce is not None:
+        shares["student S1, over training without a teacher (CE)"] = found.over_ce
+    return {**shares, "student S1 over the base, what a study without a control would claim": found.over_base}
+
+
+def difference(value: Difference | None) -> Cell:
+    """A difference from the uncompressed student with its interval, and what mere reruns differ by."""
+    if value is None:
+        return Cell(NOT_HAD)
+    span = f"[{significant(value.low)}, {significant(value.high)}]"
+    return Cell(significant(value.value), (span, f"noise {significant(value.floor)}"), sort=value.value)
+
+
+BEHAVIOUR = [
+    "next token right, held-out",
+    "calibration error, held-out",
+    "flips against plain, share",
+    "KL against plain, bits/token",
+    "slice that keeps least",
+]
+
+
+def behaviour(gate: GateFile) -> dict[str, list[Cell]]:
+    """Recipe -> the cells of `BEHAVIOUR`, of the recipes of which more than the least slice is known."""
+
+    def figure(found: dict[str, Estimate]) -> Cell:
+        return estimate(found[HELDOUT]) if HELDOUT in found else Cell(NOT_HAD)
+
+    return {
+        recipe: [
+            *(figure(found) for found in (of.accuracy, of.calibration_error)),
+            *(difference(found) for found in (of.flips, of.kl)),
+            Cell(of.worst_slice or NOT_HAD),
+        ]
+        for recipe, of in gate.quality.items()
+        if of.accuracy or of.calibration_error or of.flips or of.kl
+    }
+
+
+def task_arms(gate: GateFile) -> list[str]:
+    """Arms that were marked on some task."""
+    had = {arm for of in gate.quality.values() for marks in of.tasks.values() for arm in marks}
+    return [arm for arm in ARMS if arm in had]
+
+
+def task_rows(gate: GateFile) -> list[tuple[str, str, list[Cell]]]:
+    """Recipe, task, and the mean mark of each of `task_arms`."""
+    arms = task_arms(gate)
+    return [
+        (recipe, task, [estimate(marks[arm]) if arm in marks else Cell(NOT_HAD) for arm in arms])
+        for recipe, of in gate.quality.items()
+        for task, marks in of.tasks.items()
+    ]
+
+
+def unmeasured(gate: GateFile) -> dict[str, str]:
+    """How to measure what was not: the variants that one command measures -> that command."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for v in gate.variants:
+        if v.how:
+            found.setdefault((v.target, v.how), []).append(v.recipe)
+    return {f"{several(names)} on {target}": how for (target, how), names in found.items()}
+
+
+def several(names: list[str], most: int = 6) -> str:
+    """Names in a row; the last ones are only counted where there are many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def sealed(gate: GateFile) -> str:
+    """What the sealed documents said, and how often anybody looked; empty where nobody did."""
+    look = gate.sealed
+    if look is None:
+        return ""
+    times = "once" if look.openings == 1 else f"{look.openings} times"
+    where = f" on {look.target}" if look.target else ""
+    last = f"last by {look.by} on {day(look.time)} for {look.recipe}{where}"
+    start = f"The sealed documents were opened {times}, {last}"
+    if look.verdict is None:
+        return f"{start}; they are not scored to the end yet."
+    old = "" if look.current else " They speak of artifacts or a budget of before."
+    share = estimate(look.kept_share)
+    keeps = f"kept share {' '.join([share.main, *share.notes])}"
+    return f"{start}: {look.verdict} on {look.documents} documents, {keeps}.{old}"
+
+
+def day(time: str) -> str:
+    """The day of a time in ISO 8601."""
+    return time[:10]
+
+
+def signed(one: SignOff) -> str:
+    """One sign-off in a sentence; a waiver and whatever speaks against it are told."""
+    if one.said is None:
+        return f"The sign-off {one.path.name} cannot be trusted: {one.problem}."
+    said = one.said
+    who = f"signed by {said.by} on {day(said.time)} (key {one.key[:12]})"
+    text = f"{said.verdict} of {said.recipe} on {said.target}, {who}"
+    if said.waiver:
+        text += f"; waived until {said.waiver.expires}: {said.waiver.reason}"
+    return f"{text}. It does not hold: {one.problem}." if one.problem else f"{text}."

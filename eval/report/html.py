@@ -1,0 +1,150 @@
+"""The one-file HTML report: what the template needs, in the order of the page."""
+
+import base64
+import hashlib
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from eval.core.artifacts import MANIFEST, read_manifest
+from eval.core.gate_file import GateFile
+from eval.core.records import HELDOUT, PLAIN
+from eval.report import figures as plots
+from eval.report import format as tables
+from eval.report import lineage
+from eval.report import slice_figures as spread
+from eval.report.rows import table
+from eval.signoff.statement import BEGIN, END, SignOff
+
+Json = dict[str, Any]
+
+TEMPLATES = Path(__file__).parent / "templates"
+SECTIONS = {
+    "budget": "Budget table",
+    "chain": "Gain kept, stage by stage",
+    "pareto": "Size, latency and gain",
+    "load": "Under load",
+    "slices": "Slices and documents",
+    "arms": "Arms",
+    "behaviour": "Behaviour and tasks",
+    "loss": "Training",
+    "lineage": "From the paper to the artifact",
+    "where": "Where this comes from",
+}
+TRAINED = ("B", "S1", "S0", "CE")  # arms with a loss curve, in the order of the page
+
+
+def headline(gate: GateFile) -> str:
+    """The verdict in a few words: which variant on which target."""
+    if gate.verdict == "PASS":
+        found = [f"{recipe} on {target}" for target, recipe in gate.recommended.items() if recipe]
+        return f"ship {' and '.join(found)}"
+    return {"FAIL": "nothing may ship", "INCONCLUSIVE": "not decided, more evidence is needed"}[gate.verdict]
+
+
+def _curve(folder: Path) -> list[list[float]] | None:
+    if not (folder / MANIFEST).is_file():
+        return None
+    found: list[list[float]] | None = read_manifest(folder).facts.get("loss_curve")
+    return found
+
+
+def curves(run: Path, gate: GateFile) -> dict[str, dict[str, list[list[float]]]]:
+    """{title: {seed: [[step, loss], ...]}} of the arms, then of the variants that were trained again."""
+    places = {f"{arm}, {tables.ARMS[arm]}": f"students/{arm}" for arm in TRAINED} | {
+        f"B, {tables.ARMS['B']}": "base"
+    }
+    again = [v.recipe for v in tables.foremost(tables.by_recipe(gate), plots.SHOWN) if v.recipe != PLAIN]
+    places |= {f"S1 after {recipe}, recovered": f"variants/{recipe}/S1" for recipe in again}
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for title, place in places.items():
+        seeds = {str(seed): _curve(run / place / f"s{seed}") for seed in gate.seeds}
+        had = {seed: curve for seed, curve in seeds.items() if curve}
+        if had and had not in found.values():  # a recipe that goes on from another has its curve too
+            found[title] = had
+    return found
+
+
+def figures(gate: GateFile, run: Path) -> Json:
+    """Inline SVG of every section."""
+    targets = list(gate.budget["targets"])
+    return {
+        "chain": plots.chain(gate),
+        "pareto": {t: made for i, t in enumerate(targets) if (made := plots.pareto(gate, t, i))},
+        "load": {t: made for i, t in enumerate(targets) if (made := plots.load(gate, t, i))},
+        "slices": spread.slices(gate),
+        "losses": [plots.losses(i, *pair) for i, pair in enumerate(curves(run, gate).items())],
+        "lineage": lineage.graph(lineage.nodes(run, gate)),
+    }
+
+
+def documents(gate: GateFile, run: Path) -> Json:
+    """Recipe -> picture and rows of its documents, of the recommended ones."""
+    teacher, found = spread.teacher_gains(run, gate), {}
+    for i, recipe in enumerate(spread.chosen(gate)):
+        by_slice = spread.documents(run, gate, recipe, teacher)
+        found[recipe] = {"svg": spread.strips(by_slice, recipe, i), "rows": by_slice}
+    return found
+
+
+def environment() -> Environment:
+    """Templates in which whatever comes from users is escaped."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.globals.update(symbols=tables.SYMBOLS)
+    made.filters.update(
+        day=tables.day,
+        estimate=tables.estimate,
+        fixed=tables.fixed,
+        htmljson=lambda value: htmlsafe_json_dumps(value, separators=(",", ":")),
+        significant=tables.significant,
+    )
+    return made
+
+
+def page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignOff]) -> str:
+    """The whole report as one HTML document that asks for nothing outside itself.
+
+    Raises:
+        UserError: a score record of a recommended variant cannot be read.
+    """
+    templates, drawn = environment(), figures(gate, run)
+    drawn["behaviour"] = tables.behaviour(gate) or tables.task_rows(gate)
+    style, script = (Markup((TEMPLATES / name).read_text("utf-8")) for name in ("style.css", "table.js"))
+    return templates.get_template("report.html.j2").render(
+        gate=gate,
+        run=shlex.quote(run.as_posix()),
+        study_yaml=study_yaml,
+        headline=headline(gate),
+        sealed=tables.sealed(gate),
+        signoffs=signoffs,
+        begin=Markup(BEGIN),
+        end=Markup(END),
+        sections={name: title for name, title in SECTIONS.items() if drawn.get(name, True)},
+        arms=tables.ARMS,
+        slices=[HELDOUT, *tables.shifted(gate)],
+        footnote=tables.FOOTNOTE,
+        unmeasured=tables.unmeasured(gate),
+        shares=tables.student_shares(gate),
+        table=table(gate, templates),
+        behaviour=tables.behaviour(gate),
+        behaviour_titles=tables.BEHAVIOUR,
+        tasks=tables.task_rows(gate),
+        task_arms=tables.task_arms(gate),
+        figures=drawn,
+        documents=documents(gate, run),
+        card=lineage.card(run, gate),
+        lineage=lineage.nodes(run, gate),
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )

@@ -1,0 +1,154 @@
+"""From the paper to what may ship: what every artifact was made from, with its hash."""
+
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from eval.core.artifacts import MANIFEST, read_manifest
+from eval.core.gate_file import GateFile
+from eval.core.records import PLAIN
+from eval.report.format import ARMS
+from eval.report.svg import opening
+
+WIDTH, GAP, LEFT = 178, 40, 4  # of a box, between two columns, before the first; in units of the picture
+LINE, PAD, BETWEEN = 16, 9, 30  # of a line of text, inside a box, between two boxes
+LETTERS = 27  # that fit into a box
+SEEDS = 3  # whose hashes are written into a box; the table has all
+SHORT = 12  # digits of a hash in the picture
+
+
+@dataclass(frozen=True)
+class Node:
+    """A thing that others were made from. `hashes`: seed, or nothing, -> hash."""
+
+    name: str
+    title: str
+    text: str = ""
+    hashes: dict[str, str] = field(default_factory=dict)
+    made_from: tuple[str, ...] = ()
+    column: int = 0
+
+    @property
+    def lines(self) -> list[str]:
+        said = textwrap.wrap(self.text, LETTERS, max_lines=4, placeholder=" ...")
+        seeds = [f"{name} {found[:SHORT]}".strip() for name, found in self.hashes.items()]
+        more = [f"and {len(seeds) - SEEDS} more"] if len(seeds) > SEEDS else []
+        return [*said, *seeds[:SEEDS], *more]
+
+    @property
+    def height(self) -> int:
+        return 2 * PAD + LINE * (1 + len(self.lines))
+
+
+def card(run: Path, gate: GateFile) -> dict[str, Any]:
+    """The card of the method, as the manifest of a student tells it; what earlier versions made has none."""
+    for seed in gate.seeds:
+        folder = run / "students" / "S1" / f"s{seed}"
+        if (folder / MANIFEST).is_file():
+            found: dict[str, Any] = read_manifest(folder).facts.get("method", {})
+            return found
+    return {}
+
+
+def _hashes(gate: GateFile, arm: str, recipe: str = PLAIN) -> dict[str, str]:
+    """s<seed> -> hash of one arm after one recipe; one entry where all seeds share it."""
+    places = {f"s{seed}": f"{arm}/s{seed}/{recipe}" for seed in gate.seeds}
+    made = gate.provenance.artifacts
+    found = {name: made[place] for name, place in places.items() if place in made}
+    shared = len(found) > 1 and len(set(found.values())) == 1
+    return {"all seeds": next(iter(found.values()))} if shared else found
+
+
+def nodes(run: Path, gate: GateFile) -> list[Node]:
+    """What lies between the paper and the variants that are recommended, each after what it was made from."""
+    told = card(run, gate)
+    data = Node("data", "documents", "training, held-out, shifted", {"": gate.provenance.data})
+    method = Node("method", told.get("title", gate.method), told.get("paper", ""))
+    base = Node("B", "base B", ARMS["B"], _hashes(gate, "B"), ("data",), 1)
+    teachers = [
+        Node("T1", "teacher T1", ARMS["T1"], _hashes(gate, "T1"), ("B", "method"), 2),
+        Node("T0", "teacher T0", ARMS["T0"], _hashes(gate, "T0"), ("B",), 2),
+    ]
+    students = [
+        Node("S1", "student S1", ARMS["S1"], _hashes(gate, "S1"), ("B", "T1"), 3),
+        Node("S0", "control S0", ARMS["S0"], _hashes(gate, "S0"), ("B", "T0"), 3),
+    ]
+    return [method, data, base, *teachers, *students, *_variants(gate)]
+
+
+def _variants(gate: GateFile) -> list[Node]:
+    """The recommended variants with their controls; of the uncompressed student there is nothing to add."""
+    names = dict.fromkeys(name for name in gate.recommended.values() if name not in (None, PLAIN))
+    found = []
+    for name in names:
+        where = " and ".join(target for target, recipe in gate.recommended.items() if recipe == name)
+        for arm, title in (("S1", f"recommended on {where}"), ("S0", "the same recipe for the control")):
+            made = _hashes(gate, arm, str(name))
+            found.append(Node(f"{arm}/{name}", f"{name} of {arm}", title, made, (arm,), 4))
+    return found
+
+
+@dataclass(frozen=True)
+class Spot:
+    node: Node
+    x: int
+    y: float
+
+
+def _spots(found: list[Node]) -> tuple[dict[str, Spot], float]:
+    """Where every box stands, and the height of the picture. A column is spread from top to bottom, a single
+    box in the middle: so an arrow that passes a column finds the space between its boxes."""
+    columns: dict[int, list[Node]] = {}
+    for node in found:
+        columns.setdefault(node.column, []).append(node)
+    heights = {c: sum(n.height for n in of) + BETWEEN * (len(of) - 1) for c, of in columns.items()}
+    height, spots = max(heights.values()) + 8, {}
+    for column, of in columns.items():
+        spare = height - 8 - heights[column]
+        y = 4 + (spare / 2 if len(of) == 1 else 0)
+        for node in of:
+            spots[node.name] = Spot(node, LEFT + column * (WIDTH + GAP), y)
+            y += node.height + BETWEEN + spare / max(1, len(of) - 1)
+    return spots, height
+
+
+def _arrow(start: Spot, end: Spot) -> Markup:
+    x1, y1 = start.x + WIDTH, start.y + start.node.height / 2
+    x2, y2 = end.x - 5, end.y + end.node.height / 2
+    turn = end.x - GAP  # where the last gap begins: up to there the arrow goes straight
+    middle = (turn + x2) / 2
+    return Markup(
+        f'<path class="edge" d="M{x1} {y1:g}H{turn}C{middle:g} {y1:g} {middle:g} {y2:g} {x2} {y2:g}"/>'
+        f'<path class="tip" d="M{x2} {y2 - 4:g}l6 4l-6 4z"/>'
+    )
+
+
+def _box(spot: Spot) -> Markup:
+    node, x = spot.node, spot.x
+    title = textwrap.shorten(node.title, LETTERS - 3, placeholder=" ...") or node.title[:LETTERS]
+    rows = [
+        f'<text x="{x + PAD}" y="{spot.y + PAD + LINE * (i + 1.75):g}">{escape(line)}</text>'
+        for i, line in enumerate(node.lines)
+    ]
+    top = spot.y + PAD + LINE * 0.75
+    return Markup(
+        f'<rect x="{x}" y="{spot.y:g}" width="{WIDTH}" height="{node.height}" rx="6"/>'
+        f'<text class="name" x="{x + PAD}" y="{top:g}">{escape(title)}</text>{"".join(rows)}'
+    )
+
+
+def graph(found: list[Node]) -> Markup:
+    """The nodes as boxes in columns, with an arrow from each to what was made from it."""
+    spots, height = _spots(found)
+    arrows = [_arrow(spots[parent], spots[node.name]) for node in found for parent in node.made_from]
+    width = max(spot.x for spot in spots.values()) + WIDTH + LEFT
+    said = "; ".join(
+        f"{node.title} from {' and '.join(spots[p].node.title for p in node.made_from)}"
+        for node in found
+        if node.made_from
+    )
+    top = opening("lineage", "From the paper to the artifacts", said, width, height)
+    return top + Markup("").join([*arrows, *map(_box, spots.values())]) + Markup("</svg>")

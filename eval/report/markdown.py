@@ -1,0 +1,131 @@
+"""table.md: gate.json as Markdown, in step with the page and the terminal."""
+
+import re
+
+from eval.core.gate_file import GateFile
+from eval.core.records import HELDOUT
+from eval.report.format import (
+    ARMS,
+    BEHAVIOUR,
+    FOOTNOTE,
+    behaviour,
+    by_recipe,
+    cost_cells,
+    cost_names,
+    cost_title,
+    estimate,
+    gain,
+    quality_cells,
+    quality_titles,
+    recommended,
+    sealed,
+    shifted,
+    signed,
+    student_shares,
+    task_arms,
+    task_rows,
+    unmeasured,
+)
+from eval.signoff.statement import BEGIN, END, SignOff
+
+
+def plain(text: str) -> str:
+    """Free text that Markdown shows as it stands, on one line, inside a table too."""
+    one = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`|*]|(?<=\])\()", r"\\\1", one)
+
+
+def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [[plain(title) for title in titles], ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def arms_table(gate: GateFile) -> str:
+    slices = [HELDOUT, *shifted(gate)]
+    rows = [
+        [f"{arm} ({title})", *(str(estimate(gate.scores[arm].get(name))) for name in slices)]
+        for arm, title in ARMS.items()
+        if arm in gate.scores
+    ]
+    return markdown_table(["arm", *slices], rows)
+
+
+def chain_table(gate: GateFile) -> str:
+    """The share of the teacher's gain after each stage, and what compression alone kept of the student's."""
+    rows = [[title, str(estimate(share)), ""] for title, share in student_shares(gate).items()]
+    rows += [
+        [plain(v.recipe), str(estimate(v.kept_share)), str(estimate(v.kept_of_student))]
+        for v in by_recipe(gate)
+    ]
+    return markdown_table(["stage", "kept of the teacher's gain", "kept of the student's gain"], rows)
+
+
+def quality_table(gate: GateFile) -> str:
+    rows = [
+        [plain(v.recipe), plain(v.engine), *(str(cell) for cell in quality_cells(gate, v))]
+        for v in by_recipe(gate)
+    ]
+    return markdown_table(["recipe", "engine", *quality_titles(gate)], rows)
+
+
+def cost_table(gate: GateFile) -> str:
+    rows, columns = [], cost_names(gate)
+    for v in gate.variants:
+        names = [plain(v.recipe) + (" \\*" if v.recommended else ""), plain(v.target), plain(v.engine)]
+        cells = [str(cell) for cell in cost_cells(v, columns)]
+        rows.append([*names, v.verdict, *cells, plain(v.reason)])
+    return markdown_table(
+        ["recipe", "target", "engine", "verdict", *map(cost_title, columns), "reason"], rows
+    )
+
+
+def gains(gate: GateFile) -> str:
+    lines = [f"- Teacher gain (T1 - T0), held-out: {gain(gate.teacher_gain)}"]
+    lines += [
+        f"- Teacher gain, {plain(name)}: {gain(value)}" for name, value in gate.teacher_gain_slices.items()
+    ]
+    return "\n".join(lines)
+
+
+def behaviour_tables(gate: GateFile) -> list[str]:
+    """What recipes do beside bits per byte, and the marks of tasks; nothing where nothing was measured."""
+    rows = [
+        [plain(recipe), *(plain(str(cell)) for cell in cells)] for recipe, cells in behaviour(gate).items()
+    ]
+    marks = [[plain(recipe), plain(task), *map(str, cells)] for recipe, task, cells in task_rows(gate)]
+    heads = ["recipe", "task", *task_arms(gate)]
+    found = ["### Behaviour", markdown_table(["recipe", *BEHAVIOUR], rows)] if rows else []
+    return found + (["### Tasks, mean mark", markdown_table(heads, marks)] if marks else [])
+
+
+def told(gate: GateFile, signoffs: list[SignOff]) -> str:
+    """Sealed documents, what the verdict is conditional on, and the sign-offs between their marks."""
+    lines = [sealed(gate), *(f"Note: {note}." for note in gate.notes)]
+    signatures = "".join(f"- {plain(signed(one))}\n" for one in signoffs)
+    shown = f"{BEGIN}\n{signatures}{END}"
+    return "\n\n".join([*(plain(line) for line in lines if line), shown])
+
+
+def markdown(gate: GateFile, signoffs: list[SignOff]) -> str:
+    """table.md: the verdict, then quality (no figure of time), then cost and the verdicts it decides."""
+    how = "".join(f"- {plain(f'{names}: {how}')}\n" for names, how in unmeasured(gate).items())
+    sections = [
+        f"# {plain(gate.title or gate.study)}",
+        f"**{gate.verdict}**: {plain(gate.reason)}",
+        f"Recommended: {plain(recommended(gate))}.",
+        told(gate, signoffs),
+        "## Quality",
+        "Bits per byte, lower is better; intervals in brackets. Depends on the scores alone.",
+        gains(gate),
+        "### Arms",
+        arms_table(gate),
+        "### Gain kept, stage by stage",
+        chain_table(gate),
+        "### Variants",
+        quality_table(gate),
+        *behaviour_tables(gate),
+        "## Cost and verdict",
+        cost_table(gate),
+        f"\\* recommended on its target. {FOOTNOTE}",
+    ]
+    return "\n\n".join([*sections, *([f"### Not measured\n\n{how.rstrip()}"] if how else [])]) + "\n"

@@ -1,0 +1,185 @@
+"""Where the gain is kept: by slice from gate.json, and document by document from the score records."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from eval.core.errors import UserError
+from eval.core.gate_file import GateFile, Kept
+from eval.core.records import HELDOUT, PLAIN, Score
+from eval.report.figures import omitted
+from eval.report.format import by_recipe, fixed, foremost, part_verdict
+from eval.report.svg import COLOURS, GRID, INK, MARKERS, MUTED, SERIES, SHOWN, SOFT, Picture, inline, style
+
+Array = NDArray[np.float64]
+
+ACROSS = 3  # panels side by side
+WEAKEST = 5  # documents that are named
+DOTS = 400  # a curve of sorted documents needs no more
+CHOSEN = 3  # variants whose documents are shown
+
+
+def _axis(shares: Iterable[Kept]) -> tuple[float, float]:
+    """Ends of an axis of shares: every point, and intervals until they would hide the rest."""
+    ends = [end for s in shares for end in (s.low, s.point, s.high) if end is not None]
+    return max(-0.5, min([-0.05, *ends])), min(2.0, max([1.05, *ends]))
+
+
+def _slice_panel(axes: Axes, gate: GateFile, name: str, shares: list[tuple[Kept, str]]) -> None:
+    asked = gate.budget["f"] if name == HELDOUT else gate.budget["slices"].get(name)
+    for x in (0.0, 1.0):
+        axes.axvline(x, color=GRID, linewidth=1)
+    if asked is not None:
+        axes.axvline(asked, color=MUTED, linewidth=1, linestyle="--")
+    for y, (share, verdict) in enumerate(shares):
+        colour = COLOURS.get(verdict, SERIES)
+        if share.low is not None and share.high is not None:
+            axes.plot([share.low, share.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
+        if share.point is not None:
+            axes.plot([share.point], [y], MARKERS.get(verdict, "o"), color=colour, markersize=6)
+    title = f"{name}, asked: {asked:g}" if asked is not None else f"{name}, nothing asked"
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_ylim(len(shares) - 0.5, -0.5)
+    axes.spines["left"].set_visible(False)
+
+
+def slices(gate: GateFile) -> Picture:
+    """The kept share of every variant on every slice, one panel per slice."""
+    drawn = foremost(by_recipe(gate), SHOWN)
+    found = {HELDOUT: [(v.kept_share, part_verdict(v, "retention")) for v in drawn]}
+    for name in (one for one in gate.documents if one != HELDOUT):
+        found[name] = [(v.slices[name].kept_share, v.slices[name].verdict or "") for v in drawn]
+    down = math.ceil(len(found) / ACROSS)
+    ends = _axis(share for shares in found.values() for share, _ in shares)
+    with style("slices"):
+        figure = Figure(figsize=(9, down * (0.75 + 0.26 * len(drawn)) + 0.1), layout="constrained")
+        grid = figure.subplots(down, ACROSS, squeeze=False, sharey=True).ravel()
+        for axes, (name, shares) in zip(grid, found.items(), strict=False):
+            _slice_panel(axes, gate, name, shares)
+            axes.set_xlim(*ends)
+            axes.tick_params(length=0, labelcolor=INK, axis="y")
+        grid[0].set_yticks(range(len(drawn)), [v.recipe for v in drawn])
+        for axes in grid[len(found) :]:
+            axes.set_visible(False)
+        figure.supxlabel("share of the teacher's gain", fontsize=10, color=MUTED)
+        said = "; ".join(
+            f"{name}: "
+            + ", ".join(f"{v.recipe} {fixed(s.point, 2)}" for v, (s, _) in zip(drawn, of, strict=True))
+            for name, of in found.items()
+        )
+        svg = inline(figure, "slices", "Share of the teacher's gain kept on every slice", said)
+    return Picture(svg, omitted(gate))
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Gains of the documents of one slice in bits per byte, [C] each, the least kept gain first."""
+
+    slice: str
+    ids: list[str]
+    kept: Array  # of the variant over its control, mean over the seeds
+    teacher: Array  # of T1 over T0
+
+    @property
+    def better(self) -> int:
+        """How many documents the variant predicts better than its control does."""
+        return int((self.kept > 0).sum())
+
+    @property
+    def weakest(self) -> list[tuple[str, float]]:
+        return [(self.ids[i], float(self.kept[i])) for i in range(min(WEAKEST, len(self.ids)))]
+
+    @property
+    def quartiles(self) -> list[float]:
+        """Least, first quartile, median, third quartile and greatest kept gain."""
+        return [float(q) for q in np.quantile(self.kept, [0, 0.25, 0.5, 0.75, 1])]
+
+
+def _mean_bits(run: Path, gate: GateFile, arm: str, recipe: str) -> tuple[Score, Array]:
+    """A record that names the documents, and the mean over seeds of their bits [C] in its order."""
+    first, total = None, np.zeros(0)
+    for seed in gate.seeds:
+        path = run / "records" / "score" / recipe / f"{arm}-s{seed}.json"
+        try:
+            score = Score.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            mend = f"run python -m eval.score --study {run}"
+            raise UserError(f"record {path}", "cannot be read as a score", mend) from error
+        found = score.documents
+        bits = dict(zip(zip(found.slice, found.id, strict=True), found.bits, strict=True))
+        first = first or score
+        keys = zip(first.documents.slice, first.documents.id, strict=True)
+        ordered = np.array([bits[key] for key in keys])
+        total = ordered if score is first else total + ordered
+    assert first is not None
+    return first, total / len(gate.seeds)
+
+
+def _per_byte(run: Path, gate: GateFile, better: tuple[str, str], worse: tuple[str, str]) -> dict:
+    """(slice, id) -> bits per byte that `better` saves against `worse`; each an arm and a recipe."""
+    (one, ours), (other, theirs) = (_mean_bits(run, gate, *model) for model in (better, worse))
+    there = dict(zip(zip(other.documents.slice, other.documents.id, strict=True), theirs, strict=True))
+    columns = zip(one.documents.slice, one.documents.id, one.documents.bytes, ours, strict=True)
+    return {(name, i): (there[name, i] - bits) / size for name, i, size, bits in columns}
+
+
+def documents(run: Path, gate: GateFile, recipe: str, teacher: dict | None = None) -> list[Documents]:
+    """Gains document by document, slice by slice; the figures rest on the records that the gate read."""
+    kept = _per_byte(run, gate, ("S1", recipe), ("S0", recipe))
+    teacher = teacher or teacher_gains(run, gate)
+    found = []
+    for name in gate.documents:
+        ids = sorted((i for of, i in kept if of == name), key=lambda i: (kept[name, i], i))
+        values = (np.array([gain[name, i] for i in ids]) for gain in (kept, teacher))
+        found.append(Documents(name, ids, *values))
+    return found
+
+
+def teacher_gains(run: Path, gate: GateFile) -> dict:
+    """(slice, id) -> bits per byte that T1 saves against T0."""
+    return _per_byte(run, gate, ("T1", PLAIN), ("T0", PLAIN))
+
+
+def chosen(gate: GateFile) -> list[str]:
+    """Recipes whose documents are shown: the recommended ones, else the uncompressed student."""
+    best = [name for name in gate.recommended.values() if name is not None]
+    return list(dict.fromkeys(best))[:CHOSEN] or [PLAIN]
+
+
+def _document_panel(axes: Axes, found: Documents) -> None:
+    """Documents by their kept gain; behind each the teacher's gain on the same one."""
+    size = len(found.ids)
+    few = np.unique(np.linspace(0, size - 1, min(size, DOTS)).round().astype(int))
+    rank = (few + 0.5) / size * 100
+    axes.axhline(0, color=MUTED, linewidth=1)
+    axes.vlines(rank, found.kept[few], found.teacher[few], color=GRID, linewidth=1, zorder=1)
+    axes.plot(rank, found.teacher[few], "o", color=SOFT, markersize=3.2, zorder=2, label="teacher")
+    axes.plot(rank, found.kept[few], "o", color=SERIES, markersize=3.2, zorder=3, label="variant")
+    axes.set_title(f"{found.slice}: {found.better} of {size} gain", loc="left", fontsize=10, color=INK)
+    axes.set_xlim(0, 100)
+    axes.grid(axis="y")
+
+
+def strips(found: list[Documents], recipe: str, place: int = 0) -> Markup:
+    """Kept gain of every document, sorted, one panel per slice."""
+    down, name = math.ceil(len(found) / ACROSS), f"documents-{place}"
+    with style(name):
+        figure = Figure(figsize=(9, 2.5 * down), layout="constrained")
+        grid = figure.subplots(down, ACROSS, squeeze=False, sharey=True).ravel()
+        for axes, one in zip(grid, found, strict=False):
+            _document_panel(axes, one)
+        for axes in grid[len(found) :]:
+            axes.set_visible(False)
+        figure.supxlabel("documents, from the least kept gain to the greatest, %", fontsize=10, color=MUTED)
+        figure.supylabel("gain, bits/byte", fontsize=10, color=MUTED)
+        grid[0].legend(loc="upper left", labelcolor=INK, handletextpad=0.1)
+        said = "; ".join(f"{one.slice}: {one.better} of {len(one.ids)} documents gain" for one in found)
+        return inline(figure, name, f"Gain kept by {recipe}, document by document", said)

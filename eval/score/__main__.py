@@ -1,0 +1,73 @@
+"""`python -m eval.score --study runs/X`: bits per byte of every base, student and variant of a run.
+
+Each model is loaded from its folder by its own engine, in a process that did not make it; with `data.tasks`
+it is marked on those too. Models that have a record of the same bytes, data and study are left alone.
+Teachers with a method are scored where they are made, by `distill`: only there can they be run, and on
+tasks they are not marked.
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from eval.core.artifacts import read_manifest
+from eval.core.errors import entry
+from eval.core.jobs import Job, Report, locked, run_jobs
+from eval.core.records import HELDOUT, read_marks, read_scores
+from eval.core.study import Study, study_from_command
+from eval.engines import subject_of
+from eval.score.items import check_tasks
+from eval.score.samples import mark_folder, mean_marks, unmarked
+from eval.score.scoring import corpus_bits_per_byte, model_folders, score_folder, unscored
+
+Rows = dict[tuple[str, str], dict[str, float]]  # (recipe, arm) -> column -> value
+
+
+def score_run(study: Study) -> int:
+    """Scores and marks what is not yet; returns how many models were scored."""
+    run = study.folder
+    check_tasks(study.data.tasks)
+    jobs = [Job(_label(folder), _score, (run, study, folder)) for folder in unscored(run, study)]
+    done = len(jobs)
+    jobs += [
+        Job(f"{_label(folder)} tasks", mark_folder, (run, study, folder, names))
+        for folder, names in unmarked(run, study).items()
+    ]
+    run_jobs("score", jobs, study.workers)
+    return done
+
+
+def _label(folder: Path) -> str:
+    return subject_of(read_manifest(folder)).label
+
+
+def _score(run: Path, study: Study, folder: Path, report: Report) -> None:
+    score_folder(run, study, folder, report)
+
+
+def table(title: str, rows: Rows) -> Table:
+    names = sorted({name for row in rows.values() for name in row}, key=lambda n: (n != HELDOUT, n))
+    shown = Table("recipe", "arm", *names, title=title)
+    for (recipe, arm), row in rows.items():
+        shown.add_row(recipe, arm, *(f"{row[name]:.4f}" if name in row else "" for name in names))
+    return shown
+
+
+@entry
+def main() -> None:
+    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__))
+    read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
+    with locked(study.folder):
+        done = score_run(study)
+    if done:
+        title = "bits per byte, lower is better"
+        Console().print(table(title, corpus_bits_per_byte(read_scores(study.folder))))
+    if study.data.tasks:
+        Console().print(table("mean marks, higher is better", mean_marks(read_marks(study.folder))))
+    print(f"scored {done} models, {len(model_folders(study.folder, study)) - done} were scored before")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Damage to held-out documents at a stated strength: the same in every run, on every machine and Python.
+
+A damaged document is a slice of its own and only ever scored: it asks whether the method's gain survives
+input that is not clean. Positions are drawn by SHA-256 of the kind, the strength and the document's id.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+
+from eval.core.documents import Document
+from eval.core.errors import UserError
+from eval.core.sections import Corruption
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def damaged_slices(
+    documents: list[Document], corruptions: list[Corruption], taken: Collection[str]
+) -> dict[str, list[Document]]:
+    """Slice name -> the documents, damaged; ids are those of the documents.
+
+    Raises:
+        UserError: a slice of that name is there already, or nothing is left of a document.
+    """
+    slices: dict[str, list[Document]] = {}
+    for corruption in corruptions:
+        if corruption.slice in slices or corruption.slice in taken:
+            mend = "give each corruption once, and other slices other names"
+            raise UserError("data.corruptions", f"slice {corruption.slice!r} is there already", mend)
+        slices[corruption.slice] = [corrupted(document, corruption) for document in documents]
+    return slices
+
+
+def corrupted(document: Document, corruption: Corruption) -> Document:
+    """The document with its text damaged; where it has a prompt, the prompt and not the scored text.
+
+    Raises:
+        UserError: nothing is left to score.
+    """
+    name = f"{corruption.slice}:{document.id}"
+    if document.prompt:
+        return replace(document, prompt=_prompt(document.prompt, corruption, name))
+    text = DAMAGES[corruption.kind](document.text, corruption.strength, name)
+    if not text.strip():
+        mend = "lower its strength in data.corruptions"
+        raise UserError(f"slice {corruption.slice!r}", f"nothing is left of document {document.id!r}", mend)
+    return replace(document, text=text)
+
+
+def _prompt(
+    prompt: str | list[dict[str, str]], corruption: Corruption, name: str
+) -> str | list[dict[str, str]]:
+    """A damaged prompt, or a chat of which the user's turns are damaged."""
+    damage = DAMAGES[corruption.kind]
+    if isinstance(prompt, str):
+        return damage(prompt, corruption.strength, name)
+    return [
+        {**turn, "content": damage(turn["content"], corruption.strength, f"{name}:{i}")}
+        if turn["role"] == "user"
+        else turn
+        for i, turn in enumerate(prompt)
+    ]
+
+
+def typos(text: str, strength: float, name: str) -> str:
+    """A share of the letters is dropped, replaced, or swapped with the letter that follows.
+
+    Exactly round(strength * letters) of them are hit. What is not a letter stays as it is and where it
+    stands among the others, so that lines, numbers and code marks survive.
+    """
+    chance = _numbers(name)
+    out = list(text)
+    for place in _chosen([i for i, letter in enumerate(text) if letter.isalpha()], strength, chance):
+        kind = next(chance) % 3
+        following = place + 1
+        if kind == 0:
+            out[place] = ""
+        elif kind == 1 and following < len(out) and text[following].isalpha():
+            out[place], out[following] = out[following], out[place]
+        else:
+            out[place] = LETTERS[next(chance) % len(LETTERS)]
+    return "".join(out)
+
+
+def truncation(text: str, strength: float, name: str) -> str:
+    """A share of the bytes is cut off the start, whole characters only.
+
+    What is left is scored without what came before it. Cutting the end instead would leave the rest as easy
+    as it was: it would lose documents and no context.
+    """
+    data = text.encode()
+    return data[round(strength * len(data)) :].decode(errors="ignore")
+
+
+def whitespace(text: str, strength: float, name: str) -> str:
+    """Exactly round(strength * spaces) of the spaces, tabs and line ends are dropped; the rest stays."""
+    spaces = [i for i, letter in enumerate(text) if letter.isspace()]
+    dropped = set(_chosen(spaces, strength, _numbers(name)))
+    return "".join(letter for i, letter in enumerate(text) if i not in dropped)
+
+
+DAMAGES: dict[str, Callable[[str, float, str], str]] = {
+    "typos": typos,
+    "truncation": truncation,
+    "whitespace": whitespace,
+}
+
+
+def _numbers(name: str) -> Iterator[int]:
+    """Numbers below 2^32 that depend on the name alone."""
+    count = 0
+    while True:
+        block = hashlib.sha256(f"{name}:{count}".encode()).digest()
+        yield from (int.from_bytes(block[i : i + 4]) for i in range(0, len(block), 4))
+        count += 1
+
+
+def _chosen(places: list[int], strength: float, chance: Iterator[int]) -> list[int]:
+    """round(strength * places) of the places, in ascending order."""
+    ranked = sorted((next(chance), place) for place in places)
+    return sorted(place for _, place in ranked[: round(strength * len(places))])

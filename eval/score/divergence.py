@@ -1,0 +1,253 @@
+"""How far a variant says what its uncompressed student says, and how much of that is noise."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eval.core.artifacts import MANIFEST, Manifest, read_manifest, verified
+from eval.core.checks import STUDENT, artifact_folder
+from eval.core.documents import Batch, Document, read_documents, tokens_per_batch
+from eval.core.errors import UserError
+from eval.core.gate_file import Difference
+from eval.core.jobs import Report
+from eval.core.recipes import recipe_names
+from eval.core.records import (
+    HELDOUT,
+    PLAIN,
+    Agreement,
+    Rerun,
+    provenance,
+    read_agreements,
+    write_record,
+)
+from eval.core.study import Study
+from eval.engines import Engine, load_engine, subject_of
+from eval.metrics.likelihood import Predict, likeliest, pieces, prepared, refuse_infinite
+from eval.stats.crossed import crossed_mean, linearised
+
+PIECE = 2**16  # entries of one comparison: its dozen intermediates stay in a core's cache
+RERUN_DOCUMENTS = 4  # the noise floor is told from so many
+OTHER_THREADS = 2
+TAIL = 0.025  # of a two-sided 95 % interval
+Array = NDArray[np.float64]
+
+
+class Likeness(NamedTuple):
+    """Columns with one entry per document."""
+
+    tokens: list[int]
+    flips: list[int]
+    kl_bits: list[float]
+
+
+@torch.no_grad()
+def compared(one: Tensor, other: Tensor, batch: Batch) -> Tensor:
+    """Does the likeliest differ, and KL(one || other) in bits: [2, N] for tokens under the batch's mask."""
+    found = []
+    for left, right in zip(pieces(one, batch, PIECE), pieces(other, batch, PIECE), strict=True):
+        flips = likeliest(left) != likeliest(right)
+        bits = divergence(left.log_softmax(-1), right.log_softmax(-1)) / math.log(2)
+        found.append(torch.stack([flips, bits]))
+    return torch.cat(found, 1)[:, batch.asked[0].to(one.device)]
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats [n], from normalised log-probabilities [n, V].
+
+    As p and q both sum to 1, it is the sum of p (q/p - 1 - log(q/p)), of which no term is negative: two runs
+    that differ by rounding alone give no difference of large numbers (Schulman 2020, "Approximating KL
+    divergence"). Where q is far above p, p q/p is taken as q, which cannot overflow.
+    """
+    p, gap = log_p.exp(), log_q - log_p
+    near = p * (gap.expm1() - gap)
+    far = log_q.exp() - p - p * gap
+    return torch.where(p > 0, torch.where(gap < 1, near, far), log_q.exp()).sum(-1)
+
+
+def likeness(
+    one: Predict, other: Predict, engine: Engine, documents: list[Document], context: int
+) -> Likeness:
+    """Flips and divergence of two models that share the tokenizer of `engine`, by document.
+
+    Raises:
+        UserError: a divergence is not finite.
+    """
+    place = {document.id: i for i, document in enumerate(documents)}
+    sums = torch.zeros(2, len(place), dtype=torch.float64)
+    tokens = torch.zeros(len(place), dtype=torch.int64)
+    size = min(engine.batch_tokens, tokens_per_batch(engine.vocabulary))
+    for batch in prepared(documents, engine.tokenizer, context, size):
+        counts = batch.mask.sum(1)
+        where = torch.tensor([place[name] for name in batch.documents]).repeat_interleave(counts)
+        sums.index_add_(1, where, compared(one(batch), other(batch), batch).double().cpu())
+        tokens.index_add_(0, where, torch.ones_like(where))
+    refuse_infinite(documents, sums[1])
+    return Likeness(tokens.tolist(), sums[0].long().tolist(), sums[1].tolist())
+
+
+def in_other_batches(engine: Engine) -> Predict:
+    """The engine on one row at a time, without padding; on a row that was alone, laid twice."""
+
+    def predict(batch: Batch) -> Tensor:
+        if len(batch.ids) == 1:
+            return engine.logits(_part(batch, [0, 0], batch.input_ids.shape[1]))[:1]
+        whole = torch.zeros(*batch.input_ids.shape, engine.vocabulary)
+        for i, length in enumerate(batch.attention_mask.sum(1).tolist()):
+            whole[i, :length] = engine.logits(_part(batch, [i], length))[0]
+        return whole
+
+    return predict
+
+
+def _part(batch: Batch, rows: list[int], length: int) -> Batch:
+    """Some rows of a batch, cut to a length."""
+    given = None if batch.given is None else batch.given[rows, :length]
+    ids, documents, domains = (
+        [column[i] for i in rows] for column in (batch.ids, batch.documents, batch.domains)
+    )
+    return Batch(
+        ids, documents, domains, batch.input_ids[rows, :length], batch.attention_mask[rows, :length], given
+    )
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def with_other_threads(name: str, folder: Path) -> Predict:
+    """The model once more, with another number of threads."""
+    before = torch.get_num_threads()
+    engine = load_engine(name, folder, threads=OTHER_THREADS)
+    torch.set_num_threads(before)
+
+    def predict(batch: Batch) -> Tensor:
+        with threads(OTHER_THREADS):
+            return engine.logits(batch)
+
+    return predict
+
+
+def noise(engine: Engine, name: str, documents: list[Document], context: int) -> dict[str, Rerun]:
+    """The engine against itself, in batches of another size and with other threads."""
+    others = {"batch": in_other_batches(engine), "threads": with_other_threads(name, engine.folder)}
+    found = {
+        how: likeness(engine.logits, other, engine, documents[:RERUN_DOCUMENTS], context)
+        for how, other in others.items()
+    }
+    return {
+        how: Rerun(tokens=sum(of.tokens), flips=sum(of.flips), kl_bits=math.fsum(of.kl_bits))
+        for how, of in found.items()
+    }
+
+
+def compare_folder(run: Path, study: Study, folder: Path, report: Report = lambda share: None) -> Agreement:
+    """Compares the variant in `folder` with its student on one CPU thread, and writes the record.
+
+    Raises:
+        UserError: an artifact is damaged, the two have different vocabularies, or one is not finite.
+    """
+    manifest = verified(folder)
+    subject = subject_of(manifest)
+    at = artifact_folder(run, subject.arm, subject.seed, PLAIN)
+    assert at is not None, "variants are made of students"
+    student, data = verified(at), run / "data"
+    one = load_engine(subject_of(student).engine, at)
+    engine = load_engine(subject.engine, folder)
+    if one.vocabulary != engine.vocabulary:
+        found = f"{engine.vocabulary} rows of output, its student has {one.vocabulary}"
+        raise UserError(f"variant {folder}", found, "make it again from this student")
+    documents, context = read_documents(data, HELDOUT), study.data.context
+    try:
+        columns = likeness(one.logits, engine.logits, engine, documents, context)
+        report(0.7)
+        reruns = noise(engine, subject.engine, documents, context)
+    except UserError as error:
+        raise UserError(f"comparing {folder}: {error.thing}", error.found, error.mend) from error
+    record = Agreement(
+        **subject.model_dump(),
+        data=read_manifest(data).hash,
+        student=student.hash,
+        id=[document.id for document in documents],
+        **columns._asdict(),
+        reruns=reruns,
+        provenance=provenance(manifest.hash, study.hash()),
+    )
+    write_record(run, record)
+    return record
+
+
+def variant_folders(run: Path, study: Study) -> list[Path]:
+    """Variants of S1 that are made. S0 is no candidate: it is a control, and nobody ships it."""
+    places = [
+        artifact_folder(run, STUDENT, seed, name) for name in recipe_names(study)[1:] for seed in study.seeds
+    ]
+    return [place for place in places if place is not None and (place / MANIFEST).is_file()]
+
+
+def uncompared(run: Path, study: Study) -> list[Path]:
+    """Variants without a record of their own bytes, their student's, this data and this study."""
+    have = {
+        (r.recipe, r.seed, r.provenance.artifact, r.student, r.data, r.provenance.config)
+        for r in read_agreements(run)
+        if r.arm == STUDENT
+    }
+    data, config = read_manifest(run / "data").hash, study.hash()
+
+    def known(manifest: Manifest) -> bool:
+        subject = subject_of(manifest)
+        place = artifact_folder(run, subject.arm, subject.seed, PLAIN)
+        assert place is not None, "variants are made of students"
+        student = read_manifest(place).hash
+        return (subject.recipe, subject.seed, manifest.hash, student, data, config) in have
+
+    return [folder for folder in variant_folders(run, study) if not known(read_manifest(folder))]
+
+
+def sizes(tokens: Array) -> Array:
+    """[C] tokens of each document, from [S, C]: a study has one tokenizer.
+
+    Raises:
+        UserError: seeds differ.
+    """
+    if (tokens != tokens[0]).any():
+        raise UserError(
+            "records of one recipe", "seeds count different tokens", "delete and measure them again"
+        )
+    return tokens[0]
+
+
+def agreement(
+    records: list[Agreement], seeds: Sequence[int]
+) -> tuple[Difference, Difference] | tuple[None, None]:
+    """Flips (share of tokens) and KL (bits per token) of one recipe, where every seed was compared."""
+    by_seed = {r.seed: r for r in records if r.seed in seeds}
+    found = [by_seed[seed] for seed in seeds if seed in by_seed]
+    if len(found) < len(seeds) or any(r.id != found[0].id for r in found):
+        return None, None
+    tokens = np.array([r.tokens for r in found], float)
+    size = sizes(tokens)
+    flips, kl = (np.array([getattr(r, name) for r in found], float) for name in ("flips", "kl_bits"))
+    again = [rerun for r in found for rerun in r.reruns.values()]
+    return (
+        _difference(linearised(flips, size), max(r.flips / r.tokens for r in again), "share"),
+        _difference(linearised(kl, size), max(r.kl_bits / r.tokens for r in again), "bits/token"),
+    )
+
+
+def _difference(z: Array, floor: float, unit: str) -> Difference:
+    mean = crossed_mean(z)
+    low, high = mean.bounds(TAIL)
+    return Difference(value=mean.point, low=low, high=high, floor=floor, unit=unit)

@@ -1,0 +1,138 @@
+"""Scores: bits of every held-out and shifted document, for one model at a time."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eval.core.artifacts import MANIFEST, read_manifest, verified
+from eval.core.documents import SEALED, read_documents, scored_slices, tokens_per_batch
+from eval.core.errors import UserError
+from eval.core.jobs import Report
+from eval.core.recipes import recipe_names
+from eval.core.records import Bins, Documents, Kind, Score, provenance, read_scores, write_record
+from eval.core.study import Study
+from eval.engines import Engine, Subject, load_engine, subject_of
+from eval.metrics.likelihood import BATCH_TOKENS, Predict, likelihoods
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COLUMNS = ("id", "slice", "bytes", "tokens", "bits", "correct")
+METRIC = Path(__file__).parents[1] / "metrics" / "bits_per_byte.py"
+
+
+def model_folders(run: Path, study: Study) -> list[Path]:
+    """Bases, students and variants of the study that are made; what earlier settings left is not scored."""
+    tops = ["base", *(f"students/{arm}" for arm in study.arms)]
+    tops += [f"variants/{recipe}/{arm}" for recipe in recipe_names(study)[1:] for arm in ("S1", "S0")]
+    places = (run / top / f"s{seed}" for top in tops for seed in study.seeds)
+    return [place for place in places if (place / MANIFEST).is_file()]
+
+
+def score_with(
+    predict: Predict,
+    data: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+    *,
+    kind: Kind = "score",
+    batch_tokens: int = BATCH_TOKENS,
+    report: Report = lambda share: None,
+) -> Documents:
+    """Bits and correct tokens of all documents of `scored_slices(data)`, in that order; see `likelihoods`.
+
+    For the kind `sealed` they are those of the sealed documents, and of no other.
+
+    Raises:
+        UserError: a slice or a document is empty, or a likelihood is not finite.
+    """
+    columns: dict[str, list] = {name: [] for name in COLUMNS}
+    calibration = {}
+    slices = [SEALED] if kind == "sealed" else scored_slices(data)
+    for done, name in enumerate(slices, start=1):
+        documents = read_documents(data, name)
+        if not documents:
+            raise UserError(f"slice {name!r}", f"no documents in {data}", "give the slice other sources")
+        found = likelihoods(predict, documents, tokenizer, context, batch_tokens)
+        columns["id"] += [document.id for document in documents]
+        columns["slice"] += [name] * len(documents)
+        columns["bytes"] += [document.bytes for document in documents]
+        columns["tokens"] += found.tokens
+        columns["bits"] += found.bits
+        columns["correct"] += found.correct
+        calibration[name] = Bins(**found.bins._asdict())
+        report(done / len(slices))
+    return Documents(**columns, calibration=calibration)
+
+
+def scoring_tokens(engine: Engine) -> int:
+    """Padded tokens per batch that suit an engine and the memory of its logits."""
+    return min(engine.batch_tokens, tokens_per_batch(engine.vocabulary))
+
+
+def kinds(study: Study) -> list[Kind]:
+    """Of the scores that are made where a teacher can run: nobody could make the sealed ones later."""
+    return ["score", "sealed"] if study.data.sealed else ["score"]
+
+
+def score_folder(
+    run: Path, study: Study, folder: Path, report: Report = lambda share: None, kind: Kind = "score"
+) -> Score:
+    """Scores the artifact `folder` of a run on one CPU thread, by its own engine, and writes the record.
+
+    Raises:
+        UserError: the artifact is damaged, cannot be loaded, or gives a likelihood that is not finite.
+    """
+    manifest = verified(folder)
+    subject = subject_of(manifest)
+    engine = load_engine(subject.engine, folder)
+    tokenizer, data = engine.tokenizer, run / "data"
+    size = scoring_tokens(engine)
+    try:
+        documents = score_with(
+            engine.borrowed, data, tokenizer, study.data.context, kind=kind, batch_tokens=size, report=report
+        )
+    except UserError as error:
+        raise UserError(f"scoring {folder}: {error.thing}", error.found, error.mend) from error
+    record = Score(
+        **subject.model_dump(),
+        kind=kind,
+        data=read_manifest(data).hash,
+        documents=documents,
+        provenance=provenance(manifest.hash, study.hash()),
+    )
+    write_record(run, record)
+    return record
+
+
+def unscored(run: Path, study: Study) -> list[Path]:
+    """Model folders of a run without a record of their own bytes, this data and this study."""
+    data = read_manifest(run / "data").hash
+    have = {
+        (Subject.model_validate(record, from_attributes=True), record.provenance.artifact)
+        for record in read_scores(run)
+        if record.data == data and record.provenance.config == study.hash()
+    }
+    manifests = {folder: read_manifest(folder) for folder in model_folders(run, study)}
+    return [folder for folder, m in manifests.items() if (subject_of(m), m.hash) not in have]
+
+
+def corpus_bits_per_byte(records: list[Score]) -> dict[tuple[str, str], dict[str, float]]:
+    """(recipe, arm) -> slice -> bits per byte, the documents of all seeds pooled."""
+    import evaluate  # seconds to import: not before there is something to show
+
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    pooled: dict[tuple[str, str], dict[str, tuple[list[float], list[int]]]] = {}
+    for record in records:
+        slices = pooled.setdefault((record.recipe, record.arm), {})
+        columns = record.documents
+        for name, bits, size in zip(columns.slice, columns.bits, columns.bytes, strict=True):
+            pair = slices.setdefault(name, ([], []))
+            pair[0].append(bits)
+            pair[1].append(size)
+    return {
+        model: {
+            name: metric.compute(predictions=bits, references=sizes)["bits_per_byte"]
+            for name, (bits, sizes) in slices.items()
+        }
+        for model, slices in pooled.items()
+    }

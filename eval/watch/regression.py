@@ -1,0 +1,118 @@
+"""Is the method's gain fading, or did everything get worse? Pure functions of bits per document.
+
+On new documents every model may do worse. What the method is worth is what it saves against its control and
+the fallback on the same documents, paired; how hard the documents are is what the fallback says of them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from eval.core.gate_file import Estimate
+from eval.release.contract_file import Bits, Gain, Of, Promise, over_documents
+from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict, cluster_bounds, t_quantile
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure when it was released and now."""
+
+    name: str
+    before: Estimate
+    now: Estimate
+    change: Estimate  # two-sided 95 %, documents of then and now drawn apart
+    floor: float | None = None
+    verdict: Verdict | None = None  # of the promise; null where nothing was promised
+    reason: str = ""
+
+    @property
+    def rose(self) -> bool:
+        return self.change.low is not None and self.change.low > 0
+
+    @property
+    def fell(self) -> bool:
+        return self.change.high is not None and self.change.high < 0
+
+
+def change(before: ArrayLike, now: ArrayLike, level: float = 0.95) -> Estimate:
+    """Difference of two means over documents that were drawn apart (Welch 1947)."""
+    a, b = np.asarray(before, float), np.asarray(now, float)
+    point = float(b.mean() - a.mean())
+    if min(len(a), len(b)) < 2:
+        return Estimate(point=point, low=None, high=None)
+    parts = np.array([a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)])
+    if (total := float(parts.sum())) == 0:
+        return Estimate(point=point, low=point, high=point)
+    nu = total**2 / float((parts**2 / [len(a) - 1, len(b) - 1]).sum())
+    half = t_quantile((1 - level) / 2, nu) * total**0.5
+    return Estimate(point=point, low=point - half, high=point + half)
+
+
+def promised(name: str, before: Array, now: Array, floor: float | None, alpha: float) -> Finding:
+    """What is saved, held against its floor with one-sided bounds over documents."""
+    base = Finding(name, over_documents(before), over_documents(now), change(before, now), floor)
+    if floor is None:
+        return base
+    bounds = cluster_bounds(now, alpha)
+    verdict: Verdict
+    if bounds is None:
+        verdict, reason = INCONCLUSIVE, "one document says nothing about other documents"
+    elif bounds[0] == bounds[1]:
+        verdict, reason = INCONCLUSIVE, "all documents say the same: that is no sample of others"
+    elif bounds[0] >= floor:
+        verdict, reason = PASS, f"at least {bounds[0]:.3f}, promised {floor:.3f}"
+    elif bounds[1] < floor:
+        verdict, reason = FAIL, f"at most {bounds[1]:.3f}, promised {floor:.3f}"
+    else:
+        verdict, reason = INCONCLUSIVE, f"between {bounds[0]:.3f} and {bounds[1]:.3f}, promised {floor:.3f}"
+    return Finding(name, base.before, base.now, base.change, floor, verdict, reason)
+
+
+def findings(gain: Gain, before: Bits, now: Bits, alpha: float) -> list[Finding]:
+    """How hard the documents are for each model, then what the release saves over the two others."""
+    levels = [
+        Finding(f"{of}, bits per byte", over_documents(a), over_documents(b), change(a, b))
+        for of in ("release", "control", "fallback")
+        for a, b in [(before.level(of), now.level(of))]
+    ]
+    promises: dict[Of, Promise] = {"control": gain.over_control, "fallback": gain.over_fallback}
+    return levels + [
+        promised(f"saved over the {of}", before.over(of), now.over(of), promise.floor, alpha)
+        for of, promise in promises.items()
+    ]
+
+
+def verdict(found: list[Finding]) -> Verdict:
+    """Every promise must hold; one that is broken decides."""
+    verdicts = [finding.verdict for finding in found if finding.verdict]
+    return FAIL if FAIL in verdicts else INCONCLUSIVE if INCONCLUSIVE in verdicts else PASS
+
+
+def diagnosis(found: list[Finding]) -> str:
+    """One sentence: what became of the gain, and what of everything."""
+    fallback = next(finding for finding in found if finding.name.startswith("fallback"))
+    gains = [finding for finding in found if finding.floor is not None]
+    broken = [finding for finding in gains if finding.verdict == FAIL]
+    unsure = [finding for finding in gains if finding.verdict == INCONCLUSIVE]
+    less = [finding for finding in gains if finding.fell]
+    moved = f"{fallback.change.point:+.3f} bits per byte"
+    if fallback.rose:
+        world = f"everything got worse, the fallback too ({moved})"
+    elif fallback.fell:
+        world = f"the fallback does better than before ({moved})"
+    else:
+        low, high = fallback.change.low, fallback.change.high
+        between = "one document tells nothing" if low is None else f"between {low:+.3f} and {high:+.3f}"
+        world = f"the fallback shows no change ({moved}; {between})"
+    if broken:
+        told = f"the method's gain is fading ({broken[0].name}: {broken[0].reason})"
+        return f"{told}, and {world}" if fallback.rose else f"{told}, while {world}"
+    if unsure:
+        return f"whether the gain holds cannot be told ({unsure[0].name}: {unsure[0].reason}); {world}"
+    if less:
+        told = f"{less[0].change.point:+.3f} bits per byte {less[0].name}"
+        return f"the gain is smaller than when it was released ({told}) and still what was promised; {world}"
+    return f"the gain holds; {world}"
