@@ -207,16 +207,16 @@ def compare(made: Path, engine: str) -> dict[str, float]:
     with safe_open(made / "answers.safetensors", framework="pt") as stream:
         text = stream.metadata()["text"]
     loaded = load_engine(engine, made / "model")
-    thing, mend = f"variant {made.parent}", "it must not ship: report this with the versions of the libraries"
+    thing, fix = f"variant {made.parent}", "it must not ship: report this with the versions of the libraries"
     if loaded.tokenizer(text)["input_ids"] != known["text_ids"].tolist():
-        raise UserError(thing, "its reloaded tokenizer cuts text differently", mend)
+        raise UserError(thing, "its reloaded tokenizer cuts text differently", fix)
     batch = Batch([], [], [], known["input_ids"], known["attention_mask"])
     here = batch.attention_mask.bool()
     before, after = known["log_probs"][here], torch.log_softmax(loaded.logits(batch).float(), -1)[here]
     gap, kl = float((before - after).abs().max()), float(divergence(before, after).mean())
     if not (gap <= SAME and kl <= SAME_KL):
         found = f"reloaded, log-probabilities differ by up to {gap:.3g} nats, KL {kl:.3g} nats per token"
-        raise UserError(thing, found, mend)
+        raise UserError(thing, found, fix)
     return {"log_prob_difference": gap, "kl": kl}
 
 

@@ -74,7 +74,7 @@ class Context:
 
     parent: PreTrainedModel  # the uncompressed student
     tokenizer: PreTrainedTokenizerBase
-    rows: list[Row]  # training rows; held-out documents are never seen by a pass
+    rows: list[Row]  # training rows; validation documents are never seen by a pass
     pad: int
     seed: int
     scratch: Path  # a folder shared by every pass that gets this very model: name files by your options

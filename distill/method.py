@@ -40,7 +40,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class TeacherSignal:
+class TeacherOutput:
     """What a teacher says about a batch: log-probabilities, or hidden states and the heads that make them.
 
     log_probs: [B, T, V] float32, normalised over V; position p predicts token p + 1.
@@ -60,7 +60,7 @@ class TeacherSignal:
 
 
 @dataclass(frozen=True)
-class Bench:
+class MethodContext:
     """What a method may use: its own folder, the plain bases, the training rows and the trainer."""
 
     folder: Path  # what `fit` wrote; read-only once fitted
@@ -98,17 +98,17 @@ class Method(ABC):
         """
         return [seed]
 
-    def fit(self, bench: Bench) -> None:
+    def fit(self, bench: MethodContext) -> None:
         """Trains or builds what the method needs, and writes it into `bench.folder`."""
         return None
 
     @contextmanager
-    def attached(self, teacher: PreTrainedModel, bench: Bench) -> Iterator[None]:
+    def attached(self, teacher: PreTrainedModel, bench: MethodContext) -> Iterator[None]:
         """The method is in force inside; on exit the teacher is bit-identical to before."""
         yield
 
     @abstractmethod
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         """What the teacher says of every token, in the student's vocabulary, inside `attached`."""
 
     def write(
@@ -156,11 +156,11 @@ class Plain(Method):
         limits="none",
     )
 
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_signal(teacher, batch=batch)
 
 
-def plain_signal(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> TeacherSignal:
+def plain_signal(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> TeacherOutput:
     """The mean of the distributions of plain models, from one forward pass of each.
 
     Args:
@@ -175,20 +175,20 @@ def plain_signal(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> Teach
             model(**batch.inputs, **inputs, use_cache=False)
         hidden.append(seen[0])
         heads.append(head_of(model).ready(seen[0].dtype))
-    return TeacherSignal(hidden=hidden, heads=heads)
+    return TeacherOutput(hidden=hidden, heads=heads)
 
 
-def checked(signal: object, batch: Batch, vocabulary: int, name: str) -> TeacherSignal:
+def checked(signal: object, batch: Batch, vocabulary: int, name: str) -> TeacherOutput:
     """A signal that holds what its type says, for every token of the batch.
 
     Raises:
         UserError: the method returned something else: no signal, another shape, NaN, or not normalised.
     """
-    thing, mend = f"method {name!r}", "return TeacherSignal(log_probs) from `signal`"
-    if not isinstance(signal, TeacherSignal):
-        raise UserError(thing, f"signal returned {type(signal).__name__}", mend)
+    thing, fix = f"method {name!r}", "return TeacherOutput(log_probs) from `signal`"
+    if not isinstance(signal, TeacherOutput):
+        raise UserError(thing, f"signal returned {type(signal).__name__}", fix)
     if (signal.log_probs is None) != bool(signal.heads) or len(signal.hidden) != len(signal.heads):
-        raise UserError(thing, "a signal that is neither log_probs nor hidden states with a head each", mend)
+        raise UserError(thing, "a signal that is neither log_probs nor hidden states with a head each", fix)
     if signal.log_probs is not None:
         return replace(signal, log_probs=_checked_log_probs(signal.log_probs, batch, vocabulary, thing))
     for hidden, head in zip(signal.hidden, signal.heads, strict=True):
@@ -197,8 +197,8 @@ def checked(signal: object, batch: Batch, vocabulary: int, name: str) -> Teacher
             found = f"hidden states of shape {tuple(hidden.shape)}, a head of {rows} tokens"
             raise UserError(thing, found, f"must be {wanted} = [B, T, D] and {vocabulary}")
         if not bool(torch.isfinite(hidden[batch.attention_mask.bool()]).all()):
-            mend = f"look at rows {', '.join(batch.ids)}"
-            raise UserError(thing, "hidden states with NaN or infinity", mend)
+            fix = f"look at rows {', '.join(batch.ids)}"
+            raise UserError(thing, "hidden states with NaN or infinity", fix)
     return signal
 
 
@@ -213,8 +213,8 @@ def _checked_log_probs(found: Tensor, batch: Batch, vocabulary: int, thing: str)
     if not bool(torch.isfinite(total).all()):
         raise UserError(thing, "log_probs with NaN or infinity", f"look at rows {', '.join(batch.ids)}")
     if bool((found.amin(dim=-1) == -torch.inf)[batch.attention_mask.bool()].any()):
-        mend = "mix in a little of the plain model: KL to it is infinite"
-        raise UserError(thing, "a probability of 0", mend)
+        fix = "mix in a little of the plain model: KL to it is infinite"
+        raise UserError(thing, "a probability of 0", fix)
     if float(total.abs().max()) > 1e-2:
         raise UserError(
             thing, f"log_probs sum to {float(total.max().exp()):.4g}", "normalise with log_softmax"

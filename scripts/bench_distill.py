@@ -38,7 +38,7 @@ from distill.method import Plain  # noqa: E402
 from distill.teachers.cache import CachedTeacher, join, make_form, write_shards  # noqa: E402
 from distill.teachers.run import LiveTeacher  # noqa: E402
 from distill.trainer.loop import accelerator, check_finite, optimizers, set_learning_rate, step_loss  # noqa: E402
-from distill.trainer.module import Learner  # noqa: E402
+from distill.trainer.module import DistillationModule  # noqa: E402
 from eval.core.artifacts import building  # noqa: E402
 from eval.core.documents import Row  # noqa: E402
 from eval.core.errors import entry  # noqa: E402
@@ -116,7 +116,7 @@ class Ours:
         self.acc, self.config, self.teacher = accelerator(), config, teacher
         self.rows = pool(vocabulary)
         trained = model(student, vocabulary, 1)
-        plain = Learner(trained, config).train()
+        plain = DistillationModule(trained, config).train()
         self.learner, *self.optimizers = self.acc.prepare(plain, *optimizers(trained, config))
 
     def __call__(self, number: int) -> None:

@@ -1,7 +1,7 @@
 """How long, and in how much memory, does the gate judge a large study? For `scripts.bench_eval`.
 
 A run folder is made of records and manifests alone, as the other stages write them: S seeds, R recipes beside
-`plain`, held-out documents and a tenth as many shifted ones. Then `python -m eval.gate` judges it in fresh
+`plain`, validation documents and a tenth as many shifted ones. Then `python -m eval.gate` judges it in fresh
 processes. Scores are drawn at random; what they say is of no matter here.
 """
 
@@ -94,7 +94,7 @@ class Writer:
         value = rng.normal(2.7, 0.3, n) - GAINS[arm] - luck.normal(0, 0.005) - luck.normal(0, 0.05, n)
         columns = Documents(
             id=[f"packages/library/module_{i}.py" for i in range(n)],
-            slice=["heldout"] * self.documents + ["far"] * far,
+            slice=["validation"] * self.documents + ["far"] * far,
             bytes=size.tolist(),
             tokens=(size // 3).tolist(),
             correct=(size // 9).tolist(),

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.data.sources import read_source
 from distill.models.load import train_tokenizer
-from eval.core.documents import HELDOUT, Batch, batches, read_documents, windows
+from eval.core.documents import VALIDATION, Batch, batches, read_documents, windows
 from eval.core.sections import Source
 from eval.engines import load_engine
 from eval.engines.torch import TorchEngine
@@ -37,12 +37,12 @@ ROUNDS = 15
 
 
 def write_data(folder: Path) -> list[str]:
-    """Held-out documents of the standard library, as a data artifact has them; returns their texts."""
+    """Validation documents of the standard library, as a data artifact has them; returns their texts."""
     source = Source(kind="folder", path="stdlib", include=["*.py"], documents=DOCUMENTS)
     documents = [(d.id, d.text[:BYTES]) for d in read_source(source)]
     rows = [{"id": name, "domain": "code", "text": text} for name, text in documents]
     folder.mkdir()
-    (folder / f"{HELDOUT}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{VALIDATION}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [text for _, text in documents]
 
 
@@ -109,7 +109,7 @@ def in_rounds(runs: dict[Any, Callable[[], Any]]) -> dict[Any, list[float]]:
 
 def row(name: str, model: str, data: Path, folder: Path) -> dict[str, Any]:
     engine = load_engine(name, folder)
-    documents = read_documents(data, HELDOUT)
+    documents = read_documents(data, VALIDATION)
     rows = [row for document in documents for row in windows(engine.tokenizer, document, CONTEXT)]
     tokens, size = sum(len(row.tokens) for row in rows), scoring_tokens(engine)
     runs: dict[Any, Callable[[], Any]] = {

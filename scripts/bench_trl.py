@@ -202,7 +202,7 @@ class Side:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise UserError(self.log.stem, self.log.read_text().strip()[-400:], "mend that side first")
+            raise UserError(self.log.stem, self.log.read_text().strip()[-400:], "fix that side first")
         return json.loads(line)
 
     def rate(self, steps: int) -> float:

@@ -15,12 +15,12 @@ from distill.data.sources import data_key  # noqa: E402
 from eval.core.artifacts import digest, file_sha256, versions, write_text  # noqa: E402
 from eval.core.budget import load_budget  # noqa: E402
 from eval.core.errors import entry, one_of  # noqa: E402
-from eval.core.records import HELDOUT  # noqa: E402
+from eval.core.records import VALIDATION  # noqa: E402
 from eval.core.study import ROOT, Study, find_config, study_from_command  # noqa: E402
 
 MARK = "finished"
 LATER = {MARK, ".lock", "gate.json", "table.md", "report.html"}  # made from the rest, or made anew each time
-AFTER = ("logs/", "signoff/", "release/", "records/sealed/")  # what people do with a finished run
+AFTER = ("logs/", "signoff/", "release/", "records/test/")  # what people do with a finished run
 
 
 def state(study: Study) -> str:
@@ -45,7 +45,7 @@ def state(study: Study) -> str:
 def check(study: Study) -> None:
     """Refuses now what the last stages would refuse after minutes of training."""
     load_recipes(study)
-    slices = [HELDOUT, *study.data.shifted, *(c.slice for c in study.data.corruptions)]
+    slices = [VALIDATION, *study.data.shifted, *(c.slice for c in study.data.corruptions)]
     for name in load_budget(study).slices:
         one_of(f"slice of the budget {study.budget!r}", name, slices)
 

@@ -115,8 +115,8 @@ def tiny_study(folder: Path, **changes: Any) -> Path:
         "data": {
             "documents": [{**source, "data_files": str(corpus)}],
             "shifted": {"far": [{**source, "data_files": str(shifted)}]},
-            "heldout": 6,
-            "sealed": 2,
+            "validation": 6,
+            "test": 2,
             "scored_bytes": 400,
             "context": 32,
             "train_rows": 32,

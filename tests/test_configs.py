@@ -1,4 +1,4 @@
-"""Every YAML under configs/ is what its folder says, and an error names the place, the value and the mend."""
+"""Every YAML under configs/ is what its folder says, and an error names the place, the value and the fix."""
 
 import pytest
 import yaml
@@ -164,7 +164,7 @@ def test_names_and_broken_files_are_told(tmp_path):
         find_config("budgets", "defalt")
     broken = tmp_path / "broken.yaml"
     broken.write_text("name: [1, 2")
-    with pytest.raises(UserError, match="mend the YAML"):
+    with pytest.raises(UserError, match="fix the YAML"):
         load_study(broken)
     broken.write_text("- a\n- list\n")
     with pytest.raises(UserError, match="list; the file must hold a mapping"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.core.artifacts import Manifest, building, digest, is_done, read_manifest
-from eval.core.documents import HELDOUT, SEALED, TRAIN, Document, Row, pack, read_documents, windows
+from eval.core.documents import TEST, TRAIN, VALIDATION, Document, Row, pack, read_documents, windows
 from eval.core.errors import UserError
 from eval.core.sections import Source
 from eval.core.study import Study
@@ -129,8 +129,8 @@ def _turns(where: str, messages: object) -> tuple[list[dict[str, str]], str]:
     turns = messages if isinstance(messages, list) else []
     plain = all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns)
     if len(turns) < 2 or not plain or turns[-1]["role"] != "assistant":
-        mend = "give turns of role and content, the last one by the assistant"
-        raise UserError(f"document {where}", repr(messages)[:60], mend)
+        fix = "give turns of role and content, the last one by the assistant"
+        raise UserError(f"document {where}", repr(messages)[:60], fix)
     before = [{"role": turn["role"], "content": _said(where, turn["content"])} for turn in turns[:-1]]
     return before, turns[-1]["content"]
 
@@ -213,16 +213,16 @@ def split_documents(study: Study) -> dict[str, list[Document]]:
     pool = _distinct((d for source in data.documents for d in read_source(source)), seen)
     pool.sort(key=lambda d: _order(d.id))
     _refuse_namesakes("data.documents", pool)
-    if len(pool) <= data.heldout + data.sealed:
+    if len(pool) <= data.validation + data.test:
         raise UserError(
             "data",
-            f"{len(pool)} documents for {data.heldout} held-out and {data.sealed} sealed ones",
-            "add documents, or lower data.heldout or data.sealed",
+            f"{len(pool)} documents for {data.validation} validation and {data.test} test ones",
+            "add documents, or lower data.validation or data.test",
         )
-    first, second = data.heldout, data.heldout + data.sealed
+    first, second = data.validation, data.validation + data.test
     splits = {
-        HELDOUT: [_cut(d, data.scored_bytes) for d in pool[:first]],
-        SEALED: [_cut(d, data.scored_bytes) for d in pool[first:second]],
+        VALIDATION: [_cut(d, data.scored_bytes) for d in pool[:first]],
+        TEST: [_cut(d, data.scored_bytes) for d in pool[first:second]],
         TRAIN: pool[second:],
     }
     for name, sources in data.shifted.items():
@@ -230,10 +230,10 @@ def split_documents(study: Study) -> dict[str, list[Document]]:
             raise UserError(f"data.shifted.{name}", "a reserved name", "give the slice another name")
         documents = _distinct((d for source in sources for d in read_source(source)), seen)
         if not documents:
-            raise UserError(f"slice {name!r}", "no documents", "mend its source")
+            raise UserError(f"slice {name!r}", "no documents", "fix its source")
         _refuse_namesakes(f"slice {name!r}", documents)
         splits[name] = [_cut(d, data.scored_bytes) for d in documents]
-    return splits | damaged_slices(splits[HELDOUT], data.corruptions, splits)
+    return splits | damaged_slices(splits[VALIDATION], data.corruptions, splits)
 
 
 def data_key(study: Study) -> str:

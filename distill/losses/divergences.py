@@ -160,8 +160,8 @@ def check_target(target: Target | None, config: Loss) -> None:
             found = (
                 f"{name} of top-k targets: truncated, it is unstable, for the student's tail is unanswered"
             )
-            mend = f"take one of {', '.join(BUCKETS)}, or targets.form: dense"
-            raise UserError("train.loss.divergence", found, mend)
+            fix = f"take one of {', '.join(BUCKETS)}, or targets.form: dense"
+            raise UserError("train.loss.divergence", found, fix)
         if config.temperature != 1:
             found = f"{config.temperature} of top-k targets: the tail at another temperature is not known"
             raise UserError("train.loss.temperature", found, "take 1, or targets.form: sampled or dense")

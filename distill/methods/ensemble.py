@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from distill.method import Bench, Card, Method, TeacherSignal, plain_signal
+from distill.method import Card, Method, MethodContext, TeacherOutput, plain_signal
 from eval.core.documents import Batch
 from eval.core.errors import UserError
 from eval.core.sections import Frozen
@@ -40,7 +40,7 @@ class Ensemble(Method):
         return sorted((ring * 2)[start : start + self.settings.members])
 
     @contextmanager
-    def attached(self, teacher: PreTrainedModel, bench: Bench) -> Iterator[None]:
+    def attached(self, teacher: PreTrainedModel, bench: MethodContext) -> Iterator[None]:
         others = [seed for seed in self.bases(bench.seed, bench.seeds) if seed != bench.seed]
         self._others = [bench.load_base(seed).to(teacher.device) for seed in others]
         if _same_weights(teacher, self._others[0]):
@@ -54,5 +54,5 @@ class Ensemble(Method):
         finally:
             del self._others
 
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_signal(teacher, *self._others, batch=batch)

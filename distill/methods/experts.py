@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from distill.method import Bench, Card, Method, TeacherSignal, plain_signal
+from distill.method import Card, Method, MethodContext, TeacherOutput, plain_signal
 from eval.core.artifacts import write_text
 from eval.core.documents import Batch, Row
 from eval.core.errors import UserError
@@ -63,7 +63,7 @@ class Experts(Method):
             return train
         return train.model_copy(update={"steps": train.steps * len({row.domain for row in rows})})
 
-    def fit(self, bench: Bench) -> None:
+    def fit(self, bench: MethodContext) -> None:
         config = LoraConfig(
             r=self.settings.rank,
             lora_alpha=self.settings.alpha,
@@ -81,7 +81,7 @@ class Experts(Method):
         write_text(bench.folder / NAMES, json.dumps(names))
 
     @contextmanager
-    def attached(self, teacher: PreTrainedModel, bench: Bench) -> Iterator[None]:
+    def attached(self, teacher: PreTrainedModel, bench: MethodContext) -> Iterator[None]:
         trainable = [p.requires_grad for p in teacher.parameters()]
         path = bench.folder / NAMES
         if not path.is_file():
@@ -104,6 +104,6 @@ class Experts(Method):
         """The adapter of a domain: its own, or the plain base where none was trained."""
         return self._names.get(domain if self.settings.routed else ALL, BASE)
 
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         adapters = [self._route(domain) for domain in batch.domains]
         return plain_signal(self._model, batch=batch, adapter_names=adapters)

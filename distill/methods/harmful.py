@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from distill.method import Card, Method, TeacherSignal
+from distill.method import Card, Method, TeacherOutput
 from eval.core.documents import Batch
 from eval.core.sections import Frozen
 
@@ -23,8 +23,8 @@ class Harmful(Method):
     class Settings(Frozen):
         share: float = Field(0.2, gt=0, lt=1)  # of the uniform distribution in the mixture
 
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         logits = teacher(**batch.inputs, use_cache=False).logits.float()
         share = self.settings.share
         noise = torch.full((), math.log(share / logits.shape[-1]), device=logits.device)
-        return TeacherSignal(torch.logaddexp(logits.log_softmax(dim=-1) + math.log1p(-share), noise))
+        return TeacherOutput(torch.logaddexp(logits.log_softmax(dim=-1) + math.log1p(-share), noise))

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from distill.method import Card, Method, TeacherSignal, plain_signal
+from distill.method import Card, Method, TeacherOutput, plain_signal
 from eval.core.documents import Batch
 
 
@@ -15,5 +15,5 @@ class Placebo(Method):
         limits="for the honesty of the gate alone",
     )
 
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherSignal:
+    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_signal(teacher, batch=batch)

@@ -83,8 +83,8 @@ def _check_config(model: PreTrainedModel) -> None:
     except ValueError as error:
         wanted, found = {}, " ".join(str(error).split())[:200]
     if wanted != {name: tensor.shape for name, tensor in model.state_dict().items()}:
-        mend = "keep all layers of this family"
-        raise UserError(f"layers of model type {model.config.model_type!r}", found, mend)
+        fix = "keep all layers of this family"
+        raise UserError(f"layers of model type {model.config.model_type!r}", found, fix)
 
 
 def every(count: int, wanted: int) -> list[int]:

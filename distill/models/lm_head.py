@@ -152,8 +152,8 @@ def watched(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[Tens
 def check_layers(layers: Sequence[int], states: int, whose: str) -> None:
     """Refuses a layer that a model with so many hidden states does not have."""
     if wrong := [layer for layer in layers if not 0 <= layer < states]:
-        mend = f"the {whose} has layers 0 (the embedding) to {states - 1}"
-        raise UserError("train.loss.hidden.pairs", f"layer {wrong[0]}", mend)
+        fix = f"the {whose} has layers 0 (the embedding) to {states - 1}"
+        raise UserError("train.loss.hidden.pairs", f"layer {wrong[0]}", fix)
 
 
 @torch.no_grad()

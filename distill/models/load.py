@@ -81,8 +81,8 @@ def named_model(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             base.path, dtype=torch.float32, use_safetensors=True, **settings
         )
     except (OSError, ValueError, ImportError) as error:
-        mend = "give a hub name that has safetensors, or a folder"
-        raise UserError("base.path", f"{base.path} ({' '.join(str(error).split())[:200]})", mend) from error
+        fix = "give a hub name that has safetensors, or a folder"
+        raise UserError("base.path", f"{base.path} ({' '.join(str(error).split())[:200]})", fix) from error
     return model.eval(), tokenizer
 
 
@@ -154,5 +154,5 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-        mend = "free some room; the same command goes on from the last checkpoint"
-        raise UserError(f"export to {folder.parent}", " ".join(str(error).split())[:200], mend) from error
+        fix = "free some room; the same command goes on from the last checkpoint"
+        raise UserError(f"export to {folder.parent}", " ".join(str(error).split())[:200], fix) from error

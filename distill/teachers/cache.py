@@ -190,8 +190,8 @@ def _check_space(folder: Path, form: Form, tokens: int) -> None:
     needed, free = tokens * form.most_bytes() - there, shutil.disk_usage(folder).free
     if needed > 0.9 * free:
         size = f"{tokens} tokens of at most {form.most_bytes()} bytes take {needed / 2**30:.1f} GiB"
-        mend = f"{free / 2**30:.1f} GiB are free: set targets.source: online, or targets.form: sampled"
-        raise UserError(f"targets {folder}", size, mend)
+        fix = f"{free / 2**30:.1f} GiB are free: set targets.source: online, or targets.form: sampled"
+        raise UserError(f"targets {folder}", size, fix)
 
 
 def fill(

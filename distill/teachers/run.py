@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from distill.data.sources import training_rows
 from distill.losses.teacher_output import Target
-from distill.method import Bench, Method, checked, make_method
+from distill.method import Method, MethodContext, checked, make_method
 from distill.models.lm_head import watched
 from distill.models.load import check_same_tokenizer, load_quantized
 from distill.trainer.distributed import is_sharded, shard_teacher
@@ -70,13 +70,13 @@ class LiveTeacher:
             UserError: the method wrote too much, too little, or ids that the vocabulary does not have.
         """
         found = self.method.write(self.model, prompts, generation, seed)
-        mend = f"return for each prompt 1 to {generation.new_tokens} ids from `write`"
+        fix = f"return for each prompt 1 to {generation.new_tokens} ids from `write`"
         if len(found) != len(prompts):
-            raise UserError(f"method {self.name!r}", f"{len(found)} texts for {len(prompts)} prompts", mend)
+            raise UserError(f"method {self.name!r}", f"{len(found)} texts for {len(prompts)} prompts", fix)
         for row, tokens in zip(prompts, found, strict=True):
             known = all(0 <= token < self.vocabulary for token in tokens)
             if not (known and 0 < len(tokens) <= generation.new_tokens):
-                raise UserError(f"method {self.name!r}", f"wrote {tokens} after row {row.id}", mend)
+                raise UserError(f"method {self.name!r}", f"wrote {tokens} after row {row.id}", fix)
         return found
 
 
@@ -96,8 +96,8 @@ def load_running(
         model = load_model(folder, dtype=dtype, device=str(device)).requires_grad_(False)
         return shard_teacher(model) if split else model
     if split:
-        mend = "leave it out, or take plain data parallelism"
-        raise UserError("targets.quantization", "a quantized teacher is not held in shards", mend)
+        fix = "leave it out, or take plain data parallelism"
+        raise UserError("targets.quantization", "a quantized teacher is not held in shards", fix)
     if device.type != "cuda":
         raise UserError("targets.quantization", targets.quantization, "it needs CUDA: leave it out on a CPU")
     return load_quantized(folder, targets.quantization, dtype, device).requires_grad_(False)
@@ -128,7 +128,7 @@ def teacher_name(side: str, seeds: list[int]) -> str:
 
 def _bench(
     study: Study, name: str, folder: Path, seed: int, bases: tuple[int, ...], report: Progress
-) -> Bench:
+) -> MethodContext:
     tokenizer = load_tokenizer(study.folder / "base" / f"s{seed}")
     places = {s: study.folder / "base" / f"s{s}" for s in {seed, *bases}}
     for other, place in places.items():
@@ -150,7 +150,7 @@ def _bench(
         )
 
     rows = partial(training_rows, study, tokenizer)
-    return Bench(folder, seed, list(study.seeds), places, tokenizer, rows, fit)
+    return MethodContext(folder, seed, list(study.seeds), places, tokenizer, rows, fit)
 
 
 def _teacher_parents(study: Study, bases: tuple[int, ...]) -> dict[str, str]:

@@ -66,11 +66,11 @@ def check_lesson(study: Study) -> None:
         }
         check_target(few[targets.form], loss)
     if source in KEPT and loss.hidden is not None:
-        mend = "set targets.source: online"
-        raise UserError("train.loss.hidden", f"{source} targets hold no hidden states", mend)
+        fix = "set targets.source: online"
+        raise UserError("train.loss.hidden", f"{source} targets hold no hidden states", fix)
     if source in WRITTEN and study.data.packing:
-        mend = "set data.packing: false"
-        raise UserError("data.packing", f"true, and with targets.source: {source} texts are written", mend)
+        fix = "set data.packing: false"
+        raise UserError("data.packing", f"true, and with targets.source: {source} texts are written", fix)
     if source == "on_policy" and loss.weight < 1:
         found = f"{loss.weight}, and with on_policy the labels are the student's own"
         raise UserError("train.loss.weight", found, "set train.loss.weight: 1")

@@ -38,8 +38,8 @@ class Checkpoints:
             return 0, []
         found, wanted = len(list(path.glob("random_states_*.pkl"))), self.accelerator.num_processes
         if found != wanted or not (self.sharded or (path / WEIGHTS).is_file()):
-            mend = "launch it as before, or delete that folder"
-            raise UserError(f"checkpoint {path}", f"of {found} processes, here are {wanted}", mend)
+            fix = "launch it as before, or delete that folder"
+            raise UserError(f"checkpoint {path}", f"of {found} processes, here are {wanted}", fix)
         self.accelerator.load_state(str(path))
         return int(path.name.split("-")[1]), [tuple(p) for p in json.loads((path / "curve.json").read_text())]
 
@@ -55,9 +55,9 @@ class Checkpoints:
             shutil.rmtree(self.folder / ".saving", ignore_errors=True)
             before = self.latest()
             kept = f"{before.name} is whole" if before else "there is none before it"
-            mend = f"{kept}; free some room, or mend the folder, and run again: it goes on from there"
+            fix = f"{kept}; free some room, or fix the folder, and run again: it goes on from there"
             found = " ".join(str(error).split())[:200]
-            raise UserError(f"checkpoint {self.folder / f'step-{step}'}", found, mend) from error
+            raise UserError(f"checkpoint {self.folder / f'step-{step}'}", found, fix) from error
 
     def _save(self, step: int, curve: Curve) -> None:
         aside, place = self.folder / ".saving", self.folder / f"step-{step}"

@@ -22,8 +22,8 @@ def is_sharded(acc: Accelerator) -> bool:
 def check_installed(wanted: bool) -> None:
     """Refuses DeepSpeed where it is not installed."""
     if wanted and find_spec("deepspeed") is None:
-        mend = "`pip install deepspeed`, or take configs/accelerate/fsdp.yaml, which needs nothing more"
-        raise UserError("accelerate config", "DeepSpeed is asked for and not installed", mend)
+        fix = "`pip install deepspeed`, or take configs/accelerate/fsdp.yaml, which needs nothing more"
+        raise UserError("accelerate config", "DeepSpeed is asked for and not installed", fix)
 
 
 def set_up(acc: Accelerator, config: Train, model: PreTrainedModel) -> None:
@@ -36,8 +36,8 @@ def set_up(acc: Accelerator, config: Train, model: PreTrainedModel) -> None:
         return
     kind = acc.distributed_type.value
     if config.optimizer.name == "muon":
-        mend = "set train.optimizer.name (and base.train's) to adamw, with a learning rate of its own"
-        raise UserError("optimizer.name", f"muon, and {kind} splits the matrices that it needs whole", mend)
+        fix = "set train.optimizer.name (and base.train's) to adamw, with a learning rate of its own"
+        raise UserError("optimizer.name", f"muon, and {kind} splits the matrices that it needs whole", fix)
     if acc.distributed_type == DistributedType.FSDP and not acc.is_fsdp2:
         raise UserError("accelerate config", "FSDP 1", "set fsdp_version: 2")
     if not all(p.is_floating_point() for p in model.parameters()):

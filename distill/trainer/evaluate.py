@@ -1,4 +1,4 @@
-"""Held-out bits per byte of a student while it learns."""
+"""Validation bits per byte of a student while it learns."""
 
 import math
 from pathlib import Path
@@ -8,17 +8,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from eval.core.documents import batches, read_documents, windows
-from eval.core.records import HELDOUT
+from eval.core.records import VALIDATION
 
 
-class Heldout:
-    """Bits per byte of the held-out documents of a data artifact, in the rows in which they are scored.
+class Validation:
+    """Bits per byte of the validation documents of a data artifact, in the rows in which they are scored.
 
     Every process of a launch goes through all of them, so that a student in shards can be asked too.
     """
 
     def __init__(self, data: Path, tokenizer: PreTrainedTokenizerBase, context: int, pad: int) -> None:
-        documents = read_documents(data, HELDOUT)
+        documents = read_documents(data, VALIDATION)
         rows = [row for document in documents for row in windows(tokenizer, document, context)]
         self.bytes, self.batches = (
             sum(document.bytes for document in documents),
@@ -27,7 +27,7 @@ class Heldout:
 
     @torch.no_grad()
     def __call__(self, learner: nn.Module) -> float:
-        """Of a Learner or what wraps one; it goes on as if it had not been asked."""
+        """Of a DistillationModule or what wraps one; it goes on as if it had not been asked."""
         device = next(learner.parameters()).device
         learner.eval()
         nats = sum(float(learner(batch.to(device), None)) for batch in self.batches)

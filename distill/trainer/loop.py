@@ -23,7 +23,7 @@ from distill.models.lm_head import check_head
 from distill.trainer.checkpoint import Checkpoints, Curve
 from distill.trainer.distributed import check_installed, is_sharded, make_whole, set_up, whole_norm
 from distill.trainer.logging import Log
-from distill.trainer.module import Learner, layer_widths
+from distill.trainer.module import DistillationModule, layer_widths
 from eval.core.documents import Batch, Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Train
@@ -112,7 +112,7 @@ def optimizers(
 
 
 def batch_loss(learner: nn.Module, batch: Batch, teacher: Teacher | None) -> Tensor:
-    """Summed loss of a batch, of a Learner or what wraps one; the teacher runs first, without gradient."""
+    """Summed loss of a batch, of the module or what wraps it; the teacher runs first, without gradient."""
     with torch.no_grad():
         target = None if teacher is None else teacher(batch)
     return learner(batch, target)
@@ -187,8 +187,8 @@ class Step(NamedTuple):
     tokens: int  # that it learned from, over all processes
 
 
-class Telling:
-    """What is told of a run: its curve, its logs, held-out bits per byte, progress."""
+class MetricsLogger:
+    """What is told of a run: its curve, its logs, validation bits per byte, progress."""
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ class Telling:
         if self.evaluate is not None and every and step.number % every == 0:
             found = self.evaluate()  # by every process: a student in shards needs them all
             if self.log is not None:
-                self.log(step.number, {"heldout_bits_per_byte": found})
+                self.log(step.number, {"validation_bits_per_byte": found})
         if self.report is not None:
             self.report(step)
 
@@ -225,12 +225,14 @@ class Telling:
 
 
 @torch.no_grad()
-def learner_of(model: PreTrainedModel, row: Row, config: Train, teacher: Teacher | None, pad: int) -> Learner:
+def build_module(
+    model: PreTrainedModel, row: Row, config: Train, teacher: Teacher | None, pad: int
+) -> DistillationModule:
     """The model with what its loss needs beside it, its head and its teacher tried on one row."""
     batch = collate([row], pad).to(model.device)
     check_head(model, batch)
     target = teacher(batch) if teacher is not None and config.loss.hidden is not None else None
-    return Learner(model, config, layer_widths(target, config)).to(model.device)
+    return DistillationModule(model, config, layer_widths(target, config)).to(model.device)
 
 
 def train(
@@ -258,8 +260,8 @@ def train(
         rewrite: called with (accelerator, model, step from 0, rows) before every step; gives the step's rows.
         report: called after every step.
         log: takes loss, gradient norm, learning rate and tokens per second at every point of the curve.
-        evaluate: learner -> held-out bits per byte, logged every `config.evaluate_every` steps; it leaves the
-            weights and the random numbers as they are.
+        evaluate: module -> validation bits per byte, logged every `config.evaluate_every` steps; it leaves
+            the weights and the random numbers as they are.
         after_step: called after every optimizer step (a pruned student keeps its zeros so).
 
     Raises:
@@ -272,15 +274,15 @@ def train(
     set_up(acc, config, model)
     torch.manual_seed(seed)
     trained = deepcopy(model) if is_sharded(acc) else model  # what is split keeps another form for good
-    plain = learner_of(trained, rows[order[0][0]], config, teacher, pad)
+    plain = build_module(trained, rows[order[0][0]], config, teacher, pad)
     made = optimizers(trained, config, list(plain.projectors.parameters()))
     plain.train()
     learner, *made = acc.prepare(plain, *made)
     saved = Checkpoints(scratch, acc)
     start, curve = saved.load()
     whole = learner if is_sharded(acc) else plain
-    heldout = None if evaluate is None else partial(evaluate, whole)
-    tell = Telling(curve, config, report=report, log=log, evaluate=heldout)
+    validation = None if evaluate is None else partial(evaluate, whole)
+    tell = MetricsLogger(curve, config, report=report, log=log, evaluate=validation)
     for step in range(start, steps):
         chosen = [rows[i] for i in order[step]]
         if rewrite is not None:

@@ -16,7 +16,7 @@ from eval.core.errors import UserError
 from eval.core.sections import Hidden, Train
 
 
-class Learner(nn.Module):
+class DistillationModule(nn.Module):
     """What is wrapped for several processes: its forward gives the loss, so that the head's weights are whole
     there under FSDP and ZeRO-3 as well.
 

@@ -37,8 +37,8 @@ class OnPolicy:
         if not self.turn(step):
             return rows
         if acc.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            mend = "run on_policy with plain data parallelism, or take another targets.source"
-            raise UserError("targets.source", "on_policy, and no process has the whole student", mend)
+            fix = "run on_policy with plain data parallelism, or take another targets.source"
+            raise UserError("targets.source", "on_policy, and no process has the whole student", fix)
         prompts = openings(rows, self.generation)
         mine = prompts[acc.process_index :: acc.num_processes]
         texts: dict[str, list[int]] = {}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.data.packing import check_packing
 from distill.trainer.checkpoint import Curve
-from distill.trainer.evaluate import Heldout
+from distill.trainer.evaluate import Validation
 from distill.trainer.logging import tracked
 from distill.trainer.loop import Step, accelerator, train
 from eval.core.artifacts import building, file_sha256, is_done
@@ -69,7 +69,7 @@ def run_training(
     pad, place = pad_id(tokenizer), scratch(study, name, key)
     check_packing(model, rows, pad)
     if config.evaluate_every and study.trackers:
-        how["evaluate"] = Heldout(study.folder / "data", tokenizer, study.data.context, pad)
+        how["evaluate"] = Validation(study.folder / "data", tokenizer, study.data.context, pad)
     run, fresh = name.removeprefix("students/").replace("/", "-"), not place.exists()
     with tracked(accelerator(), study.trackers, study.folder / "logs", run, fresh) as log:
         return train(model, rows, config, pad=pad, scratch=place, log=log, **how)

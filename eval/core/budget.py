@@ -94,7 +94,7 @@ class Budget(Frozen):
     # the guard: a share of the student's gain over the base, or so many bits per byte over the base
     g: float | None = Field(None, gt=0, le=1)
     delta_min: float | None = Field(None, gt=0, allow_inf_nan=False)
-    # mandatory slices beside the held-out one -> their own f
+    # mandatory slices beside the validation one -> their own f
     slices: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     targets: dict[str, Target] = Field(min_length=1)
 

@@ -12,7 +12,7 @@ from typing import Any
 from eval.core.artifacts import Manifest, read_manifest
 from eval.core.budget import Budget
 from eval.core.errors import UserError, one_of
-from eval.core.records import HELDOUT, PLAIN, Documents, Record, Score, record_path
+from eval.core.records import PLAIN, VALIDATION, Documents, Record, Score, record_path
 from eval.core.study import Study
 
 FALLBACK, TEACHERS, STUDENT, CONTROL, CE = "B", ("T1", "T0"), "S1", "S0", "CE"
@@ -157,15 +157,15 @@ def check_aligned(folder: Path, first: Score, record: Score) -> None:
     a, b = first.documents, record.documents
     sizes = {(s, i): size for s, i, size in zip(b.slice, b.id, b.bytes, strict=True)}
     place = f"record {record_path(folder, record)}"
-    mend = f"differs from {record_path(folder, first)}: score both again"
+    fix = f"differs from {record_path(folder, first)}: score both again"
     for name, key, size in zip(a.slice, a.id, a.bytes, strict=True):
         if sizes.get((name, key)) != size:
             other = f"{sizes[name, key]} bytes" if (name, key) in sizes else "is missing"
             raise UserError(
-                place, f"document {key!r} of slice {name!r}: {other}, elsewhere {size} bytes", mend
+                place, f"document {key!r} of slice {name!r}: {other}, elsewhere {size} bytes", fix
             )
     if len(b.id) != len(a.id):
-        raise UserError(place, f"{len(b.id)} documents, elsewhere {len(a.id)}", mend)
+        raise UserError(place, f"{len(b.id)} documents, elsewhere {len(a.id)}", fix)
 
 
 def order_of(first: Documents, other: Documents) -> list[int]:
@@ -176,7 +176,7 @@ def order_of(first: Documents, other: Documents) -> list[int]:
 
 def check_budget(budget: Budget, recipes: list[str], slices: list[str]) -> None:
     """Every slice and variant that the budget names is there, and some target is required."""
-    for name in [HELDOUT, *budget.slices]:
+    for name in [VALIDATION, *budget.slices]:
         one_of(f"budget {budget.name!r}: slice without any scored document", name, slices)
     for target, of in [(t, limit.of) for t in budget.targets for limit in budget.targets[t].limits.values()]:
         if of is not None:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.core.errors import UserError
-from eval.core.records import HELDOUT
+from eval.core.records import VALIDATION
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-TRAIN, SEALED = "train", "sealed"
+TRAIN, TEST = "train", "test"
 DAY = datetime(2024, 7, 26)  # for chat templates that print one: rows must be the same tomorrow
 
 
@@ -117,9 +117,9 @@ def read_documents(data: Path, split: str) -> list[Document]:
 
 
 def scored_slices(data: Path) -> list[str]:
-    """Held-out first, then the shifted slices; the training and the sealed documents are left out."""
-    names = sorted(p.stem for p in data.glob("*.jsonl") if p.stem not in (TRAIN, HELDOUT, SEALED))
-    return [HELDOUT, *names]
+    """Validation first, then the shifted slices; the training and the test documents are left out."""
+    names = sorted(p.stem for p in data.glob("*.jsonl") if p.stem not in (TRAIN, VALIDATION, TEST))
+    return [VALIDATION, *names]
 
 
 def boundary_id(tokenizer) -> int:
@@ -142,8 +142,8 @@ def texts(tokenizer, document: Document) -> tuple[str, str]:
     if isinstance(document.prompt, str):
         return document.prompt, document.text
     if tokenizer.chat_template is None:
-        mend = "take an instruction-tuned base, or give a prompt column in place of messages"
-        raise UserError(f"document {document.id!r}", "a chat, and the tokenizer has no chat template", mend)
+        fix = "take an instruction-tuned base, or give a prompt column in place of messages"
+        raise UserError(f"document {document.id!r}", "a chat, and the tokenizer has no chat template", fix)
     answer = {"role": "assistant", "content": document.text}
     turns = [*document.prompt, answer]
     read = partial(tokenizer.apply_chat_template, tokenize=False, strftime_now=DAY.strftime)

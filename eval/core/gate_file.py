@@ -46,7 +46,7 @@ class Students(Frozen):
 
 
 class Power(Frozen):
-    """Of the held-out retention test of the uncompressed student, with this run as the pilot."""
+    """Of the validation retention test of the uncompressed student, with this run as the pilot."""
 
     documents: int
     seeds: int
@@ -177,7 +177,7 @@ class Quality(Frozen):
 
 
 class Opening(Frozen):
-    """One look at the sealed documents; `verdict` and what follows are null until they are scored."""
+    """One look at the test documents; `verdict` and what follows are null until they are scored."""
 
     schema_version: int = 1
     number: int
@@ -210,8 +210,8 @@ class Look(Frozen):
     same: bool = True  # of the artifacts that this file judges
 
 
-class Sealed(Frozen):
-    """The last look at the sealed documents: the estimate to quote, for nothing was chosen by it."""
+class OnTestSet(Frozen):
+    """The last look at the test documents: the estimate to quote, for nothing was chosen by it."""
 
     openings: int  # so far; only the first is free of what was learned from the ones before
     time: str
@@ -256,5 +256,5 @@ class GateFile(Frozen):
     power: Power | None
     variants: list[Variant]
     quality: dict[str, Quality] = Field(default_factory=dict)  # by recipe
-    sealed: Sealed | None = None  # null: never opened
+    test_set: OnTestSet | None = None  # null: never opened
     provenance: Provenance

@@ -18,8 +18,8 @@ from eval.core.sections import Frozen
 
 PLAIN = "plain"  # the recipe of the uncompressed student
 TRAINING = "training documents"  # what the prompts of a cost are made of where a run folder is there
-Kind = Literal["score", "sealed"]  # of scores: of the documents that decide, and of those kept unopened
-HELDOUT = "heldout"  # the slice of documents like the training ones
+Kind = Literal["score", "test"]  # of scores: of the documents that decide, and of those kept unopened
+VALIDATION = "validation"  # the slice of documents like the training ones
 
 
 class Machine(Frozen):
@@ -107,7 +107,7 @@ class Documents(Frozen):
 
 
 class Score(Frozen):
-    """Quality of one model on every document; on the sealed ones it is of a kind of its own."""
+    """Quality of one model on every document; on the test documents it is of a kind of its own."""
 
     schema_version: int = 1
     kind: Kind = "score"
@@ -255,7 +255,7 @@ class Rerun(Frozen):
 
 
 class Agreement(Frozen):
-    """How far a variant says what its uncompressed student says, on the held-out documents."""
+    """How far a variant says what its uncompressed student says, on the validation documents."""
 
     schema_version: int = 1
     kind: Literal["agreement"] = "agreement"

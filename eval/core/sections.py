@@ -36,7 +36,7 @@ class Source(Frozen):
 
 
 class Corruption(Frozen):
-    """Damage done to every held-out document, the same in every run."""
+    """Damage done to every validation document, the same in every run."""
 
     kind: Literal["typos", "truncation", "whitespace"]
     strength: float = Field(gt=0, le=1)  # share of the characters, of the bytes, of the spaces
@@ -56,13 +56,13 @@ class Task(Frozen):
 
 
 class Data(Frozen):
-    """Documents: split by the hash of their id into training, held-out and sealed ones."""
+    """Documents: split by the hash of their id into training, validation and test ones."""
 
     documents: list[Source] = Field(min_length=1)
     shifted: dict[str, list[Source]] = {}  # slice name -> documents that are only ever scored
-    heldout: int = Field(64, gt=1)
-    sealed: int = Field(64, ge=0)
-    corruptions: list[Corruption] = []  # slices made of the held-out documents, only ever scored
+    validation: int = Field(64, gt=1)
+    test: int = Field(64, ge=0)
+    corruptions: list[Corruption] = []  # slices made of the validation documents, only ever scored
     tasks: dict[str, Task] = {}  # name -> prompts with answers, only ever scored
     scored_bytes: int = Field(4096, gt=0)  # a scored document is cut to so many bytes
     context: int = Field(256, gt=1)  # tokens per row
@@ -117,7 +117,7 @@ class Train(Frozen):
     decay: float = Field(0.3, ge=0, le=1)  # share of the steps, linear to zero
     clip: float = Field(1.0, gt=0)
     checkpoint_every: int = Field(100, gt=0)
-    evaluate_every: int | None = Field(None, gt=0)  # steps between held-out bits per byte
+    evaluate_every: int | None = Field(None, gt=0)  # steps between validation bits per byte
 
     @model_validator(mode="after")
     def divides(self) -> Self:

@@ -99,7 +99,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=OneKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}", " ".join(str(error).split()), "mend the YAML") from error
+        raise UserError(f"config {path}", " ".join(str(error).split()), "fix the YAML") from error
     if not isinstance(raw, dict):
         raise UserError(f"config {path}", type(raw).__name__, "the file must hold a mapping")
     return _unshared(raw)
@@ -164,7 +164,7 @@ def override(raw: dict[str, Any], words: list[str]) -> None:
         try:
             place[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UserError("command line", f"{word} {value}", "mend the YAML of its value") from error
+            raise UserError("command line", f"{word} {value}", "fix the YAML of its value") from error
 
 
 def load_study(where: str | Path, words: list[str] | None = None) -> Study:
@@ -188,13 +188,13 @@ def check_settled(study: Study) -> None:
         UserError: there is no such run, or the first setting that differs.
     """
     if not (study.folder / "study.yaml").is_file():
-        mend = f"run `accelerate launch distill/train.py --config ...` for {study.name!r} first"
-        raise UserError(f"run folder {study.folder}", "no study.yaml", mend)
+        fix = f"run `accelerate launch distill/train.py --config ...` for {study.name!r} first"
+        raise UserError(f"run folder {study.folder}", "no study.yaml", fix)
     made = load_study(study.folder)
     if (study.folder / CHANGED).is_file():
         found = "its settings were changed, and training has not ended since: its models are of both"
-        mend = f"run `accelerate launch distill/train.py --config {study.folder}` to its end"
-        raise UserError(f"run folder {study.folder}", found, mend)
+        fix = f"run `accelerate launch distill/train.py --config {study.folder}` to its end"
+        raise UserError(f"run folder {study.folder}", found, fix)
     if made.hash() == study.hash():
         return
     here, there = _flat(study.model_dump(mode="json")), _flat(made.model_dump(mode="json"))
@@ -230,7 +230,7 @@ def make_folder(study: Study) -> Path:
     except OSError as error:
         raise UserError(f"run folder {folder}", error.strerror, "give another place with --runs") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"run folder {folder}", "not writable", "mend its mode, or give --runs elsewhere")
+        raise UserError(f"run folder {folder}", "not writable", "fix its mode, or give --runs elsewhere")
     return folder
 
 

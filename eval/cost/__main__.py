@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from eval.core.errors import entry
 from eval.core.records import Measured, Process, read_costs
 from eval.core.study import Study
-from eval.cost.plan import Bench, Variant, measure_from_command
+from eval.cost.plan import CostPlan, Variant, measure_from_command
 from eval.cost.rounds import in_rounds, order_of
 
 
@@ -36,7 +36,7 @@ def measured_before(study: Study, target: str, wanted: list[Variant]) -> bool:
     return len(rounds) == 1 and None not in rounds
 
 
-def measure_together(bench: Bench) -> list[Measured]:
+def measure_together(bench: CostPlan) -> list[Measured]:
     """The records of all variants of the bench, which share one time."""
     answers = in_rounds("cost", bench, bench.cost.processes, lambda variant, _: order_of(bench, variant))
     source = bench.provenance()
@@ -58,7 +58,7 @@ def joules(runs: list[Process]) -> str:
     return f"{sum(e.joules or 0.0 for e in metered) / sum(e.tokens for e in metered):.3g}"
 
 
-def table(bench: Bench, records: list[Measured]) -> Table:
+def table(bench: CostPlan, records: list[Measured]) -> Table:
     """Medians over all processes; the gate holds upper bounds against the limits, not these."""
     titles = ["prefill ms", "decode ms/token", "peak MiB", "disk MiB", "load s", "J/token"]
     shown = Table(Column("variant", no_wrap=True), "engine", *titles)

@@ -21,7 +21,7 @@ from eval.core.records import Loaded, Server, read_loads
 from eval.core.sections import Load
 from eval.core.study import Study
 from eval.cost.estimates import load_result
-from eval.cost.plan import Bench, Variant, measure_from_command
+from eval.cost.plan import CostPlan, Variant, measure_from_command
 from eval.cost.rounds import in_rounds, order_of
 from eval.cost.worker import OpenLoop, Order
 from eval.stats.queueing import knee
@@ -31,11 +31,13 @@ FEWEST = 10  # requests that a rate must bring on average
 LEVEL = 0.05  # of the bounds that are shown here; the gate takes the budget's alpha
 
 
-def settings(bench: Bench) -> Load:
+def settings(bench: CostPlan) -> Load:
     return bench.cost.load or Load()
 
 
-def served(bench: Bench, title: str, rounds: int, rates: dict[str, list[float]]) -> dict[str, list[Server]]:
+def served(
+    bench: CostPlan, title: str, rounds: int, rates: dict[str, list[float]]
+) -> dict[str, list[Server]]:
     """Label -> one server per round, each of which meets the rates of its variant."""
     seconds = settings(bench).seconds
 
@@ -47,7 +49,7 @@ def served(bench: Bench, title: str, rounds: int, rates: dict[str, list[float]])
     return {label: [a.server for a in found if a.server] for label, found in answers.items()}
 
 
-def rates_of(bench: Bench) -> dict[str, list[float]]:
+def rates_of(bench: CostPlan) -> dict[str, list[float]]:
     """Label -> rates in requests per second, as stated or by the variant's knee.
 
     Raises:
@@ -62,8 +64,8 @@ def rates_of(bench: Bench) -> dict[str, list[float]]:
     for label, rates in found.items():
         if min(rates) * load.seconds < FEWEST:
             thing = f"{min(rates):g} requests/s of {label}"
-            mend = f"cost.load.seconds of {FEWEST / min(rates):.0f} would bring enough"
-            raise UserError(thing, f"fewer than {FEWEST} requests in {load.seconds:g} s", mend)
+            fix = f"cost.load.seconds of {FEWEST / min(rates):.0f} would bring enough"
+            raise UserError(thing, f"fewer than {FEWEST} requests in {load.seconds:g} s", fix)
     return found
 
 
@@ -93,7 +95,7 @@ def measured_before(study: Study, target: str, wanted: list[Variant]) -> bool:
     return len(rounds) == 1 and None not in rounds
 
 
-def measure_together(bench: Bench) -> list[Loaded]:
+def measure_together(bench: CostPlan) -> list[Loaded]:
     """The records of all variants of the bench, which share one time."""
     load = settings(bench)
     servers = served(bench, "load", bench.cost.processes, rates_of(bench))
@@ -115,7 +117,7 @@ def shown(number: Number) -> str:
     return f"{number.value:.4g}" + (f"\n≤ {number.upper:.4g}" if number.upper is not None else "")
 
 
-def table(bench: Bench, records: list[Loaded]) -> Table:
+def table(bench: CostPlan, records: list[Loaded]) -> Table:
     """What was measured at each rate, with 95 % upper bounds below."""
     titles = ["variant", "knee/s", "rate/s", "done/s", "p50 ms", "p95 ms", "p99 ms", "follows"]
     made = Table(*(Column(title, no_wrap=True) for title in titles), box=SIMPLE, pad_edge=False)

@@ -149,9 +149,9 @@ def joined(run: Path, study: Study, given: list[str]) -> list[Record]:
         if record.seed not in study.seeds:
             raise UserError(f"{place}: seed", record.seed, f"the study has {study.seeds}")
         if isinstance(record, Score):
-            if record.kind == "sealed":
-                mend = "open them where the run lies: python -m eval.gate.test_set"
-                raise UserError(place, "a score of sealed documents", mend)
+            if record.kind == "test":
+                fix = "open them where the run lies: python -m eval.gate.test_set"
+                raise UserError(place, "a score of test documents", fix)
             artifacts.check_data(record)
         else:
             check_target(record, budget, place)

@@ -52,7 +52,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Bench:
+class CostPlan:
     """Variants that are measured together on one target."""
 
     target: str
@@ -156,7 +156,7 @@ def drawn(cost: Cost, model: Path) -> list[list[int]]:
     return [[rng.randrange(known) for _ in range(cost.prompt_tokens)] for _ in range(count)]
 
 
-def of_run(given: argparse.Namespace, words: list[str]) -> Bench:
+def of_run(given: argparse.Namespace, words: list[str]) -> CostPlan:
     """The variants of a run folder, on a target of its study's budget."""
     study = load_study(given.study, words)
     check_settled(study)
@@ -165,7 +165,7 @@ def of_run(given: argparse.Namespace, words: list[str]) -> Bench:
     refuse_absent(given.target, target.device)
     wanted = chosen(variants(study), given.recipe, target)
     texts = [document.text for document in read_documents(study.folder / "data", TRAIN)]
-    return Bench(
+    return CostPlan(
         target=given.target,
         device=target.device,
         cost=study.cost,
@@ -183,7 +183,7 @@ class Settings(Frozen):
     cost: Cost = Cost()
 
 
-def of_folders(given: argparse.Namespace, words: list[str]) -> Bench:
+def of_folders(given: argparse.Namespace, words: list[str]) -> CostPlan:
     """Variant folders alone, by the settings of a study's YAML file or of the command line."""
     if given.study:
         study = load_study(given.study, words)
@@ -205,7 +205,7 @@ def of_folders(given: argparse.Namespace, words: list[str]) -> Bench:
         text = Path(given.text)
         prompts = cut(cost, wanted[0].folder, [text.read_text(encoding="utf-8")], f"--text {text}")
         source = f"text of sha256 {file_sha256(text)}"
-    return Bench(
+    return CostPlan(
         target=given.target,
         device=given.device,
         cost=cost,
@@ -219,11 +219,11 @@ def of_folders(given: argparse.Namespace, words: list[str]) -> Bench:
 
 def refuse_absent(target: str, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
-        mend = "run this command on a machine that has one, on a copy of the run folder"
-        raise UserError(f"target {target!r}", "no CUDA device here", mend)
+        fix = "run this command on a machine that has one, on a copy of the run folder"
+        raise UserError(f"target {target!r}", "no CUDA device here", fix)
 
 
-def bench_from_command(doc: str, record: str) -> Bench:
+def bench_from_command(doc: str, record: str) -> CostPlan:
     """Parses the command line of `eval.cost` and `eval.cost.load`, and checks every variant's hashes.
 
     Raises:
@@ -252,8 +252,8 @@ def measure_from_command(
     record: str,
     *,
     before: Callable[[Study, str, list[Variant]], bool],
-    measure: Callable[[Bench], list[R]],
-    table: Callable[[Bench, list[R]], Table],
+    measure: Callable[[CostPlan], list[R]],
+    table: Callable[[CostPlan, list[R]], Table],
 ) -> None:
     """The command `eval.cost` or `eval.cost.load`: measures, stores and shows what was not `before`."""
     bench = bench_from_command(doc, record)

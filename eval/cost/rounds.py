@@ -12,7 +12,7 @@ from typing import IO
 from eval.core.errors import UserError
 from eval.core.jobs import Job, Report, run_in_turn
 from eval.core.study import ROOT
-from eval.cost.plan import Bench, Variant
+from eval.cost.plan import CostPlan, Variant
 from eval.cost.worker import Answer, Order
 
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
@@ -37,9 +37,7 @@ class Probe:
         self.said.seek(0)
         last = (self.said.read().strip().splitlines() or ["it said nothing"])[-1]
         found = f"the process ended with {self.process.wait()} ({last})"
-        raise UserError(
-            f"measuring {self.variant.folder}", found, "mend that, or free some memory; run again"
-        )
+        raise UserError(f"measuring {self.variant.folder}", found, "fix that, or free some memory; run again")
 
     def measure(self, order: Order) -> Answer:
         """Gives the order, sleeps until it is carried out and the process has ended."""
@@ -72,7 +70,7 @@ def started(variant: Variant, threads: int) -> Iterator[Probe]:
             process.communicate()
 
 
-def order_of(bench: Bench, variant: Variant) -> Order:
+def order_of(bench: CostPlan, variant: Variant) -> Order:
     """What a process is asked to measure of a variant: single requests and batches."""
     return Order(
         engine=variant.subject.engine,
@@ -100,7 +98,7 @@ def measure_group(group: list[tuple[Variant, Order]], report: Report) -> dict[st
 
 
 def in_rounds(
-    title: str, bench: Bench, rounds: int, order: Callable[[Variant, int], Order]
+    title: str, bench: CostPlan, rounds: int, order: Callable[[Variant, int], Order]
 ) -> dict[str, list[Answer]]:
     """Label -> one answer per round. Each round starts with another variant: none is always the first."""
     jobs, wanted, size = [], bench.wanted, bench.workers

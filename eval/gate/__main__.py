@@ -18,7 +18,7 @@ from rich.text import Text
 from eval.core.artifacts import write_text
 from eval.core.budget import load_budget
 from eval.core.errors import EXITS, entry
-from eval.core.gate_file import STYLES, GateFile, Sealed, Variant
+from eval.core.gate_file import STYLES, GateFile, OnTestSet, Variant
 from eval.core.study import study_from_command
 from eval.gate.decision import judged
 from eval.gate.evidence import collect
@@ -36,10 +36,10 @@ def line(row: Variant) -> Text:
     )
 
 
-def sealed_line(found: Sealed) -> Text:
-    """How often the sealed documents were opened, and what the last look said."""
+def test_set_line(found: OnTestSet) -> Text:
+    """How often the test documents were opened, and what the last look said."""
     share, when = found.kept_share, "" if found.current else ", of artifacts or a budget of before"
-    start = f"sealed documents, opening {found.openings} by {found.by} for {found.recipe}{when}: "
+    start = f"test documents, opening {found.openings} by {found.by} for {found.recipe}{when}: "
     if found.verdict is None:
         return Text(f"{start}not finished; run the same command of eval.gate.test_set again")
     keeps = "the kept share is undefined"
@@ -53,8 +53,8 @@ def show(console: Console, result: GateFile, path: Path) -> None:
         console.print(line(row), soft_wrap=True)
     for note in result.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
-    if result.sealed:
-        console.print(sealed_line(result.sealed), soft_wrap=True)
+    if result.test_set:
+        console.print(test_set_line(result.test_set), soft_wrap=True)
     console.print(
         Text.assemble((result.verdict, STYLES[result.verdict]), f": {result.reason}"), soft_wrap=True
     )

@@ -12,7 +12,7 @@ from eval.stats.crossed import PASS
 
 def notes(e: Evidence) -> list[str]:
     """Plain sentences; none where there is nothing to say."""
-    return [*shared_teacher(e), *two_seeds(e), *early_records(e), *sealed_look(e)]
+    return [*shared_teacher(e), *two_seeds(e), *early_records(e), *test_look(e)]
 
 
 def other_budget(study: Study, budget: Budget) -> list[str]:
@@ -56,17 +56,17 @@ def early_records(e: Evidence) -> list[str]:
     ]
 
 
-def sealed_look(e: Evidence) -> list[str]:
-    """The sealed documents are blind once, for what was judged then, and do not always agree."""
+def test_look(e: Evidence) -> list[str]:
+    """The test documents are blind once, for what was judged then, and do not always agree."""
     found = [
-        f"opening {one.number} of the sealed documents ended in {one.verdict} for {one.recipe}: documents "
+        f"opening {one.number} of the test documents ended in {one.verdict} for {one.recipe}: documents "
         "that nothing was chosen by do not confirm it"
         for one in e.openings
         if one.verdict not in (None, PASS)
     ]
     if len(e.openings) > 1:
         found.append(
-            f"the sealed documents were opened {len(e.openings)} times: only the first look was blind to "
+            f"the test documents were opened {len(e.openings)} times: only the first look was blind to "
             "what others had said"
         )
     return found

@@ -9,7 +9,7 @@ from eval.core.artifacts import digest
 from eval.core.budget import Budget, Target
 from eval.core.gate_file import GateFile, Hashes, Kept, Number, Part, Provenance, Variant
 from eval.core.recipes import prefixes
-from eval.core.records import HELDOUT, PLAIN
+from eval.core.records import PLAIN, VALIDATION
 from eval.gate.caveats import notes, other_budget
 from eval.gate.evidence import CONTROL, STUDENT, Evidence
 from eval.gate.limits import cost_parts, costs, expected, loaded, ratio, remedy
@@ -71,7 +71,7 @@ def joined(parts: list[Part]) -> Verdict:
 def why(verdict: Verdict, parts: list[Part], budget: Budget, target: str) -> str:
     """The first part that decided, in words."""
     if verdict == PASS:
-        slices = ", ".join([HELDOUT, *budget.slices])
+        slices = ", ".join([VALIDATION, *budget.slices])
         return f"keeps the asked share of the gain on {slices} and meets every limit of {target}"
     if parts[0].verdict == FAIL:
         return parts[0].reason
@@ -266,8 +266,8 @@ def judged(e: Evidence, budget: Budget) -> GateFile:
         budget=described(e, budget),
         seeds=e.study.seeds,
         documents={name: len(columns) for name, columns in e.columns.items()},
-        teacher_gain=gains[HELDOUT],
-        teacher_gain_slices={name: gain for name, gain in gains.items() if name != HELDOUT},
+        teacher_gain=gains[VALIDATION],
+        teacher_gain_slices={name: gain for name, gain in gains.items() if name != VALIDATION},
         scores={
             arm: {name: estimate(e.scores(name, arm), tested=False) for name in e.columns} for arm in e.arms
         },
@@ -275,7 +275,7 @@ def judged(e: Evidence, budget: Budget) -> GateFile:
         power=planning(e, budget),
         variants=[row for name in rows for row in rows[name]],
         quality=qualities(e, next(iter(rows.values()))),
-        sealed=summary(e.openings, e.artifacts, digest(budget.model_dump(mode="json"))),
+        test_set=summary(e.openings, e.artifacts, digest(budget.model_dump(mode="json"))),
         provenance=provenance(e),
     )
 

@@ -82,7 +82,7 @@ class Evidence:
     versions: dict[str, str]
     records: dict[str, str]  # path below the run folder -> sha256, of all that were there
     early: list[str]  # records dated before their artifact was made
-    openings: list[Opening]  # of the sealed documents
+    openings: list[Opening]  # of the test documents
     loads: dict[tuple[str, str], list[Loaded]]  # (target, recipe) -> records of S1 under load, by seed
 
     @property
@@ -140,8 +140,8 @@ class Tables:
             if (record.arm, record.recipe) in models and record.seed in self.seeds:
                 self._add(record)
         if not self.scores:
-            mend = f"run python -m eval.score --study {artifacts.folder}"
-            raise UserError(f"run {artifacts.folder}", "no score record", mend)
+            fix = f"run python -m eval.score --study {artifacts.folder}"
+            raise UserError(f"run {artifacts.folder}", "no score record", fix)
         check_seeds_differ(self.scores)
         self._check_whole(models)
         artifacts.check_parents(self.scores)
@@ -270,8 +270,8 @@ def by_target(
         path = record_path(folder, record)
         wanted, device = budget.targets[record.target].device, record.provenance.machine.device
         if (wanted == "cpu") != (device == "cpu"):
-            mend = "measure again on such a device"
-            raise UserError(f"record {path}", f"measured on {device!r}, the target is {wanted!r}", mend)
+            fix = "measure again on such a device"
+            raise UserError(f"record {path}", f"measured on {device!r}, the target is {wanted!r}", fix)
         if record.engine != engines[record.recipe]:
             found = f"measured with engine {record.engine!r}, scored with {engines[record.recipe]!r}"
             raise UserError(f"record {path}", found, "measure again with the engine that was scored")

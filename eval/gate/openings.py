@@ -1,7 +1,7 @@
-"""Looks at the sealed documents: counted, kept for ever, told wherever the gate's verdict is told.
+"""Looks at the test documents: counted, kept for ever, told wherever the gate's verdict is told.
 
-Whoever picks the best of several variants on the held-out documents picks some luck with it, and the pick's
-own estimate is too good (the winner's curse). Nothing is chosen on the sealed documents, so the first look at
+Whoever picks the best of several variants on the validation documents picks some luck with it, and the pick's
+own estimate is too good (the winner's curse). Nothing is chosen on the test documents, so the first look at
 them is free of that; a second one is not, if what the first said was of any consequence.
 """
 
@@ -11,12 +11,12 @@ from pydantic import ValidationError
 
 from eval.core.artifacts import write_text
 from eval.core.errors import UserError
-from eval.core.gate_file import Look, Opening, Sealed
+from eval.core.gate_file import Look, OnTestSet, Opening
 from eval.core.records import PLAIN
 
 
 def opening_path(run: Path, number: int) -> Path:
-    return run / "records" / "sealed" / f"opening-{number}.json"
+    return run / "records" / "test" / f"opening-{number}.json"
 
 
 def write_opening(run: Path, opening: Opening) -> Path:
@@ -32,7 +32,7 @@ def read_openings(run: Path) -> list[Opening]:
         UserError: one is damaged, or is gone: openings are never deleted.
     """
     found: list[Opening] = []
-    count = len(list((run / "records" / "sealed").glob("opening-*.json")))
+    count = len(list((run / "records" / "test").glob("opening-*.json")))
     for number in range(1, count + 1):
         path = opening_path(run, number)
         if not path.is_file():
@@ -47,7 +47,7 @@ def read_openings(run: Path) -> list[Opening]:
             ) from error
     scored = {
         path.parent.name
-        for path in (run / "records" / "sealed").glob("*/*.json")
+        for path in (run / "records" / "test").glob("*/*.json")
         if not path.name.startswith(("T0-", "T1-"))  # those are scored while they are trained
     }
     known = {name for one in found for name in (one.recipe, PLAIN)}  # the student is scored at every look
@@ -57,7 +57,7 @@ def read_openings(run: Path) -> list[Opening]:
     return found
 
 
-def summary(openings: list[Opening], artifacts: dict[str, str], budget: str) -> Sealed | None:
+def summary(openings: list[Opening], artifacts: dict[str, str], budget: str) -> OnTestSet | None:
     """What gate.json tells of the openings; the figures are those of the last one.
 
     Args:
@@ -66,7 +66,7 @@ def summary(openings: list[Opening], artifacts: dict[str, str], budget: str) -> 
     if not openings:
         return None
     last = openings[-1]
-    return Sealed(
+    return OnTestSet(
         openings=len(openings),
         current=last.artifacts.items() <= artifacts.items() and last.budget == budget,
         history=[

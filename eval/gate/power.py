@@ -25,7 +25,7 @@ from eval.core.budget import Budget, load_budget
 from eval.core.checks import Artifacts
 from eval.core.errors import UserError, entry, one_of
 from eval.core.gate_file import Estimate
-from eval.core.records import HELDOUT, PLAIN, each_score
+from eval.core.records import PLAIN, VALIDATION, each_score
 from eval.core.study import Study, load_study, study_from_command
 from eval.gate.evidence import Evidence, Tables, evidence, wanted
 from eval.gate.quality import BOOTSTRAP_SEED, GAIN, PLAN_LEVEL, PLANS, estimate, kept, surplus
@@ -67,8 +67,8 @@ def pilot_of(folder: Path, study: Study) -> Evidence:
 
 
 def planned_documents(e: Evidence, plan: Study, name: str) -> int:
-    """Held-out documents as the plan asks; of shifted slices the pilot alone knows how many there are."""
-    return plan.data.heldout if name == HELDOUT and plan != e.study else len(e.columns[name])
+    """Validation documents as the plan asks; of shifted slices the pilot alone knows how many there are."""
+    return plan.data.validation if name == VALIDATION and plan != e.study else len(e.columns[name])
 
 
 def cases(e: Evidence, budget: Budget, plan: Study, gain: float | None, share: float | None) -> list[Case]:
@@ -78,7 +78,7 @@ def cases(e: Evidence, budget: Budget, plan: Study, gain: float | None, share: f
         UserError: the pilot shows no teacher gain, so that it knows of no kept share, and none was given.
     """
     found = []
-    for name, f in {HELDOUT: budget.f, **budget.slices}.items():
+    for name, f in {VALIDATION: budget.f, **budget.slices}.items():
         one_of(f"budget {budget.name!r}: slice without any scored document", name, list(e.columns))
         teacher, student = e.gain(name, GAIN), e.gain(name, kept(PLAIN))
         if gain is None and share is None:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from eval.core.budget import Budget
 from eval.core.gate_file import Estimate, Kept, Link, Part, Power, Slice, Students
-from eval.core.records import HELDOUT, PLAIN
+from eval.core.records import PLAIN, VALIDATION
 from eval.gate.evidence import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Contrast, Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Mean, crossed_mean, fieller, pigeonhole
 from eval.stats.power import components, documents_for, drawn_components, effect_for, power, seeds_for
@@ -84,7 +84,7 @@ def retention(e: Evidence, recipe: str, name: str, f: float, alpha: float) -> Pa
     return mean_part("retention", crossed_mean(surplus(e, recipe, name, f)), alpha, words)
 
 
-def guard(e: Evidence, recipe: str, budget: Budget, name: str = HELDOUT) -> Part:
+def guard(e: Evidence, recipe: str, budget: Budget, name: str = VALIDATION) -> Part:
     """The release still beats its fallback: (S1v - B) - g (S1 - B) > 0, or (S1v - B) - delta_min > 0."""
     student, variant = (e.gain(name, over_fallback(r)) for r in (PLAIN, recipe))
     if budget.g is None:
@@ -96,7 +96,7 @@ def guard(e: Evidence, recipe: str, budget: Budget, name: str = HELDOUT) -> Part
     return mean_part("guard", crossed_mean(lead), budget.alpha, words)
 
 
-def fallback(e: Evidence, recipe: str, alpha: float, name: str = HELDOUT) -> Part:
+def fallback(e: Evidence, recipe: str, alpha: float, name: str = VALIDATION) -> Part:
     """S1v - B: a share of nothing would satisfy the guard, so the gain itself must be there too."""
     words = "it beats the base", "it is worse than the base that it would replace"
     return mean_part("fallback", crossed_mean(e.gain(name, over_fallback(recipe))), alpha, words)
@@ -117,8 +117,8 @@ def quality_parts(e: Evidence, budget: Budget, recipe: str) -> list[Part]:
     """Parts 1 to 4 of the gate. Without assay sensitivity nothing else can be judged."""
     alpha = budget.alpha
     return [
-        assay(e, HELDOUT, alpha),
-        retention(e, recipe, HELDOUT, budget.f, alpha),
+        assay(e, VALIDATION, alpha),
+        retention(e, recipe, VALIDATION, budget.f, alpha),
         guard(e, recipe, budget),
         fallback(e, recipe, alpha),
         *(on_slice(e, recipe, name, f, alpha) for name, f in budget.slices.items()),
@@ -127,14 +127,14 @@ def quality_parts(e: Evidence, budget: Budget, recipe: str) -> list[Part]:
 
 @dataclass(frozen=True)
 class Shares:
-    """Fieller intervals of ratios of contrasts, with their bootstrap on the held-out documents."""
+    """Fieller intervals of ratios of contrasts, with their bootstrap on the validation documents."""
 
     evidence: Evidence
     columns: dict[Contrast, int]
     means: Array  # [draws, contrasts]
     known: dict[tuple[Contrast, Contrast, str], Kept] = field(default_factory=dict)
 
-    def of(self, top: Contrast, below: Contrast, name: str = HELDOUT) -> Kept:
+    def of(self, top: Contrast, below: Contrast, name: str = VALIDATION) -> Kept:
         """Each share once: a link of one chain is a link of others."""
         if (top, below, name) not in self.known:
             self.known[top, below, name] = self._made(top, below, name)
@@ -145,7 +145,7 @@ class Shares:
         if found is None:
             return Kept()
         low, high = None, None
-        if name == HELDOUT:
+        if name == VALIDATION:
             draws = self.means[:, self.columns[top]] / self.means[:, self.columns[below]]
             low, high = (float(v) for v in np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
         return Kept(point=found.point, low=found.low, high=found.high, bootstrap_low=low, bootstrap_high=high)
@@ -157,7 +157,7 @@ def shares(e: Evidence) -> Shares:
     contrasts += [c for r in e.recipes for c in (kept(r), over_fallback(r))]
     if (CE, PLAIN) in e.bits:
         contrasts.append(OVER_CE)
-    raw = np.stack([e.raw(HELDOUT, contrast) for contrast in contrasts])
+    raw = np.stack([e.raw(VALIDATION, contrast) for contrast in contrasts])
     columns = {contrast: i for i, contrast in enumerate(contrasts)}
     return Shares(e, columns, pigeonhole(raw, DRAWS, BOOTSTRAP_SEED))
 
@@ -175,7 +175,7 @@ def slice_results(e: Evidence, found: Shares, parts: list[Part], recipe: str) ->
     return {
         name: Slice(kept_share=found.of(kept(recipe), GAIN, name), verdict=verdicts.get(f"slice:{name}"))
         for name in e.columns
-        if name != HELDOUT
+        if name != VALIDATION
     }
 
 
@@ -191,9 +191,9 @@ def chain(found: Shares, before: list[str], recipe: str) -> list[Link]:
     ]
 
 
-def planning(e: Evidence, budget: Budget, name: str = HELDOUT) -> Power | None:
+def planning(e: Evidence, budget: Budget, name: str = VALIDATION) -> Power | None:
     """Power to pass the retention test again, with the uncompressed student of this run as the pilot."""
-    f, alpha = budget.f if name == HELDOUT else budget.slices[name], budget.alpha
+    f, alpha = budget.f if name == VALIDATION else budget.slices[name], budget.alpha
     z = surplus(e, PLAIN, name, f)
     (s, c), mean = z.shape, crossed_mean(z)
     if mean.problem:

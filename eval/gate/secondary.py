@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from eval.core.checks import STUDENT
 from eval.core.gate_file import Estimate, Quality, Variant
-from eval.core.records import HELDOUT, Agreement, Bins, Marked, read_agreements, read_marks
+from eval.core.records import VALIDATION, Agreement, Bins, Marked, read_agreements, read_marks
 from eval.core.sections import Task
 from eval.gate.evidence import Evidence
 from eval.gate.quality import LEVEL, estimate
@@ -62,7 +62,7 @@ def _fits(e: Evidence, record: Agreement) -> bool:
 
 def worst_slice(row: Variant) -> str | None:
     """The slice on which the smallest share of the gain is kept, among those that have a share."""
-    points = {HELDOUT: row.kept_share.point, **{n: of.kept_share.point for n, of in row.slices.items()}}
+    points = {VALIDATION: row.kept_share.point, **{n: of.kept_share.point for n, of in row.slices.items()}}
     known = {name: point for name, point in points.items() if point is not None}
     return min(known, key=lambda name: known[name]) if known else None
 

@@ -1,8 +1,8 @@
-"""Opens the sealed documents for one variant: the estimate to quote, for nothing was chosen by them.
+"""Opens the test documents for one variant: the estimate to quote, for nothing was chosen by them.
 
     python -m eval.gate.test_set --study runs/NAME --by WHO [--variant NAME] [--reason TEXT]
 
-Scores the base, the students and the variant on the sealed documents and judges assay, retention, guard and
+Scores the base, the students and the variant on the test documents and judges assay, retention, guard and
 fallback there. Default: the variant that the gate recommends. The opening is written down before anything is
 scored, and counted and shown ever after; another one needs a reason. Exit codes as those of the gate.
 """
@@ -18,7 +18,7 @@ from rich.text import Text
 from eval.core.artifacts import digest, read_manifest
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CE, TEACHERS, Artifacts, artifact_folder
-from eval.core.documents import SEALED, read_documents
+from eval.core.documents import TEST, read_documents
 from eval.core.errors import EXITS, UserError, entry, one_of
 from eval.core.gate_file import STYLES, GateFile, Opening
 from eval.core.jobs import Job, Report, locked, run_jobs
@@ -46,27 +46,27 @@ def chosen(gate: GateFile, e: Evidence, variant: str | None) -> tuple[str, str |
         return variant, picks.get(variant)
     if len(picks) != 1:
         found = f"the gate recommends {', '.join(sorted(picks)) or 'none'}"
-        raise UserError("variant to open the sealed documents for", found, "name it with --variant")
+        raise UserError("variant to open the test documents for", found, "name it with --variant")
     return next(iter(picks.items()))
 
 
 def check_teachers(e: Evidence) -> None:
-    """The teachers were scored on the sealed documents where they were made; only there can they run.
+    """The teachers were scored on the test documents where they were made; only there can they run.
 
     Raises:
-        UserError: there are no sealed documents, or a teacher was not scored on them.
+        UserError: there are no test documents, or a teacher was not scored on them.
     """
-    if not read_documents(e.folder / "data", SEALED):
-        raise UserError(f"run {e.folder}", "no sealed documents", "set data.sealed and train again")
+    if not read_documents(e.folder / "data", TEST):
+        raise UserError(f"run {e.folder}", "no test documents", "set data.test and train again")
     found = {
-        (r.arm, r.seed): r.provenance.artifact for r in each_score(e.folder, "sealed") if r.arm in TEACHERS
+        (r.arm, r.seed): r.provenance.artifact for r in each_score(e.folder, "test") if r.arm in TEACHERS
     }
     for arm in TEACHERS:
         for seed in e.study.seeds:
             if found.get((arm, seed)) != e.artifacts[f"{arm}/s{seed}/{PLAIN}"]:
                 raise UserError(
                     f"teacher {arm} of seed {seed}",
-                    "not scored on the sealed documents",
+                    "not scored on the test documents",
                     f"run accelerate launch distill/train.py --config {e.folder}: only there can it run",
                 )
 
@@ -99,7 +99,7 @@ def opened(
             return last
         if not reason:
             raise UserError(
-                f"sealed documents of {e.folder}",
+                f"test documents of {e.folder}",
                 f"opened {len(e.openings)} time(s), last for {last.recipe} by {last.by} at {last.time}",
                 "a further look is no longer blind: give --reason to have it counted",
             )
@@ -107,10 +107,10 @@ def opened(
 
 
 def _score(run: Path, study: Study, folder: Path, report: Report) -> None:
-    score_folder(run, study, folder, report, kind="sealed")
+    score_folder(run, study, folder, report, kind="test")
 
 
-def score_sealed(e: Evidence, recipe: str) -> None:
+def score_test_set(e: Evidence, recipe: str) -> None:
     """Scores every model that can be loaded anew, each in a process that did not make it."""
     jobs = []
     for arm, of in models(e.study, recipe):
@@ -118,21 +118,21 @@ def score_sealed(e: Evidence, recipe: str) -> None:
             if place := artifact_folder(e.folder, arm, seed, of):
                 name = subject_of(read_manifest(place)).label
                 jobs.append(Job(name, _score, (e.folder, e.study, place)))
-    run_jobs("sealed", jobs, e.study.workers)
+    run_jobs("test", jobs, e.study.workers)
 
 
-def judged_sealed(e: Evidence, budget: Budget, opening: Opening) -> Opening:
-    """The opening with what the sealed documents say."""
+def judge_test_set(e: Evidence, budget: Budget, opening: Opening) -> Opening:
+    """The opening with what the test documents say."""
     recipe, alpha = opening.recipe, budget.alpha
     artifacts = Artifacts(e.folder, e.study)
-    tables = Tables(artifacts, each_score(e.folder, "sealed"), models(e.study, recipe))
+    tables = Tables(artifacts, each_score(e.folder, "test"), models(e.study, recipe))
     seen = evidence(tables, [PLAIN, recipe], {})
-    assert list(seen.columns) == [SEALED]
+    assert list(seen.columns) == [TEST]
     parts = [
-        assay(seen, SEALED, alpha),
-        retention(seen, recipe, SEALED, budget.f, alpha),
-        guard(seen, recipe, budget, SEALED),
-        fallback(seen, recipe, alpha, SEALED),
+        assay(seen, TEST, alpha),
+        retention(seen, recipe, TEST, budget.f, alpha),
+        guard(seen, recipe, budget, TEST),
+        fallback(seen, recipe, alpha, TEST),
     ]
     shares = Shares(seen, {}, np.empty((0, 0)))
     return opening.model_copy(
@@ -140,9 +140,9 @@ def judged_sealed(e: Evidence, budget: Budget, opening: Opening) -> Opening:
             "documents": len(seen.bytes),
             "verdict": joined(parts),
             "parts": parts,
-            "teacher_gain": estimate(seen.gain(SEALED, GAIN)),
-            "kept_share": shares.of(kept(recipe), GAIN, SEALED),
-            "guard_share": shares.of(over_fallback(recipe), over_fallback(PLAIN), SEALED),
+            "teacher_gain": estimate(seen.gain(TEST, GAIN)),
+            "kept_share": shares.of(kept(recipe), GAIN, TEST),
+            "guard_share": shares.of(over_fallback(recipe), over_fallback(PLAIN), TEST),
         }
     )
 
@@ -158,7 +158,7 @@ def show(console: Console, opening: Opening, path: Path) -> None:
     console.print(
         Text.assemble(
             (opening.verdict, STYLES[opening.verdict]),
-            f": {opening.recipe} on {opening.documents} sealed documents, opening {opening.number}: {told}",
+            f": {opening.recipe} on {opening.documents} test documents, opening {opening.number}: {told}",
         ),
         soft_wrap=True,
     )
@@ -181,8 +181,8 @@ def main() -> int:
         check_teachers(e)
         opening = opened(e, budget, recipe, target, args.by, args.reason)
         write_opening(folder, opening)
-        score_sealed(e, recipe)
-        opening = judged_sealed(e, budget, opening)
+        score_test_set(e, recipe)
+        opening = judge_test_set(e, budget, opening)
         write_opening(folder, opening)
     show(Console(), opening, opening_path(folder, opening.number))
     assert opening.verdict is not None

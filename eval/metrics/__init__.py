@@ -1,1 +1,1 @@
-"""Metrics: how well a model predicts held-out documents."""
+"""Metrics: how well a model predicts validation documents."""

@@ -122,8 +122,8 @@ def refuse_infinite(documents: list[Document], values: Tensor) -> None:
     """Names the first document whose value [documents] is not finite."""
     for document, value in zip(documents, values.tolist(), strict=True):
         if not math.isfinite(value):
-            mend = "the model's output is not finite there: look at its weights"
-            raise UserError(f"document {document.id!r}", f"{value} bits", mend)
+            fix = "the model's output is not finite there: look at its weights"
+            raise UserError(f"document {document.id!r}", f"{value} bits", fix)
 
 
 def predicted(scores: Tensor, batch: Batch) -> Predicted:

@@ -86,8 +86,8 @@ def wanted(run: Path, words: list[str]) -> dict[str, str]:
         signed = [one_of("--variant: target", target, list(known))] if equals else []
         signed = signed or [name for name in known if (run / FOLDER / f"{recipe}-{name}.json").is_file()]
         if not signed:
-            mend = f"run python -m eval.signoff --study {run} --variant {recipe} --by NAME --key FILE"
-            raise UserError(f"release of {recipe!r}", "nobody signed it", mend)
+            fix = f"run python -m eval.signoff --study {run} --variant {recipe} --by NAME --key FILE"
+            raise UserError(f"release of {recipe!r}", "nobody signed it", fix)
         for name in signed:
             if name in found:
                 raise UserError("--variant", f"two recipes for {name}", "name one recipe for a target")
@@ -105,11 +105,11 @@ def verified_case(run: Path, words: list[str], trusted: "SSlibKey | None", today
     for target, recipe in wanted(run, words).items():
         path = run / FOLDER / f"{recipe}-{target}.json"
         if not path.is_file():
-            mend = f"run python -m eval.signoff --study {run} --variant {recipe} --target {target} first"
-            raise UserError(f"release of {recipe} on {target}", "nobody signed it", mend)
+            fix = f"run python -m eval.signoff --study {run} --variant {recipe} --target {target} first"
+            raise UserError(f"release of {recipe} on {target}", "nobody signed it", fix)
         statement, found = problems(path, run, trusted, today)
         if found or statement is None:
-            raise UserError(f"sign-off {path}", found[0], "mend that, or sign again")
+            raise UserError(f"sign-off {path}", found[0], "fix that, or sign again")
         said[target] = statement.predicate
         if (said[target].recipe, said[target].target) != (recipe, target):
             found = [f"speaks of {said[target].recipe} on {said[target].target}"]
@@ -120,8 +120,8 @@ def verified_case(run: Path, words: list[str], trusted: "SSlibKey | None", today
     budget = load_budget(study, policies.pop())
     required = {name for name, target in budget.targets.items() if target.required}
     if missing := sorted(required - set(said)):
-        mend = f"sign a variant on {missing[0]} and add {missing[0]}=RECIPE"
-        raise UserError("release", f"the budget requires the target {missing[0]}", mend)
+        fix = f"sign a variant on {missing[0]} and add {missing[0]}=RECIPE"
+        raise UserError("release", f"the budget requires the target {missing[0]}", fix)
     return Case(run, study, budget, read_gate(run), collect(run, study, budget), said)
 
 
@@ -250,10 +250,10 @@ def rehearse(place: Path, targets: list[str]) -> None:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         found = f"its loader ended with {done.returncode} ({last})"
-        raise UserError("release", found, "nothing was released; mend that")
+        raise UserError("release", found, "nothing was released; fix that")
     for target, reason in zip(targets, json.loads(done.stdout.splitlines()[-1]), strict=True):
         if reason:
-            raise UserError(f"release for {target}", reason, "nothing was released; mend that")
+            raise UserError(f"release for {target}", reason, "nothing was released; fix that")
 
 
 def build(case: Case, out: Path, owner: str, made: date) -> Contract:

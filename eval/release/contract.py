@@ -12,7 +12,7 @@ from eval.core.checks import CONTROL, FALLBACK, STUDENT, Artifacts
 from eval.core.documents import TRAIN, read_documents
 from eval.core.errors import UserError
 from eval.core.gate_file import GateFile, Part, Variant
-from eval.core.records import HELDOUT, PLAIN, read_costs, read_loads
+from eval.core.records import PLAIN, VALIDATION, read_costs, read_loads
 from eval.core.study import Study
 from eval.engines import subject_of
 from eval.gate.evidence import C, Evidence, by_target
@@ -68,8 +68,8 @@ def fallback_parts(e: Evidence, budget: Budget, target: str) -> list[Part]:
 
     measured = checked(read_costs(e.folder))
     if not measured:
-        mend = f"run python -m eval.cost --study {e.folder} --target {target}"
-        raise UserError(f"fallback of {target}", "its cost was not measured", mend)
+        fix = f"run python -m eval.cost --study {e.folder} --target {target}"
+        raise UserError(f"fallback of {target}", "its cost was not measured", fix)
     seen = replace(e, costs=e.costs | measured, loads=e.loads | checked(read_loads(e.folder)))
     found = costs(seen, target, FALLBACK, limits, budget.alpha)
     assert found is not None
@@ -78,7 +78,7 @@ def fallback_parts(e: Evidence, budget: Budget, target: str) -> list[Part]:
 
 def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:
     """The promise on one slice, with what the released seed alone keeps of it there: `bits` are its own."""
-    inside = name == HELDOUT
+    inside = name == VALIDATION
     share = gate.budget["f"] if inside else gate.budget["slices"][name]
     teacher = gate.teacher_gain if inside else gate.teacher_gain_slices[name]
     return Gain(
@@ -91,8 +91,8 @@ def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:
 
 
 def lead(gate: GateFile, name: str) -> float | None:
-    """Bits per byte by which the budget asks to beat the fallback: on the held-out documents alone."""
-    if name != HELDOUT:
+    """Bits per byte by which the budget asks to beat the fallback: on the validation documents alone."""
+    if name != VALIDATION:
         return None
     if gate.budget["g"] is None:
         return gate.budget["delta_min"]
@@ -121,7 +121,7 @@ def shipped(
         reason=said.reason,
         waiver=said.waiver,
         signature=signature,
-        gain={n: gain(gate, row, n, released_bits(e, row.recipe, n)) for n in [HELDOUT, *budget.slices]},
+        gain={n: gain(gate, row, n, released_bits(e, row.recipe, n)) for n in [VALIDATION, *budget.slices]},
         cost=costs_of(row.parts),
         fallback_cost=costs_of(fallback_parts(e, budget, row.target)),
     )

@@ -53,6 +53,6 @@ def canaries(engine: Engine, documents: list[Document], context: int) -> list[Ca
         if len(ids) + TOKENS <= context and (made := continued(engine, ids)):
             found.append(Canary(text=text, ids=ids, expected=made))
     if not found:
-        mend = "train it further: its likeliest token is a matter of rounding"
-        raise UserError(f"canaries of {engine.folder}", "no prompt has a clear continuation", mend)
+        fix = "train it further: its likeliest token is a matter of rounding"
+        raise UserError(f"canaries of {engine.folder}", "no prompt has a clear continuation", fix)
     return sorted(found, key=lambda canary: -len(canary.expected))[:PROMPTS]

@@ -25,7 +25,7 @@ from eval.signoff.verify import read_gate
 WIDTH = 160  # columns of the table where nobody can tell, e.g. in a log
 
 
-def refuse_stale(gate: GateFile, study: Study, run: Path, mend: str) -> None:
+def refuse_stale(gate: GateFile, study: Study, run: Path, fix: str) -> None:
     """Raises UserError if the gate judged another study, or at the first record that differs by now."""
     read = {"study.yaml": gate.provenance.config, **gate.provenance.records}
     files = (run / "records").rglob("*.json")
@@ -33,7 +33,7 @@ def refuse_stale(gate: GateFile, study: Study, run: Path, mend: str) -> None:
     for name in sorted({*read, *found}):
         if read.get(name) != found.get(name):
             was, now = (held.get(name, "absent")[:12] for held in (read, found))
-            raise UserError("gate.json is stale", f"{name} was {was}, is {now}", mend)
+            raise UserError("gate.json is stale", f"{name} was {was}, is {now}", fix)
 
 
 def console() -> Console:

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from eval.core.gate_file import GateFile, Kept, Variant
-from eval.core.records import HELDOUT, PLAIN
+from eval.core.records import PLAIN, VALIDATION
 from eval.report.format import SYMBOLS, by_recipe, estimate, fixed, foremost, part_verdict, significant
 from eval.report.svg import (
     COLOURS,
@@ -108,7 +108,7 @@ def chain(gate: GateFile) -> Picture:
             _draw_stage(axes, y, stage)
         axes.set_yticks(range(len(stages)), [stage.label for stage in stages])
         axes.tick_params(length=0, labelcolor=INK, axis="y")
-        axes.set_xlabel("share of the teacher's gain, held-out")
+        axes.set_xlabel("share of the teacher's gain, validation")
         axes.spines["left"].set_visible(False)
         text = "; ".join(f"{stage.label}: {stage.text}" for stage in stages)
         svg = inline(figure, "chain", "Share of the teacher's gain kept, stage by stage", text)
@@ -122,7 +122,7 @@ def _points(gate: GateFile, target: str) -> list[Point]:
         decode, disk = ((v.cost or {}).get(name) for name in ("decode_p50", "disk"))
         if v.target == target and decode and decode.value is not None:
             size = disk.value if disk and disk.value is not None else 0.0
-            level = v.scores[HELDOUT].point
+            level = v.scores[VALIDATION].point
             points.append(Point(v.recipe, decode.value, level, size, v.verdict, v.recommended))
     return sorted(points, key=lambda p: (p.x, p.y))
 
@@ -178,7 +178,7 @@ def _latency_axis(axes: Axes, points: list[Point]) -> None:
 def _references(axes: Axes, gate: GateFile) -> None:
     """Lines at the fallback and at the teacher, named in the margin: the gain lies between them."""
     for arm, name in (("B", "base B"), ("T1", "teacher T1")):
-        level = gate.scores[arm][HELDOUT].point
+        level = gate.scores[arm][VALIDATION].point
         axes.axhline(level, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
         axes.text(1.01, level, name, transform=axes.get_yaxis_transform(), color=MUTED, va="center")
 
@@ -218,7 +218,7 @@ def _described(points: list[Point], front: list[Point], target: str) -> str:
 
 
 def pareto(gate: GateFile, target: str, place: int = 0) -> Picture | None:
-    """Decode latency against held-out bits per byte; the area of a mark grows with bytes on disk."""
+    """Decode latency against validation bits per byte; the area of a mark grows with bytes on disk."""
     points = _points(gate, target)
     if not points:
         return None
@@ -234,11 +234,11 @@ def pareto(gate: GateFile, target: str, place: int = 0) -> Picture | None:
         _scatter(axes, drawn)
         _latency_axis(axes, points)
         axes.margins(y=0.12)
-        axes.set_ylabel("held-out bits/byte (lower is better)")
+        axes.set_ylabel("validation bits/byte (lower is better)")
         axes.autoscale_view()
         _place_labels(axes, sorted(drawn, key=lambda p: (not p.recommended, p not in front))[:SHOWN])
         _legend(axes, {p.verdict for p in drawn})
-        title = f"Held-out bits per byte against decode latency on {target}"
+        title = f"Validation bits per byte against decode latency on {target}"
         svg = inline(figure, name, title, _described(points, front, target))
     return Picture(svg, _undrawn(len(points), len(drawn)))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from eval.core.gate_file import Difference, Estimate, GateFile, Kept, Number, Variant
-from eval.core.records import HELDOUT
+from eval.core.records import VALIDATION
 from eval.signoff.statement import SignOff
 
 ARMS = {
@@ -95,18 +95,18 @@ def part_verdict(variant: Variant, name: str) -> str:
 
 
 def shifted(gate: GateFile) -> list[str]:
-    return [name for name in gate.documents if name != HELDOUT]
+    return [name for name in gate.documents if name != VALIDATION]
 
 
 def quality_titles(gate: GateFile) -> list[str]:
     slices = [f"kept, {name}" for name in shifted(gate)]
-    return ["held-out bits/byte", "kept share of the gain", "guard share", *slices]
+    return ["validation bits/byte", "kept share of the gain", "guard share", *slices]
 
 
 def quality_cells(gate: GateFile, variant: Variant) -> list[Cell]:
-    """Held-out bits per byte, kept share, guard share, then the kept share on every shifted slice."""
+    """Validation bits per byte, kept share, guard share, then the kept share on every shifted slice."""
     cells = [
-        estimate(variant.scores.get(HELDOUT)),
+        estimate(variant.scores.get(VALIDATION)),
         estimate(variant.kept_share, part_verdict(variant, "retention")),
         estimate(variant.guard_share, part_verdict(variant, "guard")),
     ]
@@ -203,8 +203,8 @@ def difference(value: Difference | None) -> Cell:
 
 
 BEHAVIOUR = [
-    "next token right, held-out",
-    "calibration error, held-out",
+    "next token right, validation",
+    "calibration error, validation",
     "flips against plain, share",
     "KL against plain, bits/token",
     "slice that keeps least",
@@ -215,7 +215,7 @@ def behaviour(gate: GateFile) -> dict[str, list[Cell]]:
     """Recipe -> the cells of `BEHAVIOUR`, of the recipes of which more than the least slice is known."""
 
     def figure(found: dict[str, Estimate]) -> Cell:
-        return estimate(found[HELDOUT]) if HELDOUT in found else Cell(NOT_HAD)
+        return estimate(found[VALIDATION]) if VALIDATION in found else Cell(NOT_HAD)
 
     return {
         recipe: [
@@ -259,15 +259,15 @@ def several(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
-def sealed(gate: GateFile) -> str:
-    """What the sealed documents said, and how often anybody looked; empty where nobody did."""
-    look = gate.sealed
+def test_set_line(gate: GateFile) -> str:
+    """What the test documents said, and how often anybody looked; empty where nobody did."""
+    look = gate.test_set
     if look is None:
         return ""
     times = "once" if look.openings == 1 else f"{look.openings} times"
     where = f" on {look.target}" if look.target else ""
     last = f"last by {look.by} on {day(look.time)} for {look.recipe}{where}"
-    start = f"The sealed documents were opened {times}, {last}"
+    start = f"The test documents were opened {times}, {last}"
     if look.verdict is None:
         return f"{start}; they are not scored to the end yet."
     old = "" if look.current else " They speak of artifacts or a budget of before."

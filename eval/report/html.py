@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.gate_file import GateFile
-from eval.core.records import HELDOUT, PLAIN
+from eval.core.records import PLAIN, VALIDATION
 from eval.report import figures as plots
 from eval.report import format as tables
 from eval.report import lineage
@@ -125,13 +125,13 @@ def page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignOff]) ->
         run=shlex.quote(run.as_posix()),
         study_yaml=study_yaml,
         headline=headline(gate),
-        sealed=tables.sealed(gate),
+        test_set=tables.test_set_line(gate),
         signoffs=signoffs,
         begin=Markup(BEGIN),
         end=Markup(END),
         sections={name: title for name, title in SECTIONS.items() if drawn.get(name, True)},
         arms=tables.ARMS,
-        slices=[HELDOUT, *tables.shifted(gate)],
+        slices=[VALIDATION, *tables.shifted(gate)],
         footnote=tables.FOOTNOTE,
         unmeasured=tables.unmeasured(gate),
         shares=tables.student_shares(gate),

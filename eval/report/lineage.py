@@ -65,7 +65,7 @@ def _hashes(gate: GateFile, arm: str, recipe: str = PLAIN) -> dict[str, str]:
 def nodes(run: Path, gate: GateFile) -> list[Node]:
     """What lies between the paper and the variants that are recommended, each after what it was made from."""
     told = card(run, gate)
-    data = Node("data", "documents", "training, held-out, shifted", {"": gate.provenance.data})
+    data = Node("data", "documents", "training, validation, shifted", {"": gate.provenance.data})
     method = Node("method", told.get("title", gate.method), told.get("paper", ""))
     base = Node("B", "base B", ARMS["B"], _hashes(gate, "B"), ("data",), 1)
     teachers = [

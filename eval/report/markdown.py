@@ -3,7 +3,7 @@
 import re
 
 from eval.core.gate_file import GateFile
-from eval.core.records import HELDOUT
+from eval.core.records import VALIDATION
 from eval.report.format import (
     ARMS,
     BEHAVIOUR,
@@ -18,12 +18,12 @@ from eval.report.format import (
     quality_cells,
     quality_titles,
     recommended,
-    sealed,
     shifted,
     signed,
     student_shares,
     task_arms,
     task_rows,
+    test_set_line,
     unmeasured,
 )
 from eval.signoff.statement import BEGIN, END, SignOff
@@ -41,7 +41,7 @@ def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def arms_table(gate: GateFile) -> str:
-    slices = [HELDOUT, *shifted(gate)]
+    slices = [VALIDATION, *shifted(gate)]
     rows = [
         [f"{arm} ({title})", *(str(estimate(gate.scores[arm].get(name))) for name in slices)]
         for arm, title in ARMS.items()
@@ -80,7 +80,7 @@ def cost_table(gate: GateFile) -> str:
 
 
 def gains(gate: GateFile) -> str:
-    lines = [f"- Teacher gain (T1 - T0), held-out: {gain(gate.teacher_gain)}"]
+    lines = [f"- Teacher gain (T1 - T0), validation: {gain(gate.teacher_gain)}"]
     lines += [
         f"- Teacher gain, {plain(name)}: {gain(value)}" for name, value in gate.teacher_gain_slices.items()
     ]
@@ -99,8 +99,8 @@ def behaviour_tables(gate: GateFile) -> list[str]:
 
 
 def told(gate: GateFile, signoffs: list[SignOff]) -> str:
-    """Sealed documents, what the verdict is conditional on, and the sign-offs between their marks."""
-    lines = [sealed(gate), *(f"Note: {note}." for note in gate.notes)]
+    """Test documents, what the verdict is conditional on, and the sign-offs between their marks."""
+    lines = [test_set_line(gate), *(f"Note: {note}." for note in gate.notes)]
     signatures = "".join(f"- {plain(signed(one))}\n" for one in signoffs)
     shown = f"{BEGIN}\n{signatures}{END}"
     return "\n\n".join([*(plain(line) for line in lines if line), shown])

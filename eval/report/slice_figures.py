@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from eval.core.errors import UserError
 from eval.core.gate_file import GateFile, Kept
-from eval.core.records import HELDOUT, PLAIN, Score
+from eval.core.records import PLAIN, VALIDATION, Score
 from eval.report.figures import omitted
 from eval.report.format import by_recipe, fixed, foremost, part_verdict
 from eval.report.svg import COLOURS, GRID, INK, MARKERS, MUTED, SERIES, SHOWN, SOFT, Picture, inline, style
@@ -34,7 +34,7 @@ def _axis(shares: Iterable[Kept]) -> tuple[float, float]:
 
 
 def _slice_panel(axes: Axes, gate: GateFile, name: str, shares: list[tuple[Kept, str]]) -> None:
-    asked = gate.budget["f"] if name == HELDOUT else gate.budget["slices"].get(name)
+    asked = gate.budget["f"] if name == VALIDATION else gate.budget["slices"].get(name)
     for x in (0.0, 1.0):
         axes.axvline(x, color=GRID, linewidth=1)
     if asked is not None:
@@ -54,8 +54,8 @@ def _slice_panel(axes: Axes, gate: GateFile, name: str, shares: list[tuple[Kept,
 def slices(gate: GateFile) -> Picture:
     """The kept share of every variant on every slice, one panel per slice."""
     drawn = foremost(by_recipe(gate), SHOWN)
-    found = {HELDOUT: [(v.kept_share, part_verdict(v, "retention")) for v in drawn]}
-    for name in (one for one in gate.documents if one != HELDOUT):
+    found = {VALIDATION: [(v.kept_share, part_verdict(v, "retention")) for v in drawn]}
+    for name in (one for one in gate.documents if one != VALIDATION):
         found[name] = [(v.slices[name].kept_share, v.slices[name].verdict or "") for v in drawn]
     down = math.ceil(len(found) / ACROSS)
     ends = _axis(share for shares in found.values() for share, _ in shares)
@@ -111,8 +111,8 @@ def _mean_bits(run: Path, gate: GateFile, arm: str, recipe: str) -> tuple[Score,
         try:
             score = Score.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            mend = f"run python -m eval.score --study {run}"
-            raise UserError(f"record {path}", "cannot be read as a score", mend) from error
+            fix = f"run python -m eval.score --study {run}"
+            raise UserError(f"record {path}", "cannot be read as a score", fix) from error
         found = score.documents
         bits = dict(zip(zip(found.slice, found.id, strict=True), found.bits, strict=True))
         first = first or score

@@ -17,9 +17,9 @@ from eval.report.format import (
     foremost,
     quality_cells,
     recommended,
-    sealed,
     shifted,
     signed,
+    test_set_line,
     unmeasured,
 )
 from eval.signoff.statement import SignOff
@@ -81,7 +81,7 @@ def show(gate: GateFile, signoffs: list[SignOff], console: Console) -> None:
     for line in lines(gate, variants):
         console.print(Text(line))
     console.print(Text(f"* recommended ({recommended(gate)}). {FOOTNOTE}", style="dim"))
-    for line in (sealed(gate), *(f"note: {note}" for note in gate.notes), *map(signed, signoffs)):
+    for line in (test_set_line(gate), *(f"note: {note}" for note in gate.notes), *map(signed, signoffs)):
         if line:
             console.print(Text(line))
     console.print(Text(gate.verdict, style=STYLES[gate.verdict]), Text(gate.reason))

@@ -15,7 +15,7 @@ from rich.table import Table
 from eval.core.artifacts import read_manifest
 from eval.core.errors import entry
 from eval.core.jobs import Job, Report, locked, run_jobs
-from eval.core.records import HELDOUT, read_marks, read_scores
+from eval.core.records import VALIDATION, read_marks, read_scores
 from eval.core.study import Study, study_from_command
 from eval.engines import subject_of
 from eval.score.items import check_tasks
@@ -48,7 +48,7 @@ def _score(run: Path, study: Study, folder: Path, report: Report) -> None:
 
 
 def table(title: str, rows: Rows) -> Table:
-    names = sorted({name for row in rows.values() for name in row}, key=lambda n: (n != HELDOUT, n))
+    names = sorted({name for row in rows.values() for name in row}, key=lambda n: (n != VALIDATION, n))
     shown = Table("recipe", "arm", *names, title=title)
     for (recipe, arm), row in rows.items():
         shown.add_row(recipe, arm, *(f"{row[name]:.4f}" if name in row else "" for name in names))

@@ -1,4 +1,4 @@
-"""Damage to held-out documents at a stated strength: the same in every run, on every machine and Python.
+"""Damage to validation documents at a stated strength: the same in every run, on every machine and Python.
 
 A damaged document is a slice of its own and only ever scored: it asks whether the method's gain survives
 input that is not clean. Positions are drawn by SHA-256 of the kind, the strength and the document's id.
@@ -26,8 +26,8 @@ def damaged_slices(
     slices: dict[str, list[Document]] = {}
     for corruption in corruptions:
         if corruption.slice in slices or corruption.slice in taken:
-            mend = "give each corruption once, and other slices other names"
-            raise UserError("data.corruptions", f"slice {corruption.slice!r} is there already", mend)
+            fix = "give each corruption once, and other slices other names"
+            raise UserError("data.corruptions", f"slice {corruption.slice!r} is there already", fix)
         slices[corruption.slice] = [corrupted(document, corruption) for document in documents]
     return slices
 
@@ -43,8 +43,8 @@ def corrupted(document: Document, corruption: Corruption) -> Document:
         return replace(document, prompt=_prompt(document.prompt, corruption, name))
     text = DAMAGES[corruption.kind](document.text, corruption.strength, name)
     if not text.strip():
-        mend = "lower its strength in data.corruptions"
-        raise UserError(f"slice {corruption.slice!r}", f"nothing is left of document {document.id!r}", mend)
+        fix = "lower its strength in data.corruptions"
+        raise UserError(f"slice {corruption.slice!r}", f"nothing is left of document {document.id!r}", fix)
     return replace(document, text=text)
 
 

@@ -19,8 +19,8 @@ from eval.core.gate_file import Difference
 from eval.core.jobs import Report
 from eval.core.recipes import recipe_names
 from eval.core.records import (
-    HELDOUT,
     PLAIN,
+    VALIDATION,
     Agreement,
     Rerun,
     provenance,
@@ -169,13 +169,13 @@ def compare_folder(run: Path, study: Study, folder: Path, report: Report = lambd
     if one.vocabulary != engine.vocabulary:
         found = f"{engine.vocabulary} rows of output, its student has {one.vocabulary}"
         raise UserError(f"variant {folder}", found, "make it again from this student")
-    documents, context = read_documents(data, HELDOUT), study.data.context
+    documents, context = read_documents(data, VALIDATION), study.data.context
     try:
         columns = likeness(one.logits, engine.logits, engine, documents, context)
         report(0.7)
         reruns = noise(engine, subject.engine, documents, context)
     except UserError as error:
-        raise UserError(f"comparing {folder}: {error.thing}", error.found, error.mend) from error
+        raise UserError(f"comparing {folder}: {error.thing}", error.found, error.fix) from error
     record = Agreement(
         **subject.model_dump(),
         data=read_manifest(data).hash,

@@ -115,5 +115,5 @@ def _right_choice(where: str, choices: Any, answer: Any) -> str:
         return choices[answer]
     if isinstance(answer, str) and answer in choices:
         return answer
-    mend = f"give one of the choices, or an index below {len(choices)}"
-    raise UserError(f"{where}: answer", repr(answer), mend)
+    fix = f"give one of the choices, or an index below {len(choices)}"
+    raise UserError(f"{where}: answer", repr(answer), fix)

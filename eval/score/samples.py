@@ -35,7 +35,7 @@ def mark_folder(
                 loaded = loaded or [load_engine(subject.engine, folder)]
                 items = run_task(task, loaded[0], study.data.context, scoring_tokens(loaded[0]))
         except UserError as error:
-            raise UserError(f"task {name!r} of {folder}: {error.thing}", error.found, error.mend) from error
+            raise UserError(f"task {name!r} of {folder}: {error.thing}", error.found, error.fix) from error
         record = Marked(
             **subject.model_dump(),
             task=name,

@@ -1,10 +1,10 @@
-"""Scores: bits of every held-out and shifted document, for one model at a time."""
+"""Scores: bits of every validation and shifted document, for one model at a time."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.core.artifacts import MANIFEST, read_manifest, verified
-from eval.core.documents import SEALED, read_documents, scored_slices, tokens_per_batch
+from eval.core.documents import TEST, read_documents, scored_slices, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.jobs import Report
 from eval.core.recipes import recipe_names
@@ -40,14 +40,14 @@ def score_with(
 ) -> Documents:
     """Bits and correct tokens of all documents of `scored_slices(data)`, in that order; see `likelihoods`.
 
-    For the kind `sealed` they are those of the sealed documents, and of no other.
+    For the kind `test` they are those of the test documents, and of no other.
 
     Raises:
         UserError: a slice or a document is empty, or a likelihood is not finite.
     """
     columns: dict[str, list] = {name: [] for name in COLUMNS}
     calibration = {}
-    slices = [SEALED] if kind == "sealed" else scored_slices(data)
+    slices = [TEST] if kind == "test" else scored_slices(data)
     for done, name in enumerate(slices, start=1):
         documents = read_documents(data, name)
         if not documents:
@@ -70,8 +70,8 @@ def scoring_tokens(engine: Engine) -> int:
 
 
 def kinds(study: Study) -> list[Kind]:
-    """Of the scores that are made where a teacher can run: nobody could make the sealed ones later."""
-    return ["score", "sealed"] if study.data.sealed else ["score"]
+    """Of the scores that are made where a teacher can run: nobody could make the test documents later."""
+    return ["score", "test"] if study.data.test else ["score"]
 
 
 def score_folder(
@@ -92,7 +92,7 @@ def score_folder(
             engine.borrowed, data, tokenizer, study.data.context, kind=kind, batch_tokens=size, report=report
         )
     except UserError as error:
-        raise UserError(f"scoring {folder}: {error.thing}", error.found, error.mend) from error
+        raise UserError(f"scoring {folder}: {error.thing}", error.found, error.fix) from error
     record = Score(
         **subject.model_dump(),
         kind=kind,

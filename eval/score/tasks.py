@@ -77,8 +77,8 @@ def choice_rows(tokenizer: "PreTrainedTokenizerBase", item: Item, name: str, con
 
 def _check_fits(item: Item, found: str, size: int, context: int) -> None:
     if size >= context - 1:
-        mend = f"a row holds {context - 1} tokens beside the boundary, and some of the prompt: shorten it"
-        raise UserError(f"item {item.id!r}", found, mend)
+        fix = f"a row holds {context - 1} tokens beside the boundary, and some of the prompt: shorten it"
+        raise UserError(f"item {item.id!r}", found, fix)
 
 
 def generate(

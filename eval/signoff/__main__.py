@@ -73,8 +73,8 @@ def waiver(verdict: Verdict, reason: str | None, expires: str | None, today: dat
             raise UserError("--waive", "the verdict is PASS", "sign it without a waiver")
         return None
     if not (reason or "").strip() or not expires:
-        mend = "do not ship it, or give --waive REASON and --expires YYYY-MM-DD"
-        raise UserError("sign-off", f"the verdict is {verdict}", mend)
+        fix = "do not ship it, or give --waive REASON and --expires YYYY-MM-DD"
+        raise UserError("sign-off", f"the verdict is {verdict}", fix)
     try:
         day = date.fromisoformat(expires)
     except ValueError as error:
@@ -148,7 +148,7 @@ def stated(
         recommended=row.recommended,
         waiver=waiver(verdict, waive, expires, now.date()),
         policy=policy(study, load_budget(study, budget), budget, gate),
-        sealed=gate.sealed.model_dump(mode="json") if gate.sealed else None,
+        test_set=gate.test_set.model_dump(mode="json") if gate.test_set else None,
         data=gate.provenance.data,
         artifacts={place: gate.provenance.artifacts[place] for place in folders},
         files=files,

@@ -64,9 +64,9 @@ def private_key(path: Path) -> "CryptoSigner":
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from securesystemslib.signer import CryptoSigner
 
-    mend = "give the private key that `python -m eval.signoff --new-key FILE` made"
+    fix = "give the private key that `python -m eval.signoff --new-key FILE` made"
     if not path.is_file():
-        raise UserError(f"key {path}", "no such file", mend)
+        raise UserError(f"key {path}", "no such file", fix)
     with path.open("rb") as stream:
         mode, content = os.fstat(stream.fileno()).st_mode, stream.read()
     if mode & OTHERS:
@@ -74,9 +74,9 @@ def private_key(path: Path) -> "CryptoSigner":
     try:
         key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError) as error:
-        raise UserError(f"key {path}", "no private key in PEM without a password", mend) from error
+        raise UserError(f"key {path}", "no private key in PEM without a password", fix) from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise UserError(f"key {path}", "not an Ed25519 key", mend)
+        raise UserError(f"key {path}", "not an Ed25519 key", fix)
     return CryptoSigner(key)
 
 
@@ -90,15 +90,15 @@ def public_key(path: Path) -> "SSlibKey":
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
     from securesystemslib.signer import SSlibKey
 
-    mend = "give the .pub file of the signer"
+    fix = "give the .pub file of the signer"
     if not path.is_file():
-        raise UserError(f"key {path}", "no such file", mend)
+        raise UserError(f"key {path}", "no such file", fix)
     try:
         key = load_pem_public_key(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"key {path}", "no public key in PEM", mend) from error
+        raise UserError(f"key {path}", "no public key in PEM", fix) from error
     if not isinstance(key, Ed25519PublicKey):
-        raise UserError(f"key {path}", "not an Ed25519 key", mend)
+        raise UserError(f"key {path}", "not an Ed25519 key", fix)
     return SSlibKey.from_crypto(key)
 
 

@@ -77,7 +77,7 @@ class Predicate(Said):
     recommended: bool
     waiver: Waiver | None
     policy: Policy
-    sealed: dict[str, Any] | None  # the opening of the sealed documents, as in gate.json
+    test_set: dict[str, Any] | None  # the opening of the test documents, as in gate.json
     data: str  # hash of the data artifact
     artifacts: dict[str, str]  # arm/s<seed>/recipe -> hash: what is signed, its control, parents and fallback
     files: dict[str, str]  # path below the run folder -> sha256; see `signed_digest`

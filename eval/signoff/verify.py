@@ -27,15 +27,15 @@ SHOWN = ("table.md", "report.html")  # made from gate.json; signed where they ar
 
 
 def read_gate(run: Path) -> GateFile:
-    path, mend = run / "gate.json", f"run `python -m eval.gate --study {run}`"
+    path, fix = run / "gate.json", f"run `python -m eval.gate --study {run}`"
     if not path.is_file():
-        raise UserError("gate.json", f"missing in {run}", mend)
+        raise UserError("gate.json", f"missing in {run}", fix)
     try:
         return GateFile.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise UserError(f"{path}: {place}", first["msg"], mend) from error
+        raise UserError(f"{path}: {place}", first["msg"], fix) from error
 
 
 def difference(a: Any, b: Any, place: str = "") -> str | None:
@@ -91,17 +91,17 @@ def unmeasured(gate: GateFile, row: Variant) -> str | None:
 
 
 def decided(gate: GateFile, row: Variant) -> tuple[Verdict, str]:
-    """What is signed: the verdict of the row, as a pick among several and on the sealed documents too."""
+    """What is signed: the verdict of the row, as a pick among several and on the test documents too."""
     if row.verdict == PASS and not ships(row, gate.budget["alpha"]):
         return INCONCLUSIVE, row.reason
-    history = gate.sealed.history if gate.sealed else []
+    history = gate.test_set.history if gate.test_set else []
     looks = [look for look in history if look.same and look.recipe == row.recipe]
     # Whatever the budget of a look was: what did not pass is not made good by a second one. One that was cut
     # short, and not repeated, is no PASS either.
     told = [look.verdict or INCONCLUSIVE for look in looks if look.verdict or look is looks[-1]]
     seen: Verdict = next((v for v in (FAIL, INCONCLUSIVE) if v in told), PASS)
     if row.verdict == PASS and seen != PASS:
-        return seen, f"{row.reason}; on the sealed documents it is {seen}"
+        return seen, f"{row.reason}; on the test documents it is {seen}"
     return row.verdict, row.reason
 
 

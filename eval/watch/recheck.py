@@ -27,7 +27,7 @@ from eval.core.documents import Document, tokens_per_batch
 from eval.core.errors import EXIT_FAIL, EXITS, UserError, entry, one_of
 from eval.core.gate_file import STYLES
 from eval.core.jsonl import objects
-from eval.core.records import HELDOUT, PLAIN, Documents, read_scores
+from eval.core.records import PLAIN, VALIDATION, Documents, read_scores
 from eval.core.study import load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.metrics.likelihood import BATCH_TOKENS, document_bits
@@ -55,13 +55,13 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
     Raises:
         UserError: a file is missing, new or changed, or is not what the sign-off speaks of.
     """
-    mend = "get the release again"
+    fix = "get the release again"
     was = read_manifest(release).files
     found = {name: file for name, file in entries(release).items() if not name.startswith(COMPILED)}
     for name in sorted({*was, *found}):
         if found.get(name) != was.get(name):
             how = "missing" if name not in found else "changed" if name in was else "not part of it"
-            raise UserError(f"release {release}", f"{name} is {how}", mend)
+            raise UserError(f"release {release}", f"{name} is {how}", fix)
     contract = read_contract(release)
     name = target or next(iter(contract.targets))
     shipped = contract.targets[one_of("--target", name, list(contract.targets))]
@@ -69,11 +69,11 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
     said = statement.predicate
     for place, signed in signed_places(contract, shipped).items():
         if file_sha256(release / place) != said.files.get(signed):
-            raise UserError(f"release {release}", f"{place} is not the {signed} that was signed", mend)
+            raise UserError(f"release {release}", f"{place} is not the {signed} that was signed", fix)
     for folder in (f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"):
         verified(release / folder)  # their manifests were signed: the files must be theirs
     if apart := difference(contract.model_dump(mode="json"), restated(release, contract, name, said)):
-        raise UserError(f"release {release}", f"its contract is not what was signed: {apart}", mend)
+        raise UserError(f"release {release}", f"its contract is not what was signed: {apart}", fix)
     return contract, name
 
 
@@ -93,7 +93,7 @@ def restated(release: Path, contract: Contract, target: str, said: Predicate) ->
             ),
             "gain": {
                 name: gain(gate, row, name, released(release, contract, was, name)[0])
-                for name in [HELDOUT, *gate.budget["slices"]]
+                for name in [VALIDATION, *gate.budget["slices"]]
             },
             "cost": costs_of(row.parts),
         }
@@ -271,7 +271,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--release", required=True, help="a folder that `eval.release` made")
     parser.add_argument("--data", required=True, help="new documents, JSONL")
     parser.add_argument("--target", help="of which the artifact is checked (default: the first)")
-    parser.add_argument("--slice", default=HELDOUT, help="whose promise is checked (default: heldout)")
+    parser.add_argument("--slice", default=VALIDATION, help="whose promise is checked (default: validation)")
     parser.add_argument("--public", help="the signer's public key: only this one is trusted")
     return parser
 

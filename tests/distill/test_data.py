@@ -13,7 +13,7 @@ from distill.data.packing import check_packing
 from distill.data.sources import fingerprint, prepare, read_source, training_rows
 from distill.models.load import local_files
 from eval.core.artifacts import read_manifest
-from eval.core.documents import HELDOUT, SEALED, TRAIN, Document, read_documents, scored_slices, texts
+from eval.core.documents import TEST, TRAIN, VALIDATION, Document, read_documents, scored_slices, texts
 from eval.core.errors import UserError
 from eval.core.sections import Source
 from eval.core.study import load_study
@@ -35,17 +35,17 @@ def study(tmp_path):
 def test_splits_are_disjoint_complete_and_told_by_hash(study):
     prepare(study)
     data = study.folder / "data"
-    splits = {name: read_documents(data, name) for name in (TRAIN, HELDOUT, SEALED)}
-    assert {name: len(found) for name, found in splits.items()} == {TRAIN: 32, HELDOUT: 6, SEALED: 2}
+    splits = {name: read_documents(data, name) for name in (TRAIN, VALIDATION, TEST)}
+    assert {name: len(found) for name, found in splits.items()} == {TRAIN: 32, VALIDATION: 6, TEST: 2}
     ids = [d.id for found in splits.values() for d in found]
     assert len(set(ids)) == 40
     by_hash = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())
-    assert [d.id for d in splits[HELDOUT]] == by_hash[:6]
-    assert all(d.bytes <= study.data.scored_bytes for d in splits[HELDOUT])
-    row = json.loads((data / "heldout.jsonl").read_text().splitlines()[0])
+    assert [d.id for d in splits[VALIDATION]] == by_hash[:6]
+    assert all(d.bytes <= study.data.scored_bytes for d in splits[VALIDATION])
+    row = json.loads((data / "validation.jsonl").read_text().splitlines()[0])
     assert row["sha256"] == hashlib.sha256(row["text"].encode()).hexdigest()
     assert row["bytes"] == len(row["text"].encode())
-    assert scored_slices(data) == [HELDOUT, "far"]
+    assert scored_slices(data) == [VALIDATION, "far"]
 
 
 def test_preparing_again_changes_nothing_and_a_changed_source_is_seen(study, tmp_path):
@@ -65,7 +65,7 @@ def test_a_text_seen_twice_is_kept_once(tmp_path):
     copy = json.loads(lines[0]) | {"id": "a copy"}
     corpus.write_text("\n".join([*lines, json.dumps(copy)]) + "\n")
     facts = prepare(load_study(path)).facts
-    assert facts["train_documents"] + facts["heldout_documents"] + facts["sealed_documents"] == 40
+    assert facts["train_documents"] + facts["validation_documents"] + facts["test_documents"] == 40
 
 
 def test_folders_are_read_by_pattern_in_hash_order(tmp_path):
@@ -128,7 +128,7 @@ def test_rows_cover_many_documents_and_do_not_depend_on_chance(study):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"heldout": 60}, "40 documents for 60 held-out and 2 sealed"),
+        ({"validation": 60}, "40 documents for 60 validation and 2 test"),
         ({"documents": [{"kind": "folder", "path": "/nowhere"}]}, "/nowhere; no such folder"),
         ({"documents": [{"kind": "folder", "path": "package:nowhere_at_all"}]}, "no such installed package"),
         (
@@ -173,8 +173,8 @@ def test_manifest_counts_the_documents(study):
     facts = read_manifest(study.folder / "data").facts
     assert facts == {
         "train_documents": 32,
-        "heldout_documents": 6,
-        "sealed_documents": 2,
+        "validation_documents": 6,
+        "test_documents": 2,
         "far_documents": 8,
     }
 
@@ -192,7 +192,7 @@ def test_a_prompt_column_is_kept_apart_and_an_answer_is_not_cut(tmp_path):
     documents = [{**source, "prompt_column": "ask"}]
     study = changed(tiny_study(tmp_path), "data", documents=documents, scored_bytes=20, train_rows=6)
     prepare(study)
-    found = read_documents(study.folder / "data", HELDOUT)
+    found = read_documents(study.folder / "data", VALIDATION)
     assert all(d.prompt == "the river " * 9 and d.bytes > 20 for d in found)
     rows = training_rows(study, tiny_tokenizer())
     assert len(rows) == 6

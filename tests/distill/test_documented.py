@@ -26,7 +26,7 @@ def small(tmp_path_factory):
     raw = read_yaml(find_config("studies", "small"))
     raw |= {"runs": str(folder), "seeds": [0], "trackers": []}
     source = {"kind": "dataset", "path": "json", "data_files": str(corpus), "domain_column": "domain"}
-    raw["data"] |= {"documents": [source], "shifted": {}, "heldout": 2, "sealed": 2, "scored_bytes": 64}
+    raw["data"] |= {"documents": [source], "shifted": {}, "validation": 2, "test": 2, "scored_bytes": 64}
     raw["data"] |= {"context": 48, "train_rows": 8}
     raw["base"] |= {
         "vocab_size": 320,

@@ -130,7 +130,7 @@ def test_curves_are_written_for_tensorboard_and_a_new_run_starts_them_anew(tmp_p
     for fresh, steps in ((True, (1, 2)), (False, (3,)), (True, (1,))):
         with tracked(acc, ["tensorboard"], tmp_path, "S1-s0", fresh) as log:
             for step in steps:
-                log(step, {"loss": 1.0 / step, "heldout_bits_per_byte": 2.0})
+                log(step, {"loss": 1.0 / step, "validation_bits_per_byte": 2.0})
         if not fresh:
             assert len(listed(tmp_path / "S1-s0")) == 2
     events = EventAccumulator(str(tmp_path / "S1-s0"))

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.models.lm_head import CAPS, SCALES, Head, check_head, head_of, output_embedding, tapped, watched
-from distill.trainer.module import Learner
+from distill.trainer.module import DistillationModule
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Loss, Train
@@ -61,7 +61,7 @@ def test_a_family_has_its_own_logits_and_its_own_gradient(kind):
     labels, valid = some.labels[some.mask], some.mask
     logits = model(**some.inputs, use_cache=False).logits[:, :-1][valid]
     wanted = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    found = Learner(model, Train(rows=1, loss=Loss()))(some, None)
+    found = DistillationModule(model, Train(rows=1, loss=Loss()))(some, None)
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     parameters = dict(model.named_parameters())
     for mine, plain in zip(
@@ -103,7 +103,7 @@ def test_a_tap_leaves_nothing_behind_and_a_wrapped_model_is_tapped_too():
         torch.testing.assert_close(one(**some.inputs, use_cache=False).logits.detach(), plain)
         assert "forward" not in vars(output_embedding(one))
     check_head(wrapped, some)
-    loss = Learner(wrapped, Train(rows=1))(some, None)
+    loss = DistillationModule(wrapped, Train(rows=1))(some, None)
     loss.backward()
     trained = {n for n, p in wrapped.named_parameters() if p.grad is not None}
     assert trained

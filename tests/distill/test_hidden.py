@@ -10,7 +10,7 @@ from distill.losses.teacher_output import Sampled
 from distill.method import plain_signal
 from distill.models.lm_head import watched
 from distill.trainer.loop import train
-from distill.trainer.module import Learner, distance, layer_widths
+from distill.trainer.module import DistillationModule, distance, layer_widths
 from eval.core.documents import collate
 from eval.core.errors import UserError
 from eval.core.sections import Hidden, Loss, Optimizer, Train
@@ -61,8 +61,8 @@ def test_paired_layers_are_matched_at_the_valid_tokens(kind):
     student, teacher, batch = tiny_model(), tiny_model(seed=1), collate(rows(3), 0)
     teach = live(teacher, [1, 2])
     target = teach(batch)
-    without = Learner(student, Train(rows=4, loss=Loss(weight=0.5)))(batch, target)
-    found = Learner(student, settings(kind), layer_widths(target, settings()))(batch, target)
+    without = DistillationModule(student, Train(rows=4, loss=Loss(weight=0.5)))(batch, target)
+    found = DistillationModule(student, settings(kind), layer_widths(target, settings()))(batch, target)
     states = [m(**batch.inputs, output_hidden_states=True).hidden_states for m in (student, teacher)]
     wanted = sum(
         reference(*(s[layer][:, :-1][batch.mask].detach() for s in states), kind) for layer in (1, 2)
@@ -95,7 +95,7 @@ def test_a_projector_is_learned_saved_and_left_behind(tmp_path):
 
 
 def test_projectors_stand_where_widths_differ_alone():
-    learner = Learner(tiny_model(), settings(), [64, 32])
+    learner = DistillationModule(tiny_model(), settings(), [64, 32])
     shapes = {name: tuple(p.shape) for name, p in learner.projectors.named_parameters()}
     assert shapes == {"1.weight": (32, 64)}
 
@@ -114,7 +114,7 @@ def test_a_layer_that_the_student_does_not_have_is_refused():
     target = live(teacher, [1])(batch)
     config = Train(rows=4, loss=Loss(hidden=Hidden(pairs=[(3, 1)])))
     with pytest.raises(UserError, match=r"layer 3; the student has layers 0 .* to 2"):
-        Learner(tiny_model(), config, [64])(batch, target)
+        DistillationModule(tiny_model(), config, [64])(batch, target)
 
 
 def gradient(learner, batch, target):
@@ -128,8 +128,10 @@ def test_bf16_is_the_forward_pass_alone():
     """Weights, gradients and losses stay in float32; the loss is that of bf16 activations and no more."""
     batch = collate(rows(4), 0)
     target = row_teacher(batch)
-    loss, slope = gradient(Learner(tiny_model(), Train(rows=4)), batch, target)
-    narrow, rounded = gradient(Learner(tiny_model(), Train(rows=4, precision="bf16")), batch, target)
+    loss, slope = gradient(DistillationModule(tiny_model(), Train(rows=4)), batch, target)
+    narrow, rounded = gradient(
+        DistillationModule(tiny_model(), Train(rows=4, precision="bf16")), batch, target
+    )
     assert narrow != loss
     assert narrow == pytest.approx(loss, rel=2e-3)
     assert rounded.dtype == torch.float32
@@ -141,8 +143,8 @@ def test_a_compiled_student_learns_the_same(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     batch = collate(rows(4), 0)
     target = row_teacher(batch)
-    loss, slope = gradient(Learner(tiny_model(), Train(rows=4)), batch, target)
-    learner = Learner(tiny_model(), Train(rows=4, compile=True))
+    loss, slope = gradient(DistillationModule(tiny_model(), Train(rows=4)), batch, target)
+    learner = DistillationModule(tiny_model(), Train(rows=4, compile=True))
     for _ in range(2):
         found, mine = gradient(learner, batch, target)
         assert found == pytest.approx(loss, rel=1e-6)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from distill.losses.teacher_output import Dense
 from distill.trainer.loop import accelerator, batch_loss, learning_rate, row_order, step_loss, train
-from distill.trainer.module import Learner
+from distill.trainer.module import DistillationModule
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Optimizer, Train
@@ -46,7 +46,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(teacher):
     for accumulate in (1, 8):
         model = tiny_model()
         config = Train(rows=8, accumulate=accumulate)
-        loss = step_loss(Learner(model, config), rows(8), teacher, config, accelerator(), 0)
+        loss = step_loss(DistillationModule(model, config), rows(8), teacher, config, accelerator(), 0)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         found.append((loss, float(norm)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
@@ -56,7 +56,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(teacher):
 SCRIPT = """
 import json, sys, torch
 sys.path[0] = sys.argv[1]
-from distill.trainer.module import Learner
+from distill.trainer.module import DistillationModule
 from distill.trainer.loop import accelerator, step_loss
 from eval.core.sections import Train
 from tests.distill.test_loop import row_teacher, rows
@@ -65,7 +65,7 @@ from tests.helpers import tiny_model
 acc, found = accelerator(), []
 for accumulate in (1, 4):
     config = Train(rows=8, accumulate=accumulate)
-    model = acc.prepare(Learner(tiny_model(), config))
+    model = acc.prepare(DistillationModule(tiny_model(), config))
     loss = step_loss(model, rows(8), row_teacher, config, acc, 0)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     found.append([acc.num_processes, loss, float(norm)])
@@ -114,7 +114,7 @@ def test_teacher_at_p_minus_1_teaches_token_p():
     """A change of the teacher at one position reaches that position of the student and no other."""
     torch.manual_seed(0)
     model, batch = Table(8), collate([Row("d", "code", 0, list(range(10, 18)))], 0)
-    learner = Learner(model, Train(rows=1))
+    learner = DistillationModule(model, Train(rows=1))
     plain = torch.log_softmax(torch.randn(1, 8, 320), -1)
 
     def gradient(place):
@@ -139,7 +139,7 @@ def test_teacher_at_p_minus_1_teaches_token_p():
 
 @torch.no_grad()
 def test_padding_is_no_token():
-    learner, both = Learner(tiny_model(), Train(rows=2)), rows(2)
+    learner, both = DistillationModule(tiny_model(), Train(rows=2)), rows(2)
     together = batch_loss(learner, collate(both, 0), row_teacher)
     apart = sum(batch_loss(learner, collate([row], 0), row_teacher) for row in both)
     assert float(together) == pytest.approx(float(apart), rel=1e-5)

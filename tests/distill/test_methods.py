@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from distill.method import (
-    Bench,
     Card,
     Method,
-    TeacherSignal,
+    MethodContext,
+    TeacherOutput,
     checked,
     known_methods,
     make_method,
@@ -60,7 +60,7 @@ def bench(tmp_path, tokenizer, rows, bases):
     def fit(model, some, config, name):
         return train(model, some, config, pad=0, seed=0, teacher=None, scratch=tmp_path / "scratch" / name)
 
-    return Bench(folder, 0, [0, 1], bases, tokenizer, lambda: rows, fit)
+    return MethodContext(folder, 0, [0, 1], bases, tokenizer, lambda: rows, fit)
 
 
 def mixed(rows):
@@ -158,7 +158,7 @@ def test_seeds_share_an_ensemble_of_all_of_them():
 
 def test_an_ensemble_of_one_model_is_refused(bench, tokenizer, tmp_path):
     method, same = make_method(MethodChoice(name="ensemble", settings={"members": 2})), bench.bases[0]
-    twice = Bench(bench.folder, 0, [0, 1], {0: same, 1: same}, tokenizer, bench.rows, bench.train)
+    twice = MethodContext(bench.folder, 0, [0, 1], {0: same, 1: same}, tokenizer, bench.rows, bench.train)
     with (
         pytest.raises(UserError, match="members with the same weights"),
         method.attached(load_model(same), twice),
@@ -220,10 +220,10 @@ def test_the_identity_is_that_of_all_its_code(tmp_path, monkeypatch):
     ("returned", "told"),
     [
         (None, "signal returned NoneType"),
-        (TeacherSignal(torch.zeros(1, 2)), r"log_probs of shape \(1, 2\)"),
-        (TeacherSignal(torch.zeros(1, 4, 320)), "log_probs sum to 320"),
-        (TeacherSignal(torch.full((1, 4, 320), float("nan"))), "NaN"),
-        (TeacherSignal(torch.zeros(1, 4, 320, dtype=torch.int64)), "type torch.int64"),
+        (TeacherOutput(torch.zeros(1, 2)), r"log_probs of shape \(1, 2\)"),
+        (TeacherOutput(torch.zeros(1, 4, 320)), "log_probs sum to 320"),
+        (TeacherOutput(torch.full((1, 4, 320), float("nan"))), "NaN"),
+        (TeacherOutput(torch.zeros(1, 4, 320, dtype=torch.int64)), "type torch.int64"),
     ],
 )
 def test_a_method_that_returns_something_else_is_refused(returned, told, rows):
@@ -252,7 +252,7 @@ def test_hidden_states_are_checked_as_well(hidden, heads, told, rows):
     row = rows[0]
     batch = collate([type(row)(row.document, row.domain, 0, row.tokens[:4])], 0)
     with pytest.raises(UserError, match=f"method 'mine': .*{told}"):
-        checked(TeacherSignal(hidden=[hidden], heads=heads), batch, 320, "mine")
+        checked(TeacherOutput(hidden=[hidden], heads=heads), batch, 320, "mine")
 
 
 def test_names_are_answered_with_the_nearest():

@@ -15,9 +15,9 @@ from distill.models.layers import block_influence, decoder_layers, every, influe
 from distill.models.load import fresh_model
 from distill.models.lora import quantized_and_tuned, tuned
 from distill.trainer.checkpoint import Checkpoints
-from distill.trainer.evaluate import Heldout
+from distill.trainer.evaluate import Validation
 from distill.trainer.loop import accelerator, train
-from distill.trainer.module import Learner
+from distill.trainer.module import DistillationModule
 from eval.core.documents import Row, batches, collate
 from eval.core.errors import UserError
 from eval.core.sections import Optimizer, Student, Train
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_a_quantized_student_holds_its_adapters(tmp_path):
     adapted = quantized_and_tuned(tiny_model(), Student(tuning="qlora", rank=4), **CPU)
     adapters = {n: p for n, p in adapted.model.named_parameters() if p.requires_grad}
     acc = accelerator()
-    acc.prepare(Learner(adapted.model, Train(rows=4)))
+    acc.prepare(DistillationModule(adapted.model, Train(rows=4)))
     before = {name: adapter.clone() for name, adapter in adapters.items()}
     Checkpoints(tmp_path, acc).save(1, [])
     assert load_file(tmp_path / "step-1" / "model.safetensors").keys() == {f"model.{n}" for n in adapters}
@@ -230,16 +230,16 @@ def study(tmp_path_factory):
 def test_bits_per_byte_of_training_are_those_of_scoring(study, tokenizer):
     data, context = study.folder / "data", study.data.context
     model = tiny_model(len(tokenizer))
-    found = Heldout(data, tokenizer, context, 0)(Learner(model, Train(rows=4)))
+    found = Validation(data, tokenizer, context, 0)(DistillationModule(model, Train(rows=4)))
     scored = score_with(lambda batch: model(**batch.inputs).logits, data, tokenizer, context)
-    kept = [i for i, name in enumerate(scored.slice) if name == "heldout"]
+    kept = [i for i, name in enumerate(scored.slice) if name == "validation"]
     expected = sum(scored.bits[i] for i in kept) / sum(scored.bytes[i] for i in kept)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_and_logs_leave_the_run_as_it_is(study, tokenizer, tmp_path):
     """Bit for bit, with dropout; what is logged is what was measured."""
-    asked, told = Heldout(study.folder / "data", tokenizer, study.data.context, 0), []
+    asked, told = Validation(study.folder / "data", tokenizer, study.data.context, 0), []
     finals = []
     for evaluate, log, steps in ((None, None, None), (asked, lambda step, v: told.append((step, v)), 2)):
         adapted, run = lora(tiny_model(len(tokenizer)), tmp_path / str(steps), evaluate_every=steps)
@@ -250,7 +250,7 @@ def test_evaluation_and_logs_leave_the_run_as_it_is(study, tokenizer, tmp_path):
     assert [(step, values["loss"]) for step, values in measured.items()] == curve
     assert all(v["tokens_per_second"] > 0 and v["gradient_norm"] > 0 for v in measured.values())
     assert measured[1]["learning_rate"] == pytest.approx(0.01)
-    bits = {step: v["heldout_bits_per_byte"] for step, v in told if "heldout_bits_per_byte" in v}
+    bits = {step: v["validation_bits_per_byte"] for step, v in told if "validation_bits_per_byte" in v}
     assert set(bits) == {2, 4}
 
 

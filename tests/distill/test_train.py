@@ -39,7 +39,7 @@ def test_every_arm_is_exported_with_its_manifest_and_teachers_are_scored(trained
         assert manifest.name == name
         assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(manifest.files)
         assert manifest.facts["loss_curve"][-1][0] == 8, "32 rows, 4 a step"
-    for kind, split in (("score", "heldout"), ("sealed", "sealed")):
+    for kind, split in (("score", "validation"), ("test", "test")):
         scores = list(each_score(study.folder, kind))
         assert {(s.arm, s.seed) for s in scores} == {(t, s) for t in ("T0", "T1") for s in (0, 1)}
         assert all(s.documents.slice[0] == split for s in scores)
@@ -148,9 +148,9 @@ def test_curves_of_every_run_are_logged_with_bits_per_byte_where_asked(trained, 
     events = EventAccumulator(str(changed.folder / "logs" / "CE-s0"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
-        *("loss", "gradient_norm", "learning_rate", "tokens_per_second", "heldout_bits_per_byte")
+        *("loss", "gradient_norm", "learning_rate", "tokens_per_second", "validation_bits_per_byte")
     }
-    assert [e.step for e in events.Scalars("heldout_bits_per_byte")] == [2, 4]
+    assert [e.step for e in events.Scalars("validation_bits_per_byte")] == [2, 4]
 
 
 def test_two_processes_train_the_same_models(trained, tmp_path):

@@ -41,7 +41,7 @@ def facts(arm: str, recipe: str = "plain", engine: str = "torch", seed: int = 0)
 
 
 def put_data(run: Path, **extra: str) -> None:
-    """Documents of code and prose; `extra` adds texts to the held-out ones under ids of their own."""
+    """Documents of code and prose; `extra` adds texts to the validation ones under ids of their own."""
 
     def rows(domain: str, seeds: range, more: dict[str, str] | None = None) -> str:
         texts = {f"{domain}-{i}": text(domain, i, words=30 + 20 * (i % 5)) for i in seeds} | (more or {})
@@ -50,8 +50,8 @@ def put_data(run: Path, **extra: str) -> None:
 
     with building(run / "data", kind="data", name="data", key="data", parents={}, facts={}) as aside:
         (aside / "train.jsonl").write_text(rows("code", range(100, 110)))
-        (aside / "heldout.jsonl").write_text(rows("code", range(6), extra))
-        (aside / "sealed.jsonl").write_text(rows("code", range(20, 22)))
+        (aside / "validation.jsonl").write_text(rows("code", range(6), extra))
+        (aside / "test.jsonl").write_text(rows("code", range(20, 22)))
         (aside / "far.jsonl").write_text(rows("prose", range(3)))
 
 

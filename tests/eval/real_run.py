@@ -24,13 +24,13 @@ CONTEXT = 64
 RECIPES = {"small": ("torch", 1.0, 0.6), "half": ("torch", 0.2, 1.0)}
 STEPS = {"B": 10, "S0": 16, "S1": 60}
 LIKE = {"B": "B", "T0": "B", "CE": "S0", "S0": "S0", "S1": "S1", "T1": "S1"}
-SIZES = {"train": 24, "heldout": 40, "far": 30}
+SIZES = {"train": 24, "validation": 40, "far": 30}
 
 
 @cache
 def documents(split: str) -> list[Document]:
     """Two thirds code, one third prose; on the slice far the other way round."""
-    start, words = {"train": 0, "heldout": 100, "far": 200}[split], 30
+    start, words = {"train": 0, "validation": 100, "far": 200}[split], 30
     domains = [("prose", "code")[(i % 3 == 0) == (split == "far")] for i in range(SIZES[split])]
     made = [(d, text(d, start + i, words=words + 10 * (i % 4))) for i, d in enumerate(domains)]
     return [Document(f"{split}{i}", domain, said) for i, (domain, said) in enumerate(made)]
@@ -88,7 +88,7 @@ class RealRun(Run):
     def documents(self, arm: str, seed: int, kept: float) -> Documents:
         luck = np.random.default_rng([seed, *map(ord, arm)])
         columns: dict[str, list] = {name: [] for name in ("id", "slice", "bytes", "tokens", "bits")}
-        for split in ("heldout", "far"):
+        for split in ("validation", "far"):
             found, tokens = bits(LIKE[arm], split)
             control, _ = bits("S0", split)
             for d, b, c, t in zip(documents(split), found, control, tokens, strict=True):

@@ -26,7 +26,7 @@ from eval.signoff.statement import (
 )
 
 HOSTILE = "<script>alert('x')</script> & $x^2$ | `a` ](b) <!-- sign-offs -->"
-SLICES = {"heldout": 64, "near": 32, "far": 32}
+SLICES = {"validation": 64, "near": 32, "far": 32}
 
 # recipe, engine, bits per byte, kept share, guard share, decode ms, disk MiB, verdict
 VARIANTS = [
@@ -130,7 +130,7 @@ def quality(bits: float) -> dict:
     }
 
 
-SEALED = yaml.safe_load("""
+TEST = yaml.safe_load("""
 {openings: 1, time: "2026-01-03T10:00:00+00:00", by: Ada, recipe: int8, target: cpu, current: true, documents: 64,
  verdict: PASS, parts: [], teacher_gain: null, guard_share: null, kept_share: {point: 0.61, low: 0.52, high: 0.7},
  history: [{number: 1, time: "2026-01-03T10:00:00+00:00", by: Ada, reason: null, recipe: int8, verdict: PASS}]}
@@ -144,7 +144,7 @@ def parts(kept: float, guard: float, verdict: str) -> list[dict]:
 
     slow = "FAIL" if verdict == "FAIL" else "PASS"
     return [
-        part("assay", 0.126, 0.0, "bits/byte", "the method improves the teacher on heldout"),
+        part("assay", 0.126, 0.0, "bits/byte", "the method improves the teacher on validation"),
         part("retention", (kept - 0.5) * 0.126, 0.0, "bits/byte", "at least 0.5 of the gain is kept"),
         part("guard", (guard - 0.5) * 0.122, 0.0, "bits/byte", "at least 0.5 of the student's gain is kept"),
         part("fallback", 0.122, 0.0, "bits/byte", "it beats the base"),
@@ -161,7 +161,7 @@ def variant(row: tuple, target: str = "cpu", measured: bool = True) -> dict:
     reason = {
         "PASS": "keeps the gain and stays within every limit",
         "FAIL": "decode is slower than the uncompressed student",
-        "INCONCLUSIVE": "it cannot be told whether at least 0.5 of the teacher's gain is kept on heldout",
+        "INCONCLUSIVE": "it cannot be told whether at least 0.5 of the teacher's gain is kept on validation",
     }[verdict]
     here = "PASS" if verdict == "FAIL" else verdict
     return {
@@ -196,7 +196,7 @@ def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
         "reason": "int8 keeps the method's gain on cpu, beats the fallback and stays within every limit.",
         "recommended": {"cpu": "int8", "gpu": None},
         "notes": ["all 3 seeds share one teacher T1 (0123456789ab)"],
-        "sealed": SEALED,
+        "test_set": TEST,
         "quality": {row[0]: quality(row[2]) for row in VARIANTS},
         "teacher_gain": span(0.126, 0.021),
         "teacher_gain_slices": {"near": span(0.131, 0.03), "far": span(0.098, 0.035)},
@@ -318,7 +318,7 @@ def sign(run: Path, recipe: str, waiver: Waiver | None) -> None:
         recommended=False,
         waiver=waiver,
         policy=Policy(name="default", sha256="p", hash="h"),
-        sealed=None,
+        test_set=None,
         data="d",
         artifacts={},
         files={"gate.json": signed_digest(run / "gate.json")},

@@ -19,7 +19,7 @@ HOST = Machine(host="box", system="Linux", cpu="some CPU", isa="AVX512", cores=2
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.02}  # bits/byte better than B
 RECIPES = {"int8": ("openvino", 1.0, 0.6), "half": ("torch", 0.2, 1.0)}  # engine, gain kept, relative decode
 TEACHERS = {"S1": "T1", "S0": "T0"}
-DOCUMENTS = {"heldout": 40, "far": 30}
+DOCUMENTS = {"validation": 40, "far": 30}
 BUDGET = {
     "name": "test",
     "f": 0.5,

@@ -65,7 +65,7 @@ def test_what_was_not_measured_is_empty(made):
     assert set(found) == {"plain", "int8", "half"}
     one = found["int8"]
     assert (one.accuracy, one.calibration_error, one.tasks, one.flips, one.kl) == ({}, {}, {}, None, None)
-    assert one.worst_slice in ("heldout", "far")
+    assert one.worst_slice in ("validation", "far")
 
 
 def test_what_was_measured_is_told_with_its_interval(made):
@@ -74,8 +74,8 @@ def test_what_was_measured_is_told_with_its_interval(made):
     for record in variants:
         agree(made, record, [1 + record.seed, 2, 4])
     one = quality(made)["int8"]
-    assert one.accuracy["heldout"].point == pytest.approx(0.4, abs=0.001)
-    assert one.accuracy["heldout"].unit == "share"
+    assert one.accuracy["validation"].point == pytest.approx(0.4, abs=0.001)
+    assert one.accuracy["validation"].unit == "share"
     off = [0.1 + 0.01 * seed for seed in range(4)]
     assert one.calibration_error["far"].point == pytest.approx(np.mean(off))
     assert one.calibration_error["far"].low < np.mean(off) < one.calibration_error["far"].high

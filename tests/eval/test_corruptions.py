@@ -99,15 +99,15 @@ def test_what_leaves_nothing_and_what_is_asked_twice_are_refused():
         damaged_slices([Document("d", "code", "abc")], [half], ["typos-0.5"])
 
 
-def test_a_study_s_corruptions_are_slices_of_its_held_out_documents(tmp_path):
+def test_a_study_s_corruptions_are_slices_of_its_validation_documents(tmp_path):
     wanted = [{"kind": "typos", "strength": 0.1}, {"kind": "truncation", "strength": 0.25}]
     path = tiny_study(tmp_path)
     study = load_study(path, ["--data.corruptions", str(wanted)])
     study.folder.mkdir(parents=True)
     prepare(study)
     data = study.folder / "data"
-    assert scored_slices(data) == ["heldout", "far", "truncation-0.25", "typos-0.1"]
-    clean = read_documents(data, "heldout")
+    assert scored_slices(data) == ["validation", "far", "truncation-0.25", "typos-0.1"]
+    clean = read_documents(data, "validation")
     for name in ("truncation-0.25", "typos-0.1"):
         found = read_documents(data, name)
         assert [d.id for d in found] == [d.id for d in clean], "documents share their ids across slices"

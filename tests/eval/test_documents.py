@@ -73,9 +73,9 @@ def test_batches_hold_each_row_once_within_their_size(size):
 
 def test_slices_are_read_by_name(tmp_path):
     put_data(tmp_path)
-    assert scored_slices(tmp_path / "data") == ["heldout", "far"]
-    first = read_documents(tmp_path / "data", "heldout")[0]
+    assert scored_slices(tmp_path / "data") == ["validation", "far"]
+    first = read_documents(tmp_path / "data", "validation")[0]
     assert (first.id, first.domain, first.text) == ("code-0", "code", text("code", 0, 30))
     assert first.bytes == len(first.text.encode())
-    with pytest.raises(UserError, match=r"slice 'near': .*slices of this data: far, heldout, sealed, train"):
+    with pytest.raises(UserError, match=r"slice 'near': .*slices of this data: far, validation, test, train"):
         read_documents(tmp_path / "data", "near")

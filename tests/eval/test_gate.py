@@ -73,7 +73,7 @@ def test_numbers(passed):
     assert int8.cost["prefill_p99"].value is None
     assert int8.cost["prefill_p99"].needs == 299
     assert result.power.power_now > 0.9
-    scored = result.scores["S1"]["heldout"]
+    scored = result.scores["S1"]["validation"]
     assert scored.low < scored.point < scored.high
 
 
@@ -169,7 +169,7 @@ def test_fail(toy: Run):
     done = toy.make().gate()
     assert done.returncode == 1
     assert toy.result().verdict == "FAIL"
-    assert "less than 0.5 of the teacher's gain is kept on heldout" in done.stdout
+    assert "less than 0.5 of the teacher's gain is kept on validation" in done.stdout
 
 
 def test_fail_by_cost(toy: Run):
@@ -191,7 +191,7 @@ def test_a_harmful_method_fails_in_plain_words(toy: Run):
     toy.gains |= {"T1": -0.05, "S1": 0.0}
     done = toy.make().gate()
     assert done.returncode == 1
-    harm = "there is no gain to keep: the method makes its teacher worse on heldout (by 0.0"
+    harm = "there is no gain to keep: the method makes its teacher worse on validation (by 0.0"
     assert f"FAIL: {harm}" in done.stdout
     assert {v.verdict for v in toy.result().variants} == {"FAIL"}
     assert all(v.reason.startswith(harm) for v in toy.result().variants)

@@ -117,14 +117,14 @@ BAD = {
         ["int8/S0/s1", "another engine"],
     ),
     "calibration of other slices": (
-        calibrated(["heldout"], 0.5),
-        ["S1-s1.json", "calibration of slices ['heldout'], documents of ['far', 'heldout']"],
+        calibrated(["validation"], 0.5),
+        ["S1-s1.json", "calibration of slices ['validation'], documents of ['far', 'validation']"],
     ),
     "calibration not a number": (
-        calibrated(["heldout", "far"], math.nan),
-        ["S1-s1.json", "calibration.heldout.confidence.0"],
+        calibrated(["validation", "far"], math.nan),
+        ["S1-s1.json", "calibration.validation.confidence.0"],
     ),
-    "calibration of other bins": (calibrated(["heldout", "far"], 0.5, 14), ["of different bins"]),
+    "calibration of other bins": (calibrated(["validation", "far"], 0.5, 14), ["of different bins"]),
     "passes that are none": (recipe("name: half\ntarget: cpu\npasses: 3\n"), ["half.yaml", "passes", "list"]),
     "recipes of one name": (
         recipe("name: int8\ntarget: cpu\npasses: [{pass: int8}]\n"),
@@ -206,7 +206,7 @@ BAD = {
     "zero bytes": (change_score(lambda r: r["documents"]["bytes"].__setitem__(4, 0)), ["'d4' has 0 bytes"]),
     "duplicate id": (
         change_score(lambda r: r["documents"]["id"].__setitem__(1, "d0")),
-        ["'d0' appears twice in slice 'heldout'"],
+        ["'d0' appears twice in slice 'validation'"],
     ),
     "columns of other lengths": (
         change_score(lambda r: r["documents"]["bits"].pop()),
@@ -216,7 +216,7 @@ BAD = {
         change_score(lambda r: [r["documents"][n].pop() for n in ("id", "slice", "bytes", "tokens", "bits")]),
         ["'d69'", "is missing"],
     ),
-    "empty slice": (no_far, ["slice without any scored document", "'far'", "accepted: heldout"]),
+    "empty slice": (no_far, ["slice without any scored document", "'far'", "accepted: validation"]),
     "a time to come": (
         change_score(lambda r: r["provenance"].update(time="2999-01-01T00:00:00+00:00")),
         ["S1-s1.json", "measured at 2999-01-01", "yet to come; set the clock"],

@@ -167,15 +167,15 @@ def test_a_copy_of_the_run_gives_all_its_records(here, tmp_path):
     joined(run_folder, study, [lines(tmp_path / "a", load(*here))])
     copy = Path(shutil.copytree(run_folder, tmp_path / "tiny"))
     joined(copy, load_study(copy), [lines(tmp_path / "b", cost(*here))])
-    documents = Documents(id=["x"], slice=["heldout"], bytes=[3], tokens=[1], bits=[4.0])
+    documents = Documents(id=["x"], slice=["validation"], bytes=[3], tokens=[1], bits=[4.0])
     score = {"arm": "S1", "seed": 0, "engine": "torch", "documents": documents, "provenance": source(*here)}
     write_record(copy, Score(**score, data=read_manifest(run_folder / "data").hash))
     assert {record.kind for record in joined(run_folder, study, [str(copy)])} == {"score", "cost"}
     shutil.rmtree(run_folder / "records")
-    sealed = Score(**score, kind="sealed", data=read_manifest(run_folder / "data").hash)
-    (copy / "sealed.jsonl").write_text(sealed.model_dump_json() + "\n")
-    with pytest.raises(UserError, match="a score of sealed documents"):
-        joined(run_folder, study, [str(copy / "sealed.jsonl")])
+    test = Score(**score, kind="test", data=read_manifest(run_folder / "data").hash)
+    (copy / "test.jsonl").write_text(test.model_dump_json() + "\n")
+    with pytest.raises(UserError, match="a score of test documents"):
+        joined(run_folder, study, [str(copy / "test.jsonl")])
     write_record(copy, Score(**score, data="d" * 64))
     with pytest.raises(UserError, match=r"scored on data dddddddddddd, .*data holds"):
         joined(run_folder, study, [str(copy)])

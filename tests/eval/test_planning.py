@@ -123,9 +123,9 @@ def test_the_command_plans_from_a_pilot(pilot, tmp_path):
     found = json.loads((tmp_path / "power.json").read_text())
     tests = {row["test"]: row for row in found["tests"]}
     assert set(tests) == {
-        f"{part} on {name}" for part in ("assay", "retention") for name in ("heldout", "far")
+        f"{part} on {name}" for part in ("assay", "retention") for name in ("validation", "far")
     }
-    row = tests["retention on heldout"]
+    row = tests["retention on validation"]
     assert (row["seeds"], row["documents"], row["asked_share"]) == (2, 40, 0.5)
     assert row["effect"] == pytest.approx((row["share"] - 0.5) * row["gain"])
     low, high = row["power"]["interval"]
@@ -136,18 +136,18 @@ def test_the_command_plans_from_a_pilot(pilot, tmp_path):
 def test_a_larger_plan_and_another_truth(pilot, tmp_path):
     plan = tmp_path / "plan.yaml"
     text = (pilot.path / "study.yaml").read_text().replace("- 0\n- 1\n", "- 0\n- 1\n- 2\n- 3\n- 4\n- 5\n")
-    plan.write_text(text.replace("heldout: 64", "heldout: 500"))
+    plan.write_text(text.replace("validation: 64", "validation: 500"))
     words = ("--plan", str(plan), "--gain", "0.05", "--share", "0.7", "--json", str(tmp_path / "power.json"))
     assert command(pilot, *words).returncode == 0
     rows = json.loads((tmp_path / "power.json").read_text())["tests"]
     planned = {row["test"]: (row["seeds"], row["documents"]) for row in rows}
-    assert (planned["retention on heldout"], planned["retention on far"]) == ((6, 500), (6, 30))
+    assert (planned["retention on validation"], planned["retention on far"]) == ((6, 500), (6, 30))
     assert rows[1]["effect"] == pytest.approx(0.2 * 0.05)
 
 
 def test_a_share_that_is_not_above_the_asked_one_is_never_seen(pilot):
     done = command(pilot, "--share", "0.4")
-    assert "no number of seeds up to 200 sees retention on heldout, retention on far" in done.stdout
+    assert "no number of seeds up to 200 sees retention on validation, retention on far" in done.stdout
 
 
 def test_a_pilot_of_one_seed_is_refused(tmp_path):

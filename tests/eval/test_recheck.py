@@ -205,8 +205,8 @@ def test_other_weights_under_a_signed_manifest_are_refused(release, tmp_path):
     [
         (("alpha",), 0.2),
         (("inputs", "scored_bytes"), 64),
-        (("targets", "cpu", "gain", "heldout", "over_control", "floor"), 0.0),
-        (("targets", "cpu", "gain", "heldout", "over_fallback", "floor"), -1.0),
+        (("targets", "cpu", "gain", "validation", "over_control", "floor"), 0.0),
+        (("targets", "cpu", "gain", "validation", "over_fallback", "floor"), -1.0),
         (("targets", "cpu", "waiver"), {"reason": "never mind", "expires": "2999-01-01"}),
         (("targets", "cpu", "signature", "file"), "evidence/signoff.json"),
     ],

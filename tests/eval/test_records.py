@@ -20,7 +20,7 @@ from eval.core.records import (
 
 COLUMNS = {
     "id": ["a", "b", "a"],
-    "slice": ["heldout", "heldout", "far"],
+    "slice": ["validation", "validation", "far"],
     "bytes": [10, 20, 30],
     "tokens": [4, 8, 12],
     "bits": [20.0, 41.5, 60.25],

@@ -62,12 +62,12 @@ def test_a_release_holds_what_it_promises(released_run, release):
     row = next(v for v in read_gate(run.path).variants if v.recipe == "small")
     assert shipped.artifact == read_manifest(release / "variants/small").hash == row.hashes.artifact["0"]
     assert contract.fallback == read_manifest(release / "fallback").hash
-    gain = shipped.gain["heldout"]
+    gain = shipped.gain["validation"]
     assert gain.kept_share == row.kept_share
     assert gain.over_control.floor == pytest.approx(0.5 * read_gate(run.path).teacher_gain.point)
-    documents = real_run.documents("heldout")
+    documents = real_run.documents("validation")
     size = np.array([d.bytes for d in documents])
-    saved = np.subtract(real_run.bits("S0", "heldout")[0], real_run.bits("S1", "heldout")[0])
+    saved = np.subtract(real_run.bits("S0", "validation")[0], real_run.bits("S1", "validation")[0])
     assert gain.over_control.measured.point == pytest.approx(saved.sum() / size.sum())
     assert linearised(saved[None], size).mean() == pytest.approx(gain.over_control.measured.point)
     assert [cost.verdict for cost in shipped.fallback_cost] == ["PASS", "PASS"]
@@ -87,7 +87,7 @@ def test_the_card_can_be_read_by_other_programs(release):
     assert results["far", "kept_share"] == pytest.approx(gain["kept_share"]["point"], abs=1e-6)
     assert set(results) == {
         (split, name)
-        for split in ("heldout", "far")
+        for split in ("validation", "far")
         for name in (
             "bits_per_byte",
             "kept_share",

@@ -95,7 +95,7 @@ def test_terminal_shows_the_table_and_ends_with_the_path(demo):
     assert "int8 *" in out
     assert "not measured" in out
     assert "nf4 on gpu: python -m eval.cost --study runs/x --target gpu" in out
-    assert "The sealed documents were opened once, last by Ada on 2026-01-03 for int8 on cpu: PASS" in out
+    assert "The test documents were opened once, last by Ada on 2026-01-03 for int8 on cpu: PASS" in out
     assert "note: all 3 seeds share one teacher" in out
 
 
@@ -151,7 +151,7 @@ def test_the_page_tells_everything_that_gate_json_holds(demo):
     text = " ".join(" ".join(Page(html).text).split())
     for words in (
         "PASS: ship int8 on cpu",
-        "The sealed documents were opened once, last by Ada",
+        "The test documents were opened once, last by Ada",
         "Note: all 3 seeds share one teacher T1",
         "Behaviour and tasks",
         "sums 0.410 [0.340, 0.480] 0.410",
@@ -197,7 +197,7 @@ def numbers(value: object) -> list[float]:
 def test_every_number_of_the_table_is_the_gates(demo):
     run, _, table, _ = demo
     known = numbers(json.loads((run / "gate.json").read_text()))
-    told = re.sub(r"The sealed documents .*|Note: .*", "", table)
+    told = re.sub(r"The test documents .*|Note: .*", "", table)
     bare = re.sub(r"p(50|95|99)|95 % interval|\b[A-Z]\d|[a-z]+[-a-z]*\d+(-[a-z]\w+)?", "", told)
     shown = re.findall(r"\d+(?:\.\d+)?", re.sub(r"reason .*|[^|]*(?=\|$)", "", bare, flags=re.M))
     assert len(shown) > 250
@@ -254,13 +254,13 @@ def test_a_study_that_shows_nothing_is_told_without_figures_that_it_has_not(tmp_
     ]
     blind = {"variants": rows, "verdict": "INCONCLUSIVE", "recommended": {"cpu": None, "gpu": None}}
     blind |= {"kept_by_student": Students(over_control=none, over_ce=None, over_base=none)}
-    blind |= {"sealed": None, "quality": {}, "power": None, "notes": []}
+    blind |= {"test_set": None, "quality": {}, "power": None, "notes": []}
     text = " ".join(Page(page(gate.model_copy(update=blind), run, "", [])).text)
     assert "INCONCLUSIVE: not decided, more evidence is needed" in text
     assert "plain, document by document" in text
     assert "24 of 30 variants are drawn; the budget table holds all." in text
     assert "undefined" in text
-    for absent in ("sealed", "Behaviour", "Note:", "Signed", "nan", "None"):
+    for absent in ("test", "Behaviour", "Note:", "Signed", "nan", "None"):
         assert absent not in text
 
 
@@ -304,7 +304,7 @@ def test_documents_are_those_of_the_records(demo):
     gate = read_gate(run)
     found = {one.slice: one for one in spread.documents(run, gate, "int8")}
     assert {name: len(one.ids) for name, one in found.items()} == SLICES
-    assert found["heldout"].weakest[0][0] == HOSTILE
+    assert found["validation"].weakest[0][0] == HOSTILE
 
     def bits(arm: str, recipe: str) -> np.ndarray:
         records = [
@@ -312,11 +312,11 @@ def test_documents_are_those_of_the_records(demo):
         ]
         return np.mean([np.divide(r["documents"]["bits"], r["documents"]["bytes"]) for r in records], axis=0)
 
-    kept = (bits("S0", "int8") - bits("S1", "int8"))[: SLICES["heldout"]]
-    np.testing.assert_allclose(found["heldout"].kept, np.sort(kept), atol=1e-12)
-    assert found["heldout"].better == (kept > 0).sum()
-    teacher = (bits("T0", "plain") - bits("T1", "plain"))[: SLICES["heldout"]]
-    np.testing.assert_allclose(found["heldout"].teacher, teacher[np.argsort(kept)], atol=1e-12)
+    kept = (bits("S0", "int8") - bits("S1", "int8"))[: SLICES["validation"]]
+    np.testing.assert_allclose(found["validation"].kept, np.sort(kept), atol=1e-12)
+    assert found["validation"].better == (kept > 0).sum()
+    teacher = (bits("T0", "plain") - bits("T1", "plain"))[: SLICES["validation"]]
+    np.testing.assert_allclose(found["validation"].teacher, teacher[np.argsort(kept)], atol=1e-12)
 
 
 def test_smoothed_curves_are_means():

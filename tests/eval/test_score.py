@@ -192,15 +192,15 @@ def test_a_bad_model_is_told_and_nothing_is_written(tmp_path, fill, message):
 def test_a_worker_s_error_reaches_its_parent_whole():
     error = pickle.loads(pickle.dumps(UserError("model x", "nan", "look at it")))
     assert str(error) == "model x: nan; look at it"
-    assert (error.thing, error.found, error.mend) == ("model x", "nan", "look at it")
+    assert (error.thing, error.found, error.fix) == ("model x", "nan", "look at it")
 
 
 def test_empty_documents_and_slices_are_told(tmp_path, model, words):
     put_data(tmp_path, nothing="")
     with pytest.raises(UserError, match="document 'nothing': no tokens"):
         score_with(logits_of(model), tmp_path / "data", words, CONTEXT)
-    (tmp_path / "data/heldout.jsonl").write_text("")
-    with pytest.raises(UserError, match="slice 'heldout': no documents"):
+    (tmp_path / "data/validation.jsonl").write_text("")
+    with pytest.raises(UserError, match="slice 'validation': no documents"):
         score_with(logits_of(model), tmp_path / "data", words, CONTEXT)
 
 
@@ -251,8 +251,8 @@ def check_record(record, folder):
     """The record of S1 holds the reference's bits for every document of both slices."""
     model, words = load_checkpoint(folder / "students/S1/s0")
     columns = record.documents
-    assert columns.slice == ["heldout"] * 6 + ["far"] * 3
-    documents = [d for name in ("heldout", "far") for d in read_documents(folder / "data", name)]
+    assert columns.slice == ["validation"] * 6 + ["far"] * 3
+    documents = [d for name in ("validation", "far") for d in read_documents(folder / "data", name)]
     assert columns.id == [d.id for d in documents]
     assert columns.bytes == [d.bytes for d in documents]
     with torch.no_grad():

@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime
 import pytest
 
 from eval.core.errors import UserError
-from eval.core.gate_file import Sealed
+from eval.core.gate_file import OnTestSet
 from eval.signoff.__main__ import verify
 from eval.signoff.keys import new_key, private_key, public_key
 from eval.signoff.statement import BEGIN, END, read, signoffs
@@ -250,8 +250,8 @@ def test_what_is_signed_is_stricter_than_a_row(made):
             {"number": n, "time": "", "by": "Ada", "reason": None, "recipe": r, "verdict": v, "same": s}
             for n, (r, v, s) in enumerate(looks, start=1)
         ]
-        sealed = Sealed(**nothing, **last, openings=len(looks), history=history)
-        return decided(gate.model_copy(update={"sealed": sealed}), row)[0]
+        on_test_set = OnTestSet(**nothing, **last, openings=len(looks), history=history)
+        return decided(gate.model_copy(update={"test_set": on_test_set}), row)[0]
 
     assert signed(("int8", "FAIL", True)) == "FAIL"
     assert signed(("int8", "FAIL", True), ("half", "PASS", True)) == "FAIL", "hidden by a later look"

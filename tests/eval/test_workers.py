@@ -25,7 +25,7 @@ def note(folder, name, report):
 
 
 def refuse(report):
-    raise UserError("thing", "found", "mend")
+    raise UserError("thing", "found", "fix")
 
 
 def double(number, report):
@@ -72,7 +72,7 @@ def test_the_first_error_ends_the_rest_whole(tmp_path):
     jobs = [Job("bad", refuse), Job("after", note, (tmp_path, "after"), after=("bad",))]
     with pytest.raises(UserError) as told:
         run_jobs("work", jobs, workers=2)
-    assert (told.value.thing, told.value.found, told.value.mend) == ("thing", "found", "mend")
+    assert (told.value.thing, told.value.found, told.value.fix) == ("thing", "found", "fix")
     assert not (tmp_path / "log").exists()
 
 

@@ -1,4 +1,4 @@
-"""The sealed documents: opened once for one variant, counted, and shown ever after."""
+"""The test documents: opened once for one variant, counted, and shown ever after."""
 
 import json
 from pathlib import Path
@@ -15,16 +15,16 @@ from eval.core.study import Study
 from eval.gate.decision import judged
 from eval.gate.evidence import Evidence, collect
 from eval.gate.openings import opening_path, read_openings, summary, write_opening
-from eval.gate.test_set import check_teachers, chosen, judged_sealed, opened
+from eval.gate.test_set import check_teachers, chosen, judge_test_set, opened
 from tests.eval.fake_run import tokenizer, torch_model
 from tests.eval.synthetic_run import GAINS, Run, copied, edit
 from tests.helpers import run, text
 
-SEALED = {f"sealed-{i}": text("code", 50 + i, words=20 + 5 * (i % 3)) for i in range(12)}
+TEXTS = {f"test-{i}": text("code", 50 + i, words=20 + 5 * (i % 3)) for i in range(12)}
 
 
-class SealedRun(Run):
-    """As `Run`, with sealed documents, teachers that were scored on them, and models that can be loaded."""
+class OpenedRun(Run):
+    """As `Run`, with test documents, teachers that were scored on them, and models that can be loaded."""
 
     @property
     def study(self) -> Study:
@@ -41,25 +41,25 @@ class SealedRun(Run):
         with building(self.path / place, **given) as aside:
             if arm in ("B", "S1", "S0"):
                 torch_model(["B", "S1", "S0"].index(arm) + 3 * int(seed[1:]))(aside)
-            rows = [{"id": name, "domain": "code", "text": t} for name, t in SEALED.items()]
-            (aside / "sealed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows = [{"id": name, "domain": "code", "text": t} for name, t in TEXTS.items()]
+            (aside / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return read_manifest(self.path / place).hash
 
-    def sealed_score(self, arm: str, seed: int, artifact: str) -> None:
+    def test_score(self, arm: str, seed: int, artifact: str) -> None:
         """Bits that need no model: the gains of `GAINS`, with a little luck."""
-        size = np.array([len(t.encode()) for t in SEALED.values()])
+        size = np.array([len(t.encode()) for t in TEXTS.values()])
         luck = np.random.default_rng([seed, *map(ord, arm)])
         value = 3 - self.gains[arm] + luck.normal(0, 0.002) + luck.normal(0, 0.01, len(size))
         documents = Documents(
-            id=list(SEALED),
-            slice=["sealed"] * len(size),
+            id=list(TEXTS),
+            slice=["test"] * len(size),
             bytes=size.tolist(),
-            tokens=[len(tokenizer()(t, add_special_tokens=False)["input_ids"]) for t in SEALED.values()],
+            tokens=[len(tokenizer()(t, add_special_tokens=False)["input_ids"]) for t in TEXTS.values()],
             bits=(value * size).tolist(),
         )
         data = read_manifest(self.path / "data").hash
         given = {"arm": arm, "seed": seed, "engine": "torch", "data": data, "documents": documents}
-        write_record(self.path, Score(kind="sealed", **given, provenance=self.provenance(artifact)))
+        write_record(self.path, Score(kind="test", **given, provenance=self.provenance(artifact)))
 
     def seen(self) -> tuple[Evidence, object]:
         budget = load_budget(self.study)
@@ -68,27 +68,27 @@ class SealedRun(Run):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    made = SealedRun(tmp_path_factory.mktemp("sealed"), seeds=[0, 1, 2])
+    made = OpenedRun(tmp_path_factory.mktemp("test"), seeds=[0, 1, 2])
     made.make()
     for arm in ("T0", "T1"):
         for seed in made.seeds:
-            made.sealed_score(arm, seed, f"teacher {arm} {seed}")
+            made.test_score(arm, seed, f"teacher {arm} {seed}")
     return made.folder
 
 
 @pytest.fixture
-def toy(made, tmp_path) -> SealedRun:
-    return SealedRun(copied(made, tmp_path).folder, seeds=[0, 1, 2])
+def toy(made, tmp_path) -> OpenedRun:
+    return OpenedRun(copied(made, tmp_path).folder, seeds=[0, 1, 2])
 
 
-def score_all(toy: SealedRun) -> None:
+def score_all(toy: OpenedRun) -> None:
     write_opening(toy.path, an_opening(toy))
     for arm, place in {"B": "base", "S1": "students/S1", "S0": "students/S0"}.items():
         for seed in toy.seeds:
-            toy.sealed_score(arm, seed, read_manifest(toy.path / place / f"s{seed}").hash)
+            toy.test_score(arm, seed, read_manifest(toy.path / place / f"s{seed}").hash)
 
 
-def an_opening(toy: SealedRun, recipe: str = "plain", **given) -> Opening:
+def an_opening(toy: OpenedRun, recipe: str = "plain", **given) -> Opening:
     e, budget = toy.seen()
     return opened(e, budget, recipe, "cpu", "Ada", given.get("reason"))
 
@@ -97,26 +97,26 @@ def test_the_command_opens_once_and_the_gate_shows_it(toy):
     words = ("-m", "eval.gate.test_set", "--study", str(toy.path), "--by", "Ada Lovelace")
     done = run(*words)
     assert done.returncode in (1, 2), done.stderr  # random models keep nothing
-    assert "plain on 12 sealed documents, opening 1" in done.stdout
-    assert {(r.arm, r.seed) for r in each_score(toy.path, "sealed")} == {
+    assert "plain on 12 test documents, opening 1" in done.stdout
+    assert {(r.arm, r.seed) for r in each_score(toy.path, "test")} == {
         (arm, seed) for arm in ("B", "T0", "T1", "S1", "S0") for seed in toy.seeds
     }
-    assert not [r for r in read_scores(toy.path) if "sealed" in r.documents.slice]
+    assert not [r for r in read_scores(toy.path) if "test" in r.documents.slice]
     again = run(*words)
     assert (again.returncode, again.stderr.count("\n")) == (3, 1)
     assert "opened 1 time(s), last for plain by Ada Lovelace" in again.stderr
     gate = toy.gate()
-    assert "sealed documents, opening 1 by Ada Lovelace for plain: " in gate.stdout
-    shown = toy.result().sealed
+    assert "test documents, opening 1 by Ada Lovelace for plain: " in gate.stdout
+    shown = toy.result().test_set
     assert (shown.openings, shown.by, shown.recipe, shown.current) == (1, "Ada Lovelace", "plain", True)
     assert [part.name for part in shown.parts] == ["assay", "retention", "guard", "fallback"]
     assert shown.verdict == read_openings(toy.path)[0].verdict
 
 
-def test_the_sealed_estimate_is_that_of_the_sealed_documents(toy):
+def test_the_sealed_estimate_is_that_of_the_test_documents(toy):
     score_all(toy)
     e, budget = toy.seen()
-    opening = judged_sealed(e, budget, an_opening(toy))
+    opening = judge_test_set(e, budget, an_opening(toy))
     assert opening.verdict == "PASS"
     assert opening.documents == 12
     assert opening.kept_share.point == pytest.approx((GAINS["S1"] - GAINS["S0"]) / GAINS["T1"], abs=0.1)
@@ -124,15 +124,15 @@ def test_the_sealed_estimate_is_that_of_the_sealed_documents(toy):
     assert opening.guard_share.point == 1.0
 
 
-def test_the_gate_reads_no_sealed_score(toy):
+def test_the_gate_reads_no_test_score(toy):
     """It judges the same with and without them; only their hashes are listed."""
     before = judged(*toy.seen())
     score_all(toy)
     after = judged(*toy.seen())
     assert after.variants == before.variants
     assert set(after.provenance.records) - set(before.provenance.records) == {
-        "records/sealed/opening-1.json",
-        *(f"records/sealed/plain/{arm}-s{seed}.json" for arm in ("B", "S1", "S0") for seed in toy.seeds),
+        "records/test/opening-1.json",
+        *(f"records/test/plain/{arm}-s{seed}.json" for arm in ("B", "S1", "S0") for seed in toy.seeds),
     }
 
 
@@ -142,15 +142,15 @@ def test_another_look_needs_a_reason_and_is_counted(toy):
     write_opening(toy.path, first)
     assert an_opening(toy) == first  # cut short before anything was seen: the same opening goes on
     write_opening(toy.path, first.model_copy(update={"verdict": "FAIL"}))
-    assert "opening 1 of the sealed documents ended in FAIL for plain" in " ".join(judged(*toy.seen()).notes)
+    assert "opening 1 of the test documents ended in FAIL for plain" in " ".join(judged(*toy.seen()).notes)
     with pytest.raises(UserError, match=r"opened 1 time\(s\).*give --reason"):
         an_opening(toy)
     second = an_opening(toy, reason="the export was mended")
     assert (second.number, second.reason) == (2, "the export was mended")
     write_opening(toy.path, second)
     result = judged(*toy.seen())
-    assert result.sealed.openings == 2
-    assert [look.verdict for look in result.sealed.history] == ["FAIL", None]
+    assert result.test_set.openings == 2
+    assert [look.verdict for look in result.test_set.history] == ["FAIL", None]
     assert "only the first look was blind" in " ".join(result.notes)
     opening_path(toy.path, 1).rename(opening_path(toy.path, 3))
     with pytest.raises(UserError, match=r"opening-1\.json: is gone"):
@@ -173,8 +173,8 @@ def test_what_cannot_be_opened_is_told_before_it_is_spent(toy):
     none = judged(e, budget).model_copy(update={"recommended": {"cpu": None}})
     with pytest.raises(UserError, match="the gate recommends none; name it with --variant"):
         chosen(none, e, None)
-    (toy.path / "records/sealed/plain/T1-s2.json").unlink()
-    with pytest.raises(UserError, match="teacher T1 of seed 2: not scored on the sealed documents"):
+    (toy.path / "records/test/plain/T1-s2.json").unlink()
+    with pytest.raises(UserError, match="teacher T1 of seed 2: not scored on the test documents"):
         check_teachers(e)
     assert not read_openings(toy.path)
 
@@ -186,7 +186,7 @@ def test_a_spoiled_opening_is_one_clear_line(toy):
 
 
 def test_scores_that_an_opening_left_behind_are_told(tmp_path):
-    place = tmp_path / "records" / "sealed" / "small"
+    place = tmp_path / "records" / "test" / "small"
     place.mkdir(parents=True)
     (place / "T1-s0.json").write_text("{}")  # teachers are scored while they are trained
     assert read_openings(tmp_path) == []
