@@ -19,7 +19,7 @@ import yaml
 
 from eval.core.artifacts import building, read_manifest
 from eval.core.records import PLAIN, Documents, Machine, Measured, Process, Provenance, Score, write_record
-from eval.core.study import ROOT, Study
+from eval.core.study import ROOT, Study, settled_text
 
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.1, "S1": 0.08, "S0": 0.02, "CE": 0.01}  # bits/byte
 HOST = Machine(host="bench", system="none", cpu="none", isa="none", cores=1, device="cpu")
@@ -137,9 +137,7 @@ class Writer:
 
     def run(self, recipes: list[str]) -> None:
         data = self.artifact("data")
-        self.study.folder.joinpath("study.yaml").write_text(
-            yaml.safe_dump(self.study.model_dump(mode="json"), sort_keys=False)
-        )
+        self.study.folder.joinpath("study.yaml").write_text(settled_text(self.study))
         for seed in self.study.seeds:
             base = self.artifact(f"base/s{seed}", data=data)
             self.score(data, "B", seed, base)

@@ -46,7 +46,7 @@ def test_every_config_is_read():
             assert settings.distributed_type == LAUNCHED[path.stem]
         else:
             assert validated(Budget, read_yaml(path), str(path)).name == path.stem
-    assert seen == {"studies": 5, "recipes": 7, "budgets": 2, "accelerate": 4}
+    assert seen == {"studies": 5, "recipes": 7, "budgets": 2, "accelerate": 3}
 
 
 def test_mandatory_slices_of_a_studys_budget_are_slices_of_its_data():
@@ -178,3 +178,13 @@ def test_the_readmes_own_study_is_accepted():
         settings[key] = {**settings[key], **value} if key == "data" else value
     study = validated(Study, settings, "README.md")
     assert study.base.path == "Qwen/Qwen3-0.6B"
+
+
+def test_a_run_folder_of_another_format_is_refused_with_what_to_do(tmp_path):
+    study = load_study(ROOT / "configs" / "studies" / "tiny.yaml", ["--runs", str(tmp_path)])
+    settle_in = make_folder(study) / "study.yaml"
+    settle_in.write_text("name: tiny\ndata: {heldout: 4, sealed: 2}\n")  # as version 0.2 wrote it
+    for refused in (lambda: load_study(study.folder), lambda: settle(study), lambda: check_settled(study)):
+        with pytest.raises(UserError, match="its format is 1, this version reads 2; delete the folder"):
+            refused()
+    assert "heldout" in settle_in.read_text()

@@ -64,7 +64,7 @@ def test_the_pipeline_ends_in_a_table_a_report_and_a_verdict(tiny):
     assert done.returncode in (0, 1, 2), done.stderr
     assert str(folder / "report.html") in done.stdout.replace("\n", "")
     gate = json.loads((folder / "gate.json").read_text())
-    assert gate["schema_version"] == 2
+    assert gate["schema_version"] == 3
     assert {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}[gate["verdict"]] == done.returncode
     assert {(v["recipe"], v["target"]) for v in gate["variants"]} >= {
         ("plain", "cpu"),

@@ -238,7 +238,7 @@ class Provenance(Frozen):
 
 
 class GateFile(Frozen):
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     study: str
     title: str
     method: str

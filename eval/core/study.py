@@ -14,6 +14,7 @@ from eval.core.sections import Base, Cost, Data, Frozen, MethodChoice, Student, 
 
 ROOT = Path(__file__).resolve().parents[2]
 
+RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
 BESIDE = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers"}  # no model depends on these
 M = TypeVar("M", bound=BaseModel)
@@ -171,6 +172,7 @@ def load_study(where: str | Path, words: list[str] | None = None) -> Study:
     """The study in a YAML file, or the one that made the run folder `where`, wherever that lies now."""
     path = Path(where) if Path(where).name else Path(where).resolve()  # `.` has no name
     raw = read_yaml(path / "study.yaml" if path.is_dir() else path)
+    check_format(path, raw)
     if path.is_dir():
         raw["runs"] = str(path.parent)
         if raw.get("name") != path.resolve().name:
@@ -179,6 +181,21 @@ def load_study(where: str | Path, words: list[str] | None = None) -> Study:
             )
     override(raw, words or [])
     return validated(Study, raw, str(path))
+
+
+def check_format(path: Path, raw: dict[str, Any]) -> None:
+    """Takes the format of its run folder out of a settled study.
+
+    Raises:
+        UserError: the folder was made by a version whose files this one does not read.
+    """
+    made_as = raw.pop("run_format", 1 if path.is_dir() else RUN_FORMAT)
+    if made_as != RUN_FORMAT:
+        raise UserError(
+            f"run folder {path if path.is_dir() else path.parent}",
+            f"its format is {made_as}, this version reads {RUN_FORMAT}",
+            "delete the folder and train again, or give the study another --name",
+        )
 
 
 def check_settled(study: Study) -> None:
@@ -240,9 +257,16 @@ def settle(study: Study) -> None:
     Where that changes what made the models there, they are of both settings until training has `ended`.
     """
     path = study.folder / "study.yaml"
+    if path.is_file():
+        check_format(study.folder, read_yaml(path))
     if path.is_file() and _made_by(study.folder) != study.hash():
         write_text(study.folder / CHANGED, "its models are being made anew\n")
-    write_text(path, yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False))
+    write_text(path, settled_text(study))
+
+
+def settled_text(study: Study) -> str:
+    """What `study.yaml` of a run folder holds."""
+    return yaml.safe_dump({"run_format": RUN_FORMAT, **study.model_dump(mode="json")}, sort_keys=False)
 
 
 def ended(study: Study) -> None:

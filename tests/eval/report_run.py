@@ -191,7 +191,7 @@ def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
     paths = sorted((run / "records").rglob("*.json"))
     records = {p.relative_to(run).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
     return {
-        **{"schema_version": 2, "study": run.name, "title": title, "method": "ensemble", "verdict": "PASS"},
+        **{"schema_version": 3, "study": run.name, "title": title, "method": "ensemble", "verdict": "PASS"},
         **{"seeds": [0, 1, 2], "documents": SLICES, "budget": BUDGET, "power": POWER, "variants": variants},
         "reason": "int8 keeps the method's gain on cpu, beats the fallback and stays within every limit.",
         "recommended": {"cpu": "int8", "gpu": None},
