@@ -23,7 +23,7 @@ from torch import Tensor
 from compress.calibration import check_batch, log_probs
 from compress.recipe import Context, Pass, PassReport, Recipe, Stage
 from distill.data.sources import training_rows
-from eval.core.artifacts import building, digest, write_text
+from eval.core.artifacts import build_artifact, digest, write_text
 from eval.core.documents import Batch, boundary_id
 from eval.core.errors import UserError
 from eval.core.study import Study
@@ -191,7 +191,7 @@ def publish(study: Study, variant: Variant, report: Callable[[float], None]) -> 
     }
     parents = {"student": student.hash, "data": student.data}
     place = study.folder / variant.name
-    with building(
+    with build_artifact(
         place, kind="variant", name=variant.name, key=variant.key, parents=parents, facts=facts
     ) as aside:
         for path in (made / "model").iterdir():

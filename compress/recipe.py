@@ -18,10 +18,10 @@ from pydantic import Field
 
 from eval.core.artifacts import file_sha256, source_hashes
 from eval.core.documents import Row
-from eval.core.errors import UserError, one_of
+from eval.core.errors import UserError, require_one_of
 from eval.core.recipes import read_recipe
 from eval.core.sections import Frozen
-from eval.core.study import Study, validated
+from eval.core.study import Study, validate_config
 
 if TYPE_CHECKING:  # heavy, and a call that finds everything done should end at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -145,7 +145,7 @@ def known_passes() -> list[str]:
 
 def pass_class(name: str, where: str) -> type[Pass]:
     """The one subclass of Pass in `compress/passes/<name>.py` or in the module `name`."""
-    path = name if "." in name else f"compress.passes.{one_of(where, name, known_passes())}"
+    path = name if "." in name else f"compress.passes.{require_one_of(where, name, known_passes())}"
     try:
         module = import_module(path)
     except ModuleNotFoundError as error:
@@ -170,7 +170,7 @@ def make_pass(entry: dict[str, Any], where: str) -> Pass:
     if not isinstance(name, str):
         raise UserError(f"{where}.pass", repr(name), f"name one of: {', '.join(known_passes())}")
     kind = pass_class(name, f"{where}.pass")
-    checked = validated(kind.Options, options, where)
+    checked = validate_config(kind.Options, options, where)
     for module in kind.needs:
         if not installed(module):
             extra = EXTRAS.get(module, module)

@@ -8,9 +8,9 @@ import shutil
 
 from compress.build import Student, Variant, is_made, make_variants, publish, scratch_of
 from compress.recipe import load_recipes
-from eval.core.artifacts import is_done, verified
+from eval.core.artifacts import is_done, verify_artifact
 from eval.core.errors import EXIT_PASS, UserError, entry
-from eval.core.jobs import Job, locked, run_jobs
+from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.study import Study, study_from_command
 
 ARMS = ("S1", "S0")
@@ -22,13 +22,13 @@ def find_students(study: Study) -> list[Student]:
     Raises:
         UserError: one is missing or damaged.
     """
-    data = verified(study.folder / "data").hash
+    data = verify_artifact(study.folder / "data").hash
     rows = study.data.context, study.data.train_rows
     students = []
     for seed in study.seeds:
         for arm in ARMS:
             folder = study.folder / "students" / arm / f"s{seed}"
-            students.append(Student(arm, seed, folder, verified(folder).hash, data, rows))
+            students.append(Student(arm, seed, folder, verify_artifact(folder).hash, data, rows))
     return students
 
 
@@ -63,7 +63,7 @@ def main() -> int:
     study, _ = study_from_command(parser)
     if not study.folder.is_dir():
         raise UserError(f"run folder {study.folder}", "missing", "train the students first: distill/train.py")
-    with locked(study.folder):
+    with lock_folder(study.folder):
         count = make(study)
     total = len(study.recipes) * len(ARMS) * len(study.seeds)
     print(f"variants: {total} in {study.folder / 'variants'}, {count} made now")

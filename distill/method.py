@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.losses.teacher_output import Dense, States
 from distill.models.generation import sample, stop_ids
-from distill.models.lm_head import Head, head_of, output_embedding, tapped
+from distill.models.lm_head import Head, capture_input, head_of, output_embedding
 from distill.trainer.loop import Curve
 from eval.core.artifacts import source_hashes
 from eval.core.documents import Batch, Row, collate
-from eval.core.errors import UserError, one_of
+from eval.core.errors import UserError, require_one_of
 from eval.core.sections import Frozen, Generation, MethodChoice, Train
-from eval.core.study import validated
+from eval.core.study import validate_config
 from eval.engines.torch import load_model
 
 FOLDER = Path(__file__).parent / "methods"
@@ -171,14 +171,14 @@ def plain_signal(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> Teach
     """
     hidden, heads = [], []
     for model in models:
-        with tapped(output_embedding(model)) as seen:
+        with capture_input(output_embedding(model)) as seen:
             model(**batch.inputs, **inputs, use_cache=False)
         hidden.append(seen[0])
         heads.append(head_of(model).ready(seen[0].dtype))
     return TeacherOutput(hidden=hidden, heads=heads)
 
 
-def checked(signal: object, batch: Batch, vocabulary: int, name: str) -> TeacherOutput:
+def check_output(signal: object, batch: Batch, vocabulary: int, name: str) -> TeacherOutput:
     """A signal that holds what its type says, for every token of the batch.
 
     Raises:
@@ -228,7 +228,9 @@ def known_methods() -> list[str]:
 
 def method_class(name: str) -> type[Method]:
     """The one subclass of Method in `distill/methods/<name>.py` or in the module `name`."""
-    path = f"distill.methods.{one_of('method.name', name, known_methods())}" if "." not in name else name
+    path = (
+        f"distill.methods.{require_one_of('method.name', name, known_methods())}" if "." not in name else name
+    )
     try:
         module = import_module(path)
     except ModuleNotFoundError as error:
@@ -245,4 +247,4 @@ def method_class(name: str) -> type[Method]:
 def make_method(choice: MethodChoice) -> Method:
     """The method that a study names, with its settings checked."""
     kind = method_class(choice.name)
-    return kind(validated(kind.Settings, choice.settings, "method.settings"))
+    return kind(validate_config(kind.Settings, choice.settings, "method.settings"))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.data.sources import prepare, training_rows
 from distill.method import make_method
 from distill.models.card import model_card
-from distill.models.init import start
+from distill.models.init import init_student
 from distill.models.load import (
     check_vocabulary,
     export,
@@ -25,17 +25,32 @@ from distill.models.load import (
     named_model,
     train_tokenizer,
 )
-from distill.models.lora import Tuned, check_device, tuned
+from distill.models.lora import TunedModel, add_adapters, check_device
 from distill.teachers.run import TEACHERS, teacher_groups, teacher_name, teacher_of
-from distill.teachers.target_source import KEPT, check_lesson, lesson, lesson_key, make_teacher
+from distill.teachers.target_source import (
+    KEPT,
+    check_target_source,
+    make_teacher,
+    open_target_source,
+    target_source_key,
+)
 from distill.trainer.logging import check_trackers
 from distill.trainer.loop import accelerator
-from distill.trainer.stage import CODE, WATCHED, in_steps, made, needed, rows_shape, run_training, sweep
-from eval.core.artifacts import building, digest, is_done, read_manifest
+from distill.trainer.stage import (
+    CODE,
+    WATCHED,
+    build_shared,
+    delete_scratch,
+    is_missing,
+    rows_shape,
+    run_training,
+    step_progress,
+)
+from eval.core.artifacts import build_artifact, digest, is_done, read_manifest
 from eval.core.documents import TRAIN, read_documents
 from eval.core.jobs import Job, Progress, run_in_turn, run_jobs
 from eval.core.sections import Train
-from eval.core.study import Study, settle
+from eval.core.study import Study, save_study
 from eval.engines import load_tokenizer
 from eval.engines.torch import load_model
 
@@ -46,7 +61,7 @@ def make_tokenizer(study: Study) -> None:
     key = digest([study.base.vocab_size, data.hash])
     if study.base.architecture is None or is_done(folder, key):
         return
-    with building(
+    with build_artifact(
         folder, kind="tokenizer", name="tokenizer", key=key, parents={"data": data.hash}, facts={}
     ) as aside:
         texts = [document.text for document in read_documents(study.folder / "data", TRAIN)]
@@ -58,9 +73,9 @@ def prepare_inputs(study: Study, acc: Accelerator) -> None:
     """The settled study, data and tokenizer, by the first process, which holds the folder."""
     check_trackers(study.trackers)
     check_device(study.student, acc.device)
-    check_lesson(study)
+    check_target_source(study)
     if acc.is_main_process:
-        settle(study)
+        save_study(study)
         prepare(study)
         make_tokenizer(study)
     acc.wait_for_everyone()
@@ -77,7 +92,7 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
     shape = rows_shape(study) if base.train else []
     origin = [base.model_dump(exclude={"train"}), local_files(base.path)]
     key = digest([CODE, origin, training, shape, parents, seed if base.train else None])
-    if not needed(study.folder / name, key):
+    if not is_missing(study.folder / name, key):
         return
     if base.architecture:
         tokenizer = load_tokenizer(study.folder / "tokenizer")
@@ -86,7 +101,7 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
         model, tokenizer = named_model(base)
     check_vocabulary(model, tokenizer, name)
     facts: dict[str, Any] = {"arm": "B", "seed": seed, "recipe": "plain", "engine": "torch"}
-    with made(study, name, kind="model", key=key, parents=parents, facts=facts) as aside:
+    with build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as aside:
         if base.train is not None:
             facts["loss_curve"] = run_training(
                 study,
@@ -98,10 +113,10 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
                 key=key,
                 seed=seed,
                 teacher=None,
-                report=in_steps(report, 0.9),
+                report=step_progress(report, 0.9),
             )
         export(model, tokenizer, aside, model_card(study, "B", seed, parents))
-    sweep(study, name)
+    delete_scratch(study, name)
 
 
 def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
@@ -112,8 +127,8 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
         parents["teacher"] = of
     config = study.ce_train if arm == "CE" and study.ce_train else study.train
     settings = [config.model_dump(exclude=WATCHED), study.student.model_dump()]
-    key = digest([CODE, settings, rows_shape(study), lesson_key(study, arm), parents, arm, seed])
-    if not needed(study.folder / name, key):
+    key = digest([CODE, settings, rows_shape(study), target_source_key(study, arm), parents, arm, seed])
+    if not is_missing(study.folder / name, key):
         return
     tokenizer = load_tokenizer(base)
     facts: dict[str, Any] = {"arm": arm, "seed": seed, "recipe": "plain", "engine": "torch"}
@@ -121,27 +136,27 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
     if method_card is not None:
         facts["method"] = method_card
     with (
-        made(study, name, kind="model", key=key, parents=parents, facts=facts) as aside,
-        lesson(study, arm, seed, tokenizer) as learned,
+        build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as aside,
+        open_target_source(study, arm, seed, tokenizer) as learned,
     ):
         student, found = started(study, base, tokenizer, seed, config)
         facts |= found
-        how: dict[str, Any] = {"key": key, "seed": seed, "report": in_steps(report, 0.9)}
+        how: dict[str, Any] = {"key": key, "seed": seed, "report": step_progress(report, 0.9)}
         how |= {"teacher": learned.teacher, "rewrite": learned.rewrite}
         facts["loss_curve"] = run_training(study, name, student.model, tokenizer, learned.rows, config, **how)
         export(student.merged(), tokenizer, aside, model_card(study, arm, seed, parents, method_card))
-    sweep(study, name)
+    delete_scratch(study, name)
 
 
 def started(
     study: Study, base: Path, tokenizer: PreTrainedTokenizerBase, seed: int, config: Train
-) -> tuple[Tuned, dict[str, Any]]:
+) -> tuple[TunedModel, dict[str, Any]]:
     """A student before its first step, and what to note of it: the same one in all arms of a seed."""
     rows = training_rows(study, tokenizer) if study.student.start == "influential" else []
-    model, found = start(load_model(base), tokenizer, study.student, rows, seed)
+    model, found = init_student(load_model(base), tokenizer, study.student, rows, seed)
     check_vocabulary(model, tokenizer, "the student")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return tuned(model, study.student, seed, device=accelerator().device, dtype=dtype), found
+    return add_adapters(model, study.student, seed, device=accelerator().device, dtype=dtype), found
 
 
 def base_jobs(study: Study) -> list[Job]:

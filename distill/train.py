@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from eval.core.errors import UserError, entry  # noqa: E402
-from eval.core.jobs import locked  # noqa: E402
-from eval.core.study import ended, make_folder, study_from_command  # noqa: E402
+from eval.core.jobs import lock_folder  # noqa: E402
+from eval.core.study import make_run_folder, mark_trained, study_from_command  # noqa: E402
 
 STAGES = ("data", "bases", "teachers", "students")
 
@@ -47,14 +47,14 @@ def main() -> None:
     from distill.trainer.loop import accelerator
 
     acc = accelerator()
-    with locked(make_folder(study)) if acc.is_main_process else nullcontext():
+    with lock_folder(make_run_folder(study)) if acc.is_main_process else nullcontext():
         prepare_inputs(study, acc)
         run_all(study, jobs_until(study, args.until), args.until)
         if acc.is_main_process:
             if args.until == "teachers":
                 show_targets(study)
             if args.until == "students":
-                ended(study)
+                mark_trained(study)
 
 
 if __name__ == "__main__":

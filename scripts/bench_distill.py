@@ -39,7 +39,7 @@ from distill.teachers.cache import CachedTeacher, join, make_form, write_shards 
 from distill.teachers.run import LiveTeacher  # noqa: E402
 from distill.trainer.loop import accelerator, check_finite, optimizers, set_learning_rate, step_loss  # noqa: E402
 from distill.trainer.module import DistillationModule  # noqa: E402
-from eval.core.artifacts import building  # noqa: E402
+from eval.core.artifacts import build_artifact  # noqa: E402
 from eval.core.documents import Row  # noqa: E402
 from eval.core.errors import entry  # noqa: E402
 from eval.core.records import machine  # noqa: E402
@@ -142,7 +142,7 @@ def cached(teacher: LiveTeacher, vocabulary: int, draws: int = 50) -> Iterator[C
     with TemporaryDirectory() as name:
         top = Path(name)
         write_shards(top / "shards", rows, teacher, form, pad=0, report=lambda share: None)
-        with building(
+        with build_artifact(
             top / "t", kind="targets", name="t", key="", parents={}, facts=dict(form.facts)
         ) as aside:
             join(top / "shards", aside, sum(row.predicted for row in rows))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.core.artifacts import write_text
-from eval.core.errors import entry, one_of
+from eval.core.errors import entry, require_one_of
 
 Rows = list[dict[str, object]]
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(PARTS)}; default: all")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
-    names = [one_of("part", name, list(PARTS)) for name in args.parts] or list(PARTS)
+    names = [require_one_of("part", name, list(PARTS)) for name in args.parts] or list(PARTS)
     result = {}
     for name in names:
         result[name] = PARTS[name]()

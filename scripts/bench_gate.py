@@ -17,9 +17,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import yaml
 
-from eval.core.artifacts import building, read_manifest
+from eval.core.artifacts import build_artifact, read_manifest
 from eval.core.records import PLAIN, Documents, Machine, Measured, Process, Provenance, Score, write_record
-from eval.core.study import ROOT, Study, settled_text
+from eval.core.study import ROOT, Study, study_text
 
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.1, "S1": 0.08, "S0": 0.02, "CE": 0.01}  # bits/byte
 HOST = Machine(host="bench", system="none", cpu="none", isa="none", cores=1, device="cpu")
@@ -79,7 +79,7 @@ class Writer:
 
     def artifact(self, place: str, **parents: str) -> str:
         folder = self.study.folder / place
-        with building(folder, kind="model", name=place, key=place, parents=parents, facts={}) as aside:
+        with build_artifact(folder, kind="model", name=place, key=place, parents=parents, facts={}) as aside:
             (aside / "model").write_text(place)
         return read_manifest(folder).hash
 
@@ -137,7 +137,7 @@ class Writer:
 
     def run(self, recipes: list[str]) -> None:
         data = self.artifact("data")
-        self.study.folder.joinpath("study.yaml").write_text(settled_text(self.study))
+        self.study.folder.joinpath("study.yaml").write_text(study_text(self.study))
         for seed in self.study.seeds:
             base = self.artifact(f"base/s{seed}", data=data)
             self.score(data, "B", seed, base)

@@ -12,9 +12,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from compress.recipe import load_recipes  # noqa: E402
 from distill.data.sources import data_key  # noqa: E402
-from eval.core.artifacts import digest, file_sha256, versions, write_text  # noqa: E402
+from eval.core.artifacts import digest, file_sha256, library_versions, write_text  # noqa: E402
 from eval.core.budget import load_budget  # noqa: E402
-from eval.core.errors import entry, one_of  # noqa: E402
+from eval.core.errors import entry, require_one_of  # noqa: E402
 from eval.core.records import VALIDATION  # noqa: E402
 from eval.core.study import ROOT, Study, find_config, study_from_command  # noqa: E402
 
@@ -35,7 +35,7 @@ def state(study: Study) -> str:
         [
             study.model_dump(mode="json"),
             data_key(study),
-            versions(),
+            library_versions(),
             [file_sha256(p) for p in [*configs, *code, ROOT / "requirements.lock"]],
             {name: file_sha256(p) for name, p in sorted(made.items())},
         ]
@@ -47,7 +47,7 @@ def check(study: Study) -> None:
     load_recipes(study)
     slices = [VALIDATION, *study.data.shifted, *(c.slice for c in study.data.corruptions)]
     for name in load_budget(study).slices:
-        one_of(f"slice of the budget {study.budget!r}", name, slices)
+        require_one_of(f"slice of the budget {study.budget!r}", name, slices)
 
 
 @entry

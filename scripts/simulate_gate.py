@@ -21,9 +21,9 @@ from scipy.special import stdtrit
 
 from eval.core.artifacts import write_text
 from eval.core.errors import entry
-from eval.gate.decision import joined
+from eval.gate.decision import join_verdicts
 from eval.gate.quality import RESOLUTION, mean_part
-from eval.stats.crossed import MeanSquares, crossed_mean, crossed_variance, linearised, mean_squares
+from eval.stats.crossed import MeanSquares, crossed_mean, crossed_variance, linearise, mean_squares
 from eval.stats.power import Components, components, power
 
 Array = NDArray[np.float64]
@@ -100,7 +100,7 @@ def tables(of: Scenario, gain: float, share: float, s: int, draws: int) -> Itera
         n = min(CHUNK, draws - start)
         size = rng.lognormal(8, of.length, DOCUMENTS)
         teacher, kept = arm(rng, of, gain, n, s, of.shared), arm(rng, of, share * gain, n, s)
-        yield linearised(teacher * size, size), linearised(kept * size, size)
+        yield linearise(teacher * size, size), linearise(kept * size, size)
 
 
 def crossed(z: Array) -> Flags:
@@ -187,7 +187,7 @@ def verdicts(of: Scenario, s: int, gain: float, share: float, studies: int) -> d
                 mean_part("assay", crossed_mean(t), ALPHA, words, RESOLUTION),
                 mean_part("retention", crossed_mean(k - F * t), ALPHA, words),
             ]
-            found[joined(parts)] += 1
+            found[join_verdicts(parts)] += 1
     return dict(found)
 
 

@@ -11,15 +11,15 @@ from eval.core.errors import UserError
 from eval.core.study import (
     ROOT,
     Study,
-    check_settled,
-    ended,
+    apply_overrides,
+    check_trained,
     find_config,
     load_study,
-    make_folder,
-    override,
+    make_run_folder,
+    mark_trained,
     read_yaml,
-    settle,
-    validated,
+    save_study,
+    validate_config,
 )
 
 LAUNCHED = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
@@ -45,7 +45,7 @@ def test_every_config_is_read():
             assert (settings.mixed_precision, settings.num_processes) == ("no", 2)
             assert settings.distributed_type == LAUNCHED[path.stem]
         else:
-            assert validated(Budget, read_yaml(path), str(path)).name == path.stem
+            assert validate_config(Budget, read_yaml(path), str(path)).name == path.stem
     assert seen == {"studies": 5, "recipes": 7, "budgets": 2, "accelerate": 3}
 
 
@@ -74,8 +74,8 @@ def raw():
 def test_errors_name_the_place_the_value_and_the_mend(words, told):
     def read():
         settings = raw()
-        override(settings, words)
-        return validated(Study, settings, "default.yaml")
+        apply_overrides(settings, words)
+        return validate_config(Study, settings, "default.yaml")
 
     with pytest.raises(UserError, match=told):
         read()
@@ -85,13 +85,13 @@ def test_a_missing_key_is_named():
     settings = raw()
     del settings["method"]
     with pytest.raises(UserError, match="method: missing; add this key"):
-        validated(Study, settings, "default.yaml")
+        validate_config(Study, settings, "default.yaml")
 
 
 def test_overrides_take_both_forms_and_yaml_values():
     settings = raw()
-    override(settings, ["--train.steps=7", "--seeds", "[3, 4]", "--train.optimizer.lr", "1e-3"])
-    study = validated(Study, settings, "default.yaml")
+    apply_overrides(settings, ["--train.steps=7", "--seeds", "[3, 4]", "--train.optimizer.lr", "1e-3"])
+    study = validate_config(Study, settings, "default.yaml")
     assert (study.train.steps, study.seeds, study.train.optimizer.lr) == (7, [3, 4], 1e-3)
 
 
@@ -99,22 +99,22 @@ def test_an_override_does_not_reach_what_an_alias_shares(tmp_path):
     shared = tmp_path / "aliases.yaml"
     shared.write_text("a: &x {steps: 1, deep: [{lr: 1}]}\nb: *x\n")
     settings = read_yaml(shared)
-    override(settings, ["--a.steps", "5"])
+    apply_overrides(settings, ["--a.steps", "5"])
     settings["a"]["deep"][0]["lr"] = 2
     assert settings["b"] == {"steps": 1, "deep": [{"lr": 1}]}
 
 
 @pytest.fixture
 def settled(tmp_path):
-    study = validated(Study, raw(), "default.yaml").model_copy(update={"runs": str(tmp_path)})
-    make_folder(study)
-    settle(study)
+    study = validate_config(Study, raw(), "default.yaml").model_copy(update={"runs": str(tmp_path)})
+    make_run_folder(study)
+    save_study(study)
     return study
 
 
 def test_a_settled_study_reads_back_the_same_from_wherever_its_folder_lies(settled, tmp_path):
     assert load_study(settled.folder) == settled
-    check_settled(load_study(settled.folder))
+    check_trained(load_study(settled.folder))
     moved = tmp_path / "elsewhere" / "default"
     moved.parent.mkdir()
     settled.folder.rename(moved)
@@ -128,14 +128,14 @@ def test_a_settled_study_reads_back_the_same_from_wherever_its_folder_lies(settl
 def test_later_stages_refuse_models_of_two_settings(settled):
     """Training with other settings that was stopped midway leaves some models of the old ones."""
     changed = load_study(settled.folder, ["--train.optimizer.lr", "0.5"])
-    settle(changed)
-    settle(changed)  # gone on with, and stopped again
+    save_study(changed)
+    save_study(changed)  # gone on with, and stopped again
     with pytest.raises(UserError, match="its models are of both; run `accelerate launch"):
-        check_settled(changed)
-    ended(changed)
-    check_settled(changed)
-    settle(changed)
-    check_settled(changed)
+        check_trained(changed)
+    mark_trained(changed)
+    check_trained(changed)
+    save_study(changed)
+    check_trained(changed)
 
 
 def test_later_stages_refuse_other_settings(settled):
@@ -143,14 +143,14 @@ def test_later_stages_refuse_other_settings(settled):
     with pytest.raises(
         UserError, match=r"train\.optimizer\.lr of run .*was 0\.01 when it was trained, here it is 0\.5"
     ):
-        check_settled(changed)
-    check_settled(load_study(settled.folder, ["--recipes", "[int8]", "--workers", "1"]))
+        check_trained(changed)
+    check_trained(load_study(settled.folder, ["--recipes", "[int8]", "--workers", "1"]))
     with pytest.raises(UserError, match=r"no study\.yaml; run `accelerate launch"):
-        check_settled(changed.model_copy(update={"name": "unknown"}))
+        check_trained(changed.model_copy(update={"name": "unknown"}))
 
 
 def test_a_study_is_frozen_and_its_hash_tells_what_decides_the_models():
-    study = validated(Study, raw(), "default.yaml")
+    study = validate_config(Study, raw(), "default.yaml")
     with pytest.raises(ValueError, match="frozen"):
         study.name = "other"  # type: ignore[misc]
     assert study.model_copy(update={"recipes": []}).hash() == study.hash()
@@ -176,15 +176,19 @@ def test_the_readmes_own_study_is_accepted():
     settings = raw()
     for key, value in yaml.safe_load(block).items():
         settings[key] = {**settings[key], **value} if key == "data" else value
-    study = validated(Study, settings, "README.md")
+    study = validate_config(Study, settings, "README.md")
     assert study.base.path == "Qwen/Qwen3-0.6B"
 
 
 def test_a_run_folder_of_another_format_is_refused_with_what_to_do(tmp_path):
     study = load_study(ROOT / "configs" / "studies" / "tiny.yaml", ["--runs", str(tmp_path)])
-    settle_in = make_folder(study) / "study.yaml"
+    settle_in = make_run_folder(study) / "study.yaml"
     settle_in.write_text("name: tiny\ndata: {heldout: 4, sealed: 2}\n")  # as version 0.2 wrote it
-    for refused in (lambda: load_study(study.folder), lambda: settle(study), lambda: check_settled(study)):
+    for refused in (
+        lambda: load_study(study.folder),
+        lambda: save_study(study),
+        lambda: check_trained(study),
+    ):
         with pytest.raises(UserError, match="its format is 1, this version reads 2; delete the folder"):
             refused()
     assert "heldout" in settle_in.read_text()

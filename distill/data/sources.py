@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from eval.core.artifacts import Manifest, building, digest, is_done, read_manifest
+from eval.core.artifacts import Manifest, build_artifact, digest, is_done, read_manifest
 from eval.core.documents import TEST, TRAIN, VALIDATION, Document, Row, pack, read_documents, windows
 from eval.core.errors import UserError
 from eval.core.sections import Source
@@ -250,7 +250,7 @@ def prepare(study: Study) -> Manifest:
         return read_manifest(folder)
     splits = split_documents(study)
     facts = {f"{name}_documents": len(documents) for name, documents in splits.items()}
-    with building(folder, kind="data", name="data", key=key, parents={}, facts=facts) as aside:
+    with build_artifact(folder, kind="data", name="data", key=key, parents={}, facts=facts) as aside:
         for name, documents in splits.items():
             _write(aside / f"{name}.jsonl", documents)
     return read_manifest(folder)

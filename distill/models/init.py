@@ -13,7 +13,7 @@ from eval.core.sections import Student
 ROWS = 64  # training rows that tell which layers matter
 
 
-def start(
+def init_student(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Student, rows: list[Row], seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The student before its first step, and what to note in its manifest.

@@ -101,7 +101,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 @contextmanager
-def tapped(end: nn.Module) -> Iterator[list[Tensor]]:
+def capture_input(end: nn.Module) -> Iterator[list[Tensor]]:
     """Inside, the output embedding hands its input on in place of logits, and leaves it in the list.
 
     So the last hidden state is had from the forward pass of a whole model, wrapped or not, whatever its
@@ -122,7 +122,7 @@ def tapped(end: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def watched(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[Tensor]]:
+def capture_layers(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[Tensor]]:
     """Inside, every forward pass of the model leaves the hidden states of `layers` in the list: 0 is the
     embedding, and the last one, as transformers gives it, has been through the final norm.
 
@@ -166,7 +166,7 @@ def check_head(model: PreTrainedModel, batch: Batch) -> None:
     training, batch = model.training, batch.to(model.device)
     model.eval()
     own = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.mask]
-    with tapped(output_embedding(model)) as seen:
+    with capture_input(output_embedding(model)) as seen:
         model(**batch.inputs, use_cache=False)
     model.train(training)
     found = head_of(model)(seen[0][:, :-1][batch.mask])

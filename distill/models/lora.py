@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TunedModel:
     """A model to train, and what makes a plain one of it afterwards."""
 
     model: PreTrainedModel
     merged: Callable[[], PreTrainedModel]
 
 
-def tuned(
+def add_adapters(
     model: PreTrainedModel, config: Student, seed: int, *, device: torch.device, dtype: torch.dtype
-) -> Tuned:
+) -> TunedModel:
     """The student as the study trains it; `seed` decides the first weights of adapters.
 
     LoRA (Hu et al. 2021, arXiv:2106.09685) leaves the model's own weights as they are. QLoRA (Dettmers et
@@ -48,11 +48,11 @@ def tuned(
         UserError: no module has such a name; QLoRA without CUDA or without bitsandbytes.
     """
     if config.tuning == "full":
-        return Tuned(model, lambda: model)
+        return TunedModel(model, lambda: model)
     torch.manual_seed(seed)
     if config.tuning == "lora":
         adapted = adapt(model, config)
-        return Tuned(adapted.get_base_model(), adapted.merge_and_unload)
+        return TunedModel(adapted.get_base_model(), adapted.merge_and_unload)
     check_device(config, device)
     return quantized_and_tuned(model, config, device, dtype)
 
@@ -114,7 +114,7 @@ def _settings(model: PreTrainedModel, config: Student) -> LoraConfig:
 
 def quantized_and_tuned(
     plain: PreTrainedModel, config: Student, device: torch.device, dtype: torch.dtype
-) -> Tuned:
+) -> TunedModel:
     """NF4 matrices, frozen, with adapters beside; `plain` holds the same ones, and takes the adapters."""
     with TemporaryDirectory() as folder, quiet():
         plain.save_pretrained(folder)  # transformers quantizes while it loads, and only then
@@ -130,7 +130,7 @@ def quantized_and_tuned(
         set_peft_model_state_dict(whole, get_peft_model_state_dict(adapted, save_embedding_layers=False))
         return whole.merge_and_unload()
 
-    return Tuned(adapted.get_base_model(), merged)
+    return TunedModel(adapted.get_base_model(), merged)
 
 
 def matrices(model: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from distill.losses.teacher_output import Dense, Sampled, States, Target, Teacher, TopK
 from distill.models.generation import uniforms
 from distill.teachers.codec import draw, pack, packed_bytes, unpack
-from eval.core.artifacts import Manifest, digest, verified
+from eval.core.artifacts import Manifest, digest, verify_artifact
 from eval.core.documents import Batch, Row, batches, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.sections import Targets
@@ -288,7 +288,7 @@ class CachedTeacher:
     """
 
     def __init__(self, folder: Path, rows: list[Row], form: Form, lineage: dict[str, Any]) -> None:
-        check_lineage(folder, verified(folder), lineage | form.facts)
+        check_lineage(folder, verify_artifact(folder), lineage | form.facts)
         self.form = form
         self.files = [safe_open(p, framework="numpy") for p in sorted(folder.glob("shard-*.safetensors"))]
         names = [name for name in self.files[0].keys() if name not in ("row", "size")]  # noqa: SIM118

@@ -13,12 +13,20 @@ from transformers import PreTrainedModel
 
 from distill.data.sources import training_rows
 from distill.losses.teacher_output import Target
-from distill.method import Method, MethodContext, checked, make_method
-from distill.models.lm_head import watched
+from distill.method import Method, MethodContext, check_output, make_method
+from distill.models.lm_head import capture_layers
 from distill.models.load import check_same_tokenizer, load_quantized
 from distill.trainer.distributed import is_sharded, shard_teacher
 from distill.trainer.loop import Curve, accelerator
-from distill.trainer.stage import CODE, in_steps, made, needed, rows_shape, run_training, sweep
+from distill.trainer.stage import (
+    CODE,
+    build_shared,
+    delete_scratch,
+    is_missing,
+    rows_shape,
+    run_training,
+    step_progress,
+)
 from eval.core.artifacts import digest, read_manifest
 from eval.core.documents import Batch, Row, tokens_per_batch
 from eval.core.errors import UserError
@@ -47,15 +55,15 @@ class LiveTeacher:
     def log_probs(self, batch: Batch) -> Tensor:
         """[B, T, V] log-probabilities, checked."""
         batch = batch.to(self.model.device)
-        signal = checked(self.method.signal(self.model, batch), batch, self.vocabulary, self.name)
+        signal = check_output(self.method.signal(self.model, batch), batch, self.vocabulary, self.name)
         answer = signal.at(torch.ones_like(batch.input_ids, dtype=torch.bool))
         return answer.part(0, batch.input_ids.numel()).view(*batch.input_ids.shape, -1)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Target:
         batch = batch.to(self.model.device)
-        with watched(self.model, self.layers) as seen:
-            signal = checked(self.method.signal(self.model, batch), batch, self.vocabulary, self.name)
+        with capture_layers(self.model, self.layers) as seen:
+            signal = check_output(self.method.signal(self.model, batch), batch, self.vocabulary, self.name)
         if self.layers and len(signal.heads) > 1:
             found = f"a teacher of {len(signal.heads)} models"
             raise UserError("train.loss.hidden", found, "take a method that is one model, or leave it out")
@@ -146,7 +154,7 @@ def _bench(
             key=key,
             seed=seed,
             teacher=None,
-            report=in_steps(report, 0.5),
+            report=step_progress(report, 0.5),
         )
 
     rows = partial(training_rows, study, tokenizer)
@@ -164,7 +172,7 @@ def _fit_inputs(study: Study, side: str, seed: int, bases: tuple[int, ...]) -> l
     return [CODE, method_of(study, side).identity, parents, rows_shape(study), seed]
 
 
-def fitted(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], report: Progress) -> str:
+def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], report: Progress) -> str:
     """Fits the method where it has something to fit; the hash of what was fitted."""
     method = method_of(study, side)
     if type(method).fit is Method.fit:
@@ -172,11 +180,11 @@ def fitted(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], re
     name = f"method/{teacher_name(side, seeds)}"
     parents = _teacher_parents(study, tuple(sorted({seeds[0], *bases})))
     key = digest(_fit_inputs(study, side, seeds[0], bases))
-    if needed(study.folder / name, key):
+    if is_missing(study.folder / name, key):
         facts = {"arm": side, "seed": seeds[0], "method": study.method.name}
-        with made(study, name, kind="method", key=key, parents=parents, facts=facts) as aside:
+        with build_shared(study, name, kind="method", key=key, parents=parents, facts=facts) as aside:
             method.fit(_bench(study, teacher_name(side, seeds), aside, seeds[0], bases, report))
-        sweep(study, teacher_name(side, seeds))
+        delete_scratch(study, teacher_name(side, seeds))
     return read_manifest(study.folder / name).hash
 
 
@@ -213,7 +221,7 @@ def is_scored(study: Study, side: str, seeds: list[int], teacher: str) -> bool:
 
 
 @contextmanager
-def teaching(
+def run_teacher(
     study: Study, side: str, seeds: list[int], bases: tuple[int, ...], split: bool = False
 ) -> Iterator[LiveTeacher]:
     """The teacher of a group, with its method attached; with `split`, in shards where the student is."""
@@ -231,12 +239,12 @@ def teaching(
         yield LiveTeacher(method, study.method.name, model, vocabulary, layers)
 
 
-def teacher_hash(study: Study, side: str, bases: tuple[int, ...], fitted: str) -> str:
+def teacher_hash(study: Study, side: str, bases: tuple[int, ...], fit_method: str) -> str:
     """Fingerprint of a teacher: its method, its bases, its data, what was fitted and how it is run."""
     how = [study.targets.dtype, study.targets.quantization]
     own = next(seeds[0] for group, seeds in teacher_groups(study)[side].items() if group == bases)
     parents = _teacher_parents(study, tuple(sorted({own, *bases})))
-    return digest([CODE, method_of(study, side).identity, parents, fitted, how])
+    return digest([CODE, method_of(study, side).identity, parents, fit_method, how])
 
 
 def group_of(study: Study, side: str, seed: int) -> tuple[tuple[int, ...], list[int]]:
@@ -249,6 +257,6 @@ def teacher_of(study: Study, arm: str, seed: int) -> str | None:
         return None
     side = TEACHERS[arm]
     bases, seeds = group_of(study, side, seed)
-    fitted = study.folder / "method" / teacher_name(side, seeds)
+    fit_method = study.folder / "method" / teacher_name(side, seeds)
     has_fit = type(method_of(study, side)).fit is not Method.fit
-    return teacher_hash(study, side, bases, read_manifest(fitted).hash if has_fit else "")
+    return teacher_hash(study, side, bases, read_manifest(fit_method).hash if has_fit else "")

@@ -17,19 +17,19 @@ from distill.teachers.cache import CachedTeacher, Form, join, make_form, write_s
 from distill.teachers.run import (
     TEACHERS,
     LiveTeacher,
-    fitted,
+    fit_method,
     group_of,
     is_scored,
+    run_teacher,
     score_teacher,
     teacher_hash,
     teacher_name,
     teacher_of,
-    teaching,
 )
 from distill.teachers.texts import count_texts, read_texts, write_texts
 from distill.trainer.loop import accelerator
 from distill.trainer.rollout import OnPolicy
-from distill.trainer.stage import CODE, made, needed, rows_shape, scratch, sweep
+from distill.trainer.stage import CODE, build_shared, delete_scratch, is_missing, rows_shape, scratch
 from eval.core.artifacts import digest, read_manifest
 from eval.core.documents import Row, pad_id, tokens_per_batch
 from eval.core.errors import UserError
@@ -43,7 +43,7 @@ WRITTEN = ("on_policy", "sequence")  # sources whose rows are written
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TargetSource:
     """What one student is trained on: rows, a teacher if it has one, and who rewrites the rows of a step."""
 
     rows: list[Row]
@@ -51,7 +51,7 @@ class Lesson:
     rewrite: OnPolicy | None = None
 
 
-def check_lesson(study: Study) -> None:
+def check_target_source(study: Study) -> None:
     """Refuses now what training would refuse after bases and teachers are made.
 
     Raises:
@@ -78,15 +78,15 @@ def check_lesson(study: Study) -> None:
 
 def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], report: Progress) -> None:
     """Fits the method, scores the teacher for its seeds and writes its targets: what is not done yet."""
-    teacher = teacher_hash(study, side, bases, fitted(study, side, seeds, bases, report))
+    teacher = teacher_hash(study, side, bases, fit_method(study, side, seeds, bases, report))
     name, key = f"targets/{teacher_name(side, seeds)}", _targets_key(study, teacher)
-    missing = study.targets.source in KEPT and needed(study.folder / name, key)
+    missing = study.targets.source in KEPT and is_missing(study.folder / name, key)
     scored = is_scored(study, side, seeds, teacher)
     acc = accelerator()
     acc.wait_for_everyone()  # all have looked before the first one writes
     if scored and not missing:
         return
-    with teaching(study, side, seeds, bases) as live:
+    with run_teacher(study, side, seeds, bases) as live:
         if missing:
             _keep(study, name, key, live, teacher, report)
         if not scored and acc.is_main_process:
@@ -115,10 +115,10 @@ def _keep(study: Study, name: str, key: str, live: LiveTeacher, teacher: str, re
     acc.wait_for_everyone()
     tokens = sum(row.predicted for row in rows) if study.targets.source == "cached" else count_texts(place)
     parents = {"base": read_manifest(base).hash, "data": facts["data"]}
-    with made(study, name, kind="targets", key=key, parents=parents, facts=facts) as aside:
+    with build_shared(study, name, kind="targets", key=key, parents=parents, facts=facts) as aside:
         if acc.is_main_process:
             facts |= join(place, aside, tokens)
-    sweep(study, name)
+    delete_scratch(study, name)
 
 
 def form_of(study: Study, base: Path) -> Form:
@@ -146,28 +146,30 @@ def _targets_key(study: Study, teacher: str) -> str:
     return digest([CODE, teacher, rows_shape(study), _matters(study.targets), temperature])
 
 
-def lesson_key(study: Study, arm: str) -> Any:
+def target_source_key(study: Study, arm: str) -> Any:
     """What decides a student's lesson beside its rows and its teacher."""
     return _matters(study.targets) if arm in TEACHERS else None
 
 
 @contextmanager
-def lesson(study: Study, arm: str, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[Lesson]:
+def open_target_source(
+    study: Study, arm: str, seed: int, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[TargetSource]:
     """What a student learns from: rows alone, or rows and its teacher."""
     rows, targets = training_rows(study, tokenizer), study.targets
     teacher = teacher_of(study, arm, seed)
     if teacher is None:
-        yield Lesson(rows)
+        yield TargetSource(rows)
         return
     bases, seeds = group_of(study, TEACHERS[arm], seed)
     folder = study.folder / "targets" / teacher_name(TEACHERS[arm], seeds)
     base = study.folder / "base" / f"s{seeds[0]}"
     if targets.source == "cached":
         lineage = _lineage(study, base, teacher)
-        yield Lesson(rows, CachedTeacher(folder, rows, form_of(study, base), lineage))
+        yield TargetSource(rows, CachedTeacher(folder, rows, form_of(study, base), lineage))
     elif targets.source == "sequence":
-        yield Lesson(read_texts(folder, rows, _lineage(study, base, teacher), targets.generation))
+        yield TargetSource(read_texts(folder, rows, _lineage(study, base, teacher), targets.generation))
     else:
         writer = OnPolicy(targets.share, targets.generation, study.data.context, seed, pad_id(tokenizer))
-        with teaching(study, TEACHERS[arm], seeds, bases, split=True) as live:
-            yield Lesson(rows, live, writer if targets.source == "on_policy" else None)
+        with run_teacher(study, TEACHERS[arm], seeds, bases, split=True) as live:
+            yield TargetSource(rows, live, writer if targets.source == "on_policy" else None)

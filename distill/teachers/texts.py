@@ -7,7 +7,7 @@ from typing import Any
 
 from distill.models.generation import groups_by_length, openings, written
 from distill.teachers.cache import AGAIN, SHARDS, check_lineage, fill
-from eval.core.artifacts import verified
+from eval.core.artifacts import verify_artifact
 from eval.core.documents import Row
 from eval.core.errors import UserError
 from eval.core.sections import Generation
@@ -69,7 +69,7 @@ def read_texts(folder: Path, rows: list[Row], lineage: dict[str, str], generatio
     Raises:
         UserError: the artifact is damaged, or of another teacher, tokenizer or data, or lacks a row.
     """
-    check_lineage(folder, verified(folder), lineage)
+    check_lineage(folder, verify_artifact(folder), lineage)
     texts = {found["row"]: found for found in _lines(folder)}
     learned = []
     for row in openings(rows, generation):

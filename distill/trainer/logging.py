@@ -11,7 +11,7 @@ from typing import Protocol
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
-from eval.core.errors import UserError, one_of
+from eval.core.errors import UserError, require_one_of
 
 
 class Log(Protocol):
@@ -24,7 +24,7 @@ def check_trackers(names: list[str]) -> None:
     """Refuses a name that accelerate does not know, and a tracker that is not installed."""
     installed = {str(kind.value) for kind in get_available_trackers()}
     for name in names:
-        one_of("trackers", name, list(LOGGER_TYPE_TO_CLASS))
+        require_one_of("trackers", name, list(LOGGER_TYPE_TO_CLASS))
         if name not in installed:
             raise UserError("trackers", f"{name} is not installed", f"`pip install {name}`, or leave it out")
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from distill.losses.chunked import chunked_loss
 from distill.losses.teacher_output import Dense, States, Target
-from distill.models.lm_head import check_layers, head_of, output_embedding, tapped
+from distill.models.lm_head import capture_input, check_layers, head_of, output_embedding
 from eval.core.documents import Batch
 from eval.core.errors import UserError
 from eval.core.sections import Hidden, Train
@@ -42,7 +42,7 @@ class DistillationModule(nn.Module):
         narrow = self.settings.precision == "bf16"
         inputs = {**batch.inputs, "use_cache": False, **({"output_hidden_states": True} if pairs else {})}
         device = batch.input_ids.device.type
-        with tapped(self.end[0]) as seen, torch.autocast(device, torch.bfloat16, enabled=narrow):
+        with capture_input(self.end[0]) as seen, torch.autocast(device, torch.bfloat16, enabled=narrow):
             output = self.run(**inputs)
         places = F.pad(batch.mask, (0, 1)).flatten().nonzero()[:, 0]
         hidden = at(places, seen[0])

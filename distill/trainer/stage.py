@@ -14,7 +14,7 @@ from distill.trainer.checkpoint import Curve
 from distill.trainer.evaluate import Validation
 from distill.trainer.logging import tracked
 from distill.trainer.loop import Step, accelerator, train
-from eval.core.artifacts import building, file_sha256, is_done
+from eval.core.artifacts import build_artifact, file_sha256, is_done
 from eval.core.documents import Row, pad_id
 from eval.core.jobs import Progress
 from eval.core.sections import Train
@@ -24,7 +24,7 @@ WATCHED = {"checkpoint_every", "evaluate_every"}  # settings of a training that 
 CODE = sorted(file_sha256(p) for p in [*(ROOT / "distill").rglob("*.py"), ROOT / "eval/core/documents.py"])
 
 
-def needed(folder: Path, key: str) -> bool:
+def is_missing(folder: Path, key: str) -> bool:
     """True if `folder` must be made; every process of a launch answers before any goes on."""
     missing = not is_done(folder, key)
     accelerator().wait_for_everyone()
@@ -32,11 +32,11 @@ def needed(folder: Path, key: str) -> bool:
 
 
 @contextmanager
-def made(study: Study, name: str, **what: Any) -> Iterator[Path]:
+def build_shared(study: Study, name: str, **what: Any) -> Iterator[Path]:
     """A folder that becomes the artifact `name`; processes beside the first write to nowhere."""
     acc = accelerator()
     if acc.is_main_process:
-        with building(study.folder / name, name=name, **what) as aside:
+        with build_artifact(study.folder / name, name=name, **what) as aside:
             yield aside
     else:
         with TemporaryDirectory() as nowhere:
@@ -75,7 +75,7 @@ def run_training(
         return train(model, rows, config, pad=pad, scratch=place, log=log, **how)
 
 
-def sweep(study: Study, name: str) -> None:
+def delete_scratch(study: Study, name: str) -> None:
     """Drops the checkpoints of finished work, and those of its parts."""
     if accelerator().is_main_process:
         top, stem = study.folder / "scratch", name.replace("/", "-")
@@ -83,5 +83,5 @@ def sweep(study: Study, name: str) -> None:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def in_steps(report: Progress, share: float = 1.0) -> Callable[[Step], None]:
+def step_progress(report: Progress, share: float = 1.0) -> Callable[[Step], None]:
     return lambda step: report(share * step.number / step.of, step.tokens)

@@ -87,7 +87,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what an artifact is; absent ones are left out."""
     found = {}
     for name in VERSIONED:
@@ -112,7 +112,7 @@ def write_text(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def entries(folder: Path) -> dict[str, FileEntry]:
+def hash_files(folder: Path) -> dict[str, FileEntry]:
     """Hash and size of every file below `folder`, its own manifest left out."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     return {
@@ -126,7 +126,7 @@ def content_hash(files: dict[str, FileEntry]) -> str:
 
 
 @contextmanager
-def building(
+def build_artifact(
     folder: Path,
     *,
     kind: str,
@@ -146,7 +146,7 @@ def building(
     aside.mkdir()
     try:
         yield aside
-        files = entries(aside)
+        files = hash_files(aside)
         manifest = Manifest(
             kind=kind,
             name=name,
@@ -155,7 +155,7 @@ def building(
             files=files,
             parents=parents,
             facts=facts,
-            versions=versions(),
+            versions=library_versions(),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         write_text(aside / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
@@ -188,14 +188,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verified(folder: Path) -> Manifest:
+def verify_artifact(folder: Path) -> Manifest:
     """The manifest of `folder`, after every file has been checked against it.
 
     Raises:
         UserError: a file is missing, was added, or differs by one bit from its recorded hash.
     """
     manifest = read_manifest(folder)
-    found = entries(folder)
+    found = hash_files(folder)
     for name, entry in manifest.files.items():
         if name not in found:
             raise UserError(f"artifact {folder}", f"{name} is missing", "delete the folder and run again")
@@ -215,5 +215,5 @@ def is_done(folder: Path, key: str) -> bool:
     """True if `folder` holds a whole artifact made from `key`; a damaged one raises."""
     if not (folder / MANIFEST).is_file() or read_manifest(folder).key != key:
         return False
-    verified(folder)
+    verify_artifact(folder)
     return True

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from eval.core.sections import Frozen
-from eval.core.study import Study, find_config, read_yaml, validated
+from eval.core.study import Study, find_config, read_yaml, validate_config
 
 Quantity = Literal[
     "prefill_p50",
@@ -108,4 +108,4 @@ class Budget(Frozen):
 def load_budget(study: Study, name: str | None = None) -> Budget:
     """The study's budget, or the one named."""
     path = find_config("budgets", name or study.budget)
-    return validated(Budget, read_yaml(path), str(path))
+    return validate_config(Budget, read_yaml(path), str(path))

@@ -11,7 +11,7 @@ from typing import Any
 
 from eval.core.artifacts import Manifest, read_manifest
 from eval.core.budget import Budget
-from eval.core.errors import UserError, one_of
+from eval.core.errors import UserError, require_one_of
 from eval.core.records import PLAIN, VALIDATION, Documents, Record, Score, record_path
 from eval.core.study import Study
 
@@ -177,9 +177,9 @@ def order_of(first: Documents, other: Documents) -> list[int]:
 def check_budget(budget: Budget, recipes: list[str], slices: list[str]) -> None:
     """Every slice and variant that the budget names is there, and some target is required."""
     for name in [VALIDATION, *budget.slices]:
-        one_of(f"budget {budget.name!r}: slice without any scored document", name, slices)
+        require_one_of(f"budget {budget.name!r}: slice without any scored document", name, slices)
     for target, of in [(t, limit.of) for t in budget.targets for limit in budget.targets[t].limits.values()]:
         if of is not None:
-            one_of(f"budget {budget.name!r}: targets.{target}: variant", of, recipes)
+            require_one_of(f"budget {budget.name!r}: targets.{target}: variant", of, recipes)
     if not any(target.required for target in budget.targets.values()):
         raise UserError(f"budget {budget.name!r}", "no required target", "set required: true on one")

@@ -24,7 +24,7 @@ class UserError(ValueError):
         return type(self), (self.thing, self.found, self.fix)
 
 
-def one_of(thing: str, value: str, accepted: list[str]) -> str:
+def require_one_of(thing: str, value: str, accepted: list[str]) -> str:
     """Returns `value` if it is accepted, else raises with the nearest accepted name."""
     if value in accepted:
         return value

@@ -8,7 +8,7 @@ from pydantic import Field
 from eval.core.errors import UserError
 from eval.core.records import PLAIN
 from eval.core.sections import Frozen
-from eval.core.study import Study, find_config, read_yaml, validated
+from eval.core.study import Study, find_config, read_yaml, validate_config
 
 
 class RecipeFile(Frozen):
@@ -26,7 +26,7 @@ def read_recipe(name: str) -> tuple[Path, RecipeFile]:
         UserError: names the file, the key and what is accepted.
     """
     path = find_config("recipes", name)
-    found = validated(RecipeFile, read_yaml(path), str(path))
+    found = validate_config(RecipeFile, read_yaml(path), str(path))
     if found.name == PLAIN:
         raise UserError(
             f"{path}: name", repr(PLAIN), "this name means the uncompressed student; take another"

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from eval.core.artifacts import versions, write_text
+from eval.core.artifacts import library_versions, write_text
 from eval.core.errors import UserError
 from eval.core.sections import Frozen
 
@@ -311,7 +311,7 @@ def provenance(artifact: str, config: str, device: str = "cpu", driver: str | No
         artifact=artifact,
         config=config,
         machine=machine(device, driver),
-        versions={"python": platform.python_version(), **versions()},
+        versions={"python": platform.python_version(), **library_versions()},
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

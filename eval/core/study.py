@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from eval.core.artifacts import digest, write_text
-from eval.core.errors import UserError, one_of
+from eval.core.errors import UserError, require_one_of
 from eval.core.sections import Base, Cost, Data, Frozen, MethodChoice, Student, Targets, Train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def _unshared(value: Any) -> Any:
     return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
-def validated(model: type[M], raw: dict[str, Any], where: str) -> M:
+def validate_config(model: type[M], raw: dict[str, Any], where: str) -> M:
     """`model` built from `raw`; the first error is told with its path, value and what is accepted.
 
     Raises:
@@ -126,7 +126,7 @@ def validated(model: type[M], raw: dict[str, Any], where: str) -> M:
     loc = [str(part) for part in first["loc"]]
     thing = f"{where}: {'.'.join(loc) or 'top level'}"
     if first["type"] == "extra_forbidden":
-        one_of(f"{where}: unknown key {'.'.join(loc)}", loc[-1], _accepted(model, loc[:-1]))
+        require_one_of(f"{where}: unknown key {'.'.join(loc)}", loc[-1], _accepted(model, loc[:-1]))
     if first["type"] == "missing":
         raise UserError(thing, "missing", "add this key")
     raise UserError(thing, repr(first["input"])[:200], first["msg"])
@@ -144,7 +144,7 @@ def _accepted(model: type[BaseModel], path: list[str]) -> list[str]:
     return list(fields)
 
 
-def override(raw: dict[str, Any], words: list[str]) -> None:
+def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:
     """Lays `--train.steps 50` or `--train.steps=50` over `raw`, in place."""
     rest = list(words)
     while rest:
@@ -179,8 +179,8 @@ def load_study(where: str | Path, words: list[str] | None = None) -> Study:
             raise UserError(
                 f"run folder {path}", f"holds the study {raw.get('name')!r}", "rename the folder to it"
             )
-    override(raw, words or [])
-    return validated(Study, raw, str(path))
+    apply_overrides(raw, words or [])
+    return validate_config(Study, raw, str(path))
 
 
 def check_format(path: Path, raw: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ def check_format(path: Path, raw: dict[str, Any]) -> None:
         )
 
 
-def check_settled(study: Study) -> None:
+def check_trained(study: Study) -> None:
     """Refuses settings other than those that made the run folder: its models would be misread.
 
     Raises:
@@ -235,7 +235,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return flat
 
 
-def make_folder(study: Study) -> Path:
+def make_run_folder(study: Study) -> Path:
     """The run folder, made if it is not there.
 
     Raises:
@@ -251,7 +251,7 @@ def make_folder(study: Study) -> Path:
     return folder
 
 
-def settle(study: Study) -> None:
+def save_study(study: Study) -> None:
     """Writes the settled study into its run folder; whoever does must hold the folder.
 
     Where that changes what made the models there, they are of both settings until training has `ended`.
@@ -261,15 +261,15 @@ def settle(study: Study) -> None:
         check_format(study.folder, read_yaml(path))
     if path.is_file() and _made_by(study.folder) != study.hash():
         write_text(study.folder / CHANGED, "its models are being made anew\n")
-    write_text(path, settled_text(study))
+    write_text(path, study_text(study))
 
 
-def settled_text(study: Study) -> str:
+def study_text(study: Study) -> str:
     """What `study.yaml` of a run folder holds."""
     return yaml.safe_dump({"run_format": RUN_FORMAT, **study.model_dump(mode="json")}, sort_keys=False)
 
 
-def ended(study: Study) -> None:
+def mark_trained(study: Study) -> None:
     """Every model of the run is of the settled study."""
     (study.folder / CHANGED).unlink(missing_ok=True)
 
@@ -295,5 +295,5 @@ def study_from_command(
     known, words = parser.parse_known_args()
     study = load_study(known.study, words)
     if trained:
-        check_settled(study)
+        check_trained(study)
     return study, known

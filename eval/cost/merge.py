@@ -14,8 +14,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Artifacts
-from eval.core.errors import UserError, entry, one_of
-from eval.core.jobs import locked
+from eval.core.errors import UserError, entry, require_one_of
+from eval.core.jobs import lock_folder
 from eval.core.jsonl import lines
 from eval.core.recipes import recipe_names
 from eval.core.records import (
@@ -31,7 +31,7 @@ from eval.core.records import (
     write_record,
 )
 from eval.core.sections import Load
-from eval.core.study import Study, check_settled, load_study
+from eval.core.study import Study, check_trained, load_study
 
 ANY: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
@@ -90,7 +90,7 @@ def check_settings(record: Measured | Loaded, study: Study, place: str) -> None:
 
 def check_target(record: Measured | Loaded, budget: Budget, place: str) -> None:
     """On a target of the budget, on such a device."""
-    one_of(f"{place}: target", record.target, list(budget.targets))
+    require_one_of(f"{place}: target", record.target, list(budget.targets))
     wanted, device = budget.targets[record.target].device, record.provenance.machine.device
     if (wanted == "cpu") != (device == "cpu"):
         found = f"measured on {device!r}, the target {record.target!r} is {wanted!r}"
@@ -140,12 +140,12 @@ def joined(run: Path, study: Study, given: list[str]) -> list[Record]:
         ]
     recipes = recipe_names(study)
     for place, record in every:
-        one_of(
+        require_one_of(
             f"{place}: arm",
             record.arm,
             [FALLBACK, STUDENT, CONTROL, CE, *(TEACHERS if isinstance(record, Score) else ())],
         )
-        one_of(f"{place}: recipe", record.recipe, recipes)
+        require_one_of(f"{place}: recipe", record.recipe, recipes)
         if record.seed not in study.seeds:
             raise UserError(f"{place}: seed", record.seed, f"the study has {study.seeds}")
         if isinstance(record, Score):
@@ -171,8 +171,8 @@ def main() -> None:
     parser.add_argument("records", nargs="+", help="files of records, or copies of the run folder")
     given = parser.parse_args()
     study = load_study(given.study)
-    check_settled(study)
-    with locked(study.folder):
+    check_trained(study)
+    with lock_folder(study.folder):
         new = joined(study.folder, study, given.records)
     for record in new:
         note = "" if isinstance(record, Score) or record.prompts == TRAINING else f" ({record.prompts})"

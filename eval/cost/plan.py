@@ -14,15 +14,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verified, write_text
+from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify_artifact, write_text
 from eval.core.budget import Target, load_budget
 from eval.core.documents import TRAIN, boundary_id, read_documents
-from eval.core.errors import UserError, one_of
-from eval.core.jobs import locked
+from eval.core.errors import UserError, require_one_of
+from eval.core.jobs import lock_folder
 from eval.core.recipes import recipe_names
 from eval.core.records import PLAIN, TRAINING, Loaded, Measured, Provenance, provenance, write_record
 from eval.core.sections import Cost, Frozen
-from eval.core.study import Study, check_settled, load_study, override, validated
+from eval.core.study import Study, apply_overrides, check_trained, load_study, validate_config
 from eval.engines import Subject, engine_module, load_tokenizer, subject_of
 
 RANDOM = "random tokens, seed 0"
@@ -124,7 +124,7 @@ def chosen(every: list[Variant], recipes: list[str] | None, target: Target) -> l
     """Plain first, then the recipes named (default: all) whose engine runs on the target's device."""
     known = [v.recipe for v in every]
     for name in recipes or []:
-        one_of("--recipe", name, known)
+        require_one_of("--recipe", name, known)
     kept = []
     for variant in every:
         if recipes and variant.recipe not in (PLAIN, *recipes):
@@ -159,9 +159,9 @@ def drawn(cost: Cost, model: Path) -> list[list[int]]:
 def of_run(given: argparse.Namespace, words: list[str]) -> CostPlan:
     """The variants of a run folder, on a target of its study's budget."""
     study = load_study(given.study, words)
-    check_settled(study)
+    check_trained(study)
     targets = load_budget(study).targets
-    target = targets[one_of("--target", given.target, list(targets))]
+    target = targets[require_one_of("--target", given.target, list(targets))]
     refuse_absent(given.target, target.device)
     wanted = chosen(variants(study), given.recipe, target)
     texts = [document.text for document in read_documents(study.folder / "data", TRAIN)]
@@ -190,14 +190,14 @@ def of_folders(given: argparse.Namespace, words: list[str]) -> CostPlan:
         cost, config = study.cost, study.hash()
     else:
         raw: dict[str, Any] = {}
-        override(raw, words)
-        cost, config = validated(Settings, raw, "command line").cost, ""
+        apply_overrides(raw, words)
+        cost, config = validate_config(Settings, raw, "command line").cost, ""
     refuse_absent(given.target, given.device)
     wanted = [variant_at(Path(folder)) for folder in given.variant]
     if len({v.label for v in wanted}) < len(wanted):
         raise UserError("--variant", "the same model twice", "name each once")
     for variant in wanted:
-        one_of(
+        require_one_of(
             f"device of {variant.folder}", given.device, list(engine_module(variant.subject.engine).DEVICES)
         )
     prompts, source = drawn(cost, wanted[0].folder), RANDOM
@@ -243,7 +243,7 @@ def bench_from_command(doc: str, record: str) -> CostPlan:
         raise UserError("command line", "nothing to measure", "give --study, or --variant with folders")
     bench = of_folders(given, words) if given.variant else of_run(given, words)
     for variant in bench.wanted:
-        verified(variant.folder)
+        verify_artifact(variant.folder)
     return bench
 
 
@@ -258,7 +258,7 @@ def measure_from_command(
     """The command `eval.cost` or `eval.cost.load`: measures, stores and shows what was not `before`."""
     bench = bench_from_command(doc, record)
     study = bench.study
-    with locked(study.folder) if study else nullcontext():
+    with lock_folder(study.folder) if study else nullcontext():
         if study and before(study, bench.target, bench.wanted):
             print(f"{len(bench.wanted)} variants were measured before on {bench.target}")
             return

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eval.core.artifacts import Manifest
 from eval.core.documents import Batch
-from eval.core.errors import UserError, one_of
+from eval.core.errors import UserError, require_one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ def engine_module(name: str) -> ModuleType:
     Raises:
         UserError: there is no such engine, or what it needs is not installed.
     """
-    one_of("engine", name, [module.name for module in pkgutil.iter_modules(__path__)])
+    require_one_of("engine", name, [module.name for module in pkgutil.iter_modules(__path__)])
     return importlib.import_module(f"{__name__}.{name}")
 
 
@@ -98,7 +98,7 @@ def load_engine(name: str, folder: Path, threads: int = 1, device: str = "cpu") 
         UserError: the engine is unknown, does not run on the device, or cannot load the folder.
     """
     module = engine_module(name)
-    one_of(f"device of engine {name!r}", device, list(module.DEVICES))
+    require_one_of(f"device of engine {name!r}", device, list(module.DEVICES))
     engine = module.load(Path(folder), threads, device)
     assert isinstance(engine, Engine)
     return engine

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging as transformers_logging
 
 from eval.core.documents import Batch
-from eval.core.errors import UserError, one_of
+from eval.core.errors import UserError, require_one_of
 from eval.engines import AGAIN, Engine, first_line, load_tokenizer
 
 DEVICES = ("cpu", "cuda")
@@ -96,7 +96,7 @@ def check_folder(folder: Path) -> bool:
     check_weights(folder)
     if "quantization_config" in config:
         method = str(config["quantization_config"].get("quant_method"))
-        one_of(f"quantization of {folder}", method, ["bitsandbytes"])
+        require_one_of(f"quantization of {folder}", method, ["bitsandbytes"])
     return "quantization_config" in config
 
 

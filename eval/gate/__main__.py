@@ -20,8 +20,8 @@ from eval.core.budget import load_budget
 from eval.core.errors import EXITS, entry
 from eval.core.gate_file import STYLES, GateFile, OnTestSet, Variant
 from eval.core.study import study_from_command
-from eval.gate.decision import judged
-from eval.gate.evidence import collect
+from eval.gate.decision import evaluate_gate
+from eval.gate.evidence import collect_evidence
 from eval.stats.crossed import INCONCLUSIVE
 
 
@@ -69,7 +69,7 @@ def main() -> int:
     study, args = study_from_command(parser)
     folder = Path(args.study) if Path(args.study).is_dir() else study.folder
     budget = load_budget(study, args.budget)
-    result = judged(collect(folder, study, budget), budget)
+    result = evaluate_gate(collect_evidence(folder, study, budget), budget)
     path = folder / "gate.json"
     text = json.dumps(result.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False)
     write_text(path, text + "\n")

@@ -56,7 +56,7 @@ def case(e: Evidence, budget: Budget, found: Shares, recipe: str, before: list[s
     return Case(recipe, parts, fields)
 
 
-def joined(parts: list[Part]) -> Verdict:
+def join_verdicts(parts: list[Part]) -> Verdict:
     """An intersection-union test: all must pass; one that fails decides, unless the assay is blind.
 
     A method that makes its teacher worse fails: it was seen, and there is no gain to keep.
@@ -102,7 +102,7 @@ def variant(e: Evidence, budget: Budget, case: Case, target: str) -> Variant:
         *case.parts,
         *(cost_parts(e, target, case.recipe, limits, cost) if cost else [unmeasured(target)]),
     ]
-    verdict = joined(parts)
+    verdict = join_verdicts(parts)
     return Variant(
         **case.fields,
         target=target,
@@ -207,7 +207,7 @@ def study_verdict(
     return PASS, "; ".join(told(PASS, name, rows[name], alpha) for name in found)
 
 
-def keeps(share: Kept) -> str:
+def share_sentence(share: Kept) -> str:
     if share.point is None:
         return "keeps the asked share of the method's gain"
     return f"keeps {share.point:.2f} of the method's gain (95 % interval {share.low:.2f} to {share.high:.2f})"
@@ -223,7 +223,7 @@ def told(verdict: Verdict, target: str, rows: list[Variant], alpha: float) -> st
     """One sentence that a manager understands."""
     if verdict == PASS:
         best = next(row for row in rows if row.recommended)
-        return f"on {target} ship {best.recipe}: it {keeps(best.kept_share)} and meets every limit"
+        return f"on {target} ship {best.recipe}: it {share_sentence(best.kept_share)} and meets every limit"
     if rows and (blind := rows[0].parts[0]).verdict != PASS:
         harmful = blind.verdict == FAIL
         return (
@@ -247,7 +247,7 @@ def told(verdict: Verdict, target: str, rows: list[Variant], alpha: float) -> st
     return f"on {target} no variant passes yet; {best.recipe}: {best.reason}"
 
 
-def judged(e: Evidence, budget: Budget) -> GateFile:
+def evaluate_gate(e: Evidence, budget: Budget) -> GateFile:
     """The whole of gate.json: the same evidence gives the same bytes."""
     found = shares(e)
     before = prefixes(e.study)

@@ -24,7 +24,7 @@ from eval.core.checks import (
     check_seeds_differ,
     order_of,
 )
-from eval.core.errors import UserError, one_of
+from eval.core.errors import UserError, require_one_of
 from eval.core.gate_file import Opening
 from eval.core.recipes import recipe_names
 from eval.core.records import (
@@ -43,7 +43,7 @@ from eval.core.records import (
 from eval.core.sections import Load
 from eval.core.study import Study
 from eval.gate.openings import read_openings
-from eval.stats.crossed import linearised
+from eval.stats.crossed import linearise
 
 __all__ = ["CE", "CONTROL", "FALLBACK", "STUDENT", "TEACHERS", "artifact_folder"]  # also known from here
 Array = NDArray[np.float64]
@@ -99,14 +99,14 @@ class Evidence:
 
     def gain(self, name: str, contrast: Contrast) -> Array:
         """The same as a linearised table [S, C] in bits per byte: positive is better."""
-        return linearised(self.raw(name, contrast), self.bytes[self.columns[name]])
+        return linearise(self.raw(name, contrast), self.bytes[self.columns[name]])
 
     def scores(self, name: str, arm: str, recipe: str = PLAIN) -> Array:
         """[S, C] linearised bits per byte of one arm: lower is better."""
-        return linearised(self.bits[arm, recipe][:, self.columns[name]], self.bytes[self.columns[name]])
+        return linearise(self.bits[arm, recipe][:, self.columns[name]], self.bytes[self.columns[name]])
 
 
-def collect(folder: Path, study: Study, budget: Budget) -> Evidence:
+def collect_evidence(folder: Path, study: Study, budget: Budget) -> Evidence:
     """Reads every record below `folder` and checks that all of them speak of the same things.
 
     Raises:
@@ -114,7 +114,7 @@ def collect(folder: Path, study: Study, budget: Budget) -> Evidence:
             names a slice, variant or target that the run does not know. Both values are named.
     """
     recipes, artifacts = recipe_names(study), Artifacts(folder, study)
-    tables = Tables(artifacts, each_score(folder), wanted(study, recipes))
+    tables = Tables(artifacts, each_score(folder), wanted_models(study, recipes))
     costs = _asked_costs(study, budget, recipes, read_costs(folder))
     loads = _asked(study, budget, recipes, read_loads(folder))
     asked: list[Record] = [*costs, *loads]
@@ -122,7 +122,7 @@ def collect(folder: Path, study: Study, budget: Budget) -> Evidence:
         artifacts.check(record)
     check_budget(budget, recipes, list(tables.columns))
     grouped = by_target(folder, study, budget, costs, tables.engines)
-    return evidence(tables, recipes, grouped, by_target(folder, study, budget, loads, tables.engines))
+    return build_evidence(tables, recipes, grouped, by_target(folder, study, budget, loads, tables.engines))
 
 
 class Tables:
@@ -195,7 +195,7 @@ class Tables:
         return {model: np.stack(rows) for model, rows in self.by_seed(found).items()}
 
 
-def evidence(
+def build_evidence(
     tables: Tables,
     recipes: list[str],
     costs: dict[tuple[str, str], list[Measured]],
@@ -230,7 +230,7 @@ def evidence(
     )
 
 
-def wanted(study: Study, recipes: list[str]) -> list[Model]:
+def wanted_models(study: Study, recipes: list[str]) -> list[Model]:
     """(arm, recipe) of the scores that the study asks for; what was left by earlier settings is not read."""
     plain = [(arm, PLAIN) for arm in (FALLBACK, *TEACHERS, *study.arms)]
     return plain + [(arm, recipe) for recipe in recipes[1:] for arm in (STUDENT, CONTROL)]
@@ -242,7 +242,7 @@ def _asked_costs(study: Study, budget: Budget, recipes: list[str], costs: list[M
     if unknown := sorted(measured - set(budget.targets)):
         for name, target in budget.targets.items():
             if target.required and name not in measured:
-                one_of(f"budget {budget.name!r}: target without any cost record", name, unknown)
+                require_one_of(f"budget {budget.name!r}: target without any cost record", name, unknown)
     return _asked(study, budget, recipes, costs)
 
 

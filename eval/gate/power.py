@@ -23,11 +23,11 @@ from rich.table import Table
 from eval.core.artifacts import write_text
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import Artifacts
-from eval.core.errors import UserError, entry, one_of
+from eval.core.errors import UserError, entry, require_one_of
 from eval.core.gate_file import Estimate
 from eval.core.records import PLAIN, VALIDATION, each_score
 from eval.core.study import Study, load_study, study_from_command
-from eval.gate.evidence import Evidence, Tables, evidence, wanted
+from eval.gate.evidence import Evidence, Tables, build_evidence, wanted_models
 from eval.gate.quality import BOOTSTRAP_SEED, GAIN, PLAN_LEVEL, PLANS, estimate, kept, surplus
 from eval.stats.crossed import Array, crossed_mean
 from eval.stats.power import (
@@ -62,8 +62,8 @@ class Case:
 def pilot_of(folder: Path, study: Study) -> Evidence:
     """Scores of the uncompressed models; costs and variants are of no matter to a plan."""
     artifacts = Artifacts(folder, study)
-    tables = Tables(artifacts, each_score(folder), wanted(study, [PLAIN]))
-    return evidence(tables, [PLAIN], {})
+    tables = Tables(artifacts, each_score(folder), wanted_models(study, [PLAIN]))
+    return build_evidence(tables, [PLAIN], {})
 
 
 def planned_documents(e: Evidence, plan: Study, name: str) -> int:
@@ -79,7 +79,7 @@ def cases(e: Evidence, budget: Budget, plan: Study, gain: float | None, share: f
     """
     found = []
     for name, f in {VALIDATION: budget.f, **budget.slices}.items():
-        one_of(f"budget {budget.name!r}: slice without any scored document", name, list(e.columns))
+        require_one_of(f"budget {budget.name!r}: slice without any scored document", name, list(e.columns))
         teacher, student = e.gain(name, GAIN), e.gain(name, kept(PLAIN))
         if gain is None and share is None:
             known = float(teacher.mean())

@@ -16,7 +16,7 @@ from eval.gate.evidence import Evidence
 from eval.gate.quality import LEVEL, estimate
 from eval.score.divergence import agreement, sizes
 from eval.score.items import source_here
-from eval.stats.crossed import cluster_bounds, linearised
+from eval.stats.crossed import cluster_bounds, linearise
 
 Array = NDArray[np.float64]
 TAIL = (1 - LEVEL) / 2
@@ -73,7 +73,7 @@ def accuracy(e: Evidence, recipe: str) -> dict[str, Estimate]:
     if model not in e.correct:
         return {}
     return {
-        name: _share(linearised(e.correct[model][:, columns], sizes(e.tokens[model][:, columns])))
+        name: _share(linearise(e.correct[model][:, columns], sizes(e.tokens[model][:, columns])))
         for name, columns in e.columns.items()
     }
 

@@ -19,14 +19,14 @@ from eval.core.artifacts import digest, read_manifest
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CE, TEACHERS, Artifacts, artifact_folder
 from eval.core.documents import TEST, read_documents
-from eval.core.errors import EXITS, UserError, entry, one_of
+from eval.core.errors import EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import STYLES, GateFile, Opening
-from eval.core.jobs import Job, Report, locked, run_jobs
+from eval.core.jobs import Job, Report, lock_folder, run_jobs
 from eval.core.records import PLAIN, each_score
 from eval.core.study import Study, study_from_command
 from eval.engines import subject_of
-from eval.gate.decision import joined, judged, keeps
-from eval.gate.evidence import Evidence, Model, Tables, collect, evidence, wanted
+from eval.gate.decision import evaluate_gate, join_verdicts, share_sentence
+from eval.gate.evidence import Evidence, Model, Tables, build_evidence, collect_evidence, wanted_models
 from eval.gate.openings import opening_path, write_opening
 from eval.gate.quality import GAIN, Shares, assay, estimate, fallback, guard, kept, over_fallback, retention
 from eval.score.scoring import score_folder
@@ -35,14 +35,14 @@ from eval.score.scoring import score_folder
 def models(study: Study, recipe: str) -> list[Model]:
     """(arm, recipe) of what is judged: B, T1, T0, S1 and S0, and the variants of S1 and S0."""
     recipes = [PLAIN] if recipe == PLAIN else [PLAIN, recipe]
-    return [model for model in wanted(study, recipes) if model[0] != CE]
+    return [model for model in wanted_models(study, recipes) if model[0] != CE]
 
 
 def chosen(gate: GateFile, e: Evidence, variant: str | None) -> tuple[str, str | None]:
     """The variant to open the documents for, and the target that it was recommended for."""
     picks = {recipe: target for target, recipe in reversed(gate.recommended.items()) if recipe is not None}
     if variant is not None:
-        one_of("variant", variant, e.recipes)
+        require_one_of("variant", variant, e.recipes)
         return variant, picks.get(variant)
     if len(picks) != 1:
         found = f"the gate recommends {', '.join(sorted(picks)) or 'none'}"
@@ -126,7 +126,7 @@ def judge_test_set(e: Evidence, budget: Budget, opening: Opening) -> Opening:
     recipe, alpha = opening.recipe, budget.alpha
     artifacts = Artifacts(e.folder, e.study)
     tables = Tables(artifacts, each_score(e.folder, "test"), models(e.study, recipe))
-    seen = evidence(tables, [PLAIN, recipe], {})
+    seen = build_evidence(tables, [PLAIN, recipe], {})
     assert list(seen.columns) == [TEST]
     parts = [
         assay(seen, TEST, alpha),
@@ -138,7 +138,7 @@ def judge_test_set(e: Evidence, budget: Budget, opening: Opening) -> Opening:
     return opening.model_copy(
         update={
             "documents": len(seen.bytes),
-            "verdict": joined(parts),
+            "verdict": join_verdicts(parts),
             "parts": parts,
             "teacher_gain": estimate(seen.gain(TEST, GAIN)),
             "kept_share": shares.of(kept(recipe), GAIN, TEST),
@@ -154,7 +154,11 @@ def show(console: Console, opening: Opening, path: Path) -> None:
         console.print(
             Text.assemble(f"{part.name}: ", (part.verdict, STYLES[part.verdict]), f" - {part.reason}")
         )
-    told = keeps(opening.kept_share) if opening.kept_share.point is not None else "its share is undefined"
+    told = (
+        share_sentence(opening.kept_share)
+        if opening.kept_share.point is not None
+        else "its share is undefined"
+    )
     console.print(
         Text.assemble(
             (opening.verdict, STYLES[opening.verdict]),
@@ -175,9 +179,9 @@ def main() -> int:
     study, args = study_from_command(parser)
     folder = Path(args.study) if Path(args.study).is_dir() else study.folder
     budget = load_budget(study, args.budget)
-    with locked(folder):
-        e = collect(folder, study, budget)
-        recipe, target = chosen(judged(e, budget), e, args.variant)
+    with lock_folder(folder):
+        e = collect_evidence(folder, study, budget)
+        recipe, target = chosen(evaluate_gate(e, budget), e, args.variant)
         check_teachers(e)
         opening = opened(e, budget, recipe, target, args.by, args.reason)
         write_opening(folder, opening)

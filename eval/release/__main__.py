@@ -17,19 +17,27 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.core.artifacts import MANIFEST, building, digest, entries, file_sha256, read_manifest, write_text
+from eval.core.artifacts import (
+    MANIFEST,
+    build_artifact,
+    digest,
+    file_sha256,
+    hash_files,
+    read_manifest,
+    write_text,
+)
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
 from eval.core.documents import TRAIN, boundary_id, read_documents
-from eval.core.errors import UserError, entry, one_of
+from eval.core.errors import UserError, entry, require_one_of
 from eval.core.gate_file import GateFile
 from eval.core.records import PLAIN, read_scores, record_path
 from eval.core.study import Study, load_study, study_from_command
 from eval.engines import load_engine, load_tokenizer, subject_of
-from eval.gate.evidence import Evidence, collect
+from eval.gate.evidence import Evidence, collect_evidence
 from eval.release.card import card
 from eval.release.contract import contract, inputs, lineage, shipped
-from eval.release.contract_file import CONTRACT, Contract, Signature, Target, written
+from eval.release.contract_file import CONTRACT, Contract, Signature, Target, contract_text
 from eval.release.golden_answers import canaries
 from eval.release.reference import reference
 from eval.signoff.keys import from_raw, public_key
@@ -83,7 +91,7 @@ def wanted(run: Path, words: list[str]) -> dict[str, str]:
     known = read_gate(run).budget["targets"]
     for word in words:
         target, equals, recipe = word.rpartition("=")
-        signed = [one_of("--variant: target", target, list(known))] if equals else []
+        signed = [require_one_of("--variant: target", target, list(known))] if equals else []
         signed = signed or [name for name in known if (run / FOLDER / f"{recipe}-{name}.json").is_file()]
         if not signed:
             fix = f"run python -m eval.signoff --study {run} --variant {recipe} --by NAME --key FILE"
@@ -122,7 +130,7 @@ def verified_case(run: Path, words: list[str], trusted: "SSlibKey | None", today
     if missing := sorted(required - set(said)):
         fix = f"sign a variant on {missing[0]} and add {missing[0]}=RECIPE"
         raise UserError("release", f"the budget requires the target {missing[0]}", fix)
-    return Case(run, study, budget, read_gate(run), collect(run, study, budget), said)
+    return Case(run, study, budget, read_gate(run), collect_evidence(run, study, budget), said)
 
 
 @dataclass
@@ -175,7 +183,7 @@ class Folder:
             "context": promise.inputs.context_tokens,
         }
         self.write(INDEX, _json({**facts, "targets": index, "fallback": fallback}))
-        self.write(CONTRACT, written(promise))
+        self.write(CONTRACT, contract_text(promise))
         self.write(CARD, card(promise, case.gate, case.study.base.path))
         self.write("lineage.json", _json(lineage(case.run, case.evidence, case.recipes)))
         shutil.copy(TEMPLATES / LOADER, self.place / LOADER)
@@ -239,7 +247,7 @@ def rehearse(place: Path, targets: list[str]) -> None:
     Raises:
         UserError: the release would serve its fallback from the first day, or nothing at all.
     """
-    write_text(place / MANIFEST, _json({"files": {n: e.model_dump() for n, e in entries(place).items()}}))
+    write_text(place / MANIFEST, _json({"files": {n: e.model_dump() for n, e in hash_files(place).items()}}))
     done = subprocess.run(
         [sys.executable, "-I", "-c", REHEARSAL, *targets],
         cwd=place,
@@ -266,7 +274,9 @@ def build(case: Case, out: Path, owner: str, made: date) -> Contract:
         raise UserError(f"release {out}", "is there already", "delete it, or give another place with --out")
     parents = {f"{target}: {said.recipe}": digest(said.files) for target, said in case.said.items()}
     name = f"release of {case.study.name}"
-    with building(out, kind="release", name=name, key=digest(parents), parents=parents, facts={}) as place:
+    with build_artifact(
+        out, kind="release", name=name, key=digest(parents), parents=parents, facts={}
+    ) as place:
         promise = Folder(case, place).fill(owner, made)
         rehearse(place, [name for name, target in promise.targets.items() if present(target)])
     return promise

@@ -19,7 +19,7 @@ from eval.core.errors import UserError
 from eval.core.gate_file import Estimate, Kept
 from eval.core.sections import Frozen
 from eval.signoff.statement import Waiver
-from eval.stats.crossed import Verdict, cluster_bounds, linearised
+from eval.stats.crossed import Verdict, cluster_bounds, linearise
 
 Array = NDArray[np.float64]
 CONTRACT = "contract.yaml"
@@ -108,7 +108,7 @@ class Contract(Frozen):
     inputs: Inputs
 
 
-def written(contract: Contract) -> str:
+def contract_text(contract: Contract) -> str:
     return yaml.safe_dump(contract.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -130,7 +130,7 @@ def read_contract(folder: Path) -> Contract:
 
 def saved(minus: ArrayLike, bits: ArrayLike, size: ArrayLike) -> np.ndarray:
     """[C] linearised bits per byte that a model saves against another on the same C documents."""
-    return linearised(np.subtract(minus, bits)[None, :], size)[0]
+    return linearise(np.subtract(minus, bits)[None, :], size)[0]
 
 
 def over_documents(z: ArrayLike, level: float = 0.95) -> Estimate:
@@ -154,7 +154,7 @@ class Bits:
 
     def level(self, of: Of) -> Array:
         """[C] linearised bits per byte of one model."""
-        return linearised(getattr(self, of)[None, :], self.bytes)[0]
+        return linearise(getattr(self, of)[None, :], self.bytes)[0]
 
     def over(self, of: Of) -> Array:
         """[C] linearised bits per byte that the release saves over another."""

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from eval.core.artifacts import read_manifest
 from eval.core.errors import entry
-from eval.core.jobs import Job, Report, locked, run_jobs
+from eval.core.jobs import Job, Report, lock_folder, run_jobs
 from eval.core.records import VALIDATION, read_marks, read_scores
 from eval.core.study import Study, study_from_command
 from eval.engines import subject_of
@@ -59,7 +59,7 @@ def table(title: str, rows: Rows) -> Table:
 def main() -> None:
     study, _ = study_from_command(argparse.ArgumentParser(description=__doc__))
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
-    with locked(study.folder):
+    with lock_folder(study.folder):
         done = score_run(study)
     if done:
         title = "bits per byte, lower is better"

@@ -13,7 +13,7 @@ from rich.table import Table
 from eval.core.artifacts import read_manifest
 from eval.core.errors import entry
 from eval.core.gate_file import Difference
-from eval.core.jobs import Job, locked, run_jobs
+from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.recipes import recipe_names
 from eval.core.records import read_agreements
 from eval.core.study import Study, study_from_command
@@ -58,7 +58,7 @@ def _cell(of: Difference, factor: float, unit: str) -> str:
 def main() -> None:
     study, _ = study_from_command(argparse.ArgumentParser(description=__doc__))
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
-    with locked(study.folder):
+    with lock_folder(study.folder):
         done = compare_run(study)
     Console().print(table(study))
     print(

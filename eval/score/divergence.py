@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval.core.artifacts import MANIFEST, Manifest, read_manifest, verified
+from eval.core.artifacts import MANIFEST, Manifest, read_manifest, verify_artifact
 from eval.core.checks import STUDENT, artifact_folder
 from eval.core.documents import Batch, Document, read_documents, tokens_per_batch
 from eval.core.errors import UserError
@@ -30,7 +30,7 @@ from eval.core.records import (
 from eval.core.study import Study
 from eval.engines import Engine, load_engine, subject_of
 from eval.metrics.likelihood import Predict, likeliest, pieces, prepared, refuse_infinite
-from eval.stats.crossed import crossed_mean, linearised
+from eval.stats.crossed import crossed_mean, linearise
 
 PIECE = 2**16  # entries of one comparison: its dozen intermediates stay in a core's cache
 RERUN_DOCUMENTS = 4  # the noise floor is told from so many
@@ -159,11 +159,11 @@ def compare_folder(run: Path, study: Study, folder: Path, report: Report = lambd
     Raises:
         UserError: an artifact is damaged, the two have different vocabularies, or one is not finite.
     """
-    manifest = verified(folder)
+    manifest = verify_artifact(folder)
     subject = subject_of(manifest)
     at = artifact_folder(run, subject.arm, subject.seed, PLAIN)
     assert at is not None, "variants are made of students"
-    student, data = verified(at), run / "data"
+    student, data = verify_artifact(at), run / "data"
     one = load_engine(subject_of(student).engine, at)
     engine = load_engine(subject.engine, folder)
     if one.vocabulary != engine.vocabulary:
@@ -242,8 +242,8 @@ def agreement(
     flips, kl = (np.array([getattr(r, name) for r in found], float) for name in ("flips", "kl_bits"))
     again = [rerun for r in found for rerun in r.reruns.values()]
     return (
-        _difference(linearised(flips, size), max(r.flips / r.tokens for r in again), "share"),
-        _difference(linearised(kl, size), max(r.kl_bits / r.tokens for r in again), "bits/token"),
+        _difference(linearise(flips, size), max(r.flips / r.tokens for r in again), "share"),
+        _difference(linearise(kl, size), max(r.kl_bits / r.tokens for r in again), "bits/token"),
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.core.artifacts import digest, file_sha256
-from eval.core.errors import UserError, one_of
+from eval.core.errors import UserError, require_one_of
 from eval.core.jsonl import objects
 from eval.core.sections import Task
 
@@ -92,7 +92,7 @@ def read_items(task: Task) -> list[Item]:
 
 def _item(where: str, raw: dict[str, Any], number: str, task: Task) -> Item:
     for field in raw:
-        one_of(f"{where}: unknown field", field, FIELDS)
+        require_one_of(f"{where}: unknown field", field, FIELDS)
     prompt, choices, answer = raw.get("prompt"), raw.get("choices", []), raw.get("answer")
     answers: list[Any] = answer if isinstance(answer, list) else [answer]
     if not isinstance(prompt, str) or not prompt.strip():

@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import fmean
 
-from eval.core.artifacts import read_manifest, verified
+from eval.core.artifacts import read_manifest, verify_artifact
 from eval.core.errors import UserError
 from eval.core.jobs import Report
 from eval.core.records import Marked, provenance, read_marks, write_record
@@ -23,7 +23,7 @@ def mark_folder(
     Raises:
         UserError: the artifact is damaged or cannot be loaded, or an item does not fit.
     """
-    manifest = verified(folder)
+    manifest = verify_artifact(folder)
     subject, loaded = subject_of(manifest), list[Engine]()
     for done, name in enumerate(names, start=1):
         task = study.data.tasks[name]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.core.artifacts import MANIFEST, read_manifest, verified
+from eval.core.artifacts import MANIFEST, read_manifest, verify_artifact
 from eval.core.documents import TEST, read_documents, scored_slices, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.jobs import Report
@@ -82,7 +82,7 @@ def score_folder(
     Raises:
         UserError: the artifact is damaged, cannot be loaded, or gives a likelihood that is not finite.
     """
-    manifest = verified(folder)
+    manifest = verify_artifact(folder)
     subject = subject_of(manifest)
     engine = load_engine(subject.engine, folder)
     tokenizer, data = engine.tokenizer, run / "data"

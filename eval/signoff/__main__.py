@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from eval.core.artifacts import MANIFEST, verified, write_text
+from eval.core.artifacts import MANIFEST, verify_artifact, write_text
 from eval.core.budget import load_budget
 from eval.core.errors import EXIT_FAIL, EXIT_PASS, UserError, entry
 from eval.core.gate_file import GateFile
@@ -131,7 +131,7 @@ def stated(
     refuse_old_report(run)
     folders = artifacts(run, gate, recipe)
     for folder in folders.values():
-        verified(folder)
+        verify_artifact(folder)
     files = signed_files(run, gate, recipe)
     names = [(folders[place] / MANIFEST).relative_to(run).as_posix() for place in folders]
     subjects = [name for name, place in zip(names, folders, strict=True) if _is_subject(place, recipe)]

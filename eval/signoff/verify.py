@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from eval.core.artifacts import MANIFEST, verified
+from eval.core.artifacts import MANIFEST, verify_artifact
 from eval.core.budget import Budget, Target, load_budget
-from eval.core.errors import UserError, one_of
+from eval.core.errors import UserError, require_one_of
 from eval.core.gate_file import GateFile, Variant
 from eval.core.records import PLAIN
 from eval.core.study import Study, find_config, load_study
-from eval.gate.decision import judged, ships
-from eval.gate.evidence import CONTROL, FALLBACK, STUDENT, artifact_folder, collect
+from eval.gate.decision import evaluate_gate, ships
+from eval.gate.evidence import CONTROL, FALLBACK, STUDENT, artifact_folder, collect_evidence
 from eval.signoff.statement import Policy, Predicate, Statement, expired, read, signed_digest
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
 
@@ -68,15 +68,15 @@ def judged_again(run: Path, study: Study, budget: Budget, gate: GateFile) -> str
     Raises:
         UserError: the records, artifacts and budget do not fit each other.
     """
-    now = judged(collect(run, study, budget), budget)
+    now = evaluate_gate(collect_evidence(run, study, budget), budget)
     return difference(gate.model_dump(mode="json"), now.model_dump(mode="json"))
 
 
 def row_of(gate: GateFile, recipe: str, target: str) -> Variant:
     """The row of gate.json; UserError with the nearest name where there is none."""
-    one_of("--target", target, sorted({row.target for row in gate.variants}))
+    require_one_of("--target", target, sorted({row.target for row in gate.variants}))
     rows = {row.recipe: row for row in gate.variants if row.target == target}
-    return rows[one_of(f"variant on {target}", recipe, list(rows))]
+    return rows[require_one_of(f"variant on {target}", recipe, list(rows))]
 
 
 def unmeasured(gate: GateFile, row: Variant) -> str | None:
@@ -185,7 +185,7 @@ def _artifacts(said: Predicate, run: Path) -> Iterator[str]:
         if not (folder / MANIFEST).is_file():
             continue  # told as a missing file
         try:
-            verified(folder)
+            verify_artifact(folder)
         except UserError as error:
             yield f"{error.thing}: {error.found}"
 

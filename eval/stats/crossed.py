@@ -32,7 +32,7 @@ def t_quantile(alpha: float, nu: ArrayLike) -> Array:
     return -stdtrit(nu, alpha)
 
 
-def linearised(bits: ArrayLike, size: ArrayLike) -> Array:
+def linearise(bits: ArrayLike, size: ArrayLike) -> Array:
     """Per-document values whose plain mean is the corpus score, a ratio of sums.
 
     Bits per byte R = sum(bits) / sum(bytes) is no mean of documents: a long one counts more, and the

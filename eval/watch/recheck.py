@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eval.core.artifacts import MANIFEST, entries, file_sha256, read_manifest, verified
+from eval.core.artifacts import MANIFEST, file_sha256, hash_files, read_manifest, verify_artifact
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, order_of
 from eval.core.documents import Document, tokens_per_batch
-from eval.core.errors import EXIT_FAIL, EXITS, UserError, entry, one_of
+from eval.core.errors import EXIT_FAIL, EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import STYLES
 from eval.core.jsonl import objects
 from eval.core.records import PLAIN, VALIDATION, Documents, read_scores
@@ -57,21 +57,21 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
     """
     fix = "get the release again"
     was = read_manifest(release).files
-    found = {name: file for name, file in entries(release).items() if not name.startswith(COMPILED)}
+    found = {name: file for name, file in hash_files(release).items() if not name.startswith(COMPILED)}
     for name in sorted({*was, *found}):
         if found.get(name) != was.get(name):
             how = "missing" if name not in found else "changed" if name in was else "not part of it"
             raise UserError(f"release {release}", f"{name} is {how}", fix)
     contract = read_contract(release)
     name = target or next(iter(contract.targets))
-    shipped = contract.targets[one_of("--target", name, list(contract.targets))]
+    shipped = contract.targets[require_one_of("--target", name, list(contract.targets))]
     statement, _ = read(release / FOLDER / f"{shipped.recipe}-{name}.json", trusted)
     said = statement.predicate
     for place, signed in signed_places(contract, shipped).items():
         if file_sha256(release / place) != said.files.get(signed):
             raise UserError(f"release {release}", f"{place} is not the {signed} that was signed", fix)
     for folder in (f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"):
-        verified(release / folder)  # their manifests were signed: the files must be theirs
+        verify_artifact(release / folder)  # their manifests were signed: the files must be theirs
     if apart := difference(contract.model_dump(mode="json"), restated(release, contract, name, said)):
         raise UserError(f"release {release}", f"its contract is not what was signed: {apart}", fix)
     return contract, name
@@ -216,7 +216,7 @@ class Result:
 def recheck(release: Path, contract: Contract, target: str, name: str, documents: list[Document]) -> Result:
     """The contract of one target and slice, on new documents."""
     shipped, reference = contract.targets[target], reference_of(release)
-    one_of("--slice", name, sorted(set(shipped.gain) & set(reference.unigram)))
+    require_one_of("--slice", name, sorted(set(shipped.gain) & set(reference.unigram)))
     folders = [f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"]
     context = contract.inputs.context_tokens
     ours, control, base = (scored(release / folder, documents, context) for folder in folders)

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from compress.recipe import Context
 from distill.data.sources import prepare, training_rows
 from distill.trainer.loop import train
-from eval.core.artifacts import building
+from eval.core.artifacts import build_artifact
 from eval.core.sections import Train
-from eval.core.study import Study, load_study, settle
+from eval.core.study import Study, load_study, save_study
 from eval.engines.torch import load_checkpoint
 from tests.helpers import tiny_model, tiny_study, tiny_tokenizer
 
@@ -29,7 +29,7 @@ def fake_run(folder: Path, recipes: list[str], seeds: list[int] | None = None, l
     """A settled study with data and with students S1 and S0 of every seed, slightly trained."""
     torch.set_num_threads(1)
     study = load_study(tiny_study(folder, recipes=recipes, seeds=seeds or [0], workers=1))
-    settle(study)
+    save_study(study)
     prepare(study)
     tokenizer = tiny_tokenizer(VOCAB)
     rows = training_rows(study, tokenizer)
@@ -47,7 +47,9 @@ def fake_run(folder: Path, recipes: list[str], seeds: list[int] | None = None, l
 def add_student(study: Study, arm: str, seed: int, model: PreTrainedModel, tokenizer) -> None:
     name = f"students/{arm}/s{seed}"
     facts = {"arm": arm, "seed": seed, "recipe": "plain", "engine": "torch"}
-    with building(study.folder / name, kind="model", name=name, key="k", parents={}, facts=facts) as aside:
+    with build_artifact(
+        study.folder / name, kind="model", name=name, key="k", parents={}, facts=facts
+    ) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
 

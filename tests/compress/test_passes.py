@@ -11,7 +11,7 @@ from compress.calibration import calibration_rows, mean_loss
 from compress.model_size import size_of
 from compress.recipe import PassReport, known_passes, make_pass
 from distill.data.sources import training_rows
-from eval.core.artifacts import content_hash, entries
+from eval.core.artifacts import content_hash, hash_files
 from eval.core.errors import UserError
 from tests.compress.shop import context_of, fake_run, model_of
 from tests.helpers import tiny_model
@@ -47,7 +47,7 @@ def make(name, options):
 
 def saved(model, folder) -> str:
     model.save_pretrained(folder)
-    return content_hash(entries(folder))
+    return content_hash(hash_files(folder))
 
 
 def test_every_pass_has_cases():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.build import compare, made_folder, make_variants, publish
 from compress.run import pending
-from eval.core.artifacts import entries, read_manifest, verified
+from eval.core.artifacts import hash_files, read_manifest, verify_artifact
 from eval.core.errors import UserError
 from eval.engines.torch import load_checkpoint
 from tests.compress.shop import add_student, fake_run, recipe_file
@@ -68,7 +68,7 @@ def done(tmp_path_factory):
         recipe_file(folder, "four", {"pass": "bitsandbytes", "format": "nf4"}, target="gpu"),
     ]
     study = fake_run(folder, recipes, seeds=[0])
-    students = entries(study.folder / "students")
+    students = hash_files(study.folder / "students")
     result = compress(study)
     assert result.returncode == 0, result.stderr
     return study, students, result
@@ -90,7 +90,7 @@ def test_every_recipe_is_applied_to_both_arms(done):
         assert manifest.parents["student"] == read_manifest(study.folder / "students" / arm / seed).hash
         assert manifest.parents["data"] == read_manifest(study.folder / "data").hash
         assert facts["reload"]["log_prob_difference"] < 1e-3
-        verified(folder)
+        verify_artifact(folder)
 
 
 def test_reports_follow_each_other(done):
@@ -112,7 +112,7 @@ def test_the_output_is_plain_lines_and_nothing_of_the_libraries(done):
 
 def test_parents_are_not_touched_and_no_scratch_is_left(done):
     study, students, _ = done
-    assert entries(study.folder / "students") == students
+    assert hash_files(study.folder / "students") == students
     assert not (study.folder / "scratch" / "variants").exists()
     assert not list(study.folder.glob("variants/**/.*"))
 

@@ -10,8 +10,13 @@ import yaml
 from distill.data.sources import training_rows
 from distill.pipeline import base_jobs, make_student, prepare_inputs, teacher_jobs
 from distill.teachers import run as teachers
-from distill.teachers.run import LiveTeacher, group_of, load_running, teacher_of, teaching
-from distill.teachers.target_source import check_lesson, lesson, lesson_key, make_teacher
+from distill.teachers.run import LiveTeacher, group_of, load_running, run_teacher, teacher_of
+from distill.teachers.target_source import (
+    check_target_source,
+    make_teacher,
+    open_target_source,
+    target_source_key,
+)
 from distill.trainer.loop import accelerator, optimizers
 from distill.trainer.rollout import OnPolicy
 from eval.core.artifacts import read_manifest
@@ -153,7 +158,7 @@ def test_a_teacher_runs_in_bfloat16_where_it_shall(cached):
     answers = []
     for some in (study, online(cached[0])):
         bases, seeds = group_of(some, "T1", 0)
-        with teaching(some, "T1", seeds, bases) as live:
+        with run_teacher(some, "T1", seeds, bases) as live:
             answers.append(live.log_probs(collate(rows[:2], 0)))
             if some is study:
                 assert {p.dtype for m in (live.model, *live.method._others) for p in m.parameters()} == {
@@ -180,7 +185,7 @@ def test_a_quantized_teacher_says_about_the_same(cached, name):
     answers = []
     for some in (study, online(cached[0])):
         bases, seeds = group_of(some, "T1", 0)
-        with teaching(some, "T1", seeds, bases) as live:
+        with run_teacher(some, "T1", seeds, bases) as live:
             answers.append(live.log_probs(collate(rows[:2], 0)))
     assert 0 < float((answers[0] - answers[1]).abs().mean()) < 0.2
 
@@ -194,7 +199,7 @@ def test_what_a_teacher_writes_is_learned(cached):
     for side, arm in (("T1", "S1"), ("T0", "S0")):
         bases, seeds = group_of(study, side, 0)
         make_teacher(study, side, seeds, bases, quiet)
-        with lesson(study, arm, 0, tokenizer) as told:
+        with open_target_source(study, arm, 0, tokenizer) as told:
             assert told.teacher is None
             learned[side] = told.rows
     rows = training_rows(study, tokenizer)
@@ -224,12 +229,12 @@ def test_what_does_not_go_together_is_told_before_anything_is_made(tmp_path, wor
         for part in (f"--{name}", yaml.safe_dump(value, default_flow_style=True))
     ]
     with pytest.raises(UserError, match=told):
-        check_lesson(load_study(tiny_study(tmp_path), overrides))
+        check_target_source(load_study(tiny_study(tmp_path), overrides))
 
 
 def test_only_what_matters_decides_a_lesson(cached):
     def key(arm="S1", **targets):
-        return lesson_key(cached[0].model_copy(update={"targets": Targets(**targets)}), arm)
+        return target_source_key(cached[0].model_copy(update={"targets": Targets(**targets)}), arm)
 
     assert key(form="sampled") != key(form="sampled", draws=20) != key(form="dense")
     assert key(form="dense") == key(form="dense", draws=20, share=0.1)

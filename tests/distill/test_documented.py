@@ -6,10 +6,10 @@ import pytest
 
 from distill.pipeline import jobs_until, prepare_inputs
 from distill.trainer.loop import accelerator
-from eval.core.artifacts import verified
+from eval.core.artifacts import verify_artifact
 from eval.core.errors import UserError
 from eval.core.jobs import run_in_turn
-from eval.core.study import Study, find_config, make_folder, override, read_yaml, validated
+from eval.core.study import Study, apply_overrides, find_config, make_run_folder, read_yaml, validate_config
 from tests.helpers import ROOT, SHAPE, write_corpus
 
 ENTRY = "accelerate launch distill/train.py "
@@ -46,7 +46,7 @@ def test_the_command_runs(small, command):
     stage = words[3] if words[2:3] == ["--until"] else "students"
     words = words[4:] if stage != "students" else words[2:]
     raw = read_yaml(ROOT / "configs" / "studies" / "small.yaml")
-    override(raw, words)
+    apply_overrides(raw, words)
     for top in ("runs", "seeds", "trackers"):
         raw[top] = small[top]
     raw["data"] |= {k: v for k, v in small["data"].items() if k != "packing"}
@@ -55,12 +55,12 @@ def test_the_command_runs(small, command):
         section.update(steps=1, rows=2)
     raw.setdefault("targets", {})["generation"] = {"prompt_tokens": 4, "new_tokens": 4}
     raw["name"] = "small"
-    study = validated(Study, raw, command)
-    make_folder(study)
+    study = validate_config(Study, raw, command)
+    make_run_folder(study)
     if any(word in command for word in NEEDS_CUDA):
         with pytest.raises(UserError, match="CUDA"):
             prepare_inputs(study, accelerator())
         return
     prepare_inputs(study, accelerator())
     run_in_turn("train", jobs_until(study, stage), quiet=True)
-    verified(study.folder / ("students/S1/s0" if stage == "students" else "targets/T1/s0"))
+    verify_artifact(study.folder / ("students/S1/s0" if stage == "students" else "targets/T1/s0"))

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill.losses.teacher_output import Dense
 from distill.models.layers import decoder_layers, keep_layers
 from distill.models.load import export
-from distill.models.lora import tuned
+from distill.models.lora import add_adapters
 from distill.trainer.loop import train
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
@@ -87,7 +87,9 @@ def test_a_family_is_distilled_exported_and_loaded_again(family, tokenizer, tmp_
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     names = dict(model.named_parameters()).keys()
     assert step(model, tmp_path / "full") >= {n for n in names if n.endswith("proj.weight")}
-    adapted = tuned(model, Student(tuning="lora", rank=2), 0, device=torch.device("cpu"), dtype=torch.float32)
+    adapted = add_adapters(
+        model, Student(tuning="lora", rank=2), 0, device=torch.device("cpu"), dtype=torch.float32
+    )
     changed = step(adapted.model, tmp_path / "lora")
     assert changed, "adapters learn"
     assert all("lora_" in name for name in changed), "and they alone"

@@ -5,7 +5,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.models.lm_head import CAPS, SCALES, Head, check_head, head_of, output_embedding, tapped, watched
+from distill.models.lm_head import (
+    CAPS,
+    SCALES,
+    Head,
+    capture_input,
+    capture_layers,
+    check_head,
+    head_of,
+    output_embedding,
+)
 from distill.trainer.module import DistillationModule
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
@@ -96,7 +105,7 @@ def test_a_tap_leaves_nothing_behind_and_a_wrapped_model_is_tapped_too():
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(tiny_model(), lora)
     for one in (model, wrapped):
-        with tapped(output_embedding(one)) as seen, torch.no_grad():
+        with capture_input(output_embedding(one)) as seen, torch.no_grad():
             handed = one(**some.inputs, use_cache=False).logits
             assert torch.equal(handed, seen[0])
             assert handed.shape == (*some.input_ids.shape, 64)
@@ -115,12 +124,12 @@ def test_a_watched_model_leaves_its_layers_whatever_calls_it():
     plain = model(**some.inputs, use_cache=False, output_hidden_states=True)
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     for call in (model, get_peft_model(model, lora)):
-        with watched(model, [0, 2]) as seen, torch.no_grad():
+        with capture_layers(model, [0, 2]) as seen, torch.no_grad():
             call(**some.inputs, use_cache=False)
         torch.testing.assert_close(seen, [plain.hidden_states[0], plain.hidden_states[2]])
     with (
         pytest.raises(UserError, match=r"layer 3; the teacher has layers 0 .* to 2"),
-        watched(model, [3]),
+        capture_layers(model, [3]),
     ):
         model(**some.inputs, use_cache=False)
     assert "forward" not in vars(model)

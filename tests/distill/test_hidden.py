@@ -8,7 +8,7 @@ import torch
 
 from distill.losses.teacher_output import Sampled
 from distill.method import plain_signal
-from distill.models.lm_head import watched
+from distill.models.lm_head import capture_layers
 from distill.trainer.loop import train
 from distill.trainer.module import DistillationModule, distance, layer_widths
 from eval.core.documents import collate
@@ -26,7 +26,7 @@ def live(model, layers):
     @torch.no_grad()
     def teach(batch):
         places = torch.nn.functional.pad(batch.mask, (0, 1))
-        with watched(model, layers) as seen:
+        with capture_layers(model, layers) as seen:
             signal = plain_signal(model, batch=batch)
         return type(signal.at(places))(
             **{**vars(signal.at(places)), "layers": tuple(layer[places] for layer in seen)}

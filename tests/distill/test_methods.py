@@ -10,7 +10,7 @@ from distill.method import (
     Method,
     MethodContext,
     TeacherOutput,
-    checked,
+    check_output,
     known_methods,
     make_method,
     method_class,
@@ -75,7 +75,7 @@ def mixed(rows):
 
 def answer(method, teacher, batch):
     """[B, T, V] log-probabilities, checked."""
-    signal = checked(method.signal(teacher, batch), batch, 320, "method")
+    signal = check_output(method.signal(teacher, batch), batch, 320, "method")
     everywhere = torch.ones_like(batch.input_ids, dtype=torch.bool)
     return signal.at(everywhere).part(0, everywhere.numel()).view(*everywhere.shape, 320)
 
@@ -232,7 +232,7 @@ def test_a_method_that_returns_something_else_is_refused(returned, told, rows):
         batch.ids, batch.documents, batch.domains, batch.input_ids[:, :4], batch.attention_mask[:, :4]
     )
     with pytest.raises(UserError, match=f"method 'mine': .*{told}"):
-        checked(returned, batch, 320, "mine")
+        check_output(returned, batch, 320, "mine")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_hidden_states_are_checked_as_well(hidden, heads, told, rows):
     row = rows[0]
     batch = collate([type(row)(row.document, row.domain, 0, row.tokens[:4])], 0)
     with pytest.raises(UserError, match=f"method 'mine': .*{told}"):
-        checked(TeacherOutput(hidden=[hidden], heads=heads), batch, 320, "mine")
+        check_output(TeacherOutput(hidden=[hidden], heads=heads), batch, 320, "mine")
 
 
 def test_names_are_answered_with_the_nearest():

@@ -8,7 +8,7 @@ from distill.losses.chunked import answer
 from distill.losses.divergences import distillation_loss
 from distill.losses.teacher_output import Dense, Sampled, TopK
 from distill.teachers.cache import CachedTeacher, cut, join, make_form, write_shards
-from eval.core.artifacts import building, read_manifest
+from eval.core.artifacts import build_artifact, read_manifest
 from eval.core.documents import Row, batches, collate
 from eval.core.errors import UserError
 from eval.core.sections import Loss, Targets
@@ -45,7 +45,7 @@ def cache(folder, form, some, teacher, **how):
     """The artifact, made as a study makes it."""
     write_shards(folder / "parts", some, teacher, form, pad=0, report=lambda share: None, **how)
     facts = {**LINEAGE, **form.facts}
-    with building(folder / "t", kind="targets", name="t", key="k", parents={}, facts=facts) as aside:
+    with build_artifact(folder / "t", kind="targets", name="t", key="k", parents={}, facts=facts) as aside:
         facts |= join(folder / "parts", aside, sum(row.predicted for row in some))
     return folder / "t"
 

@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.data.sources import prepare
 from distill.models.card import model_card
-from distill.models.init import start
+from distill.models.init import init_student
 from distill.models.layers import block_influence, decoder_layers, every, influential
 from distill.models.load import fresh_model
-from distill.models.lora import quantized_and_tuned, tuned
+from distill.models.lora import add_adapters, quantized_and_tuned
 from distill.trainer.checkpoint import Checkpoints
 from distill.trainer.evaluate import Validation
 from distill.trainer.loop import accelerator, train
@@ -86,12 +86,12 @@ def test_the_layers_of_least_influence_are_left_out(tokenizer):
             layer.mlp.down_proj.weight.zero_()
     assert influential(model, [BATCH], 3) == [0, 2, 4]
     before = logits(model)
-    student, found = start(model, tokenizer, Student(start="influential", layers=3), ROWS, seed=0)
+    student, found = init_student(model, tokenizer, Student(start="influential", layers=3), ROWS, seed=0)
     assert found == {"kept_layers": [0, 2, 4]}
     assert student.config.num_hidden_layers == 3
     torch.testing.assert_close(logits(student), before)
     with pytest.raises(UserError, match=r"student\.layers: 4; the base has 3"):
-        start(student, tokenizer, Student(start="every", layers=4), ROWS, seed=0)
+        init_student(student, tokenizer, Student(start="every", layers=4), ROWS, seed=0)
 
 
 def test_a_fresh_student_has_the_vocabulary_of_its_teacher(tokenizer):
@@ -99,8 +99,8 @@ def test_a_fresh_student_has_the_vocabulary_of_its_teacher(tokenizer):
     architecture = {"model_type": "qwen3", **SHAPE, "head_dim": 16, "num_hidden_layers": 1}
     config = Student(start="fresh", architecture=architecture)
     base = tiny_model(len(tokenizer) + 16)
-    one, _ = start(base, tokenizer, config, ROWS, seed=0)
-    same, other = (start(base, tokenizer, config, ROWS, seed=s)[0] for s in (0, 1))
+    one, _ = init_student(base, tokenizer, config, ROWS, seed=0)
+    same, other = (init_student(base, tokenizer, config, ROWS, seed=s)[0] for s in (0, 1))
     assert type(one).__name__ == "Qwen3ForCausalLM"
     assert one.config.vocab_size == len(tokenizer) + 16
     assert torch.equal(logits(one), logits(same))
@@ -119,11 +119,11 @@ def test_what_does_not_go_together_is_refused():
         with pytest.raises(ValueError, match=told):
             Student(**settings)
     with pytest.raises(UserError, match=r"student\.tuning: qlora; NF4 needs CUDA"):
-        tuned(tiny_model(), Student(tuning="qlora"), 0, **CPU)
+        add_adapters(tiny_model(), Student(tuning="qlora"), 0, **CPU)
     with pytest.raises(UserError, match=r"student\.modules: \['attention'\]; Target modules"):
-        tuned(tiny_model(), Student(tuning="lora", modules=["attention"]), 0, **CPU)
+        add_adapters(tiny_model(), Student(tuning="lora", modules=["attention"]), 0, **CPU)
     with pytest.raises(UserError, match=r"leave lm_head out"):
-        tuned(tiny_model(), Student(tuning="lora", modules=["lm_head"]), 0, **CPU)
+        add_adapters(tiny_model(), Student(tuning="lora", modules=["lm_head"]), 0, **CPU)
 
 
 def test_a_router_with_a_bias_of_its_own_is_not_adapted():
@@ -133,8 +133,8 @@ def test_a_router_with_a_bias_of_its_own_is_not_adapted():
     config = AutoConfig.for_model("glm4_moe", vocab_size=64, **SHAPE, **experts, **width)
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match=r"student\.modules: 'all-linear' takes in .*mlp\.gate"):
-        tuned(copy.deepcopy(model), Student(tuning="lora"), 0, **CPU)
-    adapted = tuned(model, Student(tuning="lora", modules=["q_proj", "o_proj"]), 0, **CPU)
+        add_adapters(copy.deepcopy(model), Student(tuning="lora"), 0, **CPU)
+    adapted = add_adapters(model, Student(tuning="lora", modules=["q_proj", "o_proj"]), 0, **CPU)
     ids = torch.arange(8)[None]
     adapted.model(input_ids=ids, labels=ids).loss.backward()
     assert type(adapted.merged()).__name__ == "Glm4MoeForCausalLM"
@@ -144,7 +144,7 @@ def lora(model, folder, seed=0, **changes):
     config = Train(
         **{"steps": 4, "rows": 4, "checkpoint_every": 1, "optimizer": Optimizer(lr=0.01), **changes}
     )
-    adapted = tuned(model, Student(tuning="lora", rank=4, dropout=0.1), seed, **CPU)
+    adapted = add_adapters(model, Student(tuning="lora", rank=4, dropout=0.1), seed, **CPU)
     how = {"pad": 0, "seed": seed, "teacher": None, "scratch": folder}
     return adapted, lambda **more: train(adapted.model, ROWS, config, **how, **more)
 

@@ -10,7 +10,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.pipeline import make_base, make_student
-from eval.core.artifacts import read_manifest, verified
+from eval.core.artifacts import read_manifest, verify_artifact
 from eval.core.errors import UserError
 from eval.core.records import each_score, read_scores
 from eval.core.study import load_study
@@ -109,7 +109,7 @@ def test_students_of_every_kind_load_and_generate_where_this_project_is_absent(t
         changed = load_study(path, ["--runs", str(tmp_path / "runs"), f"--student={json.dumps(student)}"])
         make_student(changed, "S1", 0, lambda share, tokens=0: None)
         made = changed.folder / "students" / "S1" / "s0"
-        verified(made)
+        verify_artifact(made)
         assert read_manifest(made).parents == read_manifest(folders[0]).parents, "base, data and teacher stay"
         assert read_manifest(made).facts.get("kept_layers") in (None, [0], [1])
         assert (made / "generation_config.json").is_file()

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.models.load import train_tokenizer
-from eval.core.artifacts import Manifest, building, digest, read_manifest
-from eval.core.study import load_study, make_folder, settle
+from eval.core.artifacts import Manifest, build_artifact, digest, read_manifest
+from eval.core.study import load_study, make_run_folder, save_study
 from tests.helpers import WORDS, text, tiny_model, tiny_study
 
 CONTEXT = 32
@@ -21,7 +21,7 @@ def put(run: Path, name: str, fill, **facts: Any) -> Manifest:
     """Writes the artifact `name`; `fill` writes into the folder that it is given."""
     folder = run / name
     kind = "variant" if name.startswith("variants") else "model"
-    with building(folder, kind=kind, name=name, key=digest(name), parents={}, facts=facts) as aside:
+    with build_artifact(folder, kind=kind, name=name, key=digest(name), parents={}, facts=facts) as aside:
         fill(aside)
     return read_manifest(folder)
 
@@ -48,7 +48,7 @@ def put_data(run: Path, **extra: str) -> None:
         made = [{"id": n, "domain": domain, "text": t, "bytes": len(t.encode())} for n, t in texts.items()]
         return "".join(json.dumps(row) + "\n" for row in made)
 
-    with building(run / "data", kind="data", name="data", key="data", parents={}, facts={}) as aside:
+    with build_artifact(run / "data", kind="data", name="data", key="data", parents={}, facts={}) as aside:
         (aside / "train.jsonl").write_text(rows("code", range(100, 110)))
         (aside / "validation.jsonl").write_text(rows("code", range(6), extra))
         (aside / "test.jsonl").write_text(rows("code", range(20, 22)))
@@ -59,8 +59,8 @@ def fake_run(folder: Path, **changes: Any) -> tuple[Path, Path]:
     """(study file, run folder) with data, a base, S1 and S0 of one seed."""
     given = {"seeds": [0], "cost": COST, "workers": 1, "recipes": ["int8", "wanda50"], **changes}
     path = tiny_study(folder, **given)
-    run = make_folder(load_study(path))
-    settle(load_study(path))
+    run = make_run_folder(load_study(path))
+    save_study(load_study(path))
     put_data(run)
     for seed, (name, arm) in enumerate(
         {"base/s0": "B", "students/S1/s0": "S1", "students/S0/s0": "S0"}.items()

@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 
 from eval.core.budget import load_budget
 from eval.core.study import load_study
-from eval.gate.decision import judged
-from eval.gate.evidence import collect
+from eval.gate.decision import evaluate_gate
+from eval.gate.evidence import collect_evidence
 from eval.signoff.__main__ import stated
 from eval.signoff.keys import private_key
 from eval.signoff.statement import signed
@@ -18,7 +18,7 @@ def gate(run):
     """gate.json as the gate writes it."""
     study = load_study(run.path)
     budget = load_budget(study)
-    result = judged(collect(run.path, study, budget), budget).model_dump(mode="json")
+    result = evaluate_gate(collect_evidence(run.path, study, budget), budget).model_dump(mode="json")
     (run.path / "gate.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from eval.core.artifacts import building, read_manifest
+from eval.core.artifacts import build_artifact, read_manifest
 from eval.core.gate_file import GateFile, Variant
 from eval.core.records import Documents, Machine, Measured, Process, Provenance, Score, write_record
-from eval.core.study import ROOT, Study, settled_text
+from eval.core.study import ROOT, Study, study_text
 
 HOST = Machine(host="box", system="Linux", cpu="some CPU", isa="AVX512", cores=2, device="cpu")
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.02}  # bits/byte better than B
@@ -91,7 +91,7 @@ class Run:
 
     def artifact(self, place: str, parents: dict[str, str] | None = None, content: str = "") -> str:
         facts: dict = {}
-        with building(
+        with build_artifact(
             self.path / place, kind="model", name=place, key=place, parents=parents or {}, facts=facts
         ) as aside:
             (aside / "model.safetensors").write_text(content or place)
@@ -155,7 +155,7 @@ class Run:
                 f"name: {name}\ntarget: cpu\npasses: [{{pass: {name}}}]\n"
             )
         (self.folder / "budget.yaml").write_text(yaml.safe_dump(self.budget))
-        (self.path / "study.yaml").write_text(settled_text(self.study))
+        (self.path / "study.yaml").write_text(study_text(self.study))
         data = {"data": self.artifact("data")}
         for seed in self.seeds:
             base = self.artifact(f"base/s{seed}", data)

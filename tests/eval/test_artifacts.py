@@ -6,13 +6,15 @@ import sys
 
 import pytest
 
-from eval.core.artifacts import building, digest, is_done, read_manifest, verified, write_text
+from eval.core.artifacts import build_artifact, digest, is_done, read_manifest, verify_artifact, write_text
 from eval.core.errors import UserError
 from tests.helpers import ROOT
 
 
 def make(folder, key="k", text="one"):
-    with building(folder, kind="model", name="m", key=key, parents={"data": "d"}, facts={"seed": 1}) as aside:
+    with build_artifact(
+        folder, kind="model", name="m", key=key, parents={"data": "d"}, facts={"seed": 1}
+    ) as aside:
         (aside / "sub").mkdir()
         (aside / "sub" / "a.txt").write_text(text)
         (aside / "b.bin").write_bytes(bytes(range(10)))
@@ -20,7 +22,7 @@ def make(folder, key="k", text="one"):
 
 def test_a_manifest_tells_every_file_and_its_bytes(tmp_path):
     make(tmp_path / "x")
-    manifest = verified(tmp_path / "x")
+    manifest = verify_artifact(tmp_path / "x")
     assert set(manifest.files) == {"sub/a.txt", "b.bin"}
     assert manifest.bytes == 13
     assert manifest.parents == {"data": "d"}
@@ -46,13 +48,13 @@ def test_a_failure_leaves_nothing_and_keeps_what_was(tmp_path):
     before = read_manifest(tmp_path / "x")
 
     def fail():
-        with building(tmp_path / "x", kind="model", name="m", key="new", parents={}, facts={}) as aside:
+        with build_artifact(tmp_path / "x", kind="model", name="m", key="new", parents={}, facts={}) as aside:
             (aside / "half").write_text("written")
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
         fail()
-    assert verified(tmp_path / "x") == before
+    assert verify_artifact(tmp_path / "x") == before
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
@@ -101,7 +103,7 @@ def test_every_harm_is_told(tmp_path, harm, told):
     make(tmp_path / "x")
     harm(tmp_path / "x")
     with pytest.raises(UserError, match=told):
-        verified(tmp_path / "x")
+        verify_artifact(tmp_path / "x")
 
 
 def test_files_are_written_whole(tmp_path):

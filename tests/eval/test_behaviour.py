@@ -6,8 +6,8 @@ import pytest
 from eval.core.budget import load_budget
 from eval.core.records import Agreement, Bins, Items, Marked, Rerun, read_scores, write_record
 from eval.core.sections import Task
-from eval.gate.decision import judged
-from eval.gate.evidence import collect
+from eval.gate.decision import evaluate_gate
+from eval.gate.evidence import collect_evidence
 from eval.score.items import source
 from tests.eval.synthetic_run import Run
 
@@ -52,7 +52,7 @@ def quality(run):
     data = run.study.data.model_copy(update={"tasks": {"pick": PICK}})
     study = run.study.model_copy(update={"data": data})
     budget = load_budget(study)
-    return judged(collect(run.path, study, budget), budget).quality
+    return evaluate_gate(collect_evidence(run.path, study, budget), budget).quality
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 from eval.core.budget import load_budget
 from eval.core.errors import UserError
 from eval.cost.meters import NONE, Counter, device_memory, meter_of, nvml, rapl
-from eval.gate.decision import judged
-from eval.gate.evidence import collect
+from eval.gate.decision import evaluate_gate
+from eval.gate.evidence import collect_evidence
 from tests.eval.synthetic_run import Run, edit, row
 
 RANGE = 262_143_328_850  # microjoules, of a real package
@@ -85,7 +85,7 @@ def test_the_gate_holds_energy_where_there_is_a_meter(tmp_path, joules, meter, v
     for path in (toy.path / "records/cost/cpu").rglob("*.json"):
         edit(path, lambda record: [process.update(energy=energy) for process in record["processes"]])
     budget = load_budget(toy.study)
-    part = row(judged(collect(toy.path, toy.study, budget), budget), "int8").parts[-1]
+    part = row(evaluate_gate(collect_evidence(toy.path, toy.study, budget), budget), "int8").parts[-1]
     assert (part.name, part.verdict, part.reason) == ("cost:energy", verdict, words)
 
 

@@ -11,7 +11,7 @@ from eval.core.artifacts import read_manifest
 from eval.core.budget import load_budget
 from eval.core.errors import UserError
 from eval.core.study import load_study
-from eval.gate.evidence import collect
+from eval.gate.evidence import collect_evidence
 from tests.eval.synthetic_run import Run, change_score, copied, edit
 
 
@@ -279,7 +279,9 @@ def test_bad_input_is_one_clear_line(made: Path, tmp_path: Path, name: str):
     spoil, words = BAD[name]
     spoil(run)
     with pytest.raises(UserError) as error:
-        collect(run.path, load_study(run.path), load_budget(run.study, str(tmp_path / "budget.yaml")))
+        collect_evidence(
+            run.path, load_study(run.path), load_budget(run.study, str(tmp_path / "budget.yaml"))
+        )
     for word in words:
         assert word in str(error.value)
 

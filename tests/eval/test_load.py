@@ -20,8 +20,8 @@ from eval.cost.estimates import knees, load_result
 from eval.cost.load import measured_before, rates_of, shares, table
 from eval.cost.plan import of_run, variants
 from eval.cost.worker import in_turn
-from eval.gate.decision import judged
-from eval.gate.evidence import collect
+from eval.gate.decision import evaluate_gate
+from eval.gate.evidence import collect_evidence
 from eval.stats.queueing import capacity, finished, knee, outcome, poisson
 from tests.eval.fake_run import COST, fake_run
 from tests.eval.synthetic_run import HOST, Run, row
@@ -256,7 +256,7 @@ def put_load(toy, recipe, services, **changes):
 
 def verdict_of(toy):
     budget = load_budget(toy.study)
-    return judged(collect(toy.path, toy.study, budget), budget)
+    return evaluate_gate(collect_evidence(toy.path, toy.study, budget), budget)
 
 
 def test_throughput_is_held_from_below(busy):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from eval.core.artifacts import building
+from eval.core.artifacts import build_artifact
 from eval.core.errors import UserError
 from eval.core.gate_file import Estimate, Kept
 from eval.release.contract_file import Bits, Gain, Promise, read_contract
@@ -184,7 +184,9 @@ def test_a_release_that_is_not_the_signed_one_is_refused(release, tmp_path):
     shutil.copy(copy / "fallback/model.safetensors", weights)
     shutil.copy(copy / "fallback/manifest.json", weights.parent)
     (copy / "manifest.json").unlink()
-    with building(tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}) as place:
+    with build_artifact(
+        tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}
+    ) as place:
         shutil.copytree(copy, place, dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"control/small/manifest\.json is not the variants/small/S0/s0"):
         checked(tmp_path / "forged", None, None)
@@ -194,7 +196,9 @@ def test_other_weights_under_a_signed_manifest_are_refused(release, tmp_path):
     copy = shutil.copytree(release, tmp_path / "copy")
     shutil.copy(copy / "fallback/model.safetensors", copy / "variants/small/model.safetensors")
     (copy / "manifest.json").unlink()
-    with building(tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}) as place:
+    with build_artifact(
+        tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}
+    ) as place:
         shutil.copytree(copy, place, dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"artifact .*variants/small: model\.safetensors has sha256"):
         checked(tmp_path / "forged", None, None)
@@ -221,7 +225,9 @@ def test_a_softer_contract_under_a_new_manifest_is_refused(release, tmp_path, pl
     inner[place[-1]] = value
     (copy / "contract.yaml").write_text(yaml.safe_dump(contract))
     (copy / "manifest.json").unlink()
-    with building(tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}) as aside:
+    with build_artifact(
+        tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}
+    ) as aside:
         shutil.copytree(copy, aside, dirs_exist_ok=True)
     with pytest.raises(UserError, match=rf"not what was signed: {re.escape('.'.join(place))}"):
         checked(tmp_path / "forged", None, None)

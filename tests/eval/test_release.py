@@ -13,18 +13,18 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from eval.core.artifacts import file_sha256, read_manifest, verified
+from eval.core.artifacts import file_sha256, read_manifest, verify_artifact
 from eval.core.documents import Document
 from eval.core.errors import UserError
 from eval.engines import load_engine
 from eval.release.__main__ import build, told, verified_case, wanted
 from eval.release.card import card
-from eval.release.contract_file import Contract, read_contract, written
+from eval.release.contract_file import Contract, contract_text, read_contract
 from eval.release.golden_answers import canaries, clear
 from eval.signoff.keys import new_key
 from eval.signoff.statement import Waiver
 from eval.signoff.verify import read_gate
-from eval.stats.crossed import linearised
+from eval.stats.crossed import linearise
 from tests.eval import real_run
 
 DAY = date(2026, 6, 2)
@@ -57,7 +57,7 @@ def rewrite(release, name, change):
 def test_a_release_holds_what_it_promises(released_run, release):
     run = released_run
     contract = read_contract(release)
-    verified(release)
+    verify_artifact(release)
     shipped = contract.targets["cpu"]
     row = next(v for v in read_gate(run.path).variants if v.recipe == "small")
     assert shipped.artifact == read_manifest(release / "variants/small").hash == row.hashes.artifact["0"]
@@ -69,7 +69,7 @@ def test_a_release_holds_what_it_promises(released_run, release):
     size = np.array([d.bytes for d in documents])
     saved = np.subtract(real_run.bits("S0", "validation")[0], real_run.bits("S1", "validation")[0])
     assert gain.over_control.measured.point == pytest.approx(saved.sum() / size.sum())
-    assert linearised(saved[None], size).mean() == pytest.approx(gain.over_control.measured.point)
+    assert linearise(saved[None], size).mean() == pytest.approx(gain.over_control.measured.point)
     assert [cost.verdict for cost in shipped.fallback_cost] == ["PASS", "PASS"]
     assert contract.inputs.domains == {"code": 16, "prose": 8}
     assert (contract.owner, contract.expires, contract.inputs.context_tokens) == ("Team A", None, 64)
@@ -113,7 +113,7 @@ def test_a_waiver_is_shown_wherever_the_release_is(released_run, release):
     assert "WAIVED until 2026-07-01: a demonstration" in "\n".join(told(waived, release))
     text = card(waived, read_gate(released_run.path), None)
     assert "**Shipped on a waiver until 2026-07-01.** On cpu the verdict is FAIL" in text
-    assert Contract.model_validate(yaml.safe_load(written(waived))) == waived
+    assert Contract.model_validate(yaml.safe_load(contract_text(waived))) == waived
 
 
 def test_the_loader_serves_what_was_released(release, loader):

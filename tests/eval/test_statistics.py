@@ -14,7 +14,7 @@ from eval.stats.crossed import (
     effects,
     fieller,
     holm,
-    linearised,
+    linearise,
     mean_squares,
     percentile_bounds,
     pigeonhole,
@@ -149,11 +149,11 @@ def test_a_gain_below_the_resolution_does_not_pass(rng):
 def test_linearised_mean_is_the_ratio_of_sums(rng):
     size = rng.integers(100, 5000, 50)
     bits = rng.normal(2.5, 0.2, size=(4, 50)) * size
-    z = linearised(bits, size)
+    z = linearise(bits, size)
     assert z.mean() == pytest.approx(bits.sum() / (4 * size.sum()))
     np.testing.assert_allclose(z.mean(1), bits.sum(1) / size.sum())
     other = bits * rng.normal(1, 0.1, size=bits.shape)
-    np.testing.assert_allclose(linearised(bits - other, size), z - linearised(other, size), atol=1e-9)
+    np.testing.assert_allclose(linearise(bits - other, size), z - linearise(other, size), atol=1e-9)
 
 
 @pytest.mark.parametrize("n", [12, 400])
@@ -163,14 +163,14 @@ def test_linearised_spread_is_that_of_the_jackknife(rng, n):
     bits = (2.5 + rng.normal(0, 0.2, n) - 1e-5 * size) * size
     left_out = np.array([np.delete(bits, i).sum() / np.delete(size, i).sum() for i in range(n)])
     jackknife = np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2))
-    z = linearised(np.tile(bits, (2, 1)), size)[0]
+    z = linearise(np.tile(bits, (2, 1)), size)[0]
     assert z.std(ddof=1) / np.sqrt(n) == pytest.approx(jackknife, rel=1e-9)
     plain = (bits / size).std(ddof=1) / np.sqrt(n)
     assert plain != pytest.approx(jackknife, rel=0.05)  # per-document values would be wrong
 
 
 def test_linearised_of_one_document_is_its_score():
-    assert linearised([[20.0], [30.0]], [10]).tolist() == [[2.0], [3.0]]
+    assert linearise([[20.0], [30.0]], [10]).tolist() == [[2.0], [3.0]]
 
 
 # Ratios

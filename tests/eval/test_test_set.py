@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.core.artifacts import building, read_manifest
+from eval.core.artifacts import build_artifact, read_manifest
 from eval.core.budget import load_budget
 from eval.core.errors import UserError
 from eval.core.gate_file import Opening
 from eval.core.records import Documents, Score, each_score, read_scores, write_record
 from eval.core.study import Study
-from eval.gate.decision import judged
-from eval.gate.evidence import Evidence, collect
+from eval.gate.decision import evaluate_gate
+from eval.gate.evidence import Evidence, collect_evidence
 from eval.gate.openings import opening_path, read_openings, summary, write_opening
 from eval.gate.test_set import check_teachers, chosen, judge_test_set, opened
 from tests.eval.fake_run import tokenizer, torch_model
@@ -38,7 +38,7 @@ class OpenedRun(Run):
         arm, seed = {"base": ["B", *rest], "students": rest}.get(top, ["", "s0"])
         facts = {"arm": arm, "seed": int(seed[1:]), "recipe": "plain", "engine": "torch"} if arm else {}
         given = {"kind": "model", "name": place, "key": place, "parents": parents or {}, "facts": facts}
-        with building(self.path / place, **given) as aside:
+        with build_artifact(self.path / place, **given) as aside:
             if arm in ("B", "S1", "S0"):
                 torch_model(["B", "S1", "S0"].index(arm) + 3 * int(seed[1:]))(aside)
             rows = [{"id": name, "domain": "code", "text": t} for name, t in TEXTS.items()]
@@ -63,7 +63,7 @@ class OpenedRun(Run):
 
     def seen(self) -> tuple[Evidence, object]:
         budget = load_budget(self.study)
-        return collect(self.path, self.study, budget), budget
+        return collect_evidence(self.path, self.study, budget), budget
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +126,9 @@ def test_the_sealed_estimate_is_that_of_the_test_documents(toy):
 
 def test_the_gate_reads_no_test_score(toy):
     """It judges the same with and without them; only their hashes are listed."""
-    before = judged(*toy.seen())
+    before = evaluate_gate(*toy.seen())
     score_all(toy)
-    after = judged(*toy.seen())
+    after = evaluate_gate(*toy.seen())
     assert after.variants == before.variants
     assert set(after.provenance.records) - set(before.provenance.records) == {
         "records/test/opening-1.json",
@@ -142,13 +142,15 @@ def test_another_look_needs_a_reason_and_is_counted(toy):
     write_opening(toy.path, first)
     assert an_opening(toy) == first  # cut short before anything was seen: the same opening goes on
     write_opening(toy.path, first.model_copy(update={"verdict": "FAIL"}))
-    assert "opening 1 of the test documents ended in FAIL for plain" in " ".join(judged(*toy.seen()).notes)
+    assert "opening 1 of the test documents ended in FAIL for plain" in " ".join(
+        evaluate_gate(*toy.seen()).notes
+    )
     with pytest.raises(UserError, match=r"opened 1 time\(s\).*give --reason"):
         an_opening(toy)
     second = an_opening(toy, reason="the export was mended")
     assert (second.number, second.reason) == (2, "the export was mended")
     write_opening(toy.path, second)
-    result = judged(*toy.seen())
+    result = evaluate_gate(*toy.seen())
     assert result.test_set.openings == 2
     assert [look.verdict for look in result.test_set.history] == ["FAIL", None]
     assert "only the first look was blind" in " ".join(result.notes)
@@ -169,8 +171,8 @@ def test_a_look_at_other_artifacts_is_told_apart(toy):
 def test_what_cannot_be_opened_is_told_before_it_is_spent(toy):
     e, budget = toy.seen()
     with pytest.raises(UserError, match="did you mean 'plain'"):
-        chosen(judged(e, budget), e, "plian")
-    none = judged(e, budget).model_copy(update={"recommended": {"cpu": None}})
+        chosen(evaluate_gate(e, budget), e, "plian")
+    none = evaluate_gate(e, budget).model_copy(update={"recommended": {"cpu": None}})
     with pytest.raises(UserError, match="the gate recommends none; name it with --variant"):
         chosen(none, e, None)
     (toy.path / "records/test/plain/T1-s2.json").unlink()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval.core.errors import UserError
-from eval.core.jobs import Job, locked, run_in_turn, run_jobs
+from eval.core.jobs import Job, lock_folder, run_in_turn, run_jobs
 from tests.helpers import ROOT, run
 
 
@@ -133,9 +133,13 @@ def test_workers_die_with_their_parent(tmp_path):
 
 
 def test_a_run_folder_is_held_by_one_process(tmp_path):
-    with locked(tmp_path), pytest.raises(UserError, match=f"held by process {os.getpid()}"), locked(tmp_path):
+    with (
+        lock_folder(tmp_path),
+        pytest.raises(UserError, match=f"held by process {os.getpid()}"),
+        lock_folder(tmp_path),
+    ):
         pass
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
