@@ -239,12 +239,12 @@ def run_teacher(
         yield LiveTeacher(method, study.method.name, model, vocabulary, layers)
 
 
-def teacher_hash(study: Study, side: str, bases: tuple[int, ...], fit_method: str) -> str:
+def teacher_hash(study: Study, side: str, bases: tuple[int, ...], fitted_hash: str) -> str:
     """Fingerprint of a teacher: its method, its bases, its data, what was fitted and how it is run."""
     how = [study.targets.dtype, study.targets.quantization]
     own = next(seeds[0] for group, seeds in teacher_groups(study)[side].items() if group == bases)
     parents = _teacher_parents(study, tuple(sorted({own, *bases})))
-    return digest([CODE, method_of(study, side).identity, parents, fit_method, how])
+    return digest([CODE, method_of(study, side).identity, parents, fitted_hash, how])
 
 
 def group_of(study: Study, side: str, seed: int) -> tuple[tuple[int, ...], list[int]]:
@@ -257,6 +257,6 @@ def teacher_of(study: Study, arm: str, seed: int) -> str | None:
         return None
     side = TEACHERS[arm]
     bases, seeds = group_of(study, side, seed)
-    fit_method = study.folder / "method" / teacher_name(side, seeds)
+    fitted = study.folder / "method" / teacher_name(side, seeds)
     has_fit = type(method_of(study, side)).fit is not Method.fit
-    return teacher_hash(study, side, bases, read_manifest(fit_method).hash if has_fit else "")
+    return teacher_hash(study, side, bases, read_manifest(fitted).hash if has_fit else "")
