@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.losses.teacher_output import Dense, States
-from distill.models.generation import sample, stop_ids
+from distill.models.generation import sample_texts, stop_ids
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
 from distill.trainer.loop import Curve
 from eval.core.artifacts import source_hashes
@@ -132,7 +132,7 @@ class Method(ABC):
             last[:, -1] = True
             return self.signal(teacher, batch).at(last).part(0, len(rows))
 
-        return sample(following, prompts, generation, seed, stop_ids(teacher))
+        return sample_texts(following, prompts, generation, seed, stop_ids(teacher))
 
     def control(self) -> "Method":
         """The method of T0: the idea taken away, the base, budget and data kept."""
@@ -157,10 +157,10 @@ class Plain(Method):
     )
 
     def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        return plain_signal(teacher, batch=batch)
+        return plain_output(teacher, batch=batch)
 
 
-def plain_signal(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> TeacherOutput:
+def plain_output(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> TeacherOutput:
     """The mean of the distributions of plain models, from one forward pass of each.
 
     Args:
@@ -190,7 +190,7 @@ def check_output(signal: object, batch: Batch, vocabulary: int, name: str) -> Te
     if (signal.log_probs is None) != bool(signal.heads) or len(signal.hidden) != len(signal.heads):
         raise UserError(thing, "a signal that is neither log_probs nor hidden states with a head each", fix)
     if signal.log_probs is not None:
-        return replace(signal, log_probs=_checked_log_probs(signal.log_probs, batch, vocabulary, thing))
+        return replace(signal, log_probs=_check_log_probs(signal.log_probs, batch, vocabulary, thing))
     for hidden, head in zip(signal.hidden, signal.heads, strict=True):
         wanted, rows = (*batch.input_ids.shape, head.weight.shape[1]), head.weight.shape[0]
         if tuple(hidden.shape) != wanted or rows != vocabulary:
@@ -202,7 +202,7 @@ def check_output(signal: object, batch: Batch, vocabulary: int, name: str) -> Te
     return signal
 
 
-def _checked_log_probs(found: Tensor, batch: Batch, vocabulary: int, thing: str) -> Tensor:
+def _check_log_probs(found: Tensor, batch: Batch, vocabulary: int, thing: str) -> Tensor:
     wanted = (*batch.input_ids.shape, vocabulary)
     if tuple(found.shape) != wanted:
         raise UserError(thing, f"log_probs of shape {tuple(found.shape)}", f"must be {wanted} = [B, T, V]")

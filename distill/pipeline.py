@@ -25,20 +25,18 @@ from distill.models.load import (
     named_model,
     train_tokenizer,
 )
-from distill.models.lora import TunedModel, add_adapters, check_device
-from distill.teachers.run import TEACHERS, teacher_groups, teacher_name, teacher_of
+from distill.models.lora import TrainableModel, add_adapters, check_device
+from distill.teachers.run import TEACHERS, find_teacher_hash, teacher_groups, teacher_name
 from distill.teachers.target_source import (
-    KEPT,
+    STORED_SOURCES,
     check_target_source,
     make_teacher,
     open_target_source,
     target_source_key,
 )
-from distill.trainer.logging import check_trackers
-from distill.trainer.loop import accelerator
-from distill.trainer.stage import (
+from distill.trainer.artifact_training import (
     CODE,
-    WATCHED,
+    MONITORING_ONLY,
     build_shared,
     delete_scratch,
     is_missing,
@@ -46,6 +44,8 @@ from distill.trainer.stage import (
     run_training,
     step_progress,
 )
+from distill.trainer.logging import check_trackers
+from distill.trainer.loop import accelerator
 from eval.core.artifacts import build_artifact, digest, is_done, read_manifest
 from eval.core.documents import TRAIN, read_documents
 from eval.core.jobs import Job, Progress, run_in_turn, run_jobs
@@ -88,7 +88,7 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
     parents = {"data": data.hash}
     if base.architecture:
         parents["tokenizer"] = read_manifest(study.folder / "tokenizer").hash
-    training = base.train.model_dump(exclude=WATCHED) if base.train else None
+    training = base.train.model_dump(exclude=MONITORING_ONLY) if base.train else None
     shape = rows_shape(study) if base.train else []
     origin = [base.model_dump(exclude={"train"}), local_files(base.path)]
     key = digest([CODE, origin, training, shape, parents, seed if base.train else None])
@@ -123,10 +123,10 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
     """Distils one student from its own base and exports it."""
     name, base = f"students/{arm}/s{seed}", study.folder / "base" / f"s{seed}"
     parents = {"base": read_manifest(base).hash, "data": read_manifest(study.folder / "data").hash}
-    if (of := teacher_of(study, arm, seed)) is not None:
+    if (of := find_teacher_hash(study, arm, seed)) is not None:
         parents["teacher"] = of
     config = study.ce_train if arm == "CE" and study.ce_train else study.train
-    settings = [config.model_dump(exclude=WATCHED), study.student.model_dump()]
+    settings = [config.model_dump(exclude=MONITORING_ONLY), study.student.model_dump()]
     key = digest([CODE, settings, rows_shape(study), target_source_key(study, arm), parents, arm, seed])
     if not is_missing(study.folder / name, key):
         return
@@ -139,7 +139,7 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
         build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as aside,
         open_target_source(study, arm, seed, tokenizer) as learned,
     ):
-        student, found = started(study, base, tokenizer, seed, config)
+        student, found = start_student(study, base, tokenizer, seed, config)
         facts |= found
         how: dict[str, Any] = {"key": key, "seed": seed, "report": step_progress(report, 0.9)}
         how |= {"teacher": learned.teacher, "rewrite": learned.rewrite}
@@ -148,9 +148,9 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
     delete_scratch(study, name)
 
 
-def started(
+def start_student(
     study: Study, base: Path, tokenizer: PreTrainedTokenizerBase, seed: int, config: Train
-) -> tuple[TunedModel, dict[str, Any]]:
+) -> tuple[TrainableModel, dict[str, Any]]:
     """A student before its first step, and what to note of it: the same one in all arms of a seed."""
     rows = training_rows(study, tokenizer) if study.student.start == "influential" else []
     model, found = init_student(load_model(base), tokenizer, study.student, rows, seed)
@@ -169,7 +169,7 @@ def base_jobs(study: Study) -> list[Job]:
     ]
 
 
-def _teacher_job(side: str, seeds: list[int]) -> str:
+def _teacher_job_name(side: str, seeds: list[int]) -> str:
     return f"teacher {teacher_name(side, seeds)}"
 
 
@@ -177,7 +177,7 @@ def teacher_jobs(study: Study) -> list[Job]:
     """One job per distinct teacher, after its bases."""
     return [
         Job(
-            _teacher_job(side, seeds),
+            _teacher_job_name(side, seeds),
             make_teacher,
             (study, side, seeds, bases),
             tuple(f"base s{s}" for s in sorted({*bases, *seeds})),
@@ -192,7 +192,7 @@ def student_jobs(study: Study) -> list[Job]:
     """One job per student, after its base and its teacher; plain CE needs its base alone."""
     groups = teacher_groups(study)
     after = {
-        (side, seed): _teacher_job(side, seeds)
+        (side, seed): _teacher_job_name(side, seeds)
         for side in groups
         for seeds in groups[side].values()
         for seed in seeds
@@ -217,7 +217,7 @@ def jobs_until(study: Study, stage: str) -> list[Job]:
 
 def show_targets(study: Study) -> None:
     """One line per teacher whose targets are kept: what, how much of it, where."""
-    if study.targets.source not in KEPT:
+    if study.targets.source not in STORED_SOURCES:
         return
     for side, groups in teacher_groups(study).items():
         for seeds in groups.values():

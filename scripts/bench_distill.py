@@ -35,9 +35,9 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from distill.losses.teacher_output import Teacher  # noqa: E402
 from distill.method import Plain  # noqa: E402
-from distill.teachers.cache import CachedTeacher, join, make_form, write_shards  # noqa: E402
+from distill.teachers.cache import CachedTeacher, link_shards, make_codec, write_shards  # noqa: E402
 from distill.teachers.run import LiveTeacher  # noqa: E402
-from distill.trainer.loop import accelerator, check_finite, optimizers, set_learning_rate, step_loss  # noqa: E402
+from distill.trainer.loop import accelerator, build_optimizers, check_finite, set_learning_rate, step_loss  # noqa: E402
 from distill.trainer.module import DistillationModule  # noqa: E402
 from eval.core.artifacts import build_artifact  # noqa: E402
 from eval.core.documents import Row  # noqa: E402
@@ -89,7 +89,7 @@ class Bare:
         self, vocabulary: int, config: Train, student: tuple[int, int], teacher: nn.Module | None
     ) -> None:
         self.model, self.teacher = model(student, vocabulary, 1).train(), teacher
-        self.narrow, self.optimizers = config.precision == "bf16", optimizers(self.model, config)
+        self.narrow, self.optimizers = config.precision == "bf16", build_optimizers(self.model, config)
         ids = torch.tensor([row.tokens for row in pool(vocabulary)], device=DEVICE)
         labels = F.pad(ids[:, 1:], (0, 1), value=-100)
         self.batches = list(zip(ids.split(ROWS), labels.split(ROWS), strict=True))
@@ -117,7 +117,7 @@ class Ours:
         self.rows = pool(vocabulary)
         trained = model(student, vocabulary, 1)
         plain = DistillationModule(trained, config).train()
-        self.learner, *self.optimizers = self.acc.prepare(plain, *optimizers(trained, config))
+        self.learner, *self.optimizers = self.acc.prepare(plain, *build_optimizers(trained, config))
 
     def __call__(self, number: int) -> None:
         start = number * ROWS % POOL
@@ -138,14 +138,14 @@ def live(vocabulary: int, shape: tuple[int, int] = TEACHER) -> LiveTeacher:
 @contextmanager
 def cached(teacher: LiveTeacher, vocabulary: int, draws: int = 50) -> Iterator[CachedTeacher]:
     """The teacher's draws for the pool, in a real cache on disk."""
-    form, rows = make_form(Targets(form="sampled", draws=draws), vocabulary, 1.0), pool(vocabulary)
+    form, rows = make_codec(Targets(form="sampled", draws=draws), vocabulary, 1.0), pool(vocabulary)
     with TemporaryDirectory() as name:
         top = Path(name)
         write_shards(top / "shards", rows, teacher, form, pad=0, report=lambda share: None)
         with build_artifact(
             top / "t", kind="targets", name="t", key="", parents={}, facts=dict(form.facts)
         ) as aside:
-            join(top / "shards", aside, sum(row.predicted for row in rows))
+            link_shards(top / "shards", aside, sum(row.predicted for row in rows))
         yield CachedTeacher(top / "t", rows, form, {})
 
 

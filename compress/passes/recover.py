@@ -29,7 +29,7 @@ class Recover(Pass):
     @cached_property
     def identity(self) -> list[Any]:
         """As of any pass, with the code that trains: a mended loss must not leave its variants in use."""
-        from distill.trainer.stage import CODE
+        from distill.trainer.artifact_training import CODE
 
         return [*super().identity, CODE]
 
@@ -58,10 +58,10 @@ class Recover(Pass):
 @torch.no_grad()
 def teach(parent: PreTrainedModel, batch: Batch) -> Target:
     """What the uncompressed student says of the valid tokens, where the batch is."""
-    from distill.method import plain_signal
+    from distill.method import plain_output
 
     parent.to(batch.input_ids.device)
-    return plain_signal(parent, batch=batch).at(torch.nn.functional.pad(batch.mask, (0, 1)))
+    return plain_output(parent, batch=batch).at(torch.nn.functional.pad(batch.mask, (0, 1)))
 
 
 def pruned(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

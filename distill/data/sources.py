@@ -78,15 +78,15 @@ def _from_dataset(source: Source) -> Iterator[Document]:
 
     Ids carry the name of the file, not its place: a split must not change when a folder moves.
     """
-    for number, row in enumerate(_loaded(source)):
-        yield _document(source, row, number)
+    for number, row in enumerate(_load_rows(source)):
+        yield _row_to_document(source, row, number)
 
 
-def _loaded(source: Source) -> Iterator[dict[str, Any]]:
+def _load_rows(source: Source) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    if source.data_files and "://" not in source.data_files and not _named(source):
+    if source.data_files and "://" not in source.data_files and not _local_files(source):
         raise UserError("data source", source.data_files, "no such file")
     try:
         yield from load_dataset(
@@ -101,7 +101,7 @@ def _loaded(source: Source) -> Iterator[dict[str, Any]]:
         raise UserError("data source", source.path, " ".join(str(error).split())[:300]) from error
 
 
-def _document(source: Source, row: dict[str, Any], number: int) -> Document:
+def _row_to_document(source: Source, row: dict[str, Any], number: int) -> Document:
     """One row of a data set: a text, a prompt with its completion, or a chat that ends with an answer."""
     body = source.messages_column or source.text_column
     for column in filter(None, (body, source.prompt_column, source.domain_column)):
@@ -111,27 +111,27 @@ def _document(source: Source, row: dict[str, Any], number: int) -> Document:
     domain = str(row[source.domain_column] if source.domain_column else source.domain or source.path)
     prompt: str | list[dict[str, str]] = ""
     if source.messages_column:
-        prompt, text = _turns(where, row[body])
+        prompt, text = _split_chat(where, row[body])
     else:
         text = row[body]
-        prompt = _said(where, row[source.prompt_column]) if source.prompt_column else ""
-    return Document(where, domain, _said(where, text), prompt)
+        prompt = _require_text(where, row[source.prompt_column]) if source.prompt_column else ""
+    return Document(where, domain, _require_text(where, text), prompt)
 
 
-def _said(where: str, text: object) -> str:
+def _require_text(where: str, text: object) -> str:
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"document {where}", repr(text)[:60], "drop empty documents from the data")
     return text
 
 
-def _turns(where: str, messages: object) -> tuple[list[dict[str, str]], str]:
+def _split_chat(where: str, messages: object) -> tuple[list[dict[str, str]], str]:
     """What was said before the last answer, and that answer."""
     turns = messages if isinstance(messages, list) else []
     plain = all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns)
     if len(turns) < 2 or not plain or turns[-1]["role"] != "assistant":
         fix = "give turns of role and content, the last one by the assistant"
         raise UserError(f"document {where}", repr(messages)[:60], fix)
-    before = [{"role": turn["role"], "content": _said(where, turn["content"])} for turn in turns[:-1]]
+    before = [{"role": turn["role"], "content": _require_text(where, turn["content"])} for turn in turns[:-1]]
     return before, turns[-1]["content"]
 
 
@@ -154,12 +154,12 @@ def fingerprint(source: Source) -> Any:
         root = source_root(source.path)
         stats = [(p.as_posix(), (root / p).stat()) for p in _files(source)]
         return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
-    files = _named(source) + [p for p in Path(source.path).rglob("*") if p.is_file()]
+    files = _local_files(source) + [p for p in Path(source.path).rglob("*") if p.is_file()]
     seen = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)]
     return seen or metadata.version("datasets")
 
 
-def _named(source: Source) -> list[Path]:
+def _local_files(source: Source) -> list[Path]:
     """The local files that `data_files` names, below the folder that `path` may be."""
     if not source.data_files or "://" in source.data_files:
         return []
@@ -168,24 +168,24 @@ def _named(source: Source) -> list[Path]:
     return [path for name in found if (path := Path(root or "") / name).is_file()]
 
 
-def _distinct(documents: Iterator[Document], seen: set[str]) -> list[Document]:
+def _drop_duplicates(documents: Iterator[Document], seen: set[str]) -> list[Document]:
     """Documents whose text was not seen before: a copy in two splits would leak."""
     kept = []
     for document in documents:
-        mark = _mark(document)
+        mark = _text_hash(document)
         if mark not in seen:
             seen.add(mark)
             kept.append(document)
     return kept
 
 
-def _mark(document: Document) -> str:
+def _text_hash(document: Document) -> str:
     """A hash of all that the document says."""
     said = document.text if not document.prompt else json.dumps([document.prompt, document.text])
     return _order(said)
 
 
-def _cut(document: Document, limit: int) -> Document:
+def _truncate(document: Document, limit: int) -> Document:
     """The first `limit` bytes, whole characters only; an answer to a prompt is not cut."""
     if document.prompt:
         return document
@@ -196,12 +196,12 @@ def _cut(document: Document, limit: int) -> Document:
 def _write(path: Path, documents: list[Document]) -> None:
     with path.open("w", encoding="utf-8") as out:
         for d in documents:
-            row: dict[str, Any] = {"id": d.id, "domain": d.domain, "bytes": d.bytes, "sha256": _mark(d)}
+            row: dict[str, Any] = {"id": d.id, "domain": d.domain, "bytes": d.bytes, "sha256": _text_hash(d)}
             row |= {"text": d.text, **({"prompt": d.prompt} if d.prompt else {})}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _refuse_namesakes(where: str, documents: list[Document]) -> None:
+def _check_unique_ids(where: str, documents: list[Document]) -> None:
     count = Counter(document.id for document in documents)
     if twice := [name for name, times in count.items() if times > 1]:
         raise UserError(where, f"two documents are named {twice[0]!r}", "give each its own id")
@@ -210,9 +210,9 @@ def _refuse_namesakes(where: str, documents: list[Document]) -> None:
 def split_documents(study: Study) -> dict[str, list[Document]]:
     """Documents by split and slice. The hash of an id decides, so that a new file moves few others."""
     data, seen = study.data, set[str]()
-    pool = _distinct((d for source in data.documents for d in read_source(source)), seen)
+    pool = _drop_duplicates((d for source in data.documents for d in read_source(source)), seen)
     pool.sort(key=lambda d: _order(d.id))
-    _refuse_namesakes("data.documents", pool)
+    _check_unique_ids("data.documents", pool)
     if len(pool) <= data.validation + data.test:
         raise UserError(
             "data",
@@ -221,18 +221,18 @@ def split_documents(study: Study) -> dict[str, list[Document]]:
         )
     first, second = data.validation, data.validation + data.test
     splits = {
-        VALIDATION: [_cut(d, data.scored_bytes) for d in pool[:first]],
-        TEST: [_cut(d, data.scored_bytes) for d in pool[first:second]],
+        VALIDATION: [_truncate(d, data.scored_bytes) for d in pool[:first]],
+        TEST: [_truncate(d, data.scored_bytes) for d in pool[first:second]],
         TRAIN: pool[second:],
     }
     for name, sources in data.shifted.items():
         if name in splits:
             raise UserError(f"data.shifted.{name}", "a reserved name", "give the slice another name")
-        documents = _distinct((d for source in sources for d in read_source(source)), seen)
+        documents = _drop_duplicates((d for source in sources for d in read_source(source)), seen)
         if not documents:
             raise UserError(f"slice {name!r}", "no documents", "fix its source")
-        _refuse_namesakes(f"slice {name!r}", documents)
-        splits[name] = [_cut(d, data.scored_bytes) for d in documents]
+        _check_unique_ids(f"slice {name!r}", documents)
+        splits[name] = [_truncate(d, data.scored_bytes) for d in documents]
     return splits | damaged_slices(splits[VALIDATION], data.corruptions, splits)
 
 
@@ -256,7 +256,7 @@ def prepare(study: Study) -> Manifest:
     return read_manifest(folder)
 
 
-def _stream(study: Study, tokenizer) -> Iterator[Row]:
+def _candidate_rows(study: Study, tokenizer) -> Iterator[Row]:
     """Rows of the training documents: a few of each first, in the order of hashes."""
     spare = list[Row]()
     for document in read_documents(study.folder / "data", TRAIN):
@@ -271,7 +271,7 @@ def _stream(study: Study, tokenizer) -> Iterator[Row]:
 
 def training_rows(study: Study, tokenizer) -> list[Row]:
     """`data.train_rows` rows, spread over the training documents by hash; packed where the study says so."""
-    stream, wanted = _stream(study, tokenizer), study.data.train_rows
+    stream, wanted = _candidate_rows(study, tokenizer), study.data.train_rows
     rows = list(islice(pack(stream, study.data.context) if study.data.packing else stream, wanted))
     if len(rows) < wanted:
         raise UserError(

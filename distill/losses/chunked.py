@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.losses.divergences import check_target, distillation_loss
-from distill.losses.teacher_output import Dense, Sampled, States, Target, TopK, within
+from distill.losses.teacher_output import Dense, Sampled, States, Target, TopK, cut_vocabulary
 from distill.models.lm_head import Head, is_narrow
 from eval.core.sections import Loss
 
@@ -22,13 +22,13 @@ BLOCK_BYTES = 2**20  # of those that stay in a core's cache while they are worke
 Answer = Tensor | Sampled | TopK | None
 
 
-def spans(tokens: int, size: int, vocabulary: int) -> Iterator[tuple[int, int]]:
+def chunk_bounds(tokens: int, size: int, vocabulary: int) -> Iterator[tuple[int, int]]:
     """Starts and stops of parts whose float32 logits take `size` bytes; one token at least."""
     step = max(1, size // (4 * vocabulary))
     yield from ((start, min(tokens, start + step)) for start in range(0, tokens, step))
 
 
-def answer(target: Target | None, start: int, stop: int) -> Answer:
+def slice_target(target: Target | None, start: int, stop: int) -> Answer:
     """What a target says of the tokens start to stop, as a loss takes it."""
     if isinstance(target, Dense | States):
         return target.logits(start, stop)
@@ -126,7 +126,7 @@ def _blocks_(logits: Tensor, head: Head, labels: Tensor, target: Answer, config:
     if logits.is_cuda:
         return _shaped_(logits, head, labels, target, config)
     loss = torch.zeros(())
-    for start, stop in spans(len(logits), BLOCK_BYTES, logits.shape[1]):
+    for start, stop in chunk_bounds(len(logits), BLOCK_BYTES, logits.shape[1]):
         part = target
         if target is not None:
             part = target[start:stop] if isinstance(target, Tensor) else target.few(start, stop)
@@ -172,7 +172,7 @@ def _chunk(
 ) -> Tensor:
     """The summed loss of the tokens from `start` on, their gradient added; its logits end with it."""
     logits = head.product(hidden)
-    told = answer(target, start, start + len(hidden))
+    told = slice_target(target, start, start + len(hidden))
     loss = _blocks_(logits, head, labels, told, config)
     found.add(start, logits, hidden, head)
     return loss
@@ -193,7 +193,7 @@ class _Chunked(torch.autograd.Function):
         )
         ready, total = head.ready(hidden.dtype), torch.zeros((), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start, stop in spans(len(hidden), CHUNK_BYTES, len(weight)):
+            for start, stop in chunk_bounds(len(hidden), CHUNK_BYTES, len(weight)):
                 part = slice(start, stop)
                 total += _chunk(found, start, hidden[part], ready, labels[part], target, config)
         ctx.found = found
@@ -219,5 +219,5 @@ def chunked_loss(hidden: Tensor, head: Head, labels: Tensor, target: Target | No
         UserError: the divergence cannot be had from this form of targets.
     """
     check_target(target, config)
-    target = None if target is None else within(target, head.weight.shape[0])
+    target = None if target is None else cut_vocabulary(target, head.weight.shape[0])
     return _Chunked.apply(hidden, head.weight, head.bias, head, labels, target, config)

@@ -75,7 +75,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Loss], Tensor]] = {
 }
 
 
-def tempered(log_probs: Tensor, temperature: float) -> Tensor:
+def at_temperature(log_probs: Tensor, temperature: float) -> Tensor:
     """Log-probabilities at T of those at 1, whatever constant each token carries: softmax(log p / T)."""
     return torch.log_softmax(log_probs if temperature == 1 else log_probs / temperature, dim=-1)
 
@@ -92,7 +92,7 @@ def sampled_kl(target: Sampled, student: Tensor) -> Tensor:
     return -(share * student.gather(1, target.ids)).sum() - target.entropy.sum()
 
 
-def buckets(target: TopK, student: Tensor) -> tuple[Tensor, Tensor]:
+def top_k_buckets(target: TopK, student: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, k + 1] of teacher and student: the k ids, and all the others as one bucket."""
     tail = (1 - target.log_probs.exp().sum(-1, keepdim=True)).clamp(min=LEAST).log()
     rest = student.scatter(1, target.ids, -torch.inf).logsumexp(-1, keepdim=True)
@@ -108,17 +108,17 @@ def divergence(logits: Tensor, target: Tensor | Sampled | TopK, config: Loss) ->
         logits: [N, V] float32 of the student, or its log-probabilities at T = 1.
         target: the teacher's: [N, V] logits or log-probabilities at T = 1, or its answer in few ids.
     """
-    return _apart(tempered(logits, config.temperature), target, config)
+    return _divergence_at_t(at_temperature(logits, config.temperature), target, config)
 
 
-def _apart(student: Tensor, target: Tensor | Sampled | TopK, config: Loss) -> Tensor:
+def _divergence_at_t(student: Tensor, target: Tensor | Sampled | TopK, config: Loss) -> Tensor:
     """The same of the student's log-probabilities at T."""
     if isinstance(target, Sampled):
         found = sampled_kl(target, student)
     elif isinstance(target, TopK):
-        found = DIVERGENCES[config.divergence](*buckets(target, student), config)
+        found = DIVERGENCES[config.divergence](*top_k_buckets(target, student), config)
     else:
-        found = DIVERGENCES[config.divergence](tempered(target, config.temperature), student, config)
+        found = DIVERGENCES[config.divergence](at_temperature(target, config.temperature), student, config)
     return found * config.temperature**2
 
 
@@ -137,8 +137,8 @@ def distillation_loss(
     hard = F.nll_loss(student, labels, reduction="sum")
     if target is None or weight == 0:
         return hard
-    at_t = student if temperature == 1 else tempered(student, temperature)
-    return (1 - weight) * hard + weight * _apart(at_t, target, config)
+    at_t = student if temperature == 1 else at_temperature(student, temperature)
+    return (1 - weight) * hard + weight * _divergence_at_t(at_t, target, config)
 
 
 def check_target(target: Target | None, config: Loss) -> None:

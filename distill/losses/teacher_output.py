@@ -109,7 +109,7 @@ Target = Dense | States | Sampled | TopK
 Teacher = Callable[[Batch], Target]
 
 
-def within(target: Target, vocabulary: int) -> Target:
+def cut_vocabulary(target: Target, vocabulary: int) -> Target:
     """The target over the first `vocabulary` ids, as the loss normalises it again.
 
     A teacher's head is often padded beyond the ids that its tokenizer writes, and a student of the same

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from distill.method import Card, Method, MethodContext, TeacherOutput, plain_signal
+from distill.method import Card, Method, MethodContext, TeacherOutput, plain_output
 from eval.core.documents import Batch
 from eval.core.errors import UserError
 from eval.core.sections import Frozen
@@ -55,4 +55,4 @@ class Ensemble(Method):
             del self._others
 
     def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        return plain_signal(teacher, *self._others, batch=batch)
+        return plain_output(teacher, *self._others, batch=batch)

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from distill.method import Card, Method, MethodContext, TeacherOutput, plain_signal
+from distill.method import Card, Method, MethodContext, TeacherOutput, plain_output
 from eval.core.artifacts import write_text
 from eval.core.documents import Batch, Row
 from eval.core.errors import UserError
@@ -106,4 +106,4 @@ class Experts(Method):
 
     def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         adapters = [self._route(domain) for domain in batch.domains]
-        return plain_signal(self._model, batch=batch, adapter_names=adapters)
+        return plain_output(self._model, batch=batch, adapter_names=adapters)

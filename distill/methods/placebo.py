@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from distill.method import Card, Method, TeacherOutput, plain_signal
+from distill.method import Card, Method, TeacherOutput, plain_output
 from eval.core.documents import Batch
 
 
@@ -16,4 +16,4 @@ class Placebo(Method):
     )
 
     def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        return plain_signal(teacher, batch=batch)
+        return plain_output(teacher, batch=batch)

@@ -25,7 +25,7 @@ def uniforms(key: str, *shape: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed)).random(shape)
 
 
-def invert(probabilities: Tensor, points: Tensor) -> Tensor:
+def inverse_cdf(probabilities: Tensor, points: Tensor) -> Tensor:
     """[n, K] ids at which the cumulated probabilities pass `points` [n, K] in [0, 1); ids of weight 0 never.
 
     probabilities: [n, V], not negative; they need not sum to one. Cumulated in float64: at V = 152k a float32
@@ -39,7 +39,7 @@ def invert(probabilities: Tensor, points: Tensor) -> Tensor:
     return torch.minimum(ids, last)
 
 
-def openings(rows: list[Row], generation: Generation) -> list[Row]:
+def make_prompts(rows: list[Row], generation: Generation) -> list[Row]:
     """What each row gives: the prompt of a document that has one, else its first tokens.
 
     Raises:
@@ -61,7 +61,7 @@ def stop_ids(model: PreTrainedModel) -> set[int]:
     return set(found) if isinstance(found, list) else {found} - {None}
 
 
-def choose(log_probs: Tensor, points: Tensor, generation: Generation) -> Tensor:
+def choose_tokens(log_probs: Tensor, points: Tensor, generation: Generation) -> Tensor:
     """[n] ids drawn from [n, V] log-probabilities by points [n] in [0, 1).
 
     At temperature 0 the likeliest. With top_p < 1 from the fewest likeliest ids that hold so much of the
@@ -74,16 +74,16 @@ def choose(log_probs: Tensor, points: Tensor, generation: Generation) -> Tensor:
         ordered, ids = probabilities.sort(dim=-1, descending=True)
         dropped = ordered.cumsum(-1) - ordered >= generation.top_p
         probabilities = probabilities.scatter(-1, ids, ordered.masked_fill(dropped, 0.0))
-    return invert(probabilities, points.to(log_probs.device)[:, None])[:, 0]
+    return inverse_cdf(probabilities, points.to(log_probs.device)[:, None])[:, 0]
 
 
-def points_of(rows: list[Row], generation: Generation, seed: object) -> Tensor:
+def uniform_points(rows: list[Row], generation: Generation, seed: object) -> Tensor:
     """[n, new_tokens] the numbers that decide what follows each row."""
     found = [uniforms(f"write {seed} {row.id}", generation.new_tokens) for row in rows]
     return torch.from_numpy(np.stack(found))
 
 
-def sample(
+def sample_texts(
     following: Callable[[list[Row]], Tensor],
     prompts: list[Row],
     generation: Generation,
@@ -95,7 +95,7 @@ def sample(
     Args:
         following: rows of one length -> [n, V] log-probabilities of the token after each.
     """
-    points, new = points_of(prompts, generation, seed), [list[int]() for _ in prompts]
+    points, new = uniform_points(prompts, generation, seed), [list[int]() for _ in prompts]
     for place in range(generation.new_tokens):
         at = [i for i, tokens in enumerate(new) if not stops & set(tokens[-1:])]
         if not at:
@@ -104,12 +104,14 @@ def sample(
             Row(prompts[i].document, prompts[i].domain, prompts[i].index, prompts[i].tokens + new[i])
             for i in at
         ]
-        for i, token in zip(at, choose(following(rows), points[at, place], generation).tolist(), strict=True):
+        for i, token in zip(
+            at, choose_tokens(following(rows), points[at, place], generation).tolist(), strict=True
+        ):
             new[i].append(token)
     return new
 
 
-class Chooser(LogitsProcessor):
+class ChosenTokens(LogitsProcessor):
     """Leaves of the scores [n, V] only the id that the points of its row choose."""
 
     def __init__(self, points: Tensor, prompt: int, generation: Generation) -> None:
@@ -117,12 +119,12 @@ class Chooser(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         points = self.points[:, input_ids.shape[1] - self.prompt]
-        chosen = choose(torch.log_softmax(scores.float(), dim=-1), points, self.generation)
+        chosen = choose_tokens(torch.log_softmax(scores.float(), dim=-1), points, self.generation)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
 
 @contextmanager
-def _writing(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+def _generation_mode(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
     """Evaluation mode, these settings in place of the model's own, and no trace on torch's random numbers."""
     trained, own = model.training, model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
@@ -135,7 +137,7 @@ def _writing(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[Non
             model.train(trained)
 
 
-def student_writes(
+def generate_texts(
     model: PreTrainedModel, prompts: list[Row], generation: Generation, seed: object, pad: int
 ) -> list[list[int]]:
     """What a plain model writes after prompts of one length, with its cache of keys and values."""
@@ -148,8 +150,8 @@ def student_writes(
         pad_token_id=pad,
     )
     ids = torch.tensor([row.tokens for row in prompts], device=model.device)
-    chooser = Chooser(points_of(prompts, generation, seed), size, generation)
-    with _writing(model, settings):
+    chooser = ChosenTokens(uniform_points(prompts, generation, seed), size, generation)
+    with _generation_mode(model, settings):
         model.eval()
         found = model.generate(
             input_ids=ids,
@@ -157,10 +159,10 @@ def student_writes(
             generation_config=settings,
             logits_processor=[chooser],
         )
-    return [_up_to(tokens[size:], stops) for tokens in found.tolist()]
+    return [_cut_after_stop(tokens[size:], stops) for tokens in found.tolist()]
 
 
-def _up_to(tokens: list[int], stops: set[int]) -> list[int]:
+def _cut_after_stop(tokens: list[int], stops: set[int]) -> list[int]:
     """The tokens through the first one that stops."""
     end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
     return tokens[: end + 1]
@@ -181,6 +183,6 @@ def groups_by_length(
         yield from ((same[i : i + count], settings) for i in range(0, len(same), count))
 
 
-def written(row: Row, tokens: list[int]) -> Row:
+def generated_row(row: Row, tokens: list[int]) -> Row:
     """A row that gives the opening `row`, and teaches the tokens that were written after it."""
     return Row(row.document, row.domain, row.index, row.tokens + tokens, len(row.tokens) - 1)

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.models.layers import decoder_layers, every, influential, keep_layers
+from distill.models.layers import decoder_layers, evenly_spaced, keep_layers, most_influential
 from distill.models.load import fresh_model
 from eval.core.documents import Row, batches, pad_id, tokens_per_batch
 from eval.core.errors import UserError
@@ -38,9 +38,9 @@ def init_student(
     if wanted > count:
         raise UserError("student.layers", wanted, f"the base has {count}: ask for at most so many")
     if config.start == "every":
-        kept = every(count, wanted)
+        kept = evenly_spaced(count, wanted)
     else:
         size = tokens_per_batch(base.config.get_text_config().vocab_size)
-        kept = influential(base, list(batches(rows[:ROWS], pad_id(tokenizer), size)), wanted)
+        kept = most_influential(base, list(batches(rows[:ROWS], pad_id(tokenizer), size)), wanted)
     keep_layers(base, kept)
     return base, {"kept_layers": kept}

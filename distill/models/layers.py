@@ -87,7 +87,7 @@ def _check_config(model: PreTrainedModel) -> None:
         raise UserError(f"layers of model type {model.config.model_type!r}", found, fix)
 
 
-def every(count: int, wanted: int) -> list[int]:
+def evenly_spaced(count: int, wanted: int) -> list[int]:
     """`wanted` of `count` layers, evenly spaced, the first and the last among them.
 
     As in Shleifer and Rush 2020 (arXiv:2010.13002): 0, 6 and 11 of twelve.
@@ -95,7 +95,7 @@ def every(count: int, wanted: int) -> list[int]:
     return sorted({round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)})
 
 
-def influential(model: PreTrainedModel, batches: list[Batch], wanted: int) -> list[int]:
+def most_influential(model: PreTrainedModel, batches: list[Batch], wanted: int) -> list[int]:
     """The `wanted` layers of the greatest block influence on these batches, in their order."""
     influence = block_influence(model, batches).tolist()
     return sorted(sorted(range(len(influence)), key=lambda i: (-influence[i], i))[:wanted])
@@ -111,7 +111,7 @@ def block_influence(model: PreTrainedModel, batches: list[Batch]) -> Tensor:
     total, tokens = torch.zeros(len(layers), dtype=torch.float64), 0
     for batch in batches:
         moved = batch.to(model.device)
-        with _changes(layers) as found:
+        with _capture_changes(layers) as found:
             model(**moved.inputs, use_cache=False)
         real = moved.attention_mask.bool()
         total += torch.stack([change[real].double().sum().cpu() for change in found])
@@ -120,7 +120,7 @@ def block_influence(model: PreTrainedModel, batches: list[Batch]) -> Tensor:
 
 
 @contextmanager
-def _changes(layers: list[nn.Module]) -> Iterator[list[Tensor]]:
+def _capture_changes(layers: list[nn.Module]) -> Iterator[list[Tensor]]:
     """Fills a list with 1 - cosine [B, T] of each layer, in the order in which they run."""
     found: list[Tensor] = []
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TunedModel:
+class TrainableModel:
     """A model to train, and what makes a plain one of it afterwards."""
 
     model: PreTrainedModel
@@ -34,7 +34,7 @@ class TunedModel:
 
 def add_adapters(
     model: PreTrainedModel, config: Student, seed: int, *, device: torch.device, dtype: torch.dtype
-) -> TunedModel:
+) -> TrainableModel:
     """The student as the study trains it; `seed` decides the first weights of adapters.
 
     LoRA (Hu et al. 2021, arXiv:2106.09685) leaves the model's own weights as they are. QLoRA (Dettmers et
@@ -48,13 +48,13 @@ def add_adapters(
         UserError: no module has such a name; QLoRA without CUDA or without bitsandbytes.
     """
     if config.tuning == "full":
-        return TunedModel(model, lambda: model)
+        return TrainableModel(model, lambda: model)
     torch.manual_seed(seed)
     if config.tuning == "lora":
-        adapted = adapt(model, config)
-        return TunedModel(adapted.get_base_model(), adapted.merge_and_unload)
+        adapted = attach_adapters(model, config)
+        return TrainableModel(adapted.get_base_model(), adapted.merge_and_unload)
     check_device(config, device)
-    return quantized_and_tuned(model, config, device, dtype)
+    return add_adapters_to_nf4(model, config, device, dtype)
 
 
 def check_device(config: Student, device: torch.device) -> None:
@@ -63,7 +63,7 @@ def check_device(config: Student, device: torch.device) -> None:
         raise UserError("student.tuning", "qlora", "NF4 needs CUDA here: take lora on a CPU")
 
 
-def adapt(model: PreTrainedModel, config: Student) -> PeftModel:
+def attach_adapters(model: PreTrainedModel, config: Student) -> PeftModel:
     """The model with trainable adapters inside; its own weights are frozen.
 
     Raises:
@@ -79,7 +79,7 @@ def adapt(model: PreTrainedModel, config: Student) -> PeftModel:
             # peft 0.21 asks for twice the rank for fused matrices of experts, by a name that it does not
             # find: they get the rank that the study asks for.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
-            adapted = get_peft_model(model, _settings(model, config))
+            adapted = get_peft_model(model, _lora_config(model, config))
     except ValueError as error:
         raise UserError("student.modules", config.modules, " ".join(str(error).split())[:200]) from error
     check_routers(adapted, config)
@@ -98,7 +98,7 @@ def check_routers(adapted: PeftModel, config: Student) -> None:
             )
 
 
-def _settings(model: PreTrainedModel, config: Student) -> LoraConfig:
+def _lora_config(model: PreTrainedModel, config: Student) -> LoraConfig:
     from peft import LoraConfig
 
     turned = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 keeps [I, O]
@@ -112,28 +112,28 @@ def _settings(model: PreTrainedModel, config: Student) -> LoraConfig:
     )
 
 
-def quantized_and_tuned(
+def add_adapters_to_nf4(
     plain: PreTrainedModel, config: Student, device: torch.device, dtype: torch.dtype
-) -> TunedModel:
+) -> TrainableModel:
     """NF4 matrices, frozen, with adapters beside; `plain` holds the same ones, and takes the adapters."""
     with TemporaryDirectory() as folder, quiet():
         plain.save_pretrained(folder)  # transformers quantizes while it loads, and only then
         small = load_quantized(Path(folder), "nf4", dtype, device)
-    for name, matrix in matrices(small).items():
+    for name, matrix in dequantized_matrices(small).items():
         _replace(plain.get_submodule(name), matrix)
-    adapted = adapt(small, config)
+    adapted = attach_adapters(small, config)
 
     def merged() -> PreTrainedModel:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        whole = adapt(plain, config)
+        whole = attach_adapters(plain, config)
         set_peft_model_state_dict(whole, get_peft_model_state_dict(adapted, save_embedding_layers=False))
         return whole.merge_and_unload()
 
-    return TunedModel(adapted.get_base_model(), merged)
+    return TrainableModel(adapted.get_base_model(), merged)
 
 
-def matrices(model: nn.Module) -> dict[str, Tensor]:
+def dequantized_matrices(model: nn.Module) -> dict[str, Tensor]:
     """[O, I] float32 of every NF4 layer, by its name. Before its first call: a CPU repacks it then."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit

@@ -29,7 +29,7 @@ Columns = dict[str, np.ndarray]  # an entry per token; of "bytes", as many as th
 S = TypeVar("S")
 KEY = 16  # bytes of a row's hash that are kept
 SHARD_TOKENS, SHARD_BYTES, SHARDS = 2**14, 2**26, 512
-AGAIN = "delete the folder and run again"
+REBUILD = "delete the folder and run again"
 
 
 def row_key(row: Row) -> str:
@@ -37,7 +37,7 @@ def row_key(row: Row) -> str:
     return digest({**vars(row), "id": row.id})
 
 
-class Form(ABC):
+class Codec(ABC):
     """How targets are written: a distribution to columns, and back to what a loss takes."""
 
     name: ClassVar[str]
@@ -61,7 +61,7 @@ class Form(ABC):
         """The target of the tokens whose columns these are."""
 
 
-class DenseForm(Form):
+class DenseCodec(Codec):
     """Every log-probability in fp16: off by at most 2^-9 of a probability that is above e^-8."""
 
     name = "dense"
@@ -83,7 +83,7 @@ class DenseForm(Form):
         return Dense(torch.from_numpy(columns["log_probs"]))
 
 
-class SampledForm(Form):
+class SampledCodec(Codec):
     """N draws at the temperature of the loss, packed, and the entropy of what they were drawn from."""
 
     name = "sampled"
@@ -117,7 +117,7 @@ class SampledForm(Form):
         return Sampled(torch.from_numpy(ids), torch.from_numpy(counts), entropy, self.temperature)
 
 
-class TopKForm(Form):
+class TopKCodec(Codec):
     """The k likeliest ids, their log-probabilities in fp16, rounded down: the tail is never negative."""
 
     name = "top_k"
@@ -149,14 +149,14 @@ class TopKForm(Form):
         return TopK(ids, torch.from_numpy(columns["log_probs"]).float())
 
 
-def make_form(targets: Targets, vocabulary: int, temperature: float) -> Form:
+def make_codec(targets: Targets, vocabulary: int, temperature: float) -> Codec:
     """The form that a study asks for; draws are made at the temperature of its loss."""
     if targets.form == "sampled":
-        return SampledForm(vocabulary, targets.draws, temperature)
-    return TopKForm(vocabulary, targets.k) if targets.form == "top_k" else DenseForm(vocabulary)
+        return SampledCodec(vocabulary, targets.draws, temperature)
+    return TopKCodec(vocabulary, targets.k) if targets.form == "top_k" else DenseCodec(vocabulary)
 
 
-def cut(rows: list[Row], pad: int, form: Form) -> Iterator[list[Batch]]:
+def shard_batches(rows: list[Row], pad: int, form: Codec) -> Iterator[list[Batch]]:
     """The batches of every shard, which the rows and the form alone decide."""
     total = sum(row.predicted for row in rows)
     least = max(SHARD_TOKENS, total // SHARDS)  # few files for many tokens, little lost by a stop
@@ -173,7 +173,7 @@ def cut(rows: list[Row], pad: int, form: Form) -> Iterator[list[Batch]]:
         yield held
 
 
-def _row_columns(batch: Batch, keys: dict[str, str], teacher: Teacher, form: Form) -> Iterator[Columns]:
+def _encode_rows(batch: Batch, keys: dict[str, str], teacher: Teacher, form: Codec) -> Iterator[Columns]:
     """The columns of each row of a batch, with its key and how many tokens and bytes it has."""
     target, start = teacher(batch), 0
     assert isinstance(target, Dense | States), "a teacher that runs knows every probability"
@@ -185,7 +185,7 @@ def _row_columns(batch: Batch, keys: dict[str, str], teacher: Teacher, form: For
         start += tokens
 
 
-def _check_space(folder: Path, form: Form, tokens: int) -> None:
+def _check_disk_space(folder: Path, form: Codec, tokens: int) -> None:
     there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
     needed, free = tokens * form.most_bytes() - there, shutil.disk_usage(folder).free
     if needed > 0.9 * free:
@@ -194,7 +194,7 @@ def _check_space(folder: Path, form: Form, tokens: int) -> None:
         raise UserError(f"targets {folder}", size, fix)
 
 
-def fill(
+def write_missing_shards(
     place: Path,
     suffix: str,
     shards: Iterable[S],
@@ -216,7 +216,7 @@ def write_shards(
     place: Path,
     rows: list[Row],
     teacher: Teacher,
-    form: Form,
+    form: Codec,
     *,
     pad: int,
     report: Callable[[float], None],
@@ -235,22 +235,22 @@ def write_shards(
     keys = {row.id: row_key(row) for row in rows}
     assert len(keys) == len(rows), "row ids are unique"
     place.mkdir(parents=True, exist_ok=True)
-    _check_space(place, form, sum(row.predicted for row in rows))
+    _check_disk_space(place, form, sum(row.predicted for row in rows))
     done = 0
 
     def shard(aside: Path, held: list[Batch]) -> None:
         nonlocal done
         parts: list[Columns] = []
         for batch in held:
-            parts += _row_columns(batch, keys, teacher, form)
+            parts += _encode_rows(batch, keys, teacher, form)
             done += len(batch.ids)
             report(min(1.0, processes * done / len(rows)))
         save_file({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, aside)
 
-    fill(place, "safetensors", cut(rows, pad, form), shard, process, processes)
+    write_missing_shards(place, "safetensors", shard_batches(rows, pad, form), shard, process, processes)
 
 
-def join(place: Path, folder: Path, tokens: int) -> dict[str, float]:
+def link_shards(place: Path, folder: Path, tokens: int) -> dict[str, float]:
     """Puts all shards into the artifact that is being built; what to note in its manifest.
 
     They are linked, not moved: a stop before the artifact is whole loses none of them.
@@ -265,7 +265,7 @@ def join(place: Path, folder: Path, tokens: int) -> dict[str, float]:
     return {"tokens": tokens, "bytes_per_token": round(size / tokens, 2)}
 
 
-def on_device(target: Target, device: torch.device) -> Target:
+def to_device(target: Target, device: torch.device) -> Target:
     """The same target with its tensors moved."""
     moved = {n: v.to(device) for n, v in vars(target).items() if isinstance(v, torch.Tensor)}
     return replace(target, **moved)  # type: ignore[arg-type]
@@ -276,7 +276,7 @@ def check_lineage(folder: Path, manifest: Manifest, wanted: dict[str, Any]) -> N
     for name, value in wanted.items():
         if manifest.facts.get(name) != value:
             found = f"{name} is {manifest.facts.get(name)}, of this study it is {value}"
-            raise UserError(f"targets {folder}", found, AGAIN)
+            raise UserError(f"targets {folder}", found, REBUILD)
 
 
 class CachedTeacher:
@@ -287,7 +287,7 @@ class CachedTeacher:
             no such row, or not of these tokens.
     """
 
-    def __init__(self, folder: Path, rows: list[Row], form: Form, lineage: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, rows: list[Row], form: Codec, lineage: dict[str, Any]) -> None:
         check_lineage(folder, verify_artifact(folder), lineage | form.facts)
         self.form = form
         self.files = [safe_open(p, framework="numpy") for p in sorted(folder.glob("shard-*.safetensors"))]
@@ -304,7 +304,7 @@ class CachedTeacher:
         for row in rows:
             key = bytes.fromhex(row_key(row))[:KEY]
             if key not in places:
-                raise UserError(f"targets {folder}", f"row {row.id} is not of these tokens", AGAIN)
+                raise UserError(f"targets {folder}", f"row {row.id} is not of these tokens", REBUILD)
             self.places[row.id] = places[key]
 
     def _columns(self, name: str) -> Columns:
@@ -317,4 +317,4 @@ class CachedTeacher:
     def __call__(self, batch: Batch) -> Target:
         parts = [self._columns(name) for name in batch.ids]
         target = self.form.target({name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
-        return on_device(target, batch.input_ids.device)
+        return to_device(target, batch.input_ids.device)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.models.generation import invert
+from distill.models.generation import inverse_cdf
 
 AT_ONCE = 2**24  # entries of a float64 table
 
@@ -36,7 +36,7 @@ def draw(log_probs: Tensor, points: Tensor, temperature: float = 1.0) -> tuple[T
     for start in range(0, n, step):
         logs = torch.log_softmax(log_probs[start : start + step].float() / temperature, dim=-1)
         probabilities = logs.exp()
-        ids.append(invert(probabilities, strata[start : start + step]))
+        ids.append(inverse_cdf(probabilities, strata[start : start + step]))
         entropy.append(torch.special.entr(probabilities).sum(-1))
     return torch.cat(ids), torch.cat(entropy)
 

@@ -16,9 +16,7 @@ from distill.losses.teacher_output import Target
 from distill.method import Method, MethodContext, check_output, make_method
 from distill.models.lm_head import capture_layers
 from distill.models.load import check_same_tokenizer, load_quantized
-from distill.trainer.distributed import is_sharded, shard_teacher
-from distill.trainer.loop import Curve, accelerator
-from distill.trainer.stage import (
+from distill.trainer.artifact_training import (
     CODE,
     build_shared,
     delete_scratch,
@@ -27,6 +25,8 @@ from distill.trainer.stage import (
     run_training,
     step_progress,
 )
+from distill.trainer.distributed import is_sharded, shard_teacher
+from distill.trainer.loop import Curve, accelerator
 from eval.core.artifacts import digest, read_manifest
 from eval.core.documents import Batch, Row, tokens_per_batch
 from eval.core.errors import UserError
@@ -88,7 +88,7 @@ class LiveTeacher:
         return found
 
 
-def load_running(
+def load_teacher_model(
     folder: Path, targets: Targets, device: torch.device, split: bool = False
 ) -> PreTrainedModel:
     """A model as the part of a teacher that runs: its type or format as the study says, without gradients.
@@ -125,7 +125,7 @@ def teacher_groups(study: Study) -> dict[str, dict[tuple[int, ...], list[int]]]:
     return groups
 
 
-def method_of(study: Study, side: str) -> Method:
+def study_method(study: Study, side: str) -> Method:
     method = make_method(study.method)
     return method if side == "T1" else method.control()
 
@@ -134,7 +134,7 @@ def teacher_name(side: str, seeds: list[int]) -> str:
     return f"{side}/s{seeds[0]}"
 
 
-def _bench(
+def _method_context(
     study: Study, name: str, folder: Path, seed: int, bases: tuple[int, ...], report: Progress
 ) -> MethodContext:
     tokenizer = load_tokenizer(study.folder / "base" / f"s{seed}")
@@ -169,12 +169,12 @@ def _teacher_parents(study: Study, bases: tuple[int, ...]) -> dict[str, str]:
 def _fit_inputs(study: Study, side: str, seed: int, bases: tuple[int, ...]) -> list[Any]:
     """All that decides what a method fits."""
     parents = _teacher_parents(study, tuple(sorted({seed, *bases})))
-    return [CODE, method_of(study, side).identity, parents, rows_shape(study), seed]
+    return [CODE, study_method(study, side).identity, parents, rows_shape(study), seed]
 
 
 def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], report: Progress) -> str:
     """Fits the method where it has something to fit; the hash of what was fitted."""
-    method = method_of(study, side)
+    method = study_method(study, side)
     if type(method).fit is Method.fit:
         return ""
     name = f"method/{teacher_name(side, seeds)}"
@@ -183,7 +183,7 @@ def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...]
     if is_missing(study.folder / name, key):
         facts = {"arm": side, "seed": seeds[0], "method": study.method.name}
         with build_shared(study, name, kind="method", key=key, parents=parents, facts=facts) as aside:
-            method.fit(_bench(study, teacher_name(side, seeds), aside, seeds[0], bases, report))
+            method.fit(_method_context(study, teacher_name(side, seeds), aside, seeds[0], bases, report))
         delete_scratch(study, teacher_name(side, seeds))
     return read_manifest(study.folder / name).hash
 
@@ -225,13 +225,15 @@ def run_teacher(
     study: Study, side: str, seeds: list[int], bases: tuple[int, ...], split: bool = False
 ) -> Iterator[LiveTeacher]:
     """The teacher of a group, with its method attached; with `split`, in shards where the student is."""
-    method, acc = method_of(study, side), accelerator()
+    method, acc = study_method(study, side), accelerator()
     split = split and is_sharded(acc)
-    load = partial(load_running, targets=study.targets, device=acc.device, split=split)
+    load = partial(load_teacher_model, targets=study.targets, device=acc.device, split=split)
     model = load(study.folder / "base" / f"s{seeds[0]}")
     vocabulary = model.config.get_text_config().vocab_size
     folder = study.folder / "method" / teacher_name(side, seeds)
-    bench = _bench(study, teacher_name(side, seeds), folder, seeds[0], bases, lambda share, tokens=0: None)
+    bench = _method_context(
+        study, teacher_name(side, seeds), folder, seeds[0], bases, lambda share, tokens=0: None
+    )
     bench = replace(bench, load=load)
     with method.attached(model, bench):
         pairs = study.train.loss.hidden.pairs if study.train.loss.hidden else []
@@ -244,19 +246,19 @@ def teacher_hash(study: Study, side: str, bases: tuple[int, ...], fitted_hash: s
     how = [study.targets.dtype, study.targets.quantization]
     own = next(seeds[0] for group, seeds in teacher_groups(study)[side].items() if group == bases)
     parents = _teacher_parents(study, tuple(sorted({own, *bases})))
-    return digest([CODE, method_of(study, side).identity, parents, fitted_hash, how])
+    return digest([CODE, study_method(study, side).identity, parents, fitted_hash, how])
 
 
-def group_of(study: Study, side: str, seed: int) -> tuple[tuple[int, ...], list[int]]:
+def teacher_group(study: Study, side: str, seed: int) -> tuple[tuple[int, ...], list[int]]:
     return next((b, s) for b, s in teacher_groups(study)[side].items() if seed in s)
 
 
-def teacher_of(study: Study, arm: str, seed: int) -> str | None:
+def find_teacher_hash(study: Study, arm: str, seed: int) -> str | None:
     """Fingerprint of the teacher of a student, or none for CE."""
     if arm not in TEACHERS:
         return None
     side = TEACHERS[arm]
-    bases, seeds = group_of(study, side, seed)
+    bases, seeds = teacher_group(study, side, seed)
     fitted = study.folder / "method" / teacher_name(side, seeds)
-    has_fit = type(method_of(study, side)).fit is not Method.fit
+    has_fit = type(study_method(study, side)).fit is not Method.fit
     return teacher_hash(study, side, bases, read_manifest(fitted).hash if has_fit else "")

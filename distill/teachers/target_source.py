@@ -13,23 +13,30 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from distill.data.sources import training_rows
 from distill.losses.divergences import check_target
 from distill.losses.teacher_output import Sampled, Target, Teacher, TopK
-from distill.teachers.cache import CachedTeacher, Form, join, make_form, write_shards
+from distill.teachers.cache import CachedTeacher, Codec, link_shards, make_codec, write_shards
 from distill.teachers.run import (
     TEACHERS,
     LiveTeacher,
+    find_teacher_hash,
     fit_method,
-    group_of,
     is_scored,
     run_teacher,
     score_teacher,
+    teacher_group,
     teacher_hash,
     teacher_name,
-    teacher_of,
 )
 from distill.teachers.texts import count_texts, read_texts, write_texts
+from distill.trainer.artifact_training import (
+    CODE,
+    build_shared,
+    delete_scratch,
+    is_missing,
+    rows_shape,
+    scratch_folder,
+)
 from distill.trainer.loop import accelerator
 from distill.trainer.rollout import OnPolicy
-from distill.trainer.stage import CODE, build_shared, delete_scratch, is_missing, rows_shape, scratch
 from eval.core.artifacts import digest, read_manifest
 from eval.core.documents import Row, pad_id, tokens_per_batch
 from eval.core.errors import UserError
@@ -38,8 +45,8 @@ from eval.core.sections import Targets
 from eval.core.study import Study
 from eval.engines import load_tokenizer
 
-KEPT = ("cached", "sequence")  # sources whose teacher need not run while a student trains
-WRITTEN = ("on_policy", "sequence")  # sources whose rows are written
+STORED_SOURCES = ("cached", "sequence")  # sources whose teacher need not run while a student trains
+GENERATED_SOURCES = ("on_policy", "sequence")  # sources whose rows are written
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,10 @@ def check_target_source(study: Study) -> None:
             "top_k": TopK(one.long(), one - 1),
         }
         check_target(few[targets.form], loss)
-    if source in KEPT and loss.hidden is not None:
+    if source in STORED_SOURCES and loss.hidden is not None:
         fix = "set targets.source: online"
         raise UserError("train.loss.hidden", f"{source} targets hold no hidden states", fix)
-    if source in WRITTEN and study.data.packing:
+    if source in GENERATED_SOURCES and study.data.packing:
         fix = "set data.packing: false"
         raise UserError("data.packing", f"true, and with targets.source: {source} texts are written", fix)
     if source == "on_policy" and loss.weight < 1:
@@ -80,7 +87,7 @@ def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ..
     """Fits the method, scores the teacher for its seeds and writes its targets: what is not done yet."""
     teacher = teacher_hash(study, side, bases, fit_method(study, side, seeds, bases, report))
     name, key = f"targets/{teacher_name(side, seeds)}", _targets_key(study, teacher)
-    missing = study.targets.source in KEPT and is_missing(study.folder / name, key)
+    missing = study.targets.source in STORED_SOURCES and is_missing(study.folder / name, key)
     scored = is_scored(study, side, seeds, teacher)
     acc = accelerator()
     acc.wait_for_everyone()  # all have looked before the first one writes
@@ -88,22 +95,24 @@ def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ..
         return
     with run_teacher(study, side, seeds, bases) as live:
         if missing:
-            _keep(study, name, key, live, teacher, report)
+            _write_targets(study, name, key, live, teacher, report)
         if not scored and acc.is_main_process:
             score_teacher(study, side, seeds, live, teacher)
     acc.wait_for_everyone()
 
 
-def _keep(study: Study, name: str, key: str, live: LiveTeacher, teacher: str, report: Progress) -> None:
+def _write_targets(
+    study: Study, name: str, key: str, live: LiveTeacher, teacher: str, report: Progress
+) -> None:
     """What the teacher says of all training rows: every process writes its share, the first joins them."""
-    acc, place = accelerator(), scratch(study, name, key)
+    acc, place = accelerator(), scratch_folder(study, name, key)
     base = study.folder / "base" / Path(name).name
     tokenizer = load_tokenizer(base)
     rows = training_rows(study, tokenizer)
     share: dict[str, Any] = {"process": acc.process_index, "processes": acc.num_processes, "report": report}
     facts: dict[str, Any] = {**_lineage(study, base, teacher), "method": live.method.identity}
     if study.targets.source == "cached":
-        form = form_of(study, base)
+        form = study_codec(study, base)
         facts |= form.facts
         write_shards(place, rows, live, form, pad=pad_id(tokenizer), **share)
     else:
@@ -117,14 +126,14 @@ def _keep(study: Study, name: str, key: str, live: LiveTeacher, teacher: str, re
     parents = {"base": read_manifest(base).hash, "data": facts["data"]}
     with build_shared(study, name, kind="targets", key=key, parents=parents, facts=facts) as aside:
         if acc.is_main_process:
-            facts |= join(place, aside, tokens)
+            facts |= link_shards(place, aside, tokens)
     delete_scratch(study, name)
 
 
-def form_of(study: Study, base: Path) -> Form:
+def study_codec(study: Study, base: Path) -> Codec:
     """How targets of this study are written, in the vocabulary of a base."""
     vocabulary = AutoConfig.from_pretrained(str(base)).get_text_config().vocab_size
-    return make_form(study.targets, vocabulary, study.train.loss.temperature)
+    return make_codec(study.targets, vocabulary, study.train.loss.temperature)
 
 
 def _lineage(study: Study, base: Path, teacher: str) -> dict[str, str]:
@@ -133,7 +142,7 @@ def _lineage(study: Study, base: Path, teacher: str) -> dict[str, str]:
     return {"teacher": teacher, "tokenizer": tokenizer, "data": read_manifest(study.folder / "data").hash}
 
 
-def _matters(targets: Targets) -> dict[str, Any]:
+def _deciding_settings(targets: Targets) -> dict[str, Any]:
     """The settings that decide what a student is told; what decides its teacher is in the teacher's hash."""
     form = {"dense": ["form"], "sampled": ["form", "draws"], "top_k": ["form", "k"]}[targets.form]
     keys = {"cached": form, "online": [], "on_policy": ["share", "generation"], "sequence": ["generation"]}
@@ -143,12 +152,12 @@ def _matters(targets: Targets) -> dict[str, Any]:
 def _targets_key(study: Study, teacher: str) -> str:
     sampled = study.targets.source == "cached" and study.targets.form == "sampled"
     temperature = study.train.loss.temperature if sampled else None
-    return digest([CODE, teacher, rows_shape(study), _matters(study.targets), temperature])
+    return digest([CODE, teacher, rows_shape(study), _deciding_settings(study.targets), temperature])
 
 
 def target_source_key(study: Study, arm: str) -> Any:
     """What decides a student's lesson beside its rows and its teacher."""
-    return _matters(study.targets) if arm in TEACHERS else None
+    return _deciding_settings(study.targets) if arm in TEACHERS else None
 
 
 @contextmanager
@@ -157,16 +166,16 @@ def open_target_source(
 ) -> Iterator[TargetSource]:
     """What a student learns from: rows alone, or rows and its teacher."""
     rows, targets = training_rows(study, tokenizer), study.targets
-    teacher = teacher_of(study, arm, seed)
+    teacher = find_teacher_hash(study, arm, seed)
     if teacher is None:
         yield TargetSource(rows)
         return
-    bases, seeds = group_of(study, TEACHERS[arm], seed)
+    bases, seeds = teacher_group(study, TEACHERS[arm], seed)
     folder = study.folder / "targets" / teacher_name(TEACHERS[arm], seeds)
     base = study.folder / "base" / f"s{seeds[0]}"
     if targets.source == "cached":
         lineage = _lineage(study, base, teacher)
-        yield TargetSource(rows, CachedTeacher(folder, rows, form_of(study, base), lineage))
+        yield TargetSource(rows, CachedTeacher(folder, rows, study_codec(study, base), lineage))
     elif targets.source == "sequence":
         yield TargetSource(read_texts(folder, rows, _lineage(study, base, teacher), targets.generation))
     else:

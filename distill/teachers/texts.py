@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.models.generation import groups_by_length, openings, written
-from distill.teachers.cache import AGAIN, SHARDS, check_lineage, fill
+from distill.models.generation import generated_row, groups_by_length, make_prompts
+from distill.teachers.cache import REBUILD, SHARDS, check_lineage, write_missing_shards
 from eval.core.artifacts import verify_artifact
 from eval.core.documents import Row
 from eval.core.errors import UserError
@@ -33,7 +33,7 @@ def write_texts(
         write: openings of one length, and the settings -> what follows each.
         most: tokens, written ones included, that the teacher sees at once.
     """
-    groups = list(groups_by_length(openings(rows, generation), generation, context, most))
+    groups = list(groups_by_length(make_prompts(rows, generation), generation, context, most))
     done = 0
 
     def shard(aside: Path, held: list[tuple[list[Row], Generation]]) -> None:
@@ -41,7 +41,7 @@ def write_texts(
         with aside.open("w", encoding="utf-8") as out:
             for group, settings in held:
                 for row, tokens in zip(group, write(group, settings), strict=True):
-                    whole = written(row, tokens)
+                    whole = generated_row(row, tokens)
                     line = {"row": row.id, "given": whole.given, "tokens": whole.tokens}
                     out.write(json.dumps(line) + "\n")
                 done += 1
@@ -49,7 +49,7 @@ def write_texts(
 
     size = max(1, len(groups) // SHARDS)
     shards = [groups[i : i + size] for i in range(0, len(groups), size)]
-    fill(place, "jsonl", shards, shard, process, processes)
+    write_missing_shards(place, "jsonl", shards, shard, process, processes)
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:
@@ -72,9 +72,9 @@ def read_texts(folder: Path, rows: list[Row], lineage: dict[str, str], generatio
     check_lineage(folder, verify_artifact(folder), lineage)
     texts = {found["row"]: found for found in _lines(folder)}
     learned = []
-    for row in openings(rows, generation):
+    for row in make_prompts(rows, generation):
         found = texts.get(row.id)
         if found is None or found["tokens"][: len(row.tokens)] != row.tokens:
-            raise UserError(f"targets {folder}", f"row {row.id} is not of these tokens", AGAIN)
-        learned.append(written(row, found["tokens"][len(row.tokens) :]))
+            raise UserError(f"targets {folder}", f"row {row.id} is not of these tokens", REBUILD)
+        learned.append(generated_row(row, found["tokens"][len(row.tokens) :]))
     return learned

@@ -26,7 +26,7 @@ def check_installed(wanted: bool) -> None:
         raise UserError("accelerate config", "DeepSpeed is asked for and not installed", fix)
 
 
-def set_up(acc: Accelerator, config: Train, model: PreTrainedModel) -> None:
+def prepare_sharding(acc: Accelerator, config: Train, model: PreTrainedModel) -> None:
     """Refuses what cannot be trained in shards, and tells DeepSpeed what it does in place of the loop.
 
     Raises:
@@ -49,7 +49,7 @@ def set_up(acc: Accelerator, config: Train, model: PreTrainedModel) -> None:
         settings |= {"gradient_clipping": config.clip, "zero_allow_untested_optimizer": True}
 
 
-def make_whole(acc: Accelerator, learner: nn.Module, model: PreTrainedModel) -> None:
+def gather_weights(acc: Accelerator, learner: nn.Module, model: PreTrainedModel) -> None:
     """Puts the trained weights of all shards into the first process's own whole copy of the model."""
     state = acc.get_state_dict(learner)
     if acc.is_main_process:
@@ -60,7 +60,7 @@ def make_whole(acc: Accelerator, learner: nn.Module, model: PreTrainedModel) -> 
         assert set(missing) <= tied, missing
 
 
-def whole_norm(acc: Accelerator, norm: Any) -> float:
+def gradient_norm(acc: Accelerator, norm: Any) -> float:
     """The norm of a gradient as a number; of one in shards it is a tensor in shards itself."""
     return float(norm.full_tensor() if acc.is_fsdp2 else norm)
 

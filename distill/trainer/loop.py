@@ -21,7 +21,13 @@ from transformers import PreTrainedModel
 from distill.losses.teacher_output import Teacher
 from distill.models.lm_head import check_head
 from distill.trainer.checkpoint import Checkpoints, Curve
-from distill.trainer.distributed import check_installed, is_sharded, make_whole, set_up, whole_norm
+from distill.trainer.distributed import (
+    check_installed,
+    gather_weights,
+    gradient_norm,
+    is_sharded,
+    prepare_sharding,
+)
 from distill.trainer.logging import Log
 from distill.trainer.module import DistillationModule, layer_widths
 from eval.core.documents import Batch, Row, collate
@@ -68,7 +74,7 @@ def row_order(rows: int, steps: int, per_step: int, seed: int) -> list[list[int]
     return [stream[i * per_step : (i + 1) * per_step] for i in range(steps)]
 
 
-def learning_rate(step: int, steps: int, config: Train) -> float:
+def learning_rate_factor(step: int, steps: int, config: Train) -> float:
     """Factor on the learning rate at `step` (from 0): linear warm-up, flat, linear decay to zero."""
     up = (step + 1) / max(1.0, config.warmup * steps)
     down = (steps - step) / max(1.0, config.decay * steps)
@@ -79,7 +85,7 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter, shared: set[int]) -> b
     return parameter.ndim == 2 and id(parameter) not in shared and "embed" not in name
 
 
-def optimizers(
+def build_optimizers(
     model: PreTrainedModel, config: Train, projectors: Sequence[nn.Parameter] = ()
 ) -> list[Optimizer]:
     """Muon for the hidden matrices and AdamW for the rest, or AdamW for all; no decay on vectors."""
@@ -133,7 +139,7 @@ def _micro_batches(rows: list[Row], config: Train, acc: Accelerator, pad: int) -
 
 
 @contextmanager
-def _joining(acc: Accelerator, learner: nn.Module, last: bool) -> Iterator[None]:
+def _sync_on_last(acc: Accelerator, learner: nn.Module, last: bool) -> Iterator[None]:
     """Inside, a backward pass adds its gradient up; the last of a step also joins those of all processes."""
     if last:
         acc.gradient_state._set_sync_gradients(True)  # what tells DeepSpeed to clip and step
@@ -156,7 +162,7 @@ def step_loss(
     micro = _micro_batches(rows, config, acc, pad)
     total = torch.zeros((), device=acc.device)
     for i, batch in enumerate(micro):
-        with _joining(acc, learner, last=i == len(micro) - 1):
+        with _sync_on_last(acc, learner, last=i == len(micro) - 1):
             loss = batch_loss(learner, batch, teacher) / tokens
             acc.backward(loss * acc.num_processes)
         total += loss.detach()
@@ -271,11 +277,11 @@ def train(
     acc = accelerator()
     steps = total_steps(config, len(rows))
     order = row_order(len(rows), steps, config.rows, seed)
-    set_up(acc, config, model)
+    prepare_sharding(acc, config, model)
     torch.manual_seed(seed)
     trained = deepcopy(model) if is_sharded(acc) else model  # what is split keeps another form for good
     plain = build_module(trained, rows[order[0][0]], config, teacher, pad)
-    made = optimizers(trained, config, list(plain.projectors.parameters()))
+    made = build_optimizers(trained, config, list(plain.projectors.parameters()))
     plain.train()
     learner, *made = acc.prepare(plain, *made)
     saved = Checkpoints(scratch, acc)
@@ -287,11 +293,11 @@ def train(
         chosen = [rows[i] for i in order[step]]
         if rewrite is not None:
             chosen = rewrite(acc, trained, step, chosen)
-        factor = learning_rate(step, steps, config)
+        factor = learning_rate_factor(step, steps, config)
         set_learning_rate(made, factor)
         loss = step_loss(learner, chosen, teacher, config, acc, pad)
         check_finite(loss, step, chosen)
-        norm = whole_norm(acc, acc.clip_grad_norm_(learner.parameters(), config.clip))
+        norm = gradient_norm(acc, acc.clip_grad_norm_(learner.parameters(), config.clip))
         check_finite(norm, step, chosen, "gradient norm")
         for optimizer in made:
             optimizer.step()
@@ -303,7 +309,7 @@ def train(
         if done.number % config.checkpoint_every == 0 and done.number < steps:
             saved.save(done.number, curve)
     if is_sharded(acc):
-        make_whole(acc, learner, model)
+        gather_weights(acc, learner, model)
     model.eval()
     acc.free_memory()
     return curve

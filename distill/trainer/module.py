@@ -45,7 +45,7 @@ class DistillationModule(nn.Module):
         with capture_input(self.end[0]) as seen, torch.autocast(device, torch.bfloat16, enabled=narrow):
             output = self.run(**inputs)
         places = F.pad(batch.mask, (0, 1)).flatten().nonzero()[:, 0]
-        hidden = at(places, seen[0])
+        hidden = select_positions(places, seen[0])
         if narrow and hidden.is_cuda:
             hidden = hidden.bfloat16()  # as autocast hands it to a linear layer
         labels = batch.labels[batch.mask]
@@ -61,18 +61,20 @@ class DistillationModule(nn.Module):
         assert isinstance(target, Dense | States)
         check_layers([own for own, _ in config.pairs], len(states), "student")
         found = [
-            distance(project(at(places, states[own]).float()), layer.float(), config.distance)
+            state_distance(
+                project(select_positions(places, states[own]).float()), layer.float(), config.distance
+            )
             for (own, _), project, layer in zip(config.pairs, self.projectors, target.layers, strict=True)
         ]
         return torch.stack(found).sum()
 
 
-def at(places: Tensor, states: Tensor) -> Tensor:
+def select_positions(places: Tensor, states: Tensor) -> Tensor:
     """[N, D] states [B, T, D] at places [N] of B * T; its gradient is five times as fast as a mask's."""
     return states.flatten(0, 1).index_select(0, places)
 
 
-def distance(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+def state_distance(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     """Sum over tokens of the distance of states [N, D]: mean square over D, or 1 - cosine."""
     if kind == "mse":
         return (student - teacher).square().mean(-1).sum()

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from transformers import PreTrainedModel
 
-from distill.models.generation import groups_by_length, openings, student_writes, uniforms, written
+from distill.models.generation import generate_texts, generated_row, groups_by_length, make_prompts, uniforms
 from eval.core.documents import Row
 from eval.core.errors import UserError
 from eval.core.sections import Generation
@@ -39,12 +39,12 @@ class OnPolicy:
         if acc.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             fix = "run on_policy with plain data parallelism, or take another targets.source"
             raise UserError("targets.source", "on_policy, and no process has the whole student", fix)
-        prompts = openings(rows, self.generation)
+        prompts = make_prompts(rows, self.generation)
         mine = prompts[acc.process_index :: acc.num_processes]
         texts: dict[str, list[int]] = {}
         for group, settings in groups_by_length(mine, self.generation, self.context, AT_ONCE):
-            found = student_writes(student, group, settings, f"{self.seed} {step}", self.pad)
+            found = generate_texts(student, group, settings, f"{self.seed} {step}", self.pad)
             texts |= {row.id: tokens for row, tokens in zip(group, found, strict=True)}
         if acc.num_processes > 1:
             texts = {name: tokens for part in gather_object([texts]) for name, tokens in part.items()}
-        return [written(row, texts[row.id]) for row in prompts]
+        return [generated_row(row, texts[row.id]) for row in prompts]

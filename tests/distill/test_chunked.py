@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill.losses import chunked
 from distill.losses.chunked import chunked_loss
 from distill.losses.divergences import DIVERGENCES, distillation_loss
-from distill.losses.teacher_output import Dense, Sampled, States, TopK, within
+from distill.losses.teacher_output import Dense, Sampled, States, TopK, cut_vocabulary
 from distill.models.lm_head import Head
 from eval.core.errors import UserError
 from eval.core.sections import Loss
@@ -161,7 +161,7 @@ def test_padding_of_the_teachers_vocabulary_costs_nothing():
     ):
         chunked_loss(hidden, Head(padded), torch.arange(TOKENS), States([hidden], [Head(weight)]), Loss())
     with pytest.raises(UserError, match="targets with id 36, of a student with 30 tokens"):
-        within(TopK(torch.tensor([[36]]), torch.zeros(1, 1)), 30)
+        cut_vocabulary(TopK(torch.tensor([[36]]), torch.zeros(1, 1)), 30)
 
 
 def test_mean_of_probabilities_survives_the_improbable():

@@ -8,7 +8,15 @@ from accelerate.utils import DistributedType
 
 from distill.losses.teacher_output import Dense
 from distill.method import Frozen, Plain
-from distill.models.generation import choose, openings, points_of, sample, stop_ids, student_writes, written
+from distill.models.generation import (
+    choose_tokens,
+    generate_texts,
+    generated_row,
+    make_prompts,
+    sample_texts,
+    stop_ids,
+    uniform_points,
+)
 from distill.teachers.texts import count_texts, read_texts, write_texts
 from distill.trainer.loop import accelerator, train
 from distill.trainer.rollout import OnPolicy
@@ -44,40 +52,40 @@ def test_an_opening_is_the_prompt_or_the_first_tokens():
         Row("p", "x", 0, [0, 1, 2, 3, 4, 5, 6, 7], 6),
         Row("s", "x", 0, [0, 1]),
     )
-    found = openings([plain, prompted, short], GENERATION)
+    found = make_prompts([plain, prompted, short], GENERATION)
     assert [r.tokens for r in found] == [plain.tokens[:5], [0, 1, 2, 3, 4, 5, 6], [0, 1]]
     assert [r.predicted for r in found] == [0, 0, 0]
-    new = written(found[0], [9, 8])
+    new = generated_row(found[0], [9, 8])
     assert (new.id, new.tokens, new.predicted) == (plain.id, [*plain.tokens[:5], 9, 8], 2)
     batch = collate([new], 0)
     assert batch.labels[batch.mask].tolist() == [9, 8], "the loss is of what was written"
     with pytest.raises(UserError, match=r"set data\.packing: false"):
-        openings([Row("d", "x", 0, [0, 1, 0, 2], packed=((2, 0), (2, 0)))], GENERATION)
+        make_prompts([Row("d", "x", 0, [0, 1, 0, 2], packed=((2, 0), (2, 0)))], GENERATION)
 
 
 def test_tokens_are_chosen_with_their_probability():
     logs = torch.log_softmax(torch.tensor([2.0, 1.0, 0.0, -1.0]), -1)
     points = torch.arange(1000) / 1000
     for temperature in (0.5, 2.0):
-        found = choose(logs.expand(1000, -1), points, Generation(temperature=temperature))
+        found = choose_tokens(logs.expand(1000, -1), points, Generation(temperature=temperature))
         share = torch.bincount(found, minlength=4) / 1000
         torch.testing.assert_close(share, torch.softmax(logs / temperature, -1), atol=2e-3, rtol=0)
-    assert choose(logs.expand(1000, -1), points, Generation(temperature=0)).unique().tolist() == [0]
+    assert choose_tokens(logs.expand(1000, -1), points, Generation(temperature=0)).unique().tolist() == [0]
     # The two likeliest hold 0.88: top_p 0.8 keeps both, 0.6 the first alone.
-    both = choose(logs.expand(1000, -1), points, Generation(top_p=0.8))
+    both = choose_tokens(logs.expand(1000, -1), points, Generation(top_p=0.8))
     assert float((both == 0).float().mean()) == pytest.approx(1 / (1 + 2.71828**-1), abs=2e-3)
     assert both.unique().tolist() == [0, 1]
-    assert choose(logs.expand(1000, -1), points, Generation(top_p=0.6)).unique().tolist() == [0]
+    assert choose_tokens(logs.expand(1000, -1), points, Generation(top_p=0.6)).unique().tolist() == [0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_student_writes_what_sampling_without_its_cache_writes(temperature):
-    model, prompts = lively(), openings(rows(), GENERATION)
+    model, prompts = lively(), make_prompts(rows(), GENERATION)
     settings = GENERATION.model_copy(update={"temperature": temperature})
     model.generation_config.update(repetition_penalty=5.0, do_sample=True, top_k=3, eos_token_id=[0, 17])
     own, random = model.generation_config, torch.get_rng_state()
     model.train()
-    found = student_writes(model, prompts, settings, "seed", 0)
+    found = generate_texts(model, prompts, settings, "seed", 0)
     assert model.training
     assert model.generation_config is own, "its own settings are neither used nor lost"
     assert torch.equal(torch.get_rng_state(), random)
@@ -87,18 +95,18 @@ def test_a_student_writes_what_sampling_without_its_cache_writes(temperature):
     def following(some):
         return torch.log_softmax(model(collate(some, 0).input_ids).logits[:, -1], -1)
 
-    assert found == sample(following, prompts, settings, "seed", {0, 17})
+    assert found == sample_texts(following, prompts, settings, "seed", {0, 17})
     if temperature:
         assert len({tuple(tokens) for tokens in found}) == len(found)
-        assert found != student_writes(model, prompts, settings, "other", 0)
-    alone = [student_writes(model, [prompt], settings, "seed", 0)[0] for prompt in prompts]
+        assert found != generate_texts(model, prompts, settings, "other", 0)
+    alone = [generate_texts(model, [prompt], settings, "seed", 0)[0] for prompt in prompts]
     assert found == alone
 
 
 def test_a_text_ends_with_the_id_that_stops_it():
     """Every other id is as likely as not: texts of unequal length, each through its first stop."""
-    stops, prompts = {*range(0, 320, 4)}, openings(rows(20), GENERATION)
-    found = sample(lambda some: torch.zeros(len(some), 320), prompts, GENERATION, 0, stops)
+    stops, prompts = {*range(0, 320, 4)}, make_prompts(rows(20), GENERATION)
+    found = sample_texts(lambda some: torch.zeros(len(some), 320), prompts, GENERATION, 0, stops)
     for tokens in found:
         assert not stops & set(tokens[:-1])
         assert len(tokens) == 7 or tokens[-1] in stops
@@ -113,9 +121,9 @@ def test_a_text_ends_with_the_id_that_stops_it():
 
 def test_a_method_writes_by_its_signal():
     """The default of every method, against the plain model's own cache."""
-    model, prompts = lively(), openings(rows(), GENERATION)
+    model, prompts = lively(), make_prompts(rows(), GENERATION)
     found = Plain(Frozen()).write(model, prompts, GENERATION, 0)
-    assert found == student_writes(model, prompts, GENERATION, 0, 0)
+    assert found == generate_texts(model, prompts, GENERATION, 0, 0)
 
 
 def texts(folder, some, write, **how):
@@ -132,7 +140,7 @@ def test_texts_of_a_teacher_depend_neither_on_processes_nor_on_a_stop(tmp_path):
     model, some = lively(), [*rows(), Row("s", "x", 0, [0, 7, 8])]
 
     def write(group, settings):
-        return student_writes(model, group, settings, 0, 0)
+        return generate_texts(model, group, settings, 0, 0)
 
     one = texts(tmp_path / "one", some, write)
     learned = read_texts(one, some, LINEAGE, GENERATION)
@@ -222,7 +230,7 @@ def test_a_sharded_student_cannot_write():
 
 
 def test_points_belong_to_row_and_seed():
-    one, two = points_of(rows(2), GENERATION, "a")
+    one, two = uniform_points(rows(2), GENERATION, "a")
     assert not torch.equal(one, two)
-    assert torch.equal(points_of(rows(3)[1:2], GENERATION, "a")[0], two)
-    assert json.dumps(two.tolist()) != json.dumps(points_of(rows(2), GENERATION, "b")[1].tolist())
+    assert torch.equal(uniform_points(rows(3)[1:2], GENERATION, "a")[0], two)
+    assert json.dumps(two.tolist()) != json.dumps(uniform_points(rows(2), GENERATION, "b")[1].tolist())

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from distill.losses.teacher_output import Sampled
-from distill.method import plain_signal
+from distill.method import plain_output
 from distill.models.lm_head import capture_layers
 from distill.trainer.loop import train
-from distill.trainer.module import DistillationModule, distance, layer_widths
+from distill.trainer.module import DistillationModule, layer_widths, state_distance
 from eval.core.documents import collate
 from eval.core.errors import UserError
 from eval.core.sections import Hidden, Loss, Optimizer, Train
@@ -27,7 +27,7 @@ def live(model, layers):
     def teach(batch):
         places = torch.nn.functional.pad(batch.mask, (0, 1))
         with capture_layers(model, layers) as seen:
-            signal = plain_signal(model, batch=batch)
+            signal = plain_output(model, batch=batch)
         return type(signal.at(places))(
             **{**vars(signal.at(places)), "layers": tuple(layer[places] for layer in seen)}
         )
@@ -52,8 +52,10 @@ def reference(student, teacher, kind):
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
 def test_distances_are_the_float64_sums(kind):
     one, other = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
-    assert float(distance(one, other, kind)) == pytest.approx(float(reference(one, other, kind)), rel=1e-5)
-    assert float(distance(one, one, kind)) == pytest.approx(0, abs=1e-5)
+    assert float(state_distance(one, other, kind)) == pytest.approx(
+        float(reference(one, other, kind)), rel=1e-5
+    )
+    assert float(state_distance(one, one, kind)) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])

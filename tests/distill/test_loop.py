@@ -8,7 +8,14 @@ import torch
 from transformers import LlamaConfig
 
 from distill.losses.teacher_output import Dense
-from distill.trainer.loop import accelerator, batch_loss, learning_rate, row_order, step_loss, train
+from distill.trainer.loop import (
+    accelerator,
+    batch_loss,
+    learning_rate_factor,
+    row_order,
+    step_loss,
+    train,
+)
 from distill.trainer.module import DistillationModule
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
@@ -154,7 +161,7 @@ def test_every_epoch_is_a_permutation_and_the_seed_decides():
 
 def test_schedule_warms_up_stays_and_decays_to_zero():
     config = Train(warmup=0.1, decay=0.5)
-    factors = [learning_rate(step, 100, config) for step in range(100)]
+    factors = [learning_rate_factor(step, 100, config) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[10:50] == [1.0] * 40
     assert factors[-1] == pytest.approx(1 / 50)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from distill.method import plain_signal
-from distill.trainer.distributed import check_installed, set_up
+from distill.method import plain_output
+from distill.trainer.distributed import check_installed, prepare_sharding
 from distill.trainer.loop import accelerator, train
 from eval.core.errors import UserError
 from eval.core.sections import Optimizer, Train
@@ -32,7 +32,7 @@ def test_what_shards_cannot_do_is_told(monkeypatch):
     acc = Accelerator(cpu=True)
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UserError, match=r"optimizer\.name: muon, and FSDP splits .* to adamw"):
-        set_up(acc, Train(optimizer=Optimizer(name="muon")), tiny_model())
+        prepare_sharding(acc, Train(optimizer=Optimizer(name="muon")), tiny_model())
     monkeypatch.setattr("distill.trainer.distributed.find_spec", lambda name: None)
     check_installed(False)
     with pytest.raises(UserError, match=r"DeepSpeed is asked for and not installed; `pip install deepspeed`"):
@@ -40,7 +40,7 @@ def test_what_shards_cannot_do_is_told(monkeypatch):
 
 
 def of_model(teacher):
-    return lambda batch: plain_signal(teacher, batch=batch).at(F.pad(batch.mask, (0, 1)))
+    return lambda batch: plain_output(teacher, batch=batch).at(F.pad(batch.mask, (0, 1)))
 
 
 def trained(model, teacher, scratch, **how):

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill.data.sources import prepare
 from distill.models.card import model_card
 from distill.models.init import init_student
-from distill.models.layers import block_influence, decoder_layers, every, influential
+from distill.models.layers import block_influence, decoder_layers, evenly_spaced, most_influential
 from distill.models.load import fresh_model
-from distill.models.lora import add_adapters, quantized_and_tuned
+from distill.models.lora import add_adapters, add_adapters_to_nf4
 from distill.trainer.checkpoint import Checkpoints
 from distill.trainer.evaluate import Validation
 from distill.trainer.loop import accelerator, train
@@ -44,12 +44,12 @@ def tokenizer():
 
 
 def test_layers_are_kept_evenly_with_both_ends():
-    assert every(12, 3) == [0, 6, 11]
-    assert every(12, 6) == [0, 2, 4, 7, 9, 11]  # as printed by Shleifer and Rush, table 2
-    assert every(4, 4) == [0, 1, 2, 3]
-    assert every(4, 1) == [0]
+    assert evenly_spaced(12, 3) == [0, 6, 11]
+    assert evenly_spaced(12, 6) == [0, 2, 4, 7, 9, 11]  # as printed by Shleifer and Rush, table 2
+    assert evenly_spaced(4, 4) == [0, 1, 2, 3]
+    assert evenly_spaced(4, 1) == [0]
     for count in range(1, 20):
-        assert all(len(every(count, wanted)) == wanted for wanted in range(1, count + 1))
+        assert all(len(evenly_spaced(count, wanted)) == wanted for wanted in range(1, count + 1))
 
 
 def test_influence_is_one_minus_the_cosine_of_what_goes_in_and_comes_out():
@@ -84,7 +84,7 @@ def test_the_layers_of_least_influence_are_left_out(tokenizer):
             layer = model.model.layers[idle]
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    assert influential(model, [BATCH], 3) == [0, 2, 4]
+    assert most_influential(model, [BATCH], 3) == [0, 2, 4]
     before = logits(model)
     student, found = init_student(model, tokenizer, Student(start="influential", layers=3), ROWS, seed=0)
     assert found == {"kept_layers": [0, 2, 4]}
@@ -188,7 +188,7 @@ def test_a_quantized_student_is_exported_as_it_was_trained(tmp_path):
     """NF4 answers on a CPU too, where rows are multiples of 64; it has no gradient there."""
     pytest.importorskip("bitsandbytes")
     plain = tiny_model()
-    adapted = quantized_and_tuned(plain, Student(tuning="qlora", rank=4), **CPU)
+    adapted = add_adapters_to_nf4(plain, Student(tuning="qlora", rank=4), **CPU)
     pairs = zip(plain.parameters(), tiny_model().parameters(), strict=True)
     gaps = [float((a - b).detach().norm() / b.detach().norm()) for a, b in pairs]
     assert sum(0.05 < gap < 0.15 for gap in gaps) == 14, "all but the head and the norms"
@@ -206,7 +206,7 @@ def test_a_quantized_student_is_exported_as_it_was_trained(tmp_path):
 
 def test_a_checkpoint_of_a_quantized_student_holds_its_adapters(tmp_path):
     pytest.importorskip("bitsandbytes")
-    adapted = quantized_and_tuned(tiny_model(), Student(tuning="qlora", rank=4), **CPU)
+    adapted = add_adapters_to_nf4(tiny_model(), Student(tuning="qlora", rank=4), **CPU)
     adapters = {n: p for n, p in adapted.model.named_parameters() if p.requires_grad}
     acc = accelerator()
     acc.prepare(DistillationModule(adapted.model, Train(rows=4)))

@@ -10,14 +10,20 @@ import yaml
 from distill.data.sources import training_rows
 from distill.pipeline import base_jobs, make_student, prepare_inputs, teacher_jobs
 from distill.teachers import run as teachers
-from distill.teachers.run import LiveTeacher, group_of, load_running, run_teacher, teacher_of
+from distill.teachers.run import (
+    LiveTeacher,
+    find_teacher_hash,
+    load_teacher_model,
+    run_teacher,
+    teacher_group,
+)
 from distill.teachers.target_source import (
     check_target_source,
     make_teacher,
     open_target_source,
     target_source_key,
 )
-from distill.trainer.loop import accelerator, optimizers
+from distill.trainer.loop import accelerator, build_optimizers
 from distill.trainer.rollout import OnPolicy
 from eval.core.artifacts import read_manifest
 from eval.core.documents import collate
@@ -130,15 +136,15 @@ def test_a_teacher_that_runs_has_no_gradient_no_optimizer_and_keeps_its_weights(
     study, made, trained = online(cached[0]), [], []
 
     def loading(*args, **how):
-        made.append(load_running(*args, **how))
+        made.append(load_teacher_model(*args, **how))
         return made[-1]
 
     def watching(model, *rest):
-        trained.extend(optimizers(model, *rest))
+        trained.extend(build_optimizers(model, *rest))
         return trained
 
     monkeypatch.setattr(teachers, "load_running", loading)
-    monkeypatch.setattr("distill.trainer.loop.optimizers", watching)
+    monkeypatch.setattr("distill.trainer.loop.build_optimizers", watching)
     make_student(study, "S1", 0, quiet)
     assert len(made) == 2, "the members of the ensemble"
     taught = {id(p) for optimizer in trained for group in optimizer.param_groups for p in group["params"]}
@@ -146,7 +152,7 @@ def test_a_teacher_that_runs_has_no_gradient_no_optimizer_and_keeps_its_weights(
     for seed, model in zip((0, 1), made, strict=True):
         assert not model.training
         assert not any(p.requires_grad or p.grad is not None or id(p) in taught for p in model.parameters())
-        saved = load_running(
+        saved = load_teacher_model(
             study.folder / "base" / f"s{seed}", study.targets, torch.device("cpu")
         ).state_dict()
         assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
@@ -157,7 +163,7 @@ def test_a_teacher_runs_in_bfloat16_where_it_shall(cached):
     rows = training_rows(study, load_tokenizer(study.folder / "base" / "s0"))
     answers = []
     for some in (study, online(cached[0])):
-        bases, seeds = group_of(some, "T1", 0)
+        bases, seeds = teacher_group(some, "T1", 0)
         with run_teacher(some, "T1", seeds, bases) as live:
             answers.append(live.log_probs(collate(rows[:2], 0)))
             if some is study:
@@ -167,13 +173,15 @@ def test_a_teacher_runs_in_bfloat16_where_it_shall(cached):
     narrow, wide = answers
     assert narrow.dtype == torch.float32
     assert 0 < float((narrow - wide).abs().max()) < 0.3
-    assert teacher_of(study, "S1", 0) != teacher_of(online(cached[0]), "S1", 0)
+    assert find_teacher_hash(study, "S1", 0) != find_teacher_hash(online(cached[0]), "S1", 0)
 
 
 def test_a_quantized_teacher_needs_cuda(cached, tmp_path):
     for name in ("int8", "nf4"):
         with pytest.raises(UserError, match=rf"targets\.quantization: {name}; it needs CUDA"):
-            load_running(cached[0].folder / "base" / "s0", Targets(quantization=name), torch.device("cpu"))
+            load_teacher_model(
+                cached[0].folder / "base" / "s0", Targets(quantization=name), torch.device("cpu")
+            )
 
 
 @pytest.mark.gpu
@@ -184,7 +192,7 @@ def test_a_quantized_teacher_says_about_the_same(cached, name):
     rows = training_rows(study, load_tokenizer(study.folder / "base" / "s0"))
     answers = []
     for some in (study, online(cached[0])):
-        bases, seeds = group_of(some, "T1", 0)
+        bases, seeds = teacher_group(some, "T1", 0)
         with run_teacher(some, "T1", seeds, bases) as live:
             answers.append(live.log_probs(collate(rows[:2], 0)))
     assert 0 < float((answers[0] - answers[1]).abs().mean()) < 0.2
@@ -197,7 +205,7 @@ def test_what_a_teacher_writes_is_learned(cached):
     tokenizer = load_tokenizer(study.folder / "base" / "s0")
     learned = {}
     for side, arm in (("T1", "S1"), ("T0", "S0")):
-        bases, seeds = group_of(study, side, 0)
+        bases, seeds = teacher_group(study, side, 0)
         make_teacher(study, side, seeds, bases, quiet)
         with open_target_source(study, arm, 0, tokenizer) as told:
             assert told.teacher is None

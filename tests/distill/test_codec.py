@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.models.generation import invert, uniforms
+from distill.models.generation import inverse_cdf, uniforms
 from distill.teachers.codec import draw, pack, packed_bytes, unpack
 
 
@@ -70,7 +70,7 @@ def test_a_sum_over_draws_varies_less_than_with_independent_ones():
 def test_ids_of_probability_zero_are_never_drawn():
     weights = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0, 0.0]])
     points = torch.tensor([[0.0, 0.2499, 0.25, 0.9999, 1.0]])
-    assert invert(weights, points).tolist() == [[1, 1, 3, 3, 3]]
+    assert inverse_cdf(weights, points).tolist() == [[1, 1, 3, 3, 3]]
 
 
 def test_a_key_alone_decides_the_numbers():

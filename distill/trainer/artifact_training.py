@@ -20,7 +20,10 @@ from eval.core.jobs import Progress
 from eval.core.sections import Train
 from eval.core.study import ROOT, Study
 
-WATCHED = {"checkpoint_every", "evaluate_every"}  # settings of a training that leave its weights alone
+MONITORING_ONLY = {
+    "checkpoint_every",
+    "evaluate_every",
+}  # settings of a training that leave its weights alone
 CODE = sorted(file_sha256(p) for p in [*(ROOT / "distill").rglob("*.py"), ROOT / "eval/core/documents.py"])
 
 
@@ -49,7 +52,7 @@ def rows_shape(study: Study) -> list[Any]:
     return [study.data.context, study.data.train_rows, study.data.packing]
 
 
-def scratch(study: Study, name: str, key: str) -> Path:
+def scratch_folder(study: Study, name: str, key: str) -> Path:
     """Where unfinished work of the artifact `name` lies, told apart by what it is made of."""
     return study.folder / "scratch" / name.replace("/", "-") / key[:16]
 
@@ -66,7 +69,7 @@ def run_training(
     **how: Any,
 ) -> Curve:
     """Trains with resumable checkpoints in the scratch folder of `name`, and its curves among the logs."""
-    pad, place = pad_id(tokenizer), scratch(study, name, key)
+    pad, place = pad_id(tokenizer), scratch_folder(study, name, key)
     check_packing(model, rows, pad)
     if config.evaluate_every and study.trackers:
         how["evaluate"] = Validation(study.folder / "data", tokenizer, study.data.context, pad)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from distill.losses.chunked import answer
+from distill.losses.chunked import slice_target
 from distill.losses.divergences import distillation_loss
 from distill.losses.teacher_output import Dense, Sampled, TopK
-from distill.teachers.cache import CachedTeacher, cut, join, make_form, write_shards
+from distill.teachers.cache import CachedTeacher, link_shards, make_codec, shard_batches, write_shards
 from eval.core.artifacts import build_artifact, read_manifest
 from eval.core.documents import Row, batches, collate
 from eval.core.errors import UserError
@@ -38,7 +38,7 @@ def teacher_of(vocabulary=320, sharpness=3.0):
 
 
 def form_of(name, vocabulary=320, temperature=1.0, **settings):
-    return make_form(Targets(form=name, k=16, **settings), vocabulary, temperature)
+    return make_codec(Targets(form=name, k=16, **settings), vocabulary, temperature)
 
 
 def cache(folder, form, some, teacher, **how):
@@ -46,7 +46,7 @@ def cache(folder, form, some, teacher, **how):
     write_shards(folder / "parts", some, teacher, form, pad=0, report=lambda share: None, **how)
     facts = {**LINEAGE, **form.facts}
     with build_artifact(folder / "t", kind="targets", name="t", key="k", parents={}, facts=facts) as aside:
-        facts |= join(folder / "parts", aside, sum(row.predicted for row in some))
+        facts |= link_shards(folder / "parts", aside, sum(row.predicted for row in some))
     return folder / "t"
 
 
@@ -93,7 +93,7 @@ def test_the_mean_gradient_over_many_draws_tends_to_the_full_one(tmp_path, name)
     def gradient(target):
         logits = torch.linspace(-1, 1, 60).requires_grad_()
         labels = torch.zeros(tokens, dtype=torch.int64)
-        told = answer(target, 0, tokens)
+        told = slice_target(target, 0, tokens)
         value = distillation_loss(logits.expand(tokens, -1), labels, told, loss) / tokens
         value.backward()
         return logits.grad.double(), float(value.detach())
@@ -129,7 +129,7 @@ def test_shards_depend_neither_on_processes_nor_on_a_stop(tmp_path, monkeypatch,
     monkeypatch.setattr("distill.teachers.cache.SHARD_TOKENS", 20)
     monkeypatch.setattr("distill.teachers.cache.tokens_per_batch", lambda vocabulary: 24)
     some, teacher, form = rows(16), teacher_of(), form_of(name)
-    assert len(list(cut(some, 0, form))) > 3
+    assert len(list(shard_batches(some, 0, form))) > 3
     one = shard_bytes(cache(tmp_path / "one", form, some, teacher))
     for process in (1, 0):
         how = {"process": process, "processes": 2, "pad": 0, "report": lambda share: None}
