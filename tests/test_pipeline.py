@@ -4,8 +4,10 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -155,3 +157,64 @@ def test_every_python_command_of_the_documents_is_a_command(tiny):
     assert all("--study" in usage or "--release" in usage for usage in usages)
     scripts = {m for text in texts for m in re.findall(r"scripts/[\w.]+", text)}
     assert all((ROOT / script).is_file() for script in scripts), scripts
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands(heading):
+    """The lines of the first bash block under a heading of the README, without their comments."""
+    block = README.split(f"## {heading}\n")[1].split("```bash\n")[1].split("```")[0]
+    return [words for line in block.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def as_here(words, study, folder, tmp_path):
+    """A command as printed, but for its study, the variant, and the places of keys and new documents."""
+    here = {
+        "configs/studies/default.yaml": str(study), "runs/default": str(folder), "depth25-int8": "int8",
+        "runs/default/release/depth25-int8": str(folder / "release" / "int8"),
+        "ada": str(tmp_path / "ada"), "ada.pub": str(tmp_path / "ada.pub"),
+        "my/new.jsonl": str(tmp_path / "new.jsonl"),
+    }  # fmt: skip
+    words = [here.get(word, word) for word in words]
+    starts = {"python": [sys.executable], "accelerate": [sys.executable, "-m", "accelerate.commands.launch"]}
+    program, rest = words[0], words[2:] if words[0] == "accelerate" else words[1:]
+    return [*starts[program], *rest]
+
+
+def verdict_of(folder, recipe):
+    gate = json.loads((folder / "gate.json").read_text())
+    return next(v["verdict"] for v in gate["variants"] if (v["recipe"], v["target"]) == (recipe, "cpu"))
+
+
+def test_the_readme_s_commands_run_as_printed(tiny, tmp_path):
+    """Stage by stage, then from a verdict to a release; a variant that does not pass is signed with a waiver."""
+    study, folder, _ = tiny
+    lines = [f"The function number {i} returns the value of its argument plus {i}.\n" * 8 for i in range(12)]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    stages, release = commands("Stage by stage"), commands("From a verdict to a release")
+    assert len(stages) >= 7
+    assert len(release) >= 10
+    for words in [*stages, *release]:
+        command = as_here(words, study, folder, tmp_path)
+        if "eval.signoff" in command and "--by" in command and verdict_of(folder, "int8") != "PASS":
+            command += ["--waive", "tiny on purpose", "--expires", "2099-12-31"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+        judges = {"eval.gate", "eval.gate.test_set", "eval.watch.recheck"} & set(command)
+        assert done.returncode in ((0, 1, 2) if judges else (0,)), f"{words}: {done.stdout}{done.stderr}"
+    assert (folder / "release" / "int8" / "contract.yaml").is_file()
+    assert "Ada L." in (folder / "report.html").read_text()
+
+
+def test_the_files_that_the_architecture_names_are_there():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    names = set(re.findall(r"`((?:distill|compress|eval|configs|docs)/[\w./]+\.\w+)`", text))
+    assert len(names) > 20
+    assert not [name for name in names if not (ROOT / name).exists()]
+    walk = text.split("## One batch")[1].split("## One score")[0]
+    steps = re.findall(r"^\d\. `([\w/]+\.py)`", walk, flags=re.MULTILINE)
+    assert steps[0] == "distill/train.py"
+    assert len(steps) <= 6
+    for above, below in zip(steps, steps[1:], strict=False):
+        module = below.removesuffix(".py").replace("/", ".")
+        assert f"from {module} import" in (ROOT / above).read_text(), f"{above} does not import {below}"
