@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -215,6 +216,6 @@ def test_the_files_that_the_architecture_names_are_there():
     steps = re.findall(r"^\d\. `([\w/]+\.py)`", walk, flags=re.MULTILINE)
     assert steps[0] == "distill/train.py"
     assert len(steps) <= 6
-    for above, below in zip(steps, steps[1:], strict=False):
+    for above, below in pairwise(steps):
         module = below.removesuffix(".py").replace("/", ".")
         assert f"from {module} import" in (ROOT / above).read_text(), f"{above} does not import {below}"

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from eval.core.artifacts import read_manifest
 from eval.core.errors import entry
-from eval.core.jobs import Job, Report, lock_folder, run_jobs
+from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.records import VALIDATION, read_marks, read_scores
 from eval.core.study import Study, study_from_command
 from eval.engines import subject_of
@@ -29,7 +29,7 @@ def score_run(study: Study) -> int:
     """Scores and marks what is not yet; returns how many models were scored."""
     run = study.folder
     check_tasks(study.data.tasks)
-    jobs = [Job(_label(folder), _score, (run, study, folder)) for folder in unscored(run, study)]
+    jobs = [Job(_label(folder), score_folder, (run, study, folder)) for folder in unscored(run, study)]
     done = len(jobs)
     jobs += [
         Job(f"{_label(folder)} tasks", mark_folder, (run, study, folder, names))
@@ -41,10 +41,6 @@ def score_run(study: Study) -> int:
 
 def _label(folder: Path) -> str:
     return subject_of(read_manifest(folder)).label
-
-
-def _score(run: Path, study: Study, folder: Path, report: Report) -> None:
-    score_folder(run, study, folder, report)
 
 
 def table(title: str, rows: Rows) -> Table:
