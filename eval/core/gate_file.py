@@ -20,7 +20,7 @@ class Estimate(Frozen):
     unit: str = "bits/byte"
 
 
-class Kept(Frozen):
+class KeptShare(Frozen):
     """A ratio of two gains with its two-sided 95 % interval; all null where the ratio is undefined."""
 
     point: float | None = None
@@ -36,13 +36,13 @@ class Link(Frozen):
 
     step: str  # `distil`, else the recipe that the step leads to
     over: str  # what the share is of: `teacher`, else the recipe before
-    share: Kept
+    share: KeptShare
 
 
 class Students(Frozen):
-    over_control: Kept  # (S1 - S0) / (T1 - T0)
-    over_ce: Kept | None  # (S1 - CE) / (T1 - T0); null without a CE arm
-    over_base: Kept  # (S1 - B) / (T1 - B): what a study without a control would claim
+    over_control: KeptShare  # (S1 - S0) / (T1 - T0)
+    over_ce: KeptShare | None  # (S1 - CE) / (T1 - T0); null without a CE arm
+    over_base: KeptShare  # (S1 - B) / (T1 - B): what a study without a control would claim
 
 
 class Power(Frozen):
@@ -74,7 +74,7 @@ class Part(Frozen):
 
 
 class Slice(Frozen):
-    kept_share: Kept
+    kept_share: KeptShare
     verdict: Verdict | None  # null where the budget does not make the slice mandatory
 
 
@@ -141,9 +141,9 @@ class Variant(Frozen):
     parts: list[Part]
     p: float  # of the quality parts together: the largest
     holm_p: float | None  # adjusted over the variants of the target that meet every limit; null for others
-    kept_share: Kept
-    kept_of_student: Kept
-    guard_share: Kept
+    kept_share: KeptShare
+    kept_of_student: KeptShare
+    guard_share: KeptShare
     chain: list[Link] = Field(default_factory=list)  # from the teacher's gain to this variant's
     slices: dict[str, Slice]
     scores: dict[str, Estimate]
@@ -194,8 +194,8 @@ class Opening(Frozen):
     verdict: Verdict | None = None
     parts: list[Part] = Field(default_factory=list)
     teacher_gain: Estimate | None = None
-    kept_share: Kept | None = None
-    guard_share: Kept | None = None
+    kept_share: KeptShare | None = None
+    guard_share: KeptShare | None = None
 
 
 class Look(Frozen):
@@ -223,8 +223,8 @@ class OnTestSet(Frozen):
     verdict: Verdict | None
     parts: list[Part]
     teacher_gain: Estimate | None
-    kept_share: Kept | None
-    guard_share: Kept | None
+    kept_share: KeptShare | None
+    guard_share: KeptShare | None
     history: list[Look]
 
 

@@ -25,7 +25,7 @@ from eval.gate.evidence import collect_evidence
 from eval.stats.crossed import INCONCLUSIVE
 
 
-def line(row: Variant) -> Text:
+def variant_line(row: Variant) -> Text:
     """One line per variant: what, where, how it went and why."""
     mark = " *" if row.recommended else ""
     return Text.assemble(
@@ -36,7 +36,7 @@ def line(row: Variant) -> Text:
     )
 
 
-def test_set_line(found: OnTestSet) -> Text:
+def opening_line(found: OnTestSet) -> Text:
     """How often the test documents were opened, and what the last look said."""
     share, when = found.kept_share, "" if found.current else ", of artifacts or a budget of before"
     start = f"test documents, opening {found.openings} by {found.by} for {found.recipe}{when}: "
@@ -48,13 +48,13 @@ def test_set_line(found: OnTestSet) -> Text:
     return Text.assemble(start, (found.verdict, STYLES[found.verdict]), f", {keeps}")
 
 
-def show(console: Console, result: GateFile, path: Path) -> None:
+def print_verdict(console: Console, result: GateFile, path: Path) -> None:
     for row in result.variants:
-        console.print(line(row), soft_wrap=True)
+        console.print(variant_line(row), soft_wrap=True)
     for note in result.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
     if result.test_set:
-        console.print(test_set_line(result.test_set), soft_wrap=True)
+        console.print(opening_line(result.test_set), soft_wrap=True)
     console.print(
         Text.assemble((result.verdict, STYLES[result.verdict]), f": {result.reason}"), soft_wrap=True
     )
@@ -73,7 +73,7 @@ def main() -> int:
     path = folder / "gate.json"
     text = json.dumps(result.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False)
     write_text(path, text + "\n")
-    show(Console(), result, path)
+    print_verdict(Console(), result, path)
     return EXITS[result.verdict]
 
 

@@ -10,7 +10,7 @@ from eval.gate.evidence import TEACHERS, Evidence
 from eval.stats.crossed import PASS
 
 
-def notes(e: Evidence) -> list[str]:
+def list_caveats(e: Evidence) -> list[str]:
     """Plain sentences; none where there is nothing to say."""
     return [*shared_teacher(e), *two_seeds(e), *early_records(e), *test_look(e)]
 

@@ -11,7 +11,7 @@ from eval.gate.evidence import Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Share, Verdict
 
 
-def command(folder: Path, target: str, device: str = "cpu", what: str = "cost") -> str:
+def measure_command(folder: Path, target: str, device: str = "cpu", what: str = "cost") -> str:
     """What to run, and where if not on any machine; a shell takes the whole line."""
     run = f"python -m eval.{what} --study {shlex.quote(str(folder))} --target {target}"
     if device == "cpu":
@@ -20,7 +20,7 @@ def command(folder: Path, target: str, device: str = "cpu", what: str = "cost") 
     return f"{run}  # where there is a CUDA device, on a copy of the run folder; then here: {join}"
 
 
-def loaded(e: Evidence, target: str, recipe: str, alpha: float) -> Load | None:
+def measured_load(e: Evidence, target: str, recipe: str, alpha: float) -> Load | None:
     """What was measured of a variant under load, if anything was."""
     records = e.loads.get((target, recipe))
     return load_result(records, alpha) if records else None
@@ -33,7 +33,9 @@ def _relative(number: Number, share: Share | None, of: str) -> Number:
     return number.model_copy(update={"relative": relative})
 
 
-def costs(e: Evidence, target: str, recipe: str, limits: Target, alpha: float) -> dict[str, Number] | None:
+def variant_costs(
+    e: Evidence, target: str, recipe: str, limits: Target, alpha: float
+) -> dict[str, Number] | None:
     """Every quantity of one variant on one target, relative to the variant of its limit or to `plain`."""
     records = e.costs.get((target, recipe))
     if records is None:
@@ -49,7 +51,7 @@ def costs(e: Evidence, target: str, recipe: str, limits: Target, alpha: float) -
         comparable = not other or name in names(other)
         share = ratio(records, other, name, alpha) if comparable else None
         found[name] = _relative(number(records, name, alpha), share, of(name))
-    if load := loaded(e, target, recipe, alpha):
+    if load := measured_load(e, target, recipe, alpha):
         ours = e.loads[target, recipe]
         for name, value in {"knee": load.knee_rps, "throughput": load.knee_tokens_per_s}.items():
             other_loads = e.loads.get((target, of(name)), [])
@@ -129,14 +131,14 @@ def cost_parts(e: Evidence, target: str, recipe: str, limits: Target, found: dic
             parts.append(_missing_part(e, target, recipe, name, limit))
             continue
         part = _limit_part(name, found[name], limit)
-        if limit.of is not None and (why := unpaired(e, target, recipe, name, limit.of)):
+        if limit.of is not None and (why := why_unpaired(e, target, recipe, name, limit.of)):
             part = part.model_copy(update={"reason": f"{name} cannot be compared: {why}"})
             assert part.verdict == INCONCLUSIVE
         parts.append(part)
     return parts
 
 
-def unpaired(e: Evidence, target: str, recipe: str, name: Quantity, of: str) -> str | None:
+def why_unpaired(e: Evidence, target: str, recipe: str, name: Quantity, of: str) -> str | None:
     """Why a measured variant cannot be compared with another round by round, if so."""
     what: tuple[str, object, object] | None
     if name in AT_LOAD:
@@ -154,11 +156,12 @@ def unpaired(e: Evidence, target: str, recipe: str, name: Quantity, of: str) -> 
 
 def _lacks(e: Evidence, target: str, recipe: str, limits: dict[Quantity, Limit]) -> bool:
     return any(
-        limit.of is not None and unpaired(e, target, recipe, name, limit.of) for name, limit in limits.items()
+        limit.of is not None and why_unpaired(e, target, recipe, name, limit.of)
+        for name, limit in limits.items()
     )
 
 
-def remedy(e: Evidence, target: str, recipe: str, limits: Target) -> str | None:
+def commands_to_measure(e: Evidence, target: str, recipe: str, limits: Target) -> str | None:
     """The commands that measure what the limits of a target lack for a variant, if anything."""
     split: dict[str, dict[Quantity, Limit]] = {"cost": {}, "load": {}}
     for name, limit in limits.limits.items():
@@ -171,10 +174,10 @@ def remedy(e: Evidence, target: str, recipe: str, limits: Target) -> str | None:
     if not missing:
         return None
     *before, last = missing
-    first = [f"{command(e.folder, target, what=what)} && " for what in before]
-    return "".join(first) + command(e.folder, target, limits.device, last)
+    first = [f"{measure_command(e.folder, target, what=what)} && " for what in before]
+    return "".join(first) + measure_command(e.folder, target, limits.device, last)
 
 
-def expected(e: Evidence, target: Target, recipe: str) -> bool:
+def is_cost_expected(e: Evidence, target: Target, recipe: str) -> bool:
     """Where a cost should be known: every engine runs on a CPU, elsewhere that of the plain student does."""
     return target.device == "cpu" or e.engines[recipe] == e.engines[PLAIN]

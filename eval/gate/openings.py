@@ -57,7 +57,7 @@ def read_openings(run: Path) -> list[Opening]:
     return found
 
 
-def summary(openings: list[Opening], artifacts: dict[str, str], budget: str) -> OnTestSet | None:
+def summarize_openings(openings: list[Opening], artifacts: dict[str, str], budget: str) -> OnTestSet | None:
     """What gate.json tells of the openings; the figures are those of the last one.
 
     Args:

@@ -28,7 +28,7 @@ from eval.core.gate_file import Estimate
 from eval.core.records import PLAIN, VALIDATION, each_score
 from eval.core.study import Study, load_study, study_from_command
 from eval.gate.evidence import Evidence, Tables, build_evidence, wanted_models
-from eval.gate.quality import BOOTSTRAP_SEED, GAIN, PLAN_LEVEL, PLANS, estimate, kept, surplus
+from eval.gate.quality import BOOTSTRAP_SEED, GAIN, PLAN_LEVEL, PLANS, estimate, kept_gain, surplus
 from eval.stats.crossed import Array, crossed_mean
 from eval.stats.power import (
     GOAL,
@@ -48,7 +48,7 @@ ENDS = [(1 - PLAN_LEVEL) / 2, (1 + PLAN_LEVEL) / 2]
 
 
 @dataclass(frozen=True)
-class Case:
+class PlannedTest:
     """One test to plan: a pilot's table of the statistic, and its mean if the what-if were true."""
 
     name: str
@@ -59,7 +59,7 @@ class Case:
     told: dict[str, float | None]  # what the effect was made of
 
 
-def pilot_of(folder: Path, study: Study) -> Evidence:
+def read_pilot(folder: Path, study: Study) -> Evidence:
     """Scores of the uncompressed models; costs and variants are of no matter to a plan."""
     artifacts = Artifacts(folder, study)
     tables = Tables(artifacts, each_score(folder), wanted_models(study, [PLAIN]))
@@ -71,7 +71,9 @@ def planned_documents(e: Evidence, plan: Study, name: str) -> int:
     return plan.data.validation if name == VALIDATION and plan != e.study else len(e.columns[name])
 
 
-def cases(e: Evidence, budget: Budget, plan: Study, gain: float | None, share: float | None) -> list[Case]:
+def list_tests(
+    e: Evidence, budget: Budget, plan: Study, gain: float | None, share: float | None
+) -> list[PlannedTest]:
     """The assay and retention of every slice that the budget asks for.
 
     Raises:
@@ -80,7 +82,7 @@ def cases(e: Evidence, budget: Budget, plan: Study, gain: float | None, share: f
     found = []
     for name, f in {VALIDATION: budget.f, **budget.slices}.items():
         require_one_of(f"budget {budget.name!r}: slice without any scored document", name, list(e.columns))
-        teacher, student = e.gain(name, GAIN), e.gain(name, kept(PLAIN))
+        teacher, student = e.gain(name, GAIN), e.gain(name, kept_gain(PLAIN))
         if gain is None and share is None:
             known = float(teacher.mean())
             part = float(student.mean()) / known if known > 0 else None
@@ -94,8 +96,8 @@ def cases(e: Evidence, budget: Budget, plan: Study, gain: float | None, share: f
             effect = (part - f) * known
         size = len(plan.seeds), planned_documents(e, plan, name)
         told = {"gain": known, "share": part, "asked_share": f}
-        found.append(Case(f"assay on {name}", teacher, known, *size, told))
-        found.append(Case(f"retention on {name}", surplus(e, PLAIN, name, f), effect, *size, told))
+        found.append(PlannedTest(f"assay on {name}", teacher, known, *size, told))
+        found.append(PlannedTest(f"retention on {name}", surplus(e, PLAIN, name, f), effect, *size, told))
     return found
 
 
@@ -105,7 +107,7 @@ def interval(values: Array) -> list[float | None]:
     return [float(end) if np.isfinite(end) else None for end in ends]
 
 
-def planned(case: Case, alpha: float) -> dict[str, object]:
+def plan_test(case: PlannedTest, alpha: float) -> dict[str, object]:
     """Figures of one test, each with the interval that the pilot's variances leave."""
     mean = crossed_mean(case.table)
     if mean.problem:
@@ -147,7 +149,7 @@ def cell(figure: dict, style: str = "{:,.0f}") -> str:
     return f"{one(figure['value'])} [{one(low)}, {one(high)}]"
 
 
-def table(rows: list[dict], alpha: float) -> Table:
+def render_table(rows: list[dict], alpha: float) -> Table:
     shown = Table(
         title=f"Power at level {alpha:.3g}; in brackets what the pilot's variances leave open, 80 %",
         caption=f"80 % of repetitions pass with so many; none: not even {MOST_SEEDS} seeds, or "
@@ -181,7 +183,7 @@ def table(rows: list[dict], alpha: float) -> Table:
     return shown
 
 
-def told(rows: list[dict]) -> str:
+def plan_sentence(rows: list[dict]) -> str:
     """The plan in a sentence: the test that asks most decides."""
     blind = [row["test"] for row in rows if row["seeds_for_80"]["value"] is None]
     if blind:
@@ -214,11 +216,11 @@ def main() -> None:
     if args.among < 1:
         raise UserError("--among", args.among, "give the number of variants to pick from, 1 at least")
     alpha = budget.alpha / args.among
-    pilot = pilot_of(folder, study)
-    rows = [planned(case, alpha) for case in cases(pilot, budget, plan, args.gain, args.share)]
+    pilot = read_pilot(folder, study)
+    rows = [plan_test(case, alpha) for case in list_tests(pilot, budget, plan, args.gain, args.share)]
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(table(rows, alpha))
-    console.print(told(rows), soft_wrap=True)
+    console.print(render_table(rows, alpha))
+    console.print(plan_sentence(rows), soft_wrap=True)
     if args.json:
         found = {
             "pilot": str(folder),

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.core.budget import Budget
-from eval.core.gate_file import Estimate, Kept, Link, Part, Power, Slice, Students
+from eval.core.gate_file import Estimate, KeptShare, Link, Part, Power, Slice, Students
 from eval.core.records import PLAIN, VALIDATION
 from eval.gate.evidence import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Contrast, Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Mean, crossed_mean, fieller, pigeonhole
@@ -24,11 +24,11 @@ GAIN_OVER_BASE = Contrast(TEACHERS[0], FALLBACK)
 OVER_CE = Contrast(STUDENT, CE)
 
 
-def kept(recipe: str) -> Contrast:
+def kept_gain(recipe: str) -> Contrast:
     return Contrast(STUDENT, CONTROL, recipe, recipe)
 
 
-def over_fallback(recipe: str) -> Contrast:
+def gain_over_base(recipe: str) -> Contrast:
     return Contrast(STUDENT, FALLBACK, recipe)
 
 
@@ -58,7 +58,7 @@ def mean_part(name: str, mean: Mean, alpha: float, words: tuple[str, str], resol
     )
 
 
-def assay(e: Evidence, name: str, alpha: float) -> Part:
+def assay_part(e: Evidence, name: str, alpha: float) -> Part:
     """Can this study see the teacher's gain at all? A method that harms is seen, too."""
     mean = crossed_mean(e.gain(name, GAIN))
     _, high = mean.bounds(alpha)
@@ -72,10 +72,10 @@ def assay(e: Evidence, name: str, alpha: float) -> Part:
 
 def surplus(e: Evidence, recipe: str, name: str, f: float) -> Array:
     """[S, C] L = (S1v - S0v) - f (T1 - T0)."""
-    return e.gain(name, kept(recipe)) - f * e.gain(name, GAIN)
+    return e.gain(name, kept_gain(recipe)) - f * e.gain(name, GAIN)
 
 
-def retention(e: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
+def retention_part(e: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
     """The surplus over the asked share is linear, so no ratio can blow up."""
     words = (
         f"at least {f:g} of the teacher's gain is kept on {name}",
@@ -84,9 +84,9 @@ def retention(e: Evidence, recipe: str, name: str, f: float, alpha: float) -> Pa
     return mean_part("retention", crossed_mean(surplus(e, recipe, name, f)), alpha, words)
 
 
-def guard(e: Evidence, recipe: str, budget: Budget, name: str = VALIDATION) -> Part:
+def guard_part(e: Evidence, recipe: str, budget: Budget, name: str = VALIDATION) -> Part:
     """The release still beats its fallback: (S1v - B) - g (S1 - B) > 0, or (S1v - B) - delta_min > 0."""
-    student, variant = (e.gain(name, over_fallback(r)) for r in (PLAIN, recipe))
+    student, variant = (e.gain(name, gain_over_base(r)) for r in (PLAIN, recipe))
     if budget.g is None:
         assert budget.delta_min is not None
         lead, what = variant - budget.delta_min, f"{budget.delta_min:g} bits/byte over the base"
@@ -96,15 +96,15 @@ def guard(e: Evidence, recipe: str, budget: Budget, name: str = VALIDATION) -> P
     return mean_part("guard", crossed_mean(lead), budget.alpha, words)
 
 
-def fallback(e: Evidence, recipe: str, alpha: float, name: str = VALIDATION) -> Part:
+def fallback_part(e: Evidence, recipe: str, alpha: float, name: str = VALIDATION) -> Part:
     """S1v - B: a share of nothing would satisfy the guard, so the gain itself must be there too."""
     words = "it beats the base", "it is worse than the base that it would replace"
-    return mean_part("fallback", crossed_mean(e.gain(name, over_fallback(recipe))), alpha, words)
+    return mean_part("fallback", crossed_mean(e.gain(name, gain_over_base(recipe))), alpha, words)
 
 
-def on_slice(e: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
+def slice_part(e: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
     """Retention on a shifted slice: no visible teacher gain there, no PASS; harm there is a FAIL."""
-    seen, part = assay(e, name, alpha), retention(e, recipe, name, f, alpha)
+    seen, part = assay_part(e, name, alpha), retention_part(e, recipe, name, f, alpha)
     changed: dict[str, object] = {"name": f"slice:{name}", "p": max(seen.p or 0.0, part.p or 0.0)}
     if seen.verdict == FAIL:
         changed |= {"verdict": FAIL, "reason": seen.reason}
@@ -117,11 +117,11 @@ def quality_parts(e: Evidence, budget: Budget, recipe: str) -> list[Part]:
     """Parts 1 to 4 of the gate. Without assay sensitivity nothing else can be judged."""
     alpha = budget.alpha
     return [
-        assay(e, VALIDATION, alpha),
-        retention(e, recipe, VALIDATION, budget.f, alpha),
-        guard(e, recipe, budget),
-        fallback(e, recipe, alpha),
-        *(on_slice(e, recipe, name, f, alpha) for name, f in budget.slices.items()),
+        assay_part(e, VALIDATION, alpha),
+        retention_part(e, recipe, VALIDATION, budget.f, alpha),
+        guard_part(e, recipe, budget),
+        fallback_part(e, recipe, alpha),
+        *(slice_part(e, recipe, name, f, alpha) for name, f in budget.slices.items()),
     ]
 
 
@@ -132,29 +132,31 @@ class Shares:
     evidence: Evidence
     columns: dict[Contrast, int]
     means: Array  # [draws, contrasts]
-    known: dict[tuple[Contrast, Contrast, str], Kept] = field(default_factory=dict)
+    known: dict[tuple[Contrast, Contrast, str], KeptShare] = field(default_factory=dict)
 
-    def of(self, top: Contrast, below: Contrast, name: str = VALIDATION) -> Kept:
+    def of(self, top: Contrast, below: Contrast, name: str = VALIDATION) -> KeptShare:
         """Each share once: a link of one chain is a link of others."""
         if (top, below, name) not in self.known:
             self.known[top, below, name] = self._made(top, below, name)
         return self.known[top, below, name]
 
-    def _made(self, top: Contrast, below: Contrast, name: str) -> Kept:
+    def _made(self, top: Contrast, below: Contrast, name: str) -> KeptShare:
         found = fieller(self.evidence.gain(name, top), self.evidence.gain(name, below), LEVEL)
         if found is None:
-            return Kept()
+            return KeptShare()
         low, high = None, None
         if name == VALIDATION:
             draws = self.means[:, self.columns[top]] / self.means[:, self.columns[below]]
             low, high = (float(v) for v in np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-        return Kept(point=found.point, low=found.low, high=found.high, bootstrap_low=low, bootstrap_high=high)
+        return KeptShare(
+            point=found.point, low=found.low, high=found.high, bootstrap_low=low, bootstrap_high=high
+        )
 
 
-def shares(e: Evidence) -> Shares:
+def bootstrap_shares(e: Evidence) -> Shares:
     """Draws one bootstrap for all contrasts, in bits: bytes cancel from a ratio of two sums."""
     contrasts = [GAIN, GAIN_OVER_BASE]
-    contrasts += [c for r in e.recipes for c in (kept(r), over_fallback(r))]
+    contrasts += [c for r in e.recipes for c in (kept_gain(r), gain_over_base(r))]
     if (CE, PLAIN) in e.bits:
         contrasts.append(OVER_CE)
     raw = np.stack([e.raw(VALIDATION, contrast) for contrast in contrasts])
@@ -162,36 +164,37 @@ def shares(e: Evidence) -> Shares:
     return Shares(e, columns, pigeonhole(raw, DRAWS, BOOTSTRAP_SEED))
 
 
-def students(e: Evidence, found: Shares) -> Students:
+def student_shares(e: Evidence, found: Shares) -> Students:
     return Students(
-        over_control=found.of(kept(PLAIN), GAIN),
+        over_control=found.of(kept_gain(PLAIN), GAIN),
         over_ce=found.of(OVER_CE, GAIN) if OVER_CE in found.columns else None,
-        over_base=found.of(over_fallback(PLAIN), GAIN_OVER_BASE),
+        over_base=found.of(gain_over_base(PLAIN), GAIN_OVER_BASE),
     )
 
 
-def slice_results(e: Evidence, found: Shares, parts: list[Part], recipe: str) -> dict[str, Slice]:
+def judge_slices(e: Evidence, found: Shares, parts: list[Part], recipe: str) -> dict[str, Slice]:
     verdicts = {part.name: part.verdict for part in parts}
     return {
-        name: Slice(kept_share=found.of(kept(recipe), GAIN, name), verdict=verdicts.get(f"slice:{name}"))
+        name: Slice(kept_share=found.of(kept_gain(recipe), GAIN, name), verdict=verdicts.get(f"slice:{name}"))
         for name in e.columns
         if name != VALIDATION
     }
 
 
-def chain(found: Shares, before: list[str], recipe: str) -> list[Link]:
+def share_chain(found: Shares, before: list[str], recipe: str) -> list[Link]:
     """R = R_distil x R_compress: the student's share of the teacher's gain, then each step's of the rest.
 
     `before` are the recipes of the study that this one goes on from, the shortest first.
     """
-    links = [Link(step="distil", over="teacher", share=found.of(kept(PLAIN), GAIN))]
+    links = [Link(step="distil", over="teacher", share=found.of(kept_gain(PLAIN), GAIN))]
     steps = [PLAIN, *before, recipe] if recipe != PLAIN else []
     return links + [
-        Link(step=step, over=over, share=found.of(kept(step), kept(over))) for over, step in pairwise(steps)
+        Link(step=step, over=over, share=found.of(kept_gain(step), kept_gain(over)))
+        for over, step in pairwise(steps)
     ]
 
 
-def planning(e: Evidence, budget: Budget, name: str = VALIDATION) -> Power | None:
+def retention_power(e: Evidence, budget: Budget, name: str = VALIDATION) -> Power | None:
     """Power to pass the retention test again, with the uncompressed student of this run as the pilot."""
     f, alpha = budget.f if name == VALIDATION else budget.slices[name], budget.alpha
     z = surplus(e, PLAIN, name, f)

@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 TAIL = (1 - LEVEL) / 2
 
 
-def qualities(e: Evidence, rows: Sequence[Variant]) -> dict[str, Quality]:
+def collect_qualities(e: Evidence, rows: Sequence[Variant]) -> dict[str, Quality]:
     """Recipe -> its quality; `rows` are the variants on some target, for the gain that slices keep.
 
     Records of other artifacts, data or settings are not shown: what they tell was not measured here.
@@ -38,12 +38,12 @@ def _quality(
 ) -> Quality:
     flips, kl = agreement([r for r in agreements if r.recipe == recipe], e.study.seeds)
     return Quality(
-        accuracy=accuracy(e, recipe),
-        calibration_error=calibration(e, recipe),
+        accuracy=estimate_accuracy(e, recipe),
+        calibration_error=estimate_calibration(e, recipe),
         worst_slice=worst,
         flips=flips,
         kl=kl,
-        tasks=tasks([r for r in marks if r.recipe == recipe], e.study.seeds, e.study.data.tasks),
+        tasks=task_scores([r for r in marks if r.recipe == recipe], e.study.seeds, e.study.data.tasks),
     )
 
 
@@ -67,7 +67,7 @@ def worst_slice(row: Variant) -> str | None:
     return min(known, key=lambda name: known[name]) if known else None
 
 
-def accuracy(e: Evidence, recipe: str) -> dict[str, Estimate]:
+def estimate_accuracy(e: Evidence, recipe: str) -> dict[str, Estimate]:
     """Correct over predicted tokens of S1, a ratio of sums; seeds and documents are crossed."""
     model = STUDENT, recipe
     if model not in e.correct:
@@ -82,7 +82,7 @@ def _share(z: Array) -> Estimate:
     return estimate(z, tested=False).model_copy(update={"unit": "share"})
 
 
-def calibration(e: Evidence, recipe: str) -> dict[str, Estimate]:
+def estimate_calibration(e: Evidence, recipe: str) -> dict[str, Estimate]:
     """Expected calibration error of S1: the mean over seeds, with their t interval."""
     by_seed = e.calibration.get((STUDENT, recipe))
     if by_seed is None:
@@ -101,7 +101,7 @@ def calibration_error(bins: Bins) -> float:
     return float(off.sum() / np.sum(bins.tokens))
 
 
-def tasks(
+def task_scores(
     records: list[Marked], seeds: Sequence[int], asked: dict[str, Task]
 ) -> dict[str, dict[str, Estimate]]:
     """Task -> arm -> mean mark, seeds and items crossed, where every seed has marks on the same items.

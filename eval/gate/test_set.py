@@ -28,17 +28,27 @@ from eval.engines import subject_of
 from eval.gate.decision import evaluate_gate, join_verdicts, share_sentence
 from eval.gate.evidence import Evidence, Model, Tables, build_evidence, collect_evidence, wanted_models
 from eval.gate.openings import opening_path, write_opening
-from eval.gate.quality import GAIN, Shares, assay, estimate, fallback, guard, kept, over_fallback, retention
+from eval.gate.quality import (
+    GAIN,
+    Shares,
+    assay_part,
+    estimate,
+    fallback_part,
+    gain_over_base,
+    guard_part,
+    kept_gain,
+    retention_part,
+)
 from eval.score.scoring import score_folder
 
 
-def models(study: Study, recipe: str) -> list[Model]:
+def models_to_score(study: Study, recipe: str) -> list[Model]:
     """(arm, recipe) of what is judged: B, T1, T0, S1 and S0, and the variants of S1 and S0."""
     recipes = [PLAIN] if recipe == PLAIN else [PLAIN, recipe]
     return [model for model in wanted_models(study, recipes) if model[0] != CE]
 
 
-def chosen(gate: GateFile, e: Evidence, variant: str | None) -> tuple[str, str | None]:
+def choose_variant(gate: GateFile, e: Evidence, variant: str | None) -> tuple[str, str | None]:
     """The variant to open the documents for, and the target that it was recommended for."""
     picks = {recipe: target for target, recipe in reversed(gate.recommended.items()) if recipe is not None}
     if variant is not None:
@@ -71,7 +81,7 @@ def check_teachers(e: Evidence) -> None:
                 )
 
 
-def opened(
+def next_opening(
     e: Evidence, budget: Budget, recipe: str, target: str | None, by: str, reason: str | None
 ) -> Opening:
     """The next opening, or the last one where it was cut short before anything could be seen.
@@ -79,7 +89,7 @@ def opened(
     Raises:
         UserError: the documents were opened before, and no reason is given.
     """
-    names = {f"{arm}/s{seed}/{of}" for arm, of in models(e.study, recipe) for seed in e.study.seeds}
+    names = {f"{arm}/s{seed}/{of}" for arm, of in models_to_score(e.study, recipe) for seed in e.study.seeds}
     new = Opening(
         number=len(e.openings) + 1,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -113,7 +123,7 @@ def _score(run: Path, study: Study, folder: Path, report: Report) -> None:
 def score_test_set(e: Evidence, recipe: str) -> None:
     """Scores every model that can be loaded anew, each in a process that did not make it."""
     jobs = []
-    for arm, of in models(e.study, recipe):
+    for arm, of in models_to_score(e.study, recipe):
         for seed in e.study.seeds:
             if place := artifact_folder(e.folder, arm, seed, of):
                 name = subject_of(read_manifest(place)).label
@@ -125,14 +135,14 @@ def judge_test_set(e: Evidence, budget: Budget, opening: Opening) -> Opening:
     """The opening with what the test documents say."""
     recipe, alpha = opening.recipe, budget.alpha
     artifacts = Artifacts(e.folder, e.study)
-    tables = Tables(artifacts, each_score(e.folder, "test"), models(e.study, recipe))
+    tables = Tables(artifacts, each_score(e.folder, "test"), models_to_score(e.study, recipe))
     seen = build_evidence(tables, [PLAIN, recipe], {})
     assert list(seen.columns) == [TEST]
     parts = [
-        assay(seen, TEST, alpha),
-        retention(seen, recipe, TEST, budget.f, alpha),
-        guard(seen, recipe, budget, TEST),
-        fallback(seen, recipe, alpha, TEST),
+        assay_part(seen, TEST, alpha),
+        retention_part(seen, recipe, TEST, budget.f, alpha),
+        guard_part(seen, recipe, budget, TEST),
+        fallback_part(seen, recipe, alpha, TEST),
     ]
     shares = Shares(seen, {}, np.empty((0, 0)))
     return opening.model_copy(
@@ -141,8 +151,8 @@ def judge_test_set(e: Evidence, budget: Budget, opening: Opening) -> Opening:
             "verdict": join_verdicts(parts),
             "parts": parts,
             "teacher_gain": estimate(seen.gain(TEST, GAIN)),
-            "kept_share": shares.of(kept(recipe), GAIN, TEST),
-            "guard_share": shares.of(over_fallback(recipe), over_fallback(PLAIN), TEST),
+            "kept_share": shares.of(kept_gain(recipe), GAIN, TEST),
+            "guard_share": shares.of(gain_over_base(recipe), gain_over_base(PLAIN), TEST),
         }
     )
 
@@ -181,9 +191,9 @@ def main() -> int:
     budget = load_budget(study, args.budget)
     with lock_folder(folder):
         e = collect_evidence(folder, study, budget)
-        recipe, target = chosen(evaluate_gate(e, budget), e, args.variant)
+        recipe, target = choose_variant(evaluate_gate(e, budget), e, args.variant)
         check_teachers(e)
-        opening = opened(e, budget, recipe, target, args.by, args.reason)
+        opening = next_opening(e, budget, recipe, target, args.by, args.reason)
         write_opening(folder, opening)
         score_test_set(e, recipe)
         opening = judge_test_set(e, budget, opening)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval.core.gate_file import Estimate, GateFile, Kept
+from eval.core.gate_file import Estimate, GateFile, KeptShare
 from eval.release.contract_file import Contract, Cost, Gain
 from eval.report.format import estimate, fixed, significant
 
@@ -20,7 +20,7 @@ METRICS = {
 }
 
 
-def span(value: Estimate | Kept) -> str:
+def span(value: Estimate | KeptShare) -> str:
     return str(estimate(value))
 
 

@@ -16,7 +16,7 @@ from eval.core.records import PLAIN, VALIDATION, read_costs, read_loads
 from eval.core.study import Study
 from eval.engines import subject_of
 from eval.gate.evidence import C, Evidence, by_target
-from eval.gate.limits import cost_parts, costs
+from eval.gate.limits import cost_parts, variant_costs
 from eval.release.contract_file import (
     Bits,
     Contract,
@@ -71,7 +71,7 @@ def fallback_parts(e: Evidence, budget: Budget, target: str) -> list[Part]:
         fix = f"run python -m eval.cost --study {e.folder} --target {target}"
         raise UserError(f"fallback of {target}", "its cost was not measured", fix)
     seen = replace(e, costs=e.costs | measured, loads=e.loads | checked(read_loads(e.folder)))
-    found = costs(seen, target, FALLBACK, limits, budget.alpha)
+    found = variant_costs(seen, target, FALLBACK, limits, budget.alpha)
     assert found is not None
     return cost_parts(seen, target, FALLBACK, limits, found)
 

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
 from eval.core.errors import UserError
-from eval.core.gate_file import Estimate, Kept
+from eval.core.gate_file import Estimate, KeptShare
 from eval.core.sections import Frozen
 from eval.signoff.statement import Waiver
 from eval.stats.crossed import Verdict, cluster_bounds, linearise
@@ -36,7 +36,7 @@ class Gain(Frozen):
     """One slice of documents."""
 
     asked_share: float  # of the teacher's gain
-    kept_share: Kept  # as measured over all seeds
+    kept_share: KeptShare  # as measured over all seeds
     teacher_gain: Estimate
     over_control: Promise
     over_fallback: Promise

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from markupsafe import Markup
 
-from eval.core.gate_file import Estimate, GateFile, Kept, Load, Number, Quality, Rate, Variant
+from eval.core.gate_file import Estimate, GateFile, KeptShare, Load, Number, Quality, Rate, Variant
 from eval.report.format import SYMBOLS, TIMES, cost_note, estimate, fixed, part_title, significant
 
 Column = tuple[str, str]  # title, and the class of its cells: none for figures, `text`, `text long`
@@ -47,7 +47,7 @@ def bounds(low: float | None, high: float | None, digits: int = 3) -> str:
     return f"[{significant(low, digits)}, {significant(high, digits)}]"
 
 
-def share(value: Estimate | Kept | None) -> str:
+def share(value: Estimate | KeptShare | None) -> str:
     cell = estimate(value)
     return " ".join([cell.main, *cell.notes])
 

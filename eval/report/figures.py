@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from eval.core.gate_file import GateFile, Kept, Variant
+from eval.core.gate_file import GateFile, KeptShare, Variant
 from eval.core.records import PLAIN, VALIDATION
 from eval.report.format import SYMBOLS, by_recipe, estimate, fixed, foremost, part_verdict, significant
 from eval.report.svg import (
@@ -51,7 +51,7 @@ class Point:
 @dataclass(frozen=True)
 class Stage:
     label: str
-    value: Kept
+    value: KeptShare
     verdict: str = ""
     text: str = ""
 
@@ -66,8 +66,8 @@ def _stages(gate: GateFile) -> list[Stage]:
     """From the base to the last variant shown."""
     student = gate.kept_by_student.over_control
     stages = [
-        Stage("base B", Kept(point=0.0), text="no gain, by definition"),
-        Stage("teacher T1", Kept(point=1.0), text="all of it, by definition"),
+        Stage("base B", KeptShare(point=0.0), text="no gain, by definition"),
+        Stage("teacher T1", KeptShare(point=1.0), text="all of it, by definition"),
         Stage("student S1, plain", student, text=str(estimate(student))),
     ]
     for v in foremost((v for v in by_recipe(gate) if v.recipe != PLAIN), SHOWN):

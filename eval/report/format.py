@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from eval.core.gate_file import Difference, Estimate, GateFile, Kept, Number, Variant
+from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Number, Variant
 from eval.core.records import VALIDATION
 from eval.signoff.statement import SignOff
 
@@ -69,7 +69,7 @@ def significant(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - exponent)}f}"
 
 
-def estimate(value: Estimate | Kept | None, verdict: str | None = None) -> Cell:
+def estimate(value: Estimate | KeptShare | None, verdict: str | None = None) -> Cell:
     """A point with its interval; `undefined` where the gate could not define the point."""
     if value is None or value.point is None:
         return Cell("undefined", verdict=verdict or "")
@@ -185,7 +185,7 @@ def foremost(variants: Iterable[Variant], most: int) -> list[Variant]:
     return [v for v in found if id(v) in chosen]
 
 
-def student_shares(gate: GateFile) -> dict[str, Kept]:
+def student_shares(gate: GateFile) -> dict[str, KeptShare]:
     """What the uncompressed student kept, by what it is held against."""
     found = gate.kept_by_student
     shares = {"student S1, over its control S0": found.over_control}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from eval.core.errors import UserError
-from eval.core.gate_file import GateFile, Kept
+from eval.core.gate_file import GateFile, KeptShare
 from eval.core.records import PLAIN, VALIDATION, Score
 from eval.report.figures import omitted
 from eval.report.format import by_recipe, fixed, foremost, part_verdict
@@ -27,13 +27,13 @@ DOTS = 400  # a curve of sorted documents needs no more
 CHOSEN = 3  # variants whose documents are shown
 
 
-def _axis(shares: Iterable[Kept]) -> tuple[float, float]:
+def _axis(shares: Iterable[KeptShare]) -> tuple[float, float]:
     """Ends of an axis of shares: every point, and intervals until they would hide the rest."""
     ends = [end for s in shares for end in (s.low, s.point, s.high) if end is not None]
     return max(-0.5, min([-0.05, *ends])), min(2.0, max([1.05, *ends]))
 
 
-def _slice_panel(axes: Axes, gate: GateFile, name: str, shares: list[tuple[Kept, str]]) -> None:
+def _slice_panel(axes: Axes, gate: GateFile, name: str, shares: list[tuple[KeptShare, str]]) -> None:
     asked = gate.budget["f"] if name == VALIDATION else gate.budget["slices"].get(name)
     for x in (0.0, 1.0):
         axes.axvline(x, color=GRID, linewidth=1)

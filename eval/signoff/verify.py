@@ -14,7 +14,7 @@ from eval.core.errors import UserError, require_one_of
 from eval.core.gate_file import GateFile, Variant
 from eval.core.records import PLAIN
 from eval.core.study import Study, find_config, load_study
-from eval.gate.decision import evaluate_gate, ships
+from eval.gate.decision import evaluate_gate, is_shippable
 from eval.gate.evidence import CONTROL, FALLBACK, STUDENT, artifact_folder, collect_evidence
 from eval.signoff.statement import Policy, Predicate, Statement, expired, read, signed_digest
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
@@ -92,7 +92,7 @@ def unmeasured(gate: GateFile, row: Variant) -> str | None:
 
 def decided(gate: GateFile, row: Variant) -> tuple[Verdict, str]:
     """What is signed: the verdict of the row, as a pick among several and on the test documents too."""
-    if row.verdict == PASS and not ships(row, gate.budget["alpha"]):
+    if row.verdict == PASS and not is_shippable(row, gate.budget["alpha"]):
         return INCONCLUSIVE, row.reason
     history = gate.test_set.history if gate.test_set else []
     looks = [look for look in history if look.same and look.recipe == row.recipe]

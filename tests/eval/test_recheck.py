@@ -11,7 +11,7 @@ from scipy import stats
 
 from eval.core.artifacts import build_artifact
 from eval.core.errors import UserError
-from eval.core.gate_file import Estimate, Kept
+from eval.core.gate_file import Estimate, KeptShare
 from eval.release.contract_file import Bits, Gain, Promise, read_contract
 from eval.signoff.keys import new_key, public_key
 from eval.stats.drift import QUESTIONS, drifts, surprise
@@ -30,7 +30,7 @@ def gain(control=0.05, fallback=0.1):
 
     return Gain(
         asked_share=0.5,
-        kept_share=Kept(),
+        kept_share=KeptShare(),
         teacher_gain=NOTHING,
         over_control=promise(control),
         over_fallback=promise(fallback),

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from eval.core.errors import UserError
-from eval.core.gate_file import Kept, Students
+from eval.core.gate_file import KeptShare, Students
 from eval.core.study import load_study
 from eval.report import format as tables
 from eval.report import slice_figures as spread
@@ -245,7 +245,7 @@ def test_percentiles_that_could_not_be_had_are_not_printed(tmp_path):
 def test_a_study_that_shows_nothing_is_told_without_figures_that_it_has_not(tmp_path):
     run = run_folder(tmp_path, variants=[variant((f"r{i}", *VARIANTS[0][1:])) for i in range(30)])
     gate = read_gate(run)
-    none = Kept()
+    none = KeptShare()
     rows = [
         v.model_copy(
             update={"kept_share": none, "chain": [], "recommended": False, "verdict": "INCONCLUSIVE"}

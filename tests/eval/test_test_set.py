@@ -14,8 +14,8 @@ from eval.core.records import Documents, Score, each_score, read_scores, write_r
 from eval.core.study import Study
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import Evidence, collect_evidence
-from eval.gate.openings import opening_path, read_openings, summary, write_opening
-from eval.gate.test_set import check_teachers, chosen, judge_test_set, opened
+from eval.gate.openings import opening_path, read_openings, summarize_openings, write_opening
+from eval.gate.test_set import check_teachers, choose_variant, judge_test_set, next_opening
 from tests.eval.fake_run import tokenizer, torch_model
 from tests.eval.synthetic_run import GAINS, Run, copied, edit
 from tests.helpers import run, text
@@ -90,7 +90,7 @@ def score_all(toy: OpenedRun) -> None:
 
 def an_opening(toy: OpenedRun, recipe: str = "plain", **given) -> Opening:
     e, budget = toy.seen()
-    return opened(e, budget, recipe, "cpu", "Ada", given.get("reason"))
+    return next_opening(e, budget, recipe, "cpu", "Ada", given.get("reason"))
 
 
 def test_the_command_opens_once_and_the_gate_shows_it(toy):
@@ -162,19 +162,19 @@ def test_another_look_needs_a_reason_and_is_counted(toy):
 def test_a_look_at_other_artifacts_is_told_apart(toy):
     opening = an_opening(toy)
     e, _ = toy.seen()
-    assert summary([opening], e.artifacts, opening.budget).current
-    assert not summary([opening], e.artifacts | {"S1/s0/plain": "other"}, opening.budget).current
-    assert not summary([opening], e.artifacts, "another budget").current
-    assert summary([], e.artifacts, opening.budget) is None
+    assert summarize_openings([opening], e.artifacts, opening.budget).current
+    assert not summarize_openings([opening], e.artifacts | {"S1/s0/plain": "other"}, opening.budget).current
+    assert not summarize_openings([opening], e.artifacts, "another budget").current
+    assert summarize_openings([], e.artifacts, opening.budget) is None
 
 
 def test_what_cannot_be_opened_is_told_before_it_is_spent(toy):
     e, budget = toy.seen()
     with pytest.raises(UserError, match="did you mean 'plain'"):
-        chosen(evaluate_gate(e, budget), e, "plian")
+        choose_variant(evaluate_gate(e, budget), e, "plian")
     none = evaluate_gate(e, budget).model_copy(update={"recommended": {"cpu": None}})
     with pytest.raises(UserError, match="the gate recommends none; name it with --variant"):
-        chosen(none, e, None)
+        choose_variant(none, e, None)
     (toy.path / "records/test/plain/T1-s2.json").unlink()
     with pytest.raises(UserError, match="teacher T1 of seed 2: not scored on the test documents"):
         check_teachers(e)
