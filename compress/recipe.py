@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -18,15 +16,16 @@ from pydantic import Field
 
 from eval.core.artifacts import file_sha256, source_hashes
 from eval.core.documents import Row
-from eval.core.errors import UserError, require_one_of
+from eval.core.errors import UserError
 from eval.core.recipes import read_recipe
+from eval.core.registry import plugin_class, plugin_names
 from eval.core.sections import Frozen
 from eval.core.study import Study, validate_config
 
 if TYPE_CHECKING:  # heavy, and a call that finds everything done should end at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FOLDER = Path(__file__).parent / "passes"
+PASSES = "compress.passes"  # the registry: a file each
 # module -> extra of pyproject.toml
 EXTRAS = {"optimum.intel": "openvino", "openvino": "openvino", "nncf": "openvino", "bitsandbytes": "gpu"}
 
@@ -139,24 +138,9 @@ class Recipe:
         return [CODE, self.name, self.target, [step.identity for step in self.passes]]
 
 
-def known_passes() -> list[str]:
-    return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
-
-
 def pass_class(name: str, where: str) -> type[Pass]:
     """The one subclass of Pass in `compress/passes/<name>.py` or in the module `name`."""
-    path = name if "." in name else f"compress.passes.{require_one_of(where, name, known_passes())}"
-    try:
-        module = import_module(path)
-    except ModuleNotFoundError as error:
-        raise UserError(where, repr(name), f"{error}; is it on PYTHONPATH?") from error
-    found = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Pass)]
-    own = [c for c in found if c.__module__ == module.__name__]
-    if len(own) != 1:
-        raise UserError(where, repr(name), f"the module must define one Pass, it has {len(own)}")
-    if inspect.isabstract(own[0]) or not isinstance(getattr(own[0], "stage", None), Stage):
-        raise UserError(where, repr(name), f"{own[0].__name__} must define `stage` and `apply`")
-    return own[0]
+    return plugin_class(PASSES, name, where, Pass, {"stage": Stage})
 
 
 def make_pass(entry: dict[str, Any], where: str) -> Pass:
@@ -168,7 +152,7 @@ def make_pass(entry: dict[str, Any], where: str) -> Pass:
     options = dict(entry)
     name = options.pop("pass", None)
     if not isinstance(name, str):
-        raise UserError(f"{where}.pass", repr(name), f"name one of: {', '.join(known_passes())}")
+        raise UserError(f"{where}.pass", repr(name), f"name one of: {', '.join(plugin_names(PASSES))}")
     kind = pass_class(name, f"{where}.pass")
     checked = validate_config(kind.Options, options, where)
     for module in kind.needs:

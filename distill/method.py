@@ -1,12 +1,10 @@
 """What a method is: the component that a teacher carries and a student must not."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +18,13 @@ from distill.models.lm_head import Head, capture_input, head_of, output_embeddin
 from distill.trainer.loop import Curve
 from eval.core.artifacts import source_hashes
 from eval.core.documents import Batch, Row, collate
-from eval.core.errors import UserError, require_one_of
+from eval.core.errors import UserError
+from eval.core.registry import plugin_class
 from eval.core.sections import Frozen, Generation, MethodChoice, Train
 from eval.core.study import validate_config
 from eval.engines.torch import load_model
 
-FOLDER = Path(__file__).parent / "methods"
+METHODS = "distill.methods"  # the registry: a file each
 
 
 @dataclass(frozen=True)
@@ -222,26 +221,9 @@ def _check_log_probs(found: Tensor, batch: Batch, vocabulary: int, thing: str) -
     return found
 
 
-def known_methods() -> list[str]:
-    return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
-
-
 def method_class(name: str) -> type[Method]:
     """The one subclass of Method in `distill/methods/<name>.py` or in the module `name`."""
-    path = (
-        f"distill.methods.{require_one_of('method.name', name, known_methods())}" if "." not in name else name
-    )
-    try:
-        module = import_module(path)
-    except ModuleNotFoundError as error:
-        raise UserError("method.name", repr(name), f"{error}; is it on PYTHONPATH?") from error
-    found = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method)]
-    own = [c for c in found if c.__module__ == module.__name__]
-    if len(own) != 1:
-        raise UserError("method.name", repr(name), f"the module must define one Method, it has {len(own)}")
-    if inspect.isabstract(own[0]) or not isinstance(getattr(own[0], "card", None), Card):
-        raise UserError("method.name", repr(name), f"{own[0].__name__} must define `card` and `signal`")
-    return own[0]
+    return plugin_class(METHODS, name, "method.name", Method, {"card": Card})
 
 
 def make_method(choice: MethodChoice) -> Method:

@@ -5,8 +5,6 @@ runs on, and `load(folder, threads, device) -> Engine`. Nothing is imported befo
 peak memory and the start of a measured process are then those of its own engine.
 """
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor
 from eval.core.artifacts import Manifest
 from eval.core.documents import Batch
 from eval.core.errors import UserError, require_one_of
+from eval.core.registry import plugin_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,13 +81,12 @@ def subject_of(manifest: Manifest) -> Subject:
 
 
 def engine_module(name: str) -> ModuleType:
-    """The module of an engine.
+    """The module of an engine: of this package, or at a `package.module` path.
 
     Raises:
         UserError: there is no such engine, or what it needs is not installed.
     """
-    require_one_of("engine", name, [module.name for module in pkgutil.iter_modules(__path__)])
-    return importlib.import_module(f"{__name__}.{name}")
+    return plugin_module(__name__, name, "engine")
 
 
 def load_engine(name: str, folder: Path, threads: int = 1, device: str = "cpu") -> Engine:

@@ -9,10 +9,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from compress.calibration import calibration_rows, mean_loss
 from compress.model_size import size_of
-from compress.recipe import PassReport, known_passes, make_pass
+from compress.recipe import PassReport, make_pass
 from distill.data.sources import training_rows
 from eval.core.artifacts import content_hash, hash_files
 from eval.core.errors import UserError
+from eval.core.registry import plugin_names
 from tests.compress.shop import context_of, fake_run, model_of
 from tests.helpers import tiny_model
 
@@ -51,7 +52,7 @@ def saved(model, folder) -> str:
 
 
 def test_every_pass_has_cases():
-    assert sorted(CASES) == known_passes()
+    assert sorted(CASES) == plugin_names("compress.passes")
 
 
 @pytest.mark.parametrize("name", CASES)

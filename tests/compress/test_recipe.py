@@ -6,8 +6,9 @@ import textwrap
 import pytest
 import yaml
 
-from compress.recipe import Pass, Stage, known_passes, load_recipe, load_recipes, pass_class
+from compress.recipe import Pass, Stage, load_recipe, load_recipes, pass_class
 from eval.core.errors import UserError
+from eval.core.registry import plugin_names
 from eval.core.study import ROOT, load_study
 from tests.compress.shop import recipe_file
 from tests.helpers import tiny_model, tiny_study
@@ -59,8 +60,8 @@ def test_targets_and_engines():
 
 
 def test_every_pass_is_found_and_stands_in_a_stage():
-    assert known_passes() == ["bitsandbytes", "drop_layers", "openvino", "recover", "wanda"]
-    for name in known_passes():
+    assert plugin_names("compress.passes") == ["bitsandbytes", "drop_layers", "openvino", "recover", "wanda"]
+    for name in plugin_names("compress.passes"):
         kind = pass_class(name, "here")
         assert issubclass(kind, Pass)
         assert isinstance(kind.stage, Stage)

@@ -11,7 +11,6 @@ from distill.method import (
     MethodContext,
     TeacherOutput,
     check_output,
-    known_methods,
     make_method,
     method_class,
 )
@@ -21,6 +20,7 @@ from distill.trainer.loop import train
 from eval.core.artifacts import file_sha256, source_hashes
 from eval.core.documents import Document, collate, windows
 from eval.core.errors import UserError
+from eval.core.registry import plugin_names
 from eval.core.sections import MethodChoice
 from eval.engines.torch import load_model
 from tests.helpers import ROOT, WORDS, text, tiny_model, tiny_tokenizer
@@ -81,11 +81,11 @@ def answer(method, teacher, batch):
 
 
 def test_every_method_is_under_contract():
-    assert known_methods() == sorted(SETTINGS)
+    assert plugin_names("distill.methods") == sorted(SETTINGS)
 
 
 @pytest.mark.parametrize("side", ["method", "control"])
-@pytest.mark.parametrize("name", known_methods())
+@pytest.mark.parametrize("name", plugin_names("distill.methods"))
 def test_contract(name, side, bench, rows):
     method = make_method(MethodChoice(name=name, settings=SETTINGS[name]))
     assert isinstance(method.card, Card)
@@ -112,7 +112,7 @@ def test_contract(name, side, bench, rows):
         assert [n for n, _ in teacher.named_modules()] == modules
 
 
-@pytest.mark.parametrize("name", known_methods())
+@pytest.mark.parametrize("name", plugin_names("distill.methods"))
 def test_a_teacher_is_rebuilt_from_its_folder_alone(name, bench, rows):
     batch = mixed(rows)
     answers = []
@@ -127,7 +127,7 @@ def test_a_teacher_is_rebuilt_from_its_folder_alone(name, bench, rows):
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("name", known_methods())
+@pytest.mark.parametrize("name", plugin_names("distill.methods"))
 def test_unknown_settings_are_refused(name):
     with pytest.raises(UserError, match=r"method\.settings: unknown key membersz"):
         make_method(MethodChoice(name=name, settings={"membersz": 3}))
