@@ -36,7 +36,7 @@ from eval.core.sections import Generation, Targets, Train
 from eval.core.study import Study
 from eval.engines import load_tokenizer
 from eval.engines.torch import load_model
-from eval.score.scoring import kinds, score_with
+from eval.score.scoring import score_kinds, score_with
 
 TEACHERS = {"S1": "T1", "S0": "T0"}  # a student's teacher; CE has none
 
@@ -192,7 +192,7 @@ def score_teacher(study: Study, side: str, seeds: list[int], live: LiveTeacher, 
     """Writes one score record per seed that shares this teacher; only here can it be run."""
     data, tokenizer = study.folder / "data", load_tokenizer(study.folder / "base" / f"s{seeds[0]}")
     size = tokens_per_batch(len(tokenizer))
-    for kind in kinds(study):
+    for kind in score_kinds(study):
         documents = score_with(
             live.log_probs, data, tokenizer, study.data.context, kind=kind, batch_tokens=size
         )
@@ -213,11 +213,11 @@ def is_scored(study: Study, side: str, seeds: list[int], teacher: str) -> bool:
     """True if every seed has its records of this very teacher and study."""
     found = {
         (r.kind, r.seed)
-        for kind in kinds(study)
+        for kind in score_kinds(study)
         for r in each_score(study.folder, kind)
         if (r.arm, r.provenance.artifact, r.provenance.config) == (side, teacher, study.hash())
     }
-    return found >= {(kind, seed) for kind in kinds(study) for seed in seeds}
+    return found >= {(kind, seed) for kind in score_kinds(study) for seed in seeds}
 
 
 @contextmanager

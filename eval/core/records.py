@@ -212,11 +212,11 @@ class Loaded(Frozen):
     provenance: Provenance
 
 
-class Items(Frozen):
-    """Columns of equal length, one entry per item of a task."""
+class SampleScores(Frozen):
+    """Columns of equal length, one entry per sample of a task."""
 
     id: list[str] = Field(min_length=1)
-    value: list[float]  # its mark, 0 to 1
+    value: list[float]  # its score, 0 to 1
     raw: list[float] | None = None  # of multiple choice: by likelihood not divided by bytes
     output: list[str] | None = None  # what was generated
 
@@ -226,23 +226,23 @@ class Items(Frozen):
         if len({len(column) for column in columns if column is not None}) > 1:
             raise ValueError("columns of different lengths")
         if len(set(self.id)) < len(self.id) or not all(0 <= value <= 1 for value in self.value):
-            raise ValueError("an item appears twice, or its mark is not between 0 and 1")
+            raise ValueError("a sample appears twice, or its score is not between 0 and 1")
         return self
 
 
-class Marked(Frozen):
-    """Marks of one model on the items of one task."""
+class TaskScore(Frozen):
+    """Scores of one model on the samples of one task."""
 
     schema_version: int = 1
     kind: Literal["task"] = "task"
     task: str  # its name in the study
-    source: str  # digest of the task's settings and file
+    source: str  # digest of the settings and the file of the task
     metric: str
     arm: str
     seed: int
     recipe: str = PLAIN
     engine: str
-    items: Items
+    samples: SampleScores
     provenance: Provenance
 
 
@@ -282,8 +282,8 @@ class Agreement(Frozen):
 
 
 Record = Score | Measured | Loaded  # what the gate judges
-Written = Record | Marked | Agreement
-R = TypeVar("R", Score, Measured, Loaded, Marked, Agreement)
+Written = Record | TaskScore | Agreement
+R = TypeVar("R", Score, Measured, Loaded, TaskScore, Agreement)
 
 
 def machine(device: str = "cpu", driver: str | None = None) -> Machine:
@@ -317,10 +317,10 @@ def provenance(artifact: str, config: str, device: str = "cpu", driver: str | No
 
 
 def record_path(run: Path, record: Written) -> Path:
-    """`records/<kind>/<recipe>/<arm>-s<seed>.json`; a cost's target, a mark's task follows the kind."""
+    """`records/<kind>/[<target or task>/]<recipe>/<arm>-s<seed>.json`."""
     top = run / "records" / record.kind
-    if isinstance(record, Measured | Loaded | Marked):
-        top = top / (record.task if isinstance(record, Marked) else record.target)
+    if isinstance(record, Measured | Loaded | TaskScore):
+        top = top / (record.task if isinstance(record, TaskScore) else record.target)
     return top / record.recipe / f"{record.arm}-s{record.seed}.json"
 
 
@@ -368,10 +368,10 @@ def read_loads(run: Path) -> list[Loaded]:
     return [_read(run, path, Loaded) for path in paths]
 
 
-def read_marks(run: Path) -> list[Marked]:
+def read_task_scores(run: Path) -> list[TaskScore]:
     """Every task record of a run, in the order of their paths."""
     paths = sorted((run / "records" / "task").glob("*/*/*.json"))
-    return [_read(run, path, Marked) for path in paths]
+    return [_read(run, path, TaskScore) for path in paths]
 
 
 def read_agreements(run: Path) -> list[Agreement]:

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from eval.core.checks import STUDENT
 from eval.core.gate_file import Estimate, Quality, Variant
-from eval.core.records import VALIDATION, Agreement, Bins, Marked, read_agreements, read_marks
+from eval.core.records import VALIDATION, Agreement, TaskScore, read_agreements, read_task_scores
 from eval.core.sections import Task
 from eval.gate.evidence import Evidence
 from eval.gate.quality import LEVEL, estimate
-from eval.score.divergence import agreement, sizes
-from eval.score.items import source_here
+from eval.metrics.functions import calibration_error
+from eval.score.divergence import document_tokens, estimate_agreement
+from eval.score.samples import task_digest_or_none
 from eval.stats.crossed import cluster_bounds, linearise
 
 Array = NDArray[np.float64]
@@ -28,26 +29,26 @@ def collect_qualities(e: Evidence, rows: Sequence[Variant]) -> dict[str, Quality
     Records of other artifacts, data or settings are not shown: what they tell was not measured here.
     """
     agreements = [r for r in read_agreements(e.folder) if _fits(e, r)]
-    marks = [r for r in read_marks(e.folder) if _is_of_run(e, r)]
+    task_scores = [r for r in read_task_scores(e.folder) if _is_of_run(e, r)]
     worst = {row.recipe: worst_slice(row) for row in rows}
-    return {recipe: _quality(e, recipe, worst.get(recipe), agreements, marks) for recipe in e.recipes}
+    return {recipe: _quality(e, recipe, worst.get(recipe), agreements, task_scores) for recipe in e.recipes}
 
 
 def _quality(
-    e: Evidence, recipe: str, worst: str | None, agreements: list[Agreement], marks: list[Marked]
+    e: Evidence, recipe: str, worst: str | None, agreements: list[Agreement], task_scores: list[TaskScore]
 ) -> Quality:
-    flips, kl = agreement([r for r in agreements if r.recipe == recipe], e.study.seeds)
+    flips, kl = estimate_agreement([r for r in agreements if r.recipe == recipe], e.study.seeds)
     return Quality(
         accuracy=estimate_accuracy(e, recipe),
         calibration_error=estimate_calibration(e, recipe),
         worst_slice=worst,
         flips=flips,
         kl=kl,
-        tasks=task_scores([r for r in marks if r.recipe == recipe], e.study.seeds, e.study.data.tasks),
+        tasks=estimate_tasks([r for r in task_scores if r.recipe == recipe], e.study.seeds, e.study.data.tasks),
     )
 
 
-def _is_of_run(e: Evidence, record: Agreement | Marked) -> bool:
+def _is_of_run(e: Evidence, record: Agreement | TaskScore) -> bool:
     """True if the record is of an artifact that was scored, and of this study."""
     artifact = e.artifacts.get(f"{record.arm}/s{record.seed}/{record.recipe}")
     return (artifact, e.study.hash()) == (record.provenance.artifact, record.provenance.config)
@@ -73,7 +74,7 @@ def estimate_accuracy(e: Evidence, recipe: str) -> dict[str, Estimate]:
     if model not in e.correct:
         return {}
     return {
-        name: _share(linearise(e.correct[model][:, columns], sizes(e.tokens[model][:, columns])))
+        name: _share(linearise(e.correct[model][:, columns], document_tokens(e.tokens[model][:, columns])))
         for name, columns in e.columns.items()
     }
 
@@ -89,32 +90,29 @@ def estimate_calibration(e: Evidence, recipe: str) -> dict[str, Estimate]:
         return {}
     found = {}
     for name in e.columns:
-        errors = [calibration_error(bins[name]) for bins in by_seed]
+        errors = [
+            calibration_error(bins[name].confidence, bins[name].correct, bins[name].tokens)
+            for bins in by_seed
+        ]
         low, high = cluster_bounds(errors, TAIL) or (None, None)
         found[name] = Estimate(point=float(np.mean(errors)), low=low, high=high, unit="share")
     return found
 
 
-def calibration_error(bins: Bins) -> float:
-    """Sum over bins of |confidence - correct| over all tokens (Guo et al. 2017); see eval/metrics."""
-    off = np.abs(np.subtract(bins.confidence, bins.correct))
-    return float(off.sum() / np.sum(bins.tokens))
-
-
-def task_scores(
-    records: list[Marked], seeds: Sequence[int], asked: dict[str, Task]
+def estimate_tasks(
+    records: list[TaskScore], seeds: Sequence[int], asked: dict[str, Task]
 ) -> dict[str, dict[str, Estimate]]:
-    """Task -> arm -> mean mark, seeds and items crossed, where every seed has marks on the same items.
+    """Task -> arm -> mean score, seeds and samples crossed, where every seed has scores of the same samples.
 
-    Marks on items that are not those of the task's file, where it is here, are not shown.
+    Scores of samples that are not those of the task file, where that is here, are not shown.
     """
     found: dict[str, dict[str, Estimate]] = {name: {} for name in asked}
     for name, task in asked.items():
-        here = source_here(task)
+        here = task_digest_or_none(task)
         of_task = [r for r in records if r.task == name and r.source == (here or r.source)]
         for arm in dict.fromkeys(r.arm for r in of_task):
             by_seed = {r.seed: r for r in of_task if r.arm == arm}
             rows = [by_seed[seed] for seed in seeds if seed in by_seed]
-            if len(rows) == len(seeds) and len({(r.source, *r.items.id) for r in rows}) == 1:
-                found[name][arm] = _share(np.array([r.items.value for r in rows], float))
+            if len(rows) == len(seeds) and len({(r.source, *r.samples.id) for r in rows}) == 1:
+                found[name][arm] = _share(np.array([r.samples.value for r in rows], float))
     return {name: arms for name, arms in found.items() if arms}

@@ -4,10 +4,13 @@
     metric.compute(predictions=confidence, references=correct, tokens=tokens)
 
 Its inputs are sums by bin, so that the tokens of many documents and models need not be kept.
+`evaluate` copies this file and `functions` beside it into its cache; it reads comments on imports too.
 """
 
 import datasets
 import evaluate
+
+from .functions import calibration_error
 
 DESCRIPTION = """Expected calibration error: tokens are put into bins by the probability that the model gave
 to the likeliest next token; the error is the mean over tokens of the distance, in their bin, between the
@@ -36,7 +39,4 @@ class CalibrationError(evaluate.Metric):
     def _compute(
         self, predictions: list[float], references: list[float], tokens: list[float]
     ) -> dict[str, float]:
-        if sum(tokens) < 1:
-            raise ValueError("tokens: every bin is empty")
-        off = (abs(mean - right) for mean, right in zip(predictions, references, strict=True))
-        return {"calibration_error": sum(off) / sum(tokens)}
+        return {"calibration_error": calibration_error(predictions, references, tokens)}

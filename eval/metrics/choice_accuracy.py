@@ -3,13 +3,13 @@
     metric = evaluate.load("eval/metrics/choice_accuracy.py")
     metric.compute(predictions=[[-3.0, -5.0]], references=[0], sizes=[[4, 7]])
 
-`evaluate` copies this file into its cache, and `answers` beside it; a comment on that import it would follow.
+`evaluate` copies this file and `functions` beside it into its cache; it reads comments on imports too.
 """
 
 import datasets
 import evaluate
 
-from .answers import chosen
+from .functions import likeliest_choice
 
 DESCRIPTION = """The share of questions of which the likeliest choice is the right one: raw, and with the
 log-likelihood of a choice divided by its bytes, so that a choice does not lose for its mere length."""
@@ -41,13 +41,9 @@ class ChoiceAccuracy(evaluate.Metric):
     def _compute(
         self, predictions: list[list[float]], references: list[int], sizes: list[list[int]]
     ) -> dict[str, float]:
-        raw = [chosen(values) for values in predictions]
-        even = [chosen(*pair) for pair in zip(predictions, sizes, strict=True)]
+        raw = [likeliest_choice(values) for values in predictions]
+        per_byte = [likeliest_choice(*pair) for pair in zip(predictions, sizes, strict=True)]
         return {
-            "accuracy": _share(raw, references),
-            "accuracy_per_byte": _share(even, references),
+            name: sum(a == b for a, b in zip(choices, references, strict=True)) / len(references)
+            for name, choices in (("accuracy", raw), ("accuracy_per_byte", per_byte))
         }
-
-
-def _share(chosen_: list[int], right: list[int]) -> float:
-    return sum(a == b for a, b in zip(chosen_, right, strict=True)) / len(right)

@@ -1,10 +1,14 @@
 """Next-token accuracy as a module of Hugging Face `evaluate`; it loads offline, by the path of this file.
 
-evaluate.load("eval/metrics/next_token_accuracy.py").compute(predictions=correct, references=tokens)
+    evaluate.load("eval/metrics/next_token_accuracy.py").compute(predictions=correct, references=tokens)
+
+`evaluate` copies this file and `functions` beside it into its cache; it reads comments on imports too.
 """
 
 import datasets
 import evaluate
+
+from .functions import next_token_accuracy
 
 DESCRIPTION = """The share of tokens that the model held to be the likeliest next one. A ratio of sums over
 documents, like bits per byte; unlike them it compares only models of one tokenizer."""
@@ -29,6 +33,4 @@ class NextTokenAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        if min(references) < 1:
-            raise ValueError(f"references: {min(references)} tokens; counts are at least 1")
-        return {"next_token_accuracy": sum(predictions) / sum(references)}
+        return {"next_token_accuracy": next_token_accuracy(predictions, references)}

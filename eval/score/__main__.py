@@ -1,9 +1,8 @@
 """`python -m eval.score --study runs/X`: bits per byte of every base, student and variant of a run.
 
 Each model is loaded from its folder by its own engine, in a process that did not make it; with `data.tasks`
-it is marked on those too. Models that have a record of the same bytes, data and study are left alone.
-Teachers with a method are scored where they are made, by `distill`: only there can they be run, and on
-tasks they are not marked.
+on those too. Models that have a record of the same bytes, data and study are left alone. Teachers with a
+method are scored by `distill`, where they are made: only there can they be run. They are not scored on tasks.
 """
 
 import argparse
@@ -15,25 +14,25 @@ from rich.table import Table
 from eval.core.artifacts import read_manifest
 from eval.core.errors import entry
 from eval.core.jobs import Job, lock_folder, run_jobs
-from eval.core.records import VALIDATION, read_marks, read_scores
+from eval.core.records import VALIDATION, read_scores, read_task_scores
 from eval.core.study import Study, study_from_command
 from eval.engines import subject_of
-from eval.score.items import check_tasks
-from eval.score.samples import mark_folder, mean_marks, unmarked
+from eval.score.samples import check_tasks
 from eval.score.scoring import corpus_bits_per_byte, model_folders, score_folder, unscored
+from eval.score.task_scores import mean_task_scores, score_tasks, unscored_tasks
 
 Rows = dict[tuple[str, str], dict[str, float]]  # (recipe, arm) -> column -> value
 
 
 def score_run(study: Study) -> int:
-    """Scores and marks what is not yet; returns how many models were scored."""
+    """Scores what has no record yet; returns how many models were scored on documents."""
     run = study.folder
     check_tasks(study.data.tasks)
     jobs = [Job(_label(folder), score_folder, (run, study, folder)) for folder in unscored(run, study)]
     done = len(jobs)
     jobs += [
-        Job(f"{_label(folder)} tasks", mark_folder, (run, study, folder, names))
-        for folder, names in unmarked(run, study).items()
+        Job(f"{_label(folder)} tasks", score_tasks, (run, study, folder, names))
+        for folder, names in unscored_tasks(run, study).items()
     ]
     run_jobs("score", jobs, study.workers)
     return done
@@ -43,7 +42,7 @@ def _label(folder: Path) -> str:
     return subject_of(read_manifest(folder)).label
 
 
-def table(title: str, rows: Rows) -> Table:
+def score_table(title: str, rows: Rows) -> Table:
     names = sorted({name for row in rows.values() for name in row}, key=lambda n: (n != VALIDATION, n))
     shown = Table("recipe", "arm", *names, title=title)
     for (recipe, arm), row in rows.items():
@@ -59,9 +58,13 @@ def main() -> None:
         done = score_run(study)
     if done:
         title = "bits per byte, lower is better"
-        Console().print(table(title, corpus_bits_per_byte(read_scores(study.folder))))
+        Console().print(score_table(title, corpus_bits_per_byte(read_scores(study.folder))))
     if study.data.tasks:
-        Console().print(table("mean marks, higher is better", mean_marks(read_marks(study.folder))))
+        Console().print(
+            score_table(
+                "mean task scores, higher is better", mean_task_scores(read_task_scores(study.folder))
+            )
+        )
     print(f"scored {done} models, {len(model_folders(study.folder, study)) - done} were scored before")
 
 

@@ -1,7 +1,7 @@
-"""How far every variant says what its uncompressed student says: `python -m eval.score.agreement`.
+"""`python -m eval.score.agreement`: how far the predictions of variants are from their uncompressed student.
 
-Flips are the share of next tokens whose likeliest prediction differs; KL(student || variant) is told in bits
-per token. Beside them stands what the same variant differs by from itself in another batch and with other
+Flips are the share of next tokens whose likeliest prediction differs; KL(student || variant) is in bits per
+token. Beside each stands its noise: the difference of the variant from itself in another batch or with other
 threads. Variants that have a record of the same bytes, student, data and study are left alone.
 """
 
@@ -18,25 +18,25 @@ from eval.core.recipes import recipe_names
 from eval.core.records import read_agreements
 from eval.core.study import Study, study_from_command
 from eval.engines import subject_of
-from eval.score.divergence import agreement, compare_folder, uncompared, variant_folders
+from eval.score.divergence import estimate_agreement, record_agreement, uncompared_variants, variant_folders
 
 
 def compare_run(study: Study) -> int:
-    """Compares what has not been compared yet; returns how many variants that were."""
+    """Compares the variants that have no record yet; returns how many."""
     run = study.folder
     jobs = [
-        Job(subject_of(read_manifest(folder)).label, compare_folder, (run, study, folder))
-        for folder in uncompared(run, study)
+        Job(subject_of(read_manifest(folder)).label, record_agreement, (run, study, folder))
+        for folder in uncompared_variants(run, study)
     ]
     run_jobs("agreement", jobs, study.workers)
     return len(jobs)
 
 
-def table(study: Study) -> Table:
-    shown = Table("recipe", "flips", "noise", "KL", "noise", title="against the student, 95 % intervals")
+def agreement_table(study: Study) -> Table:
+    table = Table("recipe", "flips", "noise", "KL", "noise", title="against the student, 95 % intervals")
     records = read_agreements(study.folder)
     for recipe in recipe_names(study)[1:]:
-        flips, kl = agreement([r for r in records if r.recipe == recipe], study.seeds)
+        flips, kl = estimate_agreement([r for r in records if r.recipe == recipe], study.seeds)
         if flips and kl:
             cells = [
                 _cell(flips, 100, " %"),
@@ -44,14 +44,15 @@ def table(study: Study) -> Table:
                 _cell(kl, 1, ""),
                 f"{kl.floor:.3g}",
             ]
-            shown.add_row(recipe, *cells)
-    return shown
+            table.add_row(recipe, *cells)
+    return table
 
 
-def _cell(of: Difference, factor: float, unit: str) -> str:
-    if of.low is None or of.high is None:
-        return f"{factor * of.value:.3g}{unit}"
-    return f"{factor * of.value:.3g}{unit} [{factor * of.low:.3g}, {factor * of.high:.3g}]"
+def _cell(difference: Difference, factor: float, unit: str) -> str:
+    text = f"{factor * difference.value:.3g}{unit}"
+    if difference.low is None or difference.high is None:
+        return text
+    return f"{text} [{factor * difference.low:.3g}, {factor * difference.high:.3g}]"
 
 
 @entry
@@ -60,7 +61,7 @@ def main() -> None:
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
     with lock_folder(study.folder):
         done = compare_run(study)
-    Console().print(table(study))
+    Console().print(agreement_table(study))
     print(
         f"compared {done} variants, {len(variant_folders(study.folder, study)) - done} were compared before"
     )

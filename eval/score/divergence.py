@@ -1,4 +1,4 @@
-"""How far a variant says what its uncompressed student says, and how much of that is noise."""
+"""How far the predictions of a variant are from its uncompressed student, and how much of that is noise."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -33,13 +33,13 @@ from eval.metrics.likelihood import Predict, likeliest, pieces, prepared, refuse
 from eval.stats.crossed import crossed_mean, linearise
 
 PIECE = 2**16  # entries of one comparison: its dozen intermediates stay in a core's cache
-RERUN_DOCUMENTS = 4  # the noise floor is told from so many
+RERUN_DOCUMENTS = 4  # so many give the noise floor
 OTHER_THREADS = 2
 TAIL = 0.025  # of a two-sided 95 % interval
 Array = NDArray[np.float64]
 
 
-class Likeness(NamedTuple):
+class DocumentDivergences(NamedTuple):
     """Columns with one entry per document."""
 
     tokens: list[int]
@@ -48,17 +48,17 @@ class Likeness(NamedTuple):
 
 
 @torch.no_grad()
-def compared(one: Tensor, other: Tensor, batch: Batch) -> Tensor:
-    """Does the likeliest differ, and KL(one || other) in bits: [2, N] for tokens under the batch's mask."""
-    found = []
+def flips_and_kl(one: Tensor, other: Tensor, batch: Batch) -> Tensor:
+    """[2, N] for the tokens under the mask: 1 where the likeliest differ, and KL(one || other) in bits."""
+    parts = []
     for left, right in zip(pieces(one, batch, PIECE), pieces(other, batch, PIECE), strict=True):
         flips = likeliest(left) != likeliest(right)
-        bits = divergence(left.log_softmax(-1), right.log_softmax(-1)) / math.log(2)
-        found.append(torch.stack([flips, bits]))
-    return torch.cat(found, 1)[:, batch.asked[0].to(one.device)]
+        bits = kl_divergence(left.log_softmax(-1), right.log_softmax(-1)) / math.log(2)
+        parts.append(torch.stack([flips, bits]))
+    return torch.cat(parts, 1)[:, batch.asked[0].to(one.device)]
 
 
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) in nats [n], from normalised log-probabilities [n, V].
 
     As p and q both sum to 1, it is the sum of p (q/p - 1 - log(q/p)), of which no term is negative: two runs
@@ -71,9 +71,9 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p > 0, torch.where(gap < 1, near, far), log_q.exp()).sum(-1)
 
 
-def likeness(
+def document_divergences(
     one: Predict, other: Predict, engine: Engine, documents: list[Document], context: int
-) -> Likeness:
+) -> DocumentDivergences:
     """Flips and divergence of two models that share the tokenizer of `engine`, by document.
 
     Raises:
@@ -86,27 +86,27 @@ def likeness(
     for batch in prepared(documents, engine.tokenizer, context, size):
         counts = batch.mask.sum(1)
         where = torch.tensor([place[name] for name in batch.documents]).repeat_interleave(counts)
-        sums.index_add_(1, where, compared(one(batch), other(batch), batch).double().cpu())
+        sums.index_add_(1, where, flips_and_kl(one(batch), other(batch), batch).double().cpu())
         tokens.index_add_(0, where, torch.ones_like(where))
     refuse_infinite(documents, sums[1])
-    return Likeness(tokens.tolist(), sums[0].long().tolist(), sums[1].tolist())
+    return DocumentDivergences(tokens.tolist(), sums[0].long().tolist(), sums[1].tolist())
 
 
-def in_other_batches(engine: Engine) -> Predict:
-    """The engine on one row at a time, without padding; on a row that was alone, laid twice."""
+def predict_in_other_batches(engine: Engine) -> Predict:
+    """The engine on one row at a time, without padding; a batch of one row becomes two equal rows."""
 
     def predict(batch: Batch) -> Tensor:
         if len(batch.ids) == 1:
-            return engine.logits(_part(batch, [0, 0], batch.input_ids.shape[1]))[:1]
+            return engine.logits(_batch_part(batch, [0, 0], batch.input_ids.shape[1]))[:1]
         whole = torch.zeros(*batch.input_ids.shape, engine.vocabulary)
         for i, length in enumerate(batch.attention_mask.sum(1).tolist()):
-            whole[i, :length] = engine.logits(_part(batch, [i], length))[0]
+            whole[i, :length] = engine.logits(_batch_part(batch, [i], length))[0]
         return whole
 
     return predict
 
 
-def _part(batch: Batch, rows: list[int], length: int) -> Batch:
+def _batch_part(batch: Batch, rows: list[int], length: int) -> Batch:
     """Some rows of a batch, cut to a length."""
     given = None if batch.given is None else batch.given[rows, :length]
     ids, documents, domains = (
@@ -127,7 +127,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def with_other_threads(name: str, folder: Path) -> Predict:
+def predict_with_other_threads(name: str, folder: Path) -> Predict:
     """The model once more, with another number of threads."""
     before = torch.get_num_threads()
     engine = load_engine(name, folder, threads=OTHER_THREADS)
@@ -140,20 +140,22 @@ def with_other_threads(name: str, folder: Path) -> Predict:
     return predict
 
 
-def noise(engine: Engine, name: str, documents: list[Document], context: int) -> dict[str, Rerun]:
+def measure_noise(engine: Engine, name: str, documents: list[Document], context: int) -> dict[str, Rerun]:
     """The engine against itself, in batches of another size and with other threads."""
-    others = {"batch": in_other_batches(engine), "threads": with_other_threads(name, engine.folder)}
-    found = {
-        how: likeness(engine.logits, other, engine, documents[:RERUN_DOCUMENTS], context)
-        for how, other in others.items()
+    others = {
+        "batch": predict_in_other_batches(engine),
+        "threads": predict_with_other_threads(name, engine.folder),
     }
-    return {
-        how: Rerun(tokens=sum(of.tokens), flips=sum(of.flips), kl_bits=math.fsum(of.kl_bits))
-        for how, of in found.items()
-    }
+    reruns = {}
+    for change, predict in others.items():
+        columns = document_divergences(engine.logits, predict, engine, documents[:RERUN_DOCUMENTS], context)
+        reruns[change] = Rerun(
+            tokens=sum(columns.tokens), flips=sum(columns.flips), kl_bits=math.fsum(columns.kl_bits)
+        )
+    return reruns
 
 
-def compare_folder(run: Path, study: Study, folder: Path, report: Report = lambda share: None) -> Agreement:
+def record_agreement(run: Path, study: Study, folder: Path, report: Report = lambda share: None) -> Agreement:
     """Compares the variant in `folder` with its student on one CPU thread, and writes the record.
 
     Raises:
@@ -161,19 +163,22 @@ def compare_folder(run: Path, study: Study, folder: Path, report: Report = lambd
     """
     manifest = verify_artifact(folder)
     subject = subject_of(manifest)
-    at = artifact_folder(run, subject.arm, subject.seed, PLAIN)
-    assert at is not None, "variants are made of students"
-    student, data = verify_artifact(at), run / "data"
-    one = load_engine(subject_of(student).engine, at)
+    student_folder = artifact_folder(run, subject.arm, subject.seed, PLAIN)
+    assert student_folder is not None, "variants are made of students"
+    student, data = verify_artifact(student_folder), run / "data"
+    student_engine = load_engine(subject_of(student).engine, student_folder)
     engine = load_engine(subject.engine, folder)
-    if one.vocabulary != engine.vocabulary:
-        found = f"{engine.vocabulary} rows of output, its student has {one.vocabulary}"
-        raise UserError(f"variant {folder}", found, "make it again from this student")
+    if student_engine.vocabulary != engine.vocabulary:
+        raise UserError(
+            f"variant {folder}",
+            f"{engine.vocabulary} rows of output, its student has {student_engine.vocabulary}",
+            f"make it again from this student: python -m compress.run --study {run}",
+        )
     documents, context = read_documents(data, VALIDATION), study.data.context
     try:
-        columns = likeness(one.logits, engine.logits, engine, documents, context)
+        columns = document_divergences(student_engine.logits, engine.logits, engine, documents, context)
         report(0.7)
-        reruns = noise(engine, subject.engine, documents, context)
+        reruns = measure_noise(engine, subject.engine, documents, context)
     except UserError as error:
         raise UserError(f"comparing {folder}: {error.thing}", error.found, error.fix) from error
     record = Agreement(
@@ -190,33 +195,33 @@ def compare_folder(run: Path, study: Study, folder: Path, report: Report = lambd
 
 
 def variant_folders(run: Path, study: Study) -> list[Path]:
-    """Variants of S1 that are made. S0 is no candidate: it is a control, and nobody ships it."""
+    """Variants of S1 that exist. S0 is a control and never shipped, so it is not compared."""
     places = [
         artifact_folder(run, STUDENT, seed, name) for name in recipe_names(study)[1:] for seed in study.seeds
     ]
     return [place for place in places if place is not None and (place / MANIFEST).is_file()]
 
 
-def uncompared(run: Path, study: Study) -> list[Path]:
+def uncompared_variants(run: Path, study: Study) -> list[Path]:
     """Variants without a record of their own bytes, their student's, this data and this study."""
-    have = {
+    recorded = {
         (r.recipe, r.seed, r.provenance.artifact, r.student, r.data, r.provenance.config)
         for r in read_agreements(run)
         if r.arm == STUDENT
     }
     data, config = read_manifest(run / "data").hash, study.hash()
 
-    def known(manifest: Manifest) -> bool:
+    def is_recorded(manifest: Manifest) -> bool:
         subject = subject_of(manifest)
-        place = artifact_folder(run, subject.arm, subject.seed, PLAIN)
-        assert place is not None, "variants are made of students"
-        student = read_manifest(place).hash
-        return (subject.recipe, subject.seed, manifest.hash, student, data, config) in have
+        student_folder = artifact_folder(run, subject.arm, subject.seed, PLAIN)
+        assert student_folder is not None, "variants are made of students"
+        student = read_manifest(student_folder).hash
+        return (subject.recipe, subject.seed, manifest.hash, student, data, config) in recorded
 
-    return [folder for folder in variant_folders(run, study) if not known(read_manifest(folder))]
+    return [folder for folder in variant_folders(run, study) if not is_recorded(read_manifest(folder))]
 
 
-def sizes(tokens: Array) -> Array:
+def document_tokens(tokens: Array) -> Array:
     """[C] tokens of each document, from [S, C]: a study has one tokenizer.
 
     Raises:
@@ -224,26 +229,28 @@ def sizes(tokens: Array) -> Array:
     """
     if (tokens != tokens[0]).any():
         raise UserError(
-            "records of one recipe", "seeds count different tokens", "delete and measure them again"
+            "records of one recipe",
+            "seeds with different numbers of tokens in one document, so with different tokenizers",
+            "delete the records of the recipe and measure again",
         )
     return tokens[0]
 
 
-def agreement(
+def estimate_agreement(
     records: list[Agreement], seeds: Sequence[int]
 ) -> tuple[Difference, Difference] | tuple[None, None]:
     """Flips (share of tokens) and KL (bits per token) of one recipe, where every seed was compared."""
     by_seed = {r.seed: r for r in records if r.seed in seeds}
-    found = [by_seed[seed] for seed in seeds if seed in by_seed]
-    if len(found) < len(seeds) or any(r.id != found[0].id for r in found):
+    chosen = [by_seed[seed] for seed in seeds if seed in by_seed]
+    if len(chosen) < len(seeds) or any(r.id != chosen[0].id for r in chosen):
         return None, None
-    tokens = np.array([r.tokens for r in found], float)
-    size = sizes(tokens)
-    flips, kl = (np.array([getattr(r, name) for r in found], float) for name in ("flips", "kl_bits"))
-    again = [rerun for r in found for rerun in r.reruns.values()]
+    tokens = np.array([r.tokens for r in chosen], float)
+    size = document_tokens(tokens)
+    flips, kl = (np.array([getattr(r, name) for r in chosen], float) for name in ("flips", "kl_bits"))
+    reruns = [rerun for r in chosen for rerun in r.reruns.values()]
     return (
-        _difference(linearise(flips, size), max(r.flips / r.tokens for r in again), "share"),
-        _difference(linearise(kl, size), max(r.kl_bits / r.tokens for r in again), "bits/token"),
+        _difference(linearise(flips, size), max(r.flips / r.tokens for r in reruns), "share"),
+        _difference(linearise(kl, size), max(r.kl_bits / r.tokens for r in reruns), "bits/token"),
     )
 
 

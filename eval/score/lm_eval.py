@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness by name, through its own Python interface: an extra, `pip install lm-eval`.
 
-A task runs with the harness's own prompts, shots and marks. It loads a model itself: a checkpoint by its `hf`
-class, an OpenVINO one by its `openvino` class, which needs optimum-intel.
+A task runs with the prompts, shots and metrics of the harness, which loads the model itself: a checkpoint by
+its `hf` class, an OpenVINO one by its `openvino` class, which needs optimum-intel.
 """
 
 import logging
@@ -12,33 +12,34 @@ from typing import Any
 import yaml
 
 from eval.core.errors import UserError
-from eval.core.records import Items
+from eval.core.records import SampleScores
 from eval.core.sections import Task
-from eval.score.items import check_installed, harness_name, is_file
+from eval.score.samples import check_lm_eval_installed, is_file, lm_eval_name
 
 CLASSES = {"torch": "hf", "openvino": "openvino"}  # engine -> the harness's name for it
 PREFERRED = ("acc_norm", "acc", "exact_match", "f1")
 
 
-def run_harness(task: Task, engine: str, folder: Path, batch_size: int = 8) -> tuple[Items, str]:
-    """Marks of the model in `folder`, one per item, and the metric that they are.
+def run_lm_eval(task: Task, engine: str, folder: Path, batch_size: int = 8) -> tuple[SampleScores, str]:
+    """Scores of the model in `folder`, one per sample, and the name of their metric.
 
     Raises:
-        UserError: the harness is not installed, knows no such task, or marks beyond 0 to 1.
+        UserError: the harness is not installed, has no such task, or a score is not between 0 and 1.
     """
-    check_installed(task)
+    check_lm_eval_installed(task)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    where = Path(harness_name(task))
-    own = is_file(task)  # a task of the user's, in the harness's format
-    manager = TaskManager(include_path=str(where.parent) if own else None)
-    name = yaml.safe_load(where.read_text(encoding="utf-8"))["task"] if own else str(where)
-    if name not in manager.all_tasks:  # thousands: the nearest ones do
-        near = ", ".join(get_close_matches(name, manager.all_tasks)) or "see `lm-eval ls tasks`"
-        raise UserError(f"task lm_eval:{where}", "the harness knows no such task", f"take another: {near}")
-    found = simple_evaluate(
+    path = Path(lm_eval_name(task))
+    from_file = is_file(task)  # a task that the user wrote, in the format of the harness
+    manager = TaskManager(include_path=str(path.parent) if from_file else None)
+    name = yaml.safe_load(path.read_text(encoding="utf-8"))["task"] if from_file else str(path)
+    if name not in manager.all_tasks:  # it has thousands: the nearest names are enough
+        near = ", ".join(get_close_matches(name, manager.all_tasks)) or "`lm-eval ls tasks` lists them"
+        fix = f"take the name of one that it has: {near}"
+        raise UserError(f"task lm_eval:{path}", "lm-evaluation-harness has no such task", fix)
+    results = simple_evaluate(
         model=CLASSES[engine],
         model_args={"pretrained": str(folder), "dtype": "float32"},
         tasks=[name],
@@ -49,15 +50,14 @@ def run_harness(task: Task, engine: str, folder: Path, batch_size: int = 8) -> t
         bootstrap_iters=0,
         log_samples=True,
     )
-    assert found is not None, "one process gets the results"
-    return marks(found["samples"])
+    assert results is not None, "None is for the other ranks of a distributed run"
+    return sample_scores(results["samples"])
 
 
-def marks(samples: dict[str, list[dict[str, Any]]]) -> tuple[Items, str]:
-    """The harness's log of samples as items: the first filter's, by the metric that is preferred."""
+def sample_scores(samples: dict[str, list[dict[str, Any]]]) -> tuple[SampleScores, str]:
+    """The scores in the sample log of the harness: its first filter, the first metric of `PREFERRED`."""
     first = next(iter(samples.values()))[0]
-    known = [name for name in PREFERRED if name in first["metrics"]]
-    metric = known[0] if known else first["metrics"][0]
+    metric = next((name for name in PREFERRED if name in first["metrics"]), first["metrics"][0])
     ids, values = [], []
     for name, rows in samples.items():
         for row in sorted(rows, key=lambda row: row["doc_id"]):
@@ -66,6 +66,8 @@ def marks(samples: dict[str, list[dict[str, Any]]]) -> tuple[Items, str]:
                 values.append(row[metric])
     if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
         raise UserError(
-            f"task {ids[0]}", f"its metric {metric!r} is not between 0 and 1", "take another task"
+            f"task {ids[0]}",
+            f"its metric {metric!r} is not between 0 and 1",
+            "take a task with acc, exact_match or f1",
         )
-    return Items(id=ids, value=[float(value) for value in values]), metric
+    return SampleScores(id=ids, value=[float(value) for value in values]), metric

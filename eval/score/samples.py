@@ -1,75 +1,135 @@
-"""Marks of the models of a run on the tasks of its study."""
+"""The samples of a task: prompts with known answers, from a JSONL file.
 
+    {"prompt": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1}     multiple_choice; or the choice itself
+    {"prompt": "2 + 2 =", "answer": "4"}                            exact_match, f1; or a list of answers
+
+An `id` may be given; without one, the number of its line is the id of a sample.
+"""
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
-from eval.core.artifacts import read_manifest, verify_artifact
-from eval.core.errors import UserError
-from eval.core.jobs import Report
-from eval.core.records import Marked, provenance, read_marks, write_record
-from eval.core.study import Study
-from eval.engines import Engine, Subject, load_engine, subject_of
-from eval.score.items import source
-from eval.score.lm_eval import run_harness
-from eval.score.scoring import model_folders, scoring_tokens
-from eval.score.tasks import run_task
+from eval.core.artifacts import digest, file_sha256
+from eval.core.errors import UserError, require_one_of
+from eval.core.jsonl import objects
+from eval.core.sections import Task
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+FIELDS = ["id", "prompt", "choices", "answer"]
 
 
-def mark_folder(
-    run: Path, study: Study, folder: Path, names: list[str], report: Report = lambda share: None
-) -> None:
-    """Marks the artifact `folder` on the tasks `names` of a study, and writes a record of each.
+@dataclass(frozen=True)
+class Sample:
+    id: str
+    prompt: str
+    answers: list[str]  # the accepted ones
+    choices: list[str]  # of multiple choice; empty for the other kinds
+
+
+def task_digest(task: Task) -> str:
+    """Digest of what decides the scores of a task beside the model: its settings and its file."""
+    file_hash = [file_sha256(_task_file(task))] if is_file(task) else []
+    return digest([task.model_dump(mode="json"), *file_hash])
+
+
+def task_digest_or_none(task: Task) -> str | None:
+    """The same, or None where the task file is missing: a run folder may be judged on another machine."""
+    return task_digest(task) if not is_file(task) or Path(task.path).is_file() else None
+
+
+def is_file(task: Task) -> bool:
+    """False for a task that lm-evaluation-harness knows by its name."""
+    return task.kind != "lm_eval" or task.path.endswith((".yaml", ".yml"))
+
+
+def check_tasks(tasks: dict[str, Task]) -> None:
+    """Checks every task of a study before any model is loaded.
 
     Raises:
-        UserError: the artifact is damaged or cannot be loaded, or an item does not fit.
+        UserError: a name, a file or a missing library on which scoring would fail.
     """
-    manifest = verify_artifact(folder)
-    subject, loaded = subject_of(manifest), list[Engine]()
-    for done, name in enumerate(names, start=1):
-        task = study.data.tasks[name]
-        metric: str = task.kind
-        try:
-            if task.kind == "lm_eval":
-                items, metric = run_harness(task, subject.engine, folder)
-            else:
-                loaded = loaded or [load_engine(subject.engine, folder)]
-                items = run_task(task, loaded[0], study.data.context, scoring_tokens(loaded[0]))
-        except UserError as error:
-            raise UserError(f"task {name!r} of {folder}: {error.thing}", error.found, error.fix) from error
-        record = Marked(
-            **subject.model_dump(),
-            task=name,
-            source=source(task),
-            metric=metric,
-            items=items,
-            provenance=provenance(manifest.hash, study.hash()),
+    for name, task in tasks.items():
+        if not NAME.fullmatch(name):
+            raise UserError(
+                f"data.tasks: {name!r}",
+                "not a name that a file can have",
+                "start with a letter or a digit, then letters, digits, dots, dashes and underscores",
+            )
+        if task.kind == "lm_eval":
+            check_lm_eval_installed(task)
+        else:
+            read_samples(task)
+
+
+def lm_eval_name(task: Task) -> str:
+    """The name or the YAML file of a task of lm-evaluation-harness; the prefix `lm_eval:` may be left out."""
+    return task.path.removeprefix("lm_eval:")
+
+
+def check_lm_eval_installed(task: Task) -> None:
+    if find_spec("lm_eval") is None:
+        thing = f"task lm_eval:{lm_eval_name(task)}"
+        raise UserError(thing, "lm_eval is not installed", "install the extra: pip install lm-eval")
+
+
+def _task_file(task: Task) -> Path:
+    path = Path(lm_eval_name(task))
+    if not path.is_file():
+        raise UserError(f"task {task.path}", "no such file", "correct `path` of this task in data.tasks")
+    return path
+
+
+def read_samples(task: Task) -> list[Sample]:
+    """The samples of a task, in the order of its file.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is not a sample: the first such line is named.
+    """
+    rows = objects(_task_file(task), "task", "write one JSON object a line")
+    samples = [
+        _parse_sample(where, row, str(number), task) for where, number, row in islice(rows, task.limit)
+    ]
+    ids = [sample.id for sample in samples]
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise UserError(f"task {task.path}", f"two samples have the id {twice!r}", "give each its own id")
+    return samples
+
+
+def _parse_sample(where: str, raw: dict[str, Any], number: str, task: Task) -> Sample:
+    for field in raw:
+        require_one_of(f"{where}: unknown field", field, FIELDS)
+    prompt, choices, answer = raw.get("prompt"), raw.get("choices", []), raw.get("answer")
+    answers: list[Any] = answer if isinstance(answer, list) else [answer]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: prompt", repr(prompt), "give a text that is not empty")
+    if task.kind == "multiple_choice":
+        answers = [_right_choice(where, choices, answer)]
+    if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise UserError(
+            f"{where}: answer", repr(raw.get("answer")), "give a text, or a list of texts; none may be empty"
         )
-        write_record(run, record)
-        report(done / len(names))
+    return Sample(str(raw.get("id", number)), prompt, answers, choices)
 
 
-def unmarked(run: Path, study: Study) -> dict[Path, list[str]]:
-    """Model folders of a run -> the tasks without a record of these bytes, this task and this study."""
-    have = {
-        (r.task, r.source, Subject.model_validate(r, from_attributes=True), r.provenance.artifact)
-        for r in read_marks(run)
-        if r.provenance.config == study.hash()
-    }
-    sources = {name: source(task) for name, task in study.data.tasks.items()}
-    found: dict[Path, list[str]] = {}
-    for folder in model_folders(run, study) if sources else []:
-        made = read_manifest(folder)
-        for name, of in sources.items():
-            if (name, of, subject_of(made), made.hash) not in have:
-                found.setdefault(folder, []).append(name)
-    return found
-
-
-def mean_marks(records: list[Marked]) -> dict[tuple[str, str], dict[str, float]]:
-    """(recipe, arm) -> task -> mean mark, the items of all seeds pooled."""
-    pooled: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for record in records:
-        pooled.setdefault((record.recipe, record.arm), {}).setdefault(record.task, []).extend(
-            record.items.value
+def _right_choice(where: str, choices: Any, answer: Any) -> str:
+    """The choice that `answer` names, by its index or by its text."""
+    is_list = isinstance(choices, list) and len(choices) > 1
+    if not is_list or not all(isinstance(c, str) and c for c in choices):
+        raise UserError(f"{where}: choices", repr(choices)[:80], "give a list of at least two texts")
+    if len(set(choices)) < len(choices):
+        raise UserError(
+            f"{where}: choices",
+            repr(choices)[:80],
+            "choices must differ: leave out the second of two equal ones",
         )
-    return {model: {name: fmean(values) for name, values in of.items()} for model, of in pooled.items()}
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return choices[answer]
+    if isinstance(answer, str) and answer in choices:
+        return answer
+    fix = f"give one of the choices, or an index below {len(choices)}"
+    raise UserError(f"{where}: answer", repr(answer), fix)

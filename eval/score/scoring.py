@@ -11,17 +11,17 @@ from eval.core.recipes import recipe_names
 from eval.core.records import Bins, Documents, Kind, Score, provenance, read_scores, write_record
 from eval.core.study import Study
 from eval.engines import Engine, Subject, load_engine, subject_of
+from eval.metrics.functions import bits_per_byte
 from eval.metrics.likelihood import BATCH_TOKENS, Predict, likelihoods
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("id", "slice", "bytes", "tokens", "bits", "correct")
-METRIC = Path(__file__).parents[1] / "metrics" / "bits_per_byte.py"
 
 
 def model_folders(run: Path, study: Study) -> list[Path]:
-    """Bases, students and variants of the study that are made; what earlier settings left is not scored."""
+    """Bases, students and variants of the study that exist; those of earlier settings are left out."""
     tops = ["base", *(f"students/{arm}" for arm in study.arms)]
     tops += [f"variants/{recipe}/{arm}" for recipe in recipe_names(study)[1:] for arm in ("S1", "S0")]
     places = (run / top / f"s{seed}" for top in tops for seed in study.seeds)
@@ -51,15 +51,17 @@ def score_with(
     for done, name in enumerate(slices, start=1):
         documents = read_documents(data, name)
         if not documents:
-            raise UserError(f"slice {name!r}", f"no documents in {data}", "give the slice other sources")
-        found = likelihoods(predict, documents, tokenizer, context, batch_tokens)
+            raise UserError(
+                f"slice {name!r}", f"no documents in {data}", "give the slice sources that hold some"
+            )
+        result = likelihoods(predict, documents, tokenizer, context, batch_tokens)
         columns["id"] += [document.id for document in documents]
         columns["slice"] += [name] * len(documents)
         columns["bytes"] += [document.bytes for document in documents]
-        columns["tokens"] += found.tokens
-        columns["bits"] += found.bits
-        columns["correct"] += found.correct
-        calibration[name] = Bins(**found.bins._asdict())
+        columns["tokens"] += result.tokens
+        columns["bits"] += result.bits
+        columns["correct"] += result.correct
+        calibration[name] = Bins(**result.bins._asdict())
         report(done / len(slices))
     return Documents(**columns, calibration=calibration)
 
@@ -69,8 +71,8 @@ def scoring_tokens(engine: Engine) -> int:
     return min(engine.batch_tokens, tokens_per_batch(engine.vocabulary))
 
 
-def kinds(study: Study) -> list[Kind]:
-    """Of the scores that are made where a teacher can run: nobody could make the test documents later."""
+def score_kinds(study: Study) -> list[Kind]:
+    """The kinds of score that a teacher needs: it can only run where it is trained, so the test comes now."""
     return ["score", "test"] if study.data.test else ["score"]
 
 
@@ -107,20 +109,17 @@ def score_folder(
 def unscored(run: Path, study: Study) -> list[Path]:
     """Model folders of a run without a record of their own bytes, this data and this study."""
     data = read_manifest(run / "data").hash
-    have = {
+    recorded = {
         (Subject.model_validate(record, from_attributes=True), record.provenance.artifact)
         for record in read_scores(run)
         if record.data == data and record.provenance.config == study.hash()
     }
     manifests = {folder: read_manifest(folder) for folder in model_folders(run, study)}
-    return [folder for folder, m in manifests.items() if (subject_of(m), m.hash) not in have]
+    return [folder for folder, m in manifests.items() if (subject_of(m), m.hash) not in recorded]
 
 
 def corpus_bits_per_byte(records: list[Score]) -> dict[tuple[str, str], dict[str, float]]:
     """(recipe, arm) -> slice -> bits per byte, the documents of all seeds pooled."""
-    import evaluate  # seconds to import: not before there is something to show
-
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
     pooled: dict[tuple[str, str], dict[str, tuple[list[float], list[int]]]] = {}
     for record in records:
         slices = pooled.setdefault((record.recipe, record.arm), {})
@@ -130,9 +129,6 @@ def corpus_bits_per_byte(records: list[Score]) -> dict[tuple[str, str], dict[str
             pair[0].append(bits)
             pair[1].append(size)
     return {
-        model: {
-            name: metric.compute(predictions=bits, references=sizes)["bits_per_byte"]
-            for name, (bits, sizes) in slices.items()
-        }
+        model: {name: bits_per_byte(bits, sizes) for name, (bits, sizes) in slices.items()}
         for model, slices in pooled.items()
     }

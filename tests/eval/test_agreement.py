@@ -12,16 +12,16 @@ from eval.core.errors import UserError
 from eval.core.records import Agreement, Rerun, provenance, read_agreements, write_record
 from eval.core.study import load_study
 from eval.engines import load_engine
-from eval.gate.secondary import agreement
 from eval.score.divergence import (
-    compare_folder,
-    compared,
-    divergence,
-    in_other_batches,
-    likeness,
-    noise,
-    uncompared,
-    with_other_threads,
+    document_divergences,
+    estimate_agreement,
+    flips_and_kl,
+    kl_divergence,
+    measure_noise,
+    predict_in_other_batches,
+    predict_with_other_threads,
+    record_agreement,
+    uncompared_variants,
 )
 from tests.eval.fake_run import CONTEXT, facts, fake_run, put, torch_model
 from tests.helpers import run, text, tiny_model
@@ -47,7 +47,7 @@ def exact_divergence(one, other):
 @torch.no_grad()
 def test_flips_and_divergence_are_those_of_the_definition(engine):
     other = logits_of(tiny_model(seed=2, tie_word_embeddings=False))
-    found = likeness(engine.logits, other, engine, DOCUMENTS, CONTEXT)
+    found = document_divergences(engine.logits, other, engine, DOCUMENTS, CONTEXT)
     words = engine.tokenizer
     for i, document in enumerate(DOCUMENTS):
         tokens = words(document.text, add_special_tokens=False)["input_ids"]
@@ -68,7 +68,7 @@ def test_divergence_keeps_its_digits_from_noise_to_certainty(scale):
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(20, 300, generator=generator) * 3
     q = p + scale * torch.randn(20, 300, generator=generator)
-    found = divergence(p.log_softmax(-1), q.log_softmax(-1)) / math.log(2)
+    found = kl_divergence(p.log_softmax(-1), q.log_softmax(-1)) / math.log(2)
     assert (found >= 0).all()
     wanted = [exact_divergence(a, b) for a, b in zip(p, q, strict=True)]
     assert found.tolist() == pytest.approx(wanted, rel=2e-2 if scale < 1e-4 else 1e-4)
@@ -78,19 +78,19 @@ def test_a_token_that_cannot_come_counts_nothing_and_one_that_must_is_refused(en
     never = torch.tensor([[0.0, 1.0, -math.inf]]).log_softmax(-1)
     plain = torch.tensor([[0.0, 1.0, 2.0]]).log_softmax(-1)
     p, q = never.double()[0, :2], plain.double()[0, :2]
-    assert divergence(never, plain).item() == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-6)
-    assert divergence(never, never).item() == 0
-    assert divergence(plain, never).item() == math.inf
+    assert kl_divergence(never, plain).item() == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-6)
+    assert kl_divergence(never, never).item() == 0
+    assert kl_divergence(plain, never).item() == math.inf
 
     def silent(batch):
         return engine.logits(batch).index_fill(2, torch.tensor([40]), -math.inf)
 
     with pytest.raises(UserError, match="document 'd0': inf bits"):
-        likeness(engine.logits, silent, engine, DOCUMENTS, CONTEXT)
+        document_divergences(engine.logits, silent, engine, DOCUMENTS, CONTEXT)
 
 
 def test_the_same_model_agrees_with_itself_and_what_lies_under_padding_does_not_count(engine):
-    same = likeness(engine.logits, engine.logits, engine, DOCUMENTS, CONTEXT)
+    same = document_divergences(engine.logits, engine.logits, engine, DOCUMENTS, CONTEXT)
     assert same.flips == [0] * 4
     assert same.kl_bits == [0.0] * 4
     rows = [Row("a", "code", 0, [0, 5, 6, 7]), Row("b", "code", 0, [0, 9])]
@@ -98,21 +98,23 @@ def test_the_same_model_agrees_with_itself_and_what_lies_under_padding_does_not_
     one, spoiled = engine.logits(batch), engine.logits(batch).clone()
     spoiled[1, 1:] = math.nan
     spoiled[0, -1] = math.nan
-    assert compared(one, spoiled, batch).tolist() == [[0.0] * 4, [0.0] * 4]
+    assert flips_and_kl(one, spoiled, batch).tolist() == [[0.0] * 4, [0.0] * 4]
 
 
 @pytest.mark.parametrize("name", ["torch", "openvino"])
 def test_reruns_are_the_same_model_in_another_batch_and_with_other_threads(name, checkpoint, openvino_folder):
     folder = {"torch": checkpoint, "openvino": openvino_folder}[name]
     made, threads = load_engine(name, folder), torch.get_num_threads()
-    found = noise(made, name, DOCUMENTS, CONTEXT)
+    found = measure_noise(made, name, DOCUMENTS, CONTEXT)
     assert torch.get_num_threads() == threads
     assert set(found) == {"batch", "threads"}
     for rerun in found.values():
-        assert rerun.tokens == sum(likeness(made.logits, made.logits, made, DOCUMENTS, CONTEXT).tokens)
+        assert rerun.tokens == sum(
+            document_divergences(made.logits, made.logits, made, DOCUMENTS, CONTEXT).tokens
+        )
         assert rerun.kl_bits / rerun.tokens < 1e-6
     batch = collate([Row("a", "code", 0, [0, 5, 6, 7]), Row("b", "code", 0, [0, 9])], pad=0)
-    for other in (in_other_batches(made), with_other_threads(name, folder)):
+    for other in (predict_in_other_batches(made), predict_with_other_threads(name, folder)):
         torch.testing.assert_close(other(batch)[0], made.logits(batch)[0], atol=1e-5, rtol=1e-4)
 
 
@@ -136,13 +138,13 @@ def record(seed, flips, tokens=(100, 300), floor=0.0, **changes):
 
 
 def test_shares_are_ratios_of_sums_with_seeds_and_documents_crossed():
-    flips, kl = agreement([record(0, [3, 5]), record(1, [1, 9], floor=2.0)], [0, 1])
+    flips, kl = estimate_agreement([record(0, [3, 5]), record(1, [1, 9], floor=2.0)], [0, 1])
     assert flips.value == pytest.approx((3 + 5 + 1 + 9) / 800)
     assert flips.low < flips.value < flips.high
     assert flips.floor == 1 / 1000
     assert (kl.value, kl.floor) == (pytest.approx(9 / 800), 2 / 1000)
-    assert agreement([record(0, [3, 5])], [0, 1]) == (None, None), "one seed of two was not compared"
-    one, _ = agreement([record(0, [3, 5])], [0])
+    assert estimate_agreement([record(0, [3, 5])], [0, 1]) == (None, None), "one seed of two was not compared"
+    one, _ = estimate_agreement([record(0, [3, 5])], [0])
     assert (one.value, one.low, one.high) == (pytest.approx(8 / 400), None, None)
 
 
@@ -181,11 +183,11 @@ def test_the_command_compares_once_and_again_only_what_changed(tmp_path, openvin
     assert len(found.id) == 6
     assert sum(found.kl_bits) / sum(found.tokens) < 1e-6, "the same weights on another engine"
     loaded = load_study(study)
-    assert uncompared(folder, loaded) == []
+    assert uncompared_variants(folder, loaded) == []
     put(folder, "students/S1/s0", torch_model(seed=8), **facts("S1"))
-    assert uncompared(folder, loaded) == [folder / "variants/int8/S1/s0"]
-    again = compare_folder(folder, loaded, folder / "variants/int8/S1/s0")
+    assert uncompared_variants(folder, loaded) == [folder / "variants/int8/S1/s0"]
+    again = record_agreement(folder, loaded, folder / "variants/int8/S1/s0")
     assert sum(again.kl_bits) / sum(again.tokens) > 0.001
     put(folder, "students/S1/s0", torch_model(seed=8, vocab_size=400), **facts("S1"))
     with pytest.raises(UserError, match="320 rows of output, its student has 400"):
-        compare_folder(folder, loaded, folder / "variants/int8/S1/s0")
+        record_agreement(folder, loaded, folder / "variants/int8/S1/s0")

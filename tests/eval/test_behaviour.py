@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from eval.core.budget import load_budget
-from eval.core.records import Agreement, Bins, Items, Marked, Rerun, read_scores, write_record
+from eval.core.records import Agreement, Bins, Rerun, SampleScores, TaskScore, read_scores, write_record
 from eval.core.sections import Task
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
-from eval.score.items import source
+from eval.score.samples import task_digest
 from tests.eval.synthetic_run import Run
 
 PICK = Task(kind="multiple_choice", path="pick.jsonl")
@@ -41,11 +41,11 @@ def agree(run, record, flips, **changes):
     write_record(run.path, Agreement(**{**who, **made, **fields, "reruns": reruns, **changes}))
 
 
-def mark(run, record, value, **changes):
+def write_task_score(run, record, value, **changes):
     who = {"arm": record.arm, "seed": record.seed, "recipe": record.recipe, "engine": record.engine}
-    items = Items(id=["a", "b", "c", "d"], value=value)
-    fields = {"task": "pick", "source": "s" * 64, "metric": "multiple_choice", "items": items}
-    write_record(run.path, Marked(**{**who, **fields, "provenance": record.provenance, **changes}))
+    samples = SampleScores(id=["a", "b", "c", "d"], value=value)
+    fields = {"task": "pick", "source": "s" * 64, "metric": "multiple_choice", "samples": samples}
+    write_record(run.path, TaskScore(**{**who, **fields, "provenance": record.provenance, **changes}))
 
 
 def quality(run):
@@ -92,29 +92,29 @@ def test_an_agreement_of_other_artifacts_or_data_is_not_shown(made, field):
     assert quality(made)["int8"].flips is None
 
 
-def test_marks_are_told_for_every_arm_that_has_them_on_the_same_items(made):
+def test_task_scores_are_shown_for_every_arm_that_has_them_on_the_same_samples(made):
     for record in read_scores(made.path):
         if (record.recipe, record.arm) == ("plain", "S1"):
-            mark(made, record, [1, 0, 1, record.seed % 2])
+            write_task_score(made, record, [1, 0, 1, record.seed % 2])
         if (record.recipe, record.arm) == ("plain", "B"):
-            mark(made, record, [1, 0, 0, 0], **({"source": "old"} if record.seed == 2 else {}))
+            write_task_score(made, record, [1, 0, 0, 0], **({"source": "old"} if record.seed == 2 else {}))
         if (record.recipe, record.arm) == ("int8", "S0") and record.seed != 1:
-            mark(made, record, [1, 0, 0, 0])
+            write_task_score(made, record, [1, 0, 0, 0])
     found = quality(made)
     assert set(found["plain"].tasks) == {"pick"}
-    assert set(found["plain"].tasks["pick"]) == {"S1"}, "B was marked on two versions of the task"
+    assert set(found["plain"].tasks["pick"]) == {"S1"}, "B was scored on two versions of the task"
     one = found["plain"].tasks["pick"]["S1"]
     assert (one.point, one.unit) == (pytest.approx((2 * 2 + 2 * 3) / 16), "share")
     assert one.low < one.point < one.high
-    assert found["int8"].tasks == {}, "one seed was not marked"
+    assert found["int8"].tasks == {}, "one seed was not scored"
 
 
-def test_marks_on_another_version_of_a_task_file_that_is_here_are_not_shown(made, tmp_path, monkeypatch):
+def test_scores_on_another_version_of_a_task_file_that_is_here_are_not_shown(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pick.jsonl").write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n')
     for record in read_scores(made.path):
         if (record.recipe, record.arm) == ("plain", "S1"):
-            mark(made, record, [1, 0, 1, 0])
+            write_task_score(made, record, [1, 0, 1, 0])
         if (record.recipe, record.arm) == ("plain", "B"):
-            mark(made, record, [1, 0, 0, 0], source=source(PICK))
+            write_task_score(made, record, [1, 0, 0, 0], source=task_digest(PICK))
     assert set(quality(made)["plain"].tasks["pick"]) == {"B"}

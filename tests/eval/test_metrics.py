@@ -8,13 +8,10 @@ import pytest
 import torch
 
 from eval.core.documents import Document
-from eval.core.records import Bins
-from eval.gate.secondary import calibration_error
-from eval.metrics.answers import chosen, exact_match, token_f1
+from eval.metrics.functions import calibration_error, exact_match, likeliest_choice, token_f1
 from eval.metrics.likelihood import BINS, binned, likelihoods
-from eval.score.scoring import METRIC
 from tests.eval.fake_run import CONTEXT, tokenizer
-from tests.helpers import text, tiny_model
+from tests.helpers import ROOT, text, tiny_model
 
 
 @pytest.fixture
@@ -24,7 +21,7 @@ def load(monkeypatch, tmp_path):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    return lambda name: evaluate.load(str(METRIC.with_name(f"{name}.py")), cache_dir=str(tmp_path))
+    return lambda name: evaluate.load(str(ROOT / "eval" / "metrics" / f"{name}.py"), cache_dir=str(tmp_path))
 
 
 def test_accuracy_is_a_ratio_of_sums(load):
@@ -59,9 +56,7 @@ def test_calibration_error_is_that_of_the_definition(load):
     wanted = naive_calibration_error(confidence.tolist(), correct.tolist())
     found = load("calibration_error").compute(predictions=sure, references=right, tokens=tokens)
     assert found["calibration_error"] == pytest.approx(wanted, rel=1e-6)
-    assert calibration_error(Bins(tokens=tokens, confidence=sure, correct=right)) == pytest.approx(
-        wanted, rel=1e-6
-    )
+    assert calibration_error(sure, right, tokens) == pytest.approx(wanted, rel=1e-6)
     with pytest.raises(ValueError, match="every bin is empty"):
         load("calibration_error").compute(predictions=[0.0], references=[0.0], tokens=[0.0])
 
@@ -73,8 +68,8 @@ def test_choice_accuracy_raw_and_per_byte(load):
         sizes=[[1, 6], [2, 2], [1, 1]],
     )
     assert found == {"accuracy": 2 / 3, "accuracy_per_byte": 1.0}
-    assert chosen([-4.0, -6.0]) == 0
-    assert chosen([-4.0, -6.0], [1, 6]) == 1
+    assert likeliest_choice([-4.0, -6.0]) == 0
+    assert likeliest_choice([-4.0, -6.0], [1, 6]) == 1
 
 
 @pytest.mark.parametrize(
@@ -89,7 +84,7 @@ def test_choice_accuracy_raw_and_per_byte(load):
         ("a b b", ["b b b b"], 0, 2 * 2 / (2 + 4)),
     ],
 )
-def test_answers_are_marked(output, answers, exact, f1):
+def test_answers_are_scored(output, answers, exact, f1):
     assert exact_match(output, answers) == exact
     assert token_f1(output, answers) == pytest.approx(f1)
 
@@ -121,8 +116,10 @@ def test_correct_tokens_and_bins_are_those_of_a_plain_loop():
     assert sum(found.tokens) == len(sure) == sum(found.bins.tokens)
     assert sum(found.bins.correct) == sum(right)
     assert math.fsum(found.bins.confidence) == pytest.approx(math.fsum(sure), rel=1e-5)
-    bins = Bins(**found.bins._asdict())
-    assert calibration_error(bins) == pytest.approx(naive_calibration_error(sure, right), rel=1e-4)
+    tokens, confidence, correct = found.bins
+    assert calibration_error(confidence, correct, tokens) == pytest.approx(
+        naive_calibration_error(sure, right), rel=1e-4
+    )
 
 
 def test_a_tie_is_no_success():

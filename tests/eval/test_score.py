@@ -19,9 +19,9 @@ from eval.core.study import load_study
 from eval.engines.torch import load_checkpoint
 from eval.metrics import likelihood
 from eval.metrics.likelihood import document_bits, likelihoods
-from eval.score.scoring import METRIC, score_folder, score_with, unscored
+from eval.score.scoring import score_folder, score_with, unscored
 from tests.eval.fake_run import CONTEXT, facts, fake_run, put, put_data, tokenizer, torch_model
-from tests.helpers import run, text, tiny_model
+from tests.helpers import ROOT, run, text, tiny_model
 
 DOCUMENTS = [Document(f"d{i}", "code", text("code", i, words=5 + 23 * i)) for i in range(5)]
 DOCUMENTS.append(Document("tiny", "code", "é"))
@@ -136,7 +136,7 @@ def test_the_metric_loads_offline_through_evaluate(monkeypatch, tmp_path):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    metric = evaluate.load(str(METRIC), cache_dir=str(tmp_path))
+    metric = evaluate.load(str(ROOT / "eval" / "metrics" / "bits_per_byte.py"), cache_dir=str(tmp_path))
     assert metric.compute(predictions=[10.0, 30.0], references=[10, 10]) == {"bits_per_byte": 2.0}
     with pytest.raises(ValueError, match="references: 0 bytes"):
         metric.compute(predictions=[1.0], references=[0])

@@ -1,4 +1,4 @@
-"""Tasks: marks against the model asked one item at a time, on every engine; bad files; the command line."""
+"""Tasks: scores against the model asked one sample at a time, on every engine; bad files; the command line."""
 
 import json
 import shutil
@@ -10,14 +10,14 @@ import yaml
 
 from eval.core.documents import boundary_id
 from eval.core.errors import UserError
-from eval.core.records import read_marks
+from eval.core.records import read_task_scores
 from eval.core.sections import Task
 from eval.core.study import load_study
 from eval.engines import load_engine
 from eval.engines.torch import load_checkpoint
-from eval.score.items import Item, check_tasks, read_items, source
-from eval.score.lm_eval import marks, run_harness
-from eval.score.samples import mark_folder, mean_marks, unmarked
+from eval.score.lm_eval import run_lm_eval, sample_scores
+from eval.score.samples import Sample, check_tasks, read_samples, task_digest
+from eval.score.task_scores import mean_task_scores, score_tasks, unscored_tasks
 from eval.score.tasks import answer_text, choice_rows, choose, generate, run_task
 from tests.eval.fake_run import CONTEXT, facts, fake_run, put, torch_model
 from tests.helpers import text
@@ -50,17 +50,17 @@ def test_choices_are_those_of_one_forward_pass_each(engine, checkpoint, tmp_path
     task = Task(kind="multiple_choice", path=write(tmp_path / "t.jsonl", CHOICES))
     model, words = load_checkpoint(checkpoint)
     raw, even = [], []
-    for item in read_items(task):
+    for sample in read_samples(task):
         sums = []
-        for row in choice_rows(words, item, "x", CONTEXT):
+        for row in choice_rows(words, sample, "x", CONTEXT):
             with torch.no_grad():
                 said = model(input_ids=torch.tensor([row.tokens])).logits[0].double().log_softmax(-1)
             first = 1 + row.given
             sums.append(sum(said[p - 1, row.tokens[p]].item() for p in range(first, len(row.tokens))))
-        sizes = [len(choice) for choice in item.choices]
-        raw.append(float(item.choices[sums.index(max(sums))] == item.answers[0]))
+        sizes = [len(choice) for choice in sample.choices]
+        raw.append(float(sample.choices[sums.index(max(sums))] == sample.answers[0]))
         scaled = [s / n for s, n in zip(sums, sizes, strict=True)]
-        even.append(float(item.choices[scaled.index(max(scaled))] == item.answers[0]))
+        even.append(float(sample.choices[scaled.index(max(scaled))] == sample.answers[0]))
     for size in (1, 40, 4096):
         found = run_task(task, engine, CONTEXT, size)
         assert (found.value, found.raw) == (even, raw)
@@ -70,40 +70,40 @@ def test_choices_are_those_of_one_forward_pass_each(engine, checkpoint, tmp_path
 def test_a_choice_is_predicted_to_its_last_letter(checkpoint):
     """The token that holds the end of the prompt and the start of the choice is predicted, not given."""
     _, words = load_checkpoint(checkpoint)
-    item = Item("x", "class pri", ["nt lambda", "nt"], ["nt lambda", "nt"])
-    for row, choice in zip(choice_rows(words, item, "x", CONTEXT), item.choices, strict=True):
+    sample = Sample("x", "class pri", ["nt lambda", "nt"], ["nt lambda", "nt"])
+    for row, choice in zip(choice_rows(words, sample, "x", CONTEXT), sample.choices, strict=True):
         assert row.tokens[0] == boundary_id(words)
         given = words.decode(row.tokens[1 : 1 + row.given])
-        assert item.prompt.startswith(given)
-        assert words.decode(row.tokens[1:]) == item.prompt + choice
+        assert sample.prompt.startswith(given)
+        assert words.decode(row.tokens[1:]) == sample.prompt + choice
         assert words.decode(row.tokens[1 + row.given :]).endswith(choice)
 
 
 def test_a_long_prompt_loses_its_start_and_a_long_choice_is_refused(checkpoint):
     _, words = load_checkpoint(checkpoint)
     long = text("code", 1, 60)
-    row = next(choice_rows(words, Item("x", long, ["def"], ["def"]), "x", 16))
+    row = next(choice_rows(words, Sample("x", long, ["def"], ["def"]), "x", 16))
     whole = words(long + "def", add_special_tokens=False)["input_ids"]
     assert row.tokens == [boundary_id(words), *whole[-15:]]
-    with pytest.raises(UserError, match=r"item 'x': choice .* tokens; a row holds 15 tokens"):
-        list(choice_rows(words, Item("x", "def", [long], [long]), "x", 16))
+    with pytest.raises(UserError, match=r"sample 'x': choice .* tokens; at most 14 fit"):
+        list(choice_rows(words, Sample("x", "def", [long], [long]), "x", 16))
 
 
 @pytest.mark.parametrize("engine", ENGINES, indirect=True)
 def test_generated_answers_are_the_library_s_own(engine, checkpoint, tmp_path):
     """Greedy, in batches of prompts of one length, against transformers' generate for one prompt at a time."""
     task = Task(kind="exact_match", path=write(tmp_path / "t.jsonl", ANSWERS), new_tokens=6)
-    items = read_items(task)
+    samples = read_samples(task)
     model, words = load_checkpoint(checkpoint)
     wanted = []
-    for item in items:
-        ids = [boundary_id(words), *words(item.prompt, add_special_tokens=False)["input_ids"]]
+    for sample in samples:
+        ids = [boundary_id(words), *words(sample.prompt, add_special_tokens=False)["input_ids"]]
         made = model.generate(
             torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=6, do_sample=False
         )
-        wanted.append(answer_text(words.decode(made[0, len(ids) :], skip_special_tokens=True), item))
-    assert generate(items, engine, 64, 30, 6) == wanted
-    assert generate(items, engine, 64, 4096, 6) == wanted
+        wanted.append(answer_text(words.decode(made[0, len(ids) :], skip_special_tokens=True), sample))
+    assert generate(samples, engine, 64, 30, 6) == wanted
+    assert generate(samples, engine, 64, 4096, 6) == wanted
     right = [
         {**row, "answer": ["no", answer or "empty"]} for row, answer in zip(ANSWERS, wanted, strict=True)
     ]
@@ -113,7 +113,7 @@ def test_generated_answers_are_the_library_s_own(engine, checkpoint, tmp_path):
 
 
 def test_an_answer_has_as_many_lines_as_the_accepted_ones():
-    one, two = Item("x", "p", ["a"], []), Item("x", "p", ["a", "b\nc"], [])
+    one, two = Sample("x", "p", ["a"], []), Sample("x", "p", ["a", "b\nc"], [])
     assert answer_text("\n  a \nb\nc", one) == "a"
     assert answer_text("\n  a \nb\nc", two) == "a \nb"
 
@@ -128,15 +128,15 @@ GOOD = {"prompt": "p", "choices": ["a", "b"], "answer": 0}
         (["{"], "line 1: not JSON"),
         ([GOOD, [1]], "line 2: list; write one JSON object"),
         ([{**GOOD, "anser": 1}], "unknown field: 'anser'; did you mean 'answer'"),
-        ([{**GOOD, "prompt": " "}], "line 1: prompt: ' '; give a text"),
+        ([{**GOOD, "prompt": " "}], "line 1: prompt: ' '; give a text that"),
         ([{**GOOD, "choices": ["a"]}], "choices: .* at least two"),
         ([{**GOOD, "choices": ["a", "a"]}], "choices: .* must differ"),
         ([{**GOOD, "answer": 2}], "answer: 2; give one of the choices, or an index below 2"),
         ([{**GOOD, "answer": True}], "answer: True"),
-        ([{**GOOD, "id": "x"}, {**GOOD, "id": "x"}], "two items are named 'x'"),
+        ([{**GOOD, "id": "x"}, {**GOOD, "id": "x"}], "two samples have the id 'x'"),
     ],
 )
-def test_a_bad_file_is_told_with_its_line(tmp_path, rows, message):
+def test_a_bad_file_is_refused_with_its_line(tmp_path, rows, message):
     path = tmp_path / "t.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     with pytest.raises(UserError, match=message):
@@ -153,7 +153,7 @@ def test_files_names_and_the_harness_are_checked_before_any_model(tmp_path, monk
         check_tasks({"../x": task})
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     harness = Task(kind="lm_eval", path="lm_eval:arc_easy")
-    for refuse in (lambda: check_tasks({"arc": harness}), lambda: run_harness(harness, "torch", tmp_path)):
+    for refuse in (lambda: check_tasks({"arc": harness}), lambda: run_lm_eval(harness, "torch", tmp_path)):
         with pytest.raises(
             UserError, match=r"task lm_eval:arc_easy: lm_eval is not installed; .*pip install lm-eval"
         ):
@@ -162,27 +162,27 @@ def test_files_names_and_the_harness_are_checked_before_any_model(tmp_path, monk
 
 def test_a_changed_file_or_setting_is_another_source(tmp_path):
     path = write(tmp_path / "t.jsonl", ANSWERS)
-    one = source(Task(kind="f1", path=path))
-    assert source(Task(kind="f1", path=path)) == one
-    assert source(Task(kind="f1", path=path, new_tokens=3)) != one
+    one = task_digest(Task(kind="f1", path=path))
+    assert task_digest(Task(kind="f1", path=path)) == one
+    assert task_digest(Task(kind="f1", path=path, new_tokens=3)) != one
     write(tmp_path / "t.jsonl", ANSWERS[1:])
-    assert source(Task(kind="f1", path=path)) != one
+    assert task_digest(Task(kind="f1", path=path)) != one
 
 
-def test_the_harness_s_log_of_samples_becomes_items():
+def test_the_sample_log_of_the_harness_becomes_scores():
     """The shape that lm_eval 0.4.13 logs: a row per document and filter."""
 
     def row(doc, name, acc):
         return {"doc_id": doc, "filter": name, "metrics": ["acc", "acc_norm"], "acc": 1.0, "acc_norm": acc}
 
     log = {"arc": [row(1, "none", 0.0), row(0, "none", 1.0), row(0, "strict", 0.0)]}
-    items, metric = marks(log)
-    assert (metric, items.id, items.value) == ("acc_norm", ["arc:0", "arc:1"], [1.0, 0.0])
+    samples, metric = sample_scores(log)
+    assert (metric, samples.id, samples.value) == ("acc_norm", ["arc:0", "arc:1"], [1.0, 0.0])
     with pytest.raises(UserError, match="'acc_norm' is not between 0 and 1"):
-        marks({"ppl": [row(0, "none", 17.2)]})
+        sample_scores({"ppl": [row(0, "none", 17.2)]})
 
 
-def test_every_plain_model_is_marked_once(tmp_path, openvino_folder):
+def test_every_plain_model_is_scored_on_tasks_once(tmp_path, openvino_folder):
     choices, answers = write(tmp_path / "c.jsonl", CHOICES), write(tmp_path / "a.jsonl", ANSWERS)
     study, folder = fake_run(tmp_path)
     put(
@@ -199,20 +199,20 @@ def test_every_plain_model_is_marked_once(tmp_path, openvino_folder):
     study.write_text(yaml.safe_dump(config))  # after training: tasks may come and go
     loaded = load_study(study)
     assert loaded.hash() == load_study(folder).hash(), "tasks change no model and no score"
-    for place, names in unmarked(folder, loaded).items():
-        mark_folder(folder, loaded, place, names)
-    records = {(r.task, r.recipe, r.arm): r for r in read_marks(folder)}
+    for place, names in unscored_tasks(folder, loaded).items():
+        score_tasks(folder, loaded, place, names)
+    records = {(r.task, r.recipe, r.arm): r for r in read_task_scores(folder)}
     models = {("plain", "B"), ("plain", "S1"), ("plain", "S0"), ("int8", "S1")}
     assert set(records) == {(task, *model) for task in ("pick", "write") for model in models}
-    assert len(records["write", "plain", "B"].items.id) == 3
-    assert set(mean_marks(list(records.values()))) == models
+    assert len(records["write", "plain", "B"].samples.id) == 3
+    assert set(mean_task_scores(list(records.values()))) == models
     engine = load_engine("openvino", openvino_folder)
-    again = choose(read_items(loaded.data.tasks["pick"]), engine, CONTEXT, 512)
-    assert records["pick", "int8", "S1"].items == again
-    assert unmarked(folder, loaded) == {}
+    again = choose(read_samples(loaded.data.tasks["pick"]), engine, CONTEXT, 512)
+    assert records["pick", "int8", "S1"].samples == again
+    assert unscored_tasks(folder, loaded) == {}
     put(folder, "students/S0/s0", torch_model(seed=9), **facts("S0"))
     write(tmp_path / "a.jsonl", ANSWERS[1:])
-    missing = unmarked(folder, loaded)
+    missing = unscored_tasks(folder, loaded)
     assert missing.pop(folder / "students/S0/s0") == ["pick", "write"]
     assert set(missing) == {folder / "base/s0", folder / "students/S1/s0", folder / "variants/int8/S1/s0"}
     assert all(names == ["write"] for names in missing.values())

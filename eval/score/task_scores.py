@@ -1,0 +1,78 @@
+"""Scores of the models of a run on the tasks of its study."""
+
+from pathlib import Path
+from statistics import fmean
+
+from eval.core.artifacts import read_manifest, verify_artifact
+from eval.core.errors import UserError
+from eval.core.jobs import Report
+from eval.core.records import TaskScore, provenance, read_task_scores, write_record
+from eval.core.study import Study
+from eval.engines import Engine, Subject, load_engine, subject_of
+from eval.score.lm_eval import run_lm_eval
+from eval.score.samples import task_digest
+from eval.score.scoring import model_folders, scoring_tokens
+from eval.score.tasks import run_task
+
+
+def score_tasks(
+    run: Path, study: Study, folder: Path, names: list[str], report: Report = lambda share: None
+) -> None:
+    """Scores the artifact `folder` on the tasks `names` of a study, and writes a record of each.
+
+    Raises:
+        UserError: the artifact is damaged or cannot be loaded, or a sample does not fit.
+    """
+    manifest = verify_artifact(folder)
+    subject = subject_of(manifest)
+    engine: Engine | None = None
+    for done, name in enumerate(names, start=1):
+        task = study.data.tasks[name]
+        metric: str = task.kind
+        try:
+            if task.kind == "lm_eval":
+                samples, metric = run_lm_eval(task, subject.engine, folder)
+            else:
+                engine = engine or load_engine(subject.engine, folder)
+                samples = run_task(task, engine, study.data.context, scoring_tokens(engine))
+        except UserError as error:
+            raise UserError(f"task {name!r} of {folder}: {error.thing}", error.found, error.fix) from error
+        record = TaskScore(
+            **subject.model_dump(),
+            task=name,
+            source=task_digest(task),
+            metric=metric,
+            samples=samples,
+            provenance=provenance(manifest.hash, study.hash()),
+        )
+        write_record(run, record)
+        report(done / len(names))
+
+
+def unscored_tasks(run: Path, study: Study) -> dict[Path, list[str]]:
+    """Model folders of a run -> the tasks without a record of these bytes, this task and this study."""
+    if not study.data.tasks:
+        return {}
+    recorded = {
+        (r.task, r.source, Subject.model_validate(r, from_attributes=True), r.provenance.artifact)
+        for r in read_task_scores(run)
+        if r.provenance.config == study.hash()
+    }
+    digests = {name: task_digest(task) for name, task in study.data.tasks.items()}
+    missing = {}
+    for folder in model_folders(run, study):
+        manifest = read_manifest(folder)
+        model = subject_of(manifest), manifest.hash
+        missing[folder] = [name for name, digest in digests.items() if (name, digest, *model) not in recorded]
+    return {folder: names for folder, names in missing.items() if names}
+
+
+def mean_task_scores(records: list[TaskScore]) -> dict[tuple[str, str], dict[str, float]]:
+    """(recipe, arm) -> task -> mean score, the samples of all seeds pooled."""
+    pooled: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for record in records:
+        by_task = pooled.setdefault((record.recipe, record.arm), {})
+        by_task.setdefault(record.task, []).extend(record.samples.value)
+    return {
+        model: {name: fmean(values) for name, values in by_task.items()} for model, by_task in pooled.items()
+    }
