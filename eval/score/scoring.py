@@ -78,7 +78,7 @@ def score_kinds(study: Study) -> list[Kind]:
 
 def score_folder(
     run: Path, study: Study, folder: Path, report: Report = lambda share: None, kind: Kind = "score"
-) -> Score:
+) -> None:
     """Scores the artifact `folder` of a run on one CPU thread, by its own engine, and writes the record.
 
     Raises:
@@ -103,7 +103,6 @@ def score_folder(
         provenance=provenance(manifest.hash, study.hash()),
     )
     write_record(run, record)
-    return record
 
 
 def unscored(run: Path, study: Study) -> list[Path]:
