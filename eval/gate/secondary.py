@@ -44,7 +44,9 @@ def _quality(
         worst_slice=worst,
         flips=flips,
         kl=kl,
-        tasks=estimate_tasks([r for r in task_scores if r.recipe == recipe], e.study.seeds, e.study.data.tasks),
+        tasks=estimate_tasks(
+            [r for r in task_scores if r.recipe == recipe], e.study.seeds, e.study.data.tasks
+        ),
     )
 
 
