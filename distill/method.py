@@ -40,10 +40,10 @@ class Card:
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What a teacher says about a batch: log-probabilities, or hidden states and the heads that make them.
+    """A teacher's distributions for a batch: log-probabilities, or hidden states with their heads.
 
     log_probs: [B, T, V] float32, normalised over V; position p predicts token p + 1.
-    hidden, heads: K tensors [B, T, D_k] and K heads; the answer is the mean of their distributions. A loss
+    hidden, heads: K tensors [B, T, D_k] and K heads; the output is the mean of their distributions. A loss
         applies the heads chunk by chunk, so that no [B, T, V] is made.
     """
 
@@ -51,11 +51,11 @@ class TeacherOutput:
     hidden: Sequence[Tensor] = ()
     heads: Sequence[Head] = ()
 
-    def at(self, places: Tensor) -> Dense | States:
-        """The answer at the N places that are True in [B, T] bool, in row-major order."""
+    def select(self, mask: Tensor) -> Dense | States:
+        """The output at the N positions that are True in `mask` [B, T] bool, in row-major order."""
         if self.log_probs is not None:
-            return Dense(self.log_probs[places])
-        return States([hidden[places] for hidden in self.hidden], list(self.heads))
+            return Dense(self.log_probs[mask])
+        return States([hidden[mask] for hidden in self.hidden], list(self.heads))
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class MethodContext:
 class Method(ABC):
     """One file in `distill/methods`, or any `package.module` that holds exactly one subclass.
 
-    A subclass must define `card` and `signal`. The rest has defaults: nothing to fit, nothing to attach,
+    A subclass must define `card` and `output`. The rest has defaults: nothing to fit, nothing to attach,
     one base of its own seed, and a plain teacher as its control.
     """
 
@@ -97,25 +97,25 @@ class Method(ABC):
         """
         return [seed]
 
-    def fit(self, bench: MethodContext) -> None:
-        """Trains or builds what the method needs, and writes it into `bench.folder`."""
+    def fit(self, context: MethodContext) -> None:
+        """Trains or builds what the method needs, and writes it into `context.folder`."""
         return None
 
     @contextmanager
-    def attached(self, teacher: PreTrainedModel, bench: MethodContext) -> Iterator[None]:
+    def attached(self, teacher: PreTrainedModel, context: MethodContext) -> Iterator[None]:
         """The method is in force inside; on exit the teacher is bit-identical to before."""
         yield
 
     @abstractmethod
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        """What the teacher says of every token, in the student's vocabulary, inside `attached`."""
+    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
+        """The teacher's distribution of every token, in the student's vocabulary, inside `attached`."""
 
     def write(
         self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
     ) -> list[list[int]]:
         """The token ids that the teacher writes after each prompt, inside `attached`.
 
-        This default draws from `signal`, token by token, and so it serves any method; it keeps no cache of
+        This default draws from `output`, token by token, and so it serves any method; it keeps no cache of
         keys and values, so that its time grows with the square of the length. A method that votes or reranks
         overrides it: with another seed it draws other texts.
 
@@ -125,13 +125,13 @@ class Method(ABC):
         """
 
         @torch.no_grad()
-        def following(rows: list[Row]) -> Tensor:
+        def next_log_probs(rows: list[Row]) -> Tensor:
             batch = collate(rows, 0).to(teacher.device)
             last = torch.zeros_like(batch.input_ids, dtype=torch.bool)
             last[:, -1] = True
-            return self.signal(teacher, batch).at(last).part(0, len(rows))
+            return self.output(teacher, batch).select(last).log_softmax(0, len(rows))
 
-        return sample_texts(following, prompts, generation, seed, stop_ids(teacher))
+        return sample_texts(next_log_probs, prompts, generation, seed, stop_ids(teacher))
 
     def control(self) -> "Method":
         """The method of T0: the idea taken away, the base, budget and data kept."""
@@ -155,7 +155,7 @@ class Plain(Method):
         limits="none",
     )
 
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
+    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_output(teacher, batch=batch)
 
 
@@ -166,59 +166,60 @@ def plain_output(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> Teach
         inputs: what the forward passes take beside the batch.
 
     Raises:
-        UserError: the last step of a model is no plain linear layer (an adapter sits on it, say).
+        UserError: the output embedding of a model is no plain linear layer (it has an adapter, for example).
     """
     hidden, heads = [], []
     for model in models:
-        with capture_input(output_embedding(model)) as seen:
+        with capture_input(output_embedding(model)) as captured:
             model(**batch.inputs, **inputs, use_cache=False)
-        hidden.append(seen[0])
-        heads.append(head_of(model).ready(seen[0].dtype))
+        hidden.append(captured[0])
+        heads.append(head_of(model).ready(captured[0].dtype))
     return TeacherOutput(hidden=hidden, heads=heads)
 
 
-def check_output(signal: object, batch: Batch, vocabulary: int, name: str) -> TeacherOutput:
-    """A signal that holds what its type says, for every token of the batch.
+def check_output(output: object, batch: Batch, vocabulary: int, name: str) -> TeacherOutput:
+    """Returns the output after checks of type, shape and values, for every token of the batch.
 
     Raises:
-        UserError: the method returned something else: no signal, another shape, NaN, or not normalised.
+        UserError: the method returned something else: no output, another shape, NaN, or not normalised.
     """
-    thing, fix = f"method {name!r}", "return TeacherOutput(log_probs) from `signal`"
-    if not isinstance(signal, TeacherOutput):
-        raise UserError(thing, f"signal returned {type(signal).__name__}", fix)
-    if (signal.log_probs is None) != bool(signal.heads) or len(signal.hidden) != len(signal.heads):
-        raise UserError(thing, "a signal that is neither log_probs nor hidden states with a head each", fix)
-    if signal.log_probs is not None:
-        return replace(signal, log_probs=_check_log_probs(signal.log_probs, batch, vocabulary, thing))
-    for hidden, head in zip(signal.hidden, signal.heads, strict=True):
-        wanted, rows = (*batch.input_ids.shape, head.weight.shape[1]), head.weight.shape[0]
-        if tuple(hidden.shape) != wanted or rows != vocabulary:
-            found = f"hidden states of shape {tuple(hidden.shape)}, a head of {rows} tokens"
-            raise UserError(thing, found, f"must be {wanted} = [B, T, D] and {vocabulary}")
+    thing, fix = f"method {name!r}", "return TeacherOutput(log_probs) from `output`"
+    if not isinstance(output, TeacherOutput):
+        raise UserError(thing, f"output returned {type(output).__name__}", fix)
+    if (output.log_probs is None) != bool(output.heads) or len(output.hidden) != len(output.heads):
+        found = "the output has neither log_probs nor hidden states with one head each"
+        raise UserError(thing, found, fix)
+    if output.log_probs is not None:
+        return replace(output, log_probs=_check_log_probs(output.log_probs, batch, vocabulary, thing))
+    for hidden, head in zip(output.hidden, output.heads, strict=True):
+        shape, rows = (*batch.input_ids.shape, head.weight.shape[1]), head.weight.shape[0]
+        if tuple(hidden.shape) != shape or rows != vocabulary:
+            found = f"hidden states of shape {tuple(hidden.shape)} with a head of {rows} tokens"
+            raise UserError(thing, found, f"must be {shape} = [B, T, D] and {vocabulary} tokens")
         if not bool(torch.isfinite(hidden[batch.attention_mask.bool()]).all()):
             fix = f"look at rows {', '.join(batch.ids)}"
             raise UserError(thing, "hidden states with NaN or infinity", fix)
-    return signal
+    return output
 
 
-def _check_log_probs(found: Tensor, batch: Batch, vocabulary: int, thing: str) -> Tensor:
-    wanted = (*batch.input_ids.shape, vocabulary)
-    if tuple(found.shape) != wanted:
-        raise UserError(thing, f"log_probs of shape {tuple(found.shape)}", f"must be {wanted} = [B, T, V]")
-    if not found.dtype.is_floating_point:
-        raise UserError(thing, f"log_probs of type {found.dtype}", "return float32 log-probabilities")
-    found = found.float()
-    total = found.logsumexp(dim=-1)[batch.attention_mask.bool()]
+def _check_log_probs(log_probs: Tensor, batch: Batch, vocabulary: int, thing: str) -> Tensor:
+    shape = (*batch.input_ids.shape, vocabulary)
+    if tuple(log_probs.shape) != shape:
+        raise UserError(thing, f"log_probs of shape {tuple(log_probs.shape)}", f"must be {shape} = [B, T, V]")
+    if not log_probs.dtype.is_floating_point:
+        raise UserError(thing, f"log_probs of type {log_probs.dtype}", "return float32 log-probabilities")
+    log_probs = log_probs.float()
+    total = log_probs.logsumexp(dim=-1)[batch.attention_mask.bool()]
     if not bool(torch.isfinite(total).all()):
         raise UserError(thing, "log_probs with NaN or infinity", f"look at rows {', '.join(batch.ids)}")
-    if bool((found.amin(dim=-1) == -torch.inf)[batch.attention_mask.bool()].any()):
-        fix = "mix in a little of the plain model: KL to it is infinite"
-        raise UserError(thing, "a probability of 0", fix)
+    if bool((log_probs.amin(dim=-1) == -torch.inf)[batch.attention_mask.bool()].any()):
+        fix = "mix in a little of the plain model: the KL divergence from 0 is infinite"
+        raise UserError(thing, "log_probs with a probability of 0", fix)
     if float(total.abs().max()) > 1e-2:
         raise UserError(
             thing, f"log_probs sum to {float(total.max().exp()):.4g}", "normalise with log_softmax"
         )
-    return found
+    return log_probs
 
 
 def method_class(name: str) -> type[Method]:

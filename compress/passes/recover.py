@@ -46,7 +46,7 @@ class Recover(Pass):
             seed=context.seed,
             teacher=lambda batch: teach(context.parent, batch),
             scratch=context.scratch / f"recover-{digest(self.identity)[:16]}",
-            report=lambda step: context.report(step.number / step.of),
+            report=lambda step: context.report(step.number / step.total),
             after_step=lambda: clear(zeros),
         )
         model.to("cpu")
@@ -61,7 +61,7 @@ def teach(parent: PreTrainedModel, batch: Batch) -> Target:
     from distill.method import plain_output
 
     parent.to(batch.input_ids.device)
-    return plain_output(parent, batch=batch).at(torch.nn.functional.pad(batch.mask, (0, 1)))
+    return plain_output(parent, batch=batch).select(torch.nn.functional.pad(batch.mask, (0, 1)))
 
 
 def pruned(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -1,11 +1,11 @@
-"""The loss of a batch from hidden states: heads, loss and gradient are formed chunk by chunk.
+"""The loss of a batch from hidden states: head, loss and gradient are computed chunk by chunk.
 
-No [tokens, vocabulary] tensor of the whole batch ever exists. The gradient is formed in the forward pass,
-where the logits of a chunk are at hand, and kept as that of the hidden states [N, D] and of the head [V, D].
+No [tokens, vocabulary] tensor of the whole batch ever exists. The gradient is computed in the forward pass,
+where the logits of a chunk are at hand, and stored for the hidden states [N, D] and the head [V, D].
+Functions whose name ends in `_` overwrite their logits [n, V] with the gradient of the loss.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,207 +17,168 @@ from distill.losses.teacher_output import Dense, Sampled, States, Target, TopK, 
 from distill.models.lm_head import Head, is_narrow
 from eval.core.sections import Loss
 
-CHUNK_BYTES = 2**26  # of the float32 logits of one chunk: the products of the heads are as fast as whole ones
-BLOCK_BYTES = 2**20  # of those that stay in a core's cache while they are worked on
-Answer = Tensor | Sampled | TopK | None
+CHUNK_BYTES = 2**26  # float32 logits of one chunk: large enough for matrix products at full speed
+BLOCK_BYTES = 2**20  # float32 logits of one block on a CPU: they stay in a core's cache meanwhile
 
 
-def chunk_bounds(tokens: int, size: int, vocabulary: int) -> Iterator[tuple[int, int]]:
-    """Starts and stops of parts whose float32 logits take `size` bytes; one token at least."""
-    step = max(1, size // (4 * vocabulary))
-    yield from ((start, min(tokens, start + step)) for start in range(0, tokens, step))
-
-
-def slice_target(target: Target | None, start: int, stop: int) -> Answer:
-    """What a target says of the tokens start to stop, as a loss takes it."""
-    if isinstance(target, Dense | States):
-        return target.logits(start, stop)
-    return None if target is None else target.few(start, stop)
-
-
-def sparse_(logits: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
-    """Sum over tokens of -sum_k share_k log q(id_k); the logits [n, V] become its gradient.
+def chunked_loss(hidden: Tensor, head: Head, labels: Tensor, target: Target | None, config: Loss) -> Tensor:
+    """Value and gradient of `divergences.distillation_loss` for head(hidden), in little memory.
 
     Args:
-        ids: [n, K] int64, an id may stand twice; shares: [n, K], summing to one.
+        hidden: [N, D] of the student at the N valid tokens.
+        labels: [N] the tokens themselves.
+        target: the teacher's output for them; None for labels alone.
+
+    Raises:
+        UserError: the divergence cannot be computed from this form of targets.
     """
-    logits -= logits.amax(-1, keepdim=True)
-    met = (shares * logits.gather(1, ids)).sum()
-    total = logits.exp_().sum(-1, keepdim=True)
-    logits /= total
-    logits.scatter_add_(1, ids, -shares)
-    return total.log().sum() - met
+    check_target(target, config)
+    target = None if target is None else cut_vocabulary(target, head.weight.shape[0])
+    return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, labels, target, config)
 
 
-def dense_(logits: Tensor, labels: Tensor, teacher: Tensor, weight: float) -> Tensor:
-    """Sum over tokens of (1 - w) CE + w KL(p || q) at T = 1; the logits [n, V] become its gradient.
-
-    Two exponentials an entry in all: both distributions are made once, for the value and for the gradient
-    q - w p - (1 - w) [label]. teacher: [n, V], log-probabilities up to a constant of each token.
-    """
-    gap = teacher - teacher.amax(-1, keepdim=True)
-    other = gap.exp()
-    mass = other.sum(-1, keepdim=True)
-    logits -= logits.amax(-1, keepdim=True)
-    label = logits.gather(1, labels[:, None])
-    inner = gap.sub_(logits).mul_(other).sum(-1, keepdim=True) / mass
-    total = logits.exp_().sum(-1, keepdim=True)
-    logits /= total
-    logits -= other.mul_(weight / mass)
-    logits.scatter_add_(1, labels[:, None], torch.full_like(label, weight - 1))
-    soft, hard = inner + (total / mass).log(), total.log() - label
-    return (weight * soft + (1 - weight) * hard).sum()
-
-
-def _mixed_(logits: Tensor, labels: Tensor, target: Tensor | Sampled, weight: float) -> Tensor:
-    """The same for either form of a target, at the temperature that logits and target have."""
-    if isinstance(target, Tensor):
-        return dense_(logits, labels, target, weight)
-    drawn = weight * target.counts / target.counts.sum(-1, keepdim=True)
-    shares = torch.cat([drawn, torch.full_like(drawn[:, :1], 1 - weight)], 1)
-    return (
-        sparse_(logits, torch.cat([target.ids, labels[:, None]], 1), shares) - weight * target.entropy.sum()
-    )
-
-
-def _by_autograd_(logits: Tensor, labels: Tensor, target: Answer, config: Loss) -> Tensor:
-    with torch.enable_grad():
-        leaf = logits.clone().requires_grad_()
-        loss = distillation_loss(leaf, labels, target, config)
-        (found,) = torch.autograd.grad(loss, leaf)
-    logits.copy_(found)
-    return loss.detach()
-
-
-def gradient_(logits: Tensor, labels: Tensor, target: Answer, config: Loss) -> Tensor:
-    """`losses.distillation_loss` of float32 logits [n, V], which become its gradient.
-
-    The gradient of the forward KL and of CE is written out, that of the others left to autograd.
-    """
-    weight, temperature = config.weight, config.temperature
-    if target is None or weight == 0:
-        return sparse_(logits, labels[:, None], torch.ones_like(logits[:, :1]))
-    if config.divergence != "forward_kl" or isinstance(target, TopK):
-        return _by_autograd_(logits, labels, target, config)
-    if temperature == 1:
-        return _mixed_(logits, labels, target, weight)
-    hard = logits.clone()
-    tempered = target / temperature if isinstance(target, Tensor) else target
-    soft = _mixed_(logits.div_(temperature), labels, tempered, 1.0) * temperature**2
-    logits *= weight * temperature
-    loss = sparse_(hard, labels[:, None], torch.ones_like(hard[:, :1]))
-    logits.add_(hard, alpha=1 - weight)
-    return (1 - weight) * loss + weight * soft
-
-
-def _shaped_(logits: Tensor, head: Head, labels: Tensor, target: Answer, config: Loss) -> Tensor:
-    """The summed loss of the products of a head [n, V], which become its gradient by them."""
-    slope = head.shape_(logits)
-    loss = gradient_(logits, labels, target, config)
-    if slope is not None:
-        logits *= slope
-    elif head.scale != 1:
-        logits *= head.scale
-    return loss
-
-
-def _blocks_(logits: Tensor, head: Head, labels: Tensor, target: Answer, config: Loss) -> Tensor:
-    """The same, on a CPU block by block: what is worked on stays in the cache."""
-    if logits.is_cuda:
-        return _shaped_(logits, head, labels, target, config)
-    loss = torch.zeros(())
-    for start, stop in chunk_bounds(len(logits), BLOCK_BYTES, logits.shape[1]):
-        part = target
-        if target is not None:
-            part = target[start:stop] if isinstance(target, Tensor) else target.few(start, stop)
-        loss += _shaped_(logits[start:stop], head, labels[start:stop], part, config)
-    return loss
-
-
-def product(one: Tensor, other: Tensor) -> Tensor:
-    """float32 product of a float32 matrix with another, on a GPU in the dtype of the other."""
-    if is_narrow(other):
-        return torch.mm(one.to(other.dtype), other, out_dtype=torch.float32)
-    return torch.mm(one, other.float())
-
-
-@dataclass
-class Gradients:
-    """Sums over the chunks, in float32 for the head; None where a gradient is not asked for."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def add(self, start: int, logits: Tensor, hidden: Tensor, head: Head) -> None:
-        """Takes the gradient of the products [n, V] of the n hidden states from `start` on."""
-        if self.hidden is not None:
-            self.hidden[start : start + len(hidden)] = product(logits, head.weight)
-        if self.weight is not None and is_narrow(hidden):
-            self.weight += product(logits.mT, hidden)
-        elif self.weight is not None:
-            self.weight.addmm_(logits.mT, hidden.float())
-        if self.bias is not None:
-            self.bias += logits.sum(0)
-
-
-def _chunk(
-    found: Gradients,
-    start: int,
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    target: Target | None,
-    config: Loss,
-) -> Tensor:
-    """The summed loss of the tokens from `start` on, their gradient added; its logits end with it."""
-    logits = head.product(hidden)
-    told = slice_target(target, start, start + len(hidden))
-    loss = _blocks_(logits, head, labels, told, config)
-    found.add(start, logits, hidden, head)
-    return loss
-
-
-class _Chunked(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradient of a batch, in one pass over its chunks."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         head, labels, target, config = rest
-        found = Gradients(
-            torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None,
-            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None,
-            None
-            if bias is None or not ctx.needs_input_grad[2]
-            else torch.zeros_like(bias, dtype=torch.float32),
-        )
-        ready, total = head.ready(hidden.dtype), torch.zeros((), device=hidden.device)
+        head, total = head.ready(hidden.dtype), torch.zeros((), device=hidden.device)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             for start, stop in chunk_bounds(len(hidden), CHUNK_BYTES, len(weight)):
-                part = slice(start, stop)
-                total += _chunk(found, start, hidden[part], ready, labels[part], target, config)
-        ctx.found = found
+                states = hidden[start:stop]
+                logits = head.product(states)
+                chunk_target = slice_target(target, start, stop)
+                total += _head_loss_(logits, head, labels[start:stop], chunk_target, config)
+                if hidden_grad is not None:
+                    hidden_grad[start:stop] = _matmul_float32(logits, head.weight)
+                if weight_grad is not None and is_narrow(states):
+                    weight_grad += _matmul_float32(logits.mT, states)
+                elif weight_grad is not None:
+                    weight_grad.addmm_(logits.mT, states.float())
+                if bias_grad is not None:
+                    bias_grad += logits.sum(0)
+        ctx.gradients = [hidden_grad, weight_grad, bias_grad]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        found, ctx.found = ctx.found, None  # not held here, a gradient becomes `.grad` without a copy
-        grads = [found.hidden, found.weight, found.bias]
-        return *(None if grad is None else grad.mul_(scale) for grad in grads), None, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None  # no second reference: they become `.grad` uncopied
+        return *(None if grad is None else grad.mul_(scale) for grad in gradients), None, None, None, None
 
 
-def chunked_loss(hidden: Tensor, head: Head, labels: Tensor, target: Target | None, config: Loss) -> Tensor:
-    """The sum that `losses.distillation_loss` gives for head(hidden), and its gradient, in little memory.
+def chunk_bounds(tokens: int, size: int, vocabulary: int) -> Iterator[tuple[int, int]]:
+    """Starts and stops of chunks whose float32 logits take `size` bytes; one token at least."""
+    step = max(1, size // (4 * vocabulary))
+    yield from ((start, min(tokens, start + step)) for start in range(0, tokens, step))
+
+
+def slice_target(target: Target | Tensor | None, start: int, stop: int) -> Tensor | Sampled | TopK | None:
+    """The target of the tokens start to stop, in the form in which a loss takes it."""
+    if isinstance(target, Tensor):
+        return target[start:stop]
+    if isinstance(target, Dense | States):
+        return target.logits(start, stop)
+    return None if target is None else target.slice(start, stop)
+
+
+def _matmul_float32(one: Tensor, other: Tensor) -> Tensor:
+    """float32 product of a float32 matrix with another, on a GPU computed in the dtype of the other."""
+    if is_narrow(other):
+        return torch.mm(one.to(other.dtype), other, out_dtype=torch.float32)
+    return torch.mm(one, other.float())
+
+
+def _head_loss_(
+    products: Tensor, head: Head, labels: Tensor, target: Tensor | Sampled | TopK | None, config: Loss
+) -> Tensor:
+    """Summed loss of a head's products [n, V] before scale and cap; they become the gradient of the loss.
+
+    On a CPU block by block, so that one block stays in the cache while it is worked on.
+    """
+    size = CHUNK_BYTES if products.is_cuda else BLOCK_BYTES
+    loss = torch.zeros((), device=products.device)
+    for start, stop in chunk_bounds(len(products), size, products.shape[1]):
+        logits = products[start:stop]
+        slope = head.shape_(logits)
+        loss += loss_and_gradient_(logits, labels[start:stop], slice_target(target, start, stop), config)
+        if slope is not None:
+            logits *= slope
+        elif head.scale != 1:
+            logits *= head.scale
+    return loss
+
+
+def loss_and_gradient_(
+    logits: Tensor, labels: Tensor, target: Tensor | Sampled | TopK | None, config: Loss
+) -> Tensor:
+    """`divergences.distillation_loss` of float32 logits [n, V], which become its gradient.
+
+    The gradients of cross-entropy and of the forward KL are written out, the others are left to autograd.
+    """
+    weight, temperature = config.weight, config.temperature
+    if target is None or weight == 0:
+        return _soft_cross_entropy_(logits, labels[:, None], torch.ones_like(logits[:, :1]))
+    if config.divergence != "forward_kl" or isinstance(target, TopK):
+        with torch.enable_grad():
+            leaf = logits.clone().requires_grad_()
+            loss = distillation_loss(leaf, labels, target, config)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        logits.copy_(gradient)
+        return loss.detach()
+    if temperature == 1:
+        return _cross_entropy_and_kl_(logits, labels, target, weight)
+    at_one = logits.clone()  # cross-entropy is at temperature 1, the divergence at T
+    target = target / temperature if isinstance(target, Tensor) else target
+    soft = _cross_entropy_and_kl_(logits.div_(temperature), labels, target, 1.0) * temperature**2
+    logits *= weight * temperature
+    hard = _soft_cross_entropy_(at_one, labels[:, None], torch.ones_like(at_one[:, :1]))
+    logits.add_(at_one, alpha=1 - weight)
+    return (1 - weight) * hard + weight * soft
+
+
+def _cross_entropy_and_kl_(logits: Tensor, labels: Tensor, target: Tensor | Sampled, weight: float) -> Tensor:
+    """Sum over tokens of (1 - w) CE + w KL(p || q), both at the temperature that logits and target have.
+
+    Two exponentials an entry in all: both distributions are made once, for the value and for the gradient
+    q - w p - (1 - w) [label].
 
     Args:
-        hidden: [N, D] of the student at the N valid tokens.
-        labels: [N] the tokens themselves.
-        target: what the teacher says of them; None for labels alone.
-
-    Raises:
-        UserError: the divergence cannot be had from this form of targets.
+        target: [n, V] log-probabilities up to a constant of each token, or ids drawn from p.
     """
-    check_target(target, config)
-    target = None if target is None else cut_vocabulary(target, head.weight.shape[0])
-    return _Chunked.apply(hidden, head.weight, head.bias, head, labels, target, config)
+    if isinstance(target, Sampled):
+        drawn = weight * target.counts / target.counts.sum(-1, keepdim=True)
+        shares = torch.cat([drawn, torch.full_like(drawn[:, :1], 1 - weight)], 1)
+        ids = torch.cat([target.ids, labels[:, None]], 1)
+        return _soft_cross_entropy_(logits, ids, shares) - weight * target.entropy.sum()
+    gap = target - target.amax(-1, keepdim=True)
+    teacher = gap.exp()
+    teacher_sum = teacher.sum(-1, keepdim=True)
+    logits -= logits.amax(-1, keepdim=True)
+    label = logits.gather(1, labels[:, None])
+    mean_gap = gap.sub_(logits).mul_(teacher).sum(-1, keepdim=True) / teacher_sum
+    student_sum = logits.exp_().sum(-1, keepdim=True)
+    logits /= student_sum
+    logits -= teacher.mul_(weight / teacher_sum)
+    logits.scatter_add_(1, labels[:, None], torch.full_like(label, weight - 1))
+    soft, hard = mean_gap + (student_sum / teacher_sum).log(), student_sum.log() - label
+    return (weight * soft + (1 - weight) * hard).sum()
+
+
+def _soft_cross_entropy_(logits: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
+    """Sum over tokens of -sum_k share_k log q(id_k).
+
+    Args:
+        ids: [n, K] int64, an id may appear twice; shares: [n, K], summing to one.
+    """
+    logits -= logits.amax(-1, keepdim=True)
+    expected = (shares * logits.gather(1, ids)).sum()
+    total = logits.exp_().sum(-1, keepdim=True)
+    logits /= total
+    logits.scatter_add_(1, ids, -shares)
+    return total.log().sum() - expected

@@ -33,7 +33,7 @@ class Dense:
         """[n, V] float32 log-probabilities of the tokens start to stop, up to a constant of each token."""
         return self.log_probs[start:stop].float()
 
-    def part(self, start: int, stop: int) -> Tensor:
+    def log_softmax(self, start: int, stop: int) -> Tensor:
         """[n, V] float32 log-probabilities of the tokens start to stop."""
         return self.logits(start, stop)
 
@@ -58,9 +58,9 @@ class States:
         """[n, V] float32 log-probabilities of the tokens start to stop, up to a constant of each token."""
         if len(self.heads) == 1:
             return self.heads[0](self.hidden[0][start:stop])
-        return self.part(start, stop)
+        return self.log_softmax(start, stop)
 
-    def part(self, start: int, stop: int) -> Tensor:
+    def log_softmax(self, start: int, stop: int) -> Tensor:
         """[n, V] float32 log-probabilities of the tokens start to stop."""
         if len(self.heads) == 1:
             return torch.log_softmax(self.logits(start, stop), dim=-1)
@@ -84,10 +84,11 @@ class Sampled:
     entropy: Tensor
     temperature: float
 
-    def few(self, start: int, stop: int) -> "Sampled":
-        """The same of the tokens start to stop."""
-        part = slice(start, stop)
-        return Sampled(self.ids[part], self.counts[part], self.entropy[part], self.temperature)
+    def slice(self, start: int, stop: int) -> "Sampled":
+        """The target of the tokens start to stop."""
+        return Sampled(
+            self.ids[start:stop], self.counts[start:stop], self.entropy[start:stop], self.temperature
+        )
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class TopK:
     ids: Tensor
     log_probs: Tensor
 
-    def few(self, start: int, stop: int) -> "TopK":
-        """The same of the tokens start to stop."""
+    def slice(self, start: int, stop: int) -> "TopK":
+        """The target of the tokens start to stop."""
         return TopK(self.ids[start:stop], self.log_probs[start:stop])
 
 

@@ -40,9 +40,9 @@ class Ensemble(Method):
         return sorted((ring * 2)[start : start + self.settings.members])
 
     @contextmanager
-    def attached(self, teacher: PreTrainedModel, bench: MethodContext) -> Iterator[None]:
-        others = [seed for seed in self.bases(bench.seed, bench.seeds) if seed != bench.seed]
-        self._others = [bench.load_base(seed).to(teacher.device) for seed in others]
+    def attached(self, teacher: PreTrainedModel, context: MethodContext) -> Iterator[None]:
+        others = [seed for seed in self.bases(context.seed, context.seeds) if seed != context.seed]
+        self._others = [context.load_base(seed).to(teacher.device) for seed in others]
         if _same_weights(teacher, self._others[0]):
             raise UserError(
                 "method ensemble",
@@ -54,5 +54,5 @@ class Ensemble(Method):
         finally:
             del self._others
 
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
+    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_output(teacher, *self._others, batch=batch)

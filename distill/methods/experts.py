@@ -63,35 +63,35 @@ class Experts(Method):
             return train
         return train.model_copy(update={"steps": train.steps * len({row.domain for row in rows})})
 
-    def fit(self, bench: MethodContext) -> None:
+    def fit(self, context: MethodContext) -> None:
         config = LoraConfig(
             r=self.settings.rank,
             lora_alpha=self.settings.alpha,
             target_modules=self.settings.target_modules,
             task_type="CAUSAL_LM",
         )
-        groups = self._groups(bench.rows())
+        groups = self._groups(context.rows())
         names = {domain: f"expert{i}" for i, domain in enumerate(groups)}
         for domain, rows in groups.items():
             name = names[domain]
-            torch.manual_seed(bench.seed)  # the adapter's first weights
-            model = get_peft_model(bench.load_base(bench.seed), config, adapter_name=name)
-            bench.train(model, rows, self._budget(rows), name)
-            model.save_pretrained(str(bench.folder), selected_adapters=[name])
-        write_text(bench.folder / NAMES, json.dumps(names))
+            torch.manual_seed(context.seed)  # the adapter's first weights
+            model = get_peft_model(context.load_base(context.seed), config, adapter_name=name)
+            context.train(model, rows, self._budget(rows), name)
+            model.save_pretrained(str(context.folder), selected_adapters=[name])
+        write_text(context.folder / NAMES, json.dumps(names))
 
     @contextmanager
-    def attached(self, teacher: PreTrainedModel, bench: MethodContext) -> Iterator[None]:
+    def attached(self, teacher: PreTrainedModel, context: MethodContext) -> Iterator[None]:
         trainable = [p.requires_grad for p in teacher.parameters()]
-        path = bench.folder / NAMES
+        path = context.folder / NAMES
         if not path.is_file():
             raise UserError("method experts", f"no {path}", "delete that folder and run again")
         self._names: dict[str, str] = json.loads(path.read_text())
         first, *rest = self._names.values()
-        self._model = PeftModel.from_pretrained(teacher, str(bench.folder / first), adapter_name=first)
+        self._model = PeftModel.from_pretrained(teacher, str(context.folder / first), adapter_name=first)
         try:
             for name in rest:
-                self._model.load_adapter(str(bench.folder / name), adapter_name=name)
+                self._model.load_adapter(str(context.folder / name), adapter_name=name)
             self._model.eval()
             yield
         finally:
@@ -104,6 +104,6 @@ class Experts(Method):
         """The adapter of a domain: its own, or the plain base where none was trained."""
         return self._names.get(domain if self.settings.routed else ALL, BASE)
 
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
+    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         adapters = [self._route(domain) for domain in batch.domains]
         return plain_output(self._model, batch=batch, adapter_names=adapters)

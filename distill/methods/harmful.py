@@ -23,7 +23,7 @@ class Harmful(Method):
     class Settings(Frozen):
         share: float = Field(0.2, gt=0, lt=1)  # of the uniform distribution in the mixture
 
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
+    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         logits = teacher(**batch.inputs, use_cache=False).logits.float()
         share = self.settings.share
         noise = torch.full((), math.log(share / logits.shape[-1]), device=logits.device)

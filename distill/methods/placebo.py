@@ -15,5 +15,5 @@ class Placebo(Method):
         limits="for the honesty of the gate alone",
     )
 
-    def signal(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
+    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_output(teacher, batch=batch)

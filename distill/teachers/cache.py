@@ -178,7 +178,7 @@ def _encode_rows(batch: Batch, keys: dict[str, str], teacher: Teacher, form: Cod
     target, start = teacher(batch), 0
     assert isinstance(target, Dense | States), "a teacher that runs knows every probability"
     for name, tokens in zip(batch.ids, batch.mask.sum(1).tolist(), strict=True):
-        columns = form.columns(target.part(start, start + tokens), keys[name])
+        columns = form.columns(target.log_softmax(start, start + tokens), keys[name])
         key = np.frombuffer(bytes.fromhex(keys[name])[:KEY], dtype=np.uint8)[None]
         size = np.array([[tokens, len(columns.get("bytes", ()))]], dtype=np.int64)
         yield {**columns, "row": key, "size": size}

@@ -55,20 +55,20 @@ class LiveTeacher:
     def log_probs(self, batch: Batch) -> Tensor:
         """[B, T, V] log-probabilities, checked."""
         batch = batch.to(self.model.device)
-        signal = check_output(self.method.signal(self.model, batch), batch, self.vocabulary, self.name)
-        answer = signal.at(torch.ones_like(batch.input_ids, dtype=torch.bool))
-        return answer.part(0, batch.input_ids.numel()).view(*batch.input_ids.shape, -1)
+        output = check_output(self.method.output(self.model, batch), batch, self.vocabulary, self.name)
+        answer = output.select(torch.ones_like(batch.input_ids, dtype=torch.bool))
+        return answer.log_softmax(0, batch.input_ids.numel()).view(*batch.input_ids.shape, -1)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Target:
         batch = batch.to(self.model.device)
         with capture_layers(self.model, self.layers) as seen:
-            signal = check_output(self.method.signal(self.model, batch), batch, self.vocabulary, self.name)
-        if self.layers and len(signal.heads) > 1:
-            found = f"a teacher of {len(signal.heads)} models"
+            output = check_output(self.method.output(self.model, batch), batch, self.vocabulary, self.name)
+        if self.layers and len(output.heads) > 1:
+            found = f"a teacher of {len(output.heads)} models"
             raise UserError("train.loss.hidden", found, "take a method that is one model, or leave it out")
         places = torch.nn.functional.pad(batch.mask, (0, 1))
-        return replace(signal.at(places), layers=tuple(layer[places] for layer in seen))
+        return replace(output.select(places), layers=tuple(layer[places] for layer in seen))
 
     @torch.no_grad()
     def write(self, prompts: list[Row], generation: Generation, seed: int) -> list[list[int]]:
@@ -231,11 +231,11 @@ def run_teacher(
     model = load(study.folder / "base" / f"s{seeds[0]}")
     vocabulary = model.config.get_text_config().vocab_size
     folder = study.folder / "method" / teacher_name(side, seeds)
-    bench = _method_context(
+    context = _method_context(
         study, teacher_name(side, seeds), folder, seeds[0], bases, lambda share, tokens=0: None
     )
-    bench = replace(bench, load=load)
-    with method.attached(model, bench):
+    context = replace(context, load=load)
+    with method.attached(model, context):
         pairs = study.train.loss.hidden.pairs if study.train.loss.hidden else []
         layers = tuple(theirs for _, theirs in pairs)
         yield LiveTeacher(method, study.method.name, model, vocabulary, layers)

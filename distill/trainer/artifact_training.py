@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.data.packing import check_packing
 from distill.trainer.checkpoint import Curve
 from distill.trainer.evaluate import Validation
-from distill.trainer.logging import tracked
+from distill.trainer.logging import open_trackers
 from distill.trainer.loop import Step, accelerator, train
 from eval.core.artifacts import build_artifact, file_sha256, is_done
 from eval.core.documents import Row, pad_id
@@ -74,7 +74,7 @@ def run_training(
     if config.evaluate_every and study.trackers:
         how["evaluate"] = Validation(study.folder / "data", tokenizer, study.data.context, pad)
     run, fresh = name.removeprefix("students/").replace("/", "-"), not place.exists()
-    with tracked(accelerator(), study.trackers, study.folder / "logs", run, fresh) as log:
+    with open_trackers(accelerator(), study.trackers, study.folder / "logs", run, fresh) as log:
         return train(model, rows, config, pad=pad, scratch=place, log=log, **how)
 
 
@@ -87,4 +87,4 @@ def delete_scratch(study: Study, name: str) -> None:
 
 
 def step_progress(report: Progress, share: float = 1.0) -> Callable[[Step], None]:
-    return lambda step: report(share * step.number / step.of, step.tokens)
+    return lambda step: report(share * step.number / step.total, step.tokens)

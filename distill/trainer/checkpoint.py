@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or absent, and never lost to a disk that is full."""
+"""Checkpoints of a run: complete or absent; a full disk never destroys the last one."""
 
 import json
 import os
@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distill.trainer.distributed import is_sharded
 from eval.core.errors import UserError
 
 Curve = list[tuple[int, float]]  # step, mean loss per token in nats
@@ -18,84 +18,95 @@ WEIGHTS = "model.safetensors"  # as accelerate names them
 
 
 class Checkpoints:
-    """The last state of a run and the loss curve up to it. Weights that are not trained are left out."""
+    """The latest state of a run with its loss curve. Frozen weights are left out."""
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder, self.accelerator = folder, accelerator
-        self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if not self.sharded:  # those write their shards themselves
+        self.sharded = is_sharded(accelerator)
+        if not self.sharded:  # FSDP and DeepSpeed write their shards themselves
             accelerator.register_save_state_pre_hook(_leave_out_frozen)
             accelerator.register_load_state_pre_hook(_load_trained)
 
     def latest(self) -> Path | None:
-        found = [p for p in self.folder.glob("step-*") if (p / "curve.json").is_file()]
-        return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+        complete = [p for p in self.folder.glob("step-*") if (p / "curve.json").is_file()]
+        return max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
 
     def load(self) -> tuple[int, Curve]:
-        """The step to go on from and the curve so far; 0 and nothing when there is no checkpoint."""
+        """The step to continue from and the curve so far; 0 and an empty curve without a checkpoint.
+
+        Raises:
+            UserError: the checkpoint is of another number of processes or another way to distribute them.
+        """
         path = self.latest()
         if path is None:
             return 0, []
-        found, wanted = len(list(path.glob("random_states_*.pkl"))), self.accelerator.num_processes
-        if found != wanted or not (self.sharded or (path / WEIGHTS).is_file()):
-            fix = "launch it as before, or delete that folder"
-            raise UserError(f"checkpoint {path}", f"of {found} processes, here are {wanted}", fix)
+        saved, running = len(list(path.glob("random_states_*.pkl"))), self.accelerator.num_processes
+        if saved != running or not (self.sharded or (path / WEIGHTS).is_file()):
+            fix = "launch the run as before, or delete that folder"
+            found = f"written by {saved} processes, this launch has {running}"
+            if saved == running:
+                found = "written under another way of distributing the model"
+            raise UserError(f"checkpoint {path}", found, fix)
         self.accelerator.load_state(str(path))
         return int(path.name.split("-")[1]), [tuple(p) for p in json.loads((path / "curve.json").read_text())]
 
     def save(self, step: int, curve: Curve) -> None:
-        """Writes aside, then renames; the one before goes only when this one is whole.
+        """Writes into a temporary folder, then renames it; only then the previous checkpoint is deleted.
 
         Raises:
-            UserError: the disk does not take it; what was half written is gone, the one before is whole.
+            UserError: it cannot be written (full disk, no permission); the previous checkpoint is intact.
         """
         try:
             self._save(step, curve)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch has RuntimeError for a full disk
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch raises RuntimeError when the disk is full
             shutil.rmtree(self.folder / ".saving", ignore_errors=True)
-            before = self.latest()
-            kept = f"{before.name} is whole" if before else "there is none before it"
-            fix = f"{kept}; free some room, or fix the folder, and run again: it goes on from there"
+            previous = self.latest()
+            state = f"{previous.name} is intact" if previous else "there is no earlier one"
+            fix = f"{state}; free disk space or fix the folder, then run the same command to continue"
             found = " ".join(str(error).split())[:200]
             raise UserError(f"checkpoint {self.folder / f'step-{step}'}", found, fix) from error
 
     def _save(self, step: int, curve: Curve) -> None:
-        aside, place = self.folder / ".saving", self.folder / f"step-{step}"
+        temporary, final = self.folder / ".saving", self.folder / f"step-{step}"
         if self.accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(aside))
+        self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (aside / "curve.json").write_text(json.dumps(curve))
-            before = self.latest()
-            os.rename(aside, place)
-            if before is not None and before != place:
-                shutil.rmtree(before)
+            (temporary / "curve.json").write_text(json.dumps(curve))
+            previous = self.latest()
+            os.rename(temporary, final)
+            if previous is not None and previous != final:
+                shutil.rmtree(previous)
         self.accelerator.wait_for_everyone()
 
 
 def _frozen(model: nn.Module) -> list[str]:
-    """Names of the weights that are not trained; a tied one has several."""
+    """Names of the weights that are not trained; a tied weight has several names."""
     return [n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
 
 
 def _leave_out_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-    """They are those that the run starts with, so that a checkpoint of adapters is as small as they are."""
+    """Drops frozen weights, which a restart loads anyway, so that a checkpoint of adapters is small."""
     for model, state in zip(models, weights, strict=True):
         frozen = _frozen(model)
-        parts = tuple(f"{name}." for name in frozen)  # scales of quantized ones
-        for name in [n for n in state if n in set(frozen) or n.startswith(parts)]:
+        prefixes = tuple(f"{name}." for name in frozen)  # scales of quantized weights
+        for name in [n for n in state if n in set(frozen) or n.startswith(prefixes)]:
             del state[name]
 
 
 def _load_trained(models: list[nn.Module], folder: str) -> None:
-    """Takes over the loading of a model with frozen weights: the checkpoint does not have them."""
+    """Loads a model with frozen weights in place of accelerate: the checkpoint does not contain those."""
     if not models or not _frozen(models[0]):
         return
     model = models.pop()
-    assert not models, "one learner at a time"
+    assert not models, "one module at a time"
     state = load_file(Path(folder) / WEIGHTS)
     assert state.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     model.load_state_dict(state, strict=False)

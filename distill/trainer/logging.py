@@ -1,4 +1,4 @@
-"""Curves of a run for people: TensorBoard and its like, by the names that accelerate knows."""
+"""Logs of training metrics to TensorBoard and other trackers, by accelerate's names for them."""
 
 from __future__ import annotations
 
@@ -15,33 +15,37 @@ from eval.core.errors import UserError, require_one_of
 
 
 class Log(Protocol):
-    """Writes what was measured at a step."""
+    """Writes the metrics of one step."""
 
     def __call__(self, step: int, values: dict[str, float]) -> None: ...
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuses a name that accelerate does not know, and a tracker that is not installed."""
+    """Refuses a tracker that accelerate does not know or that is not installed."""
     installed = {str(kind.value) for kind in get_available_trackers()}
     for name in names:
         require_one_of("trackers", name, list(LOGGER_TYPE_TO_CLASS))
         if name not in installed:
-            raise UserError("trackers", f"{name} is not installed", f"`pip install {name}`, or leave it out")
+            raise UserError(
+                "trackers", f"{name} is not installed", f"run `pip install {name}`, or leave it out"
+            )
 
 
 @contextmanager
-def tracked(acc: Accelerator, names: list[str], folder: Path, run: str, fresh: bool) -> Iterator[Log | None]:
-    """What logs a run, on the first process; files go to `folder / run`. None where nothing is to be logged.
+def open_trackers(
+    acc: Accelerator, names: list[str], folder: Path, run: str, fresh: bool
+) -> Iterator[Log | None]:
+    """The log of a run on the first process, with files in `folder / run`; None without trackers.
 
     Args:
-        fresh: the run starts at its first step: what an earlier one left in that folder is dropped.
+        fresh: the run starts at its first step: logs of an earlier one in that folder are deleted.
     """
     if not names or not acc.is_main_process:
         yield None
         return
     if fresh:
         shutil.rmtree(folder / run, ignore_errors=True)
-    trackers = [_start(name, run, folder) for name in names]
+    trackers = [_start_tracker(name, run, folder) for name in names]
 
     def log(step: int, values: dict[str, float]) -> None:
         for tracker in trackers:
@@ -54,7 +58,7 @@ def tracked(acc: Accelerator, names: list[str], folder: Path, run: str, fresh: b
             tracker.finish()
 
 
-def _start(name: str, run: str, folder: Path) -> GeneralTracker:
+def _start_tracker(name: str, run: str, folder: Path) -> GeneralTracker:
     kind = LOGGER_TYPE_TO_CLASS[name]
     tracker = kind(run, folder) if kind.requires_logging_directory else kind(run)
     tracker.start()

@@ -1,11 +1,11 @@
-"""The training step: exact over accumulation and processes, stopped and continued to the same weights."""
+"""The training loop: exact over accumulation and processes, and resumed to the same weights."""
 
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
@@ -22,7 +22,7 @@ from distill.losses.teacher_output import Teacher
 from distill.models.lm_head import check_head
 from distill.trainer.checkpoint import Checkpoints, Curve
 from distill.trainer.distributed import (
-    check_installed,
+    check_deepspeed,
     gather_weights,
     gradient_norm,
     is_sharded,
@@ -34,22 +34,26 @@ from eval.core.documents import Batch, Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Train
 
-Rewrite = Callable[[Accelerator, PreTrainedModel, int, list[Row]], list[Row]]  # step -> the rows it takes
+Rewrite = Callable[
+    [Accelerator, PreTrainedModel, int, list[Row]], list[Row]
+]  # rows of a step -> those it learns from
 CURVE_POINTS = 100
 
-# It warns of tied weights at every checkpoint; `load_state` ties them again, and a test holds the result.
+# It warns of tied weights at every checkpoint; `load_state` ties them again, which a test checks.
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 def accelerator() -> Accelerator:
-    """One place that knows the processes and the device.
+    """The processes and the device of this launch: the one place where they are set up.
 
     Raises:
         UserError: the launcher asked for DeepSpeed, which is not installed.
     """
-    check_installed(os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true")
-    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while the first process scores and caches
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[waiting])
+    check_deepspeed(os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true")
+    timeout = InitProcessGroupKwargs(
+        timeout=timedelta(hours=6)
+    )  # while the first process scores and writes targets
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[timeout])
 
 
 def total_steps(config: Train, rows: int) -> int:
@@ -59,7 +63,8 @@ def total_steps(config: Train, rows: int) -> int:
         UserError: fewer rows than one step takes.
     """
     if rows < config.rows:
-        raise UserError("train.rows", config.rows, f"a step takes that many rows, and there are {rows}")
+        fix = "lower train.rows, or raise data.train_rows"
+        raise UserError("train.rows", f"{config.rows} rows per step, but only {rows} training rows", fix)
     return config.steps or config.epochs * rows // config.rows
 
 
@@ -104,54 +109,39 @@ def build_optimizers(
     ]
     if settings.name == "muon" and hidden:
         muon = Muon(hidden, lr=settings.lr, momentum=settings.momentum, weight_decay=decay)
-        made: list[Optimizer] = [muon]
+        optimizers: list[Optimizer] = [muon]
     else:
         groups.append({"params": hidden, "lr": settings.lr, "weight_decay": decay})
-        made = []
+        optimizers = []
     groups = [group for group in groups if group["params"]]
     if groups:
-        made.append(AdamW(groups, lr=rest_lr, betas=settings.betas))
-    for optimizer in made:
+        optimizers.append(AdamW(groups, lr=rest_lr, betas=settings.betas))
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-    return made
+    return optimizers
 
 
-def batch_loss(learner: nn.Module, batch: Batch, teacher: Teacher | None) -> Tensor:
-    """Summed loss of a batch, of the module or what wraps it; the teacher runs first, without gradient."""
+def batch_loss(module: nn.Module, batch: Batch, teacher: Teacher | None) -> Tensor:
+    """Summed loss of a batch by a DistillationModule, wrapped or not; the teacher runs without gradient."""
     with torch.no_grad():
         target = None if teacher is None else teacher(batch)
-    return learner(batch, target)
+    return module(batch, target)
 
 
 def _micro_batches(rows: list[Row], config: Train, acc: Accelerator, pad: int) -> list[Batch]:
     """This process's share of a step: every process knows all rows, so nothing is exchanged."""
     parts = config.accumulate * acc.num_processes
     if len(rows) % parts:
-        raise UserError(
-            "train.rows",
-            len(rows),
-            f"must be a multiple of accumulate x processes = {parts}; change one of them",
-        )
+        fix = f"give a multiple of accumulate x processes = {parts}, or change one of these"
+        raise UserError("train.rows", len(rows), fix)
     size = len(rows) // parts
     mine = range(acc.process_index, parts, acc.num_processes)
     return [collate(rows[i * size : (i + 1) * size], pad).to(acc.device) for i in mine]
 
 
-@contextmanager
-def _sync_on_last(acc: Accelerator, learner: nn.Module, last: bool) -> Iterator[None]:
-    """Inside, a backward pass adds its gradient up; the last of a step also joins those of all processes."""
-    if last:
-        acc.gradient_state._set_sync_gradients(True)  # what tells DeepSpeed to clip and step
-        yield
-    else:
-        acc.gradient_state._set_sync_gradients(False)
-        with acc.no_sync(learner):
-            yield
-
-
 def step_loss(
-    learner: nn.Module, rows: list[Row], teacher: Teacher | None, config: Train, acc: Accelerator, pad: int
+    module: nn.Module, rows: list[Row], teacher: Teacher | None, config: Train, acc: Accelerator, pad: int
 ) -> float:
     """Backward of one step; returns its loss, the mean over the valid tokens of all processes.
 
@@ -159,11 +149,14 @@ def step_loss(
     averaged by DDP, hence the factor. So 1 x 8 and 8 x 1 rows give one loss and one gradient.
     """
     tokens = sum(row.predicted for row in rows)
-    micro = _micro_batches(rows, config, acc, pad)
+    micro_batches = _micro_batches(rows, config, acc, pad)
     total = torch.zeros((), device=acc.device)
-    for i, batch in enumerate(micro):
-        with _sync_on_last(acc, learner, last=i == len(micro) - 1):
-            loss = batch_loss(learner, batch, teacher) / tokens
+    for i, batch in enumerate(micro_batches):
+        # Gradients add up locally; the last backward pass reduces them over the processes. From the flag,
+        # DeepSpeed knows when to clip and to step. `acc.accumulate` would divide the loss once more.
+        acc.sync_gradients = i == len(micro_batches) - 1
+        with nullcontext() if acc.sync_gradients else acc.no_sync(module):
+            loss = batch_loss(module, batch, teacher) / tokens
             acc.backward(loss * acc.num_processes)
         total += loss.detach()
     return float(acc.reduce(total, reduction="sum"))
@@ -173,9 +166,8 @@ def check_finite(value: float, step: int, rows: list[Row], what: str = "loss") -
     """Refuses a loss or a gradient norm that is not a number, naming the step and its rows."""
     if not math.isfinite(value):
         names = ", ".join(row.id for row in rows)
-        raise UserError(
-            f"{what} at step {step + 1}", value, f"lower the learning rate, or look at rows {names}"
-        )
+        fix = f"lower the learning rate, or look at rows {names}"
+        raise UserError(f"{what} at step {step + 1}", f"{value}, must be finite", fix)
 
 
 def set_learning_rate(optimizers: Sequence[Optimizer], factor: float) -> None:
@@ -185,16 +177,16 @@ def set_learning_rate(optimizers: Sequence[Optimizer], factor: float) -> None:
 
 
 class Step(NamedTuple):
-    """What one step was."""
+    """Result of one training step."""
 
     number: int  # from 1
-    of: int
+    total: int  # steps of the whole run
     loss: float  # mean over its tokens, in nats
-    tokens: int  # that it learned from, over all processes
+    tokens: int  # predicted ones, over all processes
 
 
 class MetricsLogger:
-    """What is told of a run: its curve, its logs, validation bits per byte, progress."""
+    """Reports a run step by step: loss curve, logs, validation bits per byte, progress."""
 
     def __init__(
         self,
@@ -211,15 +203,15 @@ class MetricsLogger:
 
     def __call__(self, step: Step, rate: float, norm: float) -> None:
         self.tokens += step.tokens
-        if step.number % max(1, step.of // CURVE_POINTS) == 0 or step.number == step.of:
+        if step.number % max(1, step.total // CURVE_POINTS) == 0 or step.number == step.total:
             self.curve.append((step.number, step.loss))
             if self.log is not None:
                 self.log(step.number, self._values(step.loss, rate, norm))
         every = self.config.evaluate_every
         if self.evaluate is not None and every and step.number % every == 0:
-            found = self.evaluate()  # by every process: a student in shards needs them all
+            bits_per_byte = self.evaluate()  # by every process: a sharded student needs them all
             if self.log is not None:
-                self.log(step.number, {"validation_bits_per_byte": found})
+                self.log(step.number, {"validation_bits_per_byte": bits_per_byte})
         if self.report is not None:
             self.report(step)
 
@@ -234,7 +226,7 @@ class MetricsLogger:
 def build_module(
     model: PreTrainedModel, row: Row, config: Train, teacher: Teacher | None, pad: int
 ) -> DistillationModule:
-    """The model with what its loss needs beside it, its head and its teacher tried on one row."""
+    """The module to train; the model's head and the teacher are tried on one row first."""
     batch = collate([row], pad).to(model.device)
     check_head(model, batch)
     target = teacher(batch) if teacher is not None and config.loss.hidden is not None else None
@@ -256,60 +248,60 @@ def train(
     evaluate: Callable[[nn.Module], float] | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> Curve:
-    """Trains `model` in place and returns its loss curve.
+    """Trains `model` in place; returns its loss curve.
 
     Args:
-        rows: training rows; step by step in an order that `seed` alone decides.
+        rows: training rows; `seed` alone decides their order.
         pad: id under the mask.
-        teacher: batch -> what it says of the valid tokens; None for plain cross-entropy.
-        scratch: folder of the checkpoints; an interrupted run goes on from there to the same weights.
-        rewrite: called with (accelerator, model, step from 0, rows) before every step; gives the step's rows.
+        teacher: batch -> target of its valid tokens; None for plain cross-entropy.
+        scratch: folder of the checkpoints; an interrupted run continues from there to the same weights.
+        rewrite: called with (accelerator, model, step from 0, rows) before every step; returns its rows.
         report: called after every step.
-        log: takes loss, gradient norm, learning rate and tokens per second at every point of the curve.
-        evaluate: module -> validation bits per byte, logged every `config.evaluate_every` steps; it leaves
-            the weights and the random numbers as they are.
-        after_step: called after every optimizer step (a pruned student keeps its zeros so).
+        log: receives loss, gradient norm, learning rate and tokens per second at every point of the curve.
+        evaluate: module -> validation bits per byte, logged every `config.evaluate_every` steps; must not
+            change weights or random numbers.
+        after_step: called after every optimizer step (for example to keep pruned weights at zero).
 
     Raises:
-        UserError: the loss is not finite (names the step and the rows), or the model's last step, the targets
-            and the loss do not go together.
+        UserError: the loss is not finite (names the step and the rows), or model head, targets and loss do
+            not go together.
     """
     acc = accelerator()
     steps = total_steps(config, len(rows))
     order = row_order(len(rows), steps, config.rows, seed)
     prepare_sharding(acc, config, model)
     torch.manual_seed(seed)
-    trained = deepcopy(model) if is_sharded(acc) else model  # what is split keeps another form for good
-    plain = build_module(trained, rows[order[0][0]], config, teacher, pad)
-    made = build_optimizers(trained, config, list(plain.projectors.parameters()))
-    plain.train()
-    learner, *made = acc.prepare(plain, *made)
-    saved = Checkpoints(scratch, acc)
-    start, curve = saved.load()
-    whole = learner if is_sharded(acc) else plain
-    validation = None if evaluate is None else partial(evaluate, whole)
-    tell = MetricsLogger(curve, config, report=report, log=log, evaluate=validation)
+    trained = deepcopy(model) if is_sharded(acc) else model  # sharding changes a model for good
+    plain_module = build_module(trained, rows[order[0][0]], config, teacher, pad)
+    optimizers = build_optimizers(trained, config, list(plain_module.projectors.parameters()))
+    plain_module.train()
+    module, *optimizers = acc.prepare(plain_module, *optimizers)
+    checkpoints = Checkpoints(scratch, acc)
+    start, curve = checkpoints.load()
+    evaluated = module if is_sharded(acc) else plain_module
+    validation = None if evaluate is None else partial(evaluate, evaluated)
+    log_metrics = MetricsLogger(curve, config, report=report, log=log, evaluate=validation)
     for step in range(start, steps):
-        chosen = [rows[i] for i in order[step]]
+        step_rows = [rows[i] for i in order[step]]
         if rewrite is not None:
-            chosen = rewrite(acc, trained, step, chosen)
+            step_rows = rewrite(acc, trained, step, step_rows)
         factor = learning_rate_factor(step, steps, config)
-        set_learning_rate(made, factor)
-        loss = step_loss(learner, chosen, teacher, config, acc, pad)
-        check_finite(loss, step, chosen)
-        norm = gradient_norm(acc, acc.clip_grad_norm_(learner.parameters(), config.clip))
-        check_finite(norm, step, chosen, "gradient norm")
-        for optimizer in made:
+        set_learning_rate(optimizers, factor)
+        loss = step_loss(module, step_rows, teacher, config, acc, pad)
+        check_finite(loss, step, step_rows)
+        norm = gradient_norm(acc, acc.clip_grad_norm_(module.parameters(), config.clip))
+        check_finite(norm, step, step_rows, "gradient norm")
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         if after_step is not None:
             after_step()
-        done = Step(step + 1, steps, loss, sum(row.predicted for row in chosen))
-        tell(done, factor * config.optimizer.lr, norm)
+        done = Step(step + 1, steps, loss, sum(row.predicted for row in step_rows))
+        log_metrics(done, factor * config.optimizer.lr, norm)
         if done.number % config.checkpoint_every == 0 and done.number < steps:
-            saved.save(done.number, curve)
+            checkpoints.save(done.number, curve)
     if is_sharded(acc):
-        gather_weights(acc, learner, model)
+        gather_weights(acc, module, model)
     model.eval()
     acc.free_memory()
     return curve

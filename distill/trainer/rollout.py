@@ -1,22 +1,23 @@
-"""On-policy rows: at a share of the steps a student learns from what it writes itself."""
+"""On-policy rows: at a share of the steps the student learns from texts that it generates itself."""
 
 from dataclasses import dataclass
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from distill.models.generation import generate_texts, generated_row, groups_by_length, make_prompts, uniforms
+from distill.trainer.distributed import is_sharded
 from eval.core.documents import Row
 from eval.core.errors import UserError
 from eval.core.sections import Generation
 
-AT_ONCE = 2**14  # tokens whose keys and values a student that writes holds; of logits it needs the last alone
+MAX_TOKENS = 2**14  # per batch of generation, bounded by keys and values: only the last logits are needed
 
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """A share of the steps learns from what the student writes (Agarwal et al. 2024, arXiv:2306.13649)."""
+    """At a share of the steps the student generates the rows (Agarwal et al. 2024, arXiv:2306.13649)."""
 
     share: float
     generation: Generation
@@ -24,27 +25,27 @@ class OnPolicy:
     seed: int
     pad: int
 
-    def turn(self, step: int) -> bool:
-        """Whether the student writes the rows of this step: told by the seed and the step alone."""
+    def generates(self, step: int) -> bool:
+        """True if the student generates the rows of this step: decided by seed and step alone."""
         return bool(uniforms(f"on-policy {self.seed} {step}", 1)[0] < self.share)
 
     def __call__(self, acc: Accelerator, student: PreTrainedModel, step: int, rows: list[Row]) -> list[Row]:
-        """The rows that a step learns from: each process writes its share, and all of them know all texts.
+        """The rows to learn from at a step: each process generates its share, then all exchange them.
 
         Raises:
-            UserError: no process has the whole student.
+            UserError: the student is sharded.
         """
-        if not self.turn(step):
+        if not self.generates(step):
             return rows
-        if acc.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            fix = "run on_policy with plain data parallelism, or take another targets.source"
-            raise UserError("targets.source", "on_policy, and no process has the whole student", fix)
+        if is_sharded(acc):
+            fix = "run on_policy with plain data parallelism, or choose another targets.source"
+            raise UserError("targets.source", "on_policy needs a whole student, this one is sharded", fix)
         prompts = make_prompts(rows, self.generation)
-        mine = prompts[acc.process_index :: acc.num_processes]
+        own_prompts = prompts[acc.process_index :: acc.num_processes]
         texts: dict[str, list[int]] = {}
-        for group, settings in groups_by_length(mine, self.generation, self.context, AT_ONCE):
-            found = generate_texts(student, group, settings, f"{self.seed} {step}", self.pad)
-            texts |= {row.id: tokens for row, tokens in zip(group, found, strict=True)}
+        for group, settings in groups_by_length(own_prompts, self.generation, self.context, MAX_TOKENS):
+            generated = generate_texts(student, group, settings, f"{self.seed} {step}", self.pad)
+            texts |= {row.id: tokens for row, tokens in zip(group, generated, strict=True)}
         if acc.num_processes > 1:
             texts = {name: tokens for part in gather_object([texts]) for name, tokens in part.items()}
         return [generated_row(row, texts[row.id]) for row in prompts]

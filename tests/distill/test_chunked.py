@@ -43,7 +43,7 @@ def teacher_states(heads=2):
 
 
 def targets(temperature=1.0):
-    log_probs = teacher_states().part(0, TOKENS)
+    log_probs = teacher_states().log_softmax(0, TOKENS)
     values, top = log_probs.topk(5, -1)
     ids = torch.multinomial(noise(TOKENS, VOCAB, seed=4).exp(), 6)
     counts = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0, 0.0]).expand(TOKENS, 6)
@@ -62,7 +62,7 @@ def both(head, target, config, dtype=torch.float32):
     """Loss and gradients, plain and chunked, of one student."""
     found, plain_target = [], target
     if isinstance(target, Dense | States):
-        plain_target = target.part(0, TOKENS)
+        plain_target = target.log_softmax(0, TOKENS)
     labels = torch.arange(TOKENS) % VOCAB
     for whole in (True, False):
         leaves = {"hidden": noise(TOKENS, WIDTH), "weight": noise(VOCAB, WIDTH, seed=1), **head}
@@ -153,7 +153,7 @@ def test_padding_of_the_teachers_vocabulary_costs_nothing():
     hidden, weight = noise(TOKENS, WIDTH), noise(VOCAB, WIDTH, seed=1)
     padded = torch.cat([weight, noise(11, WIDTH, seed=5)])
     whole = States([hidden], [Head(padded)])
-    for target in (whole, Dense(whole.part(0, TOKENS))):
+    for target in (whole, Dense(whole.log_softmax(0, TOKENS))):
         loss = chunked_loss(hidden, Head(weight), torch.arange(TOKENS), target, Loss(weight=1.0))
         assert float(loss) == pytest.approx(0.0, abs=1e-4)
     with pytest.raises(
@@ -167,8 +167,8 @@ def test_padding_of_the_teachers_vocabulary_costs_nothing():
 def test_mean_of_probabilities_survives_the_improbable():
     one, other = torch.tensor([[-1000.0, 0.0]]), torch.tensor([[0.0, -1000.0]])
     eye = Head(torch.eye(2))
-    assert float(States([one, one], [eye, eye]).part(0, 1)[0, 0]) == -1000
-    assert float(States([one, other], [eye, eye]).part(0, 1)[0, 0].exp()) == pytest.approx(0.5)
+    assert float(States([one, one], [eye, eye]).log_softmax(0, 1)[0, 0]) == -1000
+    assert float(States([one, other], [eye, eye]).log_softmax(0, 1)[0, 0].exp()) == pytest.approx(0.5)
 
 
 def test_a_batch_without_tokens_is_nothing():

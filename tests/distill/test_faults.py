@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distill.models.load import export
 from distill.trainer.checkpoint import Checkpoints
-from distill.trainer.logging import check_trackers, tracked
+from distill.trainer.logging import check_trackers, open_trackers
 from distill.trainer.loop import train
 from eval.core.errors import UserError
 from eval.core.sections import Train
@@ -55,7 +55,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(tmp_path, size):
 
     with (
         ExitStack() as limit,
-        pytest.raises(UserError, match=r"checkpoint .*step-4: .*step-2 is whole; free") as told,
+        pytest.raises(UserError, match=r"checkpoint .*step-4: .*step-2 is intact; free") as told,
     ):
         run(tiny_model(), tmp_path / "parts", report=fill)
     assert "\n" not in str(told.value)
@@ -78,7 +78,7 @@ def test_a_folder_that_becomes_read_only_is_told(tmp_path, monkeypatch, place):
         if step.number == 3:
             monkeypatch.setattr(owner, place, refuse)
 
-    with pytest.raises(UserError, match=r"step-4: .*Read-only file system.*step-2 is whole"):
+    with pytest.raises(UserError, match=r"step-4: .*Read-only file system.*step-2 is intact"):
         run(tiny_model(), tmp_path / "run", report=freeze)
     monkeypatch.undo()
     assert listed(tmp_path / "run") == ["step-2"]
@@ -121,14 +121,16 @@ def test_trackers_are_asked_for_by_name():
     with pytest.raises(UserError, match=r"trackers: 'tensorbord'; did you mean 'tensorboard'"):
         check_trackers(["tensorbord"])
     missing = next(name for name in ("swanlab", "aim", "wandb") if find_spec(name) is None)
-    with pytest.raises(UserError, match=rf"trackers: {missing} is not installed; `pip install {missing}`"):
+    with pytest.raises(
+        UserError, match=rf"trackers: {missing} is not installed; run `pip install {missing}`"
+    ):
         check_trackers([missing])
 
 
 def test_curves_are_written_for_tensorboard_and_a_new_run_starts_them_anew(tmp_path):
     acc = Accelerator(cpu=True)
     for fresh, steps in ((True, (1, 2)), (False, (3,)), (True, (1,))):
-        with tracked(acc, ["tensorboard"], tmp_path, "S1-s0", fresh) as log:
+        with open_trackers(acc, ["tensorboard"], tmp_path, "S1-s0", fresh) as log:
             for step in steps:
                 log(step, {"loss": 1.0 / step, "validation_bits_per_byte": 2.0})
         if not fresh:
@@ -136,6 +138,6 @@ def test_curves_are_written_for_tensorboard_and_a_new_run_starts_them_anew(tmp_p
     events = EventAccumulator(str(tmp_path / "S1-s0"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0)]
-    with tracked(acc, [], tmp_path, "S0-s0", True) as log:
+    with open_trackers(acc, [], tmp_path, "S0-s0", True) as log:
         assert log is None
     assert listed(tmp_path) == ["S1-s0"]

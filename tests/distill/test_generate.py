@@ -177,13 +177,13 @@ def test_a_prompt_that_leaves_no_room_is_refused(tmp_path):
 
 
 def test_the_share_of_on_policy_steps_is_told_by_seed_and_step():
-    def turns(share, seed=0):
-        return [OnPolicy(share, GENERATION, 14, seed, 0).turn(step) for step in range(1000)]
+    def generates(share, seed=0):
+        return [OnPolicy(share, GENERATION, 14, seed, 0).generates(step) for step in range(1000)]
 
-    assert sum(turns(0.25)) == pytest.approx(250, abs=45)
-    assert turns(0.25) == turns(0.25) != turns(0.25, seed=1)
-    assert not any(turns(0.0))
-    assert all(turns(1.0))
+    assert sum(generates(0.25)) == pytest.approx(250, abs=45)
+    assert generates(0.25) == generates(0.25) != generates(0.25, seed=1)
+    assert not any(generates(0.0))
+    assert all(generates(1.0))
 
 
 def test_an_on_policy_run_continues_to_the_same_weights(tmp_path):
@@ -205,10 +205,10 @@ def test_an_on_policy_run_continues_to_the_same_weights(tmp_path):
 
     whole, again = tiny_model(), tiny_model(seed=9)
     train(whole, rows(), config, scratch=tmp_path / "whole", **how)
-    turns = [writer.turn(step) for step in range(6)]
-    assert 0 < sum(turns) < 6
+    generates = [writer.generates(step) for step in range(6)]
+    assert 0 < sum(generates) < 6
     given = {row.id: row for row in rows()}
-    for turn, batch in zip(turns, seen[:6], strict=True):
+    for turn, batch in zip(generates, seen[:6], strict=True):
         for name, ids, mask in zip(batch.ids, batch.input_ids, batch.mask, strict=True):
             own = ids.tolist() == given[name].tokens
             assert own is not turn
@@ -225,7 +225,7 @@ def test_a_sharded_student_cannot_write():
     sharded = type(
         "Sharded", (), {"distributed_type": DistributedType.FSDP, "process_index": acc.process_index}
     )
-    with pytest.raises(UserError, match="no process has the whole student"):
+    with pytest.raises(UserError, match="needs a whole student"):
         writer(sharded, tiny_model(), 0, rows())
 
 

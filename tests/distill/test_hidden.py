@@ -27,9 +27,9 @@ def live(model, layers):
     def teach(batch):
         places = torch.nn.functional.pad(batch.mask, (0, 1))
         with capture_layers(model, layers) as seen:
-            signal = plain_output(model, batch=batch)
-        return type(signal.at(places))(
-            **{**vars(signal.at(places)), "layers": tuple(layer[places] for layer in seen)}
+            output = plain_output(model, batch=batch)
+        return type(output.select(places))(
+            **{**vars(output.select(places)), "layers": tuple(layer[places] for layer in seen)}
         )
 
     return teach
@@ -97,17 +97,19 @@ def test_a_projector_is_learned_saved_and_left_behind(tmp_path):
 
 
 def test_projectors_stand_where_widths_differ_alone():
-    learner = DistillationModule(tiny_model(), settings(), [64, 32])
-    shapes = {name: tuple(p.shape) for name, p in learner.projectors.named_parameters()}
+    module = DistillationModule(tiny_model(), settings(), [64, 32])
+    shapes = {name: tuple(p.shape) for name, p in module.projectors.named_parameters()}
     assert shapes == {"1.weight": (32, 64)}
 
 
 def test_targets_without_hidden_states_are_refused(tmp_path):
     how = {"pad": 0, "seed": 0, "scratch": tmp_path}
-    with pytest.raises(UserError, match=r"train\.loss\.hidden: targets without hidden states; .*online"):
+    with pytest.raises(
+        UserError, match=r"train\.loss\.hidden: set, but the targets contain no hidden states; .*online"
+    ):
         train(tiny_model(), rows(), settings(), teacher=row_teacher, **how)
     few = Sampled(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), torch.zeros(1), 1.0)
-    with pytest.raises(UserError, match="targets without hidden states"):
+    with pytest.raises(UserError, match="the targets contain no hidden states"):
         layer_widths(few, settings())
 
 
@@ -119,11 +121,11 @@ def test_a_layer_that_the_student_does_not_have_is_refused():
         DistillationModule(tiny_model(), config, [64])(batch, target)
 
 
-def gradient(learner, batch, target):
-    learner.zero_grad()
-    loss = learner(batch, target)
+def gradient(module, batch, target):
+    module.zero_grad()
+    loss = module(batch, target)
     loss.backward()
-    return float(loss.detach()), torch.cat([p.grad.flatten() for p in learner.parameters()])
+    return float(loss.detach()), torch.cat([p.grad.flatten() for p in module.parameters()])
 
 
 def test_bf16_is_the_forward_pass_alone():
@@ -146,9 +148,9 @@ def test_a_compiled_student_learns_the_same(monkeypatch):
     batch = collate(rows(4), 0)
     target = row_teacher(batch)
     loss, slope = gradient(DistillationModule(tiny_model(), Train(rows=4)), batch, target)
-    learner = DistillationModule(tiny_model(), Train(rows=4, compile=True))
+    module = DistillationModule(tiny_model(), Train(rows=4, compile=True))
     for _ in range(2):
-        found, mine = gradient(learner, batch, target)
+        found, mine = gradient(module, batch, target)
         assert found == pytest.approx(loss, rel=1e-6)
         torch.testing.assert_close(mine, slope)
-    assert learner.model(**batch.inputs).logits.shape[-1] == 320, "its own forward pass is as it was"
+    assert module.model(**batch.inputs).logits.shape[-1] == 320, "its own forward pass is as it was"

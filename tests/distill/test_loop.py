@@ -121,7 +121,7 @@ def test_teacher_at_p_minus_1_teaches_token_p():
     """A change of the teacher at one position reaches that position of the student and no other."""
     torch.manual_seed(0)
     model, batch = Table(8), collate([Row("d", "code", 0, list(range(10, 18)))], 0)
-    learner = DistillationModule(model, Train(rows=1))
+    module = DistillationModule(model, Train(rows=1))
     plain = torch.log_softmax(torch.randn(1, 8, 320), -1)
 
     def gradient(place):
@@ -129,7 +129,7 @@ def test_teacher_at_p_minus_1_teaches_token_p():
         if place is not None:
             changed[0, place] = torch.log_softmax(torch.arange(320.0) / 50, -1)
         model.zero_grad()
-        batch_loss(learner, batch, lambda _: Dense(changed[:, :-1][batch.mask])).backward()
+        batch_loss(module, batch, lambda _: Dense(changed[:, :-1][batch.mask])).backward()
         return model.table.grad.clone()[0]
 
     before = gradient(None)
@@ -140,15 +140,15 @@ def test_teacher_at_p_minus_1_teaches_token_p():
     assert torch.equal(gradient(7), before)
     # With labels alone, position p - 1 is pulled towards token p.
     model.zero_grad()
-    batch_loss(learner, batch, None).backward()
+    batch_loss(module, batch, None).backward()
     assert model.table.grad[0, :7].argmin(-1).tolist() == list(range(11, 18))
 
 
 @torch.no_grad()
 def test_padding_is_no_token():
-    learner, both = DistillationModule(tiny_model(), Train(rows=2)), rows(2)
-    together = batch_loss(learner, collate(both, 0), row_teacher)
-    apart = sum(batch_loss(learner, collate([row], 0), row_teacher) for row in both)
+    module, both = DistillationModule(tiny_model(), Train(rows=2)), rows(2)
+    together = batch_loss(module, collate(both, 0), row_teacher)
+    apart = sum(batch_loss(module, collate([row], 0), row_teacher) for row in both)
     assert float(together) == pytest.approx(float(apart), rel=1e-5)
 
 
@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"loss at step 1: nan; .*rows d\d+#0"):
+    with pytest.raises(UserError, match=r"loss at step 1: nan, must be finite; .*rows d\d+#0"):
         train(model, rows(), Train(rows=4), pad=0, seed=0, teacher=None, scratch=tmp_path)
 
 

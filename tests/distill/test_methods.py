@@ -1,4 +1,4 @@
-"""One contract for every method found: fit, attach, signal, detach; and what is particular to each."""
+"""One contract for every method found: fit, attach, output, detach; and what is particular to each."""
 
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ def bases(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def bench(tmp_path, tokenizer, rows, bases):
+def context(tmp_path, tokenizer, rows, bases):
     folder = tmp_path / "fitted"
     folder.mkdir()
 
@@ -75,9 +75,9 @@ def mixed(rows):
 
 def answer(method, teacher, batch):
     """[B, T, V] log-probabilities, checked."""
-    signal = check_output(method.signal(teacher, batch), batch, 320, "method")
+    output = check_output(method.output(teacher, batch), batch, 320, "method")
     everywhere = torch.ones_like(batch.input_ids, dtype=torch.bool)
-    return signal.at(everywhere).part(0, everywhere.numel()).view(*everywhere.shape, 320)
+    return output.select(everywhere).log_softmax(0, everywhere.numel()).view(*everywhere.shape, 320)
 
 
 def test_every_method_is_under_contract():
@@ -86,18 +86,18 @@ def test_every_method_is_under_contract():
 
 @pytest.mark.parametrize("side", ["method", "control"])
 @pytest.mark.parametrize("name", plugin_names("distill.methods"))
-def test_contract(name, side, bench, rows):
+def test_contract(name, side, context, rows):
     method = make_method(MethodChoice(name=name, settings=SETTINGS[name]))
     assert isinstance(method.card, Card)
     assert all(vars(method.card).values())
     method = method if side == "method" else method.control()
-    method.fit(bench)
-    teacher = load_model(bench.bases[0])
+    method.fit(context)
+    teacher = load_model(context.bases[0])
     before = {n: p.clone() for n, p in teacher.state_dict().items()}
     flags, modules = [p.requires_grad for p in teacher.parameters()], [n for n, _ in teacher.named_modules()]
     batch = mixed(rows)
     with torch.no_grad():
-        with method.attached(teacher, bench):
+        with method.attached(teacher, context):
             first = answer(method, teacher, batch)
             again = answer(method, teacher, batch)
             alone = [answer(method, teacher, collate([r], 0)) for r in rows[:2]]
@@ -113,16 +113,16 @@ def test_contract(name, side, bench, rows):
 
 
 @pytest.mark.parametrize("name", plugin_names("distill.methods"))
-def test_a_teacher_is_rebuilt_from_its_folder_alone(name, bench, rows):
+def test_a_teacher_is_rebuilt_from_its_folder_alone(name, context, rows):
     batch = mixed(rows)
     answers = []
-    make_method(MethodChoice(name=name, settings=SETTINGS[name])).fit(bench)
+    make_method(MethodChoice(name=name, settings=SETTINGS[name])).fit(context)
     for _ in range(2):
         method, teacher = (
             make_method(MethodChoice(name=name, settings=SETTINGS[name])),
-            load_model(bench.bases[0]),
+            load_model(context.bases[0]),
         )
-        with torch.no_grad(), method.attached(teacher, bench):
+        with torch.no_grad(), method.attached(teacher, context):
             answers.append(answer(method, teacher, batch))
     assert torch.equal(*answers)
 
@@ -133,16 +133,16 @@ def test_unknown_settings_are_refused(name):
         make_method(MethodChoice(name=name, settings={"membersz": 3}))
 
 
-def test_ensemble_averages_probabilities(bench, rows):
+def test_ensemble_averages_probabilities(context, rows):
     batch = mixed(rows)
     method, teacher = (
         make_method(MethodChoice(name="ensemble", settings={"members": 2})),
-        load_model(bench.bases[0]),
+        load_model(context.bases[0]),
     )
-    with torch.no_grad(), method.attached(teacher, bench):
+    with torch.no_grad(), method.attached(teacher, context):
         found = answer(method, teacher, batch)
         members = [
-            load_model(bench.bases[s])(batch.input_ids, attention_mask=batch.attention_mask) for s in (0, 1)
+            load_model(context.bases[s])(batch.input_ids, attention_mask=batch.attention_mask) for s in (0, 1)
         ]
     wanted = torch.stack([m.logits.double().softmax(-1) for m in members]).mean(0).log()
     valid = batch.attention_mask.bool()
@@ -156,9 +156,11 @@ def test_seeds_share_an_ensemble_of_all_of_them():
     assert [method.bases(s, [0, 1, 2, 3]) for s in (0, 3)] == [[0, 1, 2], [0, 1, 3]]
 
 
-def test_an_ensemble_of_one_model_is_refused(bench, tokenizer, tmp_path):
-    method, same = make_method(MethodChoice(name="ensemble", settings={"members": 2})), bench.bases[0]
-    twice = MethodContext(bench.folder, 0, [0, 1], {0: same, 1: same}, tokenizer, bench.rows, bench.train)
+def test_an_ensemble_of_one_model_is_refused(context, tokenizer, tmp_path):
+    method, same = make_method(MethodChoice(name="ensemble", settings={"members": 2})), context.bases[0]
+    twice = MethodContext(
+        context.folder, 0, [0, 1], {0: same, 1: same}, tokenizer, context.rows, context.train
+    )
     with (
         pytest.raises(UserError, match="members with the same weights"),
         method.attached(load_model(same), twice),
@@ -166,15 +168,15 @@ def test_an_ensemble_of_one_model_is_refused(bench, tokenizer, tmp_path):
         pass
 
 
-def test_experts_are_routed_by_domain(bench, rows):
+def test_experts_are_routed_by_domain(context, rows):
     method = make_method(MethodChoice(name="experts", settings=SETTINGS["experts"]))
-    method.fit(bench)
-    teacher = load_model(bench.bases[0])
+    method.fit(context)
+    teacher = load_model(context.bases[0])
     row = next(r for r in rows if r.domain == "code")
     batch = collate([row, row, row], 0)
     batch.domains[:] = ["code", "prose", "never seen"]
     with torch.no_grad():
-        with method.attached(teacher, bench):
+        with method.attached(teacher, context):
             code, prose, unseen = answer(method, teacher, batch)
         plain = teacher(batch.input_ids[:1]).logits.log_softmax(-1)[0]
     assert not torch.equal(code, prose)
@@ -182,16 +184,16 @@ def test_experts_are_routed_by_domain(bench, rows):
     torch.testing.assert_close(unseen, plain, atol=1e-5, rtol=1e-5)
 
 
-def test_a_domain_may_have_any_name(bench, rows):
+def test_a_domain_may_have_any_name(context, rows):
     """Hub data sets name domains with a slash, and peft has a meaning of its own for `default`."""
     named = {"code": "en/wiki", "prose": "default"}
-    given = replace(bench, rows=lambda: [replace(row, domain=named[row.domain]) for row in rows])
+    given = replace(context, rows=lambda: [replace(row, domain=named[row.domain]) for row in rows])
     method = make_method(MethodChoice(name="experts", settings=SETTINGS["experts"]))
     method.fit(given)
     row = next(r for r in rows if r.domain == "code")
     batch = collate([row, row, row], 0)
     batch.domains[:] = ["en/wiki", "default", "never seen"]
-    teacher = load_model(bench.bases[0])
+    teacher = load_model(context.bases[0])
     with torch.no_grad(), method.attached(teacher, given):
         one, other, unseen = answer(method, teacher, batch)
     assert not torch.equal(one, other)
@@ -219,7 +221,7 @@ def test_the_identity_is_that_of_all_its_code(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("returned", "told"),
     [
-        (None, "signal returned NoneType"),
+        (None, "output returned NoneType"),
         (TeacherOutput(torch.zeros(1, 2)), r"log_probs of shape \(1, 2\)"),
         (TeacherOutput(torch.zeros(1, 4, 320)), "log_probs sum to 320"),
         (TeacherOutput(torch.full((1, 4, 320), float("nan"))), "NaN"),
@@ -238,11 +240,11 @@ def test_a_method_that_returns_something_else_is_refused(returned, told, rows):
 @pytest.mark.parametrize(
     ("hidden", "heads", "told"),
     [
-        (torch.zeros(1, 4, 8), [], "neither log_probs nor hidden states with a head each"),
+        (torch.zeros(1, 4, 8), [], "neither log_probs nor hidden states with one head each"),
         (
             torch.zeros(1, 4, 8),
             [Head(torch.zeros(300, 8))],
-            r"a head of 300 tokens; must be \(1, 4, 8\) .* and 320",
+            r"a head of 300 tokens; must be \(1, 4, 8\) .* and 320 tokens",
         ),
         (torch.zeros(1, 3, 8), [Head(torch.zeros(320, 8))], r"hidden states of shape \(1, 3, 8\)"),
         (torch.full((1, 4, 8), float("nan")), [Head(torch.zeros(320, 8))], "hidden states with NaN"),

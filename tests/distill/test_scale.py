@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from distill.method import plain_output
-from distill.trainer.distributed import check_installed, prepare_sharding
+from distill.trainer.distributed import check_deepspeed, prepare_sharding
 from distill.trainer.loop import accelerator, train
 from eval.core.errors import UserError
 from eval.core.sections import Optimizer, Train
@@ -31,16 +31,20 @@ def test_one_cpu_process_of_several_is_refused_with_the_command_that_starts_all(
 def test_what_shards_cannot_do_is_told(monkeypatch):
     acc = Accelerator(cpu=True)
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(UserError, match=r"optimizer\.name: muon, and FSDP splits .* to adamw"):
+    with pytest.raises(
+        UserError, match=r"optimizer\.name: muon needs whole matrices, which FSDP splits; .* to adamw"
+    ):
         prepare_sharding(acc, Train(optimizer=Optimizer(name="muon")), tiny_model())
     monkeypatch.setattr("distill.trainer.distributed.find_spec", lambda name: None)
-    check_installed(False)
-    with pytest.raises(UserError, match=r"DeepSpeed is asked for and not installed; `pip install deepspeed`"):
-        check_installed(True)
+    check_deepspeed(False)
+    with pytest.raises(
+        UserError, match=r"asks for DeepSpeed, which is not installed; run `pip install deepspeed`"
+    ):
+        check_deepspeed(True)
 
 
 def of_model(teacher):
-    return lambda batch: plain_output(teacher, batch=batch).at(F.pad(batch.mask, (0, 1)))
+    return lambda batch: plain_output(teacher, batch=batch).select(F.pad(batch.mask, (0, 1)))
 
 
 def trained(model, teacher, scratch, **how):
@@ -56,10 +60,10 @@ def trained(model, teacher, scratch, **how):
 
 
 @torch.no_grad()
-def evaluate(learner):
+def evaluate(module):
     from eval.core.documents import collate
 
-    return float(learner(collate(rows(4), 0), None))
+    return float(module(collate(rows(4), 0), None))
 
 
 SCRIPT = """
