@@ -119,7 +119,7 @@ class Pass(ABC):
 
 
 # What passes share is part of what a variant is made of, as their own files are.
-SHARED = ("build", "calibration", "model_size", "quant_error", "sparsity")
+SHARED = ("build", "calibration", "model_size", "publish", "quant_error", "sparsity", "verify")
 CODE = [file_sha256(Path(__file__).with_name(f"{name}.py")) for name in SHARED]
 
 

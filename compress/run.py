@@ -6,7 +6,8 @@ python -m compress.run --study runs/default
 import argparse
 import shutil
 
-from compress.build import Student, Variant, is_made, make_variants, publish, scratch_of
+from compress.build import TrainedStudent, Variant, build_variants, is_built, scratch_folder
+from compress.publish import publish_variant
 from compress.recipe import load_recipes
 from eval.core.artifacts import is_done, verify_artifact
 from eval.core.errors import EXIT_PASS, UserError, entry
@@ -16,7 +17,7 @@ from eval.core.study import Study, study_from_command
 ARMS = ("S1", "S0")
 
 
-def find_students(study: Study) -> list[Student]:
+def find_students(study: Study) -> list[TrainedStudent]:
     """S1 and S0 of every seed, each checked against its manifest.
 
     Raises:
@@ -28,33 +29,33 @@ def find_students(study: Study) -> list[Student]:
     for seed in study.seeds:
         for arm in ARMS:
             folder = study.folder / "students" / arm / f"s{seed}"
-            students.append(Student(arm, seed, folder, verify_artifact(folder).hash, data, rows))
+            students.append(TrainedStudent(arm, seed, folder, verify_artifact(folder).hash, data, rows))
     return students
 
 
-def pending(study: Study) -> list[Variant]:
-    """The variants that are missing, or were made from something else than what there is now."""
+def pending_variants(study: Study) -> list[Variant]:
+    """The variants that are missing, or were made with another recipe or of another student."""
     recipes = load_recipes(study)
     wanted = [Variant(student, recipe) for student in find_students(study) for recipe in recipes]
     return [variant for variant in wanted if not is_done(study.folder / variant.name, variant.key)]
 
 
-def make(study: Study) -> int:
-    """Makes, checks and publishes what is missing; returns how many variants that were."""
-    todo = pending(study)
-    groups: dict[Student, list[Variant]] = {}
-    for variant in todo:
-        if not is_made(study, variant):
+def make_variants(study: Study) -> int:
+    """Builds, verifies and publishes the variants that are pending; returns how many."""
+    variants = pending_variants(study)
+    groups: dict[TrainedStudent, list[Variant]] = {}
+    for variant in variants:
+        if not is_built(study, variant):
             groups.setdefault(variant.student, []).append(variant)
     jobs = [
-        Job(f"{student.arm}/s{student.seed}", make_variants, (study, own), weight=len(own))
-        for student, own in groups.items()
+        Job(f"{student.arm}/s{student.seed}", build_variants, (study, group), weight=len(group))
+        for student, group in groups.items()
     ]
-    run_jobs("make variants", jobs, study.workers)
-    checks = [Job(variant.name.removeprefix("variants/"), publish, (study, variant)) for variant in todo]
-    run_jobs("check variants", checks, study.workers)
-    shutil.rmtree(scratch_of(study), ignore_errors=True)
-    return len(todo)
+    run_jobs("build variants", jobs, study.workers)
+    jobs = [Job(v.name.removeprefix("variants/"), publish_variant, (study, v)) for v in variants]
+    run_jobs("verify variants", jobs, study.workers)
+    shutil.rmtree(scratch_folder(study), ignore_errors=True)
+    return len(variants)
 
 
 @entry
@@ -64,7 +65,7 @@ def main() -> int:
     if not study.folder.is_dir():
         raise UserError(f"run folder {study.folder}", "missing", "train the students first: distill/train.py")
     with lock_folder(study.folder):
-        count = make(study)
+        count = make_variants(study)
     total = len(study.recipes) * len(ARMS) * len(study.seeds)
     print(f"variants: {total} in {study.folder / 'variants'}, {count} made now")
     return EXIT_PASS

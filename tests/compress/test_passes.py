@@ -14,7 +14,7 @@ from distill.data.sources import training_rows
 from eval.core.artifacts import content_hash, hash_files
 from eval.core.errors import UserError
 from eval.core.registry import plugin_names
-from tests.compress.shop import context_of, fake_run, model_of
+from tests.compress.fake_run import context_of, fake_run, model_of
 from tests.helpers import tiny_model
 
 TRAIN = {"steps": 4, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}

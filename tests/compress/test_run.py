@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.build import compare, made_folder, make_variants, publish
-from compress.run import pending
+from compress.build import build_folder, build_variants
+from compress.publish import publish_variant
+from compress.run import pending_variants
+from compress.verify import verify_reload
 from eval.core.artifacts import hash_files, read_manifest, verify_artifact
 from eval.core.errors import UserError
 from eval.engines.torch import load_checkpoint
-from tests.compress.shop import add_student, fake_run, recipe_file
+from tests.compress.fake_run import add_student, fake_run, recipe_file
 from tests.helpers import ROOT, run
 
 TRAIN = {"steps": 6, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}
@@ -106,8 +108,8 @@ def test_reports_follow_each_other(done):
 def test_the_output_is_plain_lines_and_nothing_of_the_libraries(done):
     lines = done[2].stderr.splitlines()
     assert done[2].stdout.count("\n") == 1, done[2].stdout
-    assert sum("check variants:" in line for line in lines) == 8
-    assert all(line.startswith(("make variants:", "check variants:")) for line in lines), done[2].stderr
+    assert sum("verify variants:" in line for line in lines) == 8
+    assert all(line.startswith(("build variants:", "verify variants:")) for line in lines), done[2].stderr
 
 
 def test_parents_are_not_touched_and_no_scratch_is_left(done):
@@ -158,11 +160,16 @@ def test_a_second_call_does_nothing_and_a_lost_variant_alone_is_remade(done):
 
 def test_a_changed_recipe_or_parent_is_made_again(done, tmp_path):
     study, _, _ = done
-    assert pending(study) == []
+    assert pending_variants(study) == []
     other = recipe_file(tmp_path, "w50", {"pass": "wanda", "sparsity": 0.25})
     changed = study.model_copy(update={"recipes": [*study.recipes[:2], other]})
-    assert [v.name for v in pending(changed)] == ["variants/w50/S1/s0", "variants/w50/S0/s0"]
-    assert len(pending(study.model_copy(update={"data": study.data.model_copy(update={"context": 16})}))) == 8
+    assert [v.name for v in pending_variants(changed)] == ["variants/w50/S1/s0", "variants/w50/S0/s0"]
+    assert (
+        len(
+            pending_variants(study.model_copy(update={"data": study.data.model_copy(update={"context": 16})}))
+        )
+        == 8
+    )
 
 
 @pytest.fixture
@@ -185,10 +192,10 @@ def test_a_truncated_parent(small):
 
 def test_a_missing_parent_and_an_unknown_recipe(small):
     with pytest.raises(UserError, match=r"recipes config: 'wanda5'; no such file; known by name: .*wanda50"):
-        pending(small.model_copy(update={"recipes": ["wanda5"]}))
+        pending_variants(small.model_copy(update={"recipes": ["wanda5"]}))
     shutil.rmtree(small.folder / "students" / "S1")
     with pytest.raises(UserError, match=r"students/S1/s0: no manifest.json; make it first"):
-        pending(small)
+        pending_variants(small)
 
 
 def test_an_error_in_a_worker_is_one_line(small, tmp_path):
@@ -205,31 +212,31 @@ def test_weights_that_are_not_finite(small):
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     add_student(small, "S1", 0, model, tokenizer)
     with pytest.raises(UserError, match="not finite"):
-        make_variants(small, pending(small)[:1], lambda share: None)
+        build_variants(small, pending_variants(small)[:1], lambda share: None)
 
 
-def test_a_folder_that_answers_otherwise_is_not_published(small):
+def test_a_folder_that_answers_differently_is_not_published(small):
     """One weight of the saved model is changed behind the back of the check."""
-    variant = pending(small)[0]
-    make_variants(small, [variant], lambda share: None)
-    made = made_folder(small, variant)
-    assert compare(made, "torch")["kl"] < 1e-9
-    path = Path(made / "model" / "model.safetensors")
+    variant = pending_variants(small)[0]
+    build_variants(small, [variant], lambda share: None)
+    built = build_folder(small, variant)
+    assert verify_reload(built, "torch")["kl"] < 1e-9
+    path = Path(built / "model" / "model.safetensors")
     weights = load_file(path)
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.05
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(UserError, match="reloaded, log-probabilities differ"):
-        publish(small, variant, lambda share: None)
+        publish_variant(small, variant, lambda share: None)
     assert not (small.folder / "variants").exists()
 
 
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
-    """Killed when the first student is made, and again when the first variant is checked."""
+    """Killed when the first student is built, and again when the first variant is verified."""
     chain = ({"pass": "drop_layers"}, {"pass": "recover", "train": {**TRAIN, "checkpoint_every": 2}})
     recipes = [recipe_file(tmp_path, "chain", *chain), recipe_file(tmp_path, "w50", {"pass": "wanda"})]
     study = fake_run(tmp_path, recipes)
-    for sign in ("make variants: S1/s0", "check variants: chain/S1/s0"):
+    for sign in ("build variants: S1/s0", "verify variants: chain/S1/s0"):
         command = [sys.executable, "-m", "compress.run", "--study", str(study.folder)]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         with process:

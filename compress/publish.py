@@ -1,0 +1,52 @@
+"""Publishes a built variant: verified in this process, which did not build it, then made an artifact."""
+
+import json
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from compress.build import REPORTS, Variant, build_folder, silence_libraries
+from compress.verify import MODEL, verify_reload
+from eval.core.artifacts import build_artifact, digest
+from eval.core.errors import UserError
+from eval.core.study import Study
+
+
+def publish_variant(study: Study, variant: Variant, report: Callable[[float], None]) -> None:
+    """Verifies a built variant and moves it into the run folder.
+
+    Raises:
+        UserError: reloaded, it answers differently from the model that was saved.
+    """
+    silence_libraries()
+    built, student, recipe = build_folder(study, variant), variant.student, variant.recipe
+    reports = json.loads((built / REPORTS).read_text())
+    try:
+        differences = verify_reload(built, recipe.engine)
+    except UserError:
+        shutil.rmtree(built)  # the next command builds it anew
+        raise
+    curves = [r["facts"]["loss_curve"] for r in reports if "loss_curve" in r["facts"]]
+    facts: dict[str, Any] = {
+        "arm": student.arm,
+        "seed": student.seed,
+        "recipe": recipe.name,
+        "recipe_hash": digest(recipe.identity),
+        "target": recipe.target,
+        "engine": recipe.engine,
+        "reports": reports,
+        "reload": differences,
+        **({"loss_curve": curves[-1]} if curves else {}),
+    }
+    parents = {"student": student.hash, "data": student.data}
+    with build_artifact(
+        study.folder / variant.name,
+        kind="variant",
+        name=variant.name,
+        key=variant.key,
+        parents=parents,
+        facts=facts,
+    ) as aside:
+        for path in (built / MODEL).iterdir():
+            shutil.copy(path, aside / path.name)
+    shutil.rmtree(built)

@@ -1,0 +1,68 @@
+"""Verifies a built variant: reloaded by its standard format, it must answer as it did in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from compress.calibration import check_batch, log_probs
+from eval.core.documents import Batch, Row
+from eval.core.errors import UserError
+
+MODEL = "model"  # folder of the built model
+REFERENCE = "reference.safetensors"  # beside it: its log-probabilities on `check_batch`
+MAX_DIFFERENCE = 1e-3  # nats: of a log-probability, between memory and the reloaded folder
+MAX_KL = 1e-6  # nats per token, mean
+
+
+def save_reference(folder: Path, model: Any, tokenizer: Any, rows: list[Row], pad: int) -> None:
+    """Writes the answers of the model in memory, and a text with its token ids, into `folder`.
+
+    Raises:
+        UserError: an answer is not finite.
+    """
+    batch = check_batch(rows, pad)
+    reference = log_probs(model, batch)
+    if not bool(torch.isfinite(reference[batch.attention_mask.bool()]).all()):
+        raise UserError(
+            f"variant {folder.parent}", "log-probabilities that are not finite", "choose a milder recipe"
+        )
+    text = tokenizer.decode(rows[0].tokens[1:])
+    tensors = {
+        "log_probs": reference,
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "text_ids": torch.tensor(tokenizer(text)["input_ids"]),
+    }
+    save_file(tensors, folder / REFERENCE, {"text": text})
+
+
+def verify_reload(folder: Path, engine: str) -> dict[str, float]:
+    """Largest difference of a log-probability and mean KL(memory, reloaded), in nats, on training rows.
+
+    Raises:
+        UserError: either is too large, or the reloaded tokenizer gives other ids.
+    """
+    from eval.engines import load_engine
+
+    reference = load_file(folder / REFERENCE)
+    with safe_open(folder / REFERENCE, framework="pt") as stream:
+        text = stream.metadata()["text"]
+    loaded = load_engine(engine, folder / MODEL)
+    thing, fix = f"variant {folder.parent}", "it is not published: report this with the library versions"
+    if loaded.tokenizer(text)["input_ids"] != reference["text_ids"].tolist():
+        raise UserError(thing, "its reloaded tokenizer splits a text into other tokens", fix)
+    batch = Batch([], [], [], reference["input_ids"], reference["attention_mask"])
+    real = batch.attention_mask.bool()
+    before, after = reference["log_probs"][real], torch.log_softmax(loaded.logits(batch).float(), -1)[real]
+    difference = float((before - after).abs().max())
+    kl = float((before.exp() * (before - after)).sum(dim=-1).mean())
+    if not (difference <= MAX_DIFFERENCE and kl <= MAX_KL):
+        found = (
+            f"reloaded, log-probabilities differ by up to {difference:.3g} nats (at most {MAX_DIFFERENCE}), "
+            f"KL {kl:.3g} nats per token (at most {MAX_KL})"
+        )
+        raise UserError(thing, found, fix)
+    return {"log_prob_difference": difference, "kl": kl}
