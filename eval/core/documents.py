@@ -93,7 +93,7 @@ class Batch:
         return real if self.given is None else real & ~self.given[:, 1:]
 
     @cached_property
-    def asked(self) -> tuple[Tensor, Tensor]:
+    def targets(self) -> tuple[Tensor, Tensor]:
         """[N] places among the B * T positions that predict a token under the mask; [N] those tokens."""
         rows, columns = self.mask.nonzero(as_tuple=True)
         places = rows * self.input_ids.shape[1] + columns

@@ -1,8 +1,8 @@
-"""Engines: the folder is the registry. An engine loads a variant by its standard format alone.
+"""Engines: each file here is one. An engine loads a variant by its standard format alone.
 
 `eval/engines/NAME.py` is the engine that a manifest calls NAME. It holds `DEVICES`, the devices that it
-runs on, and `load(folder, threads, device) -> Engine`. Nothing is imported before it is asked for: the
-peak memory and the start of a measured process are then those of its own engine.
+runs on, and `load(folder, threads, device) -> Engine`. An engine is only imported when it is
+needed, so that the peak memory and the start of a measured process are those of its own engine.
 """
 
 from abc import ABC, abstractmethod
@@ -22,8 +22,8 @@ from eval.core.registry import plugin_module
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-AGAIN = "delete the folder and make it again"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+REMAKE = "delete the folder and run the command that makes it again"
 
 
 class Engine(ABC):
@@ -43,7 +43,7 @@ class Engine(ABC):
         """[B, T, V] float32: position p scores the token at p + 1."""
 
     def borrowed(self, batch: Batch) -> Tensor:
-        """The same, in memory that may be the engine's own: it holds until the engine is used again."""
+        """The same without a copy: the memory may be that of the engine, valid until it runs again."""
         return self.logits(batch)
 
     @abstractmethod
@@ -54,12 +54,12 @@ class Engine(ABC):
     def decode(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Reads one token [B] more of each; returns the logits [B, V] of the next ones and the new state.
 
-        The state that was given is used up, and so is every state older than the last `prefill`.
+        The given state must not be used again, nor any state from before the last `prefill`.
         """
 
 
 class Subject(BaseModel):
-    """What an artifact is, by the facts of its manifest."""
+    """The model in an artifact, from the facts of its manifest."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     arm: str
@@ -77,7 +77,7 @@ def subject_of(manifest: Manifest) -> Subject:
         return Subject.model_validate(manifest.facts)
     except ValidationError as error:
         fact = error.errors()[0]["loc"][0]
-        raise UserError(f"artifact {manifest.name}", f"no fact {fact!r} in its manifest", AGAIN) from error
+        raise UserError(f"artifact {manifest.name}", f"no fact {fact!r} in its manifest", REMAKE) from error
 
 
 def engine_module(name: str) -> ModuleType:
@@ -103,28 +103,28 @@ def load_engine(name: str, folder: Path, threads: int = 1, device: str = "cpu") 
 
 
 def load_tokenizer(folder: Path, vocabulary: int | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model folder, held against the `vocabulary` rows of its model where given.
+    """The tokenizer of a model folder, checked against the `vocabulary` rows of its model where given.
 
     Raises:
-        UserError: it is missing or damaged, or writes ids that the model has no row for.
+        UserError: it is missing or damaged, or gives ids that the model has no row for.
     """
-    from transformers import AutoTokenizer  # seconds to import: not before a tokenizer is asked for
+    from transformers import AutoTokenizer  # takes seconds to import: only where it is needed
 
     thing = f"tokenizer of {folder}"
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise UserError(thing, f"no {TOKENIZERS[0]}", "save the tokenizer beside the model")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(thing, f"no {TOKENIZER_FILES[0]}", "save the tokenizer into the folder of the model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, ImportError) as error:
-        raise UserError(thing, f"cannot be read ({first_line(error)})", AGAIN) from error
+        raise UserError(thing, f"cannot be read ({first_line(error)})", REMAKE) from error
     largest = max(tokenizer.get_vocab().values())
     if vocabulary is not None and largest >= vocabulary:
         found = f"ids up to {largest}, the model has {vocabulary} rows"
-        raise UserError(thing, found, "save the tokenizer that the model was trained with")
+        raise UserError(thing, found, "replace it by the tokenizer that the model was trained with")
     return tokenizer
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library said."""
+    """The first line of the message of an error of a library."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eval.core.documents import Batch
 from eval.core.errors import UserError
-from eval.engines import AGAIN, Engine, first_line
+from eval.engines import REMAKE, Engine, first_line
 
 try:
     import openvino
@@ -26,7 +26,7 @@ except ModuleNotFoundError as missing:
 
 DEVICES = ("cpu",)
 MODEL = "openvino_model.xml"
-FEEDS = {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+INPUTS = {"input_ids", "attention_mask", "position_ids", "beam_idx"}
 # Arithmetic and cache in float32: the runtime's defaults may round both to 16 bits, by the machine's ISA,
 # and a score would then depend on where it was taken. Weights stay as the variant stores them.
 EXACT = {
@@ -46,16 +46,20 @@ class OpenVinoEngine(Engine):
     def __init__(self, folder: Path, threads: int) -> None:
         path = folder / MODEL
         if not path.is_file():
-            raise UserError(f"model {folder}", f"no {MODEL}", "export it with optimum-intel")
+            raise UserError(f"model {folder}", f"no {MODEL}", "export the model with optimum-intel")
         try:
             core = openvino.Core()
             model = core.read_model(path)
             compiled = core.compile_model(model, "CPU", {**EXACT, "INFERENCE_NUM_THREADS": threads})
         except RuntimeError as error:
-            raise UserError(f"model {path}", f"cannot be read ({first_line(error)})", AGAIN) from error
+            raise UserError(f"model {path}", f"cannot be read ({first_line(error)})", REMAKE) from error
         self.inputs = {name for port in compiled.inputs for name in port.get_names()}
-        if other := sorted(self.inputs - FEEDS):
-            raise UserError(f"model {path}", f"input {other[0]!r}", "export a stateful text decoder")
+        if other := sorted(self.inputs - INPUTS):
+            raise UserError(
+                f"model {path}",
+                f"it has an input {other[0]!r}",
+                "export it as a stateful text decoder, with optimum-intel",
+            )
         self.request = compiled.create_infer_request()
         super().__init__(folder, compiled.output("logits").get_partial_shape()[2].get_length())
 

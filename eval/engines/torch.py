@@ -16,10 +16,10 @@ from transformers.utils import logging as transformers_logging
 
 from eval.core.documents import Batch
 from eval.core.errors import UserError, require_one_of
-from eval.engines import AGAIN, Engine, first_line, load_tokenizer
+from eval.engines import REMAKE, Engine, first_line, load_tokenizer
 
 DEVICES = ("cpu", "cuda")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on each layer of each int8 model
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per layer of each int8 model
 
 
 def load_checkpoint(
@@ -32,11 +32,11 @@ def load_checkpoint(
 
     Raises:
         UserError: a file is missing or damaged, a weight is missing, left over or of another shape, or
-            the tokenizer writes ids that the model has no row for.
+            the tokenizer gives ids that the model has no row for.
     """
     folder = Path(folder)
     model = load_model(folder, dtype=dtype)
-    return model, load_tokenizer(folder, rows(model))
+    return model, load_tokenizer(folder, embedding_rows(model))
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -50,27 +50,27 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
-                ignore_mismatched_sizes=True,  # told below, in one line
+                ignore_mismatched_sizes=True,  # reported below, in one line
                 output_loading_info=True,
                 device_map={"": device} if quantized else None,
             )
     except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"model {folder}", f"cannot be read ({first_line(error)})", AGAIN) from error
+        raise UserError(f"model {folder}", f"cannot be read ({first_line(error)})", REMAKE) from error
     for kind in ("missing", "unexpected", "mismatched"):
         if keys := sorted(k if isinstance(k, str) else k[0] for k in report[f"{kind}_keys"]):
             found = f"weights do not match config.json: {keys[0]} is {kind} ({len(keys)} such)"
-            raise UserError(f"model {folder}", found, "save it with save_pretrained()")
+            raise UserError(f"model {folder}", found, "save model and config together with save_pretrained()")
     return (model if quantized else model.to(device)).eval()
 
 
-def rows(model: PreTrainedModel) -> int:
-    """Rows of the embedding: the tokens that a model knows."""
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Number of rows of the input embedding: tokens that the model has."""
     return model.get_input_embeddings().num_embeddings
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the library's loading bar and report off the terminal: what is wrong is raised instead."""
+    """Keeps the loading bar and report of transformers off the terminal: problems are raised instead."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -83,16 +83,24 @@ def quiet() -> Iterator[None]:
 
 
 def check_folder(folder: Path) -> bool:
-    """Refuses a folder without a sound config or whole safetensors; returns whether it is quantized."""
+    """Checks that a folder has a readable config and whole safetensors; returns whether it is quantized.
+
+    Raises:
+        UserError: a file is missing or damaged, or the quantization is not one of bitsandbytes.
+    """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"model {folder}", "no config.json", "name a folder in the transformers format")
+        raise UserError(
+            f"model {folder}",
+            "no config.json",
+            "give a folder in the transformers format, made by save_pretrained()",
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"config {path}", first_line(error), AGAIN) from error
+        raise UserError(f"config {path}", first_line(error), REMAKE) from error
     if not isinstance(config, dict):
-        raise UserError(f"config {path}", type(config).__name__, "the file must hold a mapping")
+        raise UserError(f"config {path}", f"a {type(config).__name__}, expected a mapping", REMAKE)
     check_weights(folder)
     if "quantization_config" in config:
         method = str(config["quantization_config"].get("quant_method"))
@@ -101,16 +109,20 @@ def check_folder(folder: Path) -> bool:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuses a folder without safetensors, and safetensors that are cut short or have a damaged header."""
+    """Refuses a folder without safetensors, or with some that are cut short or have a damaged header."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise UserError(f"model {folder}", "no *.safetensors", "save it with save_pretrained()")
+        raise UserError(
+            f"model {folder}",
+            "no *.safetensors",
+            "save the model with save_pretrained(): other formats are not read",
+        )
     for path in paths:
         try:
             with safe_open(path, framework="pt"):
                 continue
         except SafetensorError as error:
-            raise UserError(f"weights {path}", first_line(error), AGAIN) from error
+            raise UserError(f"weights {path}", first_line(error), REMAKE) from error
 
 
 class TorchEngine(Engine):
@@ -119,9 +131,9 @@ class TorchEngine(Engine):
     def __init__(self, folder: Path, device: str) -> None:
         self.model = load_model(folder, device=device)
         self.device = torch.device(device)
-        known = inspect.signature(self.model.forward).parameters
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        super().__init__(folder, rows(self.model))
+        parameters = inspect.signature(self.model.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        super().__init__(folder, embedding_rows(self.model))
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
@@ -143,5 +155,9 @@ class TorchEngine(Engine):
 def load(folder: Path, threads: int, device: str) -> Engine:
     torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device 'cuda'", "no CUDA device here", "run this on a machine that has one")
+        raise UserError(
+            "device 'cuda'",
+            "this machine has no CUDA device",
+            "run this on one that has, or on the device cpu",
+        )
     return TorchEngine(folder, device)

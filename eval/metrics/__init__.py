@@ -1,1 +1,1 @@
-"""Metrics: how well a model predicts validation documents."""
+"""Metrics: pure functions, and thin modules of Hugging Face `evaluate` around them that load offline."""

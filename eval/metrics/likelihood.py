@@ -1,4 +1,4 @@
-"""What a model says of each document's tokens: the bits that it needs, and how right and how sure it is."""
+"""Likelihood of documents under a model: bits, correct next tokens, and calibration, in one pass."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 Predict = Callable[[Batch], Tensor]  # -> [B, T, V] logits or log-probabilities
 BATCH_TOKENS = 1024  # padded; more of them are no faster on a CPU, and slower once logits leave its cache
 BINS = 15  # of equal width over [0, 1], as Guo et al. (2017) take them
-KEPT = 8  # slices whose batches are kept
-PIECE = 2**18  # entries of one softmax: 1 MiB, which is half of what a core keeps near itself
+CACHED_SLICES = 8  # so many keep their batches
+PIECE = 2**18  # entries of one softmax: 1 MiB, half of the L2 cache of a core
 
-_PREPARED: dict[str, list[Batch]] = {}
+_BATCHES: dict[str, list[Batch]] = {}
 
 
-class Predicted(NamedTuple):
+class TokenPredictions(NamedTuple):
     """One entry per predicted token, in the row-major order of the batch's mask."""
 
     nats: Tensor  # [N] float32, -log p of the token
@@ -45,7 +45,7 @@ class Likelihoods(NamedTuple):
 
     bits: list[float]
     tokens: list[int]
-    correct: list[int]  # tokens that the model held to be the likeliest
+    correct: list[int]  # tokens that were the likeliest
     bins: Sums
 
 
@@ -73,18 +73,21 @@ def likelihoods(
     """
     place = {document.id: i for i, document in enumerate(documents)}
     assert len(place) == len(documents), "ids are unique within a slice"
-    made = prepared(documents, tokenizer, context, batch_tokens)
-    said = [predicted(predict(batch), batch) for batch in made]
-    nats, confidence, correct = (torch.cat(column).cpu() for column in zip(*said, strict=True))
-    names = [name for batch in made for name in batch.documents]
-    sizes = torch.cat([batch.mask.sum(1) for batch in made])  # tokens of each row, in the order of `said`
-    where = torch.tensor([place[name] for name in names]).repeat_interleave(sizes)
-    bits = torch.bincount(where, nats.double() / math.log(2), minlength=len(place))
-    tokens = torch.bincount(where, minlength=len(place))
-    right = torch.bincount(where[correct], minlength=len(place))
-    refuse_infinite(documents, bits)
+    prepared = prepare_batches(documents, tokenizer, context, batch_tokens)
+    predictions = [predict_tokens(predict(batch), batch) for batch in prepared]
+    nats, confidence, correct = (torch.cat(column).cpu() for column in zip(*predictions, strict=True))
+    names = [name for batch in prepared for name in batch.documents]
+    sizes = torch.cat([batch.mask.sum(1) for batch in prepared])  # tokens of each row, in the same order
+    document_of = torch.tensor([place[name] for name in names]).repeat_interleave(sizes)
+    bits = torch.bincount(document_of, nats.double() / math.log(2), minlength=len(place))
+    tokens = torch.bincount(document_of, minlength=len(place))
+    correct_tokens = torch.bincount(document_of[correct], minlength=len(place))
+    require_finite(documents, bits)
     return Likelihoods(
-        bits.tolist(), tokens.tolist(), right.tolist(), Sums(*binned(confidence, correct).tolist())
+        bits.tolist(),
+        tokens.tolist(),
+        correct_tokens.tolist(),
+        Sums(*bin_by_confidence(confidence, correct).tolist()),
     )
 
 
@@ -96,74 +99,74 @@ def document_bits(
     batch_tokens: int = BATCH_TOKENS,
 ) -> tuple[list[float], list[int]]:
     """Bits and number of predicted tokens of each document; see `likelihoods`."""
-    found = likelihoods(predict, documents, tokenizer, context, batch_tokens)
-    return found.bits, found.tokens
+    columns = likelihoods(predict, documents, tokenizer, context, batch_tokens)
+    return columns.bits, columns.tokens
 
 
-def prepared(
+def prepare_batches(
     documents: list[Document], tokenizer: "PreTrainedTokenizerBase", context: int, batch_tokens: int
 ) -> list[Batch]:
     """Batches of the documents' windows.
 
-    Models of a study share their tokenizer, and a worker scores many: what one needed is kept for the next.
+    Models of a study share their tokenizer, and a worker scores many: the batches are cached for the next.
     """
-    told = [tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id]
-    asked = [tokenizer.chat_template, context, batch_tokens, [asdict(document) for document in documents]]
-    key = digest([*told, *asked])
-    if key not in _PREPARED:
+    ids = tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id
+    settings = tokenizer.chat_template, context, batch_tokens
+    key = digest([*ids, *settings, [asdict(document) for document in documents]])
+    if key not in _BATCHES:
         rows = [row for document in documents for row in windows(tokenizer, document, context)]
-        while len(_PREPARED) >= KEPT:
-            del _PREPARED[next(iter(_PREPARED))]
-        _PREPARED[key] = list(batches(rows, boundary_id(tokenizer), batch_tokens))
-    return _PREPARED[key]
+        while len(_BATCHES) >= CACHED_SLICES:
+            del _BATCHES[next(iter(_BATCHES))]
+        _BATCHES[key] = list(batches(rows, boundary_id(tokenizer), batch_tokens))
+    return _BATCHES[key]
 
 
-def refuse_infinite(documents: list[Document], values: Tensor) -> None:
-    """Names the first document whose value [documents] is not finite."""
+def require_finite(documents: list[Document], values: Tensor) -> None:
+    """Raises a UserError that names the first document whose value, of [documents], is not finite."""
     for document, value in zip(documents, values.tolist(), strict=True):
         if not math.isfinite(value):
-            fix = "the model's output is not finite there: look at its weights"
+            fix = "bits must be finite: the model's output is not, so look at its weights"
             raise UserError(f"document {document.id!r}", f"{value} bits", fix)
 
 
-def predicted(scores: Tensor, batch: Batch) -> Predicted:
-    """What logits or log-probabilities [B, T, V] say of the tokens under the batch's mask."""
-    parts, size = list(pieces(scores, batch, PIECE)), piece_rows(scores.shape[2], PIECE)
-    if len(parts) == 1:  # by far the most: cutting costs more than it seems where a model is small
-        return _predicted(parts[0], *batch.asked)
-    places, labels = batch.asked
+def predict_tokens(scores: Tensor, batch: Batch) -> TokenPredictions:
+    """The predictions in logits or log-probabilities [B, T, V] of the tokens under the batch's mask."""
+    parts, size = list(split_scores(scores, batch, PIECE)), rows_per_piece(scores.shape[2], PIECE)
+    if len(parts) == 1:  # the usual case, and cutting is slow where a model is small
+        return _predict_tokens(parts[0], *batch.targets)
+    places, labels = batch.targets
     cuts = torch.searchsorted(places, torch.arange(size, size * len(parts), size))
-    asked = zip(parts, places.tensor_split(cuts), labels.tensor_split(cuts), strict=True)
-    said = [_predicted(part, where - i * size, ids) for i, (part, where, ids) in enumerate(asked)]
-    return Predicted(*(torch.cat(column) for column in zip(*said, strict=True)))
+    cut = zip(parts, places.tensor_split(cuts), labels.tensor_split(cuts), strict=True)
+    predictions = [_predict_tokens(part, where - i * size, ids) for i, (part, where, ids) in enumerate(cut)]
+    return TokenPredictions(*(torch.cat(column) for column in zip(*predictions, strict=True)))
 
 
-def _predicted(logits: Tensor, places: Tensor, labels: Tensor) -> Predicted:
+def _predict_tokens(logits: Tensor, places: Tensor, labels: Tensor) -> TokenPredictions:
     """Of logits [n, V], at the places [m] of their rows, which predict the labels [m]."""
     places, labels = places.to(logits.device), labels.to(logits.device)
-    log_probs, best = logits.log_softmax(-1), likeliest(logits)[places]
-    return Predicted(-log_probs[places, labels], log_probs[places, best].exp(), best == labels)
+    log_probs, best = logits.log_softmax(-1), likeliest_tokens(logits)[places]
+    return TokenPredictions(-log_probs[places, labels], log_probs[places, best].exp(), best == labels)
 
 
-def piece_rows(vocabulary: int, entries: int) -> int:
+def rows_per_piece(vocabulary: int, entries: int) -> int:
     return max(1, entries // vocabulary)
 
 
-def pieces(scores: Tensor, batch: Batch, entries: int) -> Iterator[Tensor]:
+def split_scores(scores: Tensor, batch: Batch, entries: int) -> Iterator[Tensor]:
     """Scores [B, T, V] as [n, V] in float32, views where they can be: no second [B, T, V] is made."""
     assert scores.shape[:2] == batch.input_ids.shape, f"[B, T, V] expected, got {tuple(scores.shape)}"
-    for part in scores.flatten(0, 1).split(piece_rows(scores.shape[2], entries)):
+    for part in scores.flatten(0, 1).split(rows_per_piece(scores.shape[2], entries)):
         yield part.float()
 
 
-def likeliest(scores: Tensor) -> Tensor:
+def likeliest_tokens(scores: Tensor) -> Tensor:
     """[n] int64: the largest of each row [n, V], the first one of equals."""
     if scores.device.type == "cpu":
         return torch.from_numpy(scores.numpy().argmax(-1))  # torch's own is ten times as slow there
     return scores.argmax(-1)
 
 
-def binned(confidence: Tensor, correct: Tensor) -> Tensor:
+def bin_by_confidence(confidence: Tensor, correct: Tensor) -> Tensor:
     """`Sums` [3, BINS] over tokens [N], in bins of equal width by confidence; the last holds 1 too."""
     index = (confidence.double() * BINS).long().clamp(0, BINS - 1)
     weights = (torch.ones_like(confidence), confidence, correct)

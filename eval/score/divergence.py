@@ -29,7 +29,7 @@ from eval.core.records import (
 )
 from eval.core.study import Study
 from eval.engines import Engine, load_engine, subject_of
-from eval.metrics.likelihood import Predict, likeliest, pieces, prepared, refuse_infinite
+from eval.metrics.likelihood import Predict, likeliest_tokens, prepare_batches, require_finite, split_scores
 from eval.stats.crossed import crossed_mean, linearise
 
 PIECE = 2**16  # entries of one comparison: its dozen intermediates stay in a core's cache
@@ -51,11 +51,11 @@ class DocumentDivergences(NamedTuple):
 def flips_and_kl(one: Tensor, other: Tensor, batch: Batch) -> Tensor:
     """[2, N] for the tokens under the mask: 1 where the likeliest differ, and KL(one || other) in bits."""
     parts = []
-    for left, right in zip(pieces(one, batch, PIECE), pieces(other, batch, PIECE), strict=True):
-        flips = likeliest(left) != likeliest(right)
+    for left, right in zip(split_scores(one, batch, PIECE), split_scores(other, batch, PIECE), strict=True):
+        flips = likeliest_tokens(left) != likeliest_tokens(right)
         bits = kl_divergence(left.log_softmax(-1), right.log_softmax(-1)) / math.log(2)
         parts.append(torch.stack([flips, bits]))
-    return torch.cat(parts, 1)[:, batch.asked[0].to(one.device)]
+    return torch.cat(parts, 1)[:, batch.targets[0].to(one.device)]
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -83,12 +83,12 @@ def document_divergences(
     sums = torch.zeros(2, len(place), dtype=torch.float64)
     tokens = torch.zeros(len(place), dtype=torch.int64)
     size = min(engine.batch_tokens, tokens_per_batch(engine.vocabulary))
-    for batch in prepared(documents, engine.tokenizer, context, size):
+    for batch in prepare_batches(documents, engine.tokenizer, context, size):
         counts = batch.mask.sum(1)
         where = torch.tensor([place[name] for name in batch.documents]).repeat_interleave(counts)
         sums.index_add_(1, where, flips_and_kl(one(batch), other(batch), batch).double().cpu())
         tokens.index_add_(0, where, torch.ones_like(where))
-    refuse_infinite(documents, sums[1])
+    require_finite(documents, sums[1])
     return DocumentDivergences(tokens.tolist(), sums[0].long().tolist(), sums[1].tolist())
 
 

@@ -12,7 +12,7 @@ from eval.core.records import SampleScores
 from eval.core.sections import Task
 from eval.engines import Engine
 from eval.metrics.functions import exact_match, likeliest_choice, token_f1
-from eval.metrics.likelihood import likeliest, predicted
+from eval.metrics.likelihood import likeliest_tokens, predict_tokens
 from eval.score.samples import Sample, read_samples
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def choose(samples: list[Sample], engine: Engine, context: int, batch_tokens: in
         row for i, sample in enumerate(samples) for row in choice_rows(tokenizer, sample, str(i), context)
     ]
     for batch in batches(rows, boundary_id(tokenizer), batch_tokens):
-        predictions = predicted(engine.borrowed(batch), batch)
+        predictions = predict_tokens(engine.borrowed(batch), batch)
         row_of_token = batch.mask.nonzero()[:, 0]
         nats = torch.bincount(row_of_token, predictions.nats.double().cpu(), minlength=len(batch.ids))
         log_likelihoods |= dict(zip(batch.ids, (-nats).tolist(), strict=True))
@@ -123,7 +123,7 @@ def greedy(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[li
     continuations: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     for step in range(new_tokens):
-        tokens = likeliest(logits[:, :vocabulary].contiguous())
+        tokens = likeliest_tokens(logits[:, :vocabulary].contiguous())
         for i, token in enumerate(tokens.tolist()):
             ended[i] = ended[i] or token == end
             if not ended[i]:

@@ -9,7 +9,7 @@ import torch
 
 from eval.core.documents import Document
 from eval.metrics.functions import calibration_error, exact_match, likeliest_choice, token_f1
-from eval.metrics.likelihood import BINS, binned, likelihoods
+from eval.metrics.likelihood import BINS, bin_by_confidence, likelihoods
 from tests.eval.fake_run import CONTEXT, tokenizer
 from tests.helpers import ROOT, text, tiny_model
 
@@ -52,7 +52,7 @@ def test_calibration_error_is_that_of_the_definition(load):
     generator = torch.Generator().manual_seed(0)
     confidence = torch.cat([torch.rand(500, generator=generator), torch.tensor([0.0, 1.0, 1.0])])
     correct = torch.rand(503, generator=generator) < confidence**2
-    tokens, sure, right = binned(confidence, correct).tolist()
+    tokens, sure, right = bin_by_confidence(confidence, correct).tolist()
     wanted = naive_calibration_error(confidence.tolist(), correct.tolist())
     found = load("calibration_error").compute(predictions=sure, references=right, tokens=tokens)
     assert found["calibration_error"] == pytest.approx(wanted, rel=1e-6)
