@@ -114,15 +114,18 @@ def larger_tokenizer(folder: Path) -> None:
 
 
 DAMAGES = {
-    "truncated weights": (cut_in_half, "model.safetensors: .*delete the folder and make it again"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no \*\.safetensors; save it"),
+    "truncated weights": (
+        cut_in_half,
+        "model.safetensors: .*delete the folder and run the command that makes it",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no \*\.safetensors; save the model"),
     "a weight is missing": (without_a_weight, "model.norm.weight is missing"),
     "more layers than weights": (config_with(num_hidden_layers=3), r"is missing \(9 such\)"),
     "fewer layers than weights": (config_with(num_hidden_layers=1), "layers.1.* is unexpected"),
     "another shape": (config_with(vocab_size=330), "embed_tokens.weight is mismatched"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json: Expecting property"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a mapping"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "a list, expected a mapping"),
     "unknown architecture": (config_with(model_type="nope"), "model type `nope`"),
     "another quantizer": (
         config_with(quantization_config={"quant_method": "gptq"}),
@@ -168,7 +171,7 @@ def test_unknown_engines_and_devices_are_answered_with_what_there_is(checkpoint)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_cuda_without_a_device_is_refused(checkpoint):
-    with pytest.raises(UserError, match="no CUDA device here"):
+    with pytest.raises(UserError, match="this machine has no CUDA device"):
         load_engine("torch", checkpoint, device="cuda")
 
 

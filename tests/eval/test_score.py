@@ -176,12 +176,15 @@ def with_another_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fill", "message"),
     [
-        (with_nan, "scoring .*students/S1/s0: document 'code-.': nan bits; the model's output is not finite"),
+        (
+            with_nan,
+            "scoring .*students/S1/s0: document 'code-.': nan bits; bits must be finite: the model's output is not",
+        ),
         (with_another_tokenizer, "tokenizer of .*: ids up to 299, the model has 280 rows"),
         (lambda folder: tiny_model().save_pretrained(folder), "no tokenizer.json"),
     ],
 )
-def test_a_bad_model_is_told_and_nothing_is_written(tmp_path, fill, message):
+def test_a_bad_model_is_refused_and_nothing_is_written(tmp_path, fill, message):
     study, folder = fake_run(tmp_path)
     put(folder, "students/S1/s0", fill, **facts("S1"))
     with pytest.raises(UserError, match=message):
