@@ -173,7 +173,7 @@ def plain_output(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> Teach
         with capture_input(output_embedding(model)) as captured:
             model(**batch.inputs, **inputs, use_cache=False)
         hidden.append(captured[0])
-        heads.append(head_of(model).ready(captured[0].dtype))
+        heads.append(head_of(model).detach(captured[0].dtype))
     return TeacherOutput(hidden=hidden, heads=heads)
 
 

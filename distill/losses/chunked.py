@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.losses.divergences import check_target, distillation_loss
 from distill.losses.teacher_output import Dense, Sampled, States, Target, TopK, cut_vocabulary
-from distill.models.lm_head import Head, is_narrow
+from distill.models.lm_head import Head, is_half_precision
 from eval.core.sections import Loss
 
 CHUNK_BYTES = 2**26  # float32 logits of one chunk: large enough for matrix products at full speed
@@ -43,7 +43,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         head, labels, target, config = rest
-        head, total = head.ready(hidden.dtype), torch.zeros((), device=hidden.device)
+        head, total = head.detach(hidden.dtype), torch.zeros((), device=hidden.device)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -56,7 +56,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 total += _head_loss_(logits, head, labels[start:stop], chunk_target, config)
                 if hidden_grad is not None:
                     hidden_grad[start:stop] = _matmul_float32(logits, head.weight)
-                if weight_grad is not None and is_narrow(states):
+                if weight_grad is not None and is_half_precision(states):
                     weight_grad += _matmul_float32(logits.mT, states)
                 elif weight_grad is not None:
                     weight_grad.addmm_(logits.mT, states.float())
@@ -89,7 +89,7 @@ def slice_target(target: Target | Tensor | None, start: int, stop: int) -> Tenso
 
 def _matmul_float32(one: Tensor, other: Tensor) -> Tensor:
     """float32 product of a float32 matrix with another, on a GPU computed in the dtype of the other."""
-    if is_narrow(other):
+    if is_half_precision(other):
         return torch.mm(one.to(other.dtype), other, out_dtype=torch.float32)
     return torch.mm(one, other.float())
 
@@ -105,7 +105,7 @@ def _head_loss_(
     loss = torch.zeros((), device=products.device)
     for start, stop in chunk_bounds(len(products), size, products.shape[1]):
         logits = products[start:stop]
-        slope = head.shape_(logits)
+        slope = head.scale_and_cap_(logits)
         loss += loss_and_gradient_(logits, labels[start:stop], slice_target(target, start, stop), config)
         if slope is not None:
             logits *= slope

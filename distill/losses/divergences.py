@@ -1,6 +1,6 @@
-"""Losses: sums over tokens, in float32, of logits against labels and against what a teacher says.
+"""Losses: sums over tokens, in float32, of logits against labels and against a teacher's targets.
 
-Nothing here divides by a number of tokens: the caller does, by that of the whole batch, over all processes
+Nothing here divides by a number of tokens: the caller divides by that of the whole step, over all processes
 and accumulation steps.
 """
 
@@ -15,8 +15,8 @@ from distill.losses.teacher_output import Sampled, Target, TopK
 from eval.core.errors import UserError
 from eval.core.sections import Loss
 
-BUCKETS = ("forward_kl", "jsd", "skew_forward_kl")  # what stays stable when the tail is one bucket
-LEAST = 2.0**-24  # the float32 next below 1 is 1 - LEAST: a tail that is rounded away
+TOP_K_DIVERGENCES = ("forward_kl", "jsd", "skew_forward_kl")  # stable when the tail is one bucket
+MIN_TAIL = 2.0**-24  # the float32 next below 1 is 1 - MIN_TAIL: a smaller tail is rounded away
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -65,6 +65,7 @@ def total_variation(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher.exp() - student.exp()).abs().sum() / 2
 
 
+# p: the teacher's log-probabilities, q: the student's
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Loss], Tensor]] = {
     "forward_kl": lambda p, q, loss: forward_kl(p, q),
     "reverse_kl": lambda p, q, loss: reverse_kl(p, q),
@@ -76,56 +77,56 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Loss], Tensor]] = {
 
 
 def at_temperature(log_probs: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities at T of those at 1, whatever constant each token carries: softmax(log p / T)."""
+    """Log-probabilities at temperature T from logits or log-probabilities at 1: log softmax(log p / T)."""
     return torch.log_softmax(log_probs if temperature == 1 else log_probs / temperature, dim=-1)
 
 
 def sampled_kl(target: Sampled, student: Tensor) -> Tensor:
-    """An estimate of the forward KL by the teacher's draws; its gradient is unbiased.
+    """An estimate of the forward KL from ids sampled from the teacher; its gradient is unbiased.
 
-    The value is the cross-entropy of the draws less the teacher's entropy: it may fall below 0.
+    The value is the cross-entropy of the samples minus the teacher's entropy: it may be negative.
 
     Args:
-        student: [N, V] log-probabilities at the temperature of the draws.
+        student: [N, V] log-probabilities at the temperature of the samples.
     """
-    share = target.counts / target.counts.sum(-1, keepdim=True)
-    return -(share * student.gather(1, target.ids)).sum() - target.entropy.sum()
+    shares = target.counts / target.counts.sum(-1, keepdim=True)
+    return -(shares * student.gather(1, target.ids)).sum() - target.entropy.sum()
 
 
 def top_k_buckets(target: TopK, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N, k + 1] of teacher and student: the k ids, and all the others as one bucket."""
-    tail = (1 - target.log_probs.exp().sum(-1, keepdim=True)).clamp(min=LEAST).log()
-    rest = student.scatter(1, target.ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([target.log_probs, tail], 1), torch.cat([student.gather(1, target.ids), rest], 1)
+    """Log-probabilities [N, k + 1] of teacher and student: the k ids, and all other ids as one bucket."""
+    tail = (1 - target.log_probs.exp().sum(-1, keepdim=True)).clamp(min=MIN_TAIL).log()
+    student_tail = student.scatter(1, target.ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([target.log_probs, tail], 1), torch.cat([student.gather(1, target.ids), student_tail], 1)
 
 
 def divergence(logits: Tensor, target: Tensor | Sampled | TopK, config: Loss) -> Tensor:
-    """T^2 * sum over tokens of the divergence that `config` names, both sides at temperature T, in nats.
+    """T^2 * sum over tokens of the divergence `config.divergence`, both sides at temperature T, in nats.
 
-    The factor keeps the gradient's size as T grows (Hinton, Vinyals and Dean 2015, section 2.1).
+    The factor keeps the size of the gradient as T grows (Hinton, Vinyals and Dean 2015, section 2.1).
 
     Args:
         logits: [N, V] float32 of the student, or its log-probabilities at T = 1.
-        target: the teacher's: [N, V] logits or log-probabilities at T = 1, or its answer in few ids.
+        target: the teacher's: [N, V] logits or log-probabilities at T = 1, or a sparse target.
     """
     return _divergence_at_t(at_temperature(logits, config.temperature), target, config)
 
 
 def _divergence_at_t(student: Tensor, target: Tensor | Sampled | TopK, config: Loss) -> Tensor:
-    """The same of the student's log-probabilities at T."""
+    """`divergence` from the student's log-probabilities at T."""
     if isinstance(target, Sampled):
-        found = sampled_kl(target, student)
+        total = sampled_kl(target, student)
     elif isinstance(target, TopK):
-        found = DIVERGENCES[config.divergence](*top_k_buckets(target, student), config)
+        total = DIVERGENCES[config.divergence](*top_k_buckets(target, student), config)
     else:
-        found = DIVERGENCES[config.divergence](at_temperature(target, config.temperature), student, config)
-    return found * config.temperature**2
+        total = DIVERGENCES[config.divergence](at_temperature(target, config.temperature), student, config)
+    return total * config.temperature**2
 
 
 def distillation_loss(
     logits: Tensor, labels: Tensor, target: Tensor | Sampled | TopK | None, config: Loss
 ) -> Tensor:
-    """(1 - w) CE + w divergence, summed over tokens; plain CE where there is no teacher.
+    """(1 - w) CE + w divergence, summed over tokens; plain CE without a teacher.
 
     Args:
         logits: [N, V] of the student at the positions of valid tokens.
@@ -142,26 +143,24 @@ def distillation_loss(
 
 
 def check_target(target: Target | None, config: Loss) -> None:
-    """Refuses a divergence that cannot be had from the form of a target.
+    """Refuses a divergence that cannot be computed from this form of targets.
 
     Raises:
-        UserError: the gradient would be biased, unstable, or at another temperature than the targets'.
+        UserError: the gradient would be biased or unstable, or the temperature is not that of the targets.
     """
     name = config.divergence
     if isinstance(target, Sampled):
         if name != "forward_kl":
-            found = f"{name} of sampled targets: only the forward KL has an unbiased gradient from draws"
-            raise UserError("train.loss.divergence", found, "take forward_kl, or targets.form: dense")
+            found = f"{name} with sampled targets: only forward_kl has an unbiased gradient from samples"
+            raise UserError("train.loss.divergence", found, "use forward_kl, or targets.form: dense")
         if config.temperature != target.temperature:
-            found = f"{config.temperature}, and the targets were drawn at {target.temperature}"
-            raise UserError("train.loss.temperature", found, "draw the targets again at this temperature")
+            found = f"{config.temperature}, but the targets were sampled at {target.temperature}"
+            raise UserError("train.loss.temperature", found, "sample the targets again at this temperature")
     if isinstance(target, TopK):
-        if name not in BUCKETS:
-            found = (
-                f"{name} of top-k targets: truncated, it is unstable, for the student's tail is unanswered"
-            )
-            fix = f"take one of {', '.join(BUCKETS)}, or targets.form: dense"
+        if name not in TOP_K_DIVERGENCES:
+            found = f"{name} with top-k targets: unstable where the teacher's tail is cut off"
+            fix = f"use one of {', '.join(TOP_K_DIVERGENCES)}, or targets.form: dense"
             raise UserError("train.loss.divergence", found, fix)
         if config.temperature != 1:
-            found = f"{config.temperature} of top-k targets: the tail at another temperature is not known"
-            raise UserError("train.loss.temperature", found, "take 1, or targets.form: sampled or dense")
+            found = f"{config.temperature} with top-k targets: their tail is only known at temperature 1"
+            raise UserError("train.loss.temperature", found, "use 1, or targets.form: sampled or dense")

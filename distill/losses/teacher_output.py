@@ -1,6 +1,6 @@
-"""What a teacher says about the N valid tokens of a batch, in the four forms that a loss can take.
+"""Targets: a teacher's distributions of the N valid tokens of a batch, in four forms that a loss accepts.
 
-Valid tokens are those of `batch.mask`, in its row-major order: entry n answers for the n-th True of it.
+Valid tokens are those of `batch.mask`, in row-major order: entry n belongs to its n-th True.
 """
 
 import math
@@ -19,7 +19,7 @@ from eval.core.errors import UserError
 class Dense:
     """log_probs: [N, V] at T = 1, in any float dtype, normalised over V in float32.
 
-    layers: [N, D] of each teacher layer that `loss.hidden` pairs, in its order; none where it pairs none.
+    layers: [N, D] of each teacher layer in `loss.hidden.pairs`, in that order.
     """
 
     log_probs: Tensor
@@ -66,17 +66,17 @@ class States:
             return torch.log_softmax(self.logits(start, stop), dim=-1)
         total = torch.zeros(0)
         for hidden, head in zip(self.hidden, self.heads, strict=True):
-            found = torch.log_softmax(head(hidden[start:stop]), dim=-1)
-            total = torch.logaddexp(total, found) if len(total) else found
+            log_probs = torch.log_softmax(head(hidden[start:stop]), dim=-1)
+            total = torch.logaddexp(total, log_probs) if len(total) else log_probs
         return total - math.log(len(self.heads))
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Ids drawn from the teacher at `temperature`: an unbiased estimate of its distribution.
+    """Ids sampled from the teacher at `temperature`: an unbiased estimate of its distribution.
 
-    ids: [N, K] int64, distinct within a token; counts: [N, K] float32, 0 where a place is unused, summing to
-    the number of draws; entropy: [N] float32, of the teacher at that temperature, in nats.
+    ids: [N, K] int64, distinct within a token; counts: [N, K] float32, 0 where an entry is unused, summing to
+    the number of samples; entropy: [N] float32, of the teacher at that temperature, in nats.
     """
 
     ids: Tensor
@@ -93,7 +93,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class TopK:
-    """The k likeliest ids; what is left of the probability is one more bucket, the tail.
+    """The k most likely ids; the rest of the probability is one more bucket, the tail.
 
     ids: [N, k] int64; log_probs: [N, k] float32 at T = 1.
     """
@@ -111,25 +111,25 @@ Teacher = Callable[[Batch], Target]
 
 
 def cut_vocabulary(target: Target, vocabulary: int) -> Target:
-    """The target over the first `vocabulary` ids, as the loss normalises it again.
+    """The target over the first `vocabulary` ids; the loss normalises it again.
 
-    A teacher's head is often padded beyond the ids that its tokenizer writes, and a student of the same
-    tokenizer beyond fewer: what is cut off is padding.
+    Heads are often padded beyond the ids of the tokenizer, a teacher's more than a student's: only padding is
+    cut off.
 
     Raises:
-        UserError: the target has fewer ids than the student, or names one beyond them.
+        UserError: the target has fewer ids than the student, or contains an id that the student lacks.
     """
     if isinstance(target, Sampled | TopK):
         largest = int(target.ids.max()) if target.ids.numel() else 0
         if largest >= vocabulary:
-            found = f"targets with id {largest}, of a student with {vocabulary} tokens"
+            found = f"the targets contain id {largest}, but the student has {vocabulary} tokens"
             raise UserError("vocabulary", found, "set targets.source: online, or targets.form: dense")
         return target
     if target.vocabulary < vocabulary:
-        found = f"{target.vocabulary} tokens of the teacher, {vocabulary} of the student"
-        raise UserError("vocabulary", found, "give the student no more tokens than its teacher has")
+        found = f"the teacher has {target.vocabulary} tokens, the student {vocabulary}"
+        raise UserError("vocabulary", found, "give the student no more tokens than its teacher")
     if target.vocabulary == vocabulary:
         return target
     if isinstance(target, Dense):
         return replace(target, log_probs=target.log_probs[:, :vocabulary])
-    return replace(target, heads=[head.first(vocabulary) for head in target.heads])
+    return replace(target, heads=[head.cut(vocabulary) for head in target.heads])

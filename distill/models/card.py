@@ -15,10 +15,10 @@ ROLES = {
 
 
 def front_matter(study: Study, arm: str, seed: int, parents: dict[str, str]) -> ModelCardData:
-    """What programs read: the base, the method, and the hash of everything that the model was made of."""
-    named = study.base.path is not None and not Path(study.base.path).is_dir()
+    """Metadata for programs: the base, the method, and the hashes of all that the model was made from."""
+    on_hub = study.base.path is not None and not Path(study.base.path).is_dir()
     return ModelCardData(
-        base_model=study.base.path if named else None,  # the hub's name of it; a folder has none
+        base_model=study.base.path if on_hub else None,  # a local folder has no hub name
         library_name="transformers",
         pipeline_tag="text-generation",
         lineage={

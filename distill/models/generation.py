@@ -1,7 +1,7 @@
-"""Generation: a student or a teacher goes on from the first tokens of training rows.
+"""Generation: a student or a teacher continues the first tokens of training rows.
 
-Which number decides which token comes from a seed and the row, so that a text depends neither on the rows
-around it nor on the number of processes, and a stopped run goes on to the same texts.
+The random numbers of a text come from a seed and the row id, so that it depends neither on the other rows of
+its batch nor on the number of processes, and an interrupted run continues to the same texts.
 """
 
 import hashlib
@@ -26,27 +26,30 @@ def uniforms(key: str, *shape: int) -> np.ndarray:
 
 
 def inverse_cdf(probabilities: Tensor, points: Tensor) -> Tensor:
-    """[n, K] ids at which the cumulated probabilities pass `points` [n, K] in [0, 1); ids of weight 0 never.
+    """[n, K] ids at which the cumulative probability passes `points` [n, K] in [0, 1).
 
-    probabilities: [n, V], not negative; they need not sum to one. Cumulated in float64: at V = 152k a float32
-    sum would lose the tail.
+    An id of probability 0 is never returned. Summed in float64: at V = 152k a float32 sum would lose the tail.
+
+    Args:
+        probabilities: [n, V], not negative; they need not sum to one.
     """
-    rise = probabilities.double().cumsum(-1)
-    total = rise[:, -1:].contiguous()
-    ids = torch.searchsorted(rise, points.double() * total, right=True)
+    cumulative = probabilities.double().cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    ids = torch.searchsorted(cumulative, points.double() * total, right=True)
     # A point that rounds up to the total belongs to the last id of positive weight.
-    last = torch.searchsorted(rise, total, right=False)
+    last = torch.searchsorted(cumulative, total, right=False)
     return torch.minimum(ids, last)
 
 
 def make_prompts(rows: list[Row], generation: Generation) -> list[Row]:
-    """What each row gives: the prompt of a document that has one, else its first tokens.
+    """The prompt in each row: that of its document if it has one, else its first tokens.
 
     Raises:
-        UserError: a row is packed; its parts would be one text.
+        UserError: a row is packed: its documents cannot be told apart.
     """
     if any(row.packed for row in rows):
-        raise UserError("data.packing", "true, and texts are written", "set data.packing: false")
+        found = "true, but texts are generated from single documents"
+        raise UserError("data.packing", found, "set data.packing: false")
     sizes = [1 + row.given if row.given else min(generation.prompt_tokens, len(row.tokens)) for row in rows]
     return [
         Row(row.document, row.domain, row.index, row.tokens[:size], size - 1)
@@ -56,16 +59,16 @@ def make_prompts(rows: list[Row], generation: Generation) -> list[Row]:
 
 def stop_ids(model: PreTrainedModel) -> set[int]:
     """Ids that end a text."""
-    found = model.generation_config.eos_token_id
-    found = model.config.get_text_config().eos_token_id if found is None else found
-    return set(found) if isinstance(found, list) else {found} - {None}
+    eos = model.generation_config.eos_token_id
+    eos = model.config.get_text_config().eos_token_id if eos is None else eos
+    return set(eos) if isinstance(eos, list) else {eos} - {None}
 
 
 def choose_tokens(log_probs: Tensor, points: Tensor, generation: Generation) -> Tensor:
     """[n] ids drawn from [n, V] log-probabilities by points [n] in [0, 1).
 
-    At temperature 0 the likeliest. With top_p < 1 from the fewest likeliest ids that hold so much of the
-    probability (Holtzman et al. 2020, arXiv:1904.09751).
+    At temperature 0 the most likely id. With top_p < 1 from the smallest set of most likely ids with at least
+    that probability (Holtzman et al. 2020, arXiv:1904.09751).
     """
     if generation.temperature == 0:
         return log_probs.argmax(-1)
@@ -78,41 +81,40 @@ def choose_tokens(log_probs: Tensor, points: Tensor, generation: Generation) -> 
 
 
 def uniform_points(rows: list[Row], generation: Generation, seed: object) -> Tensor:
-    """[n, new_tokens] the numbers that decide what follows each row."""
-    found = [uniforms(f"write {seed} {row.id}", generation.new_tokens) for row in rows]
-    return torch.from_numpy(np.stack(found))
+    """[n, new_tokens] uniform random numbers, one for each token after each row."""
+    points = [uniforms(f"write {seed} {row.id}", generation.new_tokens) for row in rows]
+    return torch.from_numpy(np.stack(points))
 
 
 def sample_texts(
-    following: Callable[[list[Row]], Tensor],
+    next_log_probs: Callable[[list[Row]], Tensor],
     prompts: list[Row],
     generation: Generation,
     seed: object,
     stops: set[int],
 ) -> list[list[int]]:
-    """What follows each prompt, token by token, up to an id that stops it.
+    """The ids generated after each prompt, token by token, up to a stop id.
 
     Args:
-        following: rows of one length -> [n, V] log-probabilities of the token after each.
+        next_log_probs: rows of one length -> [n, V] log-probabilities of the token after each.
     """
     points, new = uniform_points(prompts, generation, seed), [list[int]() for _ in prompts]
-    for place in range(generation.new_tokens):
-        at = [i for i, tokens in enumerate(new) if not stops & set(tokens[-1:])]
-        if not at:
+    for position in range(generation.new_tokens):
+        unfinished = [i for i, tokens in enumerate(new) if not stops & set(tokens[-1:])]
+        if not unfinished:
             break
         rows = [
             Row(prompts[i].document, prompts[i].domain, prompts[i].index, prompts[i].tokens + new[i])
-            for i in at
+            for i in unfinished
         ]
-        for i, token in zip(
-            at, choose_tokens(following(rows), points[at, place], generation).tolist(), strict=True
-        ):
+        chosen = choose_tokens(next_log_probs(rows), points[unfinished, position], generation)
+        for i, token in zip(unfinished, chosen.tolist(), strict=True):
             new[i].append(token)
     return new
 
 
 class ChosenTokens(LogitsProcessor):
-    """Leaves of the scores [n, V] only the id that the points of its row choose."""
+    """Keeps of the scores [n, V] only the id that the random numbers of its row choose."""
 
     def __init__(self, points: Tensor, prompt: int, generation: Generation) -> None:
         self.points, self.prompt, self.generation = points, prompt, generation
@@ -125,22 +127,22 @@ class ChosenTokens(LogitsProcessor):
 
 @contextmanager
 def _generation_mode(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, these settings in place of the model's own, and no trace on torch's random numbers."""
-    trained, own = model.training, model.generation_config
+    """Sets the generation settings, and restores them, the mode and torch's random state on exit."""
+    training, own_settings = model.training, model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
             model.generation_config = settings
             yield
         finally:
-            model.generation_config = own
-            model.train(trained)
+            model.generation_config = own_settings
+            model.train(training)
 
 
 def generate_texts(
     model: PreTrainedModel, prompts: list[Row], generation: Generation, seed: object, pad: int
 ) -> list[list[int]]:
-    """What a plain model writes after prompts of one length, with its cache of keys and values."""
+    """The ids that a plain model generates after prompts of one length, with its key-value cache."""
     stops, size = stop_ids(model), len(prompts[0].tokens)
     settings = GenerationConfig(
         max_new_tokens=generation.new_tokens,
@@ -153,36 +155,36 @@ def generate_texts(
     chooser = ChosenTokens(uniform_points(prompts, generation, seed), size, generation)
     with _generation_mode(model, settings):
         model.eval()
-        found = model.generate(
+        generated = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=settings,
             logits_processor=[chooser],
         )
-    return [_cut_after_stop(tokens[size:], stops) for tokens in found.tolist()]
+    return [_cut_after_stop(tokens[size:], stops) for tokens in generated.tolist()]
 
 
 def _cut_after_stop(tokens: list[int], stops: set[int]) -> list[int]:
-    """The tokens through the first one that stops."""
+    """The tokens up to and including the first stop id."""
     end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
     return tokens[: end + 1]
 
 
 def groups_by_length(
-    rows: list[Row], generation: Generation, context: int, most: int
+    rows: list[Row], generation: Generation, context: int, max_tokens: int
 ) -> Iterator[tuple[list[Row], Generation]]:
-    """Openings of one length, so many that they and what follows are at most `most` tokens."""
+    """Groups of prompts of one length, each with its texts at most `max_tokens` tokens."""
     ordered = sorted(rows, key=lambda row: (len(row.tokens), row.id))
     for size, group in groupby(ordered, key=lambda row: len(row.tokens)):
         room = context - size
         if room < 1:
-            found = f"{size} tokens are given, and a row has {context}"
+            found = f"a prompt of {size} tokens leaves no room in data.context = {context}"
             raise UserError("targets.generation", found, "lower prompt_tokens, or raise data.context")
         settings = generation.model_copy(update={"new_tokens": min(generation.new_tokens, room)})
-        same, count = list(group), max(1, most // (size + settings.new_tokens))
+        same, count = list(group), max(1, max_tokens // (size + settings.new_tokens))
         yield from ((same[i : i + count], settings) for i in range(0, len(same), count))
 
 
 def generated_row(row: Row, tokens: list[int]) -> Row:
-    """A row that gives the opening `row`, and teaches the tokens that were written after it."""
+    """A row with the prompt `row` as given, and the tokens generated after it as what is predicted."""
     return Row(row.document, row.domain, row.index, row.tokens + tokens, len(row.tokens) - 1)

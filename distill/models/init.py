@@ -1,4 +1,4 @@
-"""What a student starts from: the base, some of its layers, or random weights in its vocabulary."""
+"""Student initialisation: the base, some of its layers, or random weights with its vocabulary."""
 
 from typing import Any
 
@@ -10,33 +10,33 @@ from eval.core.documents import Row, batches, pad_id, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.sections import Student
 
-ROWS = 64  # training rows that tell which layers matter
+ROWS = 64  # training rows on which the influence of layers is measured
 
 
 def init_student(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Student, rows: list[Row], seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The student before its first step, and what to note in its manifest.
+    """The student before its first step, and facts for its manifest.
 
-    All arms of a seed start alike: the base, the rows and the seed decide.
+    Base, rows and seed decide it: all arms of a seed start from the same weights.
 
     Args:
-        base: may be changed; the student is made of it.
-        rows: training rows, of which the first few tell the influence of layers; needed for that alone.
+        base: changed in place where the student keeps its layers.
+        rows: training rows for the influence of layers; needed for `start: influential` only.
 
     Raises:
-        UserError: more layers are asked for than there are, or the family cannot spare any.
+        UserError: more layers are requested than the base has, or the family cannot drop any.
     """
     if config.start == "base":
         return base, {}
     if config.architecture is not None:
-        vocabulary = base.config.get_text_config().vocab_size  # padded as the teacher's
+        vocabulary = base.config.get_text_config().vocab_size  # padding included, as in the teacher
         where = "student.architecture"
         return fresh_model(config.architecture, tokenizer, seed, vocabulary=vocabulary, where=where), {}
     count, wanted = len(decoder_layers(base)[2]), config.layers
     assert wanted is not None
     if wanted > count:
-        raise UserError("student.layers", wanted, f"the base has {count}: ask for at most so many")
+        raise UserError("student.layers", wanted, f"the base has {count} layers: choose at most that many")
     if config.start == "every":
         kept = evenly_spaced(count, wanted)
     else:

@@ -1,4 +1,4 @@
-"""The decoder layers of a causal language model: where they are, which matter, a model of some of them."""
+"""The decoder layers of a causal language model: where they are, which are influential, keeping some."""
 
 from __future__ import annotations
 
@@ -24,34 +24,35 @@ LAYER_NUMBERS = ("mlp_only_layers", "cross_attention_layers", "moe_layers", "att
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
     """The module that owns the decoder layers, their list's name there, and the list.
 
-    It is found by structure, so that a family needs no entry anywhere: the outermost list of
-    `num_hidden_layers` modules.
+    Found by structure, without a table of families: the outermost list of `num_hidden_layers` modules.
 
     Raises:
         UserError: the model has none, or several.
     """
     count = model.config.get_text_config().num_hidden_layers
-    found = [
+    candidates = [
         (owner, name, child)
         for owner in model.modules()
         for name, child in owner.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == count
     ]
-    outermost = [f for f in found if not any(f[2] in set(o[2].modules()) for o in found if o is not f)]
+    outermost = [
+        c for c in candidates if not any(c[2] in set(o[2].modules()) for o in candidates if o is not c)
+    ]
     if len(outermost) != 1:
         raise UserError(
             f"model {type(model).__name__}",
-            f"{len(outermost)} lists of {count} layers",
-            "layers can be chosen of a decoder with exactly one",
+            f"{len(outermost)} lists of {count} layers, expected one",
+            "keep all layers of this family",
         )
     return outermost[0]
 
 
 def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
-    """Leaves only the layers `kept`, renumbered, so that the cache and the config agree with them.
+    """Keeps only the layers `kept`, and renumbers them in the cache and in the config.
 
     Raises:
-        UserError: the config of the family makes layers of another kind at the new places.
+        UserError: the config of the family builds layers of another kind at the new positions.
     """
     owner, name, layers = decoder_layers(model)
     config = model.config.get_text_config()
@@ -65,30 +66,30 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
     setattr(owner, name, nn.ModuleList(layers[i] for i in kept))
     for new, old in enumerate(kept):
         for module in layers[old].modules():
-            if "layer_idx" in vars(module):  # transformers' name for the module's place in the cache
+            if "layer_idx" in vars(module):  # in transformers: the module's index in the cache
                 vars(module)["layer_idx"] = new
     config.num_hidden_layers = len(kept)
     _check_config(model)
 
 
 def _check_config(model: PreTrainedModel) -> None:
-    """Holds the model against one that is made of its config: it would not load otherwise."""
+    """Compares the model with one built from its config: otherwise it could not be loaded."""
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(type(model.config).from_dict(model.config.to_dict()))
-        wanted = {name: tensor.shape for name, tensor in made.state_dict().items()}
-        found = "its config makes other layers at these places"
+            rebuilt = AutoModelForCausalLM.from_config(type(model.config).from_dict(model.config.to_dict()))
+        shapes = {name: tensor.shape for name, tensor in rebuilt.state_dict().items()}
+        found = "its config builds other layers at these positions"
     except ValueError as error:
-        wanted, found = {}, " ".join(str(error).split())[:200]
-    if wanted != {name: tensor.shape for name, tensor in model.state_dict().items()}:
+        shapes, found = {}, " ".join(str(error).split())[:200]
+    if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
         fix = "keep all layers of this family"
         raise UserError(f"layers of model type {model.config.model_type!r}", found, fix)
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` layers, evenly spaced, the first and the last among them.
+    """Numbers of `wanted` among `count` layers, evenly spaced, with the first and the last.
 
     As in Shleifer and Rush 2020 (arXiv:2010.13002): 0, 6 and 11 of twelve.
     """
@@ -96,14 +97,14 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
 
 
 def most_influential(model: PreTrainedModel, batches: list[Batch], wanted: int) -> list[int]:
-    """The `wanted` layers of the greatest block influence on these batches, in their order."""
+    """Numbers of the `wanted` layers of greatest block influence on these batches, ascending."""
     influence = block_influence(model, batches).tolist()
     return sorted(sorted(range(len(influence)), key=lambda i: (-influence[i], i))[:wanted])
 
 
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, batches: list[Batch]) -> Tensor:
-    """[L] float64: 1 - cosine of what a layer is given and what it gives, the mean over all real tokens.
+    """[L] float64: 1 - cosine between input and output of a layer, averaged over all real tokens.
 
     Men et al. 2024, "ShortGPT" (arXiv:2403.03853), equation 1.
     """
@@ -111,27 +112,27 @@ def block_influence(model: PreTrainedModel, batches: list[Batch]) -> Tensor:
     total, tokens = torch.zeros(len(layers), dtype=torch.float64), 0
     for batch in batches:
         moved = batch.to(model.device)
-        with _capture_changes(layers) as found:
+        with _capture_changes(layers) as changes:
             model(**moved.inputs, use_cache=False)
         real = moved.attention_mask.bool()
-        total += torch.stack([change[real].double().sum().cpu() for change in found])
+        total += torch.stack([change[real].double().sum().cpu() for change in changes])
         tokens += int(real.sum())
     return total / tokens
 
 
 @contextmanager
 def _capture_changes(layers: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """Fills a list with 1 - cosine [B, T] of each layer, in the order in which they run."""
-    found: list[Tensor] = []
+    """Collects 1 - cosine [B, T] of input and output of each layer, in the order in which they run."""
+    changes: list[Tensor] = []
 
     def compare(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        given = args[0] if args else kwargs["hidden_states"]
-        made = output[0] if isinstance(output, tuple) else output
-        found.append(1 - cosine_similarity(given.float(), made.float(), dim=-1))
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        changes.append(1 - cosine_similarity(before.float(), after.float(), dim=-1))
 
     handles = [layer.register_forward_hook(compare, with_kwargs=True) for layer in layers]
     try:
-        yield found
+        yield changes
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""The last step of a language model: hidden states to logits, with the scale and soft cap of its family."""
+"""The head of a language model: hidden states to logits, with the scale and soft cap of its family."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +22,8 @@ SCALES = {
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 
 
-def is_narrow(tensor: Tensor) -> bool:
-    """Whether products with a tensor are made in half precision: on a GPU, where it has that."""
+def is_half_precision(tensor: Tensor) -> bool:
+    """True if products with a tensor are computed in half precision: on a GPU, if it has that dtype."""
     return tensor.is_cuda and tensor.dtype != torch.float32
 
 
@@ -31,8 +31,8 @@ def is_narrow(tensor: Tensor) -> bool:
 class Head:
     """logits = cap * tanh(scale * (hidden W^T + b) / cap), float32; no cap: scale * (hidden W^T + b).
 
-    On a GPU the product is made in the dtype of the hidden states, on a CPU in float32; it is accumulated and
-    left in float32 either way: logits rounded to bf16 would cost 4 to 23 % of the gradient.
+    On a GPU the product is computed in the dtype of the hidden states, on a CPU in float32. It is accumulated
+    and returned in float32 either way: logits rounded to bf16 change the gradient by 4 to 23 %.
     """
 
     weight: Tensor  # [V, D]
@@ -48,49 +48,50 @@ class Head:
 
     def product(self, hidden: Tensor) -> Tensor:
         """[n, V] float32 hidden W^T + b of hidden states [n, D]."""
-        if is_narrow(hidden):
-            found = torch.mm(hidden, self.weight.to(hidden.dtype).mT, out_dtype=torch.float32)
-            return found if self.bias is None else found + self.bias
+        if is_half_precision(hidden):
+            logits = torch.mm(hidden, self.weight.to(hidden.dtype).mT, out_dtype=torch.float32)
+            return logits if self.bias is None else logits + self.bias
         return F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
-    def shape_(self, product: Tensor) -> Tensor | None:
-        """Makes logits of a product [n, V], in place; gives their slope [n, V], None where it is `scale`."""
+    def scale_and_cap_(self, product: Tensor) -> Tensor | None:
+        """Turns a product [n, V] into logits in place; returns the derivative [n, V], None if it is `scale`."""
         if self.scale != 1:
             product *= self.scale
         if self.cap is None:
             return None
-        shape = product.div_(self.cap).tanh_()
-        slope = shape.square().neg_().add_(1).mul_(self.scale)
-        shape *= self.cap
+        capped = product.div_(self.cap).tanh_()
+        slope = capped.square().neg_().add_(1).mul_(self.scale)
+        capped *= self.cap
         return slope
 
-    def first(self, vocabulary: int) -> "Head":
-        """The same head for the first ids alone."""
+    def cut(self, vocabulary: int) -> "Head":
+        """The head for the first `vocabulary` ids."""
         bias = None if self.bias is None else self.bias[:vocabulary]
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
 
-    def ready(self, dtype: torch.dtype) -> "Head":
-        """The same head, its weights detached and once for all in the dtype of the products with `dtype`."""
-        wanted = dtype if self.weight.is_cuda else torch.float32
+    def detach(self, hidden_dtype: torch.dtype) -> "Head":
+        """The head with detached weights, converted once to the dtype of products with hidden states."""
+        product_dtype = hidden_dtype if self.weight.is_cuda else torch.float32
         bias = None if self.bias is None else self.bias.detach().float()
-        return replace(self, weight=self.weight.detach().to(wanted), bias=bias)
+        return replace(self, weight=self.weight.detach().to(product_dtype), bias=bias)
 
 
 def output_embedding(model: PreTrainedModel) -> nn.Linear:
-    """The module that makes logits of hidden states.
+    """The module that turns hidden states into logits.
 
     Raises:
-        UserError: it is no plain linear layer.
+        UserError: it is not a plain linear layer.
     """
-    found = model.get_output_embeddings()
-    if not isinstance(found, nn.Linear) or not found.weight.is_floating_point():
-        kind = f"its output embedding is {type(found).__name__}"
-        raise UserError(f"model type {model.config.model_type!r}", kind, "only a plain linear one is known")
-    return found
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        found = f"its output embedding is {type(head).__name__}"
+        fix = "use a family whose output embedding is a plain linear layer"
+        raise UserError(f"model type {model.config.model_type!r}", found, fix)
+    return head
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a causal language model as its config tells it; `check_head` holds it against the model."""
+    """The head of a causal language model, read from its config; `check_head` compares it with the model."""
     end, fields = output_embedding(model), vars(model.config.get_text_config())
     scale = 1.0
     for name, factor in SCALES.items():
@@ -101,82 +102,84 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 @contextmanager
-def capture_input(end: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, the output embedding hands its input on in place of logits, and leaves it in the list.
+def capture_input(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, the output embedding returns its input in place of logits, and appends it to the list.
 
-    So the last hidden state is had from the forward pass of a whole model, wrapped or not, whatever its
-    family does before its head, and no [B, T, V] is made.
+    So the last hidden state comes from the forward pass of a whole model, wrapped or not, whatever its family
+    does before its head, and no [B, T, V] is made.
     """
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
 
-    def hand_on(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
+    def return_input(hidden: Tensor) -> Tensor:
+        captured.append(hidden)
         return hidden
 
-    assert "forward" not in vars(end), "a tap is in place already"
-    end.forward = hand_on
+    assert "forward" not in vars(head), "its forward is replaced already"
+    head.forward = return_input
     try:
-        yield seen
+        yield captured
     finally:
-        del end.forward
+        del head.forward
 
 
 @contextmanager
 def capture_layers(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Inside, every forward pass of the model leaves the hidden states of `layers` in the list: 0 is the
-    embedding, and the last one, as transformers gives it, has been through the final norm.
+    """Inside, every forward pass of the model puts the hidden states of `layers` into the list.
+
+    Layer 0 is the embedding; the last one has passed the final norm, as in transformers.
 
     Raises:
         UserError: the model has no such layer.
     """
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
     if not layers:
-        yield seen
+        yield captured
         return
-    inner = model.forward
+    own_forward = model.forward
 
     def forward(*inputs: Any, **named: Any) -> Any:
-        output = inner(*inputs, **{**named, "output_hidden_states": True})
+        output = own_forward(*inputs, **{**named, "output_hidden_states": True})
         check_layers(layers, len(output.hidden_states), "teacher")
-        seen[:] = [output.hidden_states[layer] for layer in layers]
+        captured[:] = [output.hidden_states[layer] for layer in layers]
         return output
 
-    assert "forward" not in vars(model), "it is watched already"
+    assert "forward" not in vars(model), "its forward is replaced already"
     model.forward = forward
     try:
-        yield seen
+        yield captured
     finally:
         del model.forward
 
 
 def check_layers(layers: Sequence[int], states: int, whose: str) -> None:
-    """Refuses a layer that a model with so many hidden states does not have."""
+    """Refuses a layer number beyond the hidden states of a model."""
     if wrong := [layer for layer in layers if not 0 <= layer < states]:
-        fix = f"the {whose} has layers 0 (the embedding) to {states - 1}"
-        raise UserError("train.loss.hidden.pairs", f"layer {wrong[0]}", fix)
+        fix = f"choose layers from 0 (the embedding) to {states - 1}"
+        raise UserError("train.loss.hidden.pairs", f"the {whose} has no layer {wrong[0]}", fix)
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, batch: Batch) -> None:
-    """Holds head(hidden) against the model's own logits.
+    """Compares head(hidden) with the logits of the model itself.
 
     Raises:
-        UserError: they differ, so that the family has a last step of another kind.
+        UserError: they differ: the family computes its logits in another way.
     """
     training, batch = model.training, batch.to(model.device)
     model.eval()
-    own = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.mask]
-    with capture_input(output_embedding(model)) as seen:
+    logits = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.mask]
+    with capture_input(output_embedding(model)) as captured:
         model(**batch.inputs, use_cache=False)
     model.train(training)
-    found = head_of(model)(seen[0][:, :-1][batch.mask])
-    if not bool(own.isfinite().all()):
-        return  # the first step says so, and names its rows
-    unit = max(float(torch.finfo(own.dtype).eps), 1e-5)
-    if not torch.allclose(found, own.float(), rtol=4 * unit, atol=4 * unit * float(own.abs().max())):
-        off = float((found - own).abs().max())
+    head_logits = head_of(model)(captured[0][:, :-1][batch.mask])
+    if not bool(logits.isfinite().all()):
+        return  # the first step reports it with the names of the rows
+    unit = max(float(torch.finfo(logits.dtype).eps), 1e-5)
+    largest = float(logits.abs().max())
+    if not torch.allclose(head_logits, logits.float(), rtol=4 * unit, atol=4 * unit * largest):
+        error = float((head_logits - logits).abs().max())
         raise UserError(
             f"model type {model.config.model_type!r}",
-            f"its logits are off by {off:.3g} from those of its head",
-            "its last step is of a kind that is not known: see distill/models/lm_head.py",
+            f"its logits differ by {error:.3g} from those computed with its head",
+            "add the scale or cap of this family to distill/models/lm_head.py, or use another family",
         )

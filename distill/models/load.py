@@ -1,6 +1,5 @@
 """Plain models: made from a config, loaded, compared with a tokenizer, exported to stand alone."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -84,31 +82,6 @@ def named_model(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         fix = "give a hub name that has safetensors, or a folder"
         raise UserError("base.path", f"{base.path} ({' '.join(str(error).split())[:200]})", fix) from error
     return model.eval(), tokenizer
-
-
-def load_quantized(folder: Path, kind: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model as bitsandbytes holds it: `int8`, or `nf4` with products in `dtype`; the rest in `dtype`.
-
-    Raises:
-        UserError: bitsandbytes is not installed.
-    """
-    if find_spec("bitsandbytes") is None:
-        raise UserError(f"quantization {kind!r}", "bitsandbytes is not installed", "install the extra `gpu`")
-    config = {
-        "int8": BitsAndBytesConfig(load_in_8bit=True),
-        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
-    }[kind]
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            quantization_config=config,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    return model.eval()
 
 
 def local_files(path: str | None) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""What of a student is trained: all of it, or low-rank adapters beside it that its export takes in."""
+"""What of a student is trained: all weights, or low-rank adapters that are merged for the export."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill.models.lm_head import output_embedding
-from distill.models.load import load_quantized
+from distill.models.quantized import dequantize, load_quantized, quantized_layers
 from eval.core.errors import UserError
 from eval.core.sections import Student
 from eval.engines.torch import quiet
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """A model to train, and what makes a plain one of it afterwards."""
+    """A model to train, and the function that returns it as a plain model afterwards."""
 
     model: PreTrainedModel
     merged: Callable[[], PreTrainedModel]
@@ -35,17 +35,17 @@ class TrainableModel:
 def add_adapters(
     model: PreTrainedModel, config: Student, seed: int, *, device: torch.device, dtype: torch.dtype
 ) -> TrainableModel:
-    """The student as the study trains it; `seed` decides the first weights of adapters.
+    """The student as the study trains it; `seed` decides the initial weights of adapters.
 
-    LoRA (Hu et al. 2021, arXiv:2106.09685) leaves the model's own weights as they are. QLoRA (Dettmers et
-    al. 2023, arXiv:2305.14314) holds its matrices in NF4; those very matrices, made plain, with the adapters
-    added, are exported: the model that was trained.
+    LoRA (Hu et al. 2021, arXiv:2106.09685) keeps the weights of the model. QLoRA (Dettmers et al. 2023,
+    arXiv:2305.14314) quantizes its matrices to NF4. The export contains the dequantized matrices with the
+    adapters merged: the model that was trained.
 
     Args:
         dtype: of the products with NF4 matrices.
 
     Raises:
-        UserError: no module has such a name; QLoRA without CUDA or without bitsandbytes.
+        UserError: no module of that name; QLoRA without CUDA or without bitsandbytes.
     """
     if config.tuning == "full":
         return TrainableModel(model, lambda: model)
@@ -58,26 +58,30 @@ def add_adapters(
 
 
 def check_device(config: Student, device: torch.device) -> None:
-    """Refuses QLoRA on a CPU: the products of bitsandbytes 0.50 have no gradient there."""
+    """Refuses QLoRA on a CPU, where products of bitsandbytes 0.50 have no gradient."""
     if config.tuning == "qlora" and device.type != "cuda":
-        raise UserError("student.tuning", "qlora", "NF4 needs CUDA here: take lora on a CPU")
+        raise UserError(
+            "student.tuning", f"qlora needs CUDA, the device is {device.type}", "use lora on a CPU"
+        )
 
 
 def attach_adapters(model: PreTrainedModel, config: Student) -> PeftModel:
-    """The model with trainable adapters inside; its own weights are frozen.
+    """The model with trainable adapters; its own weights are frozen.
 
     Raises:
-        UserError: no module has such a name, or it is the head, whose own weight the loss reads.
+        UserError: no module of that name, or it is the head, whose weight the loss reads directly.
     """
     from peft import get_peft_model
 
     head = next(name for name, module in model.named_modules() if module is output_embedding(model))
     if set(config.modules) & {head, head.split(".")[-1]}:
-        raise UserError("student.modules", config.modules, f"leave {head} out: the loss reads its own weight")
+        raise UserError(
+            "student.modules", config.modules, f"leave {head} out: the loss reads its weight directly"
+        )
     try:
         with warnings.catch_warnings():
-            # peft 0.21 asks for twice the rank for fused matrices of experts, by a name that it does not
-            # find: they get the rank that the study asks for.
+            # peft 0.21 requests twice the rank for fused matrices of experts, under a name that it does not
+            # find: they get the rank of the study.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             adapted = get_peft_model(model, _lora_config(model, config))
     except ValueError as error:
@@ -87,27 +91,26 @@ def attach_adapters(model: PreTrainedModel, config: Student) -> PeftModel:
 
 
 def check_routers(adapted: PeftModel, config: Student) -> None:
-    """Refuses adapters on a module that its model reads more of than the weight: peft 0.21 hides the rest."""
+    """Refuses adapters on a module of which the model reads more than the weight: peft 0.21 hides the rest."""
     from peft.tuners.lora.layer import ParamWrapper
 
     for name, module in adapted.named_modules():
         if isinstance(module, ParamWrapper) and list(module.get_base_layer().buffers(recurse=False)):
-            found = f"{config.modules!r} takes in {name}, which has more than a weight"
-            raise UserError(
-                "student.modules", found, "name the linear layers to adapt, e.g. [q_proj, o_proj]"
-            )
+            found = f"{config.modules!r} includes {name}, which has more than a weight"
+            fix = "name the linear layers to adapt, e.g. [q_proj, o_proj]"
+            raise UserError("student.modules", found, fix)
 
 
 def _lora_config(model: PreTrainedModel, config: Student) -> LoraConfig:
     from peft import LoraConfig
 
-    turned = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 keeps [I, O]
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2 stores [I, O]
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.dropout,
         target_modules=config.modules,
-        fan_in_fan_out=turned,
+        fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
     )
 
@@ -115,40 +118,31 @@ def _lora_config(model: PreTrainedModel, config: Student) -> LoraConfig:
 def add_adapters_to_nf4(
     plain: PreTrainedModel, config: Student, device: torch.device, dtype: torch.dtype
 ) -> TrainableModel:
-    """NF4 matrices, frozen, with adapters beside; `plain` holds the same ones, and takes the adapters."""
+    """Adapters on frozen NF4 matrices; `plain` gets the dequantized matrices, to merge the adapters into."""
     with TemporaryDirectory() as folder, quiet():
-        plain.save_pretrained(folder)  # transformers quantizes while it loads, and only then
-        small = load_quantized(Path(folder), "nf4", dtype, device)
-    for name, matrix in dequantized_matrices(small).items():
-        _replace(plain.get_submodule(name), matrix)
-    adapted = attach_adapters(small, config)
+        plain.save_pretrained(folder)  # transformers quantizes only while it loads
+        quantized = load_quantized(Path(folder), "nf4", dtype, device)
+    for name, layer in quantized_layers(quantized).items():
+        _replace_weight(plain.get_submodule(name), dequantize(layer).cpu())
+    adapted = attach_adapters(quantized, config)
 
     def merged() -> PreTrainedModel:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        whole = attach_adapters(plain, config)
-        set_peft_model_state_dict(whole, get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        return whole.merge_and_unload()
+        merged_model = attach_adapters(plain, config)
+        set_peft_model_state_dict(
+            merged_model, get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        )
+        return merged_model.merge_and_unload()
 
     return TrainableModel(adapted.get_base_model(), merged)
 
 
-def dequantized_matrices(model: nn.Module) -> dict[str, Tensor]:
-    """[O, I] float32 of every NF4 layer, by its name. Before its first call: a CPU repacks it then."""
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-
-    found: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
-    return {
-        name: dequantize_4bit(m.weight.data, m.weight.quant_state).float().cpu() for name, m in found.items()
-    }
-
-
 @torch.no_grad()
-def _replace(module: nn.Module, matrix: Tensor) -> None:
-    """Puts the quantized matrix in the place of the one that it was made of."""
+def _replace_weight(module: nn.Module, matrix: Tensor) -> None:
+    """Overwrites a weight with the matrix [O, I] that was dequantized from it."""
     weight = module.get_parameter("weight")
     matrix = matrix.mT if isinstance(module, Conv1D) else matrix
-    gap = float((matrix - weight).norm() / weight.norm())
-    assert gap < 0.2, f"NF4 restores a matrix with an error of {gap:.3f}; 0.09 is its own"
+    error = float((matrix - weight).norm() / weight.norm())
+    assert error < 0.2, f"relative error {error:.3f} of a dequantized matrix; NF4 has 0.09"
     weight.copy_(matrix)

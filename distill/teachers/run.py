@@ -15,7 +15,8 @@ from distill.data.sources import training_rows
 from distill.losses.teacher_output import Target
 from distill.method import Method, MethodContext, check_output, make_method
 from distill.models.lm_head import capture_layers
-from distill.models.load import check_same_tokenizer, load_quantized
+from distill.models.load import check_same_tokenizer
+from distill.models.quantized import load_quantized
 from distill.trainer.artifact_training import (
     CODE,
     build_shared,

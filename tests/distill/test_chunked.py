@@ -157,10 +157,10 @@ def test_padding_of_the_teachers_vocabulary_costs_nothing():
         loss = chunked_loss(hidden, Head(weight), torch.arange(TOKENS), target, Loss(weight=1.0))
         assert float(loss) == pytest.approx(0.0, abs=1e-4)
     with pytest.raises(
-        UserError, match=f"vocabulary: {VOCAB} tokens of the teacher, {VOCAB + 11} of the student"
+        UserError, match=f"vocabulary: the teacher has {VOCAB} tokens, the student {VOCAB + 11}"
     ):
         chunked_loss(hidden, Head(padded), torch.arange(TOKENS), States([hidden], [Head(weight)]), Loss())
-    with pytest.raises(UserError, match="targets with id 36, of a student with 30 tokens"):
+    with pytest.raises(UserError, match="the targets contain id 36, but the student has 30 tokens"):
         cut_vocabulary(TopK(torch.tensor([[36]]), torch.zeros(1, 1)), 30)
 
 

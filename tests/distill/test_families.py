@@ -107,5 +107,5 @@ def test_a_family_whose_layers_have_places_of_their_own_is_told(tmp_path):
     fields = {**FAMILIES["qwen3_moe"], "num_hidden_layers": 4, "decoder_sparse_step": 2}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **fields))
     assert len(decoder_layers(model)[2]) == 4
-    with pytest.raises(UserError, match="layers of model type 'qwen3_moe': its config makes other layers"):
+    with pytest.raises(UserError, match="layers of model type 'qwen3_moe': its config builds other layers"):
         keep_layers(model, [0, 2, 3])

@@ -172,7 +172,9 @@ def test_texts_of_a_teacher_depend_neither_on_processes_nor_on_a_stop(tmp_path):
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"targets\.generation: 5 tokens are given, and a row has 5"):
+    with pytest.raises(
+        UserError, match=r"targets\.generation: a prompt of 5 tokens leaves no room in data\.context = 5"
+    ):
         write_texts(tmp_path, rows(), None, GENERATION, context=5, most=99, report=lambda share: None)
 
 

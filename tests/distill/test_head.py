@@ -88,7 +88,7 @@ def test_a_last_step_that_the_config_does_not_tell_is_refused(field):
     setattr(model.config, field, 0.5)
     with torch.no_grad():
         model.lm_head.weight.mul_(50)
-    with pytest.raises(UserError, match="model type 'llama': its logits are off by"):
+    with pytest.raises(UserError, match="model type 'llama': its logits differ by"):
         check_head(model, batch())
 
 
@@ -128,7 +128,7 @@ def test_a_watched_model_leaves_its_layers_whatever_calls_it():
             call(**some.inputs, use_cache=False)
         torch.testing.assert_close(seen, [plain.hidden_states[0], plain.hidden_states[2]])
     with (
-        pytest.raises(UserError, match=r"layer 3; the teacher has layers 0 .* to 2"),
+        pytest.raises(UserError, match=r"the teacher has no layer 3; choose layers from 0 .* to 2"),
         capture_layers(model, [3]),
     ):
         model(**some.inputs, use_cache=False)

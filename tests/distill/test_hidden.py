@@ -117,7 +117,7 @@ def test_a_layer_that_the_student_does_not_have_is_refused():
     teacher, batch = tiny_model(seed=1), collate(rows(2), 0)
     target = live(teacher, [1])(batch)
     config = Train(rows=4, loss=Loss(hidden=Hidden(pairs=[(3, 1)])))
-    with pytest.raises(UserError, match=r"layer 3; the student has layers 0 .* to 2"):
+    with pytest.raises(UserError, match=r"the student has no layer 3; choose layers from 0 .* to 2"):
         DistillationModule(tiny_model(), config, [64])(batch, target)
 
 
