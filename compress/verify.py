@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from compress.calibration import check_batch, log_probs
 from eval.core.documents import Batch, Row
 from eval.core.errors import UserError
+from eval.score.divergence import kl_divergence
 
 MODEL = "model"  # folder of the built model
 REFERENCE = "reference.safetensors"  # beside it: its log-probabilities on `check_batch`
@@ -58,7 +59,7 @@ def verify_reload(folder: Path, engine: str) -> dict[str, float]:
     real = batch.attention_mask.bool()
     before, after = reference["log_probs"][real], torch.log_softmax(loaded.logits(batch).float(), -1)[real]
     difference = float((before - after).abs().max())
-    kl = float((before.exp() * (before - after)).sum(dim=-1).mean())
+    kl = float(kl_divergence(before, after).mean())
     if not (difference <= MAX_DIFFERENCE and kl <= MAX_KL):
         found = (
             f"reloaded, log-probabilities differ by up to {difference:.3g} nats (at most {MAX_DIFFERENCE}), "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from eval.core.errors import UserError
 from eval.core.sections import Frozen
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 BLOCK = 64  # weights that share one scale in NF4
 
@@ -34,36 +34,30 @@ class BitsAndBytes(Pass):
         format: Literal["nf4", "int8"]
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
+        from distill.models.quantized import dequantize, quantized_layers
+
         before = size_of(model)
-        made = quantize(model, settings(self.options.format))
+        quantized = quantize(model, self.options.format)
         worst, fewer, touched = 0.0, 0, set[nn.Module]()
-        for name, module in quantized(made).items():
-            old, new = original(model, name), restored(module)
+        for name, module in quantized_layers(quantized).items():
+            old, new = original(model, name), dequantize(module)
             group, bound = (BLOCK, NF4_GAP) if self.options.format == "nf4" else (None, INT8_ROUNDED)
             worst = max(worst, check_rounding(name, old, new, group, bound))
             fewer += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
             touched.add(module)
-        after = Size(parameters=before.parameters, nonzeros=before.nonzeros - fewer, bytes=stored_bytes(made))
-        return made, PassReport(
+        after = Size(
+            parameters=before.parameters, nonzeros=before.nonzeros - fewer, bytes=stored_bytes(quantized)
+        )
+        return quantized, PassReport(
             name=self.name,
             before=before,
             after=after,
-            skipped=left_out(made, touched, "left in full precision by transformers"),
+            skipped=left_out(quantized, touched, "left in full precision by transformers"),
             facts={"format": self.options.format, "matrices": len(touched), "worst_rounding": worst},
         )
 
 
-def settings(name: str) -> BitsAndBytesConfig:
-    from transformers import BitsAndBytesConfig
-
-    if name == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-
-
-def quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedModel:
+def quantize(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     """The model quantized by transformers itself, which only does so while it loads.
 
     Raises:
@@ -72,28 +66,23 @@ def quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedMo
     """
     from transformers import AutoModelForCausalLM
 
+    from distill.models.quantized import quantization_config, quantized_layers
+
+    config = quantization_config(kind, torch.float32)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        made = AutoModelForCausalLM.from_pretrained(
+        quantized = AutoModelForCausalLM.from_pretrained(
             Path(folder), quantization_config=config, dtype=torch.float32, local_files_only=True
         )
-    for name in quantized(made):
+    for name in quantized_layers(quantized):
         shape = tuple(original(model, name).shape)
-        if config.load_in_4bit and shape[1] % BLOCK:
+        if kind == "nf4" and shape[1] % BLOCK:
             raise UserError(
                 f"bitsandbytes: layer {name} of shape {shape}",
                 f"{shape[1]} inputs are no multiple of {BLOCK}",
                 f"give the model dimensions that are multiples of {BLOCK}, or take another format",
             )
-    return made.eval()
-
-
-def quantized(model: nn.Module) -> dict[str, Any]:
-    """The modules that bitsandbytes holds, by name."""
-    import bitsandbytes
-
-    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return quantized.eval()
 
 
 def original(model: nn.Module, name: str) -> Tensor:
@@ -103,13 +92,3 @@ def original(model: nn.Module, name: str) -> Tensor:
     module = model.get_submodule(name)
     weight = module.get_parameter("weight")
     return weight.T if isinstance(module, Conv1D) else weight
-
-
-def restored(module: Any) -> Tensor:
-    """[O, I] float32: the matrix as its layer uses it."""
-    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
-
-    weight = module.weight
-    if weight.dtype == torch.int8:
-        return int8_vectorwise_dequant(weight.data, weight.SCB)
-    return dequantize_4bit(weight.data, weight.quant_state).float()

@@ -28,7 +28,7 @@ def uniforms(key: str, *shape: int) -> np.ndarray:
 def inverse_cdf(probabilities: Tensor, points: Tensor) -> Tensor:
     """[n, K] ids at which the cumulative probability passes `points` [n, K] in [0, 1).
 
-    An id of probability 0 is never returned. Summed in float64: at V = 152k a float32 sum would lose the tail.
+    Never an id of probability 0. Summed in float64: at V = 152k a float32 sum would lose the tail.
 
     Args:
         probabilities: [n, V], not negative; they need not sum to one.

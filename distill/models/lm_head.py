@@ -54,7 +54,7 @@ class Head:
         return F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
     def scale_and_cap_(self, product: Tensor) -> Tensor | None:
-        """Turns a product [n, V] into logits in place; returns the derivative [n, V], None if it is `scale`."""
+        """Turns a product [n, V] into logits in place; returns the derivative, None if it is `scale`."""
         if self.scale != 1:
             product *= self.scale
         if self.cap is None:

@@ -91,7 +91,7 @@ def attach_adapters(model: PreTrainedModel, config: Student) -> PeftModel:
 
 
 def check_routers(adapted: PeftModel, config: Student) -> None:
-    """Refuses adapters on a module of which the model reads more than the weight: peft 0.21 hides the rest."""
+    """Refuses adapters on a module of which the model needs more than the weight: peft 0.21 hides it."""
     from peft.tuners.lora.layer import ParamWrapper
 
     for name, module in adapted.named_modules():

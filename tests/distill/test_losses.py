@@ -196,12 +196,12 @@ def test_sampled_is_forward_kl_when_the_counts_are_the_probabilities():
 @pytest.mark.parametrize(
     ("form", "config", "told"),
     [
-        ("top_k", {"divergence": "reverse_kl"}, "reverse_kl of top-k targets: truncated, it is unstable"),
-        ("top_k", {"divergence": "skew_reverse_kl"}, "skew_reverse_kl of top-k targets"),
-        ("top_k", {"divergence": "total_variation"}, "total_variation of top-k targets"),
-        ("top_k", {"temperature": 2.0}, "the tail at another temperature is not known"),
-        ("sampled", {"divergence": "jsd"}, "jsd of sampled targets: only the forward KL has an unbiased"),
-        ("sampled", {"temperature": 2.0}, r"2\.0, and the targets were drawn at 1\.0"),
+        ("top_k", {"divergence": "reverse_kl"}, "reverse_kl with top-k targets: unstable"),
+        ("top_k", {"divergence": "skew_reverse_kl"}, "skew_reverse_kl with top-k targets"),
+        ("top_k", {"divergence": "total_variation"}, "total_variation with top-k targets"),
+        ("top_k", {"temperature": 2.0}, "their tail is only known at temperature 1"),
+        ("sampled", {"divergence": "jsd"}, "jsd with sampled targets: only forward_kl has an unbiased"),
+        ("sampled", {"temperature": 2.0}, r"2\.0, but the targets were sampled at 1\.0"),
     ],
 )
 def test_what_a_form_cannot_give_is_refused(form, config, told):
