@@ -35,7 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from distill.losses.teacher_output import Teacher  # noqa: E402
 from distill.method import Plain  # noqa: E402
-from distill.teachers.cache import CachedTeacher, link_shards, make_codec, write_shards  # noqa: E402
+from distill.teachers.cache import CachedTeacher, link_shards, write_shards  # noqa: E402
+from distill.teachers.codec import make_codec  # noqa: E402
 from distill.teachers.run import LiveTeacher  # noqa: E402
 from distill.trainer.loop import accelerator, build_optimizers, check_finite, set_learning_rate, step_loss  # noqa: E402
 from distill.trainer.module import DistillationModule  # noqa: E402

@@ -123,7 +123,8 @@ def trl_side(folder: Path, vocabulary: int, steps: int, pace: Pace) -> None:
 
 def cached(folder: Path, rows: list[Any], teacher: Any, vocabulary: int) -> Any:
     """A teacher that reads its draws from disk, where they are put first."""
-    from distill.teachers.cache import CachedTeacher, link_shards, make_codec, write_shards
+    from distill.teachers.cache import CachedTeacher, link_shards, write_shards
+    from distill.teachers.codec import make_codec
     from eval.core.artifacts import build_artifact
     from eval.core.sections import Targets
 

@@ -1,4 +1,4 @@
-"""Documents: read from their sources, split by hash, written once, tokenizer-free."""
+"""Documents: read from their sources, split by hash and written once, without a tokenizer."""
 
 import hashlib
 import json
@@ -20,38 +20,44 @@ from eval.core.sections import Source
 from eval.core.study import Study
 from eval.score.corruptions import damaged_slices
 
-ROWS_PER_DOCUMENT = 4  # at first; more only when the documents run out
+ROWS_PER_DOCUMENT = 4  # at first; more only where all documents have been used
 
 
-def _order(text: str) -> str:
-    """A fixed order that has nothing to do with names: the SHA-256 of the id."""
+def _sha256(text: str) -> str:
+    """Sort key of a fixed pseudo-random order: the SHA-256 of the text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def source_root(path: str) -> Path:
-    """The folder that a source names: a path, `stdlib` or `package:NAME`."""
+    """The folder of a source: a path, `stdlib` or `package:NAME`."""
     if path == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
     if path.startswith("package:"):
         spec = util.find_spec(path.removeprefix("package:"))
         if spec is None or not spec.submodule_search_locations:
-            raise UserError("data source", path, "no such installed package")
+            raise UserError(
+                "data source", f"{path} is not installed", "install that package, or fix its name"
+            )
         return Path(next(iter(spec.submodule_search_locations)))
     root = Path(path)
     if not root.is_dir():
-        raise UserError("data source", path, "no such folder; give a folder, `stdlib` or `package:NAME`")
+        fix = "give an existing folder, `stdlib` or `package:NAME`"
+        raise UserError("data source", f"no folder {path!r}", fix)
     return root
 
 
 def _files(source: Source) -> list[Path]:
     """Files of a folder source, relative to its root, in the order of their hashes."""
     root = source_root(source.path)
-    found = {p.relative_to(root) for pattern in source.include for p in root.glob(pattern)}
-    kept = [p for p in found if not any(fnmatch(f"/{p.as_posix()}", pattern) for pattern in source.exclude)]
-    kept = [p for p in kept if (root / p).is_file()]
-    if not kept:
-        raise UserError("data source", source.path, f"no file matches {source.include}")
-    return sorted(kept, key=lambda p: _order(p.as_posix()))
+    matches = {p.relative_to(root) for pattern in source.include for p in root.glob(pattern)}
+    included = [
+        p for p in matches if not any(fnmatch(f"/{p.as_posix()}", pattern) for pattern in source.exclude)
+    ]
+    files = [p for p in included if (root / p).is_file()]
+    if not files:
+        found = f"no file in {source.path!r} matches {source.include}"
+        raise UserError("data source", found, "fix path, include or exclude")
+    return sorted(files, key=lambda p: _sha256(p.as_posix()))
 
 
 def _from_folder(source: Source) -> Iterator[Document]:
@@ -60,7 +66,7 @@ def _from_folder(source: Source) -> Iterator[Document]:
         try:
             text = (root / path).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # not text: a folder of sources holds such files, and they are no documents
+            continue  # binary files in a folder are no documents
         domain = source.domain or (path.parts[0] if len(path.parts) > 1 else "top")
         if text.strip():
             yield Document(f"{Path(source.path).name}/{path.as_posix()}", domain, text)
@@ -68,15 +74,15 @@ def _from_folder(source: Source) -> Iterator[Document]:
 
 def _from_pydoc(source: Source) -> Iterator[Document]:
     topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    for name in sorted(topics, key=_order):
+    for name in sorted(topics, key=_sha256):
         if topics[name].strip():
             yield Document(f"pydoc/{name}", source.domain or "pydoc", topics[name])
 
 
 def _from_dataset(source: Source) -> Iterator[Document]:
-    """Documents of a hub data set, or of local JSONL, Parquet or text files, through `datasets`.
+    """Documents of a hub data set, or of local JSONL, Parquet or text files, read by `datasets`.
 
-    Ids carry the name of the file, not its place: a split must not change when a folder moves.
+    Ids contain the name of a file without its folder: a split must not change when the folder moves.
     """
     for number, row in enumerate(_load_rows(source)):
         yield _row_to_document(source, row, number)
@@ -87,7 +93,7 @@ def _load_rows(source: Source) -> Iterator[dict[str, Any]]:
     from datasets.exceptions import DatasetsError
 
     if source.data_files and "://" not in source.data_files and not _local_files(source):
-        raise UserError("data source", source.data_files, "no such file")
+        raise UserError("data source", f"no file {source.data_files!r}", "fix data_files")
     try:
         yield from load_dataset(
             source.path,
@@ -98,40 +104,43 @@ def _load_rows(source: Source) -> Iterator[dict[str, Any]]:
             streaming=source.streaming,
         )
     except (DatasetsError, ValueError, FileNotFoundError) as error:
-        raise UserError("data source", source.path, " ".join(str(error).split())[:300]) from error
+        found = f"{source.path}: {' '.join(str(error).split())[:300]}"
+        raise UserError("data source", found, "fix path, config, split or data_files") from error
 
 
 def _row_to_document(source: Source, row: dict[str, Any], number: int) -> Document:
     """One row of a data set: a text, a prompt with its completion, or a chat that ends with an answer."""
-    body = source.messages_column or source.text_column
-    for column in filter(None, (body, source.prompt_column, source.domain_column)):
+    text_column = source.messages_column or source.text_column
+    for column in filter(None, (text_column, source.prompt_column, source.domain_column)):
         if column not in row:
-            raise UserError("data source", f"no column {column!r}", f"columns: {', '.join(row)}")
-    where = f"{Path(source.data_files or source.path).name}:{row.get('id', number)}"
+            raise UserError("data source", f"no column {column!r}", f"choose among {', '.join(row)}")
+    name = f"{Path(source.data_files or source.path).name}:{row.get('id', number)}"
     domain = str(row[source.domain_column] if source.domain_column else source.domain or source.path)
     prompt: str | list[dict[str, str]] = ""
     if source.messages_column:
-        prompt, text = _split_chat(where, row[body])
+        prompt, text = _split_chat(name, row[text_column])
     else:
-        text = row[body]
-        prompt = _require_text(where, row[source.prompt_column]) if source.prompt_column else ""
-    return Document(where, domain, _require_text(where, text), prompt)
+        text = row[text_column]
+        prompt = _require_text(name, row[source.prompt_column]) if source.prompt_column else ""
+    return Document(name, domain, _require_text(name, text), prompt)
 
 
-def _require_text(where: str, text: object) -> str:
+def _require_text(name: str, text: object) -> str:
+    """`text`, refused where it is empty."""
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"document {where}", repr(text)[:60], "drop empty documents from the data")
+        found = f"expected a text, found {text!r:.60}"
+        raise UserError(f"document {name}", found, "remove empty documents from the data")
     return text
 
 
-def _split_chat(where: str, messages: object) -> tuple[list[dict[str, str]], str]:
-    """What was said before the last answer, and that answer."""
+def _split_chat(name: str, messages: object) -> tuple[list[dict[str, str]], str]:
+    """The turns before the last answer, and that answer."""
     turns = messages if isinstance(messages, list) else []
-    plain = all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns)
-    if len(turns) < 2 or not plain or turns[-1]["role"] != "assistant":
-        fix = "give turns of role and content, the last one by the assistant"
-        raise UserError(f"document {where}", repr(messages)[:60], fix)
-    before = [{"role": turn["role"], "content": _require_text(where, turn["content"])} for turn in turns[:-1]]
+    valid = all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns)
+    if len(turns) < 2 or not valid or turns[-1]["role"] != "assistant":
+        fix = "give two or more turns with role and content, the last one by the assistant"
+        raise UserError(f"document {name}", f"found {messages!r:.60}", fix)
+    before = [{"role": turn["role"], "content": _require_text(name, turn["content"])} for turn in turns[:-1]]
     return before, turns[-1]["content"]
 
 
@@ -147,7 +156,7 @@ def read_source(source: Source) -> Iterator[Document]:
 
 
 def fingerprint(source: Source) -> Any:
-    """What tells that a source has changed, without reading it."""
+    """A value that changes when a source changes, without reading its content."""
     if source.kind == "pydoc":
         return sys.version
     if source.kind == "folder":
@@ -155,38 +164,37 @@ def fingerprint(source: Source) -> Any:
         stats = [(p.as_posix(), (root / p).stat()) for p in _files(source)]
         return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
     files = _local_files(source) + [p for p in Path(source.path).rglob("*") if p.is_file()]
-    seen = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)]
-    return seen or metadata.version("datasets")
+    file_stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)]
+    return file_stats or metadata.version("datasets")
 
 
 def _local_files(source: Source) -> list[Path]:
-    """The local files that `data_files` names, below the folder that `path` may be."""
+    """The local files of `data_files`, relative to `path` where that is a folder."""
     if not source.data_files or "://" in source.data_files:
         return []
     root = source.path if Path(source.path).is_dir() else None
-    found = glob(source.data_files, root_dir=root, recursive=True)
-    return [path for name in found if (path := Path(root or "") / name).is_file()]
+    names = glob(source.data_files, root_dir=root, recursive=True)
+    return [path for name in names if (path := Path(root or "") / name).is_file()]
 
 
 def _drop_duplicates(documents: Iterator[Document], seen: set[str]) -> list[Document]:
-    """Documents whose text was not seen before: a copy in two splits would leak."""
-    kept = []
+    """Documents whose text is new, added to `seen`: a copy in two splits would leak."""
+    unique = []
     for document in documents:
-        mark = _text_hash(document)
-        if mark not in seen:
-            seen.add(mark)
-            kept.append(document)
-    return kept
+        text_hash = _text_hash(document)
+        if text_hash not in seen:
+            seen.add(text_hash)
+            unique.append(document)
+    return unique
 
 
 def _text_hash(document: Document) -> str:
-    """A hash of all that the document says."""
-    said = document.text if not document.prompt else json.dumps([document.prompt, document.text])
-    return _order(said)
+    """SHA-256 of the text of a document with its prompt."""
+    return _sha256(json.dumps([document.prompt, document.text]) if document.prompt else document.text)
 
 
 def _truncate(document: Document, limit: int) -> Document:
-    """The first `limit` bytes, whole characters only; an answer to a prompt is not cut."""
+    """The first `limit` bytes in whole characters; an answer to a prompt is not cut."""
     if document.prompt:
         return document
     text = document.text.encode()[:limit].decode(errors="ignore")
@@ -204,19 +212,25 @@ def _write(path: Path, documents: list[Document]) -> None:
 def _check_unique_ids(where: str, documents: list[Document]) -> None:
     count = Counter(document.id for document in documents)
     if twice := [name for name, times in count.items() if times > 1]:
-        raise UserError(where, f"two documents are named {twice[0]!r}", "give each its own id")
+        raise UserError(
+            where, f"{count[twice[0]]} documents have the id {twice[0]!r}", "give each its own id"
+        )
 
 
 def split_documents(study: Study) -> dict[str, list[Document]]:
-    """Documents by split and slice. The hash of an id decides, so that a new file moves few others."""
+    """Documents by split and slice, by the hash of their ids: a new file moves few others.
+
+    Raises:
+        UserError: too few documents, two with one id, or an empty or wrongly named slice.
+    """
     data, seen = study.data, set[str]()
     pool = _drop_duplicates((d for source in data.documents for d in read_source(source)), seen)
-    pool.sort(key=lambda d: _order(d.id))
+    pool.sort(key=lambda d: _sha256(d.id))
     _check_unique_ids("data.documents", pool)
     if len(pool) <= data.validation + data.test:
         raise UserError(
             "data",
-            f"{len(pool)} documents for {data.validation} validation and {data.test} test ones",
+            f"{len(pool)} documents, need more than {data.validation} for validation + {data.test} for test",
             "add documents, or lower data.validation or data.test",
         )
     first, second = data.validation, data.validation + data.test
@@ -227,17 +241,18 @@ def split_documents(study: Study) -> dict[str, list[Document]]:
     }
     for name, sources in data.shifted.items():
         if name in splits:
-            raise UserError(f"data.shifted.{name}", "a reserved name", "give the slice another name")
+            raise UserError(f"data.shifted.{name}", "this name is reserved", "give the slice another name")
         documents = _drop_duplicates((d for source in sources for d in read_source(source)), seen)
         if not documents:
-            raise UserError(f"slice {name!r}", "no documents", "fix its source")
+            found = "no documents, or all are copies of others"
+            raise UserError(f"slice {name!r}", found, "fix its source")
         _check_unique_ids(f"slice {name!r}", documents)
         splits[name] = [_truncate(d, data.scored_bytes) for d in documents]
     return splits | damaged_slices(splits[VALIDATION], data.corruptions, splits)
 
 
 def data_key(study: Study) -> str:
-    """What the data artifact is made from: the settings, and the sources as they are now."""
+    """Key of the data artifact: the settings, and the present state of the sources."""
     sources = [*study.data.documents, *(s for group in study.data.shifted.values() for s in group)]
     settings = study.data.model_dump(mode="json", exclude={"context", "train_rows", "tasks"})
     return digest([settings, [fingerprint(source) for source in sources]])
@@ -257,16 +272,16 @@ def prepare(study: Study) -> Manifest:
 
 
 def _candidate_rows(study: Study, tokenizer) -> Iterator[Row]:
-    """Rows of the training documents: a few of each first, in the order of hashes."""
-    spare = list[Row]()
+    """Rows of the training documents, in the order of hashes: first a few of each, then the rest."""
+    rest = list[Row]()
     for document in read_documents(study.folder / "data", TRAIN):
         if not document.text.strip():
-            raise UserError(f"document {document.id!r}", "empty", "drop empty documents")
-        found = sorted(windows(tokenizer, document, study.data.context), key=lambda r: _order(r.id))
-        found = [row for row in found if row.predicted]
-        yield from found[:ROWS_PER_DOCUMENT]
-        spare += found[ROWS_PER_DOCUMENT:]
-    yield from sorted(spare, key=lambda r: _order(r.id))
+            raise UserError(f"document {document.id!r}", "empty", "remove empty documents")
+        rows = sorted(windows(tokenizer, document, study.data.context), key=lambda r: _sha256(r.id))
+        rows = [row for row in rows if row.predicted]
+        yield from rows[:ROWS_PER_DOCUMENT]
+        rest += rows[ROWS_PER_DOCUMENT:]
+    yield from sorted(rest, key=lambda r: _sha256(r.id))
 
 
 def training_rows(study: Study, tokenizer) -> list[Row]:
@@ -274,7 +289,6 @@ def training_rows(study: Study, tokenizer) -> list[Row]:
     stream, wanted = _candidate_rows(study, tokenizer), study.data.train_rows
     rows = list(islice(pack(stream, study.data.context) if study.data.packing else stream, wanted))
     if len(rows) < wanted:
-        raise UserError(
-            "data.train_rows", wanted, f"the training documents hold {len(rows)} rows: ask for fewer"
-        )
+        found = f"{wanted}, but the training documents have {len(rows)} rows"
+        raise UserError("data.train_rows", found, "lower it, or add documents")
     return rows

@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from distill.data.sources import training_rows
 from distill.losses.divergences import check_target
 from distill.losses.teacher_output import Sampled, Target, Teacher, TopK
-from distill.teachers.cache import CachedTeacher, Codec, link_shards, make_codec, write_shards
+from distill.teachers.cache import CachedTeacher, link_shards, write_shards
+from distill.teachers.codec import Codec, make_codec
 from distill.teachers.run import (
     TEACHERS,
     LiveTeacher,
@@ -118,9 +119,9 @@ def _write_targets(
     else:
         generation = study.targets.generation
         facts |= {"form": "texts", "generation": generation.model_dump()}
-        most, context = tokens_per_batch(live.vocabulary), study.data.context
+        max_tokens, context = tokens_per_batch(live.vocabulary), study.data.context
         write = partial(live.write, seed=0)
-        write_texts(place, rows, write, generation, context=context, most=most, **share)
+        write_texts(place, rows, write, generation, context=context, max_tokens=max_tokens, **share)
     acc.wait_for_everyone()
     tokens = sum(row.predicted for row in rows) if study.targets.source == "cached" else count_texts(place)
     parents = {"base": read_manifest(base).hash, "data": facts["data"]}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distill.models.generation import inverse_cdf, uniforms
-from distill.teachers.codec import draw, pack, packed_bytes, unpack
+from distill.teachers.codec import draw_ids, pack_ids, packed_bytes, unpack_ids
 
 
 def distribution(vocabulary, sharpness, tokens=40, seed=0):
@@ -14,7 +14,7 @@ def distribution(vocabulary, sharpness, tokens=40, seed=0):
 
 
 def drawn(log_probs, draws=50, key="row", **how):
-    return draw(log_probs, torch.from_numpy(uniforms(key, len(log_probs), draws)), **how)
+    return draw_ids(log_probs, torch.from_numpy(uniforms(key, len(log_probs), draws)), **how)
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 2.0, 6.0, 100.0])
@@ -23,9 +23,9 @@ def drawn(log_probs, draws=50, key="row", **how):
 )
 def test_packed_draws_come_back_as_they_were(vocabulary, draws, sharpness):
     ids = drawn(distribution(vocabulary, sharpness, tokens=20), draws)[0].numpy()
-    packed, distinct = pack(ids, vocabulary)
+    packed, distinct = pack_ids(ids, vocabulary)
     assert len(packed) == packed_bytes(distinct, draws, vocabulary).sum()
-    found, counts = unpack(packed, distinct, draws, vocabulary)
+    found, counts = unpack_ids(packed, distinct, draws, vocabulary)
     assert np.array_equal([len(set(row)) for row in ids.tolist()], distinct)
     for row, some, times in zip(ids, found, counts.astype(int), strict=True):
         assert np.array_equal(np.repeat(some, times), row)
@@ -34,7 +34,7 @@ def test_packed_draws_come_back_as_they_were(vocabulary, draws, sharpness):
 def test_ends_of_the_vocabulary_are_packed():
     for ids in ([0] * 50, [999] * 50, [*[0] * 49, 999], list(range(50)), list(range(950, 1000))):
         row = np.array([ids])
-        found, counts = unpack(*pack(row, 1000), 50, 1000)
+        found, counts = unpack_ids(*pack_ids(row, 1000), 50, 1000)
         assert np.array_equal(np.repeat(found[0], counts[0].astype(int)), row[0])
 
 
@@ -82,6 +82,6 @@ def test_a_key_alone_decides_the_numbers():
 def test_a_large_table_is_drawn_from_in_parts(monkeypatch):
     log_probs = distribution(100, 2.0)
     whole = drawn(log_probs)
-    monkeypatch.setattr("distill.teachers.codec.AT_ONCE", 300)
+    monkeypatch.setattr("distill.teachers.codec.MAX_ENTRIES", 300)
     parts = drawn(log_probs)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

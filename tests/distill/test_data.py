@@ -128,14 +128,20 @@ def test_rows_cover_many_documents_and_do_not_depend_on_chance(study):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"validation": 60}, "40 documents for 60 validation and 2 test"),
-        ({"documents": [{"kind": "folder", "path": "/nowhere"}]}, "/nowhere; no such folder"),
-        ({"documents": [{"kind": "folder", "path": "package:nowhere_at_all"}]}, "no such installed package"),
+        ({"validation": 60}, "40 documents, need more than 60 for validation"),
+        (
+            {"documents": [{"kind": "folder", "path": "/nowhere"}]},
+            "no folder '/nowhere'; give an existing folder",
+        ),
+        (
+            {"documents": [{"kind": "folder", "path": "package:nowhere_at_all"}]},
+            "package:nowhere_at_all is not installed",
+        ),
         (
             {"documents": [{"kind": "dataset", "path": "json", "data_files": "/nowhere.jsonl"}]},
-            "no such file",
+            "no file '/nowhere.jsonl'; fix data_files",
         ),
-        ({"shifted": {"train": [{"kind": "pydoc"}]}}, "data.shifted.train: a reserved name"),
+        ({"shifted": {"train": [{"kind": "pydoc"}]}}, "data.shifted.train: this name is reserved"),
     ],
 )
 def test_bad_sources_are_told(tmp_path, change, told):
@@ -149,7 +155,9 @@ def test_an_empty_document_and_a_wrong_column_are_told(tmp_path):
     path = tiny_study(tmp_path)
     with (tmp_path / "corpus.jsonl").open("a") as out:
         out.write(json.dumps({"id": "hollow", "domain": "code", "text": "  "}) + "\n")
-    with pytest.raises(UserError, match=r"document .*:hollow: '  '; drop empty documents"):
+    with pytest.raises(
+        UserError, match=r"document .*:hollow: expected a text, found '  '; remove empty documents"
+    ):
         prepare(load_study(path))
     source = {
         "kind": "dataset",
@@ -157,14 +165,14 @@ def test_an_empty_document_and_a_wrong_column_are_told(tmp_path):
         "data_files": str(tmp_path / "corpus.jsonl"),
         "text_column": "body",
     }
-    with pytest.raises(UserError, match=r"no column 'body'; columns: id, domain, text"):
+    with pytest.raises(UserError, match=r"no column 'body'; choose among id, domain, text"):
         prepare(changed(path, "data", documents=[source]))
 
 
 def test_more_rows_than_the_text_holds_are_refused(tmp_path):
     study = changed(tiny_study(tmp_path), "data", train_rows=10_000)
     prepare(study)
-    with pytest.raises(UserError, match=r"data\.train_rows: 10000; the training documents hold \d+ rows"):
+    with pytest.raises(UserError, match=r"data\.train_rows: 10000, but the training documents have \d+ rows"):
         training_rows(study, tiny_tokenizer())
 
 
@@ -203,13 +211,13 @@ def test_a_prompt_column_is_kept_apart_and_an_answer_is_not_cut(tmp_path):
     ("turns", "said"),
     [
         ([{"role": "user", "content": "stone"}, {"role": "assistant", "content": "river"}], None),
-        ([{"role": "assistant", "content": "river"}], "turns of role and content"),
+        ([{"role": "assistant", "content": "river"}], "turns with role and content"),
         (
             [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
             "the last one by the assistant",
         ),
-        ([{"role": "user", "content": " "}, {"role": "assistant", "content": "b"}], "drop empty documents"),
-        ("no turns", "turns of role and content"),
+        ([{"role": "user", "content": " "}, {"role": "assistant", "content": "b"}], "remove empty documents"),
+        ("no turns", "turns with role and content"),
     ],
 )
 def test_a_chat_is_its_turns_and_its_last_answer(tmp_path, turns, said):

@@ -128,7 +128,7 @@ def test_a_method_writes_by_its_signal():
 
 def texts(folder, some, write, **how):
     """The artifact, made as a study makes it."""
-    where = {"context": 14, "most": 24, "report": lambda share: None}
+    where = {"context": 14, "max_tokens": 24, "report": lambda share: None}
     write_texts(folder / "parts", some, write, GENERATION, **where, **how)
     with build_artifact(folder / "t", kind="targets", name="t", key="k", parents={}, facts=LINEAGE) as aside:
         for path in (folder / "parts").iterdir():
@@ -158,16 +158,16 @@ def test_texts_of_a_teacher_depend_neither_on_processes_nor_on_a_stop(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         texts(tmp_path / "two", some, failing)
-    where = {"context": 14, "most": 24, "report": lambda share: None, "processes": 2}
+    where = {"context": 14, "max_tokens": 24, "report": lambda share: None, "processes": 2}
     for process in (1, 0):
         write_texts(tmp_path / "two" / "parts", some, write, GENERATION, process=process, **where)
     for path in one.glob("shard-*"):
         assert (tmp_path / "two" / "parts" / path.name).read_bytes() == path.read_bytes()
-    with pytest.raises(UserError, match="teacher is t, of this study it is u"):
+    with pytest.raises(UserError, match="made with teacher t, this study has u"):
         read_texts(one, some, {"teacher": "u"}, GENERATION)
-    with pytest.raises(UserError, match="row d0#0 is not of these tokens"):
+    with pytest.raises(UserError, match="row d0#0 with these tokens"):
         read_texts(one, [Row("d0", "code", 0, [0, 1, 2, 3, 4, 5])], LINEAGE, GENERATION)
-    with pytest.raises(UserError, match="row new#0 is not of these tokens"):
+    with pytest.raises(UserError, match="row new#0 with these tokens"):
         read_texts(one, [Row("new", "code", 0, [0, 1, 2])], LINEAGE, GENERATION)
 
 
@@ -175,7 +175,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"targets\.generation: a prompt of 5 tokens leaves no room in data\.context = 5"
     ):
-        write_texts(tmp_path, rows(), None, GENERATION, context=5, most=99, report=lambda share: None)
+        write_texts(tmp_path, rows(), None, GENERATION, context=5, max_tokens=99, report=lambda share: None)
 
 
 def test_the_share_of_on_policy_steps_is_told_by_seed_and_step():

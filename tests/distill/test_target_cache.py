@@ -7,7 +7,8 @@ import torch
 from distill.losses.chunked import slice_target
 from distill.losses.divergences import distillation_loss
 from distill.losses.teacher_output import Dense, Sampled, TopK
-from distill.teachers.cache import CachedTeacher, link_shards, make_codec, shard_batches, write_shards
+from distill.teachers.cache import CachedTeacher, link_shards, shard_batches, write_shards
+from distill.teachers.codec import make_codec
 from eval.core.artifacts import build_artifact, read_manifest
 from eval.core.documents import Row, batches, collate
 from eval.core.errors import UserError
@@ -37,14 +38,14 @@ def teacher_of(vocabulary=320, sharpness=3.0):
     return lambda batch: Dense(table[batch.input_ids[:, :-1][batch.mask] % 97])
 
 
-def form_of(name, vocabulary=320, temperature=1.0, **settings):
+def codec_of(name, vocabulary=320, temperature=1.0, **settings):
     return make_codec(Targets(form=name, k=16, **settings), vocabulary, temperature)
 
 
-def cache(folder, form, some, teacher, **how):
+def cache(folder, codec, some, teacher, **how):
     """The artifact, made as a study makes it."""
-    write_shards(folder / "parts", some, teacher, form, pad=0, report=lambda share: None, **how)
-    facts = {**LINEAGE, **form.facts}
+    write_shards(folder / "parts", some, teacher, codec, pad=0, report=lambda share: None, **how)
+    facts = {**LINEAGE, **codec.facts}
     with build_artifact(folder / "t", kind="targets", name="t", key="k", parents={}, facts=facts) as aside:
         facts |= link_shards(folder / "parts", aside, sum(row.predicted for row in some))
     return folder / "t"
@@ -52,8 +53,8 @@ def cache(folder, form, some, teacher, **how):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_kept_targets_are_the_teachers_in_any_order_and_batch(tmp_path, name):
-    some, teacher, form = rows(), teacher_of(), form_of(name)
-    kept = CachedTeacher(cache(tmp_path, form, some, teacher), some, form, LINEAGE)
+    some, teacher, codec = rows(), teacher_of(), codec_of(name)
+    kept = CachedTeacher(cache(tmp_path, codec, some, teacher), some, codec, LINEAGE)
     drawn = {}
     for chosen in ([row] for row in some):
         drawn[chosen[0].id] = kept(collate(chosen, 0))
@@ -86,9 +87,9 @@ def test_the_mean_gradient_over_many_draws_tends_to_the_full_one(tmp_path, name)
     """Through the disk: 5,000 tokens of one distribution, each with draws of its own, at T = 2."""
     some = [Row(f"d{i}", "code", 0, [0] * 26) for i in range(200)]
     logs = torch.log_softmax(2 * torch.randn(60, generator=torch.Generator().manual_seed(2)), -1)
-    form, tokens, loss = form_of(name, 60, temperature=2.0), 5000, Loss(weight=1.0, temperature=2.0)
-    folder = cache(tmp_path, form, some, lambda batch: Dense(logs.expand(int(batch.mask.sum()), -1)))
-    kept = CachedTeacher(folder, some, form, LINEAGE)(collate(some, 0))
+    codec, tokens, loss = codec_of(name, 60, temperature=2.0), 5000, Loss(weight=1.0, temperature=2.0)
+    folder = cache(tmp_path, codec, some, lambda batch: Dense(logs.expand(int(batch.mask.sum()), -1)))
+    kept = CachedTeacher(folder, some, codec, LINEAGE)(collate(some, 0))
 
     def gradient(target):
         logits = torch.linspace(-1, 1, 60).requires_grad_()
@@ -111,7 +112,7 @@ def test_the_mean_gradient_over_many_draws_tends_to_the_full_one(tmp_path, name)
 def test_at_most_80_bytes_per_token_at_50_draws(tmp_path, vocabulary, sharpness):
     """Every byte of the artifact, whatever the teacher says: flat here, or as sharp as a trained one."""
     some = [Row(f"d{i}", "code", 0, torch.randint(0, vocabulary, (128,)).tolist()) for i in range(6)]
-    folder = cache(tmp_path, form_of("sampled", vocabulary), some, teacher_of(vocabulary, sharpness))
+    folder = cache(tmp_path, codec_of("sampled", vocabulary), some, teacher_of(vocabulary, sharpness))
     manifest = read_manifest(folder)
     assert manifest.facts["tokens"] == 6 * 127
     assert manifest.bytes / manifest.facts["tokens"] == pytest.approx(
@@ -128,12 +129,12 @@ def shard_bytes(folder):
 def test_shards_depend_neither_on_processes_nor_on_a_stop(tmp_path, monkeypatch, name):
     monkeypatch.setattr("distill.teachers.cache.SHARD_TOKENS", 20)
     monkeypatch.setattr("distill.teachers.cache.tokens_per_batch", lambda vocabulary: 24)
-    some, teacher, form = rows(16), teacher_of(), form_of(name)
-    assert len(list(shard_batches(some, 0, form))) > 3
-    one = shard_bytes(cache(tmp_path / "one", form, some, teacher))
+    some, teacher, codec = rows(16), teacher_of(), codec_of(name)
+    assert len(list(shard_batches(some, 0, codec))) > 3
+    one = shard_bytes(cache(tmp_path / "one", codec, some, teacher))
     for process in (1, 0):
         how = {"process": process, "processes": 2, "pad": 0, "report": lambda share: None}
-        write_shards(tmp_path / "two" / "parts", some, teacher, form, **how)
+        write_shards(tmp_path / "two" / "parts", some, teacher, codec, **how)
     assert shard_bytes(tmp_path / "two" / "parts") == one
 
     asked = []
@@ -145,14 +146,14 @@ def test_shards_depend_neither_on_processes_nor_on_a_stop(tmp_path, monkeypatch,
         return teacher(batch)
 
     with pytest.raises(KeyboardInterrupt):
-        cache(tmp_path / "stopped", form, some, failing)
+        cache(tmp_path / "stopped", codec, some, failing)
     left = sorted((tmp_path / "stopped" / "parts").glob("shard-*.safetensors"))
     assert left
     assert len(left) < len(one)
     times = [path.stat().st_mtime_ns for path in left]
     asked.clear()
     assert (
-        shard_bytes(cache(tmp_path / "stopped", form, some, lambda b: asked.append(b.ids) or teacher(b)))
+        shard_bytes(cache(tmp_path / "stopped", codec, some, lambda b: asked.append(b.ids) or teacher(b)))
         == one
     )
     assert [path.stat().st_mtime_ns for path in left] == times
@@ -161,26 +162,26 @@ def test_shards_depend_neither_on_processes_nor_on_a_stop(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("name", FORMS)
 def test_foreign_targets_are_refused(tmp_path, name):
-    some, form = rows(), form_of(name)
-    folder = cache(tmp_path, form, some, teacher_of())
+    some, codec = rows(), codec_of(name)
+    folder = cache(tmp_path, codec, some, teacher_of())
     for key, value in LINEAGE.items():
-        with pytest.raises(UserError, match=rf"targets .*{key} is {value}, of this study it is x"):
-            CachedTeacher(folder, some, form, {**LINEAGE, key: "x"})
+        with pytest.raises(UserError, match=rf"targets .*made with {key} {value}, this study has x"):
+            CachedTeacher(folder, some, codec, {**LINEAGE, key: "x"})
     other = [Row(r.document, r.domain, r.index, [*r.tokens[:-1], 5], r.given, r.packed) for r in some]
-    with pytest.raises(UserError, match="row d0#0 is not of these tokens"):
-        CachedTeacher(folder, other, form, LINEAGE)
-    with pytest.raises(UserError, match="row new#0 is not of these tokens"):
-        CachedTeacher(folder, [Row("new", "code", 0, [1, 2])], form, LINEAGE)
+    with pytest.raises(UserError, match="row d0#0 with these tokens"):
+        CachedTeacher(folder, other, codec, LINEAGE)
+    with pytest.raises(UserError, match="row new#0 with these tokens"):
+        CachedTeacher(folder, [Row("new", "code", 0, [1, 2])], codec, LINEAGE)
 
 
 def test_another_form_temperature_or_number_of_draws_is_refused(tmp_path):
-    some, form = rows(), form_of("sampled")
-    folder = cache(tmp_path, form, some, teacher_of())
+    some, codec = rows(), codec_of("sampled")
+    folder = cache(tmp_path, codec, some, teacher_of())
     for other, told in (
-        (form_of("sampled", temperature=2.0), "temperature is 1.0, of this study it is 2.0"),
-        (form_of("sampled", draws=20), "draws is 50, of this study it is 20"),
-        (form_of("top_k"), "form is sampled, of this study it is top_k"),
-        (form_of("sampled", vocabulary=319), "vocabulary is 320, of this study it is 319"),
+        (codec_of("sampled", temperature=2.0), "temperature 1.0, this study has 2.0"),
+        (codec_of("sampled", draws=20), "draws 50, this study has 20"),
+        (codec_of("top_k"), "form sampled, this study has top_k"),
+        (codec_of("sampled", vocabulary=319), "vocabulary 320, this study has 319"),
     ):
         with pytest.raises(UserError, match=told):
             CachedTeacher(folder, some, other, LINEAGE)
@@ -188,8 +189,8 @@ def test_another_form_temperature_or_number_of_draws_is_refused(tmp_path):
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "gone", "more"])
 def test_damaged_targets_are_refused(tmp_path, harm):
-    some, form = rows(), form_of("sampled")
-    path = cache(tmp_path, form, some, teacher_of()) / "shard-00000.safetensors"
+    some, codec = rows(), codec_of("sampled")
+    path = cache(tmp_path, codec, some, teacher_of()) / "shard-00000.safetensors"
     content = bytearray(path.read_bytes())
     path.unlink()  # the scratch folder links to the same bytes
     if harm == "cut":
@@ -201,12 +202,12 @@ def test_damaged_targets_are_refused(tmp_path, harm):
         path.write_bytes(content)
         path.with_name("shard-00001.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"artifact .*shard-0000\d"):
-        CachedTeacher(path.parent, some, form, LINEAGE)
+        CachedTeacher(path.parent, some, codec, LINEAGE)
 
 
 def test_more_ids_than_the_vocabulary_has_are_refused():
-    with pytest.raises(UserError, match=r"targets\.k: 16; the vocabulary has 16"):
-        form_of("top_k", vocabulary=16)
+    with pytest.raises(UserError, match=r"targets\.k: 16, must be below the vocabulary of 16"):
+        codec_of("top_k", vocabulary=16)
 
 
 def test_a_disk_without_room_is_told_before_the_teacher_runs(tmp_path, monkeypatch):
@@ -214,12 +215,12 @@ def test_a_disk_without_room_is_told_before_the_teacher_runs(tmp_path, monkeypat
         "distill.teachers.cache.shutil.disk_usage", lambda path: type("D", (), {"free": 1000})
     )
     with pytest.raises(UserError, match=r"set targets\.source: online, or targets\.form: sampled"):
-        cache(tmp_path, form_of("dense"), rows(), None)
+        cache(tmp_path, codec_of("dense"), rows(), None)
 
 
 def test_top_k_reads_back_as_ids_of_any_size(tmp_path):
-    some, form = rows(3), form_of("top_k", vocabulary=70_000)
-    folder = cache(tmp_path, form, some, teacher_of(70_000))
-    found = CachedTeacher(folder, some, form, LINEAGE)(collate(some, 0))
+    some, codec = rows(3), codec_of("top_k", vocabulary=70_000)
+    folder = cache(tmp_path, codec, some, teacher_of(70_000))
+    found = CachedTeacher(folder, some, codec, LINEAGE)(collate(some, 0))
     assert isinstance(found, TopK)
     assert np.array_equal(found.ids, teacher_of(70_000)(collate(some, 0)).log_probs.topk(16, dim=1).indices)

@@ -143,7 +143,7 @@ def test_a_teacher_that_runs_has_no_gradient_no_optimizer_and_keeps_its_weights(
         trained.extend(build_optimizers(model, *rest))
         return trained
 
-    monkeypatch.setattr(teachers, "load_running", loading)
+    monkeypatch.setattr(teachers, "load_teacher_model", loading)
     monkeypatch.setattr("distill.trainer.loop.build_optimizers", watching)
     make_student(study, "S1", 0, quiet)
     assert len(made) == 2, "the members of the ensemble"
@@ -225,8 +225,8 @@ def test_what_a_teacher_writes_is_learned(cached):
     [
         ({"targets": {"source": "on_policy"}}, r"train\.loss\.weight: 0\.9, and with on_policy"),
         ({"targets": {"source": "sequence"}, "data.packing": True}, r"data\.packing: true, and with"),
-        ({"targets": {"form": "sampled"}, "train.loss": {"divergence": "jsd"}}, "jsd of sampled targets"),
-        ({"targets": {"form": "top_k"}, "train.loss": {"temperature": 2.0}}, "2.0 of top-k targets"),
+        ({"targets": {"form": "sampled"}, "train.loss": {"divergence": "jsd"}}, "jsd with sampled targets"),
+        ({"targets": {"form": "top_k"}, "train.loss": {"temperature": 2.0}}, "2.0 with top-k targets"),
         ({"train.loss": {"hidden": {"pairs": [[1, 1]]}}}, "cached targets hold no hidden states"),
     ],
 )
