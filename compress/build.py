@@ -6,7 +6,6 @@ answers in memory. `compress.publish` verifies it by that and makes it an artifa
 
 import copy
 import json
-import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from compress.verify import MODEL, save_reference
 from distill.data.sources import training_rows
 from eval.core.artifacts import digest, write_text
 from eval.core.documents import pad_id
+from eval.core.silence import silenced
 from eval.core.study import Study
 
 REPORTS = "reports.json"  # written last: a folder that holds it is whole
@@ -73,22 +73,14 @@ def is_built(study: Study, variant: Variant) -> bool:
     return (build_folder(study, variant) / REPORTS).is_file()
 
 
-def silence_libraries() -> None:
-    """No progress bars of transformers, no log lines of bitsandbytes on each layer: one line per variant."""
-    from transformers import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
 def build_variants(study: Study, variants: list[Variant], report: Callable[[float], None]) -> None:
     """Builds variants of one student into scratch folders."""
-    silence_libraries()
-    builder = VariantBuilder(study, variants)
-    for i, variant in enumerate(variants):
-        builder.report = partial(lambda i, share: report((i + share) / len(variants)), i)
-        model, reports = builder.apply_passes(variant.recipe.passes)
-        _save_built(build_folder(study, variant), model, builder, reports)
+    with silenced("transformers", "bitsandbytes"):
+        builder = VariantBuilder(study, variants)
+        for i, variant in enumerate(variants):
+            builder.report = partial(lambda i, share: report((i + share) / len(variants)), i)
+            model, reports = builder.apply_passes(variant.recipe.passes)
+            _save_built(build_folder(study, variant), model, builder, reports)
 
 
 class VariantBuilder:

@@ -1,4 +1,4 @@
-"""What passes measure on training rows: the loss, the norms of inputs, the model's own answers."""
+"""What passes measure on training rows: the loss, the norms of inputs, the model's own log-probabilities."""
 
 import math
 import random
@@ -38,24 +38,24 @@ def mean_loss(model: Any, rows: list[Row], pad: int) -> float:
         UserError: it is not finite.
     """
     total, tokens = 0.0, 0
-    for made in batches(rows, pad, tokens_per_batch(model.config.get_text_config().vocab_size)):
-        batch = made.to(model.device)
+    for cpu_batch in batches(rows, pad, tokens_per_batch(model.config.get_text_config().vocab_size)):
+        batch = cpu_batch.to(model.device)
         logits = model(**batch.inputs, use_cache=False).logits
         total += float(
             cross_entropy(logits[:, :-1][batch.mask].float(), batch.labels[batch.mask], reduction="sum")
         )
         tokens += int(batch.mask.sum())
     if not math.isfinite(loss := total / tokens):
-        raise UserError("calibration loss", loss, "the student is broken: look at its training")
+        raise UserError("calibration loss", loss, "it must be finite: look at the training of the student")
     return loss
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass at the layer that was asked for."""
+    """Ends a forward pass at a layer."""
 
 
 class Walk:
-    """The decoder layers of a model in turn over one set of rows, each run on what those before it gave.
+    """The decoder layers of a model in turn over one set of rows, each run on the output of those before it.
 
     A pass that changes layer after layer, and looks at the inputs of each after that, costs two forward
     passes in all (as Frantar and Alistarh 2023, "SparseGPT", work); the whole model for each layer would
@@ -64,34 +64,34 @@ class Walk:
 
     def __init__(self, model: Any, rows: list[Row], pad: int) -> None:
         self.model, self.layers = model, decoder_layers(model)[2]
-        self._given: list[tuple[Batch, Any]] = [(b.to(model.device), None) for b in batches(rows, pad)]
+        self._inputs: list[tuple[Batch, Any]] = [(b.to(model.device), None) for b in batches(rows, pad)]
 
     def norms(self, place: int, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-        """`input_norms` of linear layers inside the layer `place`, all before which were passed."""
+        """`input_norms` of linear layers inside the layer `place`; `leave` was called for all before it."""
         return input_norms(
-            modules, [(b.attention_mask, partial(self._run, place, b, g)) for b, g in self._given]
+            modules, [(b.attention_mask, partial(self._run, place, b, g)) for b, g in self._inputs]
         )
 
     @torch.no_grad()
     def leave(self, place: int) -> None:
-        """Keeps what the layer `place`, as it is now, gives to the next one."""
-        self._given = [(batch, self._run(place, batch, given)) for batch, given in self._given]
+        """Stores the output of the layer `place`, as it is now: the input of the next one."""
+        self._inputs = [(batch, self._run(place, batch, given)) for batch, given in self._inputs]
 
     def _run(self, place: int, batch: Batch, given: Any) -> Any:
-        """What the layer `place` gives; those before it give `given`, and those after it are not reached."""
-        found: list[Any] = []
+        """The output of the layer `place` where those before it return `given`; those after it do not run."""
+        outputs: list[Any] = []
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output)
+            outputs.append(output)
             raise _ReachedError
 
         hook, before = self.layers[place].register_forward_hook(stop), list(self.layers)[:place]
         for layer in before:
-            layer.forward = lambda *args, **kwargs: given  # the model gives each the masks of its own kind
+            layer.forward = lambda *args, **kwargs: given  # the model itself makes the masks of each layer
         try:
             self.model(**batch.inputs, use_cache=False)
         except _ReachedError:
-            return found[0]
+            return outputs[0]
         finally:
             hook.remove()
             for layer in before:
@@ -106,25 +106,29 @@ def input_norms(
     """L2 norm over all tokens of each input of `modules`: name -> [I] float32. Padding is left out.
 
     Args:
-        runs: attention mask [B, T] of each batch, and a call that shows it to the modules.
+        runs: attention mask [B, T] of each batch, and a call that runs the modules on it.
 
     Raises:
         UserError: a norm is not finite, or a module saw no token.
     """
     squares = {name: torch.zeros(module.in_features, dtype=torch.float64) for name, module in modules.items()}
-    with _watched(modules, squares) as masks:
+    with _squared_inputs(modules, squares) as masks:
         for mask, run in runs:
             masks.append(mask.bool())
             run()
     norms = {name: total.sqrt().float() for name, total in squares.items()}
     for name, norm in norms.items():
         if not bool(torch.isfinite(norm).all()) or not bool(norm.any()):
-            raise UserError(f"inputs of {name}", "not finite, or all zero", "look at the student's training")
+            raise UserError(
+                f"inputs of {name}",
+                "not finite, or all zero",
+                "both are useless for pruning: look at the student's training",
+            )
     return norms
 
 
 @contextmanager
-def _watched(modules: Mapping[str, nn.Linear], squares: dict[str, Tensor]) -> Iterator[list[Tensor]]:
+def _squared_inputs(modules: Mapping[str, nn.Linear], squares: dict[str, Tensor]) -> Iterator[list[Tensor]]:
     """Adds up squared inputs [B, T, I] where the last mask given is True."""
     masks: list[Tensor] = []
 
@@ -133,7 +137,9 @@ def _watched(modules: Mapping[str, nn.Linear], squares: dict[str, Tensor]) -> It
         mask = mask.flatten() if values.ndim == 2 else mask  # some families put all tokens in one row
         if values.shape[:-1] != mask.shape:
             found = f"{tuple(values.shape)}, of {mask.numel()} tokens"
-            raise UserError(f"inputs of {name}", found, "prune a model whose linear layers see every token")
+            raise UserError(
+                f"inputs of {name}", found, "leave the pass out: it needs linear layers that see every token"
+            )
         squares[name] += values[mask].double().square().sum(dim=0).cpu()
 
     handles = [m.register_forward_pre_hook(partial(add, name)) for name, m in modules.items()]

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from compress.build import REPORTS, Variant, build_folder, silence_libraries
+from compress.build import REPORTS, Variant, build_folder
 from compress.verify import MODEL, verify_reload
 from eval.core.artifacts import build_artifact, digest
 from eval.core.errors import UserError
@@ -18,7 +18,6 @@ def publish_variant(study: Study, variant: Variant, report: Callable[[float], No
     Raises:
         UserError: reloaded, it answers differently from the model that was saved.
     """
-    silence_libraries()
     built, student, recipe = build_folder(study, variant), variant.student, variant.recipe
     reports = json.loads((built / REPORTS).read_text())
     try:

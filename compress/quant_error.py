@@ -1,4 +1,4 @@
-"""How far a quantized matrix may lie from the one that it was made of: pure, and held by every such pass."""
+"""How far a quantized matrix may be from its original: pure functions, used by every pass that quantizes."""
 
 import torch
 from torch import Tensor
@@ -40,6 +40,6 @@ def check_rounding(name: str, original: Tensor, restored: Tensor, group: int | N
         raise UserError(
             f"quantized matrix {name} {tuple(original.shape)}",
             f"round-trip error {worst:.4f} of the largest weight of its group",
-            f"at most {bound:.4f} is right for the format: install another version of the quantizing library",
+            f"the format allows at most {bound:.4f}: install another version of the quantizing library",
         )
     return worst

@@ -22,7 +22,7 @@ from eval.core.registry import plugin_class, plugin_names
 from eval.core.sections import Frozen
 from eval.core.study import Study, validate_config
 
-if TYPE_CHECKING:  # heavy, and a call that finds everything done should end at once
+if TYPE_CHECKING:  # heavy, and a command that has nothing to do should end at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PASSES = "compress.passes"  # the registry: a file each
@@ -77,7 +77,7 @@ class Context:
     pad: int
     seed: int
     scratch: Path  # a folder shared by every pass that gets this very model: name files by your options
-    report: Callable[[float], None]  # tells the share of this pass that is done
+    report: Callable[[float], None]  # takes the share of this pass that is done, 0 to 1
 
 
 class Pass(ABC):
@@ -157,10 +157,9 @@ def make_pass(entry: dict[str, Any], where: str) -> Pass:
     checked = validate_config(kind.Options, options, where)
     for module in kind.needs:
         if not installed(module):
-            extra = EXTRAS.get(module, module)
-            raise UserError(
-                f"{where}.pass", f"{name!r} needs {module}, not installed", f"install the extra {extra!r}"
-            )
+            extra = EXTRAS.get(module)
+            fix = f"install the extra: pip install '.[{extra}]'" if extra else "install its package"
+            raise UserError(f"{where}.pass", f"{name!r} needs {module}, not installed", fix)
     return kind(checked)
 
 
@@ -171,7 +170,7 @@ def installed(module: str) -> bool:
 
 
 def check_order(passes: list[Pass], where: str) -> None:
-    """Refuses a recipe whose stages go back, or that goes on after its format is settled."""
+    """Refuses a recipe whose stages go back, or with a pass after one that must be the last."""
     for i, (before, after) in enumerate(pairwise(passes)):
         thing = f"{where}: passes.{i + 1}"
         if after.stage < before.stage:
@@ -182,7 +181,9 @@ def check_order(passes: list[Pass], where: str) -> None:
             )
         if before.last:
             raise UserError(
-                thing, f"{after.name} after {before.name}", f"{before.name} must be the last pass"
+                thing,
+                f"{after.name} after {before.name}",
+                f"{before.name} must be the last pass: no other can change its format",
             )
 
 

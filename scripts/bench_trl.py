@@ -218,12 +218,12 @@ def started(vocabulary: int, given: argparse.Namespace, rates: Rates) -> Found:
     """Adds the rates of one start of all sides, their first losses held against each other; what to tell."""
     from distill.trainer.loop import row_order
     from eval.core.errors import UserError
-    from eval.engines.torch import quiet
+    from eval.core.silence import silenced
     from scripts.bench_distill import STUDENT, TEACHER, model
 
     steps = WARM + (given.rounds + LEFT_OUT + 1) * (1 + STEPS[vocabulary])
     words = ["--vocabulary", str(vocabulary), "--steps", str(steps)]
-    with TemporaryDirectory() as name, quiet(), ExitStack() as stack:
+    with TemporaryDirectory() as name, silenced("transformers"), ExitStack() as stack:
         folder, sides = Path(name), {}
         model(STUDENT, vocabulary, 1).save_pretrained(folder / "student")
         model(TEACHER, vocabulary, 2).save_pretrained(folder / "teacher")

@@ -38,15 +38,15 @@ class BitsAndBytes(Pass):
 
         before = size_of(model)
         quantized = quantize(model, self.options.format)
-        worst, fewer, touched = 0.0, 0, set[nn.Module]()
+        worst, zeroed, touched = 0.0, 0, set[nn.Module]()
         for name, module in quantized_layers(quantized).items():
-            old, new = original(model, name), dequantize(module)
+            old, new = original_matrix(model, name), dequantize(module)
             group, bound = (BLOCK, NF4_GAP) if self.options.format == "nf4" else (None, INT8_ROUNDED)
             worst = max(worst, check_rounding(name, old, new, group, bound))
-            fewer += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
+            zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
             touched.add(module)
         after = Size(
-            parameters=before.parameters, nonzeros=before.nonzeros - fewer, bytes=stored_bytes(quantized)
+            parameters=before.parameters, nonzeros=before.nonzeros - zeroed, bytes=stored_bytes(quantized)
         )
         return quantized, PassReport(
             name=self.name,
@@ -58,11 +58,11 @@ class BitsAndBytes(Pass):
 
 
 def quantize(model: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """The model quantized by transformers itself, which only does so while it loads.
+    """The model quantized by transformers itself, which can only do it while it loads.
 
     Raises:
         UserError: a row of a matrix is no multiple of the block: bitsandbytes 0.50.2 restores such a
-            matrix wrongly on a CPU, and says nothing.
+            matrix wrongly on a CPU, without an error.
     """
     from transformers import AutoModelForCausalLM
 
@@ -75,7 +75,7 @@ def quantize(model: PreTrainedModel, kind: str) -> PreTrainedModel:
             Path(folder), quantization_config=config, dtype=torch.float32, local_files_only=True
         )
     for name in quantized_layers(quantized):
-        shape = tuple(original(model, name).shape)
+        shape = tuple(original_matrix(model, name).shape)
         if kind == "nf4" and shape[1] % BLOCK:
             raise UserError(
                 f"bitsandbytes: layer {name} of shape {shape}",
@@ -85,8 +85,8 @@ def quantize(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     return quantized.eval()
 
 
-def original(model: nn.Module, name: str) -> Tensor:
-    """[O, I]: the matrix that was quantized. GPT-2's Conv1D keeps [I, O], which transformers turns round."""
+def original_matrix(model: nn.Module, name: str) -> Tensor:
+    """[O, I]: the matrix that was quantized. GPT-2's Conv1D holds [I, O], which transformers transposes."""
     from transformers.pytorch_utils import Conv1D
 
     module = model.get_submodule(name)

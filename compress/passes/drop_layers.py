@@ -2,7 +2,7 @@
 
 Greedy, one layer at a time, never the first or the last (as in Gromov et al. 2024, "The Unreasonable
 Ineffectiveness of the Deeper Layers", and Men et al. 2024, "ShortGPT": inner layers are the spare ones;
-the loss itself is the yardstick here, which small models can afford).
+here the loss itself decides, which small models can afford).
 """
 
 from __future__ import annotations
@@ -41,18 +41,17 @@ class DropLayers(Pass):
             raise UserError(
                 "drop_layers.share",
                 f"{self.options.share} is {count} of {depth} layers",
-                "the first and the last stay: ask for a smaller share",
+                f"at most {depth - 2} can go, as the first and the last stay: give a smaller share",
             )
-        dropped = choose(model, rows, context.pad, count)
-        kept = [i for i in range(depth) if i not in dropped]
-        keep_layers(model, kept)
+        dropped = choose_layers(model, rows, context.pad, count)
+        keep_layers(model, [i for i in range(depth) if i not in dropped])
         return model, PassReport(
             name=self.name, before=before, after=size_of(model), facts={"dropped_layers": sorted(dropped)}
         )
 
 
-def choose(model: PreTrainedModel, rows: list, pad: int, count: int) -> set[int]:
-    """The layers to drop: each time the one that is missed least beside those dropped before."""
+def choose_layers(model: PreTrainedModel, rows: list, pad: int, count: int) -> set[int]:
+    """The layers to drop, chosen one by one: each time the one whose absence raises the loss least."""
     layers = decoder_layers(model)[2]
     dropped: set[int] = set()
     for _ in range(count):
@@ -66,13 +65,13 @@ def choose(model: PreTrainedModel, rows: list, pad: int, count: int) -> set[int]
 
 @contextmanager
 def bypassed(layers: list[nn.Module]) -> Iterator[None]:
-    """Inside, each of `layers` hands on the hidden states that it is given, as if it were not there."""
+    """Inside, each of `layers` returns its input hidden states, as if it were not there."""
 
-    def hand_on(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def skip(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_hook(hand_on, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(skip, with_kwargs=True).remove)
         yield

@@ -6,7 +6,6 @@ The float32 export is made once per model and shared by every recipe that starts
 from __future__ import annotations
 
 import gc
-import logging
 import re
 import sys
 import warnings
@@ -27,13 +26,13 @@ from compress.quant_error import INT4_STEP, INT8_STEP, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Skipped, Stage
 from eval.core.errors import UserError
 from eval.core.sections import Frozen
+from eval.core.silence import silenced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPORT_TOLERANCE = 1e-3  # nats, between the float32 IR and torch
-LOUD = ("nncf", "optimum", "transformers")
-LOW = {"i8": INT8_STEP, "u8": INT8_STEP, "i4": INT4_STEP, "u4": INT4_STEP}  # element type -> bound
+BOUNDS = {"i8": INT8_STEP, "u8": INT8_STEP, "i4": INT4_STEP, "u4": INT4_STEP}  # element type -> largest error
 
 
 class OpenVINO(Pass):
@@ -49,34 +48,37 @@ class OpenVINO(Pass):
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[Any, PassReport]:
         before = size_of(model)
         place = context.scratch / "openvino-fp32"
-        with quiet():
+        with conversion():
             if not place.is_dir():
                 export(model, context, place)
             originals = plain_matrices(load(place, None).model)
-            made = load(place, self._compression())
-        low = low_matrices(made.model)
+            result = load(place, self._compression())
+        compressed = compressed_matrices(result.model)
         worst, zeroed = 0.0, 0
-        for name, (kind, axis, now) in low.items():
-            old = originals[name].reshape(now.shape)
-            error = check_rounding(name, old.movedim(axis, -1), now.movedim(axis, -1), None, LOW[kind])
+        for name, (kind, axis, new) in compressed.items():
+            old = originals[name].reshape(new.shape)
+            error = check_rounding(name, old.movedim(axis, -1), new.movedim(axis, -1), None, BOUNDS[kind])
             worst = max(worst, error)
-            zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(now))
-        tidy_names(made.model)
+            zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
+        number_names(result.model)
         report = PassReport(
             name=self.name,
             before=before,
             after=Size(
                 parameters=before.parameters,
                 nonzeros=before.nonzeros - zeroed,
-                bytes=constant_bytes(made.model),
+                bytes=constant_bytes(result.model),
             ),
-            skipped=self._skipped(set(originals) - set(low)),
-            facts={"formats": {module(name): low[name][0] for name in low}, "worst_rounding": worst},
+            skipped=self._skipped(set(originals) - set(compressed)),
+            facts={
+                "formats": {module_name(name): compressed[name][0] for name in compressed},
+                "worst_rounding": worst,
+            },
         )
-        return made, report
+        return result, report
 
     def _compression(self) -> Any:
-        """The settings for nncf, or none. `tokenizer` is unused here, but its default, a path, is saved."""
+        """The settings for nncf, or None. `tokenizer` is unused, but its default, a path, would be saved."""
         from optimum.intel import OVWeightQuantizationConfig
 
         if self.options.weights == "fp32":
@@ -88,50 +90,49 @@ class OpenVINO(Pass):
         )
 
     def _skipped(self, names: set[str]) -> list[Skipped]:
-        reason = "float32 was asked for" if self.options.weights == "fp32" else "left in float32 by nncf"
-        return [Skipped(module=module(name), reason=reason) for name in sorted(names)]
+        reason = (
+            "the recipe asks for float32" if self.options.weights == "fp32" else "left in float32 by nncf"
+        )
+        return [Skipped(module=module_name(name), reason=reason) for name in sorted(names)]
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Imports the libraries and holds back what they say short of an error, while a model is converted."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # send nobody a report
+def conversion() -> Iterator[None]:
+    """Imports the libraries and silences them while a model is converted."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # no reports are sent
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore", category=DeprecationWarning)
         import nncf  # noqa: F401  # it sets its log level when it is imported
         import optimum.intel  # noqa: F401
 
         warnings.simplefilter("ignore", category=torch.jit.TracerWarning)
-        for name in {*LOUD, *(n for n in logging.root.manager.loggerDict if n.split(".")[0] in LOUD)}:
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.ERROR)
+        stack.enter_context(silenced("nncf", "optimum", "transformers"))
         console = rich.get_console()  # nncf's bars
         stack.callback(setattr, console, "quiet", console.quiet)
         console.quiet = True
-        gc.freeze()  # the export collects garbage four times: it need not walk through the libraries
+        gc.freeze()  # the export collects garbage four times: without the objects of the libraries
         stack.callback(gc.unfreeze)
         yield
 
 
-def exactly() -> dict[str, Any]:
-    """How the engine runs an IR: with float32 arithmetic, here by one thread."""
+def runtime_config() -> dict[str, Any]:
+    """As the engine runs an IR: with float32 arithmetic, here on one thread."""
     from eval.engines.openvino import EXACT
 
     return {**EXACT, "INFERENCE_NUM_THREADS": 1}
 
 
 def load(folder: Path, compression: Any) -> Any:
-    """The IR in `folder` as an OVModelForCausalLM, its weights compressed where asked."""
+    """The IR in `folder` as an OVModelForCausalLM, with its weights compressed if `compression` says so."""
     from optimum.intel import OVModelForCausalLM
 
     return OVModelForCausalLM.from_pretrained(
-        str(folder), compile=False, ov_config=exactly(), quantization_config=compression
+        str(folder), compile=False, ov_config=runtime_config(), quantization_config=compression
     )
 
 
 def export(model: PreTrainedModel, context: Context, place: Path) -> None:
-    """Writes the float32 IR of `model` to `place`, whole or not at all.
+    """Writes the float32 IR of `model` to `place`, completely or not at all.
 
     Raises:
         UserError: OpenVINO cannot export this model, or the IR answers differently from torch.
@@ -152,23 +153,26 @@ def export(model: PreTrainedModel, context: Context, place: Path) -> None:
                 ov_config=OVConfig(dtype="auto"),
             )
         except ValueError as error:
-            found = " ".join(str(error).split())[:200]
-            raise UserError(f"openvino export of {type(model).__name__}", found, "leave it out") from error
-        made = load(aside, None)
+            message = " ".join(str(error).split())[:200]
+            fix = "leave the pass out of the recipe for this architecture"
+            raise UserError(f"openvino export of {type(model).__name__}", message, fix) from error
+        exported = load(aside, None)
         batch = check_batch(context.rows, context.pad)
-        gap = (log_probs(made, batch) - log_probs(model, batch))[batch.attention_mask.bool()].abs().max()
-        if not float(gap) <= EXPORT_TOLERANCE:
+        difference = (
+            (log_probs(exported, batch) - log_probs(model, batch))[batch.attention_mask.bool()].abs().max()
+        )
+        if not float(difference) <= EXPORT_TOLERANCE:
             raise UserError(
                 f"openvino export of {type(model).__name__}",
-                f"log-probabilities differ from torch by up to {float(gap):.3g} nats",
-                f"at most {EXPORT_TOLERANCE} is right: install another version of optimum-intel",
+                f"log-probabilities differ from torch by up to {float(difference):.3g} nats",
+                f"at most {EXPORT_TOLERANCE} is allowed: install another version of optimum-intel",
             )
-        tidy_names(made.model)
-        made.save_pretrained(whole)
+        number_names(exported.model)
+        exported.save_pretrained(whole)
         whole.rename(place)
 
 
-def tidy_names(model: Any) -> None:
+def number_names(model: Any) -> None:
     """Numbers generated node names by place: by default a counter of the process, so that bytes differ."""
     model.set_friendly_name("model")
     for i, node in enumerate(model.get_ordered_ops()):
@@ -176,7 +180,7 @@ def tidy_names(model: Any) -> None:
             node.set_friendly_name(f"{node.get_type_name()}.{i}")
 
 
-def module(name: str) -> str:
+def module_name(name: str) -> str:
     """The torch module of a constant: `self.lm_head.weight` is that of `lm_head`."""
     return name.removeprefix("self.").removesuffix(".weight")
 
@@ -198,7 +202,7 @@ def plain_matrices(model: Any) -> dict[str, Tensor]:
     }
 
 
-def low_matrices(model: Any) -> dict[str, tuple[str, int, Tensor]]:
+def compressed_matrices(model: Any) -> dict[str, tuple[str, int, Tensor]]:
     """The compressed matrices of an IR, in the shape in which they are stored.
 
     Returns:
@@ -206,25 +210,25 @@ def low_matrices(model: Any) -> dict[str, tuple[str, int, Tensor]]:
     """
     import openvino
 
-    found: dict[str, tuple[str, int, Any]] = {}
+    nodes: dict[str, tuple[str, int, Any]] = {}
     for node in constants(model):
         name, kind = node.get_friendly_name(), node.get_element_type().get_type_name()
-        if kind in LOW and not name.endswith("/zero_point"):
-            scaled = scaled_by(node)
+        if kind in BOUNDS and not name.endswith("/zero_point"):
+            scaled = scaling_node(node)
             scales = list(scaled.input_value(1).get_shape())
             shared = [a for a, size in enumerate(node.shape) if size != scales[a]]
             assert len(shared) == 1, f"{name}: {list(node.shape)} scaled by {scales}"
-            found[name] = kind, shared[0], scaled.output(0)
-    if not found:
+            nodes[name] = kind, shared[0], scaled.output(0)
+    if not nodes:
         return {}
-    whole = openvino.Model([output for _, _, output in found.values()], [])
-    values = openvino.compile_model(whole, "CPU", exactly())([])
+    whole = openvino.Model([output for _, _, output in nodes.values()], [])
+    values = openvino.compile_model(whole, "CPU", runtime_config())([])
     return {
-        name: (kind, axis, torch.tensor(values[i])) for i, (name, (kind, axis, _)) in enumerate(found.items())
+        name: (kind, axis, torch.tensor(values[i])) for i, (name, (kind, axis, _)) in enumerate(nodes.items())
     }
 
 
-def scaled_by(node: Any) -> Any:
+def scaling_node(node: Any) -> Any:
     """The node that scales a compressed constant: after Convert, and Subtract where asymmetric."""
     while node.get_type_name() != "Multiply":
         node = next(iter(node.output(0).get_target_inputs())).get_node()

@@ -37,17 +37,17 @@ class Recover(Pass):
         from distill.trainer.loop import train
 
         before = size_of(model)
-        zeros = pruned(model)
+        zeros = zero_masks(model)
         curve = train(
             model,
             context.rows,
             self.options.train,
             pad=context.pad,
             seed=context.seed,
-            teacher=lambda batch: teach(context.parent, batch),
+            teacher=lambda batch: parent_target(context.parent, batch),
             scratch=context.scratch / f"recover-{digest(self.identity)[:16]}",
             report=lambda step: context.report(step.number / step.total),
-            after_step=lambda: clear(zeros),
+            after_step=lambda: restore_zeros(zeros),
         )
         model.to("cpu")
         context.parent.to("cpu")
@@ -56,15 +56,15 @@ class Recover(Pass):
 
 
 @torch.no_grad()
-def teach(parent: PreTrainedModel, batch: Batch) -> Target:
-    """What the uncompressed student says of the valid tokens, where the batch is."""
+def parent_target(parent: PreTrainedModel, batch: Batch) -> Target:
+    """The prediction of the uncompressed student for the valid tokens, on the device of the batch."""
     from distill.method import plain_output
 
     parent.to(batch.input_ids.device)
     return plain_output(parent, batch=batch).select(torch.nn.functional.pad(batch.mask, (0, 1)))
 
 
-def pruned(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+def zero_masks(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The matrices of linear layers that hold zeros, each with its mask: True where it is zero."""
     weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     masks = [(weight, weight.detach() == 0) for weight in weights.values()]
@@ -72,7 +72,7 @@ def pruned(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def clear(zeros: list[tuple[Tensor, Tensor]]) -> None:
-    """Sets what was pruned to zero again: momentum and weight decay would bring it back."""
+def restore_zeros(zeros: list[tuple[Tensor, Tensor]]) -> None:
+    """Sets pruned weights to zero again: momentum would change them."""
     for weight, mask in zeros:
         weight.masked_fill_(mask.to(weight.device), 0.0)

@@ -39,38 +39,41 @@ class Wanda(Pass):
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
         before = size_of(model)
         rows = calibration_rows(context.rows, self.options.rows, context.seed)
-        touched: set[nn.Module] = set()
+        seen: set[nn.Module] = set()
         skipped: list[Skipped] = []
         names = {module: name for name, module in model.named_modules()}
         walk = Walk(model, rows, context.pad)
-        for i, layer in enumerate(walk.layers):  # in turn: a layer sees what the pruned ones before it give
+        for i, layer in enumerate(walk.layers):  # in turn: the inputs of a layer come from pruned layers
             matrices = {names[m]: m for m in layer_matrices(layer).values()}
-            fit = {name: m for name, m in matrices.items() if self._fits(m)}
-            skipped += [self._unfit(name, m) for name, m in matrices.items() if name not in fit]
-            for name, norms in walk.norms(i, fit).items():
-                weight = fit[name].weight
-                weight.data *= self._keep(wanda_scores(weight, norms.to(weight.device)))
+            prunable = {name: m for name, m in matrices.items() if m.in_features % self._group == 0}
+            skipped += [
+                Skipped(
+                    module=name,
+                    reason=f"{m.in_features} inputs do not divide into {self.options.pattern}",
+                )
+                for name, m in matrices.items()
+                if name not in prunable
+            ]
+            for name, norms in walk.norms(i, prunable).items():
+                weight = prunable[name].weight
+                weight.data *= self._mask(wanda_scores(weight, norms.to(weight.device)))
             walk.leave(i)
-            touched |= set(matrices.values())
+            seen |= set(matrices.values())
             context.report((i + 1) / len(walk.layers))
-        if len(skipped) == len(touched):
-            raise UserError("wanda", "no linear layer that it can prune", "leave it out of the recipe")
-        skipped += left_out(model, touched, "not a linear layer of the decoder")
+        if len(skipped) == len(seen):
+            raise UserError("wanda", "no linear layer that it can prune", "leave the pass out of the recipe")
+        skipped += left_out(model, seen, "not a linear layer of the decoder")
         after = size_of(model)
         return model, PassReport(name=self.name, before=before, after=after, skipped=skipped)
 
-    def _keep(self, scores: Tensor) -> Tensor:
+    @property
+    def _group(self) -> int:
+        """Inputs of a row that are compared with each other, of which their number must be a multiple."""
+        return 1 if self.options.pattern is None else int(self.options.pattern.split(":")[1])
+
+    def _mask(self, scores: Tensor) -> Tensor:
+        """[O, I] bool: the weights that stay."""
         if self.options.pattern is None:
             return keep_rows(scores, self.options.sparsity)
         n, m = (int(part) for part in self.options.pattern.split(":"))
         return keep_n_of_m(scores, n, m)
-
-    def _fits(self, module: nn.Linear) -> bool:
-        return (
-            self.options.pattern is None or module.in_features % int(self.options.pattern.split(":")[1]) == 0
-        )
-
-    def _unfit(self, name: str, module: nn.Linear) -> Skipped:
-        return Skipped(
-            module=name, reason=f"{module.in_features} inputs do not divide into {self.options.pattern}"
-        )

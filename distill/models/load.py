@@ -16,7 +16,8 @@ from transformers import (
 
 from eval.core.errors import UserError
 from eval.core.sections import Base
-from eval.engines.torch import load_checkpoint, quiet
+from eval.core.silence import silenced
+from eval.engines.torch import load_checkpoint
 
 BOS = "<|endoftext|>"
 
@@ -122,7 +123,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     model = model.to("cpu")
     model.config.use_cache = True
     try:
-        with quiet():
+        with silenced("transformers"):
             model.save_pretrained(str(folder), safe_serialization=True)
         tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -18,7 +18,7 @@ from distill.models.lm_head import output_embedding
 from distill.models.quantized import dequantize, load_quantized, quantized_layers
 from eval.core.errors import UserError
 from eval.core.sections import Student
-from eval.engines.torch import quiet
+from eval.core.silence import silenced
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -119,7 +119,7 @@ def add_adapters_to_nf4(
     plain: PreTrainedModel, config: Student, device: torch.device, dtype: torch.dtype
 ) -> TrainableModel:
     """Adapters on frozen NF4 matrices; `plain` gets the dequantized matrices, to merge the adapters into."""
-    with TemporaryDirectory() as folder, quiet():
+    with TemporaryDirectory() as folder, silenced("transformers"):
         plain.save_pretrained(folder)  # transformers quantizes only while it loads
         quantized = load_quantized(Path(folder), "nf4", dtype, device)
     for name, layer in quantized_layers(quantized).items():

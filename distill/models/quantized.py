@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from eval.core.errors import UserError
-from eval.engines.torch import quiet
+from eval.core.silence import silenced
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -27,7 +27,7 @@ def load_quantized(folder: Path, kind: str, dtype: torch.dtype, device: torch.de
     """
     if find_spec("bitsandbytes") is None:
         raise UserError(f"quantization {kind!r}", "bitsandbytes is not installed", "install the extra `gpu`")
-    with quiet():
+    with silenced("transformers"):
         model = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,

@@ -3,8 +3,6 @@
 import inspect
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from eval.core.documents import Batch
 from eval.core.errors import UserError, require_one_of
+from eval.core.silence import silenced
 from eval.engines import REMAKE, Engine, first_line, load_tokenizer
 
 DEVICES = ("cpu", "cuda")
@@ -43,7 +41,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     """The model alone, on `device`; see `load_checkpoint`."""
     quantized = check_folder(folder)
     try:
-        with quiet():
+        with silenced("transformers"):
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -66,20 +64,6 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Number of rows of the input embedding: tokens that the model has."""
     return model.get_input_embeddings().num_embeddings
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the loading bar and report of transformers off the terminal: problems are raised instead."""
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 def check_folder(folder: Path) -> bool:

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.calibration import mean_loss
-from compress.passes.drop_layers import bypassed, choose
+from compress.passes.drop_layers import bypassed, choose_layers
 from distill.models.layers import decoder_layers, keep_layers
 from eval.core.documents import Row
 from eval.core.errors import UserError
@@ -101,7 +101,7 @@ def test_the_layer_that_does_nothing_goes_first():
         ):
             parameter.zero_()
     before = mean_loss(model, ROWS, pad=0)
-    assert choose(model, ROWS, pad=0, count=1) == {3}
+    assert choose_layers(model, ROWS, pad=0, count=1) == {3}
     keep_layers(model, [0, 1, 2, 4])
     assert mean_loss(model, ROWS, pad=0) == pytest.approx(before, abs=1e-6)
 
@@ -113,8 +113,8 @@ def test_the_choice_is_the_best_by_brute_force():
     for i in (1, 2, 3):
         with bypassed([layers[i]]):
             losses[i] = mean_loss(model, ROWS, pad=0)
-    assert choose(model, ROWS, pad=0, count=1) == {min(losses, key=losses.get)}
-    assert choose(model, ROWS, pad=0, count=3) == {1, 2, 3}
+    assert choose_layers(model, ROWS, pad=0, count=1) == {min(losses, key=losses.get)}
+    assert choose_layers(model, ROWS, pad=0, count=3) == {1, 2, 3}
 
 
 def test_a_list_of_layers_is_not_guessed():

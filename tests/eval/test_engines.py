@@ -1,6 +1,7 @@
 """Engines: what they compute is what the model says, step by step or at once; what is damaged is refused."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
 
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
+from eval.core.silence import silenced
 from eval.engines import load_engine, load_tokenizer
 from eval.engines.torch import load_checkpoint
 from tests.eval.fake_run import tokenizer
@@ -196,3 +199,18 @@ def test_a_lean_engine_imports_no_library_of_another(openvino_folder):
         "print([name for name in ('transformers', 'optimum', 'datasets') if name in sys.modules])"
     )
     assert run("-c", script).stdout == "[]\n"
+
+
+def test_libraries_are_silent_inside_and_as_they_were_after():
+    bars = transformers_logging.is_progress_bar_enabled()
+    logger, child = logging.getLogger("a_library"), logging.getLogger("a_library.part")
+    logger.setLevel(logging.INFO)
+    child.setLevel(logging.DEBUG)
+    with pytest.raises(KeyError), silenced("a_library"):
+        assert not logger.isEnabledFor(logging.WARNING)
+        assert not child.isEnabledFor(logging.WARNING)
+        assert child.isEnabledFor(logging.ERROR)
+        assert not transformers_logging.is_progress_bar_enabled()
+        raise KeyError
+    assert (logger.level, child.level) == (logging.INFO, logging.DEBUG)
+    assert transformers_logging.is_progress_bar_enabled() == bars
