@@ -148,7 +148,7 @@ def test_recovery_keeps_zeros_and_ties_and_helps(context):
 
 
 def test_too_many_layers(context):
-    with pytest.raises(UserError, match="is 3 of 4 layers; the first and the last stay"):
+    with pytest.raises(UserError, match="is 3 of 4 layers; at most 2 can go"):
         make("drop_layers", {"share": 0.75}).apply(model_of(context), context)
 
 
