@@ -37,7 +37,7 @@ from distill.losses.teacher_output import Teacher  # noqa: E402
 from distill.method import Plain  # noqa: E402
 from distill.teachers.cache import CachedTeacher, link_shards, write_shards  # noqa: E402
 from distill.teachers.codec import make_codec  # noqa: E402
-from distill.teachers.run import LiveTeacher  # noqa: E402
+from distill.teachers.local import LocalTeacher  # noqa: E402
 from distill.trainer.loop import accelerator, build_optimizers, check_finite, set_learning_rate, step_loss  # noqa: E402
 from distill.trainer.module import DistillationModule  # noqa: E402
 from eval.core.artifacts import build_artifact  # noqa: E402
@@ -131,13 +131,13 @@ class Ours:
             optimizer.zero_grad()
 
 
-def live(vocabulary: int, shape: tuple[int, int] = TEACHER) -> LiveTeacher:
+def live(vocabulary: int, shape: tuple[int, int] = TEACHER) -> LocalTeacher:
     found = model(shape, vocabulary, 2).eval().requires_grad_(False)
-    return LiveTeacher(Plain(Frozen()), "plain", found, vocabulary)
+    return LocalTeacher(Plain(Frozen()), "plain", found, vocabulary)
 
 
 @contextmanager
-def cached(teacher: LiveTeacher, vocabulary: int, draws: int = 50) -> Iterator[CachedTeacher]:
+def cached(teacher: LocalTeacher, vocabulary: int, draws: int = 50) -> Iterator[CachedTeacher]:
     """The teacher's draws for the pool, in a real cache on disk."""
     form, rows = make_codec(Targets(form="sampled", draws=draws), vocabulary, 1.0), pool(vocabulary)
     with TemporaryDirectory() as name:

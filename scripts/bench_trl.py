@@ -141,7 +141,7 @@ def our_side(kind: str, folder: Path, vocabulary: int, steps: int, pace: Pace) -
     from transformers import LlamaForCausalLM
 
     from distill.method import Plain
-    from distill.teachers.run import LiveTeacher
+    from distill.teachers.local import LocalTeacher
     from distill.trainer.loop import train
     from eval.core.documents import Row, pack
     from eval.core.sections import Frozen, Loss, Optimizer, Train
@@ -149,7 +149,7 @@ def our_side(kind: str, folder: Path, vocabulary: int, steps: int, pace: Pace) -
     rows = [Row(f"d{i}", "random", 0, tokens) for i, tokens in enumerate(documents(vocabulary))]
     rows = list(pack(rows, CONTEXT)) if "packed" in kind else rows
     model = LlamaForCausalLM.from_pretrained(folder / "teacher").eval().requires_grad_(False)
-    teacher: Any = LiveTeacher(Plain(Frozen()), "plain", model, vocabulary)
+    teacher: Any = LocalTeacher(Plain(Frozen()), "plain", model, vocabulary)
     if "cached" in kind:
         since = time.perf_counter()
         teacher = cached(folder / kind, rows, teacher, vocabulary)

@@ -15,18 +15,17 @@ from distill.losses.divergences import check_target
 from distill.losses.teacher_output import Sampled, Target, Teacher, TopK
 from distill.teachers.cache import CachedTeacher, link_shards, write_shards
 from distill.teachers.codec import Codec, make_codec
+from distill.teachers.local import LocalTeacher
 from distill.teachers.run import (
     TEACHERS,
-    LiveTeacher,
     find_teacher_hash,
     fit_method,
-    is_scored,
     run_teacher,
-    score_teacher,
     teacher_group,
     teacher_hash,
     teacher_name,
 )
+from distill.teachers.scoring import is_scored, score_teacher
 from distill.teachers.texts import count_texts, read_texts, write_texts
 from distill.trainer.artifact_training import (
     CODE,
@@ -103,7 +102,7 @@ def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ..
 
 
 def _write_targets(
-    study: Study, name: str, key: str, live: LiveTeacher, teacher: str, report: Progress
+    study: Study, name: str, key: str, live: LocalTeacher, teacher: str, report: Progress
 ) -> None:
     """What the teacher says of all training rows: every process writes its share, the first joins them."""
     acc, place = accelerator(), scratch_folder(study, name, key)
@@ -181,5 +180,5 @@ def open_target_source(
         yield TargetSource(read_texts(folder, rows, _lineage(study, base, teacher), targets.generation))
     else:
         writer = OnPolicy(targets.share, targets.generation, study.data.context, seed, pad_id(tokenizer))
-        with run_teacher(study, TEACHERS[arm], seeds, bases, split=True) as live:
+        with run_teacher(study, TEACHERS[arm], seeds, bases, sharded=True) as live:
             yield TargetSource(rows, live, writer if targets.source == "on_policy" else None)

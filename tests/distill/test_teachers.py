@@ -10,13 +10,8 @@ import yaml
 from distill.data.sources import training_rows
 from distill.pipeline import base_jobs, make_student, prepare_inputs, teacher_jobs
 from distill.teachers import run as teachers
-from distill.teachers.run import (
-    LiveTeacher,
-    find_teacher_hash,
-    load_teacher_model,
-    run_teacher,
-    teacher_group,
-)
+from distill.teachers.local import LocalTeacher, load_teacher_model
+from distill.teachers.run import find_teacher_hash, run_teacher, teacher_group
 from distill.teachers.target_source import (
     check_target_source,
     make_teacher,
@@ -67,8 +62,8 @@ def shard_bytes(study):
 def test_a_student_and_a_second_one_cost_no_teacher_pass(cached, monkeypatch):
     study, _ = cached
     before = shard_bytes(study), [(study.folder / "targets" / n).stat().st_mtime_ns for n in FOLDERS]
-    monkeypatch.setattr(LiveTeacher, "__call__", None)
-    monkeypatch.setattr(LiveTeacher, "log_probs", None)
+    monkeypatch.setattr(LocalTeacher, "__call__", None)
+    monkeypatch.setattr(LocalTeacher, "log_probs", None)
     curves = []
     for rate in (0.01, 0.02):
         optimizer = study.train.optimizer.model_copy(update={"lr": rate})
@@ -178,7 +173,7 @@ def test_a_teacher_runs_in_bfloat16_where_it_shall(cached):
 
 def test_a_quantized_teacher_needs_cuda(cached, tmp_path):
     for name in ("int8", "nf4"):
-        with pytest.raises(UserError, match=rf"targets\.quantization: {name}; it needs CUDA"):
+        with pytest.raises(UserError, match=rf"targets\.quantization: {name} needs CUDA, the device is cpu"):
             load_teacher_model(
                 cached[0].folder / "base" / "s0", Targets(quantization=name), torch.device("cpu")
             )

@@ -1,0 +1,43 @@
+"""Scores of a teacher: measured where it runs, because no checkpoint contains its method."""
+
+from distill.teachers.local import LocalTeacher
+from eval.core.artifacts import read_manifest
+from eval.core.documents import tokens_per_batch
+from eval.core.records import Score, each_score, provenance, write_record
+from eval.core.study import Study
+from eval.engines import load_tokenizer
+from eval.score.scoring import score_kinds, score_with
+
+
+def score_teacher(
+    study: Study, side: str, seeds: list[int], teacher: LocalTeacher, teacher_hash: str
+) -> None:
+    """Writes one score record for each seed that shares this teacher."""
+    data, tokenizer = study.folder / "data", load_tokenizer(study.folder / "base" / f"s{seeds[0]}")
+    size = tokens_per_batch(len(tokenizer))
+    for kind in score_kinds(study):
+        documents = score_with(
+            teacher.log_probs, data, tokenizer, study.data.context, kind=kind, batch_tokens=size
+        )
+        for seed in seeds:
+            record = Score(
+                kind=kind,
+                arm=side,
+                seed=seed,
+                engine="method",
+                data=read_manifest(data).hash,
+                documents=documents,
+                provenance=provenance(teacher_hash, study.hash()),
+            )
+            write_record(study.folder, record)
+
+
+def is_scored(study: Study, side: str, seeds: list[int], teacher_hash: str) -> bool:
+    """True if every seed has all its records of this teacher and study."""
+    scored = {
+        (r.kind, r.seed)
+        for kind in score_kinds(study)
+        for r in each_score(study.folder, kind)
+        if (r.arm, r.provenance.artifact, r.provenance.config) == (side, teacher_hash, study.hash())
+    }
+    return scored >= {(kind, seed) for kind in score_kinds(study) for seed in seeds}
