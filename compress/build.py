@@ -21,8 +21,8 @@ from compress.verify import MODEL, save_reference
 from distill.data.sources import training_rows
 from eval.core.artifacts import digest, write_text
 from eval.core.documents import pad_id
-from eval.core.silence import silenced
 from eval.core.study import Study
+from eval.engines import silenced
 
 REPORTS = "reports.json"  # written last: a folder that holds it is whole
 

@@ -218,7 +218,7 @@ def started(vocabulary: int, given: argparse.Namespace, rates: Rates) -> Found:
     """Adds the rates of one start of all sides, their first losses held against each other; what to tell."""
     from distill.trainer.loop import row_order
     from eval.core.errors import UserError
-    from eval.core.silence import silenced
+    from eval.engines import silenced
     from scripts.bench_distill import STUDENT, TEACHER, model
 
     steps = WARM + (given.rounds + LEFT_OUT + 1) * (1 + STEPS[vocabulary])

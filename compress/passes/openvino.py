@@ -26,7 +26,7 @@ from compress.quant_error import INT4_STEP, INT8_STEP, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Skipped, Stage
 from eval.core.errors import UserError
 from eval.core.sections import Frozen
-from eval.core.silence import silenced
+from eval.engines import silenced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ from transformers import (
 
 from eval.core.errors import UserError
 from eval.core.sections import Base
-from eval.core.silence import silenced
+from eval.engines import silenced
 from eval.engines.torch import load_checkpoint
 
 BOS = "<|endoftext|>"

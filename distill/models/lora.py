@@ -18,7 +18,7 @@ from distill.models.lm_head import output_embedding
 from distill.models.quantized import dequantize, load_quantized, quantized_layers
 from eval.core.errors import UserError
 from eval.core.sections import Student
-from eval.core.silence import silenced
+from eval.engines import silenced
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from eval.core.errors import UserError
-from eval.core.silence import silenced
+from eval.engines import silenced
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eval.core.errors import UserError
 from eval.core.records import VALIDATION
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 TRAIN, TEST = "train", "test"
 DAY = datetime(2024, 7, 26)  # for chat templates that print one: rows must be the same tomorrow
+
+
+Line = tuple[str, int, str]  # "FILE, line N", its number N, its text
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,41 @@ def read_documents(data: Path, split: str) -> list[Document]:
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return [Document(row["id"], row["domain"], row["text"], row.get("prompt", "")) for row in rows]
+
+
+def text_lines(path: Path, thing: str, fix: str) -> Iterator[Line]:
+    """The lines of a UTF-8 file that are not empty; `fix` says what the file should be.
+
+    Raises:
+        UserError: there is no such file, it is not UTF-8, or it is empty.
+    """
+    if not path.is_file():
+        raise UserError(thing, f"no such file: {path}", fix)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{thing} {path}", "not UTF-8", "save it as UTF-8") from error
+    numbered = enumerate(text.split("\n"), start=1)  # and not splitlines: JSON may hold U+2028
+    numbered_lines = [(f"{path}, line {number}", number, line) for number, line in numbered if line.strip()]
+    if not numbered_lines:
+        raise UserError(f"{thing} {path}", "the file is empty", fix)
+    yield from numbered_lines
+
+
+def json_objects(path: Path, thing: str, fix: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """The same, each line a JSON object.
+
+    Raises:
+        UserError: as above, or a line is no JSON object.
+    """
+    for where, number, line in text_lines(path, thing, fix):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(where, f"not JSON ({error})", "write one JSON object a line") from error
+        if not isinstance(row, dict):
+            raise UserError(where, type(row).__name__, "write one JSON object a line")
+        yield where, number, row
 
 
 def scored_slices(data: Path) -> list[str]:

@@ -14,9 +14,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Artifacts
+from eval.core.documents import text_lines
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.jobs import lock_folder
-from eval.core.jsonl import lines
 from eval.core.recipes import recipe_names
 from eval.core.records import (
     TRAINING,
@@ -43,7 +43,7 @@ def read_lines(path: Path) -> list[Record]:
         UserError: there is no such file, or a line is no record.
     """
     found: list[Record] = []
-    for where, _, line in lines(path, "records", "name a file of records, or a copy of the run folder"):
+    for where, _, line in text_lines(path, "records", "name a file of records, or a copy of the run folder"):
         try:
             found.append(ANY.validate_json(line))
         except ValidationError as error:

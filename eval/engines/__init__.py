@@ -5,7 +5,10 @@ runs on, and `load(folder, threads, device) -> Engine`. An engine is only import
 needed, so that the peak memory and the start of a measured process are those of its own engine.
 """
 
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -122,6 +125,29 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> "PreTrainedTo
         found = f"ids up to {largest}, the model has {vocabulary} rows"
         raise UserError(thing, found, "replace it by the tokenizer that the model was trained with")
     return tokenizer
+
+
+@contextmanager
+def silenced(*names: str) -> Iterator[None]:
+    """Inside, the loggers `names` and all below them report errors only, and transformers shows no bars.
+
+    What is wrong is raised; the log lines and bars of libraries would hide the lines of a command.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    below = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in names]
+    levels = {logger: logger.level for logger in map(logging.getLogger, {*names, *below})}
+    with_bars = transformers_logging.is_progress_bar_enabled()
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        if with_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def first_line(error: BaseException) -> str:

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from eval.core.documents import Batch
 from eval.core.errors import UserError, require_one_of
-from eval.core.silence import silenced
-from eval.engines import REMAKE, Engine, first_line, load_tokenizer
+from eval.engines import REMAKE, Engine, first_line, load_tokenizer, silenced
 
 DEVICES = ("cpu", "cuda")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per layer of each int8 model

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval.core.artifacts import MANIFEST, Manifest, read_manifest, verify_artifact
+from eval.core.artifacts import MANIFEST, read_manifest, verify_artifact
 from eval.core.checks import STUDENT, artifact_folder
 from eval.core.documents import Batch, Document, read_documents, tokens_per_batch
 from eval.core.errors import UserError
@@ -28,7 +28,7 @@ from eval.core.records import (
     write_record,
 )
 from eval.core.study import Study
-from eval.engines import Engine, load_engine, subject_of
+from eval.engines import Engine, Subject, load_engine, subject_of
 from eval.metrics.likelihood import Predict, likeliest_tokens, prepare_batches, require_finite, split_scores
 from eval.stats.crossed import crossed_mean, linearise
 
@@ -163,10 +163,9 @@ def record_agreement(run: Path, study: Study, folder: Path, report: Report = lam
     """
     manifest = verify_artifact(folder)
     subject = subject_of(manifest)
-    student_folder = artifact_folder(run, subject.arm, subject.seed, PLAIN)
-    assert student_folder is not None, "variants are made of students"
-    student, data = verify_artifact(student_folder), run / "data"
-    student_engine = load_engine(subject_of(student).engine, student_folder)
+    parent, data = student_folder(run, subject), run / "data"
+    student = verify_artifact(parent)
+    student_engine = load_engine(subject_of(student).engine, parent)
     engine = load_engine(subject.engine, folder)
     if student_engine.vocabulary != engine.vocabulary:
         raise UserError(
@@ -194,6 +193,13 @@ def record_agreement(run: Path, study: Study, folder: Path, report: Report = lam
     return record
 
 
+def student_folder(run: Path, subject: Subject) -> Path:
+    """The uncompressed student that a variant was made of."""
+    folder = artifact_folder(run, subject.arm, subject.seed, PLAIN)
+    assert folder is not None, "variants are made of students"
+    return folder
+
+
 def variant_folders(run: Path, study: Study) -> list[Path]:
     """Variants of S1 that exist. S0 is a control and never shipped, so it is not compared."""
     places = [
@@ -210,15 +216,14 @@ def uncompared_variants(run: Path, study: Study) -> list[Path]:
         if r.arm == STUDENT
     }
     data, config = read_manifest(run / "data").hash, study.hash()
-
-    def is_recorded(manifest: Manifest) -> bool:
+    uncompared = []
+    for folder in variant_folders(run, study):
+        manifest = read_manifest(folder)
         subject = subject_of(manifest)
-        student_folder = artifact_folder(run, subject.arm, subject.seed, PLAIN)
-        assert student_folder is not None, "variants are made of students"
-        student = read_manifest(student_folder).hash
-        return (subject.recipe, subject.seed, manifest.hash, student, data, config) in recorded
-
-    return [folder for folder in variant_folders(run, study) if not is_recorded(read_manifest(folder))]
+        student = read_manifest(student_folder(run, subject)).hash
+        if (subject.recipe, subject.seed, manifest.hash, student, data, config) not in recorded:
+            uncompared.append(folder)
+    return uncompared
 
 
 def document_tokens(tokens: Array) -> Array:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.core.artifacts import digest, file_sha256
+from eval.core.documents import json_objects
 from eval.core.errors import UserError, require_one_of
-from eval.core.jsonl import objects
 from eval.core.sections import Task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -89,7 +89,7 @@ def read_samples(task: Task) -> list[Sample]:
     Raises:
         UserError: the file is missing or empty, or a line is not a sample: the first such line is named.
     """
-    rows = objects(_task_file(task), "task", "write one JSON object a line")
+    rows = json_objects(_task_file(task), "task", "write one JSON object a line")
     samples = [
         _parse_sample(where, row, str(number), task) for where, number, row in islice(rows, task.limit)
     ]

@@ -23,10 +23,9 @@ from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256, hash_files, read_manifest, verify_artifact
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, order_of
-from eval.core.documents import Document, tokens_per_batch
+from eval.core.documents import Document, json_objects, tokens_per_batch
 from eval.core.errors import EXIT_FAIL, EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import STYLES
-from eval.core.jsonl import objects
 from eval.core.records import PLAIN, VALIDATION, Documents, read_scores
 from eval.core.study import load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
@@ -140,7 +139,7 @@ def read_new(path: Path, limit: int) -> list[Document]:
     Raises:
         UserError: a line is no document, an id appears twice, or there is none at all.
     """
-    rows = objects(path, "--data", 'give a JSONL of documents, {"text": "..."} a line')
+    rows = json_objects(path, "--data", 'give a JSONL of documents, {"text": "..."} a line')
     documents = [_document(where, row, number, limit) for where, number, row in rows]
     name, times = Counter(document.id for document in documents).most_common(1)[0]
     if times > 1:

@@ -85,11 +85,11 @@ def test_a_model_without_layers_works_as_before(family, tmp_path):
         state = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
         last = model(input_ids=ids[:, -1:], past_key_values=state, use_cache=True).logits
     torch.testing.assert_close(last[:, -1], wanted[:, -1], rtol=1e-4, atol=1e-5)
-    made = model.generate(ids[:, :8], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    output = model.generate(ids[:, :8], max_new_tokens=8, min_new_tokens=8, do_sample=False)
     for at in range(8, 16):
         assert int(
-            logits(model, made[:, :at])[0, -1].masked_fill(torch.arange(64) == 0, -1e9).argmax()
-        ) == int(made[0, at])
+            logits(model, output[:, :at])[0, -1].masked_fill(torch.arange(64) == 0, -1e9).argmax()
+        ) == int(output[0, at])
 
 
 def test_the_layer_that_does_nothing_goes_first():

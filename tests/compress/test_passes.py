@@ -66,14 +66,14 @@ def test_contract(name, options, study, context, tmp_path):
     """The parent is not touched, the report adds up, and the same work gives the same bytes."""
     parent = saved(context.parent, tmp_path / "parent")
     before, modules = size_of(context.parent), dict(context.parent.named_modules())
-    made, report = make(name, options).apply(model_of(context), context)
+    compressed, report = make(name, options).apply(model_of(context), context)
     assert saved(context.parent, tmp_path / "parent-after") == parent
     check_report(report, before, modules)
     assert report.name == name
     elsewhere = context_of(study, tmp_path / "elsewhere")
     again, second = make(name, options).apply(model_of(elsewhere), elsewhere)
     assert second == report
-    assert saved(made, tmp_path / "one") == saved(again, tmp_path / "two")
+    assert saved(compressed, tmp_path / "one") == saved(again, tmp_path / "two")
 
 
 def check_report(report, before, modules):
@@ -106,7 +106,7 @@ def test_wanda_two_of_four(context):
 def test_wanda_against_a_plain_reference(context):
     """Layer by layer, each calibrated on what the pruned layers before it give, row by row without padding."""
     rows = calibration_rows(context.rows, 8, context.seed)
-    made, _ = make("wanda", {"sparsity": 0.5, "rows": 8}).apply(model_of(context), context)
+    pruned, _ = make("wanda", {"sparsity": 0.5, "rows": 8}).apply(model_of(context), context)
     model = model_of(context)
     for i, layer in enumerate(model.model.layers):
         linears = {name: m for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -123,9 +123,9 @@ def test_wanda_against_a_plain_reference(context):
             scores = module.weight.abs() * torch.cat(seen[name]).norm(dim=0)
             half = scores.sort(dim=1).values[:, scores.shape[1] // 2 - 1 : scores.shape[1] // 2]
             module.weight.data[scores <= half] = 0
-            found = made.model.layers[i].get_submodule(name).weight
-            assert ((found == 0) == (module.weight == 0)).float().mean() > 0.999  # but for rounding at ties
-            module.weight.data = found.data
+            weight = pruned.model.layers[i].get_submodule(name).weight
+            assert ((weight == 0) == (module.weight == 0)).float().mean() > 0.999  # but for rounding at ties
+            module.weight.data = weight.data
 
 
 def test_wanda_that_fits_nothing(context):

@@ -1,4 +1,4 @@
-"""Recipes: every file parses, order is kept, and each mistake has one clear answer."""
+"""Recipes: every file parses, order is kept, and each mistake is refused in one clear line."""
 
 import re
 import textwrap
@@ -68,7 +68,7 @@ def test_every_pass_is_found_and_stands_in_a_stage():
 
 
 @pytest.mark.parametrize(
-    ("passes", "found"),
+    ("passes", "message"),
     [
         (
             [EXPORT, PRUNE],
@@ -90,8 +90,8 @@ def test_every_pass_is_found_and_stands_in_a_stage():
         ([], "passes"),
     ],
 )
-def test_mistakes(tmp_path, passes, found):
-    with pytest.raises(UserError, match=found):
+def test_mistakes(tmp_path, passes, message):
+    with pytest.raises(UserError, match=message):
         load_recipe(recipe_file(tmp_path, "wrong", *passes))
 
 
@@ -138,7 +138,7 @@ def test_the_pass_of_the_guide_works_as_printed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     recipe = load_recipe(str(tmp_path / "rounded.yaml"))
     model = tiny_model()
-    made, report = recipe.passes[1].apply(model, None)
-    grid = made.get_input_embeddings().weight
+    rounded, report = recipe.passes[1].apply(model, None)
+    grid = rounded.get_input_embeddings().weight
     assert grid.unique().numel() <= 257
     assert report.after.parameters == report.before.parameters

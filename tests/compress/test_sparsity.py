@@ -92,9 +92,9 @@ def test_a_walk_shows_each_layer_what_the_whole_model_would(family):
         linears = layer_matrices(layer)
         if not linears:
             pytest.skip("its layers have no linear modules")
-        found = walk.norms(i, linears)
+        norms_of_layer = walk.norms(i, linears)
         for name, norm in input_norms(linears, whole(model, rows)).items():
-            torch.testing.assert_close(found[name], norm, rtol=0, atol=0)
+            torch.testing.assert_close(norms_of_layer[name], norm, rtol=0, atol=0)
         for module in linears.values():
             module.weight.data *= 0.5
         walk.leave(i)

@@ -47,7 +47,7 @@ def exact_divergence(one, other):
 @torch.no_grad()
 def test_flips_and_divergence_are_those_of_the_definition(engine):
     other = logits_of(tiny_model(seed=2, tie_word_embeddings=False))
-    found = document_divergences(engine.logits, other, engine, DOCUMENTS, CONTEXT)
+    columns = document_divergences(engine.logits, other, engine, DOCUMENTS, CONTEXT)
     words = engine.tokenizer
     for i, document in enumerate(DOCUMENTS):
         tokens = words(document.text, add_special_tokens=False)["input_ids"]
@@ -58,9 +58,9 @@ def test_flips_and_divergence_are_those_of_the_definition(engine):
             p, q = engine.logits(batch)[0, :-1], other(batch)[0, :-1]
             flips += sum(a.argmax() != b.argmax() for a, b in zip(p, q, strict=True)).item()
             bits += sum(exact_divergence(a, b) for a, b in zip(p, q, strict=True))
-        assert (found.tokens[i], found.flips[i]) == (len(tokens), flips)
-        assert found.kl_bits[i] == pytest.approx(bits, rel=1e-5)
-    assert sum(found.flips) > 0
+        assert (columns.tokens[i], columns.flips[i]) == (len(tokens), flips)
+        assert columns.kl_bits[i] == pytest.approx(bits, rel=1e-5)
+    assert sum(columns.flips) > 0
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1e-2, 1.0, 30.0])
@@ -68,10 +68,10 @@ def test_divergence_keeps_its_digits_from_noise_to_certainty(scale):
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(20, 300, generator=generator) * 3
     q = p + scale * torch.randn(20, 300, generator=generator)
-    found = kl_divergence(p.log_softmax(-1), q.log_softmax(-1)) / math.log(2)
-    assert (found >= 0).all()
+    kl = kl_divergence(p.log_softmax(-1), q.log_softmax(-1)) / math.log(2)
+    assert (kl >= 0).all()
     wanted = [exact_divergence(a, b) for a, b in zip(p, q, strict=True)]
-    assert found.tolist() == pytest.approx(wanted, rel=2e-2 if scale < 1e-4 else 1e-4)
+    assert kl.tolist() == pytest.approx(wanted, rel=2e-2 if scale < 1e-4 else 1e-4)
 
 
 def test_a_token_that_cannot_come_counts_nothing_and_one_that_must_is_refused(engine):
@@ -104,23 +104,23 @@ def test_the_same_model_agrees_with_itself_and_what_lies_under_padding_does_not_
 @pytest.mark.parametrize("name", ["torch", "openvino"])
 def test_reruns_are_the_same_model_in_another_batch_and_with_other_threads(name, checkpoint, openvino_folder):
     folder = {"torch": checkpoint, "openvino": openvino_folder}[name]
-    made, threads = load_engine(name, folder), torch.get_num_threads()
-    found = measure_noise(made, name, DOCUMENTS, CONTEXT)
+    engine, threads = load_engine(name, folder), torch.get_num_threads()
+    reruns = measure_noise(engine, name, DOCUMENTS, CONTEXT)
     assert torch.get_num_threads() == threads
-    assert set(found) == {"batch", "threads"}
-    for rerun in found.values():
+    assert set(reruns) == {"batch", "threads"}
+    for rerun in reruns.values():
         assert rerun.tokens == sum(
-            document_divergences(made.logits, made.logits, made, DOCUMENTS, CONTEXT).tokens
+            document_divergences(engine.logits, engine.logits, engine, DOCUMENTS, CONTEXT).tokens
         )
         assert rerun.kl_bits / rerun.tokens < 1e-6
     batch = collate([Row("a", "code", 0, [0, 5, 6, 7]), Row("b", "code", 0, [0, 9])], pad=0)
-    for other in (predict_in_other_batches(made), predict_with_other_threads(name, folder)):
-        torch.testing.assert_close(other(batch)[0], made.logits(batch)[0], atol=1e-5, rtol=1e-4)
+    for other in (predict_in_other_batches(engine), predict_with_other_threads(name, folder)):
+        torch.testing.assert_close(other(batch)[0], engine.logits(batch)[0], atol=1e-5, rtol=1e-4)
 
 
 def record(seed, flips, tokens=(100, 300), floor=0.0, **changes):
     fields = {"arm": "S1", "recipe": "int8", "engine": "torch", "data": "d" * 64, "student": "s" * 64}
-    made = {"id": ["a", "b"], "tokens": list(tokens), "flips": flips, "kl_bits": [0.5 * f for f in flips]}
+    columns = {"id": ["a", "b"], "tokens": list(tokens), "flips": flips, "kl_bits": [0.5 * f for f in flips]}
     reruns = {
         "batch": Rerun(tokens=1000, flips=1, kl_bits=floor),
         "threads": Rerun(tokens=1000, flips=0, kl_bits=0),
@@ -128,7 +128,7 @@ def record(seed, flips, tokens=(100, 300), floor=0.0, **changes):
     return Agreement(
         **{
             **fields,
-            **made,
+            **columns,
             "seed": seed,
             "reruns": reruns,
             "provenance": provenance("a" * 64, "c" * 64),
@@ -178,10 +178,10 @@ def test_the_command_compares_once_and_again_only_what_changed(tmp_path, openvin
     done = run("-m", "eval.score.agreement", "--study", study)
     assert done.returncode == 0, done.stderr
     assert "compared 1 variants, 0 were compared before" in done.stdout
-    (found,) = read_agreements(folder)
-    assert (found.arm, found.recipe, found.engine) == ("S1", "int8", "openvino")
-    assert len(found.id) == 6
-    assert sum(found.kl_bits) / sum(found.tokens) < 1e-6, "the same weights on another engine"
+    (agreement,) = read_agreements(folder)
+    assert (agreement.arm, agreement.recipe, agreement.engine) == ("S1", "int8", "openvino")
+    assert len(agreement.id) == 6
+    assert sum(agreement.kl_bits) / sum(agreement.tokens) < 1e-6, "the same weights on another engine"
     loaded = load_study(study)
     assert uncompared_variants(folder, loaded) == []
     put(folder, "students/S1/s0", torch_model(seed=8), **facts("S1"))

@@ -25,8 +25,8 @@ def with_accuracy(run, share=0.4):
         for name in dict.fromkeys(columns.slice):
             n = sum(t for t, s in zip(columns.tokens, columns.slice, strict=True) if s == name)
             bins[name] = Bins(tokens=[n], confidence=[0.5 * n], correct=[(0.4 - 0.01 * record.seed) * n])
-        made = columns.model_copy(update={"correct": correct, "calibration": bins})
-        write_record(run.path, record.model_copy(update={"documents": made}))
+        changed = columns.model_copy(update={"correct": correct, "calibration": bins})
+        write_record(run.path, record.model_copy(update={"documents": changed}))
 
 
 def agree(run, record, flips, **changes):
@@ -34,11 +34,11 @@ def agree(run, record, flips, **changes):
         r for r in read_scores(run.path) if (r.arm, r.seed, r.recipe) == (record.arm, record.seed, "plain")
     )
     names = ["d0", "d1", "d2"]
-    made = {"id": names, "tokens": [100, 200, 300], "flips": flips, "kl_bits": [0.1 * f for f in flips]}
+    columns = {"id": names, "tokens": [100, 200, 300], "flips": flips, "kl_bits": [0.1 * f for f in flips]}
     fields = {"data": record.data, "student": student.provenance.artifact, "provenance": record.provenance}
     who = {"arm": record.arm, "seed": record.seed, "recipe": record.recipe, "engine": record.engine}
     reruns = {"batch": Rerun(tokens=100, flips=0, kl_bits=1e-6)}
-    write_record(run.path, Agreement(**{**who, **made, **fields, "reruns": reruns, **changes}))
+    write_record(run.path, Agreement(**{**who, **columns, **fields, "reruns": reruns, **changes}))
 
 
 def write_task_score(run, record, value, **changes):
@@ -56,24 +56,24 @@ def quality(run):
 
 
 @pytest.fixture
-def made(tmp_path):
+def run(tmp_path):
     return Run(tmp_path).make()
 
 
-def test_what_was_not_measured_is_empty(made):
-    found = quality(made)
-    assert set(found) == {"plain", "int8", "half"}
-    one = found["int8"]
+def test_what_was_not_measured_is_empty(run):
+    qualities = quality(run)
+    assert set(qualities) == {"plain", "int8", "half"}
+    one = qualities["int8"]
     assert (one.accuracy, one.calibration_error, one.tasks, one.flips, one.kl) == ({}, {}, {}, None, None)
     assert one.worst_slice in ("validation", "far")
 
 
-def test_what_was_measured_is_told_with_its_interval(made):
-    with_accuracy(made)
-    variants = [r for r in read_scores(made.path) if (r.arm, r.recipe) == ("S1", "int8")]
+def test_what_was_measured_is_shown_with_its_interval(run):
+    with_accuracy(run)
+    variants = [r for r in read_scores(run.path) if (r.arm, r.recipe) == ("S1", "int8")]
     for record in variants:
-        agree(made, record, [1 + record.seed, 2, 4])
-    one = quality(made)["int8"]
+        agree(run, record, [1 + record.seed, 2, 4])
+    one = quality(run)["int8"]
     assert one.accuracy["validation"].point == pytest.approx(0.4, abs=0.001)
     assert one.accuracy["validation"].unit == "share"
     off = [0.1 + 0.01 * seed for seed in range(4)]
@@ -85,36 +85,36 @@ def test_what_was_measured_is_told_with_its_interval(made):
 
 
 @pytest.mark.parametrize("field", ["student", "data"])
-def test_an_agreement_of_other_artifacts_or_data_is_not_shown(made, field):
-    for record in read_scores(made.path):
+def test_an_agreement_of_other_artifacts_or_data_is_not_shown(run, field):
+    for record in read_scores(run.path):
         if (record.arm, record.recipe) == ("S1", "int8"):
-            agree(made, record, [1, 2, 4], **({field: "x" * 64} if record.seed == 2 else {}))
-    assert quality(made)["int8"].flips is None
+            agree(run, record, [1, 2, 4], **({field: "x" * 64} if record.seed == 2 else {}))
+    assert quality(run)["int8"].flips is None
 
 
-def test_task_scores_are_shown_for_every_arm_that_has_them_on_the_same_samples(made):
-    for record in read_scores(made.path):
+def test_task_scores_are_shown_for_every_arm_that_has_them_on_the_same_samples(run):
+    for record in read_scores(run.path):
         if (record.recipe, record.arm) == ("plain", "S1"):
-            write_task_score(made, record, [1, 0, 1, record.seed % 2])
+            write_task_score(run, record, [1, 0, 1, record.seed % 2])
         if (record.recipe, record.arm) == ("plain", "B"):
-            write_task_score(made, record, [1, 0, 0, 0], **({"source": "old"} if record.seed == 2 else {}))
+            write_task_score(run, record, [1, 0, 0, 0], **({"source": "old"} if record.seed == 2 else {}))
         if (record.recipe, record.arm) == ("int8", "S0") and record.seed != 1:
-            write_task_score(made, record, [1, 0, 0, 0])
-    found = quality(made)
-    assert set(found["plain"].tasks) == {"pick"}
-    assert set(found["plain"].tasks["pick"]) == {"S1"}, "B was scored on two versions of the task"
-    one = found["plain"].tasks["pick"]["S1"]
+            write_task_score(run, record, [1, 0, 0, 0])
+    qualities = quality(run)
+    assert set(qualities["plain"].tasks) == {"pick"}
+    assert set(qualities["plain"].tasks["pick"]) == {"S1"}, "B was scored on two versions of the task"
+    one = qualities["plain"].tasks["pick"]["S1"]
     assert (one.point, one.unit) == (pytest.approx((2 * 2 + 2 * 3) / 16), "share")
     assert one.low < one.point < one.high
-    assert found["int8"].tasks == {}, "one seed was not scored"
+    assert qualities["int8"].tasks == {}, "one seed was not scored"
 
 
-def test_scores_on_another_version_of_a_task_file_that_is_here_are_not_shown(made, tmp_path, monkeypatch):
+def test_scores_on_another_version_of_a_task_file_that_is_here_are_not_shown(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pick.jsonl").write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n')
-    for record in read_scores(made.path):
+    for record in read_scores(run.path):
         if (record.recipe, record.arm) == ("plain", "S1"):
-            write_task_score(made, record, [1, 0, 1, 0])
+            write_task_score(run, record, [1, 0, 1, 0])
         if (record.recipe, record.arm) == ("plain", "B"):
-            write_task_score(made, record, [1, 0, 0, 0], source=task_digest(PICK))
-    assert set(quality(made)["plain"].tasks["pick"]) == {"B"}
+            write_task_score(run, record, [1, 0, 0, 0], source=task_digest(PICK))
+    assert set(quality(run)["plain"].tasks["pick"]) == {"B"}

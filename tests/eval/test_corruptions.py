@@ -29,47 +29,47 @@ def others(body):
 
 @pytest.mark.parametrize("strength", [0.02, 0.1, 0.5, 1.0])
 def test_typos_hit_letters_alone_and_so_many(strength):
-    found, hit = damaged("typos", strength), round(strength * len(letters(BODY)))
-    assert others(found) == others(BODY), "numbers, marks and white space stand as they stood"
-    lost = len(letters(BODY)) - len(letters(found))
+    result, hit = damaged("typos", strength), round(strength * len(letters(BODY)))
+    assert others(result) == others(BODY), "numbers, marks and white space stand as they stood"
+    lost = len(letters(BODY)) - len(letters(result))
     assert 0 < lost < hit, "some are dropped, some replaced, some swapped"
-    gone = sum((Counter(letters(BODY)) - Counter(letters(found))).values())
+    gone = sum((Counter(letters(BODY)) - Counter(letters(result))).values())
     assert gone <= hit, "what is swapped is not lost"
-    assert found != BODY
+    assert result != BODY
 
 
 def test_one_hit_is_one_edit():
     """Each of the three kinds by itself: dropped, swapped with the next, or another letter."""
     kinds = Counter()
     for i in range(60):
-        found = damaged("typos", 0.1, "abcdefghij", name=f"n{i}")
-        if len(found) == 9:
+        result = damaged("typos", 0.1, "abcdefghij", name=f"n{i}")
+        if len(result) == 9:
             kinds["dropped"] += 1
-            assert any("abcdefghij"[:k] + "abcdefghij"[k + 1 :] == found for k in range(10))
-        elif sorted(found) == list("abcdefghij"):
-            off = [k for k in range(10) if found[k] != "abcdefghij"[k]]
+            assert any("abcdefghij"[:k] + "abcdefghij"[k + 1 :] == result for k in range(10))
+        elif sorted(result) == list("abcdefghij"):
+            off = [k for k in range(10) if result[k] != "abcdefghij"[k]]
             kinds["swapped"] += bool(off)
             assert off == [] or (len(off) == 2 and off[1] == off[0] + 1)
         else:
             kinds["replaced"] += 1
-            assert sum(a != b for a, b in zip(found, "abcdefghij", strict=True)) == 1
+            assert sum(a != b for a, b in zip(result, "abcdefghij", strict=True)) == 1
     assert min(kinds[name] for name in ("dropped", "swapped", "replaced")) > 5
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.25, 0.9])
 def test_truncation_keeps_the_end_in_whole_characters(strength):
-    found, size = damaged("truncation", strength), len(BODY.encode())
-    assert BODY.endswith(found)
-    cut = size - len(found.encode())
+    result, size = damaged("truncation", strength), len(BODY.encode())
+    assert BODY.endswith(result)
+    cut = size - len(result.encode())
     assert round(strength * size) <= cut < round(strength * size) + 4
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
 def test_whitespace_is_dropped_and_nothing_else(strength):
-    found = damaged("whitespace", strength)
-    assert found.split() != BODY.split()
-    assert "".join(found.split()) == "".join(BODY.split())
-    assert len(BODY) - len(found) == round(strength * sum(letter.isspace() for letter in BODY))
+    result = damaged("whitespace", strength)
+    assert result.split() != BODY.split()
+    assert "".join(result.split()) == "".join(BODY.split())
+    assert len(BODY) - len(result) == round(strength * sum(letter.isspace() for letter in BODY))
 
 
 def test_damage_is_the_same_everywhere_and_differs_by_document():
@@ -109,6 +109,6 @@ def test_a_study_s_corruptions_are_slices_of_its_validation_documents(tmp_path):
     assert scored_slices(data) == ["validation", "far", "truncation-0.25", "typos-0.1"]
     clean = read_documents(data, "validation")
     for name in ("truncation-0.25", "typos-0.1"):
-        found = read_documents(data, name)
-        assert [d.id for d in found] == [d.id for d in clean], "documents share their ids across slices"
-        assert all(a.text != b.text for a, b in zip(found, clean, strict=True))
+        result = read_documents(data, name)
+        assert [d.id for d in result] == [d.id for d in clean], "documents share their ids across slices"
+        assert all(a.text != b.text for a, b in zip(result, clean, strict=True))

@@ -13,8 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
-from eval.core.silence import silenced
-from eval.engines import load_engine, load_tokenizer
+from eval.engines import load_engine, load_tokenizer, silenced
 from eval.engines.torch import load_checkpoint
 from tests.eval.fake_run import tokenizer
 from tests.helpers import run, tiny_model
@@ -60,8 +59,8 @@ def test_padding_changes_nothing(engine, batch):
 def test_openvino_in_float32_says_what_torch_says(checkpoint, openvino_folder, batch):
     one = load_engine("torch", checkpoint).logits(batch)
     other = load_engine("openvino", openvino_folder).logits(batch)
-    kept = batch.attention_mask.bool()
-    torch.testing.assert_close(other[kept], one[kept], atol=1e-5, rtol=1e-4)
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(other[real], one[real], atol=1e-5, rtol=1e-4)
 
 
 def test_load_checkpoint_gives_back_the_weights_silently(tmp_path, capfd):
@@ -79,13 +78,13 @@ def test_load_checkpoint_gives_back_the_weights_silently(tmp_path, capfd):
 
 def test_a_bitsandbytes_checkpoint_keeps_its_format(checkpoint, tmp_path, batch):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    made = AutoModelForCausalLM.from_pretrained(
+    quantized = AutoModelForCausalLM.from_pretrained(
         checkpoint, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
     )
-    made.save_pretrained(tmp_path)
+    quantized.save_pretrained(tmp_path)
     load_tokenizer(checkpoint).save_pretrained(tmp_path)
     with torch.inference_mode():
-        wanted = made(batch.input_ids, attention_mask=batch.attention_mask).logits
+        wanted = quantized(batch.input_ids, attention_mask=batch.attention_mask).logits
     loaded = load_engine("torch", tmp_path)
     assert type(loaded.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert torch.equal(loaded.logits(batch), wanted)

@@ -54,20 +54,20 @@ def test_calibration_error_is_that_of_the_definition(load):
     correct = torch.rand(503, generator=generator) < confidence**2
     tokens, sure, right = bin_by_confidence(confidence, correct).tolist()
     wanted = naive_calibration_error(confidence.tolist(), correct.tolist())
-    found = load("calibration_error").compute(predictions=sure, references=right, tokens=tokens)
-    assert found["calibration_error"] == pytest.approx(wanted, rel=1e-6)
+    result = load("calibration_error").compute(predictions=sure, references=right, tokens=tokens)
+    assert result["calibration_error"] == pytest.approx(wanted, rel=1e-6)
     assert calibration_error(sure, right, tokens) == pytest.approx(wanted, rel=1e-6)
     with pytest.raises(ValueError, match="every bin is empty"):
         load("calibration_error").compute(predictions=[0.0], references=[0.0], tokens=[0.0])
 
 
 def test_choice_accuracy_raw_and_per_byte(load):
-    found = load("choice_accuracy").compute(
+    result = load("choice_accuracy").compute(
         predictions=[[-4.0, -6.0], [-1.0, -1.0], [-2.0, -1.5]],
         references=[1, 0, 1],
         sizes=[[1, 6], [2, 2], [1, 1]],
     )
-    assert found == {"accuracy": 2 / 3, "accuracy_per_byte": 1.0}
+    assert result == {"accuracy": 2 / 3, "accuracy_per_byte": 1.0}
     assert likeliest_choice([-4.0, -6.0]) == 0
     assert likeliest_choice([-4.0, -6.0], [1, 6]) == 1
 
@@ -100,7 +100,7 @@ def test_correct_tokens_and_bins_are_those_of_a_plain_loop():
     """One pass gives bits, correct tokens and calibration: held against one window at a time."""
     words, model = tokenizer(), tiny_model(seed=1)
     documents = [Document(f"d{i}", "code", text("code", i, words=9 + 31 * i)) for i in range(4)]
-    found = likelihoods(lambda b: model(**b.inputs).logits, documents, words, CONTEXT, batch_tokens=70)
+    columns = likelihoods(lambda b: model(**b.inputs).logits, documents, words, CONTEXT, batch_tokens=70)
     sure, right, counts = [], [], []
     for document in documents:
         tokens = words(document.text, add_special_tokens=False)["input_ids"]
@@ -112,11 +112,11 @@ def test_correct_tokens_and_bins_are_those_of_a_plain_loop():
             hits += (probs.argmax(-1) == torch.tensor(window)).tolist()
         right += hits
         counts.append(sum(hits))
-    assert found.correct == counts
-    assert sum(found.tokens) == len(sure) == sum(found.bins.tokens)
-    assert sum(found.bins.correct) == sum(right)
-    assert math.fsum(found.bins.confidence) == pytest.approx(math.fsum(sure), rel=1e-5)
-    tokens, confidence, correct = found.bins
+    assert columns.correct == counts
+    assert sum(columns.tokens) == len(sure) == sum(columns.bins.tokens)
+    assert sum(columns.bins.correct) == sum(right)
+    assert math.fsum(columns.bins.confidence) == pytest.approx(math.fsum(sure), rel=1e-5)
+    tokens, confidence, correct = columns.bins
     assert calibration_error(confidence, correct, tokens) == pytest.approx(
         naive_calibration_error(sure, right), rel=1e-4
     )

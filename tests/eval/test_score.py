@@ -60,10 +60,10 @@ def reference(model, words, document, context):
 def test_bits_are_those_of_a_loop_in_float64(model, words):
     bits, tokens = document_bits(logits_of(model), DOCUMENTS, words, CONTEXT)
     exact = tiny_model(seed=1).double()
-    for document, found, count in zip(DOCUMENTS, bits, tokens, strict=True):
+    for document, result, count in zip(DOCUMENTS, bits, tokens, strict=True):
         wanted, wanted_count = reference(exact, words, document, CONTEXT)
         assert count == wanted_count
-        assert found == pytest.approx(wanted, rel=1e-5)
+        assert result == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, CONTEXT, 100, 100_000])
@@ -82,10 +82,10 @@ def test_a_softmax_in_pieces_says_the_same(model, words, monkeypatch, rows):
     documents = [*DOCUMENTS, Document("asked", "code", "no. ", prompt=text("code", 9, words=20))]
     wanted = likelihoods(logits_of(model), documents, words, CONTEXT)
     monkeypatch.setattr(likelihood, "PIECE", rows * model.config.vocab_size)
-    found = likelihoods(logits_of(model), documents, words, CONTEXT)
-    assert found.bits == pytest.approx(wanted.bits, rel=1e-6)
-    assert (found.tokens, found.correct) == (wanted.tokens, wanted.correct)
-    assert found.bins.tokens == wanted.bins.tokens
+    result = likelihoods(logits_of(model), documents, words, CONTEXT)
+    assert result.bits == pytest.approx(wanted.bits, rel=1e-6)
+    assert (result.tokens, result.correct) == (wanted.tokens, wanted.correct)
+    assert result.bins.tokens == wanted.bins.tokens
 
 
 def test_log_probabilities_are_taken_as_they_are(model, words):

@@ -54,17 +54,17 @@ def test_choices_are_those_of_one_forward_pass_each(engine, checkpoint, tmp_path
         sums = []
         for row in choice_rows(words, sample, "x", CONTEXT):
             with torch.no_grad():
-                said = model(input_ids=torch.tensor([row.tokens])).logits[0].double().log_softmax(-1)
+                log_probs = model(input_ids=torch.tensor([row.tokens])).logits[0].double().log_softmax(-1)
             first = 1 + row.given
-            sums.append(sum(said[p - 1, row.tokens[p]].item() for p in range(first, len(row.tokens))))
+            sums.append(sum(log_probs[p - 1, row.tokens[p]].item() for p in range(first, len(row.tokens))))
         sizes = [len(choice) for choice in sample.choices]
         raw.append(float(sample.choices[sums.index(max(sums))] == sample.answers[0]))
         scaled = [s / n for s, n in zip(sums, sizes, strict=True)]
         even.append(float(sample.choices[scaled.index(max(scaled))] == sample.answers[0]))
     for size in (1, 40, 4096):
-        found = run_task(task, engine, CONTEXT, size)
-        assert (found.value, found.raw) == (even, raw)
-    assert found.id == ["1", "2", "3", "4", "5", "6"]
+        scores = run_task(task, engine, CONTEXT, size)
+        assert (scores.value, scores.raw) == (even, raw)
+    assert scores.id == ["1", "2", "3", "4", "5", "6"]
 
 
 def test_a_choice_is_predicted_to_its_last_letter(checkpoint):
@@ -98,10 +98,10 @@ def test_generated_answers_are_the_library_s_own(engine, checkpoint, tmp_path):
     wanted = []
     for sample in samples:
         ids = [boundary_id(words), *words(sample.prompt, add_special_tokens=False)["input_ids"]]
-        made = model.generate(
+        output = model.generate(
             torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=6, do_sample=False
         )
-        wanted.append(answer_text(words.decode(made[0, len(ids) :], skip_special_tokens=True), sample))
+        wanted.append(answer_text(words.decode(output[0, len(ids) :], skip_special_tokens=True), sample))
     assert generate(samples, engine, 64, 30, 6) == wanted
     assert generate(samples, engine, 64, 4096, 6) == wanted
     right = [
