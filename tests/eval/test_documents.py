@@ -77,5 +77,5 @@ def test_slices_are_read_by_name(tmp_path):
     first = read_documents(tmp_path / "data", "validation")[0]
     assert (first.id, first.domain, first.text) == ("code-0", "code", text("code", 0, 30))
     assert first.bytes == len(first.text.encode())
-    with pytest.raises(UserError, match=r"slice 'near': .*slices of this data: far, validation, test, train"):
+    with pytest.raises(UserError, match=r"slice 'near': .*slices of this data: far, test, train, validation"):
         read_documents(tmp_path / "data", "near")
