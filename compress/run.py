@@ -10,9 +10,10 @@ from compress.build import TrainedStudent, Variant, build_variants, is_built, sc
 from compress.publish import publish_variant
 from compress.recipe import load_recipes
 from eval.core.artifacts import is_done, verify_artifact
+from eval.core.commands import study_from_command
 from eval.core.errors import EXIT_PASS, UserError, entry
 from eval.core.jobs import Job, lock_folder, run_jobs
-from eval.core.study import Study, study_from_command
+from eval.core.study import Study
 
 ARMS = ("S1", "S0")
 

@@ -13,9 +13,10 @@ from pathlib import Path
 # A launcher puts distill/ first on the path and leaves the root out: put the root in its place.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from eval.core.commands import study_from_command  # noqa: E402
 from eval.core.errors import UserError, entry  # noqa: E402
 from eval.core.jobs import lock_folder  # noqa: E402
-from eval.core.study import make_run_folder, mark_trained, study_from_command  # noqa: E402
+from eval.core.study import make_run_folder, mark_trained  # noqa: E402
 
 STAGES = ("data", "bases", "teachers", "students")
 

@@ -14,9 +14,10 @@ from compress.recipe import load_recipes  # noqa: E402
 from distill.data.sources import data_key  # noqa: E402
 from eval.core.artifacts import digest, file_sha256, library_versions, write_text  # noqa: E402
 from eval.core.budget import load_budget  # noqa: E402
+from eval.core.commands import study_from_command  # noqa: E402
 from eval.core.errors import entry, require_one_of  # noqa: E402
 from eval.core.records import VALIDATION  # noqa: E402
-from eval.core.study import ROOT, Study, find_config, study_from_command  # noqa: E402
+from eval.core.study import ROOT, Study, find_config  # noqa: E402
 
 MARK = "finished"
 LATER = {MARK, ".lock", "gate.json", "table.md", "report.html"}  # made from the rest, or made anew each time

@@ -1,6 +1,7 @@
 """The one error that users see, and the one way an entry point ends."""
 
 import functools
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -49,8 +50,15 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
             code = 130
         except SystemExit as error:  # argparse ends with 2, which is the code of a verdict
             code = EXIT_ERROR if error.code else EXIT_PASS
-        except Exception:  # a fault of ours keeps its traceback, and must not read as FAIL
-            traceback.print_exc()
+        except Exception as error:  # must not read as FAIL
+            log = logging.getLogger("absorb")
+            if log.handlers:
+                log.error(traceback.format_exc())
+                place = getattr(log.handlers[0], "baseFilename", "the log")
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                print(f"error: {text}; the traceback is in {place}", file=sys.stderr)
+            else:
+                traceback.print_exc()
             code = EXIT_ERROR
         sys.exit(code)
 

@@ -1,6 +1,5 @@
 """The study: one YAML file, frozen, with unknown keys refused. Every stage reads it; it runs nothing."""
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -280,20 +279,3 @@ def _made_by(folder: Path) -> str | None:
         return load_study(folder).hash()
     except UserError:
         return None
-
-
-def study_from_command(
-    parser: argparse.ArgumentParser, trained: bool = True
-) -> tuple[Study, argparse.Namespace]:
-    """Parses `--config`/`--study` (a YAML file or a run folder), the parser's own flags and overrides.
-
-    With `trained`, the settings must be those that made the run folder.
-    """
-    parser.add_argument(
-        "--config", "--study", dest="study", required=True, help="a study's YAML file, or a run folder"
-    )
-    known, words = parser.parse_known_args()
-    study = load_study(known.study, words)
-    if trained:
-        check_trained(study)
-    return study, known

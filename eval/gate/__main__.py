@@ -17,9 +17,9 @@ from rich.text import Text
 
 from eval.core.artifacts import write_text
 from eval.core.budget import load_budget
+from eval.core.commands import study_from_command
 from eval.core.errors import EXITS, entry
 from eval.core.gate_file import STYLES, GateFile, OnTestSet, Variant
-from eval.core.study import study_from_command
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
 from eval.stats.crossed import INCONCLUSIVE

@@ -23,10 +23,11 @@ from rich.table import Table
 from eval.core.artifacts import write_text
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import Artifacts
+from eval.core.commands import study_from_command
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.gate_file import Estimate
 from eval.core.records import PLAIN, VALIDATION, each_score
-from eval.core.study import Study, load_study, study_from_command
+from eval.core.study import Study, load_study
 from eval.gate.evidence import Evidence, Tables, build_evidence, wanted_models
 from eval.gate.quality import BOOTSTRAP_SEED, GAIN, PLAN_LEVEL, PLANS, estimate, kept_gain, surplus
 from eval.stats.crossed import Array, crossed_mean

@@ -18,12 +18,13 @@ from rich.text import Text
 from eval.core.artifacts import digest, read_manifest
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CE, TEACHERS, Artifacts, artifact_folder
+from eval.core.commands import study_from_command
 from eval.core.documents import TEST, read_documents
 from eval.core.errors import EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import STYLES, GateFile, Opening
 from eval.core.jobs import Job, Report, lock_folder, run_jobs
 from eval.core.records import PLAIN, each_score
-from eval.core.study import Study, study_from_command
+from eval.core.study import Study
 from eval.engines import subject_of
 from eval.gate.decision import evaluate_gate, join_verdicts, share_sentence
 from eval.gate.evidence import Evidence, Model, Tables, build_evidence, collect_evidence, wanted_models

@@ -28,11 +28,12 @@ from eval.core.artifacts import (
 )
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
+from eval.core.commands import study_from_command
 from eval.core.documents import TRAIN, boundary_id, read_documents
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.gate_file import GateFile
 from eval.core.records import PLAIN, read_scores, record_path
-from eval.core.study import Study, load_study, study_from_command
+from eval.core.study import Study, load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.gate.evidence import Evidence, collect_evidence
 from eval.release.card import card

@@ -14,9 +14,10 @@ from pathlib import Path
 from rich.console import Console
 
 from eval.core.artifacts import file_sha256, write_text
+from eval.core.commands import study_from_command
 from eval.core.errors import UserError, entry
 from eval.core.gate_file import GateFile
-from eval.core.study import Study, study_from_command
+from eval.core.study import Study
 from eval.report.markdown import markdown
 from eval.report.terminal import show
 from eval.signoff.statement import signoffs

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.core.artifacts import read_manifest
+from eval.core.commands import study_from_command
 from eval.core.errors import entry
 from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.records import VALIDATION, read_scores, read_task_scores
-from eval.core.study import Study, study_from_command
+from eval.core.study import Study
 from eval.engines import subject_of
 from eval.score.samples import check_tasks
 from eval.score.scoring import corpus_bits_per_byte, model_folders, score_folder, unscored
