@@ -13,7 +13,7 @@ from pathlib import Path
 # A launcher puts distill/ first on the path and leaves the root out: put the root in its place.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from eval.core.commands import study_from_command  # noqa: E402
+from eval.core.commands import start_log, study_from_command  # noqa: E402
 from eval.core.errors import UserError, entry  # noqa: E402
 from eval.core.jobs import lock_folder  # noqa: E402
 from eval.core.study import make_run_folder, mark_trained  # noqa: E402
@@ -48,7 +48,8 @@ def main() -> None:
     from distill.trainer.loop import accelerator
 
     acc = accelerator()
-    with lock_folder(make_run_folder(study)) if acc.is_main_process else nullcontext():
+    start_log(make_run_folder(study))
+    with lock_folder(study.folder) if acc.is_main_process else nullcontext():
         prepare_inputs(study, acc)
         run_all(study, jobs_until(study, args.until), args.until)
         if acc.is_main_process:

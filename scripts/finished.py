@@ -20,7 +20,14 @@ from eval.core.records import VALIDATION  # noqa: E402
 from eval.core.study import ROOT, Study, find_config  # noqa: E402
 
 MARK = "finished"
-LATER = {MARK, ".lock", "gate.json", "table.md", "report.html"}  # made from the rest, or made anew each time
+LATER = {
+    MARK,
+    ".lock",
+    "log.txt",
+    "gate.json",
+    "table.md",
+    "report.html",
+}  # made from the rest, or made anew each time
 AFTER = ("logs/", "signoff/", "release/", "records/test/")  # what people do with a finished run
 
 

@@ -25,27 +25,28 @@ CURSOR = re.compile(r"\x1b\[|\r(?!\n)")  # what draws a progress bar, and is no 
 def describe_fields(
     model: type[BaseModel], path: str = "", shown: dict[type, str] | None = None
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Key, type, default and meaning of every field below `model`; a section that stands twice is shown once."""
+    """Key, type, default and meaning of every field below `model`; a section is shown once."""
+    sections = {name: _section(field) for name, field in model.model_fields.items()}
     shown = {} if shown is None else shown
+    for name, section in sections.items():
+        if section is not None:
+            shown.setdefault(section, f"{path}{name}")
     for name, field in model.model_fields.items():
-        key = f"{path}{name}"
-        section = next((kind for kind in _kinds(field.annotation) if _is_section(kind)), None)
+        key, section = f"{path}{name}", sections[name]
         meaning = field.description or (" ".join((section.__doc__ or "").split()) if section else "")
-        if section in shown:
+        if section is not None and shown[section] != key:
             meaning = f"{meaning} Its keys are those of {shown[section]}.".strip()
         yield key, _type_text(field), _default_text(field), meaning
-        if section is not None and section not in shown:
-            shown[section] = key
+        if section is not None and shown[section] == key:
             yield from describe_fields(section, f"{key}.", shown)
 
 
-def _kinds(annotation: Any) -> list[Any]:
-    """The types of a union, or the type alone."""
-    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The model that a field holds, itself or as one of a union."""
+    kinds = [field.annotation]
+    if get_origin(field.annotation) in (Union, types.UnionType):
+        kinds = list(get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _type_text(field: FieldInfo) -> str:

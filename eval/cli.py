@@ -1,0 +1,163 @@
+"""`absorb`: the way from a teacher with a method to a release, what is done in a run, and what comes next.
+
+absorb [--study RUN]          the flow, what is done, what comes next
+absorb COMMAND [ARGUMENTS]    the same as the module beside it; absorb COMMAND --help lists its arguments
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from eval.core.errors import UserError, entry, require_one_of
+
+MODULES = {
+    "train": "distill.train",
+    "compress": "compress.run",
+    "score": "eval.score",
+    "agreement": "eval.score.agreement",
+    "cost": "eval.cost",
+    "load": "eval.cost.load",
+    "merge": "eval.cost.merge",
+    "power": "eval.gate.power",
+    "gate": "eval.gate",
+    "test-set": "eval.gate.test_set",
+    "report": "eval.report",
+    "sign": "eval.signoff",
+    "release": "eval.release",
+    "recheck": "eval.watch.recheck",
+}
+FLOW = {
+    "train": "bases, teachers with and without the method, students S1, S0 and CE",
+    "compress": "every recipe for S1 and S0 of every seed",
+    "score": "bits per byte of every model",
+    "cost": "latency, memory and size on a target",
+    "gate": "PASS, FAIL or INCONCLUSIVE",
+    "report": "table.md and report.html",
+    "sign": "who answers for a variant",
+    "release": "a folder that can be shipped",
+    "recheck": "watch: the contract of a release on new documents",
+}
+BESIDE = {
+    "agreement": "flips and KL of variants beside their noise",
+    "load": "latency under open-loop load",
+    "merge": "joins records of other machines",
+    "power": "seeds and documents that see the asked share",
+    "test-set": "opens the test documents for one variant",
+}
+START = "absorb train --config configs/studies/tiny.yaml"
+
+
+class Step(NamedTuple):
+    """One command of the flow in a run: what is there, and whether that is all."""
+
+    command: str
+    done: bool
+    state: str
+
+
+def find_run(study: str | None) -> Path | None:
+    """The run folder asked for, the one that one stands in, or the newest below runs/."""
+    if study is not None:
+        if not (Path(study) / "study.yaml").is_file():
+            raise UserError(f"--study {study}", "no run folder", "give a folder that `absorb train` made")
+        return Path(study)
+    if Path("study.yaml").is_file() and Path("data").is_dir():
+        return Path()
+    runs = sorted(Path("runs").glob("*/study.yaml"), key=lambda path: path.stat().st_mtime)
+    return runs[-1].parent if runs else None
+
+
+def _count(run: Path, wanted: list[str]) -> tuple[bool, str]:
+    there = sum((run / name).is_file() for name in wanted)
+    return there == len(wanted), f"{there} of {len(wanted)}"
+
+
+def steps(run: Path) -> Iterator[Step]:
+    """What is done in a run, by the files that each command leaves; their hashes are not looked at."""
+    from eval.core.budget import load_budget  # pydantic takes a moment: help needs none of it
+    from eval.core.recipes import recipe_names
+    from eval.core.study import CHANGED, load_study
+
+    study = load_study(run)
+    recipes, seeds = recipe_names(study)[1:], study.seeds
+    trained = [f"students/{arm}/s{seed}/manifest.json" for arm in study.arms for seed in seeds]
+    done, state = _count(run, trained)
+    yield Step("train", done and not (run / CHANGED).is_file(), f"{state} students")
+    pairs = [(recipe, arm, seed) for recipe in recipes for arm in ("S1", "S0") for seed in seeds]
+    done, state = _count(run, [f"variants/{r}/{arm}/s{seed}/manifest.json" for r, arm, seed in pairs])
+    yield Step("compress", done, f"{state} variants")
+    models = [("plain", arm, seed) for arm in ("B", "T0", "T1", *study.arms) for seed in seeds] + pairs
+    done, state = _count(run, [f"records/score/{r}/{arm}-s{seed}.json" for r, arm, seed in models])
+    yield Step("score", done, f"{state} models")
+    targets = {name: target for name, target in load_budget(study).targets.items() if target.required}
+    measured = {name: len(list(run.glob(f"records/cost/{name}/*/*.json"))) for name in targets}
+    state = ", ".join(f"{name}: {count} records" for name, count in measured.items())
+    yield Step("cost", all(measured.values()), state)
+    gate = json.loads((run / "gate.json").read_text()) if (run / "gate.json").is_file() else None
+    yield Step("gate", gate is not None, f"{gate['verdict']}: {gate['reason']}" if gate else "")
+    yield Step("report", (run / "report.html").is_file(), "")
+    signed = sorted(path.name for path in run.glob("signoff/*.json"))
+    yield Step("sign", bool(signed), ", ".join(signed))
+    built = sorted(path.parent.name for path in run.glob("release/*/contract.yaml"))
+    yield Step("release", bool(built), ", ".join(built))
+
+
+def next_command(run: Path, step: Step) -> str:
+    given = {
+        "train": f"--config {run}",
+        "cost": f"--study {run} --target cpu",
+        "sign": f'--study {run} --variant RECIPE --by "YOUR NAME" --key KEY  # sign --new-key KEY makes one',
+        "release": f'--study {run} --variant RECIPE --owner "YOUR TEAM"',
+    }
+    return f"absorb {step.command} {given.get(step.command, f'--study {run}')}"
+
+
+def show(run: Path | None) -> None:
+    """The flow, with what is done of it in `run`."""
+    print(" → ".join([*list(FLOW)[:-1], "watch"]))
+    found = {} if run is None else {step.command: step for step in steps(run)}
+    print(f"\nrun folder {run.resolve()}\n" if run is not None else "\nno run folder here\n")
+    for command, meaning in FLOW.items():
+        step = found.get(command)
+        mark = " " if step is None else "✔" if step.done else "·"
+        print(
+            f"  {mark} absorb {command:<9} {meaning}" + (f"  [{step.state}]" if step and step.state else "")
+        )
+    print("\n  beside them:")
+    for command, meaning in BESIDE.items():
+        print(f"    absorb {command:<9} {meaning}")
+    left = next((step for step in found.values() if not step.done), None)
+    if run is None:
+        print(f"\nnext: {START}   # in a clone of the project; a study is a YAML file")
+    elif left is not None:
+        print(f"\nnext: {next_command(run, left)}")
+    else:
+        place = run / "release" / found["release"].state.split(", ")[0]
+        print(f"\nnext: absorb recheck --release {place} --data NEW.jsonl")
+
+
+@entry
+def main() -> None:
+    words = sys.argv[1:]
+    if words and not words[0].startswith("-"):
+        module = MODULES[require_one_of("absorb: command", words[0], list(MODULES))]
+        os.execv(sys.executable, [sys.executable, "-m", module, *words[1:]])
+    listed = "\n".join(f"  {name:<10} python -m {module}" for name, module in MODULES.items())
+    parser = argparse.ArgumentParser(
+        prog="absorb",
+        description=__doc__,
+        epilog=f"commands:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--study", metavar="RUN", help="a run folder (default: here, else the newest in runs/)"
+    )
+    show(find_run(parser.parse_args().study))
+
+
+if __name__ == "__main__":
+    main()

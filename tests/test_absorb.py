@@ -1,0 +1,109 @@
+"""`absorb`, through the real command line: in no run, in a run half done, and as every other command."""
+
+import json
+import re
+
+from eval.cli import BESIDE, FLOW, MODULES
+from eval.core.commands import LOG, describe_fields
+from eval.core.study import Study, load_study, make_run_folder, save_study
+from tests.helpers import ROOT, run
+
+
+def absorb(*words, cwd=None):
+    command = f"import os, sys; os.chdir({str(cwd or ROOT)!r}); sys.path.insert(0, {str(ROOT)!r}); "
+    command += "sys.argv = ['absorb', *sys.argv[1:]]; from eval.cli import main; main()"
+    return run("-c", command, *words, PYTHONPATH=str(ROOT))
+
+
+def test_in_an_empty_folder_it_shows_the_flow_and_where_to_start(tmp_path):
+    done = absorb(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("train → compress → score → cost → gate → report → sign → release → watch")
+    assert "no run folder here" in done.stdout
+    assert "next: absorb train --config" in done.stdout
+
+
+def test_in_a_run_it_tells_what_is_done_and_the_next_command(tmp_path):
+    study = load_study(ROOT / "configs" / "studies" / "tiny.yaml", ["--runs", str(tmp_path / "runs")])
+    save_study(study) if make_run_folder(study) else None
+    (study.folder / "data").mkdir()
+    inside, above = absorb(cwd=study.folder), absorb(cwd=tmp_path)
+    for done in (inside, above):
+        assert done.returncode == 0, done.stderr
+        assert "· absorb train" in done.stdout
+        assert "[0 of 6 students]" in done.stdout
+        assert "next: absorb train --config" in done.stdout
+    for arm in study.arms:
+        for seed in study.seeds:
+            (study.folder / "students" / arm / f"s{seed}").mkdir(parents=True)
+            (study.folder / "students" / arm / f"s{seed}" / "manifest.json").write_text("{}")
+    done = absorb("--study", study.folder)
+    assert "✔ absorb train" in done.stdout
+    assert f"next: absorb compress --study {study.folder}" in done.stdout
+    (study.folder / "gate.json").write_text(json.dumps({"verdict": "FAIL", "reason": "too slow"}))
+    assert "✔ absorb gate" in (shown := absorb("--study", study.folder).stdout)
+    assert "[FAIL: too slow]" in shown
+
+
+def test_a_folder_that_is_no_run_and_an_unknown_command_are_refused(tmp_path):
+    done = absorb("--study", tmp_path)
+    assert done.returncode == 3
+    assert "no run folder; give a folder that `absorb train` made" in done.stderr
+    done = absorb("gat")
+    assert done.returncode == 3
+    assert "did you mean 'gate'?" in done.stderr
+
+
+def test_help_needs_no_heavy_library():
+    script = "import sys; sys.argv = ['absorb', '--help']; from eval.cli import main\n"
+    script += "try: main()\nexcept SystemExit: print('torch' in sys.modules, 'pydantic' in sys.modules)"
+    done = run("-c", script)
+    assert done.stdout.splitlines()[-1] == "False False"
+    assert all(f"  {name} " in done.stdout for name in MODULES)
+
+
+def test_every_command_of_the_flow_is_a_module_and_lists_its_arguments():
+    assert {*FLOW, *BESIDE} == set(MODULES)
+    done = absorb("gate", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--budget BUDGET" in done.stdout
+    for key in ("--seeds", "--data.context", "--train.optimizer.lr", "--cost.processes"):
+        assert key in done.stdout, key
+
+
+def test_every_key_of_a_study_is_described_once():
+    rows = list(describe_fields(Study))
+    keys = [key for key, *_ in rows]
+    assert len(keys) == len(set(keys)) > 60
+    shown = {key: (kind, default) for key, kind, default, _ in rows}
+    assert shown["data.context"] == ("int", "256")
+    assert shown["train.optimizer.lr"] == ("float", "0.001")
+    assert "those of train." in next(meaning for key, _, _, meaning in rows if key == "base.train")
+
+
+def test_what_goes_by_stands_in_the_run_s_log_with_its_time_and_a_traceback_stays_there(tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from eval.core.commands import start_log
+from eval.core.errors import entry
+
+@entry
+def main():
+    start_log(Path(sys.argv[1]))
+    print("\\x1b[32mPASS\\x1b[0m: shipped")
+    print("\\x1b[2Kbar", end="", file=sys.stderr)
+    raise RuntimeError("the library's own words")
+
+main()
+"""
+    done = run("-c", script, tmp_path)
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    assert f"RuntimeError: the library's own words; the traceback is in {tmp_path / LOG}" in done.stderr
+    text = (tmp_path / LOG).read_text()
+    lines = [line for line in text.splitlines() if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ \d+ ", line)]
+    assert lines[0].endswith(f"$ -c {tmp_path}")
+    assert lines[1].endswith(" PASS: shipped")
+    assert "bar" not in text
+    assert "Traceback (most recent call last)" in text
