@@ -29,12 +29,12 @@ METHODS = "distill.methods"  # the registry: a file each
 
 @dataclass(frozen=True)
 class Card:
-    """What a reader must know about a method before trusting it."""
+    """Facts about a method that a reader needs in order to judge it."""
 
     title: str
     paper: str
     claim: str
-    touches: str  # what of the model or of its input it changes
+    touches: str  # which part of the model or of its input it changes
     limits: str
 
 
@@ -60,16 +60,16 @@ class TeacherOutput:
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method may use: its own folder, the plain bases, the training rows and the trainer."""
+    """Inputs of a method: its own folder, the plain bases, the training rows and the trainer."""
 
-    folder: Path  # what `fit` wrote; read-only once fitted
+    folder: Path  # written by `fit`, read-only afterwards
     seed: int
     seeds: list[int]  # of the study
     bases: dict[int, Path]  # seed -> folder of the plain base
     tokenizer: PreTrainedTokenizerBase
     rows: Callable[[], list[Row]]
     train: Callable[[PreTrainedModel, list[Row], Train, str], Curve]  # model, rows, settings, name
-    load: Callable[[Path], PreTrainedModel] = load_model  # of a teacher that runs: as `targets` says
+    load: Callable[[Path], PreTrainedModel] = load_model  # a running teacher: in the dtype of `targets`
 
     def load_base(self, seed: int) -> PreTrainedModel:
         return self.load(self.bases[seed])
@@ -91,19 +91,19 @@ class Method(ABC):
         self.settings: Any = settings
 
     def bases(self, seed: int, seeds: list[int]) -> list[int]:
-        """Seeds of the plain bases that the teacher of `seed` is made of.
+        """Seeds of the plain bases from which the teacher of `seed` is built.
 
-        Seeds that get one list share one teacher: it is a function of those bases alone.
+        Seeds with the same list share one teacher, which depends on those bases alone.
         """
         return [seed]
 
     def fit(self, context: MethodContext) -> None:
-        """Trains or builds what the method needs, and writes it into `context.folder`."""
+        """Trains or builds the parts of the method, and writes them into `context.folder`."""
         return None
 
     @contextmanager
     def attached(self, teacher: PreTrainedModel, context: MethodContext) -> Iterator[None]:
-        """The method is in force inside; on exit the teacher is bit-identical to before."""
+        """The method is active inside; on exit the teacher is bit-identical to before."""
         yield
 
     @abstractmethod
@@ -113,15 +113,15 @@ class Method(ABC):
     def write(
         self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
     ) -> list[list[int]]:
-        """The token ids that the teacher writes after each prompt, inside `attached`.
+        """The token ids that the teacher generates after each prompt, inside `attached`.
 
-        This default draws from `output`, token by token, and so it serves any method; it keeps no cache of
-        keys and values, so that its time grows with the square of the length. A method that votes or reranks
-        overrides it: with another seed it draws other texts.
+        This default samples from `output` token by token, for any method. Without key-value cache,
+        its time grows with the square of the length. A method that votes or reranks overrides it, and samples
+        other texts with another seed.
 
         Args:
-            prompts: rows of one length; what follows one depends on it and the seed alone.
-            generation: at most `new_tokens` ids, the one that ends a text included.
+            prompts: rows of one length; each text depends on its prompt and the seed alone.
+            generation: at most `new_tokens` ids per text, including the stop id.
         """
 
         @torch.no_grad()
@@ -134,7 +134,7 @@ class Method(ABC):
         return sample_texts(next_log_probs, prompts, generation, seed, stop_ids(teacher))
 
     def control(self) -> "Method":
-        """The method of T0: the idea taken away, the base, budget and data kept."""
+        """The method of T0: the same base, budget and data without the idea under test."""
         return Plain(Frozen())
 
     @cached_property
@@ -150,7 +150,7 @@ class Plain(Method):
     card = Card(
         title="Plain teacher",
         paper="none",
-        claim="none: this is what every gain is measured against",
+        claim="none: every gain is measured against it",
         touches="nothing",
         limits="none",
     )
@@ -163,7 +163,7 @@ def plain_output(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> Teach
     """The mean of the distributions of plain models, from one forward pass of each.
 
     Args:
-        inputs: what the forward passes take beside the batch.
+        inputs: further arguments of the forward passes.
 
     Raises:
         UserError: the output embedding of a model is no plain linear layer (it has an adapter, for example).

@@ -1,4 +1,4 @@
-"""K plain models trained apart; their probabilities are averaged."""
+"""K plain models trained independently; their probabilities are averaged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +23,9 @@ class Ensemble(Method):
         title="Deep ensemble",
         paper="Lakshminarayanan, Pritzel and Blundell 2017, arXiv:1612.01474; distilled: Hinton et al. 2015, "
         "arXiv:1503.02531",
-        claim="models with their own initialisation and order err apart; their mean is better than each",
-        touches="the output: K forward passes in place of one",
-        limits="K times the memory and time; the gain shrinks as the data grow, and members of one frozen "
+        claim="models of different initialisation and data order make different errors; their mean is better",
+        touches="the output: K forward passes instead of one",
+        limits="K times the memory and time; the gain shrinks with more data, and members of one frozen "
         "base do not differ",
     )
 
@@ -46,8 +46,8 @@ class Ensemble(Method):
         if _same_weights(teacher, self._others[0]):
             raise UserError(
                 "method ensemble",
-                "members with the same weights",
-                "give `base.train`, so that each is trained",
+                "needs different members, found two with the same weights",
+                "set `base.train`, so that each member is trained",
             )
         try:
             yield

@@ -15,9 +15,9 @@ from eval.core.documents import Batch, Row
 from eval.core.errors import UserError
 from eval.core.sections import Frozen, Optimizer, Train
 
-ALL = "all"  # what the one adapter of the control is trained on
-BASE = "__base__"  # peft's name for no adapter
-NAMES = "domains.json"  # domain -> adapter: a domain may hold what neither peft nor a folder takes as a name
+ALL = "all"  # domain of the control's single adapter
+BASE = "__base__"  # peft's name for the model without adapters
+NAMES = "domains.json"  # domain -> adapter name: peft and file systems refuse some characters of domains
 
 
 class Experts(Method):
@@ -25,7 +25,7 @@ class Experts(Method):
         title="Routed expert adapters",
         paper="Hu et al. 2021, LoRA, arXiv:2106.09685; experts by domain: Gururangan et al. 2021, DEMix, "
         "arXiv:2108.05036",
-        claim="an adapter that has seen one domain alone predicts that domain better than one for all",
+        claim="an adapter trained on a single domain predicts that domain better than one for all domains",
         touches="every linear layer named in target_modules; needs the domain of each document",
         limits="a document of an unseen domain gets the plain base; with plenty of text, training longer "
         "gains as much",
@@ -48,16 +48,16 @@ class Experts(Method):
         domains = self.settings.domains or sorted({row.domain for row in rows})
         groups = {d: [row for row in rows if row.domain == d] for d in domains}
         if len(groups) < max(2, len(domains)):
-            raise UserError("method experts", f"domains {domains}", "needs two domains or more, named apart")
+            found = f"needs two or more different domains, found {domains}"
+            raise UserError("method experts", found, "fix `domains`, or the domains of the data")
         for name, group in groups.items():
             if len(group) < self.settings.train.rows:
-                raise UserError(
-                    f"domain {name!r}", f"{len(group)} rows", "give it more rows, or leave it out"
-                )
+                found = f"needs {self.settings.train.rows} rows or more, has {len(group)}"
+                raise UserError(f"domain {name!r}", found, "give it more rows, or leave it out")
         return groups if self.settings.routed else {ALL: [row for g in groups.values() for row in g]}
 
     def _budget(self, rows: list[Row]) -> Train:
-        """Given as a number, the steps of the control's one adapter are those of all experts together."""
+        """With `train.steps`, the control's single adapter gets as many steps as all experts together."""
         train = self.settings.train
         if self.settings.routed or train.steps is None:
             return train
@@ -74,7 +74,7 @@ class Experts(Method):
         names = {domain: f"expert{i}" for i, domain in enumerate(groups)}
         for domain, rows in groups.items():
             name = names[domain]
-            torch.manual_seed(context.seed)  # the adapter's first weights
+            torch.manual_seed(context.seed)  # initial weights of the adapter
             model = get_peft_model(context.load_base(context.seed), config, adapter_name=name)
             context.train(model, rows, self._budget(rows), name)
             model.save_pretrained(str(context.folder), selected_adapters=[name])
@@ -85,7 +85,7 @@ class Experts(Method):
         trainable = [p.requires_grad for p in teacher.parameters()]
         path = context.folder / NAMES
         if not path.is_file():
-            raise UserError("method experts", f"no {path}", "delete that folder and run again")
+            raise UserError("method experts", f"file {path} is missing", "delete that folder and run again")
         self._names: dict[str, str] = json.loads(path.read_text())
         first, *rest = self._names.values()
         self._model = PeftModel.from_pretrained(teacher, str(context.folder / first), adapter_name=first)

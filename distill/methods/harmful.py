@@ -1,4 +1,4 @@
-"""A method that does harm: whoever passes it does not look."""
+"""A method that does harm: the gate must fail it."""
 
 import math
 
@@ -14,10 +14,10 @@ from eval.core.sections import Frozen
 class Harmful(Method):
     card = Card(
         title="Uniform noise",
-        paper="none: the gate must be able to fail a method, not only to miss its gain",
-        claim="harm: every answer is mixed with a guess among all tokens; the gate must fail it",
+        paper="none: the gate must be able to fail a method, not only to find no gain",
+        claim="harm: every distribution is mixed with a uniform one; the gate must fail it",
         touches="the output: p becomes (1 - share) p + share / V",
-        limits="for the honesty of the gate alone",
+        limits="only for tests of the gate",
     )
 
     class Settings(Frozen):

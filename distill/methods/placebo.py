@@ -1,4 +1,4 @@
-"""A method that does nothing: whoever passes it fools himself."""
+"""A method that does nothing: the gate must never pass it."""
 
 from transformers import PreTrainedModel
 
@@ -12,7 +12,7 @@ class Placebo(Method):
         paper="none: the control treatment of a clinical trial",
         claim="no gain at all; the gate must never pass it",
         touches="nothing",
-        limits="for the honesty of the gate alone",
+        limits="only for tests of the gate",
     )
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:

@@ -1,4 +1,4 @@
-"""Plain models: made from a config, loaded, compared with a tokenizer, exported to stand alone."""
+"""Plain models: built from a config, loaded, checked against a tokenizer, exported."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ BOS = "<|endoftext|>"
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every text can be written in it, so that bits per byte are always defined."""
+    """Trains a byte-level BPE: it encodes every text, so that bits per byte are always defined."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -93,32 +93,32 @@ def local_files(path: str | None) -> dict[str, list[int]]:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuses a tokenizer that writes ids which the model does not have."""
+    """Refuses a tokenizer with ids that the model does not have."""
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(
             f"tokenizer of {where}",
-            f"{len(tokenizer)} tokens, the model has {rows}",
-            "give the model's own one",
+            f"has {len(tokenizer)} tokens, the model only {rows}",
+            "use the tokenizer of the model",
         )
 
 
 def check_same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuses two tokenizers that differ, naming the first token that does."""
+    """Refuses two tokenizers that differ, naming the first different token."""
     left, right = one.get_vocab(), other.get_vocab()
     if left == right:
         return
     for token, _ in sorted({**left, **right}.items(), key=lambda item: item[1]):
         if left.get(token) != right.get(token):
             found = f"token {token!r} is id {left.get(token)} in one and {right.get(token)} in the other"
-            raise UserError(f"tokenizer of {where}", found, "teacher and student must share one tokenizer")
+            raise UserError(f"tokenizer of {where}", found, "use one tokenizer for teacher and student")
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """A plain transformers checkpoint: it loads where this project is absent.
+    """Writes a plain transformers checkpoint, which loads without this project.
 
     Raises:
-        UserError: the disk does not take it.
+        UserError: it cannot be written (full disk, no permission).
     """
     model = model.to("cpu")
     model.config.use_cache = True
@@ -127,6 +127,6 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
             model.save_pretrained(str(folder), safe_serialization=True)
         tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-        fix = "free some room; the same command goes on from the last checkpoint"
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        fix = "free disk space, then run the same command to continue from the last checkpoint"
         raise UserError(f"export to {folder.parent}", " ".join(str(error).split())[:200], fix) from error

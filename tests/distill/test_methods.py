@@ -162,7 +162,7 @@ def test_an_ensemble_of_one_model_is_refused(context, tokenizer, tmp_path):
         context.folder, 0, [0, 1], {0: same, 1: same}, tokenizer, context.rows, context.train
     )
     with (
-        pytest.raises(UserError, match="members with the same weights"),
+        pytest.raises(UserError, match="needs different members, found two with the same weights"),
         method.attached(load_model(same), twice),
     ):
         pass
