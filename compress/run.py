@@ -10,12 +10,13 @@ from compress.build import TrainedStudent, Variant, build_variants, is_built, sc
 from compress.publish import publish_variant
 from compress.recipe import load_recipes
 from eval.core.artifacts import is_done, verify_artifact
+from eval.core.checks import CONTROL, STUDENT
 from eval.core.commands import study_from_command
 from eval.core.errors import EXIT_PASS, UserError, entry
 from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.study import Study
 
-ARMS = ("S1", "S0")
+ARMS = (STUDENT, CONTROL)
 
 
 def find_students(study: Study) -> list[TrainedStudent]:
@@ -64,7 +65,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.run", description=__doc__)
     study, _ = study_from_command(parser)
     if not study.folder.is_dir():
-        raise UserError(f"run folder {study.folder}", "missing", "train the students first: distill/train.py")
+        raise UserError(
+            f"run folder {study.folder}",
+            "missing",
+            "train the students first: accelerate launch distill/train.py --config STUDY",
+        )
     with lock_folder(study.folder):
         count = make_variants(study)
     total = len(study.recipes) * len(ARMS) * len(study.seeds)

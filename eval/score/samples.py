@@ -73,7 +73,7 @@ def lm_eval_name(task: Task) -> str:
 def check_lm_eval_installed(task: Task) -> None:
     if find_spec("lm_eval") is None:
         thing = f"task lm_eval:{lm_eval_name(task)}"
-        raise UserError(thing, "lm_eval is not installed", "install the extra: pip install lm-eval")
+        raise UserError(thing, "lm_eval is not installed", "install it: pip install lm-eval")
 
 
 def _task_file(task: Task) -> Path:

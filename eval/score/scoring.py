@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.core.artifacts import MANIFEST, read_manifest, verify_artifact
+from eval.core.checks import CONTROL, STUDENT
 from eval.core.documents import TEST, read_documents, scored_slices, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.jobs import Report
@@ -23,7 +24,7 @@ COLUMNS = ("id", "slice", "bytes", "tokens", "bits", "correct")
 def model_folders(run: Path, study: Study) -> list[Path]:
     """Bases, students and variants of the study that exist; those of earlier settings are left out."""
     tops = ["base", *(f"students/{arm}" for arm in study.arms)]
-    tops += [f"variants/{recipe}/{arm}" for recipe in recipe_names(study)[1:] for arm in ("S1", "S0")]
+    tops += [f"variants/{recipe}/{arm}" for recipe in recipe_names(study)[1:] for arm in (STUDENT, CONTROL)]
     places = (run / top / f"s{seed}" for top in tops for seed in study.seeds)
     return [place for place in places if (place / MANIFEST).is_file()]
 
