@@ -173,7 +173,7 @@ class Quality(Frozen):
     worst_slice: str | None  # where the smallest share of the gain is kept
     flips: Difference | None
     kl: Difference | None
-    tasks: dict[str, dict[str, Estimate]]  # task -> arm -> mean mark
+    tasks: dict[str, dict[str, Estimate]]  # task -> arm -> mean score
 
 
 class Opening(Frozen):

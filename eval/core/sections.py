@@ -52,7 +52,7 @@ class Task(Frozen):
     kind: Literal["multiple_choice", "exact_match", "f1", "lm_eval"]
     path: str
     new_tokens: int = Field(16, gt=0)  # of a generated answer
-    limit: int | None = Field(None, gt=0)  # at most so many items
+    limit: int | None = Field(None, gt=0)  # at most so many samples
 
 
 class Data(Frozen):

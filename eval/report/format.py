@@ -229,13 +229,13 @@ def behaviour(gate: GateFile) -> dict[str, list[Cell]]:
 
 
 def task_arms(gate: GateFile) -> list[str]:
-    """Arms that were marked on some task."""
+    """Arms that were scored on some task."""
     had = {arm for of in gate.quality.values() for marks in of.tasks.values() for arm in marks}
     return [arm for arm in ARMS if arm in had]
 
 
 def task_rows(gate: GateFile) -> list[tuple[str, str, list[Cell]]]:
-    """Recipe, task, and the mean mark of each of `task_arms`."""
+    """Recipe, task, and the mean score of each of `task_arms`."""
     arms = task_arms(gate)
     return [
         (recipe, task, [estimate(marks[arm]) if arm in marks else Cell(NOT_HAD) for arm in arms])

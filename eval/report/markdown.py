@@ -88,14 +88,14 @@ def gains(gate: GateFile) -> str:
 
 
 def behaviour_tables(gate: GateFile) -> list[str]:
-    """What recipes do beside bits per byte, and the marks of tasks; nothing where nothing was measured."""
+    """What recipes do beside bits per byte, and the scores of tasks; nothing where nothing was measured."""
     rows = [
         [plain(recipe), *(plain(str(cell)) for cell in cells)] for recipe, cells in behaviour(gate).items()
     ]
     marks = [[plain(recipe), plain(task), *map(str, cells)] for recipe, task, cells in task_rows(gate)]
     heads = ["recipe", "task", *task_arms(gate)]
     found = ["### Behaviour", markdown_table(["recipe", *BEHAVIOUR], rows)] if rows else []
-    return found + (["### Tasks, mean mark", markdown_table(heads, marks)] if marks else [])
+    return found + (["### Tasks, mean score", markdown_table(heads, marks)] if marks else [])
 
 
 def told(gate: GateFile, signoffs: list[SignOff]) -> str:
