@@ -1,7 +1,7 @@
 """`python -m eval.score --study runs/X`: bits per byte of every base, student and variant of a run.
 
-Each model is loaded from its folder by its own engine, in a process that did not make it; on the
-tasks of `data.tasks` too. Models that have a record of the same bytes, data and study are left alone. Teachers with a
+Each model is loaded from its folder by its own engine, in a process that did not make it, and scored on
+`data.tasks` too. Models that have a record of the same bytes, data and study are left alone. Teachers with a
 method are scored by `distill`, where they are made: only there can they be run. They are not scored on tasks.
 """
 
