@@ -29,7 +29,7 @@ def layer_matrices(layer: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
 
 
-def left_out(model: nn.Module, touched: set[nn.Module], reason: str) -> list[Skipped]:
+def skipped_modules(model: nn.Module, touched: set[nn.Module], reason: str) -> list[Skipped]:
     """Modules that hold a matrix of their own and are not in `touched`."""
     held = [
         name

@@ -28,7 +28,7 @@ from eval.core.documents import VALIDATION, Batch, batches, read_documents, wind
 from eval.core.sections import Source
 from eval.engines import load_engine
 from eval.engines.torch import TorchEngine
-from eval.score.scoring import score_with, scoring_tokens
+from eval.score.scoring import score_documents, scoring_tokens
 
 CONTEXT, DOCUMENTS, BYTES, VOCABULARY = 256, 16, 3072, 1024  # as the default study scores
 SHAPES = {"1M": (128, 320, 4), "2M": (192, 512, 4)}  # weights: hidden, intermediate, layers
@@ -115,7 +115,9 @@ def row(name: str, model: str, data: Path, folder: Path) -> dict[str, Any]:
     runs: dict[Any, Callable[[], Any]] = {
         size: partial(bare, engine, list(batches(rows, 0, size))) for size in SIZES
     }
-    runs["ours"] = partial(score_with, engine.borrowed, data, engine.tokenizer, CONTEXT, batch_tokens=size)
+    runs["ours"] = partial(
+        score_documents, engine.borrowed, data, engine.tokenizer, CONTEXT, batch_tokens=size
+    )
     seconds = in_rounds(runs)
     ours = seconds.pop("ours")
     best = min(seconds, key=lambda size: statistics.median(seconds[size]))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.model_size import left_out, size_of, stored_bytes
+from compress.model_size import size_of, skipped_modules, stored_bytes
 from compress.quant_error import INT8_ROUNDED, NF4_GAP, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Stage
 from eval.core.errors import UserError
@@ -52,7 +52,7 @@ class BitsAndBytes(Pass):
             name=self.name,
             before=before,
             after=after,
-            skipped=left_out(quantized, touched, "left in full precision by transformers"),
+            skipped=skipped_modules(quantized, touched, "left in full precision by transformers"),
             facts={"format": self.options.format, "matrices": len(touched), "worst_rounding": worst},
         )
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compress.calibration import Walk, calibration_rows
-from compress.model_size import layer_matrices, left_out, size_of
+from compress.model_size import layer_matrices, size_of, skipped_modules
 from compress.recipe import Context, Pass, PassReport, Skipped, Stage
 from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
 from eval.core.errors import UserError
@@ -62,7 +62,7 @@ class Wanda(Pass):
             context.report((i + 1) / len(walk.layers))
         if len(skipped) == len(seen):
             raise UserError("wanda", "no linear layer that it can prune", "leave the pass out of the recipe")
-        skipped += left_out(model, seen, "not a linear layer of the decoder")
+        skipped += skipped_modules(model, seen, "not a linear layer of the decoder")
         after = size_of(model)
         return model, PassReport(name=self.name, before=before, after=after, skipped=skipped)
 

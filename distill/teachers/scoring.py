@@ -6,7 +6,7 @@ from eval.core.documents import tokens_per_batch
 from eval.core.records import Score, each_score, provenance, write_record
 from eval.core.study import Study
 from eval.engines import load_tokenizer
-from eval.score.scoring import score_kinds, score_with
+from eval.score.scoring import score_documents, score_kinds
 
 
 def score_teacher(
@@ -16,7 +16,7 @@ def score_teacher(
     data, tokenizer = study.folder / "data", load_tokenizer(study.folder / "base" / f"s{seeds[0]}")
     size = tokens_per_batch(len(tokenizer))
     for kind in score_kinds(study):
-        documents = score_with(
+        documents = score_documents(
             teacher.log_probs, data, tokenizer, study.data.context, kind=kind, batch_tokens=size
         )
         for seed in seeds:

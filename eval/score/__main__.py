@@ -19,7 +19,7 @@ from eval.core.records import VALIDATION, read_scores, read_task_scores
 from eval.core.study import Study
 from eval.engines import subject_of
 from eval.score.samples import check_tasks
-from eval.score.scoring import corpus_bits_per_byte, model_folders, score_folder, unscored
+from eval.score.scoring import corpus_bits_per_byte, model_folders, score_folder, unscored_folders
 from eval.score.task_scores import mean_task_scores, score_tasks, unscored_tasks
 
 Rows = dict[tuple[str, str], dict[str, float]]  # (recipe, arm) -> column -> value
@@ -29,7 +29,9 @@ def score_run(study: Study) -> int:
     """Scores what has no record yet; returns how many models were scored on documents."""
     run = study.folder
     check_tasks(study.data.tasks)
-    jobs = [Job(_label(folder), score_folder, (run, study, folder)) for folder in unscored(run, study)]
+    jobs = [
+        Job(_label(folder), score_folder, (run, study, folder)) for folder in unscored_folders(run, study)
+    ]
     done = len(jobs)
     jobs += [
         Job(f"{_label(folder)} tasks", score_tasks, (run, study, folder, names))

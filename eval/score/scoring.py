@@ -29,7 +29,7 @@ def model_folders(run: Path, study: Study) -> list[Path]:
     return [place for place in places if (place / MANIFEST).is_file()]
 
 
-def score_with(
+def score_documents(
     predict: Predict,
     data: Path,
     tokenizer: "PreTrainedTokenizerBase",
@@ -91,7 +91,7 @@ def score_folder(
     tokenizer, data = engine.tokenizer, run / "data"
     size = scoring_tokens(engine)
     try:
-        documents = score_with(
+        documents = score_documents(
             engine.borrowed, data, tokenizer, study.data.context, kind=kind, batch_tokens=size, report=report
         )
     except UserError as error:
@@ -106,7 +106,7 @@ def score_folder(
     write_record(run, record)
 
 
-def unscored(run: Path, study: Study) -> list[Path]:
+def unscored_folders(run: Path, study: Study) -> list[Path]:
     """Model folders of a run without a record of their own bytes, this data and this study."""
     data = read_manifest(run / "data").hash
     recorded = {

@@ -22,7 +22,7 @@ from eval.core.documents import Row, batches, collate
 from eval.core.errors import UserError
 from eval.core.sections import Optimizer, Student, Train
 from eval.core.study import load_study
-from eval.score.scoring import score_with
+from eval.score.scoring import score_documents
 from tests.helpers import SHAPE, tiny_model, tiny_study, tiny_tokenizer
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -231,7 +231,7 @@ def test_bits_per_byte_of_training_are_those_of_scoring(study, tokenizer):
     data, context = study.folder / "data", study.data.context
     model = tiny_model(len(tokenizer))
     found = Validation(data, tokenizer, context, 0)(DistillationModule(model, Train(rows=4)))
-    scored = score_with(lambda batch: model(**batch.inputs).logits, data, tokenizer, context)
+    scored = score_documents(lambda batch: model(**batch.inputs).logits, data, tokenizer, context)
     kept = [i for i, name in enumerate(scored.slice) if name == "validation"]
     expected = sum(scored.bits[i] for i in kept) / sum(scored.bytes[i] for i in kept)
     assert found == pytest.approx(expected, rel=1e-5)

@@ -19,7 +19,7 @@ from eval.core.study import load_study
 from eval.engines.torch import load_checkpoint
 from eval.metrics import likelihood
 from eval.metrics.likelihood import document_bits, likelihoods
-from eval.score.scoring import score_folder, score_with, unscored
+from eval.score.scoring import score_documents, score_folder, unscored_folders
 from tests.eval.fake_run import CONTEXT, facts, fake_run, put, put_data, tokenizer, torch_model
 from tests.helpers import ROOT, run, text, tiny_model
 
@@ -201,17 +201,17 @@ def test_a_worker_s_error_reaches_its_parent_whole():
 def test_empty_documents_and_slices_are_told(tmp_path, model, words):
     put_data(tmp_path, nothing="")
     with pytest.raises(UserError, match="document 'nothing': no tokens"):
-        score_with(logits_of(model), tmp_path / "data", words, CONTEXT)
+        score_documents(logits_of(model), tmp_path / "data", words, CONTEXT)
     (tmp_path / "data/validation.jsonl").write_text("")
     with pytest.raises(UserError, match="slice 'validation': no documents"):
-        score_with(logits_of(model), tmp_path / "data", words, CONTEXT)
+        score_documents(logits_of(model), tmp_path / "data", words, CONTEXT)
 
 
 def test_a_manifest_without_its_facts_is_told(tmp_path):
     study, folder = fake_run(tmp_path)
     put(folder, "students/S1/s0", torch_model(), arm="S1", seed=0)
     with pytest.raises(UserError, match="artifact students/S1/s0: no fact 'recipe'"):
-        unscored(folder, load_study(study))
+        unscored_folders(folder, load_study(study))
 
 
 def test_the_command_scores_once_and_again_only_what_changed(tmp_path, openvino_folder):
@@ -244,10 +244,10 @@ def test_the_command_scores_once_and_again_only_what_changed(tmp_path, openvino_
         ("variants/old/S1/s0", "S1", "old", 0),
     ):
         put(folder, name, torch_model(), **facts(arm, recipe, seed=seed))  # left by earlier settings
-    assert unscored(folder, loaded) == []
+    assert unscored_folders(folder, loaded) == []
     put(folder, "students/S0/s0", torch_model(seed=9), **facts("S0"))
-    assert unscored(folder, loaded) == [folder / "students/S0/s0"]
-    assert len(unscored(folder, load_study(study, ["--train.epochs", "3"]))) == 4
+    assert unscored_folders(folder, loaded) == [folder / "students/S0/s0"]
+    assert len(unscored_folders(folder, load_study(study, ["--train.epochs", "3"]))) == 4
 
 
 def check_record(record, folder):
