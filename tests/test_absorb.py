@@ -4,7 +4,10 @@ import json
 import re
 
 from eval.cli import BESIDE, FLOW, MODULES
+from eval.core.budget import Budget, Limit, Target
 from eval.core.commands import LOG, describe_fields
+from eval.core.recipes import RecipeFile
+from eval.core.sections import Corruption, Source, Task
 from eval.core.study import Study, load_study, make_run_folder, save_study
 from tests.helpers import ROOT, run
 
@@ -79,6 +82,11 @@ def test_every_key_of_a_study_is_described_once():
     assert shown["data.context"] == ("int", "256")
     assert shown["train.optimizer.lr"] == ("float", "0.001")
     assert "those of train." in next(meaning for key, _, _, meaning in rows if key == "base.train")
+
+
+def test_every_key_of_a_config_carries_its_meaning():
+    for model in (Study, Budget, Target, Limit, RecipeFile, Source, Corruption, Task):
+        assert [key for key, _, _, meaning in describe_fields(model) if not meaning] == [], model
 
 
 def test_what_goes_by_stands_in_the_run_s_log_with_its_time_and_a_traceback_stays_there(tmp_path):

@@ -39,10 +39,14 @@ ACCEPTED: dict[str, list[str]] = {
 class Limit(Frozen):
     """`at_most: 20, unit: ms`, or `at_most: 0.5, of: plain` (a variant of the same run); or `at_least`."""
 
-    at_most: float | None = Field(None, gt=0, allow_inf_nan=False)
-    at_least: float | None = Field(None, gt=0, allow_inf_nan=False)
-    unit: Unit | None = None
-    of: str | None = None
+    at_most: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="upper limit, in `unit`, or as a share of `of`"
+    )
+    at_least: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="lower limit, for knee and throughput"
+    )
+    unit: Unit | None = Field(None, description="unit of an absolute limit")
+    of: str | None = Field(None, description="variant of the same run that a relative limit is a share of")
 
     @model_validator(mode="after")
     def one_measure(self) -> Self:
@@ -60,9 +64,11 @@ class Limit(Frozen):
 
 
 class Target(Frozen):
-    device: Literal["cpu", "cuda"]
-    required: bool = True
-    limits: dict[Quantity, Limit] = Field(default_factory=dict)
+    """A kind of machine that the release runs on."""
+
+    device: Literal["cpu", "cuda"] = Field(description="where its costs are measured")
+    required: bool = Field(True, description="whether something must ship on it for the verdict PASS")
+    limits: dict[Quantity, Limit] = Field({}, description="quantity -> limit")
 
     @field_validator("limits", mode="before")
     @classmethod
@@ -88,15 +94,27 @@ class Target(Frozen):
 class Budget(Frozen):
     """f, g and alpha of the gate, the mandatory slices with their own f, and limits per target."""
 
-    name: str
-    alpha: float = Field(0.05, gt=0, lt=0.5)
-    f: float = Field(gt=0, le=1)
-    # the guard: a share of the student's gain over the base, or so many bits per byte over the base
-    g: float | None = Field(None, gt=0, le=1)
-    delta_min: float | None = Field(None, gt=0, allow_inf_nan=False)
-    # mandatory slices beside the validation one -> their own f
-    slices: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
-    targets: dict[str, Target] = Field(min_length=1)
+    name: str = Field(description="as the report and the gate's record call it")
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="chance that a variant passes which should not")
+    f: float = Field(
+        gt=0, le=1, description="share of the teacher's gain that a variant must retain on validation"
+    )
+    g: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="guard: share of the student's gain over the base that a variant must keep",
+    )
+    delta_min: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="guard: gain over the base that a variant must have, in bits per byte",
+    )
+    slices: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        {}, description="mandatory slice beside validation -> its own `f`"
+    )
+    targets: dict[str, Target] = Field(min_length=1, description="name -> machine and its limits")
 
     @model_validator(mode="after")
     def one_guard(self) -> Self:

@@ -14,9 +14,9 @@ from eval.core.study import Study, find_config, read_yaml, validate_config
 class RecipeFile(Frozen):
     """A file of configs/recipes."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    target: Literal["cpu", "gpu"]
-    passes: list[dict[str, Any]] = Field(min_length=1)  # `pass: NAME` and its options
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the variant, in every table")
+    target: Literal["cpu", "gpu"] = Field(description="kind of machine that the variant runs on")
+    passes: list[dict[str, Any]] = Field(min_length=1, description="`pass: NAME` and its options, in order")
 
 
 def read_recipe(name: str) -> tuple[Path, RecipeFile]:

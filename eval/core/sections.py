@@ -12,21 +12,39 @@ class Frozen(BaseModel):
 class Source(Frozen):
     """Where documents come from."""
 
-    kind: Literal["folder", "dataset", "pydoc"]
-    path: str = ""  # folder: a directory, `stdlib`, `package:NAME`; dataset: hub id, json, parquet, text
-    include: list[str] = ["**/*.py"]
-    exclude: list[str] = []  # shell patterns against /the/path/below/the/root
-    data_files: str | None = None
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    text_column: str = "text"
-    prompt_column: str | None = None  # context that is given: only the text after it is learned and scored
-    messages_column: str | None = None  # chats: the tokenizer's template; the last answer is the text
-    streaming: bool = False  # of a data set: read only as many documents as are asked for
-    domain_column: str | None = None
-    domain: str | None = None  # a fixed name; folder sources default to the top folder of each file
-    documents: int | None = Field(None, gt=0)  # at most so many: by hash; of a data set, the first
+    kind: Literal["folder", "dataset", "pydoc"] = Field(
+        description="`folder`: files below `path`; `dataset`: rows of a data set; `pydoc`: help of modules"
+    )
+    path: str = Field(
+        "",
+        description="folder: directory, `stdlib`, `package:NAME`; dataset: hub id, json, parquet or text",
+    )
+    include: list[str] = Field(["**/*.py"], description="glob patterns of the files of a folder")
+    exclude: list[str] = Field(
+        [], description="shell patterns against /the/path/below/the/root, of files to leave out"
+    )
+    data_files: str | None = Field(None, description="the files of a data set of kind json, parquet or text")
+    config: str | None = Field(None, description="name of the data set's configuration")
+    split: str = Field("train", description="split of the data set")
+    revision: str | None = Field(None, description="commit, tag or branch of a data set on the hub")
+    text_column: str = Field("text", description="column that holds the text")
+    prompt_column: str | None = Field(
+        None, description="column with given context: only the text after it is learned and scored"
+    )
+    messages_column: str | None = Field(
+        None,
+        description="column with chats, laid out by the tokenizer's template; the last answer is the text",
+    )
+    streaming: bool = Field(False, description="read only as many rows of a data set as `documents` asks for")
+    domain_column: str | None = Field(None, description="column that names the domain of each row")
+    domain: str | None = Field(
+        None, description="one domain for all documents; a folder's default is the top folder of each file"
+    )
+    documents: int | None = Field(
+        None,
+        gt=0,
+        description="at most so many documents: of a folder the first by hash, of a data set the first rows",
+    )
 
     @model_validator(mode="after")
     def stream_ends(self) -> Self:
@@ -38,8 +56,12 @@ class Source(Frozen):
 class Corruption(Frozen):
     """Damage done to every validation document, the same in every run."""
 
-    kind: Literal["typos", "truncation", "whitespace"]
-    strength: float = Field(gt=0, le=1)  # share of the characters, of the bytes, of the spaces
+    kind: Literal["typos", "truncation", "whitespace"] = Field(
+        description="what is damaged: characters, the end of the text, or its spaces"
+    )
+    strength: float = Field(
+        gt=0, le=1, description="share of the characters, of the bytes, or of the spaces that is damaged"
+    )
 
     @property
     def slice(self) -> str:
@@ -49,44 +71,60 @@ class Corruption(Frozen):
 class Task(Frozen):
     """Prompts with answers: a JSONL file, or a task of lm-evaluation-harness as `lm_eval:NAME`."""
 
-    kind: Literal["multiple_choice", "exact_match", "f1", "lm_eval"]
-    path: str
-    new_tokens: int = Field(16, gt=0)  # of a generated answer
-    limit: int | None = Field(None, gt=0)  # at most so many samples
+    kind: Literal["multiple_choice", "exact_match", "f1", "lm_eval"] = Field(
+        description="how answers are scored; `lm_eval` leaves it to lm-evaluation-harness"
+    )
+    path: str = Field(description="a JSONL file, or `lm_eval:NAME`")
+    new_tokens: int = Field(16, gt=0, description="tokens of a generated answer, at most")
+    limit: int | None = Field(None, gt=0, description="samples, at most; none: all")
 
 
 class Data(Frozen):
     """Documents: split by the hash of their id into training, validation and test ones."""
 
-    documents: list[Source] = Field(min_length=1)
-    shifted: dict[str, list[Source]] = {}  # slice name -> documents that are only ever scored
-    validation: int = Field(64, gt=1)
-    test: int = Field(64, ge=0)
-    corruptions: list[Corruption] = []  # slices made of the validation documents, only ever scored
-    tasks: dict[str, Task] = {}  # name -> prompts with answers, only ever scored
-    scored_bytes: int = Field(4096, gt=0)  # a scored document is cut to so many bytes
-    context: int = Field(256, gt=1)  # tokens per row
-    train_rows: int = Field(400, gt=0)
-    packing: bool = False  # several documents to a row, none of which sees another
+    documents: list[Source] = Field(
+        min_length=1, description="where documents come from; all sources together are split"
+    )
+    shifted: dict[str, list[Source]] = Field(
+        {}, description="slice name -> sources of documents that are only ever scored"
+    )
+    validation: int = Field(64, gt=1, description="documents that every run is scored on")
+    test: int = Field(64, ge=0, description="documents set aside for the final check of a release")
+    corruptions: list[Corruption] = Field(
+        [], description="slices made of damaged validation documents, only ever scored"
+    )
+    tasks: dict[str, Task] = Field({}, description="name -> prompts with answers, only ever scored")
+    scored_bytes: int = Field(4096, gt=0, description="bytes to which a scored document is cut")
+    context: int = Field(256, gt=1, description="tokens per row, in training and in scoring")
+    train_rows: int = Field(400, gt=0, description="rows of `context` tokens to train on")
+    packing: bool = Field(False, description="several documents to a row, none of which sees another")
 
 
 class Optimizer(Frozen):
     """Muon for the matrices (Jordan et al. 2024) with AdamW for the rest, or AdamW for all."""
 
-    name: Literal["muon", "adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0)  # of the matrices
-    lr_rest: float | None = Field(None, gt=0)  # of embeddings, norms and biases; default: lr
-    momentum: float = Field(0.95, ge=0, lt=1)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)
+    name: Literal["muon", "adamw"] = Field(
+        "adamw", description="`muon` for the matrices with AdamW for the rest, or `adamw` for all"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of the matrices")
+    lr_rest: float | None = Field(
+        None, gt=0, description="peak learning rate of embeddings, norms and biases; none: `lr`"
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="momentum of Muon")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's two moments")
+    weight_decay: float = Field(
+        0.0, ge=0, description="decoupled weight decay, multiplied by the learning rate"
+    )
 
 
 class Hidden(Frozen):
     """Hidden states of student layers drawn to those of teacher layers; 0 is the embedding."""
 
-    pairs: list[tuple[int, int]] = Field(min_length=1)  # student layer, teacher layer
-    distance: Literal["mse", "cosine"] = "mse"
-    weight: float = Field(1.0, gt=0)
+    pairs: list[tuple[int, int]] = Field(
+        min_length=1, description="pairs of a student layer and a teacher layer; 0 is the embedding"
+    )
+    distance: Literal["mse", "cosine"] = Field("mse", description="distance between the hidden states")
+    weight: float = Field(1.0, gt=0, description="factor of the distance in the loss")
 
 
 class Loss(Frozen):
@@ -94,30 +132,44 @@ class Loss(Frozen):
 
     divergence: Literal[
         "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"
-    ] = "forward_kl"
-    weight: float = Field(0.9, ge=0, le=1)
-    temperature: float = Field(1.0, gt=0)
-    beta: float = Field(0.5, gt=0, lt=1)  # of the generalized JSD
-    alpha: float = Field(0.1, ge=0, lt=1)  # of the skew divergences: the share of the other in the mixture
+    ] = Field("forward_kl", description="divergence of the student from the teacher")
+    weight: float = Field(
+        0.9, ge=0, le=1, description="share of the divergence; the rest is cross-entropy (CE)"
+    )
+    temperature: float = Field(1.0, gt=0, description="divides the logits of teacher and student")
+    beta: float = Field(
+        0.5, gt=0, lt=1, description="share of the teacher in the mixture of the generalised JSD"
+    )
+    alpha: float = Field(
+        0.1, ge=0, lt=1, description="share of the other distribution in the mixture of a skew divergence"
+    )
     hidden: Hidden | None = None
 
 
 class Train(Frozen):
     """How one model is trained."""
 
-    epochs: int = Field(1, gt=0)
-    steps: int | None = Field(None, gt=0)  # overrides epochs
-    rows: int = Field(4, gt=0)  # per step, over all processes and accumulation steps
-    accumulate: int = Field(1, gt=0)
+    epochs: int = Field(1, gt=0, description="passes over the training rows")
+    steps: int | None = Field(None, gt=0, description="optimizer steps; overrides `epochs`")
+    rows: int = Field(4, gt=0, description="rows per step, over all processes and accumulation steps")
+    accumulate: int = Field(1, gt=0, description="micro-batches per step; divides `rows`")
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward pass; losses and weights stay in fp32
-    compile: bool = False
-    warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
-    decay: float = Field(0.3, ge=0, le=1)  # share of the steps, linear to zero
-    clip: float = Field(1.0, gt=0)
-    checkpoint_every: int = Field(100, gt=0)
-    evaluate_every: int | None = Field(None, gt=0)  # steps between validation bits per byte
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the forward pass; losses and weights stay in fp32"
+    )
+    compile: bool = Field(False, description="compile the model with torch.compile")
+    warmup: float = Field(
+        0.05, ge=0, le=1, description="share of the steps in which the learning rate rises linearly"
+    )
+    decay: float = Field(
+        0.3, ge=0, le=1, description="share of the steps, the last ones, in which it falls linearly to zero"
+    )
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    checkpoint_every: int = Field(100, gt=0, description="steps between checkpoints")
+    evaluate_every: int | None = Field(
+        None, gt=0, description="steps between measurements of validation bits per byte; none: never"
+    )
 
     @model_validator(mode="after")
     def divides(self) -> Self:
@@ -129,36 +181,59 @@ class Train(Frozen):
 class Generation(Frozen):
     """How a student or a teacher writes: the first tokens of a training row, then new ones."""
 
-    prompt_tokens: int = Field(32, gt=0)
-    new_tokens: int = Field(64, gt=0)
-    temperature: float = Field(1.0, ge=0)  # 0: the likeliest token
-    top_p: float = Field(1.0, gt=0, le=1)
+    prompt_tokens: int = Field(32, gt=0, description="first tokens of a training row that are the prompt")
+    new_tokens: int = Field(64, gt=0, description="tokens to write after the prompt, at most")
+    temperature: float = Field(1.0, ge=0, description="divides the logits; 0: the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="probability mass of the likeliest tokens to draw from")
 
 
 class Targets(Frozen):
     """What a student learns from its teacher."""
 
-    source: Literal["cached", "online", "on_policy", "sequence"] = "cached"
-    form: Literal["dense", "sampled", "top_k"] = "dense"  # of a cache
-    draws: int = Field(50, gt=0)  # sampled ids per token
-    k: int = Field(64, gt=0)  # likeliest ids per token
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of a teacher that runs
-    quantization: Literal["int8", "nf4"] | None = None  # of a teacher that runs, CUDA only
-    share: float = Field(0.5, ge=0, le=1)  # of the steps whose rows the student writes, on-policy
+    source: Literal["cached", "online", "on_policy", "sequence"] = Field(
+        "cached",
+        description="the teacher's outputs: from a cache, or from a teacher that runs, on rows of the data "
+        "(`online`), of the student (`on_policy`) or of the teacher (`sequence`)",
+    )
+    form: Literal["dense", "sampled", "top_k"] = Field(
+        "dense", description="what a cache holds per token: all logits, sampled ids, or the likeliest ids"
+    )
+    draws: int = Field(50, gt=0, description="sampled ids per token, for `form: sampled`")
+    k: int = Field(64, gt=0, description="likeliest ids per token, for `form: top_k`")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of a teacher that runs")
+    quantization: Literal["int8", "nf4"] | None = Field(None, description="of a teacher that runs; CUDA only")
+    share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the steps whose rows the student writes, for `source: on_policy`",
+    )
     generation: Generation = Generation()
 
 
 class Student(Frozen):
     """What of the student is trained, and what it starts from. It is exported merged and plain."""
 
-    tuning: Literal["full", "lora", "qlora"] = "full"
-    rank: int = Field(16, gt=0)
-    lora_alpha: int = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    modules: list[str] | Literal["all-linear"] = "all-linear"
-    start: Literal["base", "every", "influential", "fresh"] = "base"
-    layers: int | None = Field(None, gt=0)  # how many layers of the base to keep
-    architecture: dict[str, Any] | None = None  # of a fresh student
+    tuning: Literal["full", "lora", "qlora"] = Field(
+        "full", description="all weights, or LoRA adapters (`qlora`: over a base in nf4)"
+    )
+    rank: int = Field(16, gt=0, description="rank of the adapters")
+    lora_alpha: int = Field(32, gt=0, description="the adapters' product is scaled by lora_alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate before the adapters")
+    modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="names of the modules that get adapters"
+    )
+    start: Literal["base", "every", "influential", "fresh"] = Field(
+        "base",
+        description="initial weights: the base, `layers` of its layers, evenly spaced (`every`) or of most "
+        "influence (`influential`), or a new model (`fresh`)",
+    )
+    layers: int | None = Field(
+        None, gt=0, description="layers of the base to keep, for `start: every` and `influential`"
+    )
+    architecture: dict[str, Any] | None = Field(
+        None, description="of a fresh student: `model_type` and fields of its transformers config"
+    )
 
     @model_validator(mode="after")
     def start_is_told(self) -> Self:
@@ -174,11 +249,18 @@ class Student(Frozen):
 class Base(Frozen):
     """The plain model: a hub name or folder, or an architecture trained from nothing."""
 
-    path: str | None = None
-    revision: str | None = None
-    architecture: dict[str, Any] | None = None  # `model_type` and the fields of its transformers config
-    vocab_size: int = Field(1024, gt=256)
-    train: Train | None = None  # none: the named model is used as it is
+    path: str | None = Field(None, description="name on the hub, or a folder")
+    revision: str | None = Field(None, description="commit, tag or branch on the hub")
+    architecture: dict[str, Any] | None = Field(
+        None,
+        description="`model_type` and fields of its transformers config; trained from nothing by `train`",
+    )
+    vocab_size: int = Field(
+        1024, gt=256, description="entries of the tokenizer that is trained with an `architecture`"
+    )
+    train: Train | None = Field(
+        None, description="how the base is trained; none: the named model is used as it is"
+    )
 
     @model_validator(mode="after")
     def one_origin(self) -> Self:
@@ -190,28 +272,36 @@ class Base(Frozen):
 
 
 class MethodChoice(Frozen):
-    name: str  # a file of distill/methods, or `package.module` of your own
-    settings: dict[str, Any] = {}
+    """How the knowledge is transferred: a plug-in and its settings."""
+
+    name: str = Field(description="a file of distill/methods, or `package.module` of your own")
+    settings: dict[str, Any] = Field({}, description="settings of the method; each method checks its own")
 
 
 class Load(Frozen):
     """Open-loop load: requests arrive as a Poisson process, whether or not the one before is done."""
 
-    rates: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)  # per second; none: by knee
-    seconds: float = Field(10.0, gt=0)  # per rate
-    slo_ms: float | None = Field(None, gt=0)  # latency from the intended arrival that must be held at p95
+    rates: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        min_length=1,
+        description="requests per second, one run each; none: rates are raised until the knee",
+    )
+    seconds: float = Field(10.0, gt=0, description="seconds per rate")
+    slo_ms: float | None = Field(
+        None, gt=0, description="ms from the intended arrival to the answer, to be held at p95"
+    )
 
 
 class Cost(Frozen):
     """How latency and memory are measured: batch 1, then the other `batch_sizes`."""
 
-    processes: int = Field(3, gt=1)
-    prompt_tokens: int = Field(128, gt=0)
-    new_tokens: int = Field(32, gt=1)
-    requests: int = Field(20, gt=0)  # per process, after warm-up
-    warmup: int = Field(3, gt=0)
-    threads: int = Field(1, gt=0)
-    batch_sizes: list[int] = [1]
+    processes: int = Field(3, gt=1, description="fresh processes per variant")
+    prompt_tokens: int = Field(128, gt=0, description="tokens of a request's prompt")
+    new_tokens: int = Field(32, gt=1, description="tokens to generate per request")
+    requests: int = Field(20, gt=0, description="measured requests per process, after warm-up")
+    warmup: int = Field(3, gt=0, description="requests per process before measurement starts")
+    threads: int = Field(1, gt=0, description="threads of a process on a CPU")
+    batch_sizes: list[int] = Field([1], description="requests answered together; starts with 1, ascending")
     load: Load | None = None
 
     @model_validator(mode="after")

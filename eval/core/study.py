@@ -22,23 +22,27 @@ M = TypeVar("M", bound=BaseModel)
 class Study(Frozen):
     """One config: everything that it produces lies in `folder`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    title: str = ""
-    runs: str = "runs"
-    seeds: list[int] = Field(min_length=1)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run folder, below `runs`")
+    title: str = Field("", description="heading of the report; none: `name`")
+    runs: str = Field("runs", description="folder that holds the run folders")
+    seeds: list[int] = Field(min_length=1, description="one student of each arm, and its teacher, per seed")
     data: Data
     base: Base
     method: MethodChoice
-    train: Train
+    train: Train = Field(description="how teachers and students are trained")
     targets: Targets = Targets()
     student: Student = Student()
-    ce_arm: bool = True
-    ce_train: Train | None = None  # of the CE arm, where its best learning rate is another; default: train
-    trackers: list[str] = Field(default_factory=lambda: ["tensorboard"])  # names that accelerate knows
-    recipes: list[str] = Field(default_factory=list)  # files of configs/recipes, by name or path
+    ce_arm: bool = Field(True, description="also train students on the data alone (cross-entropy)")
+    ce_train: Train | None = Field(
+        None, description="how the CE arm is trained, where its best learning rate is another; none: `train`"
+    )
+    trackers: list[str] = Field(["tensorboard"], description="experiment trackers, by accelerate's names")
+    recipes: list[str] = Field(
+        [], description="compressed variants: files of configs/recipes, by name or path"
+    )
     cost: Cost = Cost()
-    budget: str  # a file of configs/budgets, by name or path
-    workers: int = Field(2, gt=0)  # one-thread processes side by side on a CPU
+    budget: str = Field(description="limits of a release: a file of configs/budgets, by name or path")
+    workers: int = Field(2, gt=0, description="one-thread processes side by side on a CPU")
 
     @model_validator(mode="after")
     def seeds_differ(self) -> Self:
