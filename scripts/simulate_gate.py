@@ -180,12 +180,11 @@ def power_curve(of: Scenario, s: int, share: float, draws: int) -> dict[str, flo
 def verdicts(of: Scenario, s: int, gain: float, share: float, studies: int) -> dict[str, int]:
     """How often the gate's own parts, assay and retention joined, say PASS, FAIL and INCONCLUSIVE."""
     found: Counter[str] = Counter(PASS=0, FAIL=0, INCONCLUSIVE=0)
-    words = "", ""
     for teacher, kept in tables(of, gain, share, s, studies):
         for t, k in zip(teacher / 100, kept / 100, strict=True):
             parts = [
-                mean_part("assay", crossed_mean(t), ALPHA, words, RESOLUTION),
-                mean_part("retention", crossed_mean(k - F * t), ALPHA, words),
+                mean_part("assay", crossed_mean(t), ALPHA, "", "", RESOLUTION),
+                mean_part("retention", crossed_mean(k - F * t), ALPHA, "", ""),
             ]
             found[join_verdicts(parts)] += 1
     return dict(found)

@@ -36,16 +36,16 @@ def variant_line(row: Variant) -> Text:
     )
 
 
-def opening_line(found: OnTestSet) -> Text:
+def opening_line(look: OnTestSet) -> Text:
     """How often the test documents were opened, and what the last look said."""
-    share, when = found.kept_share, "" if found.current else ", of artifacts or a budget of before"
-    start = f"test documents, opening {found.openings} by {found.by} for {found.recipe}{when}: "
-    if found.verdict is None:
+    share, when = look.kept_share, "" if look.current else ", of artifacts or a budget of before"
+    start = f"test documents, opening {look.openings} by {look.by} for {look.recipe}{when}: "
+    if look.verdict is None:
         return Text(f"{start}not finished; run the same command of eval.gate.test_set again")
     keeps = "the kept share is undefined"
     if share is not None and share.point is not None:
         keeps = f"keeps {share.point:.2f} (95 % interval {share.low:.2f} to {share.high:.2f})"
-    return Text.assemble(start, (found.verdict, STYLES[found.verdict]), f", {keeps}")
+    return Text.assemble(start, (look.verdict, STYLES[look.verdict]), f", {keeps}")
 
 
 def print_verdict(console: Console, result: GateFile, path: Path) -> None:
@@ -58,8 +58,8 @@ def print_verdict(console: Console, result: GateFile, path: Path) -> None:
     console.print(
         Text.assemble((result.verdict, STYLES[result.verdict]), f": {result.reason}"), soft_wrap=True
     )
-    marked = "* recommended; " if any(row.recommended for row in result.variants) else ""
-    console.print(Text(f"{marked}the whole verdict lies in {path}"), soft_wrap=True)
+    legend = "* recommended; " if any(row.recommended for row in result.variants) else ""
+    console.print(Text(f"{legend}the whole verdict lies in {path}"), soft_wrap=True)
 
 
 @entry

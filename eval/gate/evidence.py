@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from eval.core.artifacts import digest, file_sha256
 from eval.core.budget import Budget
 from eval.core.checks import (
-    CE,
     CONTROL,
     FALLBACK,
     STUDENT,
     TEACHERS,
     Artifacts,
-    artifact_folder,
     check_aligned,
     check_budget,
     check_seeds_differ,
@@ -45,7 +43,6 @@ from eval.core.study import Study
 from eval.gate.openings import read_openings
 from eval.stats.crossed import linearise
 
-__all__ = ["CE", "CONTROL", "FALLBACK", "STUDENT", "TEACHERS", "artifact_folder"]  # also known from here
 Array = NDArray[np.float64]
 C = TypeVar("C", Measured, Loaded)
 Model = tuple[str, str]  # arm, recipe
@@ -53,12 +50,12 @@ BySeed = defaultdict[Model, dict[int, Any]]
 
 
 class Contrast(NamedTuple):
-    """What `arm` after `recipe` gains over `minus` after `of`."""
+    """What `arm` after `recipe` gains over `baseline` after `baseline_recipe`."""
 
     arm: str
-    minus: str
+    baseline: str
     recipe: str = PLAIN
-    of: str = PLAIN
+    baseline_recipe: str = PLAIN
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,8 @@ class Evidence:
     bytes: Array  # [C]
     bits: dict[Model, Array]  # [S, C]
     tokens: dict[Model, Array]  # [S, C] predicted tokens
-    correct: dict[Model, Array]  # [S, C] of these, those held to be the likeliest; where every seed tells
-    calibration: dict[Model, list[dict[str, Bins]]]  # by seed: slice -> bins; where every seed tells
+    correct: dict[Model, Array]  # [S, C] of these, those held to be the likeliest; where every seed has them
+    calibration: dict[Model, list[dict[str, Bins]]]  # by seed: slice -> bins; where every seed has them
     engines: dict[str, str]  # recipe -> engine
     costs: dict[tuple[str, str], list[Measured]]  # (target, recipe) -> records of S1, by seed
     artifacts: dict[str, str]  # arm/s<seed>/recipe -> hash
@@ -89,17 +86,17 @@ class Evidence:
     def arms(self) -> list[str]:
         return [FALLBACK, "T0", "T1", *self.study.arms]
 
-    def raw(self, name: str, contrast: Contrast) -> Array:
+    def saved_bits(self, name: str, contrast: Contrast) -> Array:
         """[S, C] bits per document of the slice `name` that the contrast saves."""
         columns = self.columns[name]
         return (
-            self.bits[contrast.minus, contrast.of][:, columns]
+            self.bits[contrast.baseline, contrast.baseline_recipe][:, columns]
             - self.bits[contrast.arm, contrast.recipe][:, columns]
         )
 
     def gain(self, name: str, contrast: Contrast) -> Array:
         """The same as a linearised table [S, C] in bits per byte: positive is better."""
-        return linearise(self.raw(name, contrast), self.bytes[self.columns[name]])
+        return linearise(self.saved_bits(name, contrast), self.bytes[self.columns[name]])
 
     def scores(self, name: str, arm: str, recipe: str = PLAIN) -> Array:
         """[S, C] linearised bits per byte of one arm: lower is better."""
@@ -114,18 +111,18 @@ def collect_evidence(folder: Path, study: Study, budget: Budget) -> Evidence:
             names a slice, variant or target that the run does not know. Both values are named.
     """
     recipes, artifacts = recipe_names(study), Artifacts(folder, study)
-    tables = Tables(artifacts, each_score(folder), wanted_models(study, recipes))
-    costs = _asked_costs(study, budget, recipes, read_costs(folder))
-    loads = _asked(study, budget, recipes, read_loads(folder))
-    asked: list[Record] = [*costs, *loads]
-    for record in asked:
+    tables = ScoreTables(artifacts, each_score(folder), wanted_models(study, recipes))
+    costs = _costs_of_study(study, budget, recipes, read_costs(folder))
+    loads = _of_study(study, budget, recipes, read_loads(folder))
+    measured: list[Record] = [*costs, *loads]
+    for record in measured:
         artifacts.check(record)
     check_budget(budget, recipes, list(tables.columns))
     grouped = by_target(folder, study, budget, costs, tables.engines)
     return build_evidence(tables, recipes, grouped, by_target(folder, study, budget, loads, tables.engines))
 
 
-class Tables:
+class ScoreTables:
     """Columns of the scores of some models; each record is let go once its columns are taken.
 
     Raises:
@@ -148,22 +145,22 @@ class Tables:
         artifacts.check_recipes(self.scores)
 
     def _add(self, record: Score) -> None:
-        found = record.documents
+        documents = record.documents
         self.artifacts.check(record)
         self.artifacts.check_data(record)
-        self.scores.append(record.model_copy(update={"documents": self.documents if self.scores else found}))
-        first = self.documents
+        first = self.documents if self.scores else documents
+        self.scores.append(record.model_copy(update={"documents": first}))
         order: slice | list[int] = slice(None)
-        if (first.id, first.slice, first.bytes) != (found.id, found.slice, found.bytes):
+        if (first.id, first.slice, first.bytes) != (documents.id, documents.slice, documents.bytes):
             check_aligned(self.artifacts.folder, self.scores[0], record)
-            order = order_of(first, found)
+            order = order_of(first, documents)
         model = record.arm, record.recipe
-        self.bits[model][record.seed] = np.asarray(found.bits, float)[order]
-        self.tokens[model][record.seed] = np.asarray(found.tokens, float)[order]
-        if found.correct is not None:
-            self.correct[model][record.seed] = np.asarray(found.correct, float)[order]
-        if found.calibration is not None:
-            self.bins[model][record.seed] = found.calibration
+        self.bits[model][record.seed] = np.asarray(documents.bits, float)[order]
+        self.tokens[model][record.seed] = np.asarray(documents.tokens, float)[order]
+        if documents.correct is not None:
+            self.correct[model][record.seed] = np.asarray(documents.correct, float)[order]
+        if documents.calibration is not None:
+            self.bins[model][record.seed] = documents.calibration
 
     def _check_whole(self, models: list[Model]) -> None:
         for model in models:
@@ -187,16 +184,20 @@ class Tables:
         names = np.asarray(self.documents.slice)
         return {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(self.documents.slice)}
 
-    def by_seed(self, found: BySeed) -> dict[Model, list[Any]]:
+    def by_seed(self, columns: BySeed) -> dict[Model, list[Any]]:
         """Model -> its columns in the order of the seeds, where each seed has them."""
-        return {m: [of[s] for s in self.seeds] for m, of in found.items() if len(of) == len(self.seeds)}
+        return {
+            model: [by_seed[seed] for seed in self.seeds]
+            for model, by_seed in columns.items()
+            if len(by_seed) == len(self.seeds)
+        }
 
-    def stacked(self, found: BySeed) -> dict[Model, Array]:
-        return {model: np.stack(rows) for model, rows in self.by_seed(found).items()}
+    def stacked(self, columns: BySeed) -> dict[Model, Array]:
+        return {model: np.stack(rows) for model, rows in self.by_seed(columns).items()}
 
 
 def build_evidence(
-    tables: Tables,
+    tables: ScoreTables,
     recipes: list[str],
     costs: dict[tuple[str, str], list[Measured]],
     loads: dict[tuple[str, str], list[Loaded]] | None = None,
@@ -236,17 +237,19 @@ def wanted_models(study: Study, recipes: list[str]) -> list[Model]:
     return plain + [(arm, recipe) for recipe in recipes[1:] for arm in (STUDENT, CONTROL)]
 
 
-def _asked_costs(study: Study, budget: Budget, recipes: list[str], costs: list[Measured]) -> list[Measured]:
+def _costs_of_study(
+    study: Study, budget: Budget, recipes: list[str], costs: list[Measured]
+) -> list[Measured]:
     """Costs of S1 on the budget's targets. A required target must not be missing for its mere spelling."""
     measured = {record.target for record in costs}
     if unknown := sorted(measured - set(budget.targets)):
         for name, target in budget.targets.items():
             if target.required and name not in measured:
                 require_one_of(f"budget {budget.name!r}: target without any cost record", name, unknown)
-    return _asked(study, budget, recipes, costs)
+    return _of_study(study, budget, recipes, costs)
 
 
-def _asked(study: Study, budget: Budget, recipes: list[str], records: list[C]) -> list[C]:
+def _of_study(study: Study, budget: Budget, recipes: list[str], records: list[C]) -> list[C]:
     return [
         record
         for record in records
@@ -295,14 +298,14 @@ def by_target(
 
 
 def _machines(records: list[Record]) -> list[dict[str, object]]:
-    found = {digest(m): m for m in (r.provenance.machine.model_dump(mode="json") for r in records)}
-    return [found[key] for key in sorted(found)]
+    machines = {digest(m): m for m in (r.provenance.machine.model_dump(mode="json") for r in records)}
+    return [machines[key] for key in sorted(machines)]
 
 
 def _versions(records: list[Record]) -> dict[str, str]:
     """Library -> version; several where records of several machines were merged."""
-    found: dict[str, set[str]] = defaultdict(set)
+    versions: dict[str, set[str]] = defaultdict(set)
     for record in records:
         for name, version in record.provenance.versions.items():
-            found[name].add(version)
-    return {name: ", ".join(sorted(found[name])) for name in sorted(found)}
+            versions[name].add(version)
+    return {name: ", ".join(sorted(versions[name])) for name in sorted(versions)}

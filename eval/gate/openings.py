@@ -1,4 +1,4 @@
-"""Looks at the test documents: counted, kept for ever, told wherever the gate's verdict is told.
+"""Looks at the test documents: counted, never deleted, and shown wherever the gate's verdict is shown.
 
 Whoever picks the best of several variants on the validation documents picks some luck with it, and the pick's
 own estimate is too good (the winner's curse). Nothing is chosen on the test documents, so the first look at
@@ -31,14 +31,14 @@ def read_openings(run: Path) -> list[Opening]:
     Raises:
         UserError: one is damaged, or is gone: openings are never deleted.
     """
-    found: list[Opening] = []
+    openings: list[Opening] = []
     count = len(list((run / "records" / "test").glob("opening-*.json")))
     for number in range(1, count + 1):
         path = opening_path(run, number)
         if not path.is_file():
             raise UserError(f"opening {path}", "is gone", "put it back: openings are counted for ever")
         try:
-            found.append(Opening.model_validate_json(path.read_bytes()))
+            openings.append(Opening.model_validate_json(path.read_bytes()))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "top level"
@@ -50,18 +50,20 @@ def read_openings(run: Path) -> list[Opening]:
         for path in (run / "records" / "test").glob("*/*.json")
         if not path.name.startswith(("T0-", "T1-"))  # those are scored while they are trained
     }
-    known = {name for one in found for name in (one.recipe, PLAIN)}  # the student is scored at every look
+    known = {
+        name for opening in openings for name in (opening.recipe, PLAIN)
+    }  # the student is scored at every look
     if lost := sorted(scored - known):
-        what = f"scored without an opening: {', '.join(lost)}"
-        raise UserError(f"openings of {run}", what, "put the opening back: they are counted for ever")
-    return found
+        found = f"scored without an opening: {', '.join(lost)}"
+        raise UserError(f"openings of {run}", found, "put the opening back: they are counted for ever")
+    return openings
 
 
 def summarize_openings(openings: list[Opening], artifacts: dict[str, str], budget: str) -> OnTestSet | None:
-    """What gate.json tells of the openings; the figures are those of the last one.
+    """What gate.json says of the openings; the figures are those of the last one.
 
     Args:
-        artifacts, budget: hashes of what the gate judges, to tell whether the last look was at the same.
+        artifacts, budget: hashes of what the gate judges; they show whether the last look was at the same.
     """
     if not openings:
         return None
@@ -71,10 +73,10 @@ def summarize_openings(openings: list[Opening], artifacts: dict[str, str], budge
         current=last.artifacts.items() <= artifacts.items() and last.budget == budget,
         history=[
             Look(
-                same=one.artifacts.items() <= artifacts.items(),
-                **one.model_dump(include={"number", "time", "by", "reason", "recipe", "verdict"}),
+                same=opening.artifacts.items() <= artifacts.items(),
+                **opening.model_dump(include={"number", "time", "by", "reason", "recipe", "verdict"}),
             )
-            for one in openings
+            for opening in openings
         ],
         **last.model_dump(
             include={"time", "by", "recipe", "target", "documents", "verdict", "parts"}

@@ -25,10 +25,9 @@ from eval.core.budget import Budget, load_budget
 from eval.core.checks import Artifacts
 from eval.core.commands import study_from_command
 from eval.core.errors import UserError, entry, require_one_of
-from eval.core.gate_file import Estimate
 from eval.core.records import PLAIN, VALIDATION, each_score
 from eval.core.study import Study, load_study
-from eval.gate.evidence import Evidence, Tables, build_evidence, wanted_models
+from eval.gate.evidence import Evidence, ScoreTables, build_evidence, wanted_models
 from eval.gate.quality import BOOTSTRAP_SEED, GAIN, PLAN_LEVEL, PLANS, estimate, kept_gain, surplus
 from eval.stats.crossed import Array, crossed_mean
 from eval.stats.power import (
@@ -57,49 +56,53 @@ class PlannedTest:
     effect: float
     seeds: int  # of the plan
     documents: int
-    told: dict[str, float | None]  # what the effect was made of
+    assumptions: dict[str, float | None]  # from which the effect follows
 
 
 def read_pilot(folder: Path, study: Study) -> Evidence:
     """Scores of the uncompressed models; costs and variants are of no matter to a plan."""
     artifacts = Artifacts(folder, study)
-    tables = Tables(artifacts, each_score(folder), wanted_models(study, [PLAIN]))
+    tables = ScoreTables(artifacts, each_score(folder), wanted_models(study, [PLAIN]))
     return build_evidence(tables, [PLAIN], {})
 
 
-def planned_documents(e: Evidence, plan: Study, name: str) -> int:
+def planned_documents(evidence: Evidence, plan: Study, name: str) -> int:
     """Validation documents as the plan asks; of shifted slices the pilot alone knows how many there are."""
-    return plan.data.validation if name == VALIDATION and plan != e.study else len(e.columns[name])
+    if name == VALIDATION and plan != evidence.study:
+        return plan.data.validation
+    return len(evidence.columns[name])
 
 
 def list_tests(
-    e: Evidence, budget: Budget, plan: Study, gain: float | None, share: float | None
+    evidence: Evidence, budget: Budget, plan: Study, gain: float | None, share: float | None
 ) -> list[PlannedTest]:
     """The assay and retention of every slice that the budget asks for.
 
     Raises:
         UserError: the pilot shows no teacher gain, so that it knows of no kept share, and none was given.
     """
-    found = []
+    tests = []
     for name, f in {VALIDATION: budget.f, **budget.slices}.items():
-        require_one_of(f"budget {budget.name!r}: slice without any scored document", name, list(e.columns))
-        teacher, student = e.gain(name, GAIN), e.gain(name, kept_gain(PLAIN))
+        slices = list(evidence.columns)
+        require_one_of(f"budget {budget.name!r}: slice without any scored document", name, slices)
+        teacher, student = evidence.gain(name, GAIN), evidence.gain(name, kept_gain(PLAIN))
         if gain is None and share is None:
-            known = float(teacher.mean())
-            part = float(student.mean()) / known if known > 0 else None
+            true_gain = float(teacher.mean())
+            true_share = float(student.mean()) / true_gain if true_gain > 0 else None
             effect = float((student - f * teacher).mean())
         else:
-            known = gain if gain is not None else float(teacher.mean())
+            true_gain = gain if gain is not None else float(teacher.mean())
             if share is None and teacher.mean() <= 0:
-                found_gain = f"no teacher gain on {name} ({teacher.mean():+.4f} bits/byte)"
-                raise UserError(f"pilot {e.folder}", found_gain, "give the share to plan for with --share")
-            part = share if share is not None else float(student.mean() / teacher.mean())
-            effect = (part - f) * known
-        size = len(plan.seeds), planned_documents(e, plan, name)
-        told = {"gain": known, "share": part, "asked_share": f}
-        found.append(PlannedTest(f"assay on {name}", teacher, known, *size, told))
-        found.append(PlannedTest(f"retention on {name}", surplus(e, PLAIN, name, f), effect, *size, told))
-    return found
+                found = f"no teacher gain on {name} ({teacher.mean():+.4f} bits/byte)"
+                raise UserError(f"pilot {evidence.folder}", found, "give the share to plan for with --share")
+            true_share = share if share is not None else float(student.mean() / teacher.mean())
+            effect = (true_share - f) * true_gain
+        size = len(plan.seeds), planned_documents(evidence, plan, name)
+        assumptions = {"gain": true_gain, "share": true_share, "asked_share": f}
+        retention = surplus(evidence, PLAIN, name, f)
+        tests.append(PlannedTest(f"assay on {name}", teacher, true_gain, *size, assumptions))
+        tests.append(PlannedTest(f"retention on {name}", retention, effect, *size, assumptions))
+    return tests
 
 
 def interval(values: Array) -> list[float | None]:
@@ -108,13 +111,13 @@ def interval(values: Array) -> list[float | None]:
     return [float(end) if np.isfinite(end) else None for end in ends]
 
 
-def plan_test(case: PlannedTest, alpha: float) -> dict[str, object]:
+def plan_test(test: PlannedTest, alpha: float) -> dict[str, object]:
     """Figures of one test, each with the interval that the pilot's variances leave."""
-    mean = crossed_mean(case.table)
+    mean = crossed_mean(test.table)
     if mean.problem:
-        raise UserError(f"pilot: {case.name}", mean.problem, "take a pilot of two seeds or more that differ")
-    s, c, effect = case.seeds, case.documents, case.effect
-    drawn = drawn_components(case.table, PLANS, BOOTSTRAP_SEED)
+        raise UserError(f"pilot: {test.name}", mean.problem, "take a pilot of two seeds or more that differ")
+    s, c, effect = test.seeds, test.documents, test.effect
+    drawn = drawn_components(test.table, PLANS, BOOTSTRAP_SEED)
 
     def figures(parts: Components) -> dict[str, Array]:
         return {
@@ -124,15 +127,15 @@ def plan_test(case: PlannedTest, alpha: float) -> dict[str, object]:
             "effect_for_80": effect_for(parts, s, c, alpha),
         }
 
-    points, ends = figures(components(case.table)), figures(drawn)
-    shown: Estimate = estimate(case.table)
+    points, ends = figures(components(test.table)), figures(drawn)
+    pilot = estimate(test.table)
     return {
-        "test": case.name,
+        "test": test.name,
         "seeds": s,
         "documents": c,
-        **case.told,
+        **test.assumptions,
         "effect": effect,
-        "pilot": shown.model_dump(exclude={"p"}),
+        "pilot": pilot.model_dump(exclude={"p"}),
         **{
             name: {"value": float(v) if np.isfinite(v) else None, "interval": interval(ends[name])}
             for name, v in points.items()
@@ -151,27 +154,19 @@ def cell(figure: dict, style: str = "{:,.0f}") -> str:
 
 
 def render_table(rows: list[dict], alpha: float) -> Table:
-    shown = Table(
+    table = Table(
         title=f"Power at level {alpha:.3g}; in brackets what the pilot's variances leave open, 80 %",
         caption=f"80 % of repetitions pass with so many; none: not even {MOST_SEEDS} seeds, or "
         f"{MOST_DOCUMENTS:,} documents",
     )
-    for name in (
-        "test",
-        "plan",
-        "true effect",
-        "power now",
-        "seeds",
-        "documents",
-        "effect seen",
-        "share seen",
-    ):
-        shown.add_column(name)
+    columns = "test", "plan", "true effect", "power now", "seeds", "documents", "effect seen", "share seen"
+    for name in columns:
+        table.add_column(name)
     for row in rows:
         visible, share = row["effect_for_80"], "-"
         if row["test"].startswith("retention") and row["gain"] > 0:
             share = f"{row['asked_share'] + visible['value'] / row['gain']:.2f}"
-        shown.add_row(
+        table.add_row(
             row["test"],
             f"{row['seeds']} x {row['documents']}",
             f"{row['effect']:+.4f}",
@@ -181,7 +176,7 @@ def render_table(rows: list[dict], alpha: float) -> Table:
             cell(visible, "{:.4f}"),
             share,
         )
-    return shown
+    return table
 
 
 def plan_sentence(rows: list[dict]) -> str:
@@ -213,17 +208,17 @@ def main() -> None:
     budget = load_budget(plan, args.budget)
     for name in ("gain", "share"):
         if (given := getattr(args, name)) is not None and not math.isfinite(given):
-            raise UserError(f"--{name}", given, "give a number")
+            raise UserError(f"--{name}", given, "give a finite number")
     if args.among < 1:
         raise UserError("--among", args.among, "give the number of variants to pick from, 1 at least")
     alpha = budget.alpha / args.among
     pilot = read_pilot(folder, study)
-    rows = [plan_test(case, alpha) for case in list_tests(pilot, budget, plan, args.gain, args.share)]
+    rows = [plan_test(test, alpha) for test in list_tests(pilot, budget, plan, args.gain, args.share)]
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(render_table(rows, alpha))
     console.print(plan_sentence(rows), soft_wrap=True)
     if args.json:
-        found = {
+        figures = {
             "pilot": str(folder),
             "alpha": alpha,
             "among": args.among,
@@ -231,7 +226,7 @@ def main() -> None:
             "level": PLAN_LEVEL,
             "tests": rows,
         }
-        write_text(args.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_text(args.json, json.dumps(figures, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.core.budget import Budget
+from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS
 from eval.core.gate_file import Estimate, KeptShare, Link, Part, Power, Slice, Students
 from eval.core.records import PLAIN, VALIDATION
-from eval.gate.evidence import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Contrast, Evidence
+from eval.gate.evidence import Contrast, Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Mean, crossed_mean, fieller, pigeonhole
 from eval.stats.power import components, documents_for, drawn_components, effect_for, power, seeds_for
 
@@ -18,10 +19,10 @@ Array = NDArray[np.float64]
 LEVEL = 0.95  # of reported intervals; tests use the budget's alpha
 RESOLUTION = 1e-5  # bits/byte: float32 scores do not resolve a smaller teacher gain, rounding can make one
 DRAWS, BOOTSTRAP_SEED = 10_000, 0
-PLANS, PLAN_LEVEL = 1000, 0.8  # draws of a pilot's variances, and the interval that is told of them
+PLANS, PLAN_LEVEL = 1000, 0.8  # draws of a pilot's variances, and the level of the interval shown
 GAIN = Contrast(*TEACHERS)
 GAIN_OVER_BASE = Contrast(TEACHERS[0], FALLBACK)
-OVER_CE = Contrast(STUDENT, CE)
+GAIN_OVER_CE = Contrast(STUDENT, CE)
 
 
 def kept_gain(recipe: str) -> Contrast:
@@ -38,13 +39,13 @@ def estimate(z: Array, tested: bool = True) -> Estimate:
     return Estimate(point=mean.point, low=low, high=high, p=mean.p if tested and not mean.problem else None)
 
 
-def mean_part(name: str, mean: Mean, alpha: float, words: tuple[str, str], resolution: float = 0.0) -> Part:
-    """A test of mean > 0; `words` say what a PASS shows and what a FAIL shows."""
+def mean_part(
+    name: str, mean: Mean, alpha: float, on_pass: str, on_fail: str, resolution: float = 0.0
+) -> Part:
+    """A test of mean > `resolution`, in bits/byte; the texts say what a PASS and a FAIL show."""
     low, high = mean.bounds(alpha)
     verdict = mean.verdict(alpha, resolution)
-    unsure = (
-        mean.problem or f"it cannot be told whether {words[0]}: the bounds are {low:+.4f} and {high:+.4f}"
-    )
+    unsure = mean.problem or f"it cannot be told whether {on_pass}: the bounds are {low:+.4f} and {high:+.4f}"
     return Part(
         name=name,
         verdict=verdict,
@@ -54,74 +55,72 @@ def mean_part(name: str, mean: Mean, alpha: float, words: tuple[str, str], resol
         limit=resolution,
         unit="bits/byte",
         p=mean.p,
-        reason={PASS: words[0], FAIL: words[1], INCONCLUSIVE: unsure}[verdict],
+        reason={PASS: on_pass, FAIL: on_fail, INCONCLUSIVE: unsure}[verdict],
     )
 
 
-def assay_part(e: Evidence, name: str, alpha: float) -> Part:
+def assay_part(evidence: Evidence, name: str, alpha: float) -> Part:
     """Can this study see the teacher's gain at all? A method that harms is seen, too."""
-    mean = crossed_mean(e.gain(name, GAIN))
+    mean = crossed_mean(evidence.gain(name, GAIN))
     _, high = mean.bounds(alpha)
     harm = f"by {-mean.point:.2g} bits/byte, {-high:.2g} at least" if high is not None else ""
-    words = (
-        f"the method improves the teacher on {name}",
-        f"there is no gain to keep: the method makes its teacher worse on {name} ({harm})",
-    )
-    return mean_part("assay", mean, alpha, words, RESOLUTION)
+    on_pass = f"the method improves the teacher on {name}"
+    on_fail = f"there is no gain to keep: the method makes its teacher worse on {name} ({harm})"
+    return mean_part("assay", mean, alpha, on_pass, on_fail, RESOLUTION)
 
 
-def surplus(e: Evidence, recipe: str, name: str, f: float) -> Array:
+def surplus(evidence: Evidence, recipe: str, name: str, f: float) -> Array:
     """[S, C] L = (S1v - S0v) - f (T1 - T0)."""
-    return e.gain(name, kept_gain(recipe)) - f * e.gain(name, GAIN)
+    return evidence.gain(name, kept_gain(recipe)) - f * evidence.gain(name, GAIN)
 
 
-def retention_part(e: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
+def retention_part(evidence: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
     """The surplus over the asked share is linear, so no ratio can blow up."""
-    words = (
-        f"at least {f:g} of the teacher's gain is kept on {name}",
-        f"less than {f:g} of the teacher's gain is kept on {name}",
-    )
-    return mean_part("retention", crossed_mean(surplus(e, recipe, name, f)), alpha, words)
+    what = f"{f:g} of the teacher's gain is kept on {name}"
+    mean = crossed_mean(surplus(evidence, recipe, name, f))
+    return mean_part("retention", mean, alpha, f"at least {what}", f"less than {what}")
 
 
-def guard_part(e: Evidence, recipe: str, budget: Budget, name: str = VALIDATION) -> Part:
+def guard_part(evidence: Evidence, recipe: str, budget: Budget, name: str = VALIDATION) -> Part:
     """The release still beats its fallback: (S1v - B) - g (S1 - B) > 0, or (S1v - B) - delta_min > 0."""
-    student, variant = (e.gain(name, gain_over_base(r)) for r in (PLAIN, recipe))
+    student, variant = (evidence.gain(name, gain_over_base(r)) for r in (PLAIN, recipe))
     if budget.g is None:
         assert budget.delta_min is not None
         lead, what = variant - budget.delta_min, f"{budget.delta_min:g} bits/byte over the base"
     else:
         lead, what = variant - budget.g * student, f"{budget.g:g} of the student's gain over the base"
-    words = f"at least {what} is kept", f"less than {what} is kept"
-    return mean_part("guard", crossed_mean(lead), budget.alpha, words)
+    on_pass, on_fail = f"at least {what} is kept", f"less than {what} is kept"
+    return mean_part("guard", crossed_mean(lead), budget.alpha, on_pass, on_fail)
 
 
-def fallback_part(e: Evidence, recipe: str, alpha: float, name: str = VALIDATION) -> Part:
+def fallback_part(evidence: Evidence, recipe: str, alpha: float, name: str = VALIDATION) -> Part:
     """S1v - B: a share of nothing would satisfy the guard, so the gain itself must be there too."""
-    words = "it beats the base", "it is worse than the base that it would replace"
-    return mean_part("fallback", crossed_mean(e.gain(name, gain_over_base(recipe))), alpha, words)
+    mean = crossed_mean(evidence.gain(name, gain_over_base(recipe)))
+    on_fail = "it is worse than the base that it would replace"
+    return mean_part("fallback", mean, alpha, "it beats the base", on_fail)
 
 
-def slice_part(e: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
+def slice_part(evidence: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
     """Retention on a shifted slice: no visible teacher gain there, no PASS; harm there is a FAIL."""
-    seen, part = assay_part(e, name, alpha), retention_part(e, recipe, name, f, alpha)
-    changed: dict[str, object] = {"name": f"slice:{name}", "p": max(seen.p or 0.0, part.p or 0.0)}
-    if seen.verdict == FAIL:
-        changed |= {"verdict": FAIL, "reason": seen.reason}
-    elif seen.verdict != PASS:
-        changed |= {"verdict": INCONCLUSIVE, "reason": f"no teacher gain is visible on {name}: {seen.reason}"}
-    return part.model_copy(update=changed)
+    assay, retention = assay_part(evidence, name, alpha), retention_part(evidence, recipe, name, f, alpha)
+    changes: dict[str, object] = {"name": f"slice:{name}", "p": max(assay.p or 0.0, retention.p or 0.0)}
+    if assay.verdict == FAIL:
+        changes |= {"verdict": FAIL, "reason": assay.reason}
+    elif assay.verdict != PASS:
+        reason = f"no teacher gain is visible on {name}: {assay.reason}"
+        changes |= {"verdict": INCONCLUSIVE, "reason": reason}
+    return retention.model_copy(update=changes)
 
 
-def quality_parts(e: Evidence, budget: Budget, recipe: str) -> list[Part]:
+def quality_parts(evidence: Evidence, budget: Budget, recipe: str) -> list[Part]:
     """Parts 1 to 4 of the gate. Without assay sensitivity nothing else can be judged."""
     alpha = budget.alpha
     return [
-        assay_part(e, VALIDATION, alpha),
-        retention_part(e, recipe, VALIDATION, budget.f, alpha),
-        guard_part(e, recipe, budget),
-        fallback_part(e, recipe, alpha),
-        *(slice_part(e, recipe, name, f, alpha) for name, f in budget.slices.items()),
+        assay_part(evidence, VALIDATION, alpha),
+        retention_part(evidence, recipe, VALIDATION, budget.f, alpha),
+        guard_part(evidence, recipe, budget),
+        fallback_part(evidence, recipe, alpha),
+        *(slice_part(evidence, recipe, name, f, alpha) for name, f in budget.slices.items()),
     ]
 
 
@@ -132,76 +131,78 @@ class Shares:
     evidence: Evidence
     columns: dict[Contrast, int]
     means: Array  # [draws, contrasts]
-    known: dict[tuple[Contrast, Contrast, str], KeptShare] = field(default_factory=dict)
+    cache: dict[tuple[Contrast, Contrast, str], KeptShare] = field(default_factory=dict)
 
-    def of(self, top: Contrast, below: Contrast, name: str = VALIDATION) -> KeptShare:
-        """Each share once: a link of one chain is a link of others."""
-        if (top, below, name) not in self.known:
-            self.known[top, below, name] = self._made(top, below, name)
-        return self.known[top, below, name]
+    def of(self, gain: Contrast, reference: Contrast, name: str = VALIDATION) -> KeptShare:
+        """What `gain` is of `reference`; computed once: a link of one chain is a link of others."""
+        if (gain, reference, name) not in self.cache:
+            self.cache[gain, reference, name] = self._compute(gain, reference, name)
+        return self.cache[gain, reference, name]
 
-    def _made(self, top: Contrast, below: Contrast, name: str) -> KeptShare:
-        found = fieller(self.evidence.gain(name, top), self.evidence.gain(name, below), LEVEL)
-        if found is None:
+    def _compute(self, gain: Contrast, reference: Contrast, name: str) -> KeptShare:
+        ratio = fieller(self.evidence.gain(name, gain), self.evidence.gain(name, reference), LEVEL)
+        if ratio is None:
             return KeptShare()
         low, high = None, None
         if name == VALIDATION:
-            draws = self.means[:, self.columns[top]] / self.means[:, self.columns[below]]
+            draws = self.means[:, self.columns[gain]] / self.means[:, self.columns[reference]]
             low, high = (float(v) for v in np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
         return KeptShare(
-            point=found.point, low=found.low, high=found.high, bootstrap_low=low, bootstrap_high=high
+            point=ratio.point, low=ratio.low, high=ratio.high, bootstrap_low=low, bootstrap_high=high
         )
 
 
-def bootstrap_shares(e: Evidence) -> Shares:
+def bootstrap_shares(evidence: Evidence) -> Shares:
     """Draws one bootstrap for all contrasts, in bits: bytes cancel from a ratio of two sums."""
     contrasts = [GAIN, GAIN_OVER_BASE]
-    contrasts += [c for r in e.recipes for c in (kept_gain(r), gain_over_base(r))]
-    if (CE, PLAIN) in e.bits:
-        contrasts.append(OVER_CE)
-    raw = np.stack([e.raw(VALIDATION, contrast) for contrast in contrasts])
+    contrasts += [c for r in evidence.recipes for c in (kept_gain(r), gain_over_base(r))]
+    if (CE, PLAIN) in evidence.bits:
+        contrasts.append(GAIN_OVER_CE)
+    raw = np.stack([evidence.saved_bits(VALIDATION, contrast) for contrast in contrasts])
     columns = {contrast: i for i, contrast in enumerate(contrasts)}
-    return Shares(e, columns, pigeonhole(raw, DRAWS, BOOTSTRAP_SEED))
+    return Shares(evidence, columns, pigeonhole(raw, DRAWS, BOOTSTRAP_SEED))
 
 
-def student_shares(e: Evidence, found: Shares) -> Students:
+def student_shares(evidence: Evidence, shares: Shares) -> Students:
     return Students(
-        over_control=found.of(kept_gain(PLAIN), GAIN),
-        over_ce=found.of(OVER_CE, GAIN) if OVER_CE in found.columns else None,
-        over_base=found.of(gain_over_base(PLAIN), GAIN_OVER_BASE),
+        over_control=shares.of(kept_gain(PLAIN), GAIN),
+        over_ce=shares.of(GAIN_OVER_CE, GAIN) if GAIN_OVER_CE in shares.columns else None,
+        over_base=shares.of(gain_over_base(PLAIN), GAIN_OVER_BASE),
     )
 
 
-def judge_slices(e: Evidence, found: Shares, parts: list[Part], recipe: str) -> dict[str, Slice]:
+def judge_slices(evidence: Evidence, shares: Shares, parts: list[Part], recipe: str) -> dict[str, Slice]:
     verdicts = {part.name: part.verdict for part in parts}
     return {
-        name: Slice(kept_share=found.of(kept_gain(recipe), GAIN, name), verdict=verdicts.get(f"slice:{name}"))
-        for name in e.columns
+        name: Slice(
+            kept_share=shares.of(kept_gain(recipe), GAIN, name), verdict=verdicts.get(f"slice:{name}")
+        )
+        for name in evidence.columns
         if name != VALIDATION
     }
 
 
-def share_chain(found: Shares, before: list[str], recipe: str) -> list[Link]:
+def share_chain(shares: Shares, prefixes: list[str], recipe: str) -> list[Link]:
     """R = R_distil x R_compress: the student's share of the teacher's gain, then each step's of the rest.
 
-    `before` are the recipes of the study that this one goes on from, the shortest first.
+    `prefixes` are the recipes of the study that this one continues, the shortest first.
     """
-    links = [Link(step="distil", over="teacher", share=found.of(kept_gain(PLAIN), GAIN))]
-    steps = [PLAIN, *before, recipe] if recipe != PLAIN else []
+    links = [Link(step="distil", over="teacher", share=shares.of(kept_gain(PLAIN), GAIN))]
+    steps = [PLAIN, *prefixes, recipe] if recipe != PLAIN else []
     return links + [
-        Link(step=step, over=over, share=found.of(kept_gain(step), kept_gain(over)))
+        Link(step=step, over=over, share=shares.of(kept_gain(step), kept_gain(over)))
         for over, step in pairwise(steps)
     ]
 
 
-def retention_power(e: Evidence, budget: Budget, name: str = VALIDATION) -> Power | None:
+def retention_power(evidence: Evidence, budget: Budget, name: str = VALIDATION) -> Power | None:
     """Power to pass the retention test again, with the uncompressed student of this run as the pilot."""
     f, alpha = budget.f if name == VALIDATION else budget.slices[name], budget.alpha
-    z = surplus(e, PLAIN, name, f)
+    z = surplus(evidence, PLAIN, name, f)
     (s, c), mean = z.shape, crossed_mean(z)
     if mean.problem:
         return None
-    parts, effect, gain = components(z), mean.point, float(e.gain(name, GAIN).mean())
+    parts, effect, gain = components(z), mean.point, float(evidence.gain(name, GAIN).mean())
     drawn = power(drawn_components(z, PLANS, BOOTSTRAP_SEED), effect, s, c, alpha)
     low, high = np.quantile(drawn, [(1 - PLAN_LEVEL) / 2, (1 + PLAN_LEVEL) / 2])
     seeds, documents = seeds_for(parts, effect, c, alpha), documents_for(parts, effect, s, alpha)

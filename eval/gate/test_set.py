@@ -27,7 +27,7 @@ from eval.core.records import PLAIN, each_score
 from eval.core.study import Study
 from eval.engines import subject_of
 from eval.gate.decision import evaluate_gate, join_verdicts, share_sentence
-from eval.gate.evidence import Evidence, Model, Tables, build_evidence, collect_evidence, wanted_models
+from eval.gate.evidence import Evidence, Model, ScoreTables, build_evidence, collect_evidence, wanted_models
 from eval.gate.openings import opening_path, write_opening
 from eval.gate.quality import (
     GAIN,
@@ -49,11 +49,11 @@ def models_to_score(study: Study, recipe: str) -> list[Model]:
     return [model for model in wanted_models(study, recipes) if model[0] != CE]
 
 
-def choose_variant(gate: GateFile, e: Evidence, variant: str | None) -> tuple[str, str | None]:
+def choose_variant(gate: GateFile, evidence: Evidence, variant: str | None) -> tuple[str, str | None]:
     """The variant to open the documents for, and the target that it was recommended for."""
     picks = {recipe: target for target, recipe in reversed(gate.recommended.items()) if recipe is not None}
     if variant is not None:
-        require_one_of("variant", variant, e.recipes)
+        require_one_of("variant", variant, evidence.recipes)
         return variant, picks.get(variant)
     if len(picks) != 1:
         found = f"the gate recommends {', '.join(sorted(picks)) or 'none'}"
@@ -61,57 +61,64 @@ def choose_variant(gate: GateFile, e: Evidence, variant: str | None) -> tuple[st
     return next(iter(picks.items()))
 
 
-def check_teachers(e: Evidence) -> None:
+def check_teachers(evidence: Evidence) -> None:
     """The teachers were scored on the test documents where they were made; only there can they run.
 
     Raises:
         UserError: there are no test documents, or a teacher was not scored on them.
     """
-    if not read_documents(e.folder / "data", TEST):
-        raise UserError(f"run {e.folder}", "no test documents", "set data.test and train again")
-    found = {
-        (r.arm, r.seed): r.provenance.artifact for r in each_score(e.folder, "test") if r.arm in TEACHERS
+    if not read_documents(evidence.folder / "data", TEST):
+        raise UserError(f"run {evidence.folder}", "no test documents", "set data.test and train again")
+    scored = {
+        (r.arm, r.seed): r.provenance.artifact
+        for r in each_score(evidence.folder, "test")
+        if r.arm in TEACHERS
     }
     for arm in TEACHERS:
-        for seed in e.study.seeds:
-            if found.get((arm, seed)) != e.artifacts[f"{arm}/s{seed}/{PLAIN}"]:
+        for seed in evidence.study.seeds:
+            if scored.get((arm, seed)) != evidence.artifacts[f"{arm}/s{seed}/{PLAIN}"]:
                 raise UserError(
                     f"teacher {arm} of seed {seed}",
                     "not scored on the test documents",
-                    f"run accelerate launch distill/train.py --config {e.folder}: only there can it run",
+                    f"run accelerate launch distill/train.py --config {evidence.folder}: a teacher is scored "
+                    "while it is trained",
                 )
 
 
 def next_opening(
-    e: Evidence, budget: Budget, recipe: str, target: str | None, by: str, reason: str | None
+    evidence: Evidence, budget: Budget, recipe: str, target: str | None, by: str, reason: str | None
 ) -> Opening:
     """The next opening, or the last one where it was cut short before anything could be seen.
 
     Raises:
         UserError: the documents were opened before, and no reason is given.
     """
-    names = {f"{arm}/s{seed}/{of}" for arm, of in models_to_score(e.study, recipe) for seed in e.study.seeds}
+    names = {
+        f"{arm}/s{seed}/{model_recipe}"
+        for arm, model_recipe in models_to_score(evidence.study, recipe)
+        for seed in evidence.study.seeds
+    }
     new = Opening(
-        number=len(e.openings) + 1,
+        number=len(evidence.openings) + 1,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         by=by,
-        reason=reason if e.openings else None,
+        reason=reason if evidence.openings else None,
         recipe=recipe,
         target=target,
         budget=digest(budget.model_dump(mode="json")),
-        config=e.study.hash(),
-        data=e.data,
-        artifacts={name: found for name, found in sorted(e.artifacts.items()) if name in names},
+        config=evidence.study.hash(),
+        data=evidence.data,
+        artifacts={name: sha for name, sha in sorted(evidence.artifacts.items()) if name in names},
     )
-    if e.openings:
-        last = e.openings[-1]
+    if evidence.openings:
+        last = evidence.openings[-1]
         same = (last.recipe, last.artifacts, last.budget) == (new.recipe, new.artifacts, new.budget)
         if last.verdict is None and same:
             return last
         if not reason:
             raise UserError(
-                f"test documents of {e.folder}",
-                f"opened {len(e.openings)} time(s), last for {last.recipe} by {last.by} at {last.time}",
+                f"test documents of {evidence.folder}",
+                f"opened {last.number} time(s), last for {last.recipe} by {last.by} at {last.time}",
                 "a further look is no longer blind: give --reason to have it counted",
             )
     return new
@@ -121,59 +128,59 @@ def _score(run: Path, study: Study, folder: Path, report: Report) -> None:
     score_folder(run, study, folder, report, kind="test")
 
 
-def score_test_set(e: Evidence, recipe: str) -> None:
+def score_test_set(evidence: Evidence, recipe: str) -> None:
     """Scores every model that can be loaded anew, each in a process that did not make it."""
     jobs = []
-    for arm, of in models_to_score(e.study, recipe):
-        for seed in e.study.seeds:
-            if place := artifact_folder(e.folder, arm, seed, of):
+    for arm, model_recipe in models_to_score(evidence.study, recipe):
+        for seed in evidence.study.seeds:
+            if place := artifact_folder(evidence.folder, arm, seed, model_recipe):
                 name = subject_of(read_manifest(place)).label
-                jobs.append(Job(name, _score, (e.folder, e.study, place)))
-    run_jobs("test", jobs, e.study.workers)
+                jobs.append(Job(name, _score, (evidence.folder, evidence.study, place)))
+    run_jobs("test", jobs, evidence.study.workers)
 
 
-def judge_test_set(e: Evidence, budget: Budget, opening: Opening) -> Opening:
+def judge_test_set(evidence: Evidence, budget: Budget, opening: Opening) -> Opening:
     """The opening with what the test documents say."""
     recipe, alpha = opening.recipe, budget.alpha
-    artifacts = Artifacts(e.folder, e.study)
-    tables = Tables(artifacts, each_score(e.folder, "test"), models_to_score(e.study, recipe))
-    seen = build_evidence(tables, [PLAIN, recipe], {})
-    assert list(seen.columns) == [TEST]
+    artifacts = Artifacts(evidence.folder, evidence.study)
+    tables = ScoreTables(
+        artifacts, each_score(evidence.folder, "test"), models_to_score(evidence.study, recipe)
+    )
+    on_test = build_evidence(tables, [PLAIN, recipe], {})
+    assert list(on_test.columns) == [TEST]
     parts = [
-        assay_part(seen, TEST, alpha),
-        retention_part(seen, recipe, TEST, budget.f, alpha),
-        guard_part(seen, recipe, budget, TEST),
-        fallback_part(seen, recipe, alpha, TEST),
+        assay_part(on_test, TEST, alpha),
+        retention_part(on_test, recipe, TEST, budget.f, alpha),
+        guard_part(on_test, recipe, budget, TEST),
+        fallback_part(on_test, recipe, alpha, TEST),
     ]
-    shares = Shares(seen, {}, np.empty((0, 0)))
+    shares = Shares(on_test, {}, np.empty((0, 0)))
     return opening.model_copy(
         update={
-            "documents": len(seen.bytes),
+            "documents": len(on_test.bytes),
             "verdict": join_verdicts(parts),
             "parts": parts,
-            "teacher_gain": estimate(seen.gain(TEST, GAIN)),
+            "teacher_gain": estimate(on_test.gain(TEST, GAIN)),
             "kept_share": shares.of(kept_gain(recipe), GAIN, TEST),
             "guard_share": shares.of(gain_over_base(recipe), gain_over_base(PLAIN), TEST),
         }
     )
 
 
-def show(console: Console, opening: Opening, path: Path) -> None:
+def print_opening(console: Console, opening: Opening, path: Path) -> None:
     assert opening.verdict is not None
     assert opening.kept_share is not None
     for part in opening.parts:
         console.print(
             Text.assemble(f"{part.name}: ", (part.verdict, STYLES[part.verdict]), f" - {part.reason}")
         )
-    told = (
-        share_sentence(opening.kept_share)
-        if opening.kept_share.point is not None
-        else "its share is undefined"
-    )
+    share = "its share is undefined"
+    if opening.kept_share.point is not None:
+        share = share_sentence(opening.kept_share)
     console.print(
         Text.assemble(
             (opening.verdict, STYLES[opening.verdict]),
-            f": {opening.recipe} on {opening.documents} test documents, opening {opening.number}: {told}",
+            f": {opening.recipe} on {opening.documents} test documents, opening {opening.number}: {share}",
         ),
         soft_wrap=True,
     )
@@ -191,15 +198,15 @@ def main() -> int:
     folder = Path(args.study) if Path(args.study).is_dir() else study.folder
     budget = load_budget(study, args.budget)
     with lock_folder(folder):
-        e = collect_evidence(folder, study, budget)
-        recipe, target = choose_variant(evaluate_gate(e, budget), e, args.variant)
-        check_teachers(e)
-        opening = next_opening(e, budget, recipe, target, args.by, args.reason)
+        evidence = collect_evidence(folder, study, budget)
+        recipe, target = choose_variant(evaluate_gate(evidence, budget), evidence, args.variant)
+        check_teachers(evidence)
+        opening = next_opening(evidence, budget, recipe, target, args.by, args.reason)
         write_opening(folder, opening)
-        score_test_set(e, recipe)
-        opening = judge_test_set(e, budget, opening)
+        score_test_set(evidence, recipe)
+        opening = judge_test_set(evidence, budget, opening)
         write_opening(folder, opening)
-    show(Console(), opening, opening_path(folder, opening.number))
+    print_opening(Console(), opening, opening_path(folder, opening.number))
     assert opening.verdict is not None
     return EXITS[opening.verdict]
 

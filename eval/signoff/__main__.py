@@ -18,12 +18,12 @@ from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, verify_artifact, write_text
 from eval.core.budget import load_budget
+from eval.core.checks import STUDENT
 from eval.core.commands import study_from_command
 from eval.core.errors import EXIT_FAIL, EXIT_PASS, UserError, entry
 from eval.core.gate_file import GateFile
 from eval.core.records import read_costs, read_scores
 from eval.core.study import Study, load_study
-from eval.gate.evidence import STUDENT
 from eval.signoff.keys import new_key, private_key, public_key, public_path
 from eval.signoff.statement import (
     FOLDER,
