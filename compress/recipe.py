@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from eval.core.artifacts import file_sha256, source_hashes
+from eval.core.config import Frozen, plugin_class, plugin_names, validate_config
 from eval.core.documents import Row
 from eval.core.errors import UserError
-from eval.core.recipes import read_recipe
-from eval.core.registry import plugin_class, plugin_names
-from eval.core.sections import Frozen
-from eval.core.study import Study, validate_config
+from eval.core.study import Study, read_recipe
 
 if TYPE_CHECKING:  # heavy, and a command that has nothing to do should end at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

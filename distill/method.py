@@ -17,11 +17,10 @@ from distill.models.generation import sample_texts, stop_ids
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
 from distill.trainer.loop import Curve
 from eval.core.artifacts import source_hashes
+from eval.core.config import Frozen, plugin_class, validate_config
 from eval.core.documents import Batch, Row, collate
 from eval.core.errors import UserError
-from eval.core.registry import plugin_class
-from eval.core.sections import Frozen, Generation, MethodChoice, Train
-from eval.core.study import validate_config
+from eval.core.sections import Generation, MethodChoice, Train
 from eval.engines.torch import load_model
 
 METHODS = "distill.methods"  # the registry: a file each

@@ -79,8 +79,7 @@ def _count(run: Path, wanted: list[str]) -> tuple[bool, str]:
 def steps(run: Path) -> Iterator[Step]:
     """What is done in a run, by the files that each command leaves; their hashes are not looked at."""
     from eval.core.budget import load_budget  # pydantic takes a moment: help needs none of it
-    from eval.core.recipes import recipe_names
-    from eval.core.study import CHANGED, load_study
+    from eval.core.study import CHANGED, load_study, recipe_names
 
     study = load_study(run)
     recipes, seeds = recipe_names(study)[1:], study.seeds

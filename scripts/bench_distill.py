@@ -41,10 +41,11 @@ from distill.teachers.local import LocalTeacher  # noqa: E402
 from distill.trainer.loop import accelerator, build_optimizers, check_finite, set_learning_rate, step_loss  # noqa: E402
 from distill.trainer.module import DistillationModule  # noqa: E402
 from eval.core.artifacts import build_artifact  # noqa: E402
+from eval.core.config import Frozen  # noqa: E402
 from eval.core.documents import Row  # noqa: E402
 from eval.core.errors import entry  # noqa: E402
 from eval.core.records import machine  # noqa: E402
-from eval.core.sections import Frozen, Targets, Train  # noqa: E402
+from eval.core.sections import Targets, Train  # noqa: E402
 from scripts.bench_loss import (  # noqa: E402
     CUDA,
     DEVICE,

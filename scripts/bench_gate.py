@@ -18,8 +18,9 @@ import numpy as np
 import yaml
 
 from eval.core.artifacts import build_artifact, read_manifest
+from eval.core.config import ROOT
 from eval.core.records import PLAIN, Documents, Machine, Measured, Process, Provenance, Score, write_record
-from eval.core.study import ROOT, Study, study_text
+from eval.core.study import Study, study_text
 
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.1, "S1": 0.08, "S0": 0.02, "CE": 0.01}  # bits/byte
 HOST = Machine(host="bench", system="none", cpu="none", isa="none", cores=1, device="cpu")

@@ -143,8 +143,9 @@ def our_side(kind: str, folder: Path, vocabulary: int, steps: int, pace: Pace) -
     from distill.method import Plain
     from distill.teachers.local import LocalTeacher
     from distill.trainer.loop import train
+    from eval.core.config import Frozen
     from eval.core.documents import Row, pack
-    from eval.core.sections import Frozen, Loss, Optimizer, Train
+    from eval.core.sections import Loss, Optimizer, Train
 
     rows = [Row(f"d{i}", "random", 0, tokens) for i, tokens in enumerate(documents(vocabulary))]
     rows = list(pack(rows, CONTEXT)) if "packed" in kind else rows

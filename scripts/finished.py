@@ -15,9 +15,10 @@ from distill.data.sources import data_key  # noqa: E402
 from eval.core.artifacts import digest, file_sha256, library_versions, write_text  # noqa: E402
 from eval.core.budget import load_budget  # noqa: E402
 from eval.core.commands import study_from_command  # noqa: E402
+from eval.core.config import ROOT, find_config  # noqa: E402
 from eval.core.errors import entry, require_one_of  # noqa: E402
 from eval.core.records import VALIDATION  # noqa: E402
-from eval.core.study import ROOT, Study, find_config  # noqa: E402
+from eval.core.study import Study  # noqa: E402
 
 MARK = "finished"
 LATER = {

@@ -6,9 +6,8 @@ import re
 from eval.cli import BESIDE, FLOW, MODULES
 from eval.core.budget import Budget, Limit, Target
 from eval.core.commands import LOG, describe_fields
-from eval.core.recipes import RecipeFile
 from eval.core.sections import Corruption, Source, Task
-from eval.core.study import Study, load_study, make_run_folder, save_study
+from eval.core.study import RecipeFile, Study, load_study, make_run_folder, save_study
 from tests.helpers import ROOT, run
 
 

@@ -7,20 +7,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from compress.recipe import load_recipe
 from distill.method import make_method
 from eval.core.budget import Budget, load_budget
+from eval.core.config import ROOT, apply_overrides, find_config, read_yaml, validate_config
 from eval.core.errors import UserError
-from eval.core.study import (
-    ROOT,
-    Study,
-    apply_overrides,
-    check_trained,
-    find_config,
-    load_study,
-    make_run_folder,
-    mark_trained,
-    read_yaml,
-    save_study,
-    validate_config,
-)
+from eval.core.study import Study, check_trained, load_study, make_run_folder, mark_trained, save_study
 
 LAUNCHED = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
 CONFIGS = sorted((ROOT / "configs").rglob("*"))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from compress.model_size import size_of, skipped_modules, stored_bytes
 from compress.quant_error import INT8_ROUNDED, NF4_GAP, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Stage
+from eval.core.config import Frozen
 from eval.core.errors import UserError
-from eval.core.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

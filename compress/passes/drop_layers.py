@@ -18,8 +18,8 @@ from compress.calibration import calibration_rows, mean_loss
 from compress.model_size import size_of
 from compress.recipe import Context, Pass, PassReport, Stage
 from distill.models.layers import decoder_layers, keep_layers
+from eval.core.config import Frozen
 from eval.core.errors import UserError
-from eval.core.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

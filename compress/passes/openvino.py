@@ -24,8 +24,8 @@ from compress.calibration import check_batch, log_probs
 from compress.model_size import size_of
 from compress.quant_error import INT4_STEP, INT8_STEP, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Skipped, Stage
+from eval.core.config import Frozen
 from eval.core.errors import UserError
-from eval.core.sections import Frozen
 from eval.engines import silenced
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from compress.model_size import size_of
 from compress.recipe import Context, Pass, PassReport, Stage
 from eval.core.artifacts import digest
+from eval.core.config import Frozen
 from eval.core.documents import Batch
-from eval.core.sections import Frozen, Train
+from eval.core.sections import Train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,8 +11,8 @@ from compress.calibration import Walk, calibration_rows
 from compress.model_size import layer_matrices, size_of, skipped_modules
 from compress.recipe import Context, Pass, PassReport, Skipped, Stage
 from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
+from eval.core.config import Frozen
 from eval.core.errors import UserError
-from eval.core.sections import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,9 +8,9 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from distill.method import Card, Method, MethodContext, TeacherOutput, plain_output
+from eval.core.config import Frozen
 from eval.core.documents import Batch
 from eval.core.errors import UserError
-from eval.core.sections import Frozen
 
 
 def _same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:

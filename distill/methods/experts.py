@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from distill.method import Card, Method, MethodContext, TeacherOutput, plain_output
 from eval.core.artifacts import write_text
+from eval.core.config import Frozen
 from eval.core.documents import Batch, Row
 from eval.core.errors import UserError
-from eval.core.sections import Frozen, Optimizer, Train
+from eval.core.sections import Optimizer, Train
 
 ALL = "all"  # domain of the control's single adapter
 BASE = "__base__"  # peft's name for the model without adapters

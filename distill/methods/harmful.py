@@ -7,8 +7,8 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from distill.method import Card, Method, TeacherOutput
+from eval.core.config import Frozen
 from eval.core.documents import Batch
-from eval.core.sections import Frozen
 
 
 class Harmful(Method):

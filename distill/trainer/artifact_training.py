@@ -15,10 +15,11 @@ from distill.trainer.evaluate import Validation
 from distill.trainer.logging import open_trackers
 from distill.trainer.loop import Step, accelerator, train
 from eval.core.artifacts import build_artifact, file_sha256, is_done
+from eval.core.config import ROOT
 from eval.core.documents import Row, pad_id
 from eval.core.jobs import Progress
 from eval.core.sections import Train
-from eval.core.study import ROOT, Study
+from eval.core.study import Study
 
 MONITORING_ONLY = {
     "checkpoint_every",

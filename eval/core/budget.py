@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from eval.core.sections import Frozen
-from eval.core.study import Study, find_config, read_yaml, validate_config
+from eval.core.config import Frozen, find_config, read_yaml, validate_config
+from eval.core.study import Study
 
 Quantity = Literal[
     "prefill_p50",

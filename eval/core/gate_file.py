@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from eval.core.sections import Frozen
+from eval.core.config import Frozen
 from eval.stats.crossed import Verdict
 
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}

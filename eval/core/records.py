@@ -13,8 +13,8 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from eval.core.artifacts import library_versions, write_text
+from eval.core.config import Frozen
 from eval.core.errors import UserError
-from eval.core.sections import Frozen
 
 PLAIN = "plain"  # the recipe of the uncompressed student
 TRAINING = "training documents"  # what the prompts of a cost are made of where a run folder is there

@@ -1,22 +1,21 @@
-"""The study: one YAML file, frozen, with unknown keys refused. Every stage reads it; it runs nothing."""
+"""The study and the recipes that it names: what every stage reads. Nothing runs here."""
 
 import os
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from eval.core.artifacts import digest, write_text
-from eval.core.errors import UserError, require_one_of
-from eval.core.sections import Base, Cost, Data, Frozen, MethodChoice, Student, Targets, Train
-
-ROOT = Path(__file__).resolve().parents[2]
+from eval.core.config import Frozen, apply_overrides, find_config, read_yaml, validate_config
+from eval.core.errors import UserError
+from eval.core.records import PLAIN
+from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Train
 
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
 BESIDE = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers"}  # no model depends on these
-M = TypeVar("M", bound=BaseModel)
 
 
 class Study(Frozen):
@@ -75,100 +74,6 @@ class Study(Frozen):
         watched = {"checkpoint_every", "evaluate_every"}
         beside |= {"train": watched, "ce_train": watched, "base": {"train": watched}, "data": {"tasks"}}
         return digest(self.model_dump(mode="json", exclude=beside))
-
-
-def find_config(kind: str, name: str) -> Path:
-    """`configs/<kind>/<name>.yaml` for a bare name, else the path itself."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "configs" / kind / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in (ROOT / "configs" / kind).glob("*.yaml"))
-        raise UserError(f"{kind} config", repr(name), f"no such file; known by name: {', '.join(known)}")
-    return path
-
-
-class OneKeyLoader(yaml.SafeLoader):
-    """A second key of one name would silently take the place of the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := next((i for i, key in enumerate(keys) if key in keys[:i] and key != "<<"), None):
-            key, _ = node.value[twice]
-            raise yaml.MarkedYAMLError(problem=f"key {keys[twice]!r} twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError("config", str(path), "no such file; give the path of a YAML file")
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=OneKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}", " ".join(str(error).split()), "fix the YAML") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"config {path}", type(raw).__name__, "the file must hold a mapping")
-    return _unshared(raw)
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which YAML's aliases are values of their own: an override of one must not reach the other."""
-    if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
-
-
-def validate_config(model: type[M], raw: dict[str, Any], where: str) -> M:
-    """`model` built from `raw`; the first error is told with its path, value and what is accepted.
-
-    Raises:
-        UserError: an unknown key, a missing key or a value that is not accepted.
-    """
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-    loc = [str(part) for part in first["loc"]]
-    thing = f"{where}: {'.'.join(loc) or 'top level'}"
-    if first["type"] == "extra_forbidden":
-        require_one_of(f"{where}: unknown key {'.'.join(loc)}", loc[-1], _accepted(model, loc[:-1]))
-    if first["type"] == "missing":
-        raise UserError(thing, "missing", "add this key")
-    raise UserError(thing, repr(first["input"])[:200], first["msg"])
-
-
-def _accepted(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields that are accepted at `path` below `model`."""
-    fields = model.model_fields
-    for part in path:
-        if part not in fields:
-            continue
-        kinds = [fields[part].annotation, *getattr(fields[part].annotation, "__args__", ())]
-        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-        fields = inner[0].model_fields if inner else fields
-    return list(fields)
-
-
-def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:
-    """Lays `--train.steps 50` or `--train.steps=50` over `raw`, in place."""
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise UserError("command line", repr(word), "overrides look like --train.steps 50")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError("command line", word, "give a value after it")
-            value = rest.pop(0)
-        *path, last = name.split(".")
-        place = raw
-        for part in path:
-            if not isinstance(place.setdefault(part, {}), dict):
-                raise UserError("command line", word, f"{part!r} holds no keys")
-            place = place[part]
-        try:
-            place[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError("command line", f"{word} {value}", "fix the YAML of its value") from error
 
 
 def load_study(where: str | Path, words: list[str] | None = None) -> Study:
@@ -283,3 +188,53 @@ def _made_by(folder: Path) -> str | None:
         return load_study(folder).hash()
     except UserError:
         return None
+
+
+class RecipeFile(Frozen):
+    """A file of configs/recipes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the variant, in every table")
+    target: Literal["cpu", "gpu"] = Field(description="kind of machine that the variant runs on")
+    passes: list[dict[str, Any]] = Field(min_length=1, description="`pass: NAME` and its options, in order")
+
+
+def read_recipe(name: str) -> tuple[Path, RecipeFile]:
+    """A recipe of configs/recipes by name, or from the path of a YAML file, and where it lies.
+
+    Raises:
+        UserError: names the file, the key and what is accepted.
+    """
+    path = find_config("recipes", name)
+    found = validate_config(RecipeFile, read_yaml(path), str(path))
+    if found.name == PLAIN:
+        raise UserError(
+            f"{path}: name", repr(PLAIN), "this name means the uncompressed student; take another"
+        )
+    return path, found
+
+
+def recipe_names(study: Study) -> list[str]:
+    """Names of the study's variants, the uncompressed student first.
+
+    Raises:
+        UserError: two have one name, or a file is not a recipe.
+    """
+    names = [PLAIN]
+    for recipe in study.recipes:
+        path, found = read_recipe(recipe)
+        if found.name in names:
+            raise UserError(f"{path}: name", repr(found.name), "another recipe has it: rename it")
+        names.append(found.name)
+    return names
+
+
+def prefixes(study: Study) -> dict[str, list[str]]:
+    """Recipe -> the recipes of the study whose passes it begins with, the shortest first."""
+    passes = {found.name: found.passes for _, found in map(read_recipe, study.recipes)}
+    return {
+        name: sorted(
+            (other for other, first in passes.items() if len(first) < len(of) and of[: len(first)] == first),
+            key=lambda other: len(passes[other]),
+        )
+        for name, of in passes.items()
+    }

@@ -17,7 +17,6 @@ from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Artifacts
 from eval.core.documents import text_lines
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.jobs import lock_folder
-from eval.core.recipes import recipe_names
 from eval.core.records import (
     TRAINING,
     Loaded,
@@ -31,7 +30,7 @@ from eval.core.records import (
     write_record,
 )
 from eval.core.sections import Load
-from eval.core.study import Study, check_trained, load_study
+from eval.core.study import Study, check_trained, load_study, recipe_names
 
 ANY: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 

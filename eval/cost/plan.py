@@ -16,13 +16,13 @@ from rich.table import Table
 
 from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify_artifact, write_text
 from eval.core.budget import Target, load_budget
+from eval.core.config import Frozen, apply_overrides, validate_config
 from eval.core.documents import TRAIN, boundary_id, read_documents
 from eval.core.errors import UserError, require_one_of
 from eval.core.jobs import lock_folder
-from eval.core.recipes import recipe_names
 from eval.core.records import PLAIN, TRAINING, Loaded, Measured, Provenance, provenance, write_record
-from eval.core.sections import Cost, Frozen
-from eval.core.study import Study, apply_overrides, check_trained, load_study, validate_config
+from eval.core.sections import Cost
+from eval.core.study import Study, check_trained, load_study, recipe_names
 from eval.engines import Subject, engine_module, load_tokenizer, subject_of
 
 RANDOM = "random tokens, seed 0"

@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO
 
+from eval.core.config import ROOT
 from eval.core.errors import UserError
 from eval.core.jobs import Job, Report, run_in_turn
-from eval.core.study import ROOT
 from eval.cost.plan import CostPlan, Variant
 from eval.cost.worker import Answer, Order
 

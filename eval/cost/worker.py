@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.core.config import Frozen
 from eval.core.errors import UserError
 from eval.core.records import Arrivals, Batched, Energy, Process, Server
-from eval.core.sections import Frozen
 from eval.cost.meters import Meter, device_memory, meter_of
 from eval.engines import Engine, engine_module, load_engine
 from eval.stats.queueing import poisson

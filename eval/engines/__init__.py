@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from eval.core.artifacts import Manifest
+from eval.core.config import plugin_module
 from eval.core.documents import Batch
 from eval.core.errors import UserError, require_one_of
-from eval.core.registry import plugin_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ from eval.core.artifacts import digest
 from eval.core.budget import Budget, Target
 from eval.core.checks import CONTROL, STUDENT
 from eval.core.gate_file import GateFile, Hashes, KeptShare, Number, Part, Provenance, Variant
-from eval.core.recipes import prefixes
 from eval.core.records import PLAIN, VALIDATION
+from eval.core.study import prefixes
 from eval.gate.caveats import list_caveats
 from eval.gate.evidence import Evidence
 from eval.gate.limits import (

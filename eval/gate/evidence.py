@@ -24,7 +24,6 @@ from eval.core.checks import (
 )
 from eval.core.errors import UserError, require_one_of
 from eval.core.gate_file import Opening
-from eval.core.recipes import recipe_names
 from eval.core.records import (
     PLAIN,
     Bins,
@@ -39,7 +38,7 @@ from eval.core.records import (
     record_path,
 )
 from eval.core.sections import Load
-from eval.core.study import Study
+from eval.core.study import Study, recipe_names
 from eval.gate.openings import read_openings
 from eval.stats.crossed import linearise
 

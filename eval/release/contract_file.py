@@ -15,9 +15,9 @@ import yaml
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
+from eval.core.config import Frozen
 from eval.core.errors import UserError
 from eval.core.gate_file import Estimate, KeptShare
-from eval.core.sections import Frozen
 from eval.signoff.statement import Waiver
 from eval.stats.crossed import Verdict, cluster_bounds, linearise
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from eval.core.config import Frozen
 from eval.core.documents import Document, boundary_id
 from eval.core.errors import UserError
-from eval.core.sections import Frozen
 from eval.engines import Engine
 
 # Between the first and the second token, as a share of the logits' range: other vector units round a sum

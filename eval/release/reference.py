@@ -3,8 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
+from eval.core.config import Frozen
 from eval.core.documents import TRAIN, Document, read_documents
-from eval.core.sections import Frozen
 from eval.stats.drift import surprise
 
 

@@ -15,9 +15,8 @@ from eval.core.commands import study_from_command
 from eval.core.errors import entry
 from eval.core.gate_file import Difference
 from eval.core.jobs import Job, lock_folder, run_jobs
-from eval.core.recipes import recipe_names
 from eval.core.records import read_agreements
-from eval.core.study import Study
+from eval.core.study import Study, recipe_names
 from eval.engines import subject_of
 from eval.score.divergence import estimate_agreement, record_agreement, uncompared_variants, variant_folders
 

@@ -17,7 +17,6 @@ from eval.core.documents import Batch, Document, read_documents, tokens_per_batc
 from eval.core.errors import UserError
 from eval.core.gate_file import Difference
 from eval.core.jobs import Report
-from eval.core.recipes import recipe_names
 from eval.core.records import (
     PLAIN,
     VALIDATION,
@@ -27,7 +26,7 @@ from eval.core.records import (
     read_agreements,
     write_record,
 )
-from eval.core.study import Study
+from eval.core.study import Study, recipe_names
 from eval.engines import Engine, Subject, load_engine, subject_of
 from eval.metrics.likelihood import Predict, likeliest_tokens, prepare_batches, require_finite, split_scores
 from eval.stats.crossed import crossed_mean, linearise

@@ -8,9 +8,8 @@ from eval.core.checks import CONTROL, STUDENT
 from eval.core.documents import TEST, read_documents, scored_slices, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.jobs import Report
-from eval.core.recipes import recipe_names
 from eval.core.records import Bins, Documents, Kind, Score, provenance, read_scores, write_record
-from eval.core.study import Study
+from eval.core.study import Study, recipe_names
 from eval.engines import Engine, Subject, load_engine, subject_of
 from eval.metrics.functions import bits_per_byte
 from eval.metrics.likelihood import BATCH_TOKENS, Predict, likelihoods

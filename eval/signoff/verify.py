@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from eval.core.artifacts import MANIFEST, verify_artifact
 from eval.core.budget import Budget, Target, load_budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
+from eval.core.config import find_config
 from eval.core.errors import UserError, require_one_of
 from eval.core.gate_file import GateFile, Variant
 from eval.core.records import PLAIN
-from eval.core.study import Study, find_config, load_study
+from eval.core.study import Study, load_study
 from eval.gate.decision import evaluate_gate, is_shippable
 from eval.gate.evidence import collect_evidence
 from eval.signoff.statement import Policy, Predicate, Statement, expired, read, signed_digest

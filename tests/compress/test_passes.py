@@ -12,8 +12,8 @@ from compress.model_size import size_of
 from compress.recipe import PassReport, make_pass
 from distill.data.sources import training_rows
 from eval.core.artifacts import content_hash, hash_files
+from eval.core.config import plugin_names
 from eval.core.errors import UserError
-from eval.core.registry import plugin_names
 from tests.compress.fake_run import context_of, fake_run, model_of
 from tests.helpers import tiny_model
 

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from compress.recipe import Pass, Stage, load_recipe, load_recipes, pass_class
+from eval.core.config import ROOT, plugin_names
 from eval.core.errors import UserError
-from eval.core.registry import plugin_names
-from eval.core.study import ROOT, load_study
+from eval.core.study import load_study
 from tests.compress.fake_run import recipe_file
 from tests.helpers import tiny_model, tiny_study
 

@@ -18,9 +18,9 @@ from distill.models.lm_head import Head
 from distill.models.load import export
 from distill.trainer.loop import train
 from eval.core.artifacts import file_sha256, source_hashes
+from eval.core.config import plugin_names
 from eval.core.documents import Document, collate, windows
 from eval.core.errors import UserError
-from eval.core.registry import plugin_names
 from eval.core.sections import MethodChoice
 from eval.engines.torch import load_model
 from tests.helpers import ROOT, WORDS, text, tiny_model, tiny_tokenizer

@@ -11,9 +11,10 @@ import numpy as np
 import yaml
 
 from eval.core.artifacts import build_artifact, read_manifest
+from eval.core.config import ROOT
 from eval.core.gate_file import GateFile, Variant
 from eval.core.records import Documents, Machine, Measured, Process, Provenance, Score, write_record
-from eval.core.study import ROOT, Study, study_text
+from eval.core.study import Study, study_text
 
 HOST = Machine(host="box", system="Linux", cpu="some CPU", isa="AVX512", cores=2, device="cpu")
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.02}  # bits/byte better than B

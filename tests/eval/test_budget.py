@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from eval.core.budget import Budget, Limit, load_budget
+from eval.core.config import ROOT
 from eval.core.errors import UserError
 from eval.core.sections import Cost, Load
-from eval.core.study import ROOT, Study
+from eval.core.study import Study
 
 GOOD = {"name": "mine", "f": 0.5, "g": 0.5, "targets": {"cpu": {"device": "cpu"}}}
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from eval.core.artifacts import file_sha256
+from eval.core.config import ROOT
 from eval.core.errors import UserError
 from eval.core.gate_file import GateFile
-from eval.core.study import ROOT
 from eval.report.__main__ import refuse_stale
 from eval.stats.crossed import holm
 from tests.eval.synthetic_run import GAINS, HOST, Run, change_score, copied, edit, row

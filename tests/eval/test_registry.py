@@ -4,8 +4,8 @@ from abc import ABC, abstractmethod
 
 import pytest
 
+from eval.core.config import plugin_class, plugin_module, plugin_names
 from eval.core.errors import UserError
-from eval.core.registry import plugin_class, plugin_module, plugin_names
 from eval.engines import engine_module
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.core.study import ROOT
+from eval.core.config import ROOT
 
 
 @pytest.fixture(scope="module")
