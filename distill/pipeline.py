@@ -1,7 +1,7 @@
-"""The training side of a study: what each job makes, and the order in which jobs may run.
+"""The training pipeline of a study: what each job builds, and the order of jobs.
 
 Every job runs in a worker process of one thread, or in all processes of a distributed launch: then all of
-them train, and the first one writes. What is done already, by key and by hash, is not done again.
+them train, and the first one writes. Artifacts that exist already, by key and by hash, are not built again.
 """
 
 import sys
@@ -56,21 +56,21 @@ from eval.engines.torch import load_model
 
 
 def make_tokenizer(study: Study) -> None:
-    """The byte-level BPE of a study whose base is trained from nothing."""
+    """Trains the byte-level BPE of a study whose base is trained from scratch."""
     folder, data = study.folder / "tokenizer", read_manifest(study.folder / "data")
     key = digest([study.base.vocab_size, data.hash])
     if study.base.architecture is None or is_done(folder, key):
         return
     with build_artifact(
         folder, kind="tokenizer", name="tokenizer", key=key, parents={"data": data.hash}, facts={}
-    ) as aside:
+    ) as temporary:
         texts = [document.text for document in read_documents(study.folder / "data", TRAIN)]
         tokenizer = train_tokenizer(texts, study.base.vocab_size)
-        tokenizer.save_pretrained(str(aside))
+        tokenizer.save_pretrained(str(temporary))
 
 
 def prepare_inputs(study: Study, acc: Accelerator) -> None:
-    """The settled study, data and tokenizer, by the first process, which holds the folder."""
+    """Checks the study, then writes its config, data and tokenizer in the first process."""
     check_trackers(study.trackers)
     check_device(study.student, acc.device)
     check_target_source(study)
@@ -82,7 +82,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> None:
 
 
 def make_base(study: Study, seed: int, report: Progress) -> None:
-    """The plain base of a seed: trained from nothing, fine-tuned, or taken as it is."""
+    """The plain base of a seed: trained from scratch, fine-tuned, or used as it is."""
     name, base = f"base/s{seed}", study.base
     data = read_manifest(study.folder / "data")
     parents = {"data": data.hash}
@@ -101,7 +101,7 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
         model, tokenizer = named_model(base)
     check_vocabulary(model, tokenizer, name)
     facts: dict[str, Any] = {"arm": "B", "seed": seed, "recipe": "plain", "engine": "torch"}
-    with build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as aside:
+    with build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as folder:
         if base.train is not None:
             facts["loss_curve"] = run_training(
                 study,
@@ -115,7 +115,7 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
                 teacher=None,
                 report=step_progress(report, 0.9),
             )
-        export(model, tokenizer, aside, model_card(study, "B", seed, parents))
+        export(model, tokenizer, folder, model_card(study, "B", seed, parents))
     delete_scratch(study, name)
 
 
@@ -123,8 +123,8 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
     """Distils one student from its own base and exports it."""
     name, base = f"students/{arm}/s{seed}", study.folder / "base" / f"s{seed}"
     parents = {"base": read_manifest(base).hash, "data": read_manifest(study.folder / "data").hash}
-    if (of := find_teacher_hash(study, arm, seed)) is not None:
-        parents["teacher"] = of
+    if (teacher_hash := find_teacher_hash(study, arm, seed)) is not None:
+        parents["teacher"] = teacher_hash
     config = study.ce_train if arm == "CE" and study.ce_train else study.train
     settings = [config.model_dump(exclude=MONITORING_ONLY), study.student.model_dump()]
     key = digest([CODE, settings, rows_shape(study), target_source_key(study, arm), parents, arm, seed])
@@ -136,36 +136,46 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
     if method_card is not None:
         facts["method"] = method_card
     with (
-        build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as aside,
-        open_target_source(study, arm, seed, tokenizer) as learned,
+        build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as folder,
+        open_target_source(study, arm, seed, tokenizer) as source,
     ):
-        student, found = start_student(study, base, tokenizer, seed, config)
-        facts |= found
-        how: dict[str, Any] = {"key": key, "seed": seed, "report": step_progress(report, 0.9)}
-        how |= {"teacher": learned.teacher, "rewrite": learned.rewrite}
-        facts["loss_curve"] = run_training(study, name, student.model, tokenizer, learned.rows, config, **how)
-        export(student.merged(), tokenizer, aside, model_card(study, arm, seed, parents, method_card))
+        student, start_facts = start_student(study, base, tokenizer, seed, config)
+        facts |= start_facts
+        facts["loss_curve"] = run_training(
+            study,
+            name,
+            student.model,
+            tokenizer,
+            source.rows,
+            config,
+            key=key,
+            seed=seed,
+            teacher=source.teacher,
+            rewrite=source.rewrite,
+            report=step_progress(report, 0.9),
+        )
+        export(student.merged(), tokenizer, folder, model_card(study, arm, seed, parents, method_card))
     delete_scratch(study, name)
 
 
 def start_student(
     study: Study, base: Path, tokenizer: PreTrainedTokenizerBase, seed: int, config: Train
 ) -> tuple[TrainableModel, dict[str, Any]]:
-    """A student before its first step, and what to note of it: the same one in all arms of a seed."""
+    """A student before its first step, the same in all arms of a seed, and facts for its manifest."""
     rows = training_rows(study, tokenizer) if study.student.start == "influential" else []
-    model, found = init_student(load_model(base), tokenizer, study.student, rows, seed)
+    model, facts = init_student(load_model(base), tokenizer, study.student, rows, seed)
     check_vocabulary(model, tokenizer, "the student")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return add_adapters(model, study.student, seed, device=accelerator().device, dtype=dtype), found
+    return add_adapters(model, study.student, seed, device=accelerator().device, dtype=dtype), facts
 
 
 def base_jobs(study: Study) -> list[Job]:
-    """One job per plain base: the seeds of the study, and what the teachers need beside them."""
-    wanted = {seed for groups in teacher_groups(study).values() for bases in groups for seed in bases}
-    steps = study.base.train.epochs if study.base.train else 0.2
+    """One job per plain base: for the seeds of the study and further ones that its teachers need."""
+    needed = {seed for groups in teacher_groups(study).values() for bases in groups for seed in bases}
+    epochs = study.base.train.epochs if study.base.train else 0.2
     return [
-        Job(f"base s{seed}", make_base, (study, seed), weight=10 * steps)
-        for seed in sorted({*study.seeds, *wanted})
+        Job(f"base s{seed}", make_base, (study, seed), weight=10 * epochs)
+        for seed in sorted({*study.seeds, *needed})
     ]
 
 
@@ -189,9 +199,9 @@ def teacher_jobs(study: Study) -> list[Job]:
 
 
 def student_jobs(study: Study) -> list[Job]:
-    """One job per student, after its base and its teacher; plain CE needs its base alone."""
+    """One job per student, after its base and its teacher; CE needs only its base."""
     groups = teacher_groups(study)
-    after = {
+    teacher_job = {
         (side, seed): _teacher_job_name(side, seeds)
         for side in groups
         for seeds in groups[side].values()
@@ -200,7 +210,7 @@ def student_jobs(study: Study) -> list[Job]:
     jobs = []
     for seed in study.seeds:
         for arm in study.arms:
-            teacher = after.get((TEACHERS.get(arm, ""), seed))
+            teacher = teacher_job.get((TEACHERS.get(arm, ""), seed))
             needs = (f"base s{seed}", *([teacher] if teacher else []))
             jobs.append(
                 Job(f"{arm} s{seed}", make_student, (study, arm, seed), needs, weight=10 * study.train.epochs)
@@ -211,12 +221,12 @@ def student_jobs(study: Study) -> list[Job]:
 def jobs_until(study: Study, stage: str) -> list[Job]:
     """The jobs of a study up to a stage: `data`, `bases`, `teachers` (with their targets) or `students`."""
     stages = {"data": None, "bases": base_jobs, "teachers": teacher_jobs, "students": student_jobs}
-    wanted = list(stages)[: list(stages).index(stage) + 1]
-    return [job for name in wanted if (jobs := stages[name]) is not None for job in jobs(study)]
+    names = list(stages)[: list(stages).index(stage) + 1]
+    return [job for name in names if (jobs := stages[name]) is not None for job in jobs(study)]
 
 
 def show_targets(study: Study) -> None:
-    """One line per teacher whose targets are kept: what, how much of it, where."""
+    """Prints one line per teacher with stored targets: their form, size and folder."""
     if study.targets.source not in STORED_SOURCES:
         return
     for side, groups in teacher_groups(study).items():
@@ -231,7 +241,7 @@ def show_targets(study: Study) -> None:
 
 
 def run_all(study: Study, jobs: list[Job], title: str) -> None:
-    """Side by side on one machine's CPU; in turn on a GPU or where several processes train as one."""
+    """Runs jobs in parallel on the CPU of one machine; in turn on a GPU or in a distributed launch."""
     acc = accelerator()
     if acc.num_processes > 1 or acc.device.type != "cpu":
         if acc.is_main_process:

@@ -1,7 +1,7 @@
 """Trains a study: data, bases, teachers with their targets, students, each with its scores.
 
 `accelerate launch distill/train.py --config STUDY [--until STAGE] [--KEY VALUE ...]`; several processes on a
-CPU: `torchrun --nproc_per_node 2 distill/train.py --config STUDY`. Finished work is not done again.
+CPU: `torchrun --nproc_per_node 2 distill/train.py --config STUDY`. Finished artifacts are kept.
 """
 
 import argparse
@@ -25,14 +25,14 @@ def check_processes() -> None:
     """Refuses a launch of several CPU processes of which only one was started.
 
     Without an MPI host file `accelerate launch --cpu --num_processes N` (1.15) sets the address of a process
-    group but neither rank nor size: that one process would train and call itself the only one.
+    group but neither rank nor size: a single process would train as if it were the only one.
     """
-    announced = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
-    by_mpi = any(name.startswith(("OMPI_", "PMI_")) for name in os.environ)
-    if announced and "RANK" not in os.environ and not by_mpi:
+    cpu_launch = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
+    mpi_launch = any(name.startswith(("OMPI_", "PMI_")) for name in os.environ)
+    if cpu_launch and "RANK" not in os.environ and not mpi_launch:
         raise UserError(
             "accelerate launch --cpu",
-            "started one process of several",
+            "started only one of several processes",
             "use `torchrun --nproc_per_node N distill/train.py ...` for N processes on a CPU",
         )
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     study, args = study_from_command(parser, trained=False)
-    # Seconds to import: a mistake in the study is reported before.
+    # These imports take seconds: a mistake in the study is reported before them.
     from distill.pipeline import jobs_until, prepare_inputs, run_all, show_targets
     from distill.trainer.loop import accelerator
 

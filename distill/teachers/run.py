@@ -36,7 +36,7 @@ TEACHERS = {"S1": "T1", "S0": "T0"}  # a student's teacher; CE has none
 def teacher_groups(study: Study) -> dict[str, dict[tuple[int, ...], list[int]]]:
     """For T1 and T0: the list of bases of a teacher -> the seeds that share it.
 
-    A teacher is a function of the bases that its method lists, so seeds with one list share one teacher.
+    A teacher depends only on the bases that its method lists: seeds with the same list share one teacher.
     """
     method = make_method(study.method)
     groups: dict[str, dict[tuple[int, ...], list[int]]] = {}
@@ -60,9 +60,9 @@ def _method_context(
     study: Study, name: str, folder: Path, seed: int, bases: tuple[int, ...], report: Progress
 ) -> MethodContext:
     tokenizer = load_tokenizer(study.folder / "base" / f"s{seed}")
-    places = {s: study.folder / "base" / f"s{s}" for s in {seed, *bases}}
-    for other, place in places.items():
-        check_same_tokenizer(tokenizer, load_tokenizer(place), f"base s{other}")
+    folders = {s: study.folder / "base" / f"s{s}" for s in {seed, *bases}}
+    for other, base in folders.items():
+        check_same_tokenizer(tokenizer, load_tokenizer(base), f"base s{other}")
     key = digest(_fit_inputs(study, name[:2], seed, bases))
 
     def fit(model: PreTrainedModel, rows: list, config: Train, part: str) -> Curve:
@@ -80,12 +80,12 @@ def _method_context(
         )
 
     rows = partial(training_rows, study, tokenizer)
-    return MethodContext(folder, seed, list(study.seeds), places, tokenizer, rows, fit)
+    return MethodContext(folder, seed, list(study.seeds), folders, tokenizer, rows, fit)
 
 
 def _teacher_parents(study: Study, bases: tuple[int, ...]) -> dict[str, str]:
-    found = {f"base-s{s}": read_manifest(study.folder / "base" / f"s{s}").hash for s in bases}
-    return {**found, "data": read_manifest(study.folder / "data").hash}
+    hashes = {f"base-s{s}": read_manifest(study.folder / "base" / f"s{s}").hash for s in bases}
+    return {**hashes, "data": read_manifest(study.folder / "data").hash}
 
 
 def _fit_inputs(study: Study, side: str, seed: int, bases: tuple[int, ...]) -> list[Any]:

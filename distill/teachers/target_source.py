@@ -1,4 +1,4 @@
-"""What students learn from: targets that a teacher left on disk, a teacher that runs, or texts."""
+"""Where a student's targets come from: the target cache, a running teacher, or generated texts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,13 +45,13 @@ from eval.core.sections import Targets
 from eval.core.study import Study
 from eval.engines import load_tokenizer
 
-STORED_SOURCES = ("cached", "sequence")  # sources whose teacher need not run while a student trains
-GENERATED_SOURCES = ("on_policy", "sequence")  # sources whose rows are written
+STORED_SOURCES = ("cached", "sequence")  # targets on disk: no teacher runs while a student trains
+GENERATED_SOURCES = ("on_policy", "sequence")  # the student learns from generated rows
 
 
 @dataclass(frozen=True)
 class TargetSource:
-    """What one student is trained on: rows, a teacher if it has one, and who rewrites the rows of a step."""
+    """Training input of one student: rows, its teacher if any, and what rewrites the rows of a step."""
 
     rows: list[Row]
     teacher: Teacher | None = None
@@ -59,27 +59,28 @@ class TargetSource:
 
 
 def check_target_source(study: Study) -> None:
-    """Refuses now what training would refuse after bases and teachers are made.
+    """Refuses early what training would refuse after bases and teachers are built.
 
     Raises:
-        UserError: source and form of the targets, the loss and the data do not go together.
+        UserError: source and form of the targets, loss and data do not fit together.
     """
     targets, loss, source = study.targets, study.train.loss, study.targets.source
     if source == "cached" and targets.form != "dense":
         one = torch.zeros(1, 1)
-        few: dict[str, Target] = {
+        examples: dict[str, Target] = {
             "sampled": Sampled(one.long(), one + 1, one[0], loss.temperature),
             "top_k": TopK(one.long(), one - 1),
         }
-        check_target(few[targets.form], loss)
+        check_target(examples[targets.form], loss)
     if source in STORED_SOURCES and loss.hidden is not None:
-        fix = "set targets.source: online"
-        raise UserError("train.loss.hidden", f"{source} targets hold no hidden states", fix)
+        fix = "set targets.source: online, or leave hidden out"
+        raise UserError("train.loss.hidden", f"set, but {source} targets contain no hidden states", fix)
     if source in GENERATED_SOURCES and study.data.packing:
         fix = "set data.packing: false"
-        raise UserError("data.packing", f"true, and with targets.source: {source} texts are written", fix)
+        found = f"true, but targets.source: {source} generates texts from single documents"
+        raise UserError("data.packing", found, fix)
     if source == "on_policy" and loss.weight < 1:
-        found = f"{loss.weight}, and with on_policy the labels are the student's own"
+        found = f"{loss.weight}, but with on_policy the student generates the labels itself"
         raise UserError("train.loss.weight", found, "set train.loss.weight: 1")
 
 
@@ -90,7 +91,7 @@ def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ..
     missing = study.targets.source in STORED_SOURCES and is_missing(study.folder / name, key)
     scored = is_scored(study, side, seeds, teacher)
     acc = accelerator()
-    acc.wait_for_everyone()  # all have looked before the first one writes
+    acc.wait_for_everyone()  # all have checked before the first one writes
     if scored and not missing:
         return
     with run_teacher(study, side, seeds, bases) as live:
@@ -104,7 +105,7 @@ def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ..
 def _write_targets(
     study: Study, name: str, key: str, live: LocalTeacher, teacher: str, report: Progress
 ) -> None:
-    """What the teacher says of all training rows: every process writes its share, the first joins them."""
+    """Writes the targets of all training rows: every process its share, the first joins the shards."""
     acc, place = accelerator(), scratch_folder(study, name, key)
     base = study.folder / "base" / Path(name).name
     tokenizer = load_tokenizer(base)
@@ -112,9 +113,9 @@ def _write_targets(
     share: dict[str, Any] = {"process": acc.process_index, "processes": acc.num_processes, "report": report}
     facts: dict[str, Any] = {**_lineage(study, base, teacher), "method": live.method.identity}
     if study.targets.source == "cached":
-        form = study_codec(study, base)
-        facts |= form.facts
-        write_shards(place, rows, live, form, pad=pad_id(tokenizer), **share)
+        codec = study_codec(study, base)
+        facts |= codec.facts
+        write_shards(place, rows, live, codec, pad=pad_id(tokenizer), **share)
     else:
         generation = study.targets.generation
         facts |= {"form": "texts", "generation": generation.model_dump()}
@@ -131,19 +132,19 @@ def _write_targets(
 
 
 def study_codec(study: Study, base: Path) -> Codec:
-    """How targets of this study are written, in the vocabulary of a base."""
+    """The codec of the targets of a study, for the vocabulary of a base."""
     vocabulary = AutoConfig.from_pretrained(str(base)).get_text_config().vocab_size
     return make_codec(study.targets, vocabulary, study.train.loss.temperature)
 
 
 def _lineage(study: Study, base: Path, teacher: str) -> dict[str, str]:
-    """What targets must be of: the teacher, its tokenizer, the data."""
+    """Hashes that targets must match: of the teacher, its tokenizer and the data."""
     tokenizer = digest(load_tokenizer(base).get_vocab())
     return {"teacher": teacher, "tokenizer": tokenizer, "data": read_manifest(study.folder / "data").hash}
 
 
 def _deciding_settings(targets: Targets) -> dict[str, Any]:
-    """The settings that decide what a student is told; what decides its teacher is in the teacher's hash."""
+    """The settings that decide the targets; those of the teacher are in the teacher's hash."""
     form = {"dense": ["form"], "sampled": ["form", "draws"], "top_k": ["form", "k"]}[targets.form]
     keys = {"cached": form, "online": [], "on_policy": ["share", "generation"], "sequence": ["generation"]}
     return targets.model_dump(include={"source", *keys[targets.source]})
@@ -164,7 +165,7 @@ def target_source_key(study: Study, arm: str) -> Any:
 def open_target_source(
     study: Study, arm: str, seed: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[TargetSource]:
-    """What a student learns from: rows alone, or rows and its teacher."""
+    """The training input of a student: rows alone, or rows and its teacher."""
     rows, targets = training_rows(study, tokenizer), study.targets
     teacher = find_teacher_hash(study, arm, seed)
     if teacher is None:
@@ -179,6 +180,6 @@ def open_target_source(
     elif targets.source == "sequence":
         yield TargetSource(read_texts(folder, rows, _lineage(study, base, teacher), targets.generation))
     else:
-        writer = OnPolicy(targets.share, targets.generation, study.data.context, seed, pad_id(tokenizer))
+        rewrite = OnPolicy(targets.share, targets.generation, study.data.context, seed, pad_id(tokenizer))
         with run_teacher(study, TEACHERS[arm], seeds, bases, sharded=True) as live:
-            yield TargetSource(rows, live, writer if targets.source == "on_policy" else None)
+            yield TargetSource(rows, live, rewrite if targets.source == "on_policy" else None)

@@ -1,4 +1,4 @@
-"""What every stage does alike: is its work needed, is it whole, does its training go on where it stopped."""
+"""Training of one artifact: whether it is missing, writing it complete, resuming its training."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,10 +21,7 @@ from eval.core.jobs import Progress
 from eval.core.sections import Train
 from eval.core.study import Study
 
-MONITORING_ONLY = {
-    "checkpoint_every",
-    "evaluate_every",
-}  # settings of a training that leave its weights alone
+MONITORING_ONLY = {"checkpoint_every", "evaluate_every"}  # settings of `train` without effect on weights
 CODE = sorted(file_sha256(p) for p in [*(ROOT / "distill").rglob("*.py"), ROOT / "eval/core/documents.py"])
 
 
@@ -36,25 +33,25 @@ def is_missing(folder: Path, key: str) -> bool:
 
 
 @contextmanager
-def build_shared(study: Study, name: str, **what: Any) -> Iterator[Path]:
-    """A folder that becomes the artifact `name`; processes beside the first write to nowhere."""
+def build_shared(study: Study, name: str, **manifest: Any) -> Iterator[Path]:
+    """A folder that becomes the artifact `name`; what other processes than the first write is discarded."""
     acc = accelerator()
     if acc.is_main_process:
-        with build_artifact(study.folder / name, name=name, **what) as aside:
-            yield aside
+        with build_artifact(study.folder / name, name=name, **manifest) as folder:
+            yield folder
     else:
-        with TemporaryDirectory() as nowhere:
-            yield Path(nowhere)
+        with TemporaryDirectory() as discarded:
+            yield Path(discarded)
     acc.wait_for_everyone()
 
 
 def rows_shape(study: Study) -> list[Any]:
-    """What decides the training rows beside the data and the tokenizer."""
+    """The settings that decide the training rows, beside data and tokenizer."""
     return [study.data.context, study.data.train_rows, study.data.packing]
 
 
 def scratch_folder(study: Study, name: str, key: str) -> Path:
-    """Where unfinished work of the artifact `name` lies, told apart by what it is made of."""
+    """Folder for unfinished work on the artifact `name`, another one for each key."""
     return study.folder / "scratch" / name.replace("/", "-") / key[:16]
 
 
@@ -67,25 +64,30 @@ def run_training(
     config: Train,
     *,
     key: str,
-    **how: Any,
+    **options: Any,
 ) -> Curve:
-    """Trains with resumable checkpoints in the scratch folder of `name`, and its curves among the logs."""
-    pad, place = pad_id(tokenizer), scratch_folder(study, name, key)
+    """Trains with resumable checkpoints in the scratch folder of `name`, and with logs.
+
+    Args:
+        options: further arguments of `loop.train`.
+    """
+    pad, scratch = pad_id(tokenizer), scratch_folder(study, name, key)
     check_packing(model, rows, pad)
     if config.evaluate_every and study.trackers:
-        how["evaluate"] = Validation(study.folder / "data", tokenizer, study.data.context, pad)
-    run, fresh = name.removeprefix("students/").replace("/", "-"), not place.exists()
+        options["evaluate"] = Validation(study.folder / "data", tokenizer, study.data.context, pad)
+    run, fresh = name.removeprefix("students/").replace("/", "-"), not scratch.exists()
     with open_trackers(accelerator(), study.trackers, study.folder / "logs", run, fresh) as log:
-        return train(model, rows, config, pad=pad, scratch=place, log=log, **how)
+        return train(model, rows, config, pad=pad, scratch=scratch, log=log, **options)
 
 
 def delete_scratch(study: Study, name: str) -> None:
-    """Drops the checkpoints of finished work, and those of its parts."""
+    """Deletes the checkpoints of a finished artifact and of its parts."""
     if accelerator().is_main_process:
         top, stem = study.folder / "scratch", name.replace("/", "-")
-        for place in [top / stem, *top.glob(f"{stem}-*")]:
-            shutil.rmtree(place, ignore_errors=True)
+        for folder in [top / stem, *top.glob(f"{stem}-*")]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def step_progress(report: Progress, share: float = 1.0) -> Callable[[Step], None]:
+    """A callback for steps that reports the progress of a job of which training is a `share`."""
     return lambda step: report(share * step.number / step.total, step.tokens)

@@ -218,11 +218,14 @@ def test_what_a_teacher_writes_is_learned(cached):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ({"targets": {"source": "on_policy"}}, r"train\.loss\.weight: 0\.9, and with on_policy"),
-        ({"targets": {"source": "sequence"}, "data.packing": True}, r"data\.packing: true, and with"),
+        ({"targets": {"source": "on_policy"}}, r"train\.loss\.weight: 0\.9, but with on_policy"),
+        (
+            {"targets": {"source": "sequence"}, "data.packing": True},
+            r"data\.packing: true, but targets\.source",
+        ),
         ({"targets": {"form": "sampled"}, "train.loss": {"divergence": "jsd"}}, "jsd with sampled targets"),
         ({"targets": {"form": "top_k"}, "train.loss": {"temperature": 2.0}}, "2.0 with top-k targets"),
-        ({"train.loss": {"hidden": {"pairs": [[1, 1]]}}}, "cached targets hold no hidden states"),
+        ({"train.loss": {"hidden": {"pairs": [[1, 1]]}}}, "cached targets contain no hidden states"),
     ],
 )
 def test_what_does_not_go_together_is_told_before_anything_is_made(tmp_path, words, told):
