@@ -24,7 +24,10 @@ CONFIG = Train(
 def test_one_cpu_process_of_several_is_refused_with_the_command_that_starts_all(tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
     done = run(*launch, "distill/train.py", "--config", "configs/studies/tiny.yaml", "--runs", tmp_path)
-    assert "started only one of several processes; use `torchrun --nproc_per_node N distill/train.py" in done.stderr
+    assert (
+        "started only one of several processes; use `torchrun --nproc_per_node N distill/train.py"
+        in done.stderr
+    )
     assert not any(tmp_path.iterdir())
 
 
