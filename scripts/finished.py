@@ -15,10 +15,10 @@ from distill.data.sources import data_key  # noqa: E402
 from eval.core.artifacts import digest, file_sha256, library_versions, write_text  # noqa: E402
 from eval.core.budget import load_budget  # noqa: E402
 from eval.core.commands import study_from_command  # noqa: E402
-from eval.core.config import ROOT, find_config  # noqa: E402
+from eval.core.config import ROOT  # noqa: E402
 from eval.core.errors import entry, require_one_of  # noqa: E402
 from eval.core.records import VALIDATION  # noqa: E402
-from eval.core.study import Study  # noqa: E402
+from eval.core.study import Study, read_recipe  # noqa: E402
 
 MARK = "finished"
 LATER = {
@@ -34,18 +34,18 @@ AFTER = ("logs/", "signoff/", "release/", "records/test/")  # what people do wit
 
 def state(study: Study) -> str:
     """Digest of all that a finished run was made from, and of every file that it made."""
-    configs = [find_config("recipes", name) for name in study.recipes] + [
-        find_config("budgets", study.budget)
-    ]
+    recipes = [read_recipe(name)[1].model_dump(mode="json") for name in study.recipes]
     code = sorted(p for top in ("distill", "compress", "eval") for p in (ROOT / top).rglob("*.py"))
     every = {p.relative_to(study.folder).as_posix(): p for p in study.folder.rglob("*") if p.is_file()}
     made = {name: p for name, p in every.items() if p.name not in LATER and not name.startswith(AFTER)}
     return digest(
         [
             study.model_dump(mode="json"),
+            load_budget(study).model_dump(mode="json"),
+            recipes,
             data_key(study),
             library_versions(),
-            [file_sha256(p) for p in [*configs, *code, ROOT / "requirements.lock"]],
+            [file_sha256(p) for p in [*code, ROOT / "requirements.lock"]],
             {name: file_sha256(p) for name, p in sorted(made.items())},
         ]
     )

@@ -9,7 +9,15 @@ from distill.method import make_method
 from eval.core.budget import Budget, load_budget
 from eval.core.config import ROOT, apply_overrides, find_config, read_yaml, validate_config
 from eval.core.errors import UserError
-from eval.core.study import Study, check_trained, load_study, make_run_folder, mark_trained, save_study
+from eval.core.study import (
+    Study,
+    check_trained,
+    load_study,
+    make_run_folder,
+    mark_trained,
+    read_recipe,
+    save_study,
+)
 
 LAUNCHED = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
 CONFIGS = sorted((ROOT / "configs").rglob("*"))
@@ -34,7 +42,7 @@ def test_every_config_is_read():
             assert (settings.mixed_precision, settings.num_processes) == ("no", 2)
             assert settings.distributed_type == LAUNCHED[path.stem]
         else:
-            assert validate_config(Budget, read_yaml(path), str(path)).name == path.stem
+            assert validate_config(Budget, read_yaml(path, "budgets"), str(path)).name == path.stem
     assert seen == {"studies": 5, "recipes": 7, "budgets": 2, "accelerate": 3}
 
 
@@ -160,13 +168,13 @@ def test_names_and_broken_files_are_told(tmp_path):
         load_study(broken)
 
 
-def test_the_readmes_own_study_is_accepted():
+def test_the_readmes_own_study_is_accepted(tmp_path):
     block = (ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
-    settings = raw()
-    for key, value in yaml.safe_load(block).items():
-        settings[key] = {**settings[key], **value} if key == "data" else value
-    study = validate_config(Study, settings, "README.md")
-    assert study.base.path == "Qwen/Qwen3-0.6B"
+    (tmp_path / "mine.yaml").write_text(block)
+    study = load_study(tmp_path / "mine.yaml")
+    assert (study.base.path, study.base.architecture) == ("Qwen/Qwen3-0.6B", None)
+    assert study.method.settings == {}
+    assert set(load_budget(study).slices) <= set(study.data.shifted)
 
 
 def test_a_run_folder_of_another_format_is_refused_with_what_to_do(tmp_path):
@@ -181,3 +189,72 @@ def test_a_run_folder_of_another_format_is_refused_with_what_to_do(tmp_path):
         with pytest.raises(UserError, match="its format is 1, this version reads 2; delete the folder"):
             refused()
     assert "heldout" in settle_in.read_text()
+
+
+def write_yaml(path, **content):
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_config_lays_its_keys_over_those_it_extends(tmp_path):
+    write_yaml(tmp_path / "a.yaml", name="a", seeds=[1, 2], train={"rows": 4, "clip": 2.0}, budget="default")
+    write_yaml(tmp_path / "b.yaml", name="b", train={"rows": 8, "decay": 0.1}, title="of b")
+    child = write_yaml(
+        tmp_path / "child.yaml",
+        extends=["a", "b.yaml"],
+        name="c",
+        seeds=[3],
+        train={"clip": None, "steps": 5},
+    )
+    assert read_yaml(child) == {
+        "name": "c", "seeds": [3], "budget": "default", "train": {"rows": 8, "decay": 0.1, "steps": 5}
+    }  # fmt: skip
+    heir = write_yaml(tmp_path / "heir.yaml", extends="tiny", name="heir", train={"epochs": 3})
+    study, tiny = load_study(heir), load_study(ROOT / "configs" / "studies" / "tiny.yaml")
+    assert (study.title, study.train.epochs, study.train.optimizer) == ("", 3, tiny.train.optimizer)
+    assert load_budget(study, str(write_yaml(tmp_path / "g.yaml", extends="tiny", name="g", f=0.9))).f == 0.9
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ("heir", r"heir\.yaml: extends: heir\.yaml -> heir\.yaml; files name each other in a circle"),
+        ("other", r"other\.yaml: extends: heir\.yaml -> other\.yaml -> heir\.yaml; files name each other"),
+        ("tinny", r"heir\.yaml: names the studies config: 'tinny'; no such file; known by name: default"),
+        ({"a": 1}, r"heir\.yaml: extends: \{'a': 1\}; give a name, a path or a list of them"),
+        ([], r"heir\.yaml: extends: \[\]; give a name"),
+    ],
+)
+def test_what_a_config_cannot_extend_is_refused_in_one_line(tmp_path, extends, message):
+    write_yaml(tmp_path / "other.yaml", extends="heir", name="other")
+    with pytest.raises(UserError, match=message):
+        load_study(write_yaml(tmp_path / "heir.yaml", extends=extends, name="heir"))
+
+
+def test_a_config_that_extends_another_needs_a_name_of_its_own(tmp_path):
+    with pytest.raises(UserError, match=r"heir\.yaml: name: missing; add this key"):
+        load_study(write_yaml(tmp_path / "heir.yaml", extends="tiny"))
+
+
+def test_a_recipe_includes_the_passes_of_others(tmp_path):
+    both = read_recipe("depth25-int8")[1].passes
+    assert both == read_recipe("depth25")[1].passes + read_recipe("int8")[1].passes
+    for passes, message in (
+        ([{"include": "own.yaml"}], r"own\.yaml: passes\.0\.include: own\.yaml -> own\.yaml; .* circle"),
+        ([{"include": "int9"}], r"own\.yaml: names the recipes config: 'int9'; no such file"),
+        ([{"include": "int8", "weights": "int4"}], r"passes\.0: .*; give `include: NAME`"),
+        ([{"include": "nf4"}], r"passes\.0\.include: nf4 is for gpu; include recipes for cpu"),
+    ):
+        own = write_yaml(tmp_path / "own.yaml", name="own", target="cpu", passes=passes)
+        with pytest.raises(UserError, match=message):
+            read_recipe(str(own))
+
+
+@pytest.mark.parametrize("number", ["1e-6", "1.5e3", "-2E+4", ".5e1", "1.e-3"])
+def test_a_number_with_an_exponent_is_a_number(tmp_path, number):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"eps: {number}\nname: a1e6\nhash: 1e6a\n")
+    assert read_yaml(path) == {"eps": float(number), "name": "a1e6", "hash": "1e6a"}
+    raw = {}
+    apply_overrides(raw, ["--base.architecture.rms_norm_eps", "1e-6"])
+    assert raw["base"]["architecture"]["rms_norm_eps"] == 1e-6

@@ -14,6 +14,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
+from eval.core.config import read_yaml
 from tests.helpers import ROOT, run
 
 pytestmark = pytest.mark.slow
@@ -56,7 +57,7 @@ def quality(folder):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
-    raw = yaml.safe_load((ROOT / "configs" / "studies" / "tiny.yaml").read_text())
+    raw = read_yaml(ROOT / "configs" / "studies" / "tiny.yaml")
     study = folder / "study.yaml"
     study.write_text(yaml.safe_dump({**raw, "runs": str(folder / "runs")}))
     return study, folder / "runs" / "tiny", pipeline(study)
@@ -122,7 +123,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_table(tiny, tmp_path):
     ],
 )
 def test_a_bad_study_ends_the_pipeline_before_anything_is_trained(tmp_path, change, told):
-    raw = yaml.safe_load((ROOT / "configs" / "studies" / "tiny.yaml").read_text())
+    raw = read_yaml(ROOT / "configs" / "studies" / "tiny.yaml")
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump({**raw, "runs": str(tmp_path / "runs"), **change}))
     done = pipeline(study)
@@ -132,7 +133,7 @@ def test_a_bad_study_ends_the_pipeline_before_anything_is_trained(tmp_path, chan
 
 
 def test_the_placebo_never_passes(tmp_path):
-    raw = yaml.safe_load((ROOT / "configs" / "studies" / "placebo.yaml").read_text())
+    raw = read_yaml(ROOT / "configs" / "studies" / "placebo.yaml")
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump({**raw, "runs": str(tmp_path / "runs"), "recipes": []}))
     done = pipeline(study)

@@ -126,4 +126,4 @@ class Budget(Frozen):
 def load_budget(study: Study, name: str | None = None) -> Budget:
     """The study's budget, or the one named."""
     path = find_config("budgets", name or study.budget)
-    return validate_config(Budget, read_yaml(path), str(path))
+    return validate_config(Budget, read_yaml(path, "budgets"), str(path))

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+import re
 from abc import ABCMeta
 from pathlib import Path
 from types import ModuleType
@@ -21,17 +22,26 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def find_config(kind: str, name: str) -> Path:
-    """`configs/<kind>/<name>.yaml` for a bare name, else the path itself."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "configs" / kind / f"{name}.yaml"
+def find_config(kind: str, name: str, inside: Path | None = None) -> Path:
+    """The file of a bare name in `configs/<kind>`, or of a path.
+
+    Args:
+        inside: the config that names it: a path is taken from its folder, and a bare name may lie beside it.
+    """
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else ROOT / "configs" / kind / f"{name}.yaml"
+    if inside is not None:
+        beside = inside.parent / (name if is_path else f"{name}.yaml")
+        path = beside if is_path or beside.is_file() else path
     if not path.is_file():
         known = sorted(p.stem for p in (ROOT / "configs" / kind).glob("*.yaml"))
-        raise UserError(f"{kind} config", repr(name), f"no such file; known by name: {', '.join(known)}")
+        thing = f"{kind} config" if inside is None else f"config {inside}: names the {kind} config"
+        raise UserError(thing, repr(name), f"no such file; known by name: {', '.join(known)}")
     return path
 
 
 class OneKeyLoader(yaml.SafeLoader):
-    """A second key of one name would silently take the place of the first."""
+    """Refuses a second key of one name, which would replace the first; reads `1e-6` as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -41,7 +51,25 @@ class OneKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+# YAML 1.1 asks for a dot and a sign: PyYAML reads `1e-6` and `1.5e3` as strings
+OneKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: Path, kind: str = "studies", chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, laid over those that it `extends`: mappings merge, the rest replaces.
+
+    Later files win over earlier ones, and the file itself over all. A null takes an inherited key away.
+    `name` and `title` are not inherited.
+
+    Args:
+        kind: folder of `configs` that bare names in `extends` are looked up in.
+        chain: files that extend one another down to this one.
+
+    Raises:
+        UserError: no such file, no YAML, no mapping, or files that extend each other in a circle.
+    """
     if not path.is_file():
         raise UserError("config", str(path), "no such file; give the path of a YAML file")
     try:
@@ -50,7 +78,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config {path}", " ".join(str(error).split()), "fix the YAML") from error
     if not isinstance(raw, dict):
         raise UserError(f"config {path}", type(raw).__name__, "the file must hold a mapping")
-    return _unshared(raw)
+    raw = _unshared(raw)
+    if "extends" not in raw:
+        return raw
+    extends = raw.pop("extends")
+    names = [extends] if isinstance(extends, str) else extends
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"config {path}: extends", repr(extends), "give a name, a path or a list of them")
+    merged: dict[str, Any] = {}
+    for name in names:
+        parent = find_config(kind, name, path)
+        check_circle(path, parent, chain, "extends")
+        inherited = read_yaml(parent, kind, (*chain, path))
+        merged = _laid_over(merged, {k: v for k, v in inherited.items() if k not in ("name", "title")})
+    return _laid_over(merged, raw)
+
+
+def check_circle(path: Path, parent: Path, chain: tuple[Path, ...], key: str) -> None:
+    """Refuses a config that names, by way of others, itself."""
+    files = [*chain, path]
+    if parent.resolve() in [file.resolve() for file in files]:
+        circle = " -> ".join(file.name for file in [*files, parent])
+        raise UserError(f"config {path}: {key}", circle, "files name each other in a circle: remove one")
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if value is None and key in below:
+            del merged[key]
+        elif isinstance(value, dict) and isinstance(below.get(key), dict):
+            merged[key] = _laid_over(below[key], value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def _unshared(value: Any) -> Any:
@@ -110,7 +171,7 @@ def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:
                 raise UserError("command line", word, f"{part!r} holds no keys")
             place = place[part]
         try:
-            place[last] = yaml.safe_load(value)
+            place[last] = yaml.load(value, Loader=OneKeyLoader)
         except yaml.YAMLError as error:
             raise UserError("command line", f"{word} {value}", "fix the YAML of its value") from error
 

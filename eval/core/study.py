@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from eval.core.artifacts import digest, write_text
-from eval.core.config import Frozen, apply_overrides, find_config, read_yaml, validate_config
+from eval.core.config import Frozen, apply_overrides, check_circle, find_config, read_yaml, validate_config
 from eval.core.errors import UserError
 from eval.core.records import PLAIN
 from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Train
@@ -195,7 +195,9 @@ class RecipeFile(Frozen):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the variant, in every table")
     target: Literal["cpu", "gpu"] = Field(description="kind of machine that the variant runs on")
-    passes: list[dict[str, Any]] = Field(min_length=1, description="`pass: NAME` and its options, in order")
+    passes: list[dict[str, Any]] = Field(
+        min_length=1, description="in order: `pass: NAME` and its options, or `include: RECIPE`"
+    )
 
 
 def read_recipe(name: str) -> tuple[Path, RecipeFile]:
@@ -205,12 +207,33 @@ def read_recipe(name: str) -> tuple[Path, RecipeFile]:
         UserError: names the file, the key and what is accepted.
     """
     path = find_config("recipes", name)
-    found = validate_config(RecipeFile, read_yaml(path), str(path))
-    if found.name == PLAIN:
+    recipe = _recipe_at(path)
+    if recipe.name == PLAIN:
         raise UserError(
             f"{path}: name", repr(PLAIN), "this name means the uncompressed student; take another"
         )
-    return path, found
+    return path, recipe
+
+
+def _recipe_at(path: Path, chain: tuple[Path, ...] = ()) -> RecipeFile:
+    """The recipe in a file, with the passes of those that it includes in their place."""
+    recipe = validate_config(RecipeFile, read_yaml(path, "recipes"), str(path))
+    passes: list[dict[str, Any]] = []
+    for i, entry in enumerate(recipe.passes):
+        if "include" not in entry:
+            passes.append(entry)
+            continue
+        thing = f"config {path}: passes.{i}"
+        if [*entry] != ["include"] or not isinstance(entry["include"], str):
+            raise UserError(thing, repr(entry), "give `include: NAME` (or a path) and no other key")
+        file = find_config("recipes", entry["include"], path)
+        check_circle(path, file, chain, f"passes.{i}.include")
+        included = _recipe_at(file, (*chain, path))
+        if included.target != recipe.target:
+            fix = f"include recipes for {recipe.target}, the target of this one"
+            raise UserError(f"{thing}.include", f"{entry['include']} is for {included.target}", fix)
+        passes += included.passes
+    return recipe.model_copy(update={"passes": passes})
 
 
 def recipe_names(study: Study) -> list[str]:
