@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A tiny model in the transformers format."""
-    from tests.eval.fake_run import torch_model
+    from tests.eval.run_builder import torch_model
 
     folder = tmp_path_factory.mktemp("checkpoint")
     torch_model(seed=7)(folder)
@@ -37,12 +37,12 @@ def openvino_folder(checkpoint, tmp_path_factory):
 def released_run(tmp_path_factory):
     """A run of real tiny models with its gate and a sign-off of the variant `small`."""
     from eval.signoff.keys import new_key
-    from tests.eval import real_run, synthetic_run
-    from tests.eval.signed_run import gate, sign
+    from tests.eval import real_run, run_builder
+    from tests.eval.run_builder import gate, sign
 
     folder = tmp_path_factory.mktemp("released")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic_run, "RECIPES", real_run.RECIPES)
+        patch.setattr(run_builder, "RECIPES", real_run.RECIPES)
         run = real_run.RealRun(folder).make()
     run.fallback_cost()
     gate(run)

@@ -16,8 +16,7 @@ from eval.core.documents import Document, collate, windows
 from eval.core.records import Documents, Measured, write_record
 from eval.core.study import Study
 from eval.metrics.likelihood import document_bits
-from tests.eval.fake_run import tokenizer
-from tests.eval.synthetic_run import Run
+from tests.eval.run_builder import Run, tokenizer
 from tests.helpers import text, tiny_model
 
 CONTEXT = 64

@@ -23,7 +23,7 @@ from eval.score.divergence import (
     record_agreement,
     uncompared_variants,
 )
-from tests.eval.fake_run import CONTEXT, facts, fake_run, put, torch_model
+from tests.eval.run_builder import CONTEXT, facts, fake_run, put, torch_model
 from tests.helpers import run, text, tiny_model
 
 DOCUMENTS = [Document(f"d{i}", "code", text("code", i, words=5 + 23 * i)) for i in range(4)]

@@ -9,7 +9,7 @@ from eval.core.sections import Task
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
 from eval.score.samples import task_digest
-from tests.eval.synthetic_run import Run
+from tests.eval.run_builder import Run
 
 PICK = Task(kind="multiple_choice", path="pick.jsonl")
 

@@ -19,7 +19,7 @@ from eval.cost.plan import RANDOM, chosen, drawn, of_folders, of_run, variants
 from eval.cost.rounds import measure_group, order_of, started
 from eval.cost.worker import peak_memory, request
 from eval.engines import load_engine, load_tokenizer
-from tests.eval.fake_run import COST, facts, fake_run, put, torch_model
+from tests.eval.run_builder import COST, facts, fake_run, put, torch_model
 from tests.helpers import run
 
 

@@ -16,7 +16,7 @@ from eval.core.documents import (
     windows,
 )
 from eval.core.errors import UserError
-from tests.eval.fake_run import put_data, tokenizer
+from tests.eval.run_builder import put_data, tokenizer
 from tests.helpers import text
 
 TEXTS = ["x", "é€😀\n\ttab", text("code", 1), text("prose", 2) * 3]

@@ -10,7 +10,7 @@ from eval.core.errors import UserError
 from eval.cost.meters import NONE, Counter, device_memory, meter_of, nvml, rapl
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
-from tests.eval.synthetic_run import Run, edit, row
+from tests.eval.run_builder import Run, edit, row
 
 RANGE = 262_143_328_850  # microjoules, of a real package
 

@@ -15,7 +15,7 @@ from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.engines import load_engine, load_tokenizer, silenced
 from eval.engines.torch import load_checkpoint
-from tests.eval.fake_run import tokenizer
+from tests.eval.run_builder import tokenizer
 from tests.helpers import run, tiny_model
 
 ENGINES = ["torch", "openvino"]

@@ -12,7 +12,7 @@ from eval.core.budget import load_budget
 from eval.core.errors import UserError
 from eval.core.study import load_study
 from eval.gate.evidence import collect_evidence
-from tests.eval.synthetic_run import Run, change_score, copied, edit
+from tests.eval.run_builder import Run, change_score, copied, edit
 
 
 @pytest.fixture(scope="module")

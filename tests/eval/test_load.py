@@ -23,8 +23,7 @@ from eval.cost.worker import in_turn
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
 from eval.stats.queueing import capacity, finished, knee, outcome, poisson
-from tests.eval.fake_run import COST, fake_run
-from tests.eval.synthetic_run import HOST, Run, row
+from tests.eval.run_builder import COST, HOST, Run, fake_run, row
 from tests.helpers import run
 
 MU = 100.0  # requests per second of the server

@@ -13,7 +13,7 @@ from eval.core.sections import Load
 from eval.core.study import load_study
 from eval.cost.merge import joined
 from eval.cost.plan import bench_from_command
-from tests.eval.fake_run import COST, fake_run
+from tests.eval.run_builder import COST, fake_run
 
 MACHINE = {
     "host": "elsewhere",

@@ -10,7 +10,7 @@ import torch
 from eval.core.documents import Document
 from eval.metrics.functions import calibration_error, exact_match, likeliest_choice, token_f1
 from eval.metrics.likelihood import BINS, bin_by_confidence, likelihoods
-from tests.eval.fake_run import CONTEXT, tokenizer
+from tests.eval.run_builder import CONTEXT, tokenizer
 from tests.helpers import ROOT, text, tiny_model
 
 

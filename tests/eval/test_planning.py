@@ -17,7 +17,7 @@ from eval.stats.power import (
     power,
     seeds_for,
 )
-from tests.eval.synthetic_run import Run
+from tests.eval.run_builder import Run
 from tests.eval.test_statistics import crossed
 from tests.helpers import run
 

@@ -20,7 +20,7 @@ from eval.engines.torch import load_checkpoint
 from eval.metrics import likelihood
 from eval.metrics.likelihood import document_bits, likelihoods
 from eval.score.scoring import score_documents, score_folder, unscored_folders
-from tests.eval.fake_run import CONTEXT, facts, fake_run, put, put_data, tokenizer, torch_model
+from tests.eval.run_builder import CONTEXT, facts, fake_run, put, put_data, tokenizer, torch_model
 from tests.helpers import ROOT, run, text, tiny_model
 
 DOCUMENTS = [Document(f"d{i}", "code", text("code", i, words=5 + 23 * i)) for i in range(5)]

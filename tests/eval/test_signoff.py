@@ -14,8 +14,7 @@ from eval.signoff.__main__ import verify
 from eval.signoff.keys import new_key, private_key, public_key
 from eval.signoff.statement import BEGIN, END, read, signoffs
 from eval.signoff.verify import decided, problems, read_gate, row_of
-from tests.eval.signed_run import NOW, gate, sign
-from tests.eval.synthetic_run import Run, edit
+from tests.eval.run_builder import NOW, Run, edit, gate, sign
 from tests.helpers import run as command
 
 TODAY = NOW.date()

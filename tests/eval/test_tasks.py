@@ -19,7 +19,7 @@ from eval.score.lm_eval import run_lm_eval, sample_scores
 from eval.score.samples import Sample, check_tasks, read_samples, task_digest
 from eval.score.task_scores import mean_task_scores, score_tasks, unscored_tasks
 from eval.score.tasks import answer_text, choice_rows, choose, generate, run_task
-from tests.eval.fake_run import CONTEXT, facts, fake_run, put, torch_model
+from tests.eval.run_builder import CONTEXT, facts, fake_run, put, torch_model
 from tests.helpers import text
 
 ENGINES = ["torch", "openvino"]

@@ -16,8 +16,7 @@ from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import Evidence, collect_evidence
 from eval.gate.openings import opening_path, read_openings, summarize_openings, write_opening
 from eval.gate.test_set import check_teachers, choose_variant, judge_test_set, next_opening
-from tests.eval.fake_run import tokenizer, torch_model
-from tests.eval.synthetic_run import GAINS, Run, copied, edit
+from tests.eval.run_builder import GAINS, Run, copied, edit, tokenizer, torch_model
 from tests.helpers import run, text
 
 TEXTS = {f"test-{i}": text("code", 50 + i, words=20 + 5 * (i % 3)) for i in range(12)}

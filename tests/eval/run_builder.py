@@ -1,21 +1,38 @@
-"""A whole run folder made of records and manifests alone, as the other stages write them; no model in it."""
+"""Run folders as the stages leave them, for every test that needs one.
+
+`Run` makes records and manifests with the scores, costs and seeds that a test asks for, and no model;
+`fake_run` makes tiny random models that can be scored; `gate` and `sign` judge and sign such a run.
+"""
 
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
-from eval.core.artifacts import build_artifact, read_manifest
+from distill.models.load import train_tokenizer
+from eval.core.artifacts import Manifest, build_artifact, digest, read_manifest
+from eval.core.budget import load_budget
 from eval.core.config import ROOT
 from eval.core.gate_file import GateFile, Variant
 from eval.core.records import Documents, Machine, Measured, Process, Provenance, Score, write_record
-from eval.core.study import Study, study_text
+from eval.core.study import Study, load_study, make_run_folder, save_study, study_text
+from eval.gate.decision import evaluate_gate
+from eval.gate.evidence import collect_evidence
+from eval.signoff.__main__ import stated
+from eval.signoff.keys import private_key
+from eval.signoff.statement import signed
+from tests.helpers import WORDS, text, tiny_model, tiny_study
 
+CONTEXT = 32
+COST = {"processes": 2, "prompt_tokens": 12, "new_tokens": 4, "requests": 3, "warmup": 1, "threads": 1}
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 HOST = Machine(host="box", system="Linux", cpu="some CPU", isa="AVX512", cores=2, device="cpu")
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.02}  # bits/byte better than B
 RECIPES = {"int8": ("openvino", 1.0, 0.6), "half": ("torch", 0.2, 1.0)}  # engine, gain kept, relative decode
@@ -212,3 +229,76 @@ def change_score(change, name: str = "plain/S1-s1"):
 
 def row(result: GateFile, recipe: str, target: str = "cpu") -> Variant:
     return next(v for v in result.variants if (v.recipe, v.target) == (recipe, target))
+
+
+def tokenizer(vocab_size: int = 300):
+    return train_tokenizer([text(d, i) for d in WORDS for i in range(5)], vocab_size)
+
+
+def put(run: Path, name: str, fill, **facts: Any) -> Manifest:
+    """Writes the artifact `name`; `fill` writes into the folder that it is given."""
+    folder = run / name
+    kind = "variant" if name.startswith("variants") else "model"
+    with build_artifact(folder, kind=kind, name=name, key=digest(name), parents={}, facts=facts) as aside:
+        fill(aside)
+    return read_manifest(folder)
+
+
+def torch_model(seed: int = 0, **changes: Any):
+    """A writer of a checkpoint for `put`."""
+
+    def fill(folder: Path) -> None:
+        tiny_model(seed=seed, **changes).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+
+    return fill
+
+
+def facts(arm: str, recipe: str = "plain", engine: str = "torch", seed: int = 0) -> dict[str, Any]:
+    return {"arm": arm, "seed": seed, "recipe": recipe, "engine": engine}
+
+
+def put_data(run: Path, **extra: str) -> None:
+    """Documents of code and prose; `extra` adds texts to the validation ones under ids of their own."""
+
+    def rows(domain: str, seeds: range, more: dict[str, str] | None = None) -> str:
+        texts = {f"{domain}-{i}": text(domain, i, words=30 + 20 * (i % 5)) for i in seeds} | (more or {})
+        made = [{"id": n, "domain": domain, "text": t, "bytes": len(t.encode())} for n, t in texts.items()]
+        return "".join(json.dumps(row) + "\n" for row in made)
+
+    with build_artifact(run / "data", kind="data", name="data", key="data", parents={}, facts={}) as aside:
+        (aside / "train.jsonl").write_text(rows("code", range(100, 110)))
+        (aside / "validation.jsonl").write_text(rows("code", range(6), extra))
+        (aside / "test.jsonl").write_text(rows("code", range(20, 22)))
+        (aside / "far.jsonl").write_text(rows("prose", range(3)))
+
+
+def fake_run(folder: Path, **changes: Any) -> tuple[Path, Path]:
+    """(study file, run folder) with data, a base, S1 and S0 of one seed."""
+    given = {"seeds": [0], "cost": COST, "workers": 1, "recipes": ["int8", "wanda50"], **changes}
+    path = tiny_study(folder, **given)
+    run = make_run_folder(load_study(path))
+    save_study(load_study(path))
+    put_data(run)
+    for seed, (name, arm) in enumerate(
+        {"base/s0": "B", "students/S1/s0": "S1", "students/S0/s0": "S0"}.items()
+    ):
+        put(run, name, torch_model(seed), **facts(arm))
+    return path, run
+
+
+def gate(run):
+    """gate.json as the gate writes it."""
+    study = load_study(run.path)
+    budget = load_budget(study)
+    result = evaluate_gate(collect_evidence(run.path, study, budget), budget).model_dump(mode="json")
+    (run.path / "gate.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def sign(run, key, recipe="int8", target="cpu", **given):
+    given = {"by": "Ada", "signer": private_key(key), "now": NOW, **given}
+    text = signed(stated(run.path, recipe=recipe, target=target, **given), given["signer"])
+    path = run.path / "signoff" / f"{recipe}-{target}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
