@@ -19,7 +19,7 @@ import torch
 from compress.recipe import Context, Pass, PassReport, Recipe, Stage
 from compress.verify import MODEL, save_reference
 from distill.data.sources import training_rows
-from eval.core.artifacts import digest, write_text
+from eval.core.artifacts import Key, digest, make_key, write_text
 from eval.core.documents import pad_id
 from eval.core.study import Study
 from eval.engines import silenced
@@ -56,8 +56,8 @@ class Variant:
         return f"variants/{self.recipe.name}/{self.student.arm}/s{self.student.seed}"
 
     @property
-    def key(self) -> str:
-        return digest([self.recipe.identity, self.student.identity])
+    def key(self) -> Key:
+        return make_key("variant", [self.recipe.settings, self.student.identity], self.recipe.code)
 
 
 def scratch_folder(study: Study) -> Path:
@@ -65,7 +65,7 @@ def scratch_folder(study: Study) -> Path:
 
 
 def build_folder(study: Study, variant: Variant) -> Path:
-    return scratch_folder(study) / "built" / variant.name.removeprefix("variants/") / variant.key[:16]
+    return scratch_folder(study) / "built" / variant.name.removeprefix("variants/") / variant.key.digest[:16]
 
 
 def is_built(study: Study, variant: Variant) -> bool:

@@ -30,7 +30,7 @@ def publish_variant(study: Study, variant: Variant, report: Callable[[float], No
         "arm": student.arm,
         "seed": student.seed,
         "recipe": recipe.name,
-        "recipe_hash": digest(recipe.identity),
+        "recipe_hash": digest([recipe.settings, recipe.code]),
         "target": recipe.target,
         "engine": recipe.engine,
         "reports": reports,

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, reduce
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from eval.core.artifacts import file_sha256, source_hashes
-from eval.core.config import Frozen, plugin_class, plugin_names, validate_config
+from eval.core.artifacts import installed_versions, stage_code
+from eval.core.config import Frozen, plugin_class, plugin_code, plugin_names, validate_config
 from eval.core.documents import Row
 from eval.core.errors import UserError
 from eval.core.study import Study, read_recipe
@@ -111,14 +111,18 @@ class Pass(ABC):
 
     @cached_property
     def identity(self) -> list[Any]:
-        """What decides the outcome beside the model: its code, the class, the options."""
-        code = source_hashes(type(self), Pass)
-        return [code, type(self).__qualname__, self.options.model_dump(mode="json")]
+        """What decides the outcome beside the model: its settings and its code."""
+        return [self.settings, self.code]
 
+    @property
+    def settings(self) -> list[Any]:
+        return [type(self).__qualname__, self.options.model_dump(mode="json")]
 
-# What passes share is part of what a variant is made of, as their own files are.
-SHARED = ("build", "calibration", "model_size", "publish", "quant_error", "sparsity", "verify")
-CODE = [file_sha256(Path(__file__).with_name(f"{name}.py")) for name in SHARED]
+    @cached_property
+    def code(self) -> dict[str, str]:
+        """Digests of its code and versions of the libraries that it needs, for the keys of variants."""
+        libraries = [name.replace(".", "-") for name in self.needs]
+        return {**plugin_code(type(self), Pass), **installed_versions(libraries)}
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,13 @@ class Recipe:
         return self.passes[-1].engine
 
     @property
-    def identity(self) -> list[Any]:
-        return [CODE, self.name, self.target, [step.identity for step in self.passes]]
+    def settings(self) -> list[Any]:
+        return [self.name, self.target, [step.settings for step in self.passes]]
+
+    @property
+    def code(self) -> dict[str, str]:
+        """Versions that make its variants: of the stage, of every pass and of the libraries."""
+        return reduce(lambda code, step: code | step.code, self.passes, stage_code("variant"))
 
 
 def pass_class(name: str, where: str) -> type[Pass]:

@@ -39,7 +39,7 @@ def pending_variants(study: Study) -> list[Variant]:
     """The variants that are missing, or were made with another recipe or of another student."""
     recipes = load_recipes(study)
     wanted = [Variant(student, recipe) for student in find_students(study) for recipe in recipes]
-    return [variant for variant in wanted if not is_done(study.folder / variant.name, variant.key)]
+    return [v for v in wanted if not is_done(study.folder / v.name, v.key, study.accept_old)]
 
 
 def make_variants(study: Study) -> int:
@@ -63,7 +63,7 @@ def make_variants(study: Study) -> int:
 @entry
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.run", description=__doc__)
-    study, _ = study_from_command(parser)
+    study, _ = study_from_command(parser, stages=("variant",))
     if not study.folder.is_dir():
         raise UserError(
             f"run folder {study.folder}",

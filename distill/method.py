@@ -16,8 +16,7 @@ from distill.losses.teacher_output import Dense, States
 from distill.models.generation import sample_texts, stop_ids
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
 from distill.trainer.loop import Curve
-from eval.core.artifacts import source_hashes
-from eval.core.config import Frozen, plugin_class, validate_config
+from eval.core.config import Frozen, plugin_class, plugin_code, validate_config
 from eval.core.documents import Batch, Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Generation, MethodChoice, Train
@@ -138,9 +137,13 @@ class Method(ABC):
 
     @cached_property
     def identity(self) -> list[Any]:
-        """What decides the teacher beside its base: its code, the class, the settings."""
-        code = source_hashes(type(self), Method)
-        return [code, type(self).__qualname__, self.settings.model_dump(mode="json")]
+        """What decides the teacher beside its base and its code: the class, the settings."""
+        return [type(self).__qualname__, self.settings.model_dump(mode="json")]
+
+    @cached_property
+    def code(self) -> dict[str, str]:
+        """Digests of its code, for the key of the teacher."""
+        return plugin_code(type(self), Method)
 
 
 class Plain(Method):

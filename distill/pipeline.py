@@ -18,10 +18,10 @@ from distill.method import make_method
 from distill.models.card import model_card
 from distill.models.init import init_student
 from distill.models.load import (
+    base_origin,
     check_vocabulary,
     export,
     fresh_model,
-    local_files,
     named_model,
     train_tokenizer,
 )
@@ -32,10 +32,9 @@ from distill.teachers.target_source import (
     check_target_source,
     make_teacher,
     open_target_source,
-    target_source_key,
+    target_source_inputs,
 )
 from distill.trainer.artifact_training import (
-    CODE,
     MONITORING_ONLY,
     build_shared,
     delete_scratch,
@@ -46,7 +45,7 @@ from distill.trainer.artifact_training import (
 )
 from distill.trainer.logging import check_trackers
 from distill.trainer.loop import accelerator
-from eval.core.artifacts import build_artifact, digest, is_done, read_manifest
+from eval.core.artifacts import build_artifact, installed_versions, is_done, make_key, read_manifest
 from eval.core.documents import TRAIN, read_documents
 from eval.core.jobs import Job, Progress, run_in_turn, run_jobs
 from eval.core.sections import Train
@@ -54,12 +53,14 @@ from eval.core.study import Study, save_study
 from eval.engines import load_tokenizer
 from eval.engines.torch import load_model
 
+BASE_FILES = "base-files.json"  # of the run folder: the hashes of a local base
+
 
 def make_tokenizer(study: Study) -> None:
     """Trains the byte-level BPE of a study whose base is trained from scratch."""
     folder, data = study.folder / "tokenizer", read_manifest(study.folder / "data")
-    key = digest([study.base.vocab_size, data.hash])
-    if study.base.architecture is None or is_done(folder, key):
+    key = make_key("tokenizer", [study.base.vocab_size, data.hash])
+    if study.base.architecture is None or is_done(folder, key, study.accept_old):
         return
     with build_artifact(
         folder, kind="tokenizer", name="tokenizer", key=key, parents={"data": data.hash}, facts={}
@@ -76,6 +77,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> None:
     check_target_source(study)
     if acc.is_main_process:
         save_study(study)
+        base_origin(study.base, study.folder / BASE_FILES)  # read once, before workers ask
         prepare(study)
         make_tokenizer(study)
     acc.wait_for_everyone()
@@ -90,17 +92,18 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
         parents["tokenizer"] = read_manifest(study.folder / "tokenizer").hash
     training = base.train.model_dump(exclude=MONITORING_ONLY) if base.train else None
     shape = rows_shape(study) if base.train else []
-    origin = [base.model_dump(exclude={"train"}), local_files(base.path)]
-    key = digest([CODE, origin, training, shape, parents, seed if base.train else None])
-    if not is_missing(study.folder / name, key):
+    origin = base_origin(base, study.folder / BASE_FILES)
+    key = make_key("base", [origin, training, shape, parents, seed if base.train else None])
+    if not is_missing(study, name, key):
         return
     if base.architecture:
         tokenizer = load_tokenizer(study.folder / "tokenizer")
         model = fresh_model(base.architecture, tokenizer, seed)
     else:
-        model, tokenizer = named_model(base)
+        model, tokenizer = named_model(base, origin.get("commit"))
     check_vocabulary(model, tokenizer, name)
     facts: dict[str, Any] = {"arm": "B", "seed": seed, "recipe": "plain", "engine": "torch"}
+    facts["origin"] = origin
     with build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as folder:
         if base.train is not None:
             facts["loss_curve"] = run_training(
@@ -127,8 +130,11 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
         parents["teacher"] = teacher_hash
     config = study.ce_train if arm == "CE" and study.ce_train else study.train
     settings = [config.model_dump(exclude=MONITORING_ONLY), study.student.model_dump()]
-    key = digest([CODE, settings, rows_shape(study), target_source_key(study, arm), parents, arm, seed])
-    if not is_missing(study.folder / name, key):
+    targets, code = target_source_inputs(study, arm, seed)
+    if study.student.tuning == "qlora":
+        code |= installed_versions(["bitsandbytes"])
+    key = make_key("student", [settings, rows_shape(study), targets, parents, arm, seed], code)
+    if not is_missing(study, name, key):
         return
     tokenizer = load_tokenizer(base)
     facts: dict[str, Any] = {"arm": arm, "seed": seed, "recipe": "plain", "engine": "torch"}

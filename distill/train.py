@@ -18,6 +18,7 @@ from eval.core.errors import UserError, entry  # noqa: E402
 from eval.core.jobs import lock_folder  # noqa: E402
 from eval.core.study import make_run_folder, mark_trained  # noqa: E402
 
+TRAINED = ("data", "tokenizer", "base", "method", "targets", "student")  # what --accept-old may name
 STAGES = ("data", "bases", "teachers", "students")
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     check_processes()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
-    study, args = study_from_command(parser, trained=False)
+    study, args = study_from_command(parser, trained=False, stages=TRAINED)
     # These imports take seconds: a mistake in the study is reported before them.
     from distill.pipeline import jobs_until, prepare_inputs, run_all, show_targets
     from distill.trainer.loop import accelerator

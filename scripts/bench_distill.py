@@ -40,7 +40,7 @@ from distill.teachers.codec import make_codec  # noqa: E402
 from distill.teachers.local import LocalTeacher  # noqa: E402
 from distill.trainer.loop import accelerator, build_optimizers, check_finite, set_learning_rate, step_loss  # noqa: E402
 from distill.trainer.module import DistillationModule  # noqa: E402
-from eval.core.artifacts import build_artifact  # noqa: E402
+from eval.core.artifacts import Key, build_artifact  # noqa: E402
 from eval.core.config import Frozen  # noqa: E402
 from eval.core.documents import Row  # noqa: E402
 from eval.core.errors import entry  # noqa: E402
@@ -145,7 +145,7 @@ def cached(teacher: LocalTeacher, vocabulary: int, draws: int = 50) -> Iterator[
         top = Path(name)
         write_shards(top / "shards", rows, teacher, form, pad=0, report=lambda share: None)
         with build_artifact(
-            top / "t", kind="targets", name="t", key="", parents={}, facts=dict(form.facts)
+            top / "t", kind="targets", name="t", key=Key(""), parents={}, facts=dict(form.facts)
         ) as aside:
             link_shards(top / "shards", aside, sum(row.predicted for row in rows))
         yield CachedTeacher(top / "t", rows, form, {})

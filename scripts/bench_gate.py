@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import yaml
 
-from eval.core.artifacts import build_artifact, read_manifest
+from eval.core.artifacts import Key, build_artifact, read_manifest
 from eval.core.config import ROOT
 from eval.core.records import PLAIN, Documents, Machine, Measured, Process, Provenance, Score, write_record
 from eval.core.study import Study, study_text
@@ -80,7 +80,9 @@ class Writer:
 
     def artifact(self, place: str, **parents: str) -> str:
         folder = self.study.folder / place
-        with build_artifact(folder, kind="model", name=place, key=place, parents=parents, facts={}) as aside:
+        with build_artifact(
+            folder, kind="model", name=place, key=Key(place), parents=parents, facts={}
+        ) as aside:
             (aside / "model").write_text(place)
         return read_manifest(folder).hash
 

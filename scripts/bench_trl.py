@@ -125,12 +125,12 @@ def cached(folder: Path, rows: list[Any], teacher: Any, vocabulary: int) -> Any:
     """A teacher that reads its draws from disk, where they are put first."""
     from distill.teachers.cache import CachedTeacher, link_shards, write_shards
     from distill.teachers.codec import make_codec
-    from eval.core.artifacts import build_artifact
+    from eval.core.artifacts import Key, build_artifact
     from eval.core.sections import Targets
 
     form = make_codec(Targets(form="sampled", draws=50), vocabulary, 1.0)
     write_shards(folder / "shards", rows, teacher, form, pad=0, report=lambda share: None)
-    about: Found = {"kind": "targets", "name": "t", "key": "", "parents": {}, "facts": dict(form.facts)}
+    about: Found = {"kind": "targets", "name": "t", "key": Key(""), "parents": {}, "facts": dict(form.facts)}
     with build_artifact(folder / "t", **about) as aside:
         link_shards(folder / "shards", aside, sum(row.predicted for row in rows))
     return CachedTeacher(folder / "t", rows, form, {})

@@ -43,7 +43,7 @@ def state(study: Study) -> str:
             study.model_dump(mode="json"),
             load_budget(study).model_dump(mode="json"),
             recipes,
-            data_key(study),
+            data_key(study).digest,
             library_versions(),
             [file_sha256(p) for p in [*code, ROOT / "requirements.lock"]],
             {name: file_sha256(p) for name, p in sorted(made.items())},

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from compress.model_size import size_of
 from compress.recipe import Context, Pass, PassReport, Stage
-from eval.core.artifacts import digest
+from eval.core.artifacts import digest, stage_code
 from eval.core.config import Frozen
 from eval.core.documents import Batch
 from eval.core.sections import Train
@@ -28,11 +28,9 @@ class Recover(Pass):
         train: Train
 
     @cached_property
-    def identity(self) -> list[Any]:
-        """As of any pass, with the code that trains: a mended loss must not leave its variants in use."""
-        from distill.trainer.artifact_training import CODE
-
-        return [*super().identity, CODE]
+    def code(self) -> dict[str, str]:
+        """As of any pass, with the code that trains students: it trains here too."""
+        return {**super().code, **stage_code("student")}
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
         from distill.trainer.loop import train

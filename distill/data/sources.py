@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from eval.core.artifacts import Manifest, build_artifact, digest, is_done, read_manifest
+from eval.core.artifacts import Key, Manifest, build_artifact, digest, is_done, make_key, read_manifest
 from eval.core.documents import TEST, TRAIN, VALIDATION, Document, Row, pack, read_documents, windows
 from eval.core.errors import UserError
 from eval.core.sections import Source
@@ -251,17 +251,17 @@ def split_documents(study: Study) -> dict[str, list[Document]]:
     return splits | damaged_slices(splits[VALIDATION], data.corruptions, splits)
 
 
-def data_key(study: Study) -> str:
+def data_key(study: Study) -> Key:
     """Key of the data artifact: the settings, and the present state of the sources."""
     sources = [*study.data.documents, *(s for group in study.data.shifted.values() for s in group)]
     settings = study.data.model_dump(mode="json", exclude={"context", "train_rows", "tasks"})
-    return digest([settings, [fingerprint(source) for source in sources]])
+    return make_key("data", [settings, [fingerprint(source) for source in sources]])
 
 
 def prepare(study: Study) -> Manifest:
     """Writes the data artifact of a study, unless it is there already."""
     folder, key = study.folder / "data", data_key(study)
-    if is_done(folder, key):
+    if is_done(folder, key, study.accept_old):
         return read_manifest(folder)
     splits = split_documents(study)
     facts = {f"{name}_documents": len(documents) for name, documents in splits.items()}

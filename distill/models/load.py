@@ -1,9 +1,12 @@
 """Plain models: built from a config, loaded, checked against a tokenizer, exported."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -14,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from eval.core.artifacts import digest, file_sha256, write_text
 from eval.core.errors import UserError
 from eval.core.sections import Base
 from eval.engines import silenced
@@ -68,12 +72,12 @@ def fresh_model(
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def named_model(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def named_model(base: Base, commit: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base that a study names: a hub repository or a folder, from safetensors alone; it runs no code."""
     assert base.path is not None
     if Path(base.path).is_dir():
         return load_checkpoint(Path(base.path))
-    settings = {"revision": base.revision or "main", "trust_remote_code": False}
+    settings = {"revision": commit or base.revision or "main", "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, **settings)
         model = AutoModelForCausalLM.from_pretrained(
@@ -85,11 +89,58 @@ def named_model(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
-def local_files(path: str | None) -> dict[str, list[int]]:
-    """Size and time of every file of a local base: what tells that it has changed. Empty for a hub name."""
-    files = sorted(Path(path).rglob("*")) if path and Path(path).is_dir() else []
-    stats = {p.relative_to(str(path)).as_posix(): p.stat() for p in files if p.is_file()}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+def base_origin(base: Base, memory: Path) -> dict[str, Any]:
+    """What a base is, wherever it lies: its architecture, the content of its files or its commit on the hub.
+
+    Args:
+        memory: a file that remembers the hashes of local files by size and time, so that each is read once.
+
+    Raises:
+        UserError: the hub does not know it, or cannot be reached and nothing of it lies in the local cache.
+    """
+    if base.path is None:
+        return {"architecture": base.architecture, "vocab_size": base.vocab_size}
+    if Path(base.path).is_dir():
+        return {"files": digest(local_hashes(Path(base.path), memory))}
+    return {"hub": base.path, "commit": hub_commit(base.path, base.revision or "main")}
+
+
+def local_hashes(folder: Path, memory: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files of a local base; no model is made of hidden files and of Markdown."""
+    known = json.loads(memory.read_text()) if memory.is_file() else {}
+    hashes, seen = {}, {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts) or path.suffix == ".md":
+            continue
+        place, stat = str(path.resolve()), path.stat()
+        state, content = known.get(place, ([], ""))
+        if state != [stat.st_size, stat.st_mtime_ns]:
+            content = file_sha256(path)
+        hashes[name.as_posix()], seen[place] = content, [[stat.st_size, stat.st_mtime_ns], content]
+    if seen != known:
+        write_text(memory, json.dumps(seen, indent=1))
+    return hashes
+
+
+def hub_commit(path: str, revision: str) -> str:
+    """The commit that a revision on the hub stands for; offline that of the snapshot in the cache."""
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    try:
+        commit = HfApi().model_info(path, revision=revision, timeout=10).sha
+    except (OSError, ValueError) as error:  # offline, unreachable, unknown, no name of a repository
+        try:
+            snapshot = try_to_load_from_cache(path, "config.json", revision=revision)
+        except ValueError:
+            snapshot = None
+        if not isinstance(snapshot, str):
+            fix = "give a hub name that has safetensors, or a folder"
+            cause = " ".join(str(error).split())[:200]
+            raise UserError("base.path", f"{path} ({cause})", fix) from error
+        commit = Path(snapshot).parent.name
+    assert commit is not None
+    return commit
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:

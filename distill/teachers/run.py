@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -14,7 +13,6 @@ from distill.method import Method, MethodContext, make_method
 from distill.models.load import check_same_tokenizer
 from distill.teachers.local import LocalTeacher, load_teacher_model
 from distill.trainer.artifact_training import (
-    CODE,
     build_shared,
     delete_scratch,
     is_missing,
@@ -24,7 +22,7 @@ from distill.trainer.artifact_training import (
 )
 from distill.trainer.distributed import is_sharded
 from distill.trainer.loop import Curve, accelerator
-from eval.core.artifacts import digest, read_manifest
+from eval.core.artifacts import Key, digest, make_key, read_manifest
 from eval.core.jobs import Progress
 from eval.core.sections import Train
 from eval.core.study import Study
@@ -63,7 +61,7 @@ def _method_context(
     folders = {s: study.folder / "base" / f"s{s}" for s in {seed, *bases}}
     for other, base in folders.items():
         check_same_tokenizer(tokenizer, load_tokenizer(base), f"base s{other}")
-    key = digest(_fit_inputs(study, name[:2], seed, bases))
+    key = _fit_key(study, name[:2], seed, bases)
 
     def fit(model: PreTrainedModel, rows: list, config: Train, part: str) -> Curve:
         return run_training(
@@ -88,26 +86,25 @@ def _teacher_parents(study: Study, bases: tuple[int, ...]) -> dict[str, str]:
     return {**hashes, "data": read_manifest(study.folder / "data").hash}
 
 
-def _fit_inputs(study: Study, side: str, seed: int, bases: tuple[int, ...]) -> list[Any]:
-    """All that decides what a method fits."""
-    parents = _teacher_parents(study, tuple(sorted({seed, *bases})))
-    return [CODE, study_method(study, side).identity, parents, rows_shape(study), seed]
+def _fit_key(study: Study, side: str, seed: int, bases: tuple[int, ...]) -> Key:
+    """All that decides a teacher and what its method fits."""
+    method, parents = study_method(study, side), _teacher_parents(study, tuple(sorted({seed, *bases})))
+    fitted_on = [] if type(method).fit is Method.fit else [rows_shape(study), seed]
+    return make_key("method", [method.identity, parents, fitted_on], method.code)
 
 
-def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], report: Progress) -> str:
-    """Fits the method where it has something to fit; the hash of what was fitted."""
+def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], report: Progress) -> None:
+    """The artifact of a teacher: what its method fitted, or only a manifest where it fits nothing."""
     method = study_method(study, side)
-    if type(method).fit is Method.fit:
-        return ""
     name = f"method/{teacher_name(side, seeds)}"
     parents = _teacher_parents(study, tuple(sorted({seeds[0], *bases})))
-    key = digest(_fit_inputs(study, side, seeds[0], bases))
-    if is_missing(study.folder / name, key):
+    key = _fit_key(study, side, seeds[0], bases)
+    if is_missing(study, name, key):
         facts = {"arm": side, "seed": seeds[0], "method": study.method.name}
         with build_shared(study, name, kind="method", key=key, parents=parents, facts=facts) as aside:
-            method.fit(_method_context(study, teacher_name(side, seeds), aside, seeds[0], bases, report))
+            if type(method).fit is not Method.fit:
+                method.fit(_method_context(study, teacher_name(side, seeds), aside, seeds[0], bases, report))
         delete_scratch(study, teacher_name(side, seeds))
-    return read_manifest(study.folder / name).hash
 
 
 @contextmanager
@@ -131,12 +128,11 @@ def run_teacher(
         yield LocalTeacher(method, study.method.name, model, vocabulary, layers)
 
 
-def teacher_hash(study: Study, side: str, bases: tuple[int, ...], fitted_hash: str) -> str:
-    """Fingerprint of a teacher: its method, its bases, its data, what was fitted and how it is run."""
+def teacher_hash(study: Study, side: str, seeds: list[int]) -> str:
+    """Fingerprint of a teacher: what it was made from, by which code, what was fitted and how it is run."""
+    manifest = read_manifest(study.folder / "method" / teacher_name(side, seeds))
     how = [study.targets.dtype, study.targets.quantization]
-    own = next(seeds[0] for group, seeds in teacher_groups(study)[side].items() if group == bases)
-    parents = _teacher_parents(study, tuple(sorted({own, *bases})))
-    return digest([CODE, study_method(study, side).identity, parents, fitted_hash, how])
+    return digest([manifest.inputs, manifest.code, manifest.hash, how])
 
 
 def teacher_group(study: Study, side: str, seed: int) -> tuple[tuple[int, ...], list[int]]:
@@ -148,7 +144,4 @@ def find_teacher_hash(study: Study, arm: str, seed: int) -> str | None:
     if arm not in TEACHERS:
         return None
     side = TEACHERS[arm]
-    bases, seeds = teacher_group(study, side, seed)
-    fitted = study.folder / "method" / teacher_name(side, seeds)
-    has_fit = type(study_method(study, side)).fit is not Method.fit
-    return teacher_hash(study, side, bases, read_manifest(fitted).hash if has_fit else "")
+    return teacher_hash(study, side, teacher_group(study, side, seed)[1])

@@ -28,7 +28,6 @@ from distill.teachers.run import (
 from distill.teachers.scoring import is_scored, score_teacher
 from distill.teachers.texts import count_texts, read_texts, write_texts
 from distill.trainer.artifact_training import (
-    CODE,
     build_shared,
     delete_scratch,
     is_missing,
@@ -37,7 +36,7 @@ from distill.trainer.artifact_training import (
 )
 from distill.trainer.loop import accelerator
 from distill.trainer.rollout import OnPolicy
-from eval.core.artifacts import digest, read_manifest
+from eval.core.artifacts import Key, digest, installed_versions, make_key, read_manifest, stage_code
 from eval.core.documents import Row, pad_id, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.jobs import Progress
@@ -86,9 +85,10 @@ def check_target_source(study: Study) -> None:
 
 def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], report: Progress) -> None:
     """Fits the method, scores the teacher for its seeds and writes its targets: what is not done yet."""
-    teacher = teacher_hash(study, side, bases, fit_method(study, side, seeds, bases, report))
+    fit_method(study, side, seeds, bases, report)
+    teacher = teacher_hash(study, side, seeds)
     name, key = f"targets/{teacher_name(side, seeds)}", _targets_key(study, teacher)
-    missing = study.targets.source in STORED_SOURCES and is_missing(study.folder / name, key)
+    missing = study.targets.source in STORED_SOURCES and is_missing(study, name, key)
     scored = is_scored(study, side, seeds, teacher)
     acc = accelerator()
     acc.wait_for_everyone()  # all have checked before the first one writes
@@ -103,7 +103,7 @@ def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ..
 
 
 def _write_targets(
-    study: Study, name: str, key: str, live: LocalTeacher, teacher: str, report: Progress
+    study: Study, name: str, key: Key, live: LocalTeacher, teacher: str, report: Progress
 ) -> None:
     """Writes the targets of all training rows: every process its share, the first joins the shards."""
     acc, place = accelerator(), scratch_folder(study, name, key)
@@ -150,15 +150,30 @@ def _deciding_settings(targets: Targets) -> dict[str, Any]:
     return targets.model_dump(include={"source", *keys[targets.source]})
 
 
-def _targets_key(study: Study, teacher: str) -> str:
+def _targets_key(study: Study, teacher: str) -> Key:
     sampled = study.targets.source == "cached" and study.targets.form == "sampled"
     temperature = study.train.loss.temperature if sampled else None
-    return digest([CODE, teacher, rows_shape(study), _deciding_settings(study.targets), temperature])
+    inputs = [teacher, rows_shape(study), _deciding_settings(study.targets), temperature]
+    return make_key("targets", inputs, _quantizer(study))
 
 
-def target_source_key(study: Study, arm: str) -> Any:
-    """What decides a student's lesson beside its rows and its teacher."""
-    return _deciding_settings(study.targets) if arm in TEACHERS else None
+def _quantizer(study: Study) -> dict[str, str]:
+    return installed_versions(["bitsandbytes"] if study.targets.quantization else [])
+
+
+def target_source_inputs(study: Study, arm: str, seed: int) -> tuple[Any, dict[str, str]]:
+    """What decides a student's targets beside its rows and its teacher: settings, and versions of code.
+
+    Targets on disk count by the versions that made them, so that accepted ones stay what they were.
+    """
+    if arm not in TEACHERS:
+        return None, {}
+    settings = _deciding_settings(study.targets)
+    if study.targets.source not in STORED_SOURCES:
+        return settings, {**stage_code("targets"), **_quantizer(study)}
+    _, seeds = teacher_group(study, TEACHERS[arm], seed)
+    folder = study.folder / "targets" / teacher_name(TEACHERS[arm], seeds)
+    return [settings, read_manifest(folder).code], {}
 
 
 @contextmanager

@@ -14,20 +14,18 @@ from distill.trainer.checkpoint import Curve
 from distill.trainer.evaluate import Validation
 from distill.trainer.logging import open_trackers
 from distill.trainer.loop import Step, accelerator, train
-from eval.core.artifacts import build_artifact, file_sha256, is_done
-from eval.core.config import ROOT
+from eval.core.artifacts import Key, build_artifact, is_done
 from eval.core.documents import Row, pad_id
 from eval.core.jobs import Progress
 from eval.core.sections import Train
 from eval.core.study import Study
 
 MONITORING_ONLY = {"checkpoint_every", "evaluate_every"}  # settings of `train` without effect on weights
-CODE = sorted(file_sha256(p) for p in [*(ROOT / "distill").rglob("*.py"), ROOT / "eval/core/documents.py"])
 
 
-def is_missing(folder: Path, key: str) -> bool:
-    """True if `folder` must be made; every process of a launch answers before any goes on."""
-    missing = not is_done(folder, key)
+def is_missing(study: Study, name: str, key: Key) -> bool:
+    """True if the artifact `name` must be made; every process of a launch answers before any goes on."""
+    missing = not is_done(study.folder / name, key, study.accept_old)
     accelerator().wait_for_everyone()
     return missing
 
@@ -50,9 +48,9 @@ def rows_shape(study: Study) -> list[Any]:
     return [study.data.context, study.data.train_rows, study.data.packing]
 
 
-def scratch_folder(study: Study, name: str, key: str) -> Path:
+def scratch_folder(study: Study, name: str, key: Key) -> Path:
     """Folder for unfinished work on the artifact `name`, another one for each key."""
-    return study.folder / "scratch" / name.replace("/", "-") / key[:16]
+    return study.folder / "scratch" / name.replace("/", "-") / key.digest[:16]
 
 
 def run_training(
@@ -63,7 +61,7 @@ def run_training(
     rows: list[Row],
     config: Train,
     *,
-    key: str,
+    key: Key,
     **options: Any,
 ) -> Curve:
     """Trains with resumable checkpoints in the scratch folder of `name`, and with logs.

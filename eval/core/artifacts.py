@@ -1,38 +1,52 @@
 """Artifact folders: content hashes, a manifest, and writes that appear whole or not at all.
 
 An artifact is a folder with a `manifest.json`. Its `hash` says what the bytes are; its `key` says what
-it was made from (settings and parents), so that finished work is recognised and not done again.
+it was made from (`inputs`: settings and parents) and by which versions (`code`), so that finished work is
+recognised and not done again. docs/cache-keys.md says what is done again, and when.
 """
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from eval.core.errors import UserError
+from eval.core.errors import UserError, require_one_of
 
 MANIFEST = "manifest.json"
-VERSIONED = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "optimum-intel",
-    "openvino",
-    "nncf",
-)
+
+
+class Stage(NamedTuple):
+    """The code of one kind of artifact."""
+
+    version: int  # raise it when the code may make other artifacts; `tests/test_stage_digests.py` asks for it
+    libraries: tuple[str, ...]  # distributions whose versions decide what is made
+
+
+_MODELS = ("torch", "transformers", "tokenizers")
+VERSIONS = {
+    "data": Stage(1, ()),
+    "tokenizer": Stage(1, ("transformers", "tokenizers")),
+    "base": Stage(1, (*_MODELS, "accelerate")),
+    "method": Stage(1, (*_MODELS, "accelerate", "peft")),
+    "targets": Stage(1, (*_MODELS, "peft")),
+    "student": Stage(1, (*_MODELS, "accelerate", "peft")),
+    "variant": Stage(1, _MODELS),  # and what its passes need
+}
+# Where the artifacts of a run lie, and what they are called in a sentence.
+FOLDERS = {"data": "documents", "tokenizer": "tokenizer", "base": "bases", "method": "teachers"}
+FOLDERS |= {name: name for name in ("targets", "students", "variants")}
+VERSIONED = (*_MODELS, "peft", "accelerate", "bitsandbytes", "optimum-intel", "openvino", "nncf")
 
 
 class FileEntry(BaseModel):
@@ -48,7 +62,10 @@ class Manifest(BaseModel):
     schema_version: int = 1
     kind: str  # data, model, method, targets, variant
     name: str  # path below the run folder, e.g. students/S1/s0
-    key: str  # digest of what it was made from
+    key: str  # digest of `inputs` and `code`
+    inputs: str = ""  # digest of the settings and parents that it was made from
+    code: dict[str, str] = {}  # versions that made it: of its stage, of libraries, digests of plug-ins
+    accepted: dict[str, str] = {}  # the versions that it was accepted for, where others made it
     hash: str  # digest of the file hashes
     files: dict[str, FileEntry]
     parents: dict[str, str]  # role -> artifact hash
@@ -68,18 +85,36 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def source_hashes(kind: type, base: type) -> list[str]:
-    """SHA-256 of the code of a plug-in: of its class and those that it inherits from, up to `base`.
+@dataclass(frozen=True)
+class Key:
+    """What an artifact is made from: settings and parents, and the versions of what makes it."""
 
-    Of a class that lies outside this project, every Python file of its package counts.
-    """
-    root, found = Path(__file__).resolve().parents[2], set()
-    for one in kind.__mro__:
-        if one not in base.__mro__:
-            path = Path(inspect.getfile(one)).resolve()
-            packaged = sys.modules[one.__module__].__package__ and not path.is_relative_to(root)
-            found |= set(path.parent.rglob("*.py")) if packaged else {path}
-    return sorted(file_sha256(path) for path in found)
+    inputs: str
+    code: dict[str, str] = field(default_factory=dict)
+    stage: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        return digest([self.inputs, self.code])
+
+
+def make_key(stage: str, inputs: Any, code: dict[str, str] | None = None) -> Key:
+    """The key of an artifact of `stage`; `code` adds to the versions of the stage and of its libraries."""
+    return Key(digest(inputs), {**stage_code(stage), **(code or {})}, stage)
+
+
+def parse_stages(text: str, known: Iterable[str]) -> tuple[str, ...]:
+    """The stages in `base,student` or `all`, of those that are `known`."""
+    names = tuple(known)
+    if text == "all":
+        return names
+    return tuple(require_one_of("--accept-old", part.strip(), [*names, "all"]) for part in text.split(","))
+
+
+def stage_code(stage: str) -> dict[str, str]:
+    """The version of a stage and of the libraries that it depends on, as installed."""
+    version, libraries = VERSIONS[stage]
+    return {stage: str(version), **installed_versions(libraries)}
 
 
 def file_sha256(path: Path) -> str:
@@ -89,13 +124,20 @@ def file_sha256(path: Path) -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what an artifact is; absent ones are left out."""
-    found = {}
-    for name in VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: version for name in VERSIONED if (version := _version(name))}
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions for a key: one build of torch (`2.13.0+cpu`) stands for the others."""
+    return {name: version.split("+")[0] for name in names if (version := _version(name))}
+
+
+@cache
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -131,7 +173,7 @@ def build_artifact(
     *,
     kind: str,
     name: str,
-    key: str,
+    key: Key,
     parents: dict[str, str],
     facts: dict[str, Any],
 ) -> Iterator[Path]:
@@ -150,7 +192,9 @@ def build_artifact(
         manifest = Manifest(
             kind=kind,
             name=name,
-            key=key,
+            key=key.digest,
+            inputs=key.inputs,
+            code=key.code,
             hash=content_hash(files),
             files=files,
             parents=parents,
@@ -211,9 +255,47 @@ def verify_artifact(folder: Path) -> Manifest:
     return manifest
 
 
-def is_done(folder: Path, key: str) -> bool:
-    """True if `folder` holds a whole artifact made from `key`; a damaged one raises."""
-    if not (folder / MANIFEST).is_file() or read_manifest(folder).key != key:
+def is_done(folder: Path, key: Key, accept_old: Collection[str] = ()) -> bool:
+    """True if `folder` holds a whole artifact made from `key`; a damaged one raises.
+
+    An artifact of a stage in `accept_old` that other versions made from the same inputs is accepted, and its
+    manifest says so.
+    """
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(folder)
+    is_current, same_code = manifest.key == key.digest, manifest.code == key.code
+    if not is_current and not (manifest.inputs == key.inputs and (key.stage in accept_old or same_code)):
         return False
     verify_artifact(folder)
+    if not is_current:
+        changes = {"key": key.digest, "accepted": {} if same_code else key.code}
+        write_text(folder / MANIFEST, manifest.model_copy(update=changes).model_dump_json(indent=1) + "\n")
     return True
+
+
+def describe_accepted(run: Path) -> list[str]:
+    """What --accept-old accepted in a run folder: a sentence per kind of artifact and versions."""
+    counts = Counter(
+        (plural, _describe_versions(manifest))
+        for top, plural in FOLDERS.items()
+        for path in sorted((run / top).glob(f"**/{MANIFEST}"))
+        if (manifest := read_manifest(path.parent)).accepted
+    )
+    return [f"accepted: {plural} made by {versions} ({n})" for (plural, versions), n in counts.items()]
+
+
+def _describe_versions(manifest: Manifest) -> str:
+    """The versions that made an artifact, where others were asked for."""
+    made, wanted = manifest.code, manifest.accepted
+    names = [name for name in {**made, **wanted} if made.get(name) != wanted.get(name)]
+    libraries = set(VERSIONED) | {name for name in names if "." in made.get(name, "")}
+    words = []
+    for name in names:
+        if name in VERSIONS:
+            words.append(f"code version {made.get(name, 'unknown')}")
+        elif name in libraries:
+            words.append(f"{name} {made[name]}" if name in made else f"no {name}")
+        else:
+            words.append(f"other code of {name}")
+    return ", ".join(words)

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from eval.core.artifacts import write_text
+from eval.core.artifacts import parse_stages, write_text
 from eval.core.study import Study, check_trained, load_study
 
 LOG = "log.txt"
@@ -32,6 +32,8 @@ def describe_fields(
         if section is not None:
             shown.setdefault(section, f"{path}{name}")
     for name, field in model.model_fields.items():
+        if field.exclude:  # set by a flag of its own
+            continue
         key, section = f"{path}{name}", sections[name]
         meaning = field.description or (" ".join((section.__doc__ or "").split()) if section else "")
         if section is not None and shown[section] != key:
@@ -78,24 +80,33 @@ def keys_help(model: type[BaseModel]) -> str:
 
 
 def study_from_command(
-    parser: argparse.ArgumentParser, trained: bool = True, measures: bool = False
+    parser: argparse.ArgumentParser,
+    trained: bool = True,
+    measures: bool = False,
+    stages: tuple[str, ...] = (),
 ) -> tuple[Study, argparse.Namespace]:
     """Parses `--study` (a YAML file or a run folder), the parser's own flags and overrides of its keys.
 
     Args:
         trained: the settings must be those that made the run folder.
         measures: the command also takes `--json FILE`, for `write_json`.
+        stages: the command makes artifacts of these and takes `--accept-old`.
     """
     parser.add_argument(
         "--config", "--study", dest="study", required=True, help="a study's YAML file, or a run folder"
     )
     if measures:
         add_json(parser)
+    if stages:
+        about = "keep artifacts that other versions of the code or of libraries made from the same settings"
+        parser.add_argument("--accept-old", metavar="STAGES", help=f"{about}: {','.join(stages)} or all")
     if {"-h", "--help"} & set(sys.argv[1:]):
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         parser.epilog = keys_help(Study).replace("%", "%%")
     known, words = parser.parse_known_args()
     study = load_study(known.study, words)
+    if stages and known.accept_old:
+        study = study.model_copy(update={"accept_old": parse_stages(known.accept_old, stages)})
     if trained:
         check_trained(study)
         start_log(study.folder)

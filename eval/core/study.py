@@ -42,6 +42,7 @@ class Study(Frozen):
     cost: Cost = Cost()
     budget: str = Field(description="limits of a release: a file of configs/budgets, by name or path")
     workers: int = Field(2, gt=0, description="one-thread processes side by side on a CPU")
+    accept_old: tuple[str, ...] = Field((), exclude=True, description="set by --accept-old; never stored")
 
     @model_validator(mode="after")
     def seeds_differ(self) -> Self:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from eval.core.artifacts import describe_accepted
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import TEACHERS
 from eval.core.errors import UserError
@@ -22,7 +23,7 @@ def list_caveats(evidence: Evidence, budget: Budget) -> list[str]:
             f"{len(early)} record(s) are dated before their artifact was made, the first {early[0]}: the "
             "bytes are those that were measured, so either they were made again since, or a clock went back"
         )
-    return [*caveats, *_test_documents(evidence)]
+    return [*caveats, *_test_documents(evidence), *describe_accepted(evidence.folder)]
 
 
 def _other_budget(evidence: Evidence, budget: Budget) -> list[str]:

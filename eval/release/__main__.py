@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.core.artifacts import (
     MANIFEST,
+    Key,
     build_artifact,
     digest,
     file_sha256,
@@ -276,7 +277,7 @@ def build(case: Case, out: Path, owner: str, made: date) -> Contract:
     parents = {f"{target}: {said.recipe}": digest(said.files) for target, said in case.said.items()}
     name = f"release of {case.study.name}"
     with build_artifact(
-        out, kind="release", name=name, key=digest(parents), parents=parents, facts={}
+        out, kind="release", name=name, key=Key(digest(parents)), parents=parents, facts={}
     ) as place:
         promise = Folder(case, place).fill(owner, made)
         rehearse(place, [name for name, target in promise.targets.items() if present(target)])

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from compress.recipe import Context
 from distill.data.sources import prepare, training_rows
 from distill.trainer.loop import train
-from eval.core.artifacts import build_artifact
+from eval.core.artifacts import Key, build_artifact
 from eval.core.sections import Train
 from eval.core.study import Study, load_study, save_study
 from eval.engines.torch import load_checkpoint
@@ -48,7 +48,7 @@ def add_student(study: Study, arm: str, seed: int, model: PreTrainedModel, token
     name = f"students/{arm}/s{seed}"
     facts = {"arm": arm, "seed": seed, "recipe": "plain", "engine": "torch"}
     with build_artifact(
-        study.folder / name, kind="model", name=name, key="k", parents={}, facts=facts
+        study.folder / name, kind="model", name=name, key=Key("k"), parents={}, facts=facts
     ) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)

@@ -123,7 +123,8 @@ def test_a_missing_library_is_named(tmp_path, outside):
 
 def test_the_identity_follows_options_and_code(tmp_path, outside):
     def identity(**options):
-        return load_recipe(recipe_file(tmp_path, "one", {**PRUNE, **options})).identity
+        recipe = load_recipe(recipe_file(tmp_path, "one", {**PRUNE, **options}))
+        return [recipe.settings, recipe.code]
 
     assert identity() == identity() != identity(sparsity=0.4)
 

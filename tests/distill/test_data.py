@@ -11,7 +11,6 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from distill.data.packing import check_packing
 from distill.data.sources import fingerprint, prepare, read_source, training_rows
-from distill.models.load import local_files
 from eval.core.artifacts import read_manifest
 from eval.core.documents import TEST, TRAIN, VALIDATION, Document, read_documents, scored_slices, texts
 from eval.core.errors import UserError
@@ -276,13 +275,3 @@ def test_what_a_local_source_holds_is_noticed(tmp_path):
         before = fingerprint(source)
         file.write_text(file.read_text() + '{"text": "b"}\n')
         assert fingerprint(source) != before
-
-
-def test_files_of_one_name_in_a_local_base_are_told_apart(tmp_path):
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "onnx" / "config.json").write_text("{}")
-    before = local_files(str(tmp_path))
-    assert set(before) == {"config.json", "onnx/config.json"}
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    assert local_files(str(tmp_path)) != before

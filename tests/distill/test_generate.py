@@ -20,7 +20,7 @@ from distill.models.generation import (
 from distill.teachers.texts import count_texts, read_texts, write_texts
 from distill.trainer.loop import accelerator, train
 from distill.trainer.rollout import OnPolicy
-from eval.core.artifacts import build_artifact
+from eval.core.artifacts import Key, build_artifact
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Generation, Train
@@ -130,7 +130,9 @@ def texts(folder, some, write, **how):
     """The artifact, made as a study makes it."""
     where = {"context": 14, "max_tokens": 24, "report": lambda share: None}
     write_texts(folder / "parts", some, write, GENERATION, **where, **how)
-    with build_artifact(folder / "t", kind="targets", name="t", key="k", parents={}, facts=LINEAGE) as aside:
+    with build_artifact(
+        folder / "t", kind="targets", name="t", key=Key("k"), parents={}, facts=LINEAGE
+    ) as aside:
         for path in (folder / "parts").iterdir():
             path.rename(aside / path.name)
     return folder / "t"

@@ -17,13 +17,12 @@ from distill.method import (
 from distill.models.lm_head import Head
 from distill.models.load import export
 from distill.trainer.loop import train
-from eval.core.artifacts import file_sha256, source_hashes
-from eval.core.config import plugin_names
+from eval.core.config import plugin_code, plugin_names
 from eval.core.documents import Document, collate, windows
 from eval.core.errors import UserError
 from eval.core.sections import MethodChoice
 from eval.engines.torch import load_model
-from tests.helpers import ROOT, WORDS, text, tiny_model, tiny_tokenizer
+from tests.helpers import WORDS, text, tiny_model, tiny_tokenizer
 
 SETTINGS = {
     "ensemble": {"members": 2},
@@ -212,10 +211,12 @@ def test_the_identity_is_that_of_all_its_code(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     from theirs.mine import Mine
 
-    before = source_hashes(Mine, Method)
-    assert file_sha256(ROOT / "distill" / "methods" / "ensemble.py") in before
+    before = plugin_code(Mine, Method)
+    assert set(before) == {"Mine", "Ensemble"}
+    (package / "helper.py").write_text("SHARE = 0.5  # a comment\n")
+    assert plugin_code(Mine, Method) == before
     (package / "helper.py").write_text("SHARE = 0.9\n")
-    assert source_hashes(Mine, Method) != before
+    assert {name for name, code in plugin_code(Mine, Method).items() if code != before[name]} == {"Mine"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from distill.losses.divergences import distillation_loss
 from distill.losses.teacher_output import Dense, Sampled, TopK
 from distill.teachers.cache import CachedTeacher, link_shards, shard_batches, write_shards
 from distill.teachers.codec import make_codec
-from eval.core.artifacts import build_artifact, read_manifest
+from eval.core.artifacts import Key, build_artifact, read_manifest
 from eval.core.documents import Row, batches, collate
 from eval.core.errors import UserError
 from eval.core.sections import Loss, Targets
@@ -46,7 +46,9 @@ def cache(folder, codec, some, teacher, **how):
     """The artifact, made as a study makes it."""
     write_shards(folder / "parts", some, teacher, codec, pad=0, report=lambda share: None, **how)
     facts = {**LINEAGE, **codec.facts}
-    with build_artifact(folder / "t", kind="targets", name="t", key="k", parents={}, facts=facts) as aside:
+    with build_artifact(
+        folder / "t", kind="targets", name="t", key=Key("k"), parents={}, facts=facts
+    ) as aside:
         facts |= link_shards(folder / "parts", aside, sum(row.predicted for row in some))
     return folder / "t"
 

@@ -16,7 +16,7 @@ from distill.teachers.target_source import (
     check_target_source,
     make_teacher,
     open_target_source,
-    target_source_key,
+    target_source_inputs,
 )
 from distill.trainer.loop import accelerator, build_optimizers
 from distill.trainer.rollout import OnPolicy
@@ -240,7 +240,8 @@ def test_what_does_not_go_together_is_told_before_anything_is_made(tmp_path, wor
 
 def test_only_what_matters_decides_a_lesson(cached):
     def key(arm="S1", **targets):
-        return target_source_key(cached[0].model_copy(update={"targets": Targets(**targets)}), arm)
+        changed = cached[0].model_copy(update={"targets": Targets(**targets)})
+        return target_source_inputs(changed, arm, 0)[0]
 
     assert key(form="sampled") != key(form="sampled", draws=20) != key(form="dense")
     assert key(form="dense") == key(form="dense", draws=20, share=0.1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval.core.artifacts import build_artifact, read_manifest
+from eval.core.artifacts import Key, build_artifact, read_manifest
 from eval.core.documents import Document, collate, windows
 from eval.core.records import Documents, Measured, write_record
 from eval.core.study import Study
@@ -70,7 +70,7 @@ class RealRun(Run):
         recipe = place.split("/")[1] if place.startswith("variants") else "plain"
         facts = {"arm": arm, "seed": 0, "recipe": recipe, "engine": "torch"} if seed == "s0" else {}
         with build_artifact(
-            self.path / place, kind="model", name=place, key=place, parents=parents or {}, facts=facts
+            self.path / place, kind="model", name=place, key=Key(place), parents=parents or {}, facts=facts
         ) as aside:
             if place == "data":
                 for split in SIZES:

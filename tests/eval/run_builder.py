@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from distill.models.load import train_tokenizer
-from eval.core.artifacts import Manifest, build_artifact, digest, read_manifest
+from eval.core.artifacts import Key, Manifest, build_artifact, read_manifest
 from eval.core.budget import load_budget
 from eval.core.config import ROOT
 from eval.core.gate_file import GateFile, Variant
@@ -110,7 +110,7 @@ class Run:
     def artifact(self, place: str, parents: dict[str, str] | None = None, content: str = "") -> str:
         facts: dict = {}
         with build_artifact(
-            self.path / place, kind="model", name=place, key=place, parents=parents or {}, facts=facts
+            self.path / place, kind="model", name=place, key=Key(place), parents=parents or {}, facts=facts
         ) as aside:
             (aside / "model.safetensors").write_text(content or place)
         return read_manifest(self.path / place).hash
@@ -239,7 +239,7 @@ def put(run: Path, name: str, fill, **facts: Any) -> Manifest:
     """Writes the artifact `name`; `fill` writes into the folder that it is given."""
     folder = run / name
     kind = "variant" if name.startswith("variants") else "model"
-    with build_artifact(folder, kind=kind, name=name, key=digest(name), parents={}, facts=facts) as aside:
+    with build_artifact(folder, kind=kind, name=name, key=Key(name), parents={}, facts=facts) as aside:
         fill(aside)
     return read_manifest(folder)
 
@@ -266,7 +266,9 @@ def put_data(run: Path, **extra: str) -> None:
         made = [{"id": n, "domain": domain, "text": t, "bytes": len(t.encode())} for n, t in texts.items()]
         return "".join(json.dumps(row) + "\n" for row in made)
 
-    with build_artifact(run / "data", kind="data", name="data", key="data", parents={}, facts={}) as aside:
+    with build_artifact(
+        run / "data", kind="data", name="data", key=Key("data"), parents={}, facts={}
+    ) as aside:
         (aside / "train.jsonl").write_text(rows("code", range(100, 110)))
         (aside / "validation.jsonl").write_text(rows("code", range(6), extra))
         (aside / "test.jsonl").write_text(rows("code", range(20, 22)))

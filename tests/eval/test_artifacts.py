@@ -6,12 +6,22 @@ import sys
 
 import pytest
 
-from eval.core.artifacts import build_artifact, digest, is_done, read_manifest, verify_artifact, write_text
+from eval.core.artifacts import (
+    Key,
+    build_artifact,
+    digest,
+    is_done,
+    read_manifest,
+    verify_artifact,
+    write_text,
+)
 from eval.core.errors import UserError
 from tests.helpers import ROOT
 
+KEY = Key("k")
 
-def make(folder, key="k", text="one"):
+
+def make(folder, key=KEY, text="one"):
     with build_artifact(
         folder, kind="model", name="m", key=key, parents={"data": "d"}, facts={"seed": 1}
     ) as aside:
@@ -27,14 +37,14 @@ def test_a_manifest_tells_every_file_and_its_bytes(tmp_path):
     assert manifest.bytes == 13
     assert manifest.parents == {"data": "d"}
     assert "torch" in manifest.versions
-    assert is_done(tmp_path / "x", "k")
-    assert not is_done(tmp_path / "x", "other")
-    assert not is_done(tmp_path / "y", "k")
+    assert is_done(tmp_path / "x", Key("k"))
+    assert not is_done(tmp_path / "x", Key("other"))
+    assert not is_done(tmp_path / "y", Key("k"))
 
 
 def test_one_content_one_hash(tmp_path):
     make(tmp_path / "x")
-    make(tmp_path / "y", key="other")
+    make(tmp_path / "y", key=Key("other"))
     make(tmp_path / "z", text="two")
     hashes = [read_manifest(tmp_path / n).hash for n in "xyz"]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -48,7 +58,9 @@ def test_a_failure_leaves_nothing_and_keeps_what_was(tmp_path):
     before = read_manifest(tmp_path / "x")
 
     def fail():
-        with build_artifact(tmp_path / "x", kind="model", name="m", key="new", parents={}, facts={}) as aside:
+        with build_artifact(
+            tmp_path / "x", kind="model", name="m", key=Key("new"), parents={}, facts={}
+        ) as aside:
             (aside / "half").write_text("written")
             raise OSError(28, "No space left on device")
 
@@ -60,16 +72,16 @@ def test_a_failure_leaves_nothing_and_keeps_what_was(tmp_path):
 
 def test_remaking_replaces_the_whole(tmp_path):
     make(tmp_path / "x")
-    make(tmp_path / "x", key="new", text="two")
-    assert is_done(tmp_path / "x", "new")
+    make(tmp_path / "x", key=Key("new"), text="two")
+    assert is_done(tmp_path / "x", Key("new"))
     assert (tmp_path / "x" / "sub" / "a.txt").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_what_a_killed_process_left_aside_is_swept(tmp_path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom eval.core.artifacts import building\n"
-        "with building(Path(sys.argv[1]), kind='m', name='m', key='k', parents={}, facts={}) as aside:\n"
+        "import sys, time\nfrom pathlib import Path\nfrom eval.core.artifacts import Key, build_artifact\n"
+        "with build_artifact(Path(sys.argv[1]), kind='m', name='m', key=Key('k'), parents={}, facts={}) as aside:\n"
         "    (aside / 'half').write_text('x')\n    print('writing', flush=True)\n    time.sleep(60)\n"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "x")]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from eval.core.artifacts import build_artifact
+from eval.core.artifacts import Key, build_artifact
 from eval.core.errors import UserError
 from eval.core.gate_file import Estimate, KeptShare
 from eval.release.contract_file import Bits, Gain, Promise, read_contract
@@ -185,7 +185,7 @@ def test_a_release_that_is_not_the_signed_one_is_refused(release, tmp_path):
     shutil.copy(copy / "fallback/manifest.json", weights.parent)
     (copy / "manifest.json").unlink()
     with build_artifact(
-        tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}
+        tmp_path / "forged", kind="release", name="x", key=Key("x"), parents={}, facts={}
     ) as place:
         shutil.copytree(copy, place, dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"control/small/manifest\.json is not the variants/small/S0/s0"):
@@ -197,7 +197,7 @@ def test_other_weights_under_a_signed_manifest_are_refused(release, tmp_path):
     shutil.copy(copy / "fallback/model.safetensors", copy / "variants/small/model.safetensors")
     (copy / "manifest.json").unlink()
     with build_artifact(
-        tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}
+        tmp_path / "forged", kind="release", name="x", key=Key("x"), parents={}, facts={}
     ) as place:
         shutil.copytree(copy, place, dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"artifact .*variants/small: model\.safetensors has sha256"):
@@ -226,7 +226,7 @@ def test_a_softer_contract_under_a_new_manifest_is_refused(release, tmp_path, pl
     (copy / "contract.yaml").write_text(yaml.safe_dump(contract))
     (copy / "manifest.json").unlink()
     with build_artifact(
-        tmp_path / "forged", kind="release", name="x", key="x", parents={}, facts={}
+        tmp_path / "forged", kind="release", name="x", key=Key("x"), parents={}, facts={}
     ) as aside:
         shutil.copytree(copy, aside, dirs_exist_ok=True)
     with pytest.raises(UserError, match=rf"not what was signed: {re.escape('.'.join(place))}"):
