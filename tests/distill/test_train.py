@@ -158,7 +158,7 @@ def test_two_processes_train_the_same_models(trained, tmp_path):
     study, path, _ = trained
     done = launch(path, "--runs", str(tmp_path / "runs"), processes=2)
     assert done.returncode == 0, done.stderr
-    assert "train: 2 processes" in done.stderr
+    assert "students: 2 processes" in done.stderr
     for name in MODELS:
         one = read_manifest(study.folder / name).facts["loss_curve"]
         two = read_manifest(tmp_path / "runs" / "tiny" / name).facts["loss_curve"]
