@@ -1,29 +1,36 @@
 """Plain models: built from a config, loaded, checked against a tokenizer, exported."""
 
+import inspect
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from eval.core.artifacts import digest, file_sha256, write_text
-from eval.core.errors import UserError
+from eval.core.errors import UserError, require_one_of
 from eval.core.sections import Base
 from eval.engines import silenced
 from eval.engines.torch import load_checkpoint
 
 BOS = "<|endoftext|>"
+LEGACY_FIELDS = ("rope_theta", "rope_scaling", "torch_dtype")  # read, though no field of a config any more
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -60,16 +67,58 @@ def fresh_model(
     Raises:
         UserError: transformers does not know the family, or does not take a field.
     """
-    fields = dict(architecture)
-    kind = fields.pop("model_type", None)
-    try:
-        config = AutoConfig.for_model(kind, **fields, vocab_size=vocabulary or len(tokenizer))
-    except (ValueError, TypeError) as error:
-        raise UserError(where, kind, " ".join(str(error).split())[:200]) from error
+    config = architecture_config(architecture, where, vocabulary or len(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return _build(config, where).eval()
+
+
+def architecture_config(architecture: dict[str, Any], where: str, vocabulary: int) -> PreTrainedConfig:
+    """The transformers config of an `architecture` of a study.
+
+    Raises:
+        UserError: transformers does not know the family, or does not take a field or its value.
+    """
+    fields = dict(architecture)
+    kind = fields.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        near = get_close_matches(str(kind), list(CONFIG_MAPPING.keys()), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(where, kind, f"{hint}give a model_type that transformers knows, such as llama")
+    family = CONFIG_MAPPING[kind]
+    accepted = {*family().to_dict(), *family.attribute_map, *inspect.signature(family.__init__).parameters}
+    accepted -= {"self", "args", "kwargs", "transformers_version", "model_type", "vocab_size"}
+    for name in fields:
+        if name not in LEGACY_FIELDS:
+            require_one_of(f"{where}: unknown key of {kind}", name, sorted(accepted))
+    with _refused_by_transformers(where, kind):
+        return family(**fields, vocab_size=vocabulary)
+
+
+def check_architecture(architecture: dict[str, Any], where: str, vocabulary: int) -> PreTrainedConfig:
+    """The config of an `architecture`, after a model of it was built without memory or random numbers."""
+    config = architecture_config(architecture, where, vocabulary)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        _build(config, where)
+    return config
+
+
+def _build(config: PreTrainedConfig, where: str) -> PreTrainedModel:
+    with _refused_by_transformers(where, config.model_type):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@contextmanager
+def _refused_by_transformers(where: str, kind: str) -> Iterator[None]:
+    """What transformers throws about a config, in one line; its strict dataclasses raise no ValueError."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            where, f"transformers cannot build this {kind} model ({cause})", "correct it"
+        ) from error
 
 
 def named_model(base: Base, commit: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -12,7 +12,7 @@ from distill.data.sources import prepare
 from distill.models.card import model_card
 from distill.models.init import init_student
 from distill.models.layers import block_influence, decoder_layers, evenly_spaced, most_influential
-from distill.models.load import fresh_model
+from distill.models.load import check_architecture, fresh_model
 from distill.models.lora import add_adapters, add_adapters_to_nf4
 from distill.trainer.checkpoint import Checkpoints
 from distill.trainer.evaluate import Validation
@@ -107,6 +107,32 @@ def test_a_fresh_student_has_the_vocabulary_of_its_teacher(tokenizer):
     assert not torch.equal(logits(one), logits(other))
     with pytest.raises(UserError, match=r"student\.architecture: lama"):
         fresh_model({"model_type": "lama"}, tokenizer, 0, where="student.architecture")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_sise": 64}, r"unknown key of llama: 'hidden_sise'; did you mean 'hidden_size'\?"),
+        ({"hidden_size": "64x"}, r"transformers cannot build this llama model \(.*expected int, got str"),
+        ({"hidden_size": 65}, r"hidden size \(65\) is not a multiple of the number of attention heads"),
+        ({"hidden_act": "nope"}, r"cannot build this llama model \(KeyError: 'nope'\)"),
+        ({"num_attention_heads": 0}, "cannot build this llama model"),
+        ({"model_type": "t5"}, "unknown key of t5|cannot build this t5 model"),
+        ({"model_type": "lama"}, r"base\.architecture: lama; did you mean 'llama'"),
+    ],
+)
+def test_an_architecture_that_cannot_be_built_is_refused_in_one_line(changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        check_architecture({"model_type": "llama", **SHAPE, **changes}, "base.architecture", 300)
+    assert "\n" not in str(error.value)
+
+
+def test_an_architecture_may_use_the_names_of_its_family_and_the_common_ones():
+    for fields in ({"n_embd": 32, "n_layer": 1, "n_head": 2}, {"hidden_size": 32, "num_hidden_layers": 1}):
+        config = check_architecture({"model_type": "gpt2", **fields, "n_head": 2}, "base.architecture", 300)
+        assert (config.hidden_size, config.vocab_size) == (32, 300)
+    config = check_architecture({"model_type": "llama", **SHAPE, "rope_theta": 5e5}, "base.architecture", 300)
+    assert config.rope_parameters["rope_theta"] == 5e5
 
 
 def test_what_does_not_go_together_is_refused():
