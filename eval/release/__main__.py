@@ -40,7 +40,7 @@ from eval.gate.evidence import Evidence, collect_evidence
 from eval.release.card import card
 from eval.release.contract import contract, inputs, lineage, shipped
 from eval.release.contract_file import CONTRACT, Contract, Signature, Target, contract_text
-from eval.release.golden_answers import canaries
+from eval.release.golden_answers import build_golden_answers
 from eval.release.reference import reference
 from eval.signoff.keys import from_raw, public_key
 from eval.signoff.statement import FOLDER, Predicate
@@ -154,8 +154,13 @@ class Folder:
         if name not in self.parts:
             engine = subject_of(read_manifest(self.place / name)).engine
             documents = read_documents(self.case.run / "data", TRAIN)
-            found = canaries(load_engine(engine, self.place / name), documents, self.case.study.data.context)
-            self.parts[name] = {"folder": name, "engine": engine, "canaries": [c.model_dump() for c in found]}
+            loaded = load_engine(engine, self.place / name)
+            answers = build_golden_answers(loaded, documents, self.case.study.data.context)
+            self.parts[name] = {
+                "folder": name,
+                "engine": engine,
+                "golden_answers": [answer.model_dump() for answer in answers],
+            }
         return self.parts[name]
 
     def fill(self, owner: str, made: date) -> Contract:

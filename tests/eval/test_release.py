@@ -20,7 +20,7 @@ from eval.engines import load_engine
 from eval.release.__main__ import build, told, verified_case, wanted
 from eval.release.card import card
 from eval.release.contract_file import Contract, contract_text, read_contract
-from eval.release.golden_answers import canaries, clear
+from eval.release.golden_answers import build_golden_answers, clear_choice
 from eval.signoff.keys import new_key
 from eval.signoff.statement import Waiver
 from eval.signoff.verify import read_gate
@@ -201,10 +201,10 @@ def test_other_faults_serve_the_fallback(copy, loader, tmp_path):
         index["targets"]["cpu"]["expires"] = "2026-06-01"
 
     def other_answer(index):
-        index["targets"]["cpu"]["canaries"][0]["expected"][-1] += 1
+        index["targets"]["cpu"]["golden_answers"][0]["expected"][-1] += 1
 
     def other_tokens(index):
-        index["targets"]["cpu"]["canaries"][0]["ids"][1] += 1
+        index["targets"]["cpu"]["golden_answers"][0]["ids"][1] += 1
 
     untouched = (copy / "release.json").read_text()
     for change, reason in [
@@ -283,20 +283,20 @@ def test_a_release_that_would_serve_its_fallback_is_not_made(released_run, tmp_p
     case = verified_case(released_run.path, ["small"], None, DAY)
 
     def other(*args):
-        return [c.model_copy(update={"expected": [1, 2, 3]}) for c in canaries(*args)]
+        return [c.model_copy(update={"expected": [1, 2, 3]}) for c in build_golden_answers(*args)]
 
-    monkeypatch.setattr("eval.release.canaries", other)
+    monkeypatch.setattr("eval.release.__main__.build_golden_answers", other)
     with pytest.raises(UserError, match="is continued with"):
         build(case, tmp_path / "out", "Team A", DAY)
     assert not (tmp_path / "out").exists()
 
 
-def test_canaries_are_sure_of_themselves(release):
+def test_golden_answers_are_sure_of_themselves(release):
     engine = load_engine("torch", release / "fallback")
-    assert clear(torch.tensor([0.0, 1.0, 10.0])) == 2
-    assert clear(torch.tensor([0.0, 9.95, 10.0])) is None, "closer than 1 % of the range"
+    assert clear_choice(torch.tensor([0.0, 1.0, 10.0])) == 2
+    assert clear_choice(torch.tensor([0.0, 9.95, 10.0])) is None, "closer than 1 % of the range"
     with pytest.raises(UserError, match="no prompt has a clear continuation"):
-        canaries(engine, [Document("long", "code", "x y z " * 50)], 16)
+        build_golden_answers(engine, [Document("long", "code", "x y z " * 50)], 16)
 
 
 def test_both_engines_of_the_loader_agree(loader, checkpoint, openvino_folder):

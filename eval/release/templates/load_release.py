@@ -180,14 +180,14 @@ def check_new(root: Path, files: dict[str, Any], below: str = "") -> None:
         raise ReleaseError(f"{new[0]} is not part of the release")
 
 
-def try_out(model: Model, canaries: list[dict[str, Any]]) -> None:
+def check_golden_answers(model: Model, answers: list[dict[str, Any]]) -> None:
     """Raises ReleaseError at the first prompt that is not continued as it was when this was released."""
-    for canary in canaries:
-        if (ids := model.encode(canary["text"])) != canary["ids"]:
-            raise ReleaseError(f"the tokenizer reads {canary['text'][:20]!r} as {ids[:8]}...")
-        made = model.generate(ids, new_tokens=len(canary["expected"]))
-        if made != canary["expected"]:
-            raise ReleaseError(f"{canary['text'][:20]!r} is continued with {made}, not {canary['expected']}")
+    for answer in answers:
+        if (ids := model.encode(answer["text"])) != answer["ids"]:
+            raise ReleaseError(f"the tokenizer reads {answer['text'][:20]!r} as {ids[:8]}...")
+        tokens = model.generate(ids, new_tokens=len(answer["expected"]))
+        if tokens != answer["expected"]:
+            raise ReleaseError(f"{answer['text'][:20]!r} is continued with {tokens}, not {answer['expected']}")
 
 
 def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[str, Any]) -> Model:
@@ -197,7 +197,7 @@ def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[
     check_files(root, files, {name for name in files if name.startswith(f"{folder}/")})
     try:
         model = ENGINES[part["engine"]](root / folder, part["device"], index["boundary"])
-        try_out(model, part["canaries"])
+        check_golden_answers(model, part["golden_answers"])
     except ReleaseError:
         raise
     except Exception as error:  # libraries raise their own, and some a bare one
