@@ -187,7 +187,9 @@ def check_golden_answers(model: Model, answers: list[dict[str, Any]]) -> None:
             raise ReleaseError(f"the tokenizer reads {answer['text'][:20]!r} as {ids[:8]}...")
         tokens = model.generate(ids, new_tokens=len(answer["expected"]))
         if tokens != answer["expected"]:
-            raise ReleaseError(f"{answer['text'][:20]!r} is continued with {tokens}, not {answer['expected']}")
+            raise ReleaseError(
+                f"{answer['text'][:20]!r} is continued with {tokens}, not {answer['expected']}"
+            )
 
 
 def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[str, Any]) -> Model:
