@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.core.artifacts import Manifest, read_manifest
-from eval.core.budget import Budget
+from eval.core.budget import Budget, Target
 from eval.core.errors import UserError, require_one_of
-from eval.core.records import PLAIN, VALIDATION, Documents, Record, Score, record_path
+from eval.core.records import PLAIN, VALIDATION, Documents, Loaded, Measured, Record, Score, record_path
+from eval.core.sections import Cost, Load
 from eval.core.study import Study
 
 FALLBACK, TEACHERS, STUDENT, CONTROL, CE = "B", ("T1", "T0"), "S1", "S0", "CE"
@@ -183,3 +184,36 @@ def check_budget(budget: Budget, recipes: list[str], slices: list[str]) -> None:
             require_one_of(f"budget {budget.name!r}: targets.{target}: variant", of, recipes)
     if not any(target.required for target in budget.targets.values()):
         raise UserError(f"budget {budget.name!r}", "no required target", "set required: true on one")
+
+
+def different_settings(record: Measured | Loaded, cost: Cost) -> dict[str, tuple[Any, Any]]:
+    """Setting -> (as the record was measured, as the study asks), for those that differ."""
+    pairs: dict[str, tuple[Any, Any]] = {
+        name: (getattr(record, name), getattr(cost, name))
+        for name in ("prompt_tokens", "new_tokens", "threads")
+    }
+    pairs["processes"] = len(record.processes), cost.processes
+    if isinstance(record, Measured):
+        first = record.processes[0]
+        pairs["requests"] = len(first.prefill_ms), cost.requests
+        pairs["batch_sizes"] = [1, *(batched.batch_size for batched in first.batches)], cost.batch_sizes
+    else:
+        load = cost.load or Load()
+        pairs |= {"seconds": (record.seconds, load.seconds), "slo_ms": (record.slo_ms, load.slo_ms)}
+        if load.rates is not None:
+            pairs["rates"] = [arrivals.rate for arrivals in record.processes[0].rates], load.rates
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def check_settings(record: Measured | Loaded, study: Study, place: str) -> None:
+    """The record was measured in the way that the study asks for."""
+    for name, (measured, asked) in different_settings(record, study.cost).items():
+        raise UserError(place, f"{name} is {measured}, the study asks {asked}", "measure again with it")
+
+
+def check_device(record: Measured | Loaded, target: Target, place: str) -> None:
+    """The record was measured on such a device as the target is."""
+    device = record.provenance.machine.device
+    if (target.device == "cpu") != (device == "cpu"):
+        found = f"measured on {device!r}, the target {record.target!r} is {target.device!r}"
+        raise UserError(place, found, "measure again on such a device")

@@ -15,25 +15,8 @@ from rich.table import Column, Table
 
 from eval.core.errors import entry
 from eval.core.records import Measured, Process, read_costs
-from eval.core.study import Study
-from eval.cost.plan import CostPlan, Variant, measure_from_command
+from eval.cost.plan import CostPlan, measure_from_command
 from eval.cost.rounds import in_rounds, order_of
-
-
-def measured_before(study: Study, target: str, wanted: list[Variant]) -> bool:
-    """True if all records are there, of these bytes and settings, and of the same rounds."""
-    cost, times = study.cost, {}
-    asked = (cost.prompt_tokens, cost.new_tokens, cost.threads, cost.processes, cost.requests)
-    for record in read_costs(study.folder):
-        settings = (record.prompt_tokens, record.new_tokens, record.threads, len(record.processes))
-        first = record.processes[0]
-        sizes = [1, *(batched.batch_size for batched in first.batches)]
-        found = (*settings, len(first.prefill_ms))
-        same = (record.target, record.provenance.config) == (target, study.hash())
-        if same and found == asked and sizes == cost.batch_sizes:
-            times[record.recipe, record.provenance.artifact] = record.provenance.time
-    rounds = {times.get((v.recipe, v.manifest.hash)) for v in wanted}
-    return len(rounds) == 1 and None not in rounds
 
 
 def measure_together(bench: CostPlan) -> list[Measured]:
@@ -80,7 +63,7 @@ def table(bench: CostPlan, records: list[Measured]) -> Table:
 
 @entry
 def main() -> None:
-    measure_from_command(__doc__, "cost.jsonl", before=measured_before, measure=measure_together, table=table)
+    measure_from_command(__doc__, "cost.jsonl", before=read_costs, measure=measure_together, table=table)
 
 
 if __name__ == "__main__":

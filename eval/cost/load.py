@@ -19,7 +19,6 @@ from eval.core.errors import UserError, entry
 from eval.core.gate_file import Number
 from eval.core.records import Loaded, Server, read_loads
 from eval.core.sections import Load
-from eval.core.study import Study
 from eval.cost.estimates import load_result
 from eval.cost.plan import CostPlan, Variant, measure_from_command
 from eval.cost.rounds import in_rounds, order_of
@@ -81,20 +80,6 @@ def shares(label: str, server: Server, load: Load) -> list[float]:
     return [float(f"{share * top:.3g}") for share in SHARES]
 
 
-def measured_before(study: Study, target: str, wanted: list[Variant]) -> bool:
-    """True if all records are there, of these bytes and settings, and of the same rounds."""
-    cost, load, times = study.cost, study.cost.load or Load(), {}
-    asked = (cost.prompt_tokens, cost.new_tokens, cost.threads, cost.processes, load.seconds, load.slo_ms)
-    for record in read_loads(study.folder):
-        sizes = (record.prompt_tokens, record.new_tokens, record.threads, len(record.processes))
-        stated = load.rates in (None, [one.rate for one in record.processes[0].rates])
-        same = (record.target, record.provenance.config) == (target, study.hash())
-        if same and stated and (*sizes, record.seconds, record.slo_ms) == asked:
-            times[record.recipe, record.provenance.artifact] = record.provenance.time
-    rounds = {times.get((v.recipe, v.manifest.hash)) for v in wanted}
-    return len(rounds) == 1 and None not in rounds
-
-
 def measure_together(bench: CostPlan) -> list[Loaded]:
     """The records of all variants of the bench, which share one time."""
     load = settings(bench)
@@ -138,7 +123,7 @@ def table(bench: CostPlan, records: list[Loaded]) -> Table:
 
 @entry
 def main() -> None:
-    measure_from_command(__doc__, "load.jsonl", before=measured_before, measure=measure_together, table=table)
+    measure_from_command(__doc__, "load.jsonl", before=read_loads, measure=measure_together, table=table)
 
 
 if __name__ == "__main__":

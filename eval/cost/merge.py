@@ -13,7 +13,16 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from eval.core.budget import Budget, load_budget
-from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS, Artifacts
+from eval.core.checks import (
+    CE,
+    CONTROL,
+    FALLBACK,
+    STUDENT,
+    TEACHERS,
+    Artifacts,
+    check_device,
+    check_settings,
+)
 from eval.core.documents import text_lines
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.jobs import lock_folder
@@ -29,7 +38,6 @@ from eval.core.records import (
     record_path,
     write_record,
 )
-from eval.core.sections import Load
 from eval.core.study import Study, check_trained, load_study, recipe_names
 
 ANY: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
@@ -65,35 +73,10 @@ def bound(record: Record, study: Study) -> Record:
     return record.model_copy(update={"provenance": source})
 
 
-def check_settings(record: Measured | Loaded, study: Study, place: str) -> None:
-    """Measured in the way that the study asks for."""
-    names = ["prompt_tokens", "new_tokens", "threads"]
-    asked = study.cost.model_dump(include=set(names)) | {"processes": study.cost.processes}
-    had = record.model_dump(include=set(names)) | {"processes": len(record.processes)}
-    if isinstance(record, Measured):
-        asked |= {"requests": study.cost.requests, "batch_sizes": study.cost.batch_sizes}
-        first = record.processes[0] if record.processes else None
-        sizes = [1, *(batched.batch_size for batched in first.batches)] if first else []
-        had |= {"requests": len(first.prefill_ms) if first else 0, "batch_sizes": sizes}
-    else:
-        load = study.cost.load or Load()
-        asked |= {"seconds": load.seconds, "slo_ms": load.slo_ms}
-        had |= {"seconds": record.seconds, "slo_ms": record.slo_ms}
-        if load.rates is not None:
-            asked["rates"] = load.rates
-            had["rates"] = [run.rate for run in record.processes[0].rates] if record.processes else []
-    for name, value in asked.items():
-        if had[name] != value:
-            raise UserError(place, f"{name} is {had[name]}, the study asks {value}", "measure again with it")
-
-
 def check_target(record: Measured | Loaded, budget: Budget, place: str) -> None:
     """On a target of the budget, on such a device."""
     require_one_of(f"{place}: target", record.target, list(budget.targets))
-    wanted, device = budget.targets[record.target].device, record.provenance.machine.device
-    if (wanted == "cpu") != (device == "cpu"):
-        found = f"measured on {device!r}, the target {record.target!r} is {wanted!r}"
-        raise UserError(place, found, "measure again on such a device")
+    check_device(record, budget.targets[record.target], place)
 
 
 def present(run: Path, record: Record, place: str) -> bool:

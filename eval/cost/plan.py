@@ -4,7 +4,7 @@ import argparse
 import itertools
 import random
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify_artifact, write_text
 from eval.core.budget import Target, load_budget
+from eval.core.checks import different_settings
 from eval.core.config import Frozen, apply_overrides, validate_config
 from eval.core.documents import TRAIN, boundary_id, read_documents
 from eval.core.errors import UserError, require_one_of
@@ -247,19 +248,33 @@ def bench_from_command(doc: str, record: str) -> CostPlan:
     return bench
 
 
+def is_measured(
+    records: Sequence[Measured | Loaded], study: Study, target: str, wanted: Sequence[Variant]
+) -> bool:
+    """True if every variant has a record of its bytes and these settings, all of them of the same rounds."""
+    times = {
+        (record.recipe, record.provenance.artifact): record.provenance.time
+        for record in records
+        if (record.target, record.provenance.config) == (target, study.hash())
+        and not different_settings(record, study.cost)
+    }
+    rounds = {times.get((variant.recipe, variant.manifest.hash)) for variant in wanted}
+    return len(rounds) == 1 and None not in rounds
+
+
 def measure_from_command(
     doc: str,
     record: str,
     *,
-    before: Callable[[Study, str, list[Variant]], bool],
+    before: Callable[[Path], Sequence[Measured | Loaded]],
     measure: Callable[[CostPlan], list[R]],
     table: Callable[[CostPlan, list[R]], Table],
 ) -> None:
-    """The command `eval.cost` or `eval.cost.load`: measures, stores and shows what was not `before`."""
+    """The command `eval.cost` or `eval.cost.load`: measures, stores and shows what `before` lacks."""
     bench = bench_from_command(doc, record)
     study = bench.study
     with lock_folder(study.folder) if study else nullcontext():
-        if study and before(study, bench.target, bench.wanted):
+        if study and is_measured(before(study.folder), study, bench.target, bench.wanted):
             print(f"{len(bench.wanted)} variants were measured before on {bench.target}")
             return
         records = measure(bench)

@@ -19,7 +19,9 @@ from eval.core.checks import (
     Artifacts,
     check_aligned,
     check_budget,
+    check_device,
     check_seeds_differ,
+    check_settings,
     order_of,
 )
 from eval.core.errors import UserError, require_one_of
@@ -37,7 +39,6 @@ from eval.core.records import (
     read_loads,
     record_path,
 )
-from eval.core.sections import Load
 from eval.core.study import Study, recipe_names
 from eval.gate.openings import read_openings
 from eval.stats.crossed import linearise
@@ -269,27 +270,12 @@ def by_target(
     """
     grouped: dict[tuple[str, str], list[C]] = defaultdict(list)
     for record in costs:
-        path = record_path(folder, record)
-        wanted, device = budget.targets[record.target].device, record.provenance.machine.device
-        if (wanted == "cpu") != (device == "cpu"):
-            fix = "measure again on such a device"
-            raise UserError(f"record {path}", f"measured on {device!r}, the target is {wanted!r}", fix)
+        place = f"record {record_path(folder, record)}"
+        check_device(record, budget.targets[record.target], place)
         if record.engine != engines[record.recipe]:
             found = f"measured with engine {record.engine!r}, scored with {engines[record.recipe]!r}"
-            raise UserError(f"record {path}", found, "measure again with the engine that was scored")
-        asked, had = (
-            {name: getattr(of, name) for name in ("prompt_tokens", "new_tokens", "threads")}
-            for of in (study.cost, record)
-        )
-        if isinstance(record, Loaded):
-            load = study.cost.load or Load()
-            asked |= {"seconds": load.seconds, "slo_ms": load.slo_ms}
-            had |= {"seconds": record.seconds, "slo_ms": record.slo_ms}
-            if load.rates is not None:
-                rates = {tuple(one.rate for one in server.rates) for server in record.processes}
-                asked, had = asked | {"rates": [tuple(load.rates)]}, had | {"rates": sorted(rates)}
-        if asked != had:
-            raise UserError(f"record {path}", f"measured with {had}, the study asks {asked}", "measure again")
+            raise UserError(place, found, "measure again with the engine that was scored")
+        check_settings(record, study, place)
         grouped[record.target, record.recipe].append(record)
     for records in grouped.values():
         records.sort(key=lambda r: study.seeds.index(r.seed))

@@ -13,7 +13,8 @@ from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Share, Verdict
 
 def measure_command(folder: Path, target: str, device: str = "cpu", what: str = "cost") -> str:
     """What to run, and where if not on any machine; a shell takes the whole line."""
-    run = f"python -m eval.{what} --study {shlex.quote(str(folder))} --target {target}"
+    module = {"cost": "eval.cost", "load": "eval.cost.load"}[what]
+    run = f"python -m {module} --study {shlex.quote(str(folder))} --target {target}"
     if device == "cpu":
         return run
     join = f"python -m eval.cost.merge --study {shlex.quote(str(folder))} COPY"

@@ -85,7 +85,13 @@ class Run:
                 "base": {"path": "somewhere"},
                 "method": {"name": "ensemble"},
                 "train": {},
-                "cost": {"prompt_tokens": 64, "new_tokens": 10, "threads": 1, "load": self.load},
+                "cost": {
+                    "prompt_tokens": 64,
+                    "new_tokens": 10,
+                    "threads": 1,
+                    "requests": 10,
+                    "load": self.load,
+                },
                 "recipes": [str(self.folder / f"{name}.yaml") for name in RECIPES],
                 "budget": str(self.folder / "budget.yaml"),
             }

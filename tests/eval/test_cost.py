@@ -13,9 +13,9 @@ from eval.core.budget import Target
 from eval.core.errors import UserError
 from eval.core.records import TRAINING, read_costs, write_record
 from eval.core.study import load_study
-from eval.cost.__main__ import main, measured_before
+from eval.cost.__main__ import main
 from eval.cost.estimates import names, number
-from eval.cost.plan import RANDOM, chosen, drawn, of_folders, of_run, variants
+from eval.cost.plan import RANDOM, chosen, drawn, is_measured, of_folders, of_run, variants
 from eval.cost.rounds import measure_group, order_of, started
 from eval.cost.worker import peak_memory, request
 from eval.engines import load_engine, load_tokenizer
@@ -110,16 +110,16 @@ def check_numbers(record):
 def check_what_counts_as_done(study, folder, int8):
     """Other rounds, other bytes or other settings: measured again."""
     wanted = variants(study)
-    assert measured_before(study, "cpu", wanted)
-    assert not measured_before(study, "gpu", wanted)
+    assert is_measured(read_costs(study.folder), study, "cpu", wanted)
+    assert not is_measured(read_costs(study.folder), study, "gpu", wanted)
     for update in ({"requests": 4}, {"batch_sizes": [1]}, {"threads": 2}):
         changed = study.model_copy(update={"cost": study.cost.model_copy(update=update)})
-        assert not measured_before(changed, "cpu", wanted)
+        assert not is_measured(read_costs(changed.folder), changed, "cpu", wanted)
     for update in ({"time": "2020-01-01T00:00:00+00:00"}, {"artifact": "0" * 64}):
         source = int8.provenance.model_copy(update=update)
         write_record(folder, int8.model_copy(update={"provenance": source}))
-        assert not measured_before(study, "cpu", wanted)
-        assert measured_before(study, "cpu", wanted[:1])
+        assert not is_measured(read_costs(study.folder), study, "cpu", wanted)
+        assert is_measured(read_costs(study.folder), study, "cpu", wanted[:1])
 
 
 def test_recipes_and_devices_choose_the_variants(made, capsys):
@@ -227,7 +227,7 @@ def test_a_variant_that_cannot_be_loaded_is_told(made):
     bench = of_run(Namespace(study=study, target="cpu", recipe=["int8"]), [])
     broken = bench.wanted[1]
     (broken.folder / "openvino_model.xml").unlink()
-    with pytest.raises(UserError, match=r"no openvino_model\.xml; export it"):
+    with pytest.raises(UserError, match=r"no openvino_model\.xml; export the model"):
         measure_group([(broken, order_of(bench, broken))], lambda share: None)
 
 

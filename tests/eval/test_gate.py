@@ -270,7 +270,6 @@ def test_a_variant_slower_than_its_parent_is_not_recommended(toy: Run):
             "host ['elsewhere'], plain has ['box']",
         ),
         (lambda r: r["provenance"].update(time="2026-01-02T00:00:00+00:00"), "rounds of ['2026-01-02"),
-        (lambda r: r["processes"].pop(), "processes [2], plain has [3]"),
         (lambda r: r.update(prompts="random"), "prompts ['random'], plain has ['training documents']"),
     ],
 )

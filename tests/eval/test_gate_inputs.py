@@ -264,7 +264,8 @@ BAD = {
         ["no required target"],
     ),
     "unknown key": (change_budget(lambda b: b.update(alhpa=0.1)), ["alhpa", "did you mean 'alpha'"]),
-    "other threads": (change_cost(lambda r: r.update(threads=8)), ["'threads': 8", "'threads': 1"]),
+    "other threads": (change_cost(lambda r: r.update(threads=8)), ["threads is 8", "the study asks 1"]),
+    "fewer processes": (change_cost(lambda r: r["processes"].pop()), ["processes is 2", "the study asks 3"]),
     "other engine": (change_cost(lambda r: r.update(engine="torch")), ["'torch'", "'openvino'"]),
     "other device": (
         change_cost(lambda r: r["provenance"]["machine"].update(device="Some GPU")),

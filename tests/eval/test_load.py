@@ -17,8 +17,8 @@ from eval.core.records import Arrivals, Loaded, Server, read_loads, write_record
 from eval.core.sections import Load
 from eval.core.study import load_study
 from eval.cost.estimates import knees, load_result
-from eval.cost.load import measured_before, rates_of, shares, table
-from eval.cost.plan import of_run, variants
+from eval.cost.load import rates_of, shares, table
+from eval.cost.plan import is_measured, of_run, variants
 from eval.cost.worker import in_turn
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
@@ -199,7 +199,7 @@ def test_a_folder_measured_elsewhere_comes_home(tmp_path):
     done = run("-m", "eval.cost.load", "--target", "cpu", "--variant", alone, "--record", record, *words)
     assert done.returncode == 0, done.stderr
     assert "latency from the intended arrival" in done.stdout
-    assert f"1 record(s) in {record}; join them: python -m eval.cost.merge" in done.stdout
+    assert f"1 record(s) in {record}; join: python -m eval.cost.merge" in done.stdout
     merged = run("-m", "eval.cost.merge", "--study", folder, record)
     assert (merged.returncode, merged.stderr) == (0, "")
     assert "records/load/cpu/plain/S1-s0.json (random tokens, seed 0)" in merged.stdout
@@ -208,10 +208,12 @@ def test_a_folder_measured_elsewhere_comes_home(tmp_path):
     check_what_was_served(found)
     settled = load_study(study)
     wanted = variants(settled)[:1]
-    assert measured_before(settled, "cpu", wanted)
-    assert not measured_before(settled, "gpu", wanted)
+    assert is_measured(read_loads(settled.folder), settled, "cpu", wanted)
+    assert not is_measured(read_loads(settled.folder), settled, "gpu", wanted)
     for words in (["--cost.load.seconds", "3"], ["--cost.load.rates", "[4.0]"], ["--cost.threads", "2"]):
-        assert not measured_before(load_study(study, words), "cpu", wanted)
+        assert not is_measured(
+            read_loads(load_study(study, words).folder), load_study(study, words), "cpu", wanted
+        )
 
 
 def check_what_was_served(record):
