@@ -27,7 +27,7 @@ from distill.losses.teacher_output import States  # noqa: E402
 from distill.models.lm_head import Head  # noqa: E402
 from eval.core.errors import UserError, entry  # noqa: E402
 from eval.core.sections import Loss  # noqa: E402
-from eval.stats.crossed import quantile_bounds  # noqa: E402
+from eval.stats.quantiles import quantile_bounds  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

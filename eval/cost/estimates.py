@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from eval.core.budget import UNITS
 from eval.core.gate_file import Load, Number, Rate
 from eval.core.records import Arrivals, Loaded, Measured, Process
-from eval.stats.crossed import Share, cluster_bounds, percentile_bounds, ratio_bounds, requests_needed
+from eval.stats.crossed import cluster_bounds
+from eval.stats.quantiles import percentile_bounds, requests_needed
 from eval.stats.queueing import knee, outcome
+from eval.stats.ratios import Share, ratio_bounds
 
 Array = NDArray[np.float64]
 PERCENTILES = [f"{phase}_p{q}" for phase in ("prefill", "decode") for q in (50, 95, 99)]

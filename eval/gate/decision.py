@@ -36,7 +36,8 @@ from eval.gate.quality import (
     student_shares,
 )
 from eval.gate.secondary import collect_qualities
-from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict, holm
+from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
+from eval.stats.multiplicity import holm
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from eval.core.gate_file import Load, Number, Part, Relative
 from eval.core.records import PLAIN
 from eval.cost.estimates import difference, knees, load_result, names, number, positive_ratio, ratio
 from eval.gate.evidence import Evidence
-from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Share, Verdict
+from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
+from eval.stats.ratios import Share
 
 
 def measure_command(folder: Path, target: str, device: str = "cpu", what: str = "cost") -> str:

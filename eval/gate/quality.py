@@ -11,8 +11,9 @@ from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS
 from eval.core.gate_file import Estimate, KeptShare, Link, Part, Power, Slice, Students
 from eval.core.records import PLAIN, VALIDATION
 from eval.gate.evidence import Contrast, Evidence
-from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Mean, crossed_mean, fieller, pigeonhole
+from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Mean, crossed_mean
 from eval.stats.power import components, documents_for, drawn_components, effect_for, power, seeds_for
+from eval.stats.ratios import fieller, pigeonhole
 
 Array = NDArray[np.float64]
 

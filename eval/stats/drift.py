@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.stats.crossed import holm
+from eval.stats.multiplicity import holm
 
 Array = NDArray[np.float64]
 QUESTIONS = {

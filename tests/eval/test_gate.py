@@ -14,7 +14,7 @@ from eval.core.config import ROOT
 from eval.core.errors import UserError
 from eval.core.gate_file import GateFile
 from eval.report.__main__ import refuse_stale
-from eval.stats.crossed import holm
+from eval.stats.multiplicity import holm
 from tests.eval.run_builder import GAINS, HOST, Run, change_score, copied, edit, row
 
 

@@ -12,19 +12,15 @@ from eval.stats.crossed import (
     crossed_mean,
     crossed_variance,
     effects,
-    fieller,
-    holm,
     linearise,
     mean_squares,
-    percentile_bounds,
-    pigeonhole,
     products,
-    quantile_bounds,
-    ratio_bounds,
-    requests_needed,
     t_quantile,
 )
+from eval.stats.multiplicity import holm
 from eval.stats.power import Components
+from eval.stats.quantiles import percentile_bounds, quantile_bounds, requests_needed
+from eval.stats.ratios import fieller, pigeonhole, ratio_bounds
 
 
 @pytest.fixture
@@ -273,7 +269,7 @@ def test_pigeonhole_is_seeded_and_independent_of_chunks(monkeypatch, rng):
     z = rng.normal(size=(3, 4, 50))
     np.testing.assert_array_equal(pigeonhole(z, 100, 3), pigeonhole(z, 100, 3))
     assert not np.array_equal(pigeonhole(z, 100, 3), pigeonhole(z, 100, 4))
-    monkeypatch.setattr("eval.stats.crossed.CHUNK", 500)
+    monkeypatch.setattr("eval.stats.ratios.CHUNK", 500)
     assert pigeonhole(z, 4000, 3).std(0) == pytest.approx(pigeonhole(z, 4000, 5).std(0), rel=0.1)
 
 
