@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from distill.checks import check_models
 from distill.data.sources import prepare, training_rows
 from distill.method import make_method
 from distill.models.card import model_card
@@ -75,6 +76,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> None:
     check_trackers(study.trackers)
     check_device(study.student, acc.device)
     check_target_source(study)
+    check_models(study)
     if acc.is_main_process:
         save_study(study)
         base_origin(study.base, study.folder / BASE_FILES)  # read once, before workers ask

@@ -13,6 +13,7 @@ from pathlib import Path
 # A launcher puts distill/ first on the path and leaves the root out: put the root in its place.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from eval.core.checks import check_plan  # noqa: E402
 from eval.core.commands import start_log, study_from_command  # noqa: E402
 from eval.core.errors import UserError, entry  # noqa: E402
 from eval.core.jobs import lock_folder  # noqa: E402
@@ -44,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     study, args = study_from_command(parser, trained=False, stages=TRAINED)
+    check_plan(study)
     # These imports take seconds: a mistake in the study is reported before them.
     from distill.pipeline import jobs_until, prepare_inputs, run_all, show_targets
     from distill.trainer.loop import accelerator

@@ -14,10 +14,10 @@ from compress.recipe import load_recipes  # noqa: E402
 from distill.data.sources import data_key  # noqa: E402
 from eval.core.artifacts import digest, file_sha256, library_versions, write_text  # noqa: E402
 from eval.core.budget import load_budget  # noqa: E402
+from eval.core.checks import check_plan  # noqa: E402
 from eval.core.commands import study_from_command  # noqa: E402
 from eval.core.config import ROOT  # noqa: E402
-from eval.core.errors import entry, require_one_of  # noqa: E402
-from eval.core.records import VALIDATION  # noqa: E402
+from eval.core.errors import entry  # noqa: E402
 from eval.core.study import Study, read_recipe  # noqa: E402
 
 MARK = "finished"
@@ -51,20 +51,13 @@ def state(study: Study) -> str:
     )
 
 
-def check(study: Study) -> None:
-    """Refuses now what the last stages would refuse after minutes of training."""
-    load_recipes(study)
-    slices = [VALIDATION, *study.data.shifted, *(c.slice for c in study.data.corruptions)]
-    for name in load_budget(study).slices:
-        require_one_of(f"slice of the budget {study.budget!r}", name, slices)
-
-
 @entry
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mark", action="store_true", help="note that everything is done now")
     study, given = study_from_command(parser, trained=False)
-    check(study)
+    check_plan(study)
+    load_recipes(study)  # the options of their passes
     mark = study.folder / MARK
     if given.mark:
         write_text(mark, state(study) + "\n")

@@ -20,7 +20,7 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
 ROOT = Path(__file__).resolve().parent.parent

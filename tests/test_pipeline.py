@@ -118,7 +118,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_table(tiny, tmp_path):
     [
         ({"recipes": ["int9"]}, "'int9'"),
         ({"budget": "generous"}, "budgets config: 'generous'"),
-        ({"budget": "default"}, "slice of the budget 'default': 'near'"),
+        ({"budget": "default"}, "budget 'default': slice without any scored document: 'near'"),
         ({"trian": {}}, "did you mean 'train'"),
     ],
 )

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.core.artifacts import Manifest, read_manifest
-from eval.core.budget import Budget, Target
+from eval.core.budget import Budget, Target, load_budget
 from eval.core.errors import UserError, require_one_of
 from eval.core.records import PLAIN, VALIDATION, Documents, Loaded, Measured, Record, Score, record_path
 from eval.core.sections import Cost, Load
-from eval.core.study import Study
+from eval.core.study import Study, recipe_names
 
 FALLBACK, TEACHERS, STUDENT, CONTROL, CE = "B", ("T1", "T0"), "S1", "S0", "CE"
 TAUGHT = dict(zip((STUDENT, CONTROL), TEACHERS, strict=True))  # a student's teacher; CE has none
@@ -217,3 +217,17 @@ def check_device(record: Measured | Loaded, target: Target, place: str) -> None:
     if (target.device == "cpu") != (device == "cpu"):
         found = f"measured on {device!r}, the target {record.target!r} is {target.device!r}"
         raise UserError(place, found, "measure again on such a device")
+
+
+def check_plan(study: Study) -> None:
+    """Refuses before anything is trained what the last stages would refuse; reads configs alone.
+
+    Raises:
+        UserError: the budget or a recipe cannot be read, names what the study has not, or lengths do not fit.
+    """
+    slices = [VALIDATION, *study.data.shifted, *(c.slice for c in study.data.corruptions)]
+    check_budget(load_budget(study), recipe_names(study), slices)
+    written, context = study.targets.generation.prompt_tokens, study.data.context
+    if study.targets.source in ("on_policy", "sequence") and written >= context:
+        found = f"{written}, and rows have {context} tokens (data.context)"
+        raise UserError("targets.generation.prompt_tokens", found, f"set it to less than {context}")

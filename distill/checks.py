@@ -1,0 +1,87 @@
+"""What can be known about the models of a study before the first one is trained."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from distill.models.load import check_architecture
+from eval.core.errors import UserError
+from eval.core.study import Study
+from eval.engines import load_tokenizer
+
+
+def check_models(study: Study) -> None:
+    """Builds, reads and saves what a study names, all but the weights.
+
+    Raises:
+        UserError: an architecture cannot be built; rows or requests are longer than a model reads; a named
+            base has no tokenizer, or one without the chat template that the data needs; it cannot be saved.
+    """
+    sources = [*study.data.documents, *(s for each in study.data.shifted.values() for s in each)]
+    chats = any(source.messages_column for source in sources)
+    if study.base.architecture is not None:
+        config = check_architecture(study.base.architecture, "base.architecture", study.base.vocab_size)
+        if chats:
+            fix = "name an instruction-tuned base, or give a prompt column in place of messages"
+            raise UserError(
+                "data: messages_column", "the tokenizer of base.architecture has no template", fix
+            )
+    else:
+        config, tokenizer = _saved_base(study)
+        if chats and tokenizer.chat_template is None:
+            fix = "take an instruction-tuned base, or give a prompt column in place of messages"
+            raise UserError("data: messages_column", f"{study.base.path} has no chat template", fix)
+    _check_lengths(study, config, "base")
+    if study.student.architecture is not None:
+        vocabulary = config.get_text_config().vocab_size
+        student = check_architecture(study.student.architecture, "student.architecture", vocabulary)
+        _check_lengths(study, student, "student.architecture")
+
+
+def _saved_base(study: Study) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Config and tokenizer of a named base, saved once: transformers checks a generation config only then."""
+    path = str(study.base.path)
+    settings: dict[str, Any] = {"revision": study.base.revision or "main", "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(path, **settings)
+        is_folder = Path(path).is_dir()
+        tokenizer = (
+            load_tokenizer(Path(path)) if is_folder else AutoTokenizer.from_pretrained(path, **settings)
+        )
+    except (OSError, ValueError, ImportError) as error:
+        fix = "give a hub name that has safetensors, or a folder"
+        raise UserError("base.path", f"{path} ({' '.join(str(error).split())[:200]})", fix) from error
+    try:
+        generation = GenerationConfig.from_pretrained(path, revision=settings["revision"])
+    except OSError:  # it has none: the model makes its own
+        generation = GenerationConfig.from_model_config(config)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config.save_pretrained(folder)
+            generation.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except (ValueError, TypeError) as error:
+            cause = " ".join(str(error).split())[:300]
+            fix = "correct its config files in a local copy, and give that folder as base.path"
+            raise UserError("base.path", f"{path} cannot be saved again ({cause})", fix) from error
+    return config, tokenizer
+
+
+def _check_lengths(study: Study, config: PreTrainedConfig, model: str) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    lengths = {
+        "data.context": study.data.context,
+        "cost.prompt_tokens + cost.new_tokens": study.cost.prompt_tokens + study.cost.new_tokens,
+    }
+    for name, length in lengths.items():
+        if positions is not None and length > positions:
+            found = f"{length} tokens, more than max_position_embeddings of {model}: {positions}"
+            raise UserError(name, found, f"set it to at most {positions}")
