@@ -18,7 +18,6 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
-import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
@@ -132,7 +131,7 @@ def fresh(*words: object) -> Any:
 
 def fitting(vocabulary: int, tokens: int) -> int:
     """So many tokens, or as many halves less as let the plain loss have most of the free memory."""
-    free = torch.cuda.mem_get_info()[0] if CUDA else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     while PLAIN_TENSORS * 4 * vocabulary * tokens > 0.75 * free:
         tokens //= 2
     return tokens
