@@ -131,7 +131,9 @@ def fresh(*words: object) -> Any:
 
 def fitting(vocabulary: int, tokens: int) -> int:
     """So many tokens, or as many halves less as let the plain loss have most of the free memory."""
-    free = torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = (
+        torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
     while PLAIN_TENSORS * 4 * vocabulary * tokens > 0.75 * free:
         tokens //= 2
     return tokens
