@@ -36,7 +36,7 @@ FLOW = {
     "score": "bits per byte of every model",
     "cost": "latency, memory and size on a target",
     "gate": "PASS, FAIL or INCONCLUSIVE",
-    "report": "table.md and report.html",
+    "report": "table.md, table.csv and report.html",
     "sign": "who answers for a variant",
     "release": "a folder that can be shipped",
     "recheck": "watch: the contract of a release on new documents",

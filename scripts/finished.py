@@ -27,6 +27,7 @@ LATER = {
     "log.txt",
     "gate.json",
     "table.md",
+    "table.csv",
     "report.html",
 }  # made from the rest, or made anew each time
 AFTER = ("logs/", "signoff/", "release/", "records/test/")  # what people do with a finished run

@@ -1,4 +1,4 @@
-"""From gate.json to a table that can be read: in the terminal, as table.md and as one HTML file.
+"""From gate.json to a table that can be read: in the terminal, as table.md, table.csv and one HTML file.
 
     python -m eval.report --study runs/default
 
@@ -18,6 +18,7 @@ from eval.core.commands import study_from_command
 from eval.core.errors import UserError, entry
 from eval.core.gate_file import GateFile
 from eval.core.study import Study
+from eval.report.budget_table import build_budget_table, csv_text
 from eval.report.markdown import markdown
 from eval.report.terminal import show
 from eval.signoff.statement import signoffs
@@ -53,6 +54,7 @@ def main() -> None:
 
     html = page(gate, run, (run / "study.yaml").read_text(encoding="utf-8"), signatures)
     write_text(run / "table.md", markdown(gate, signatures))
+    write_text(run / "table.csv", csv_text(build_budget_table(gate)))
     write_text(run / "report.html", html)
     show(gate, signatures, console())
     print(run / "report.html", flush=True)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from markupsafe import Markup
 
 from eval.core.gate_file import Estimate, GateFile, KeptShare, Load, Number, Quality, Rate, Variant
-from eval.report.format import SYMBOLS, TIMES, cost_note, estimate, fixed, part_title, significant
+from eval.report.budget_table import bound_note
+from eval.report.format import SYMBOLS, TIMES, estimate, fixed, part_title, significant
 
 Column = tuple[str, str]  # title, and the class of its cells: none for figures, `text`, `text long`
 BADGES = {
@@ -141,7 +142,7 @@ def load(found: Load) -> str:
 def _rate(rate: Rate) -> list[str]:
     done = [rate.offered_rps, rate.throughput_rps, rate.throughput_tokens_per_s]
     found = [*done, rate.ttft_p95, rate.p50, rate.p95, rate.p99]
-    figures = [f"{significant(n.value)} {cost_note(n)}".rstrip() for n in found]
+    figures = [f"{significant(n.value)} {bound_note(n)}".rstrip() for n in found]
     return [f"{rate.rate:g}", *figures, f"{rate.follows} of {rate.p50.processes}"]
 
 

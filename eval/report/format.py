@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Number, Variant
+from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Variant
 from eval.core.records import VALIDATION
 from eval.signoff.statement import SignOff
 
@@ -24,30 +24,23 @@ PARTS = {
     "cost": "The cost is known",
 }
 SYMBOLS = {"PASS": "✔", "FAIL": "✘", "INCONCLUSIVE": "?"}
-ALWAYS = ("prefill_p50", "prefill_p95", "decode_p50", "decode_p95", "peak_memory", "disk")
-WHERE_HAD = ("knee", "throughput", "energy")  # columns of tables where some variant has them
-UNITS = {
-    **dict.fromkeys(("peak_memory", "device_memory", "disk"), "MiB"),
-    "load_time": "s",
-    "energy": "J/token",
-    "knee": "requests/s",
-    "throughput": "tokens/s",
-}
-NOT_HAD, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+MISSING, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 FOOTNOTE = (
     f"≤ or ≥ is the confidence bound that a limit is held against; {TIMES} is the ratio to the named "
-    f"variant in the same run; {NOT_HAD} stands where no honest figure could be had from what was measured."
+    f"variant in the same run; {MISSING} stands where no honest figure could be had from what was measured."
 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure, the interval or bounds beside it, the verdict of its part, and the value to sort by."""
+    """A figure with its notes and the verdict of its part, as text; the value and its bounds, as numbers."""
 
     main: str
     notes: tuple[str, ...] = ()
     verdict: str = ""
-    sort: float | None = None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.main, ", ".join(self.notes), self.verdict) if part)
@@ -55,7 +48,7 @@ class Cell:
 
 def fixed(value: float | None, digits: int = 3) -> str:
     if value is None:
-        return NOT_HAD
+        return MISSING
     return f"{value:.{digits}f}" if math.isfinite(value) else "unbounded"
 
 
@@ -73,11 +66,9 @@ def estimate(value: Estimate | KeptShare | None, verdict: str | None = None) -> 
     """A point with its interval; `undefined` where the gate could not define the point."""
     if value is None or value.point is None:
         return Cell("undefined", verdict=verdict or "")
-    if value.low is None and value.high is None:
-        return Cell(fixed(value.point), ("no interval",), verdict or "", value.point)
-    return Cell(
-        fixed(value.point), (f"[{fixed(value.low)}, {fixed(value.high)}]",), verdict or "", value.point
-    )
+    bounded = value.low is not None or value.high is not None
+    note = f"[{fixed(value.low)}, {fixed(value.high)}]" if bounded else "no interval"
+    return Cell(fixed(value.point), (note,), verdict or "", value.point, value.low, value.high)
 
 
 def part_title(name: str) -> str:
@@ -96,65 +87,6 @@ def part_verdict(variant: Variant, name: str) -> str:
 
 def shifted(gate: GateFile) -> list[str]:
     return [name for name in gate.documents if name != VALIDATION]
-
-
-def quality_titles(gate: GateFile) -> list[str]:
-    slices = [f"kept, {name}" for name in shifted(gate)]
-    return ["validation bits/byte", "kept share of the gain", "guard share", *slices]
-
-
-def quality_cells(gate: GateFile, variant: Variant) -> list[Cell]:
-    """Validation bits per byte, kept share, guard share, then the kept share on every shifted slice."""
-    cells = [
-        estimate(variant.scores.get(VALIDATION)),
-        estimate(variant.kept_share, part_verdict(variant, "retention")),
-        estimate(variant.guard_share, part_verdict(variant, "guard")),
-    ]
-    found = [variant.slices[name] for name in shifted(gate)]
-    return [*cells, *(estimate(one.kept_share, one.verdict) for one in found)]
-
-
-def cost_names(gate: GateFile) -> list[str]:
-    """The columns of cost: the usual ones, those that the budget limits, and those that only some have."""
-    limited = [name for target in gate.budget["targets"].values() for name in target.get("limits", {})]
-    found = {name for v in gate.variants for name, one in (v.cost or {}).items() if one.value is not None}
-    return list(dict.fromkeys([*ALWAYS, *limited, *(name for name in WHERE_HAD if name in found)]))
-
-
-def cost_title(name: str) -> str:
-    return f"{name.replace('_', ' ')}, {UNITS.get(name, 'ms')}"
-
-
-def cost_note(found: Number) -> str:
-    """The bound that a limit is held against: the upper one, or the lower one where more is better."""
-    more = found.unit.endswith("s/s")
-    bound = found.lower if more else found.upper
-    if bound is None or bound == found.value:  # none, or counted and not estimated
-        return ""
-    return f"{'≥' if more else '≤'} {significant(bound)}"
-
-
-def cost_cell(found: Number | None, recipe: str, verdict: str = "") -> Cell:
-    """The figure with its bound and its ratio to another variant, or what it would need."""
-    if found is None:
-        return Cell(NOT_HAD, verdict=verdict)
-    needs = f"needs {found.needs} requests" if found.needs else NOT_HAD
-    if found.value is None:
-        return Cell(needs, verdict=verdict)
-    notes = [cost_note(found)] if cost_note(found) else []
-    if found.upper is None:
-        notes = [f"bound {needs}"]
-    if found.relative is not None and found.relative.of != recipe:
-        notes.append(f"{significant(found.relative.point)}{TIMES} {found.relative.of}")
-    return Cell(significant(found.value), tuple(notes), verdict, found.value)
-
-
-def cost_cells(variant: Variant, names: list[str]) -> list[Cell]:
-    """One cell per quantity; every cell says `not measured` where the variant was not."""
-    if variant.cost is None:
-        return [Cell("not measured") for _ in names]
-    cost, recipe = variant.cost, variant.recipe
-    return [cost_cell(cost.get(name), recipe, part_verdict(variant, f"cost:{name}")) for name in names]
 
 
 def gain(value: Estimate) -> str:
@@ -197,9 +129,9 @@ def student_shares(gate: GateFile) -> dict[str, KeptShare]:
 def difference(value: Difference | None) -> Cell:
     """A difference from the uncompressed student with its interval, and what mere reruns differ by."""
     if value is None:
-        return Cell(NOT_HAD)
+        return Cell(MISSING)
     span = f"[{significant(value.low)}, {significant(value.high)}]"
-    return Cell(significant(value.value), (span, f"noise {significant(value.floor)}"), sort=value.value)
+    return Cell(significant(value.value), (span, f"noise {significant(value.floor)}"), value=value.value)
 
 
 BEHAVIOUR = [
@@ -215,13 +147,13 @@ def behaviour(gate: GateFile) -> dict[str, list[Cell]]:
     """Recipe -> the cells of `BEHAVIOUR`, of the recipes of which more than the least slice is known."""
 
     def figure(found: dict[str, Estimate]) -> Cell:
-        return estimate(found[VALIDATION]) if VALIDATION in found else Cell(NOT_HAD)
+        return estimate(found[VALIDATION]) if VALIDATION in found else Cell(MISSING)
 
     return {
         recipe: [
             *(figure(found) for found in (of.accuracy, of.calibration_error)),
             *(difference(found) for found in (of.flips, of.kl)),
-            Cell(of.worst_slice or NOT_HAD),
+            Cell(of.worst_slice or MISSING),
         ]
         for recipe, of in gate.quality.items()
         if of.accuracy or of.calibration_error or of.flips or of.kl
@@ -238,7 +170,7 @@ def task_rows(gate: GateFile) -> list[tuple[str, str, list[Cell]]]:
     """Recipe, task, and the mean score of each of `task_arms`."""
     arms = task_arms(gate)
     return [
-        (recipe, task, [estimate(marks[arm]) if arm in marks else Cell(NOT_HAD) for arm in arms])
+        (recipe, task, [estimate(marks[arm]) if arm in marks else Cell(MISSING) for arm in arms])
         for recipe, of in gate.quality.items()
         for task, marks in of.tasks.items()
     ]

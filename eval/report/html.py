@@ -1,8 +1,11 @@
 """The one-file HTML report: what the template needs, in the order of the page."""
 
 import base64
+import gzip
 import hashlib
+import json
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from eval.report import figures as plots
 from eval.report import format as tables
 from eval.report import lineage
 from eval.report import slice_figures as spread
-from eval.report.rows import table
+from eval.report.budget_table import RANKS, build_budget_table
+from eval.report.evidence_pages import dossier
 from eval.signoff.statement import BEGIN, END, SignOff
 
 Json = dict[str, Any]
@@ -35,6 +39,8 @@ SECTIONS = {
     "lineage": "From the paper to the artifact",
     "where": "Where this comes from",
 }
+WRITTEN = 100  # rows of the budget table that stand in the page itself
+PACK = 50  # evidence that is unpacked together
 TRAINED = ("B", "S1", "S0", "CE")  # arms with a loss curve, in the order of the page
 
 
@@ -111,6 +117,40 @@ def environment() -> Environment:
     return made
 
 
+def packed(pieces: Iterable[str]) -> str:
+    """A list of texts as base64 of gzip of JSON; the same texts give the same bytes."""
+    text = json.dumps(list(pieces), ensure_ascii=False).encode()
+    return base64.b64encode(gzip.compress(text, 6, mtime=0)).decode()
+
+
+def budget_rows(gate: GateFile, environment: Environment) -> Json:
+    """The rows of the budget table that are written out, and what the script needs of all.
+
+    A browser lays out a few hundred rows at once and no more. So the first ones are written out, and can be
+    read without a script; the others lie beside them, compressed, and the script shows the part that is asked
+    for. What is recommended comes first, then by target and verdict, then as in gate.json.
+    """
+    targets = list(gate.budget["targets"])
+    variants = sorted(
+        gate.variants, key=lambda v: (not v.recommended, targets.index(v.target), RANKS.index(v.verdict))
+    )
+    table = build_budget_table(gate, variants)
+    titles = ["variant", "target", "verdict", *(column.title for column in table.quality + table.costs)]
+    macros: Any = environment.get_template("row.html.j2").make_module({"titles": titles})
+    rest = table.rows[WRITTEN:]
+    packs = (rest[i : i + PACK] for i in range(0, len(rest), PACK))
+    return {
+        "titles": titles,
+        "written": [macros.row(row, dossier(gate, row.variant)) for row in table.rows[:WRITTEN]],
+        "data": {
+            "keys": [row.keys + [None] * (len(titles) - len(row.keys)) for row in table.rows],
+            "rows": packed(macros.row(row, "") for row in rest) if rest else "",
+            "evidence": [packed(dossier(gate, row.variant) for row in pack) for pack in packs],
+            "pack": PACK,
+        },
+    }
+
+
 def page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignOff]) -> str:
     """The whole report as one HTML document that asks for nothing outside itself.
 
@@ -135,7 +175,7 @@ def page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignOff]) ->
         footnote=tables.FOOTNOTE,
         unmeasured=tables.unmeasured(gate),
         shares=tables.student_shares(gate),
-        table=table(gate, templates),
+        table=budget_rows(gate, templates),
         behaviour=tables.behaviour(gate),
         behaviour_titles=tables.BEHAVIOUR,
         tasks=tables.task_rows(gate),

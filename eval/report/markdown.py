@@ -4,19 +4,15 @@ import re
 
 from eval.core.gate_file import GateFile
 from eval.core.records import VALIDATION
+from eval.report.budget_table import BudgetTable, build_budget_table
 from eval.report.format import (
     ARMS,
     BEHAVIOUR,
     FOOTNOTE,
     behaviour,
     by_recipe,
-    cost_cells,
-    cost_names,
-    cost_title,
     estimate,
     gain,
-    quality_cells,
-    quality_titles,
     recommended,
     shifted,
     signed,
@@ -60,23 +56,22 @@ def chain_table(gate: GateFile) -> str:
     return markdown_table(["stage", "kept of the teacher's gain", "kept of the student's gain"], rows)
 
 
-def quality_table(gate: GateFile) -> str:
+def quality_table(table: BudgetTable) -> str:
     rows = [
-        [plain(v.recipe), plain(v.engine), *(str(cell) for cell in quality_cells(gate, v))]
-        for v in by_recipe(gate)
+        [plain(row.variant.recipe), plain(row.variant.engine), *map(str, row.quality)]
+        for row in table.by_recipe()
     ]
-    return markdown_table(["recipe", "engine", *quality_titles(gate)], rows)
+    return markdown_table(["recipe", "engine", *(column.title for column in table.quality)], rows)
 
 
-def cost_table(gate: GateFile) -> str:
-    rows, columns = [], cost_names(gate)
-    for v in gate.variants:
+def cost_table(table: BudgetTable) -> str:
+    rows = []
+    for v, cells in ((row.variant, row.costs) for row in table.rows):
         names = [plain(v.recipe) + (" \\*" if v.recommended else ""), plain(v.target), plain(v.engine)]
-        cells = [str(cell) for cell in cost_cells(v, columns)]
-        rows.append([*names, v.verdict, *cells, plain(v.reason)])
-    return markdown_table(
-        ["recipe", "target", "engine", "verdict", *map(cost_title, columns), "reason"], rows
-    )
+        figures = list(map(str, cells)) or ["not measured"] * len(table.costs)
+        rows.append([*names, v.verdict, *figures, plain(v.reason)])
+    titles = [column.title for column in table.costs]
+    return markdown_table(["recipe", "target", "engine", "verdict", *titles, "reason"], rows)
 
 
 def gains(gate: GateFile) -> str:
@@ -108,6 +103,7 @@ def told(gate: GateFile, signoffs: list[SignOff]) -> str:
 
 def markdown(gate: GateFile, signoffs: list[SignOff]) -> str:
     """table.md: the verdict, then quality (no figure of time), then cost and the verdicts it decides."""
+    table = build_budget_table(gate)
     how = "".join(f"- {plain(f'{names}: {how}')}\n" for names, how in unmeasured(gate).items())
     sections = [
         f"# {plain(gate.title or gate.study)}",
@@ -122,10 +118,10 @@ def markdown(gate: GateFile, signoffs: list[SignOff]) -> str:
         "### Gain kept, stage by stage",
         chain_table(gate),
         "### Variants",
-        quality_table(gate),
+        quality_table(table),
         *behaviour_tables(gate),
         "## Cost and verdict",
-        cost_table(gate),
+        cost_table(table),
         f"\\* recommended on its target. {FOOTNOTE}",
     ]
     return "\n\n".join([*sections, *([f"### Not measured\n\n{how.rstrip()}"] if how else [])]) + "\n"

@@ -8,16 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.core.gate_file import STYLES, GateFile, Variant
+from eval.report.budget_table import BudgetTable, Row, build_budget_table
 from eval.report.format import (
-    ALWAYS,
     FOOTNOTE,
-    NOT_HAD,
+    MISSING,
     Cell,
-    cost_cells,
     foremost,
-    quality_cells,
     recommended,
-    shifted,
     signed,
     test_set_line,
     unmeasured,
@@ -29,38 +26,38 @@ ROWS = 50  # more cannot be read here: table.md and the page have all
 
 def bounds(cells: list[Cell]) -> str:
     """The upper bounds of two percentiles, for the line below them."""
-    found = [next((n.removeprefix("≤ ") for n in c.notes if n.startswith("≤")), NOT_HAD) for c in cells]
+    found = [next((n.removeprefix("≤ ") for n in c.notes if n.startswith("≤")), MISSING) for c in cells]
     return f"≤ {' / '.join(found)}"
 
 
-def terminal_row(gate: GateFile, variant: Variant) -> list[Text]:
-    name = variant.recipe + (" *" if variant.recommended else "")
-    quality, cost = quality_cells(gate, variant), cost_cells(variant, list(ALWAYS))
-    spans = ["\n".join([cell.main, *cell.notes]) for cell in quality[:3]]
-    slices = [f"{n} {c.verdict or NOT_HAD}" for n, c in zip(shifted(gate), quality[3:], strict=True)]
+def table_row(table: BudgetTable, row: Row) -> list[Text]:
+    """The cells of one row in fewer columns: two percentiles share one, and so do the slices."""
+    v, quality = row.variant, row.quality
     costs = ["not measured", "", "", ""]
-    if variant.cost is not None:
-        pairs = [cost[0:2], cost[2:4]]
-        costs = [f"{pair[0].main} / {pair[1].main}\n{bounds(pair)}" for pair in pairs]
-        costs += [cell.main for cell in cost[4:]]
-    names = [Text(f"{name}\n{variant.engine}"), Text(variant.target)]
-    verdict = Text(variant.verdict, style=STYLES[variant.verdict])
+    if row.costs:
+        pairs = [row.costs[0:2], row.costs[2:4]]
+        costs = [f"{p50.main} / {p95.main}\n{bounds([p50, p95])}" for p50, p95 in pairs]
+        costs += [cell.main for cell in row.costs[4:6]]
+    names = [Text(f"{v.recipe}{' *' if v.recommended else ''}\n{v.engine}"), Text(v.target)]
+    spans = ["\n".join([cell.main, *cell.notes]) for cell in quality[:3]]
+    titles = [column.title.removeprefix("retained, ") for column in table.quality[3:]]
+    slices = [f"{title} {cell.verdict or MISSING}" for title, cell in zip(titles, quality[3:], strict=True)]
+    verdict = Text(v.verdict, style=STYLES[v.verdict])
     return [*names, verdict, *(Text(text) for text in [*spans, "\n".join(slices), *costs])]
 
 
-def terminal(gate: GateFile, variants: list[Variant]) -> Table:
+def rich_table(gate: GateFile, budget: BudgetTable) -> Table:
     """The budget table as rich prints it; upper bounds stand below the percentiles."""
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=Text(gate.title or gate.study), title_justify="left"
-    )
+    title = Text(gate.title or gate.study)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     left = ["variant", "target", "verdict"]
-    right = ["bits/byte", "kept share", "guard share"]
+    right = ["bits/byte", "gain\nretained", "guard\nshare"]
     costs = ["prefill ms\np50 / p95", "decode ms\np50 / p95", "peak\nMiB", "disk\nMiB"]
-    for title in [*left, *right, "slices", *costs]:
-        justify: JustifyMethod = "left" if title in (*left, "slices") else "right"
-        table.add_column(title, justify=justify, overflow="fold")
-    for variant in variants:
-        table.add_row(*terminal_row(gate, variant))
+    for heading in [*left, *right, "slices", *costs]:
+        justify: JustifyMethod = "left" if heading in (*left, "slices") else "right"
+        table.add_column(heading, justify=justify, overflow="fold")
+    for row in budget.rows:
+        table.add_row(*table_row(budget, row))
     return table
 
 
@@ -77,7 +74,7 @@ def lines(gate: GateFile, variants: list[Variant]) -> Iterator[str]:
 def show(gate: GateFile, signoffs: list[SignOff], console: Console) -> None:
     """Prints the budget table, its reasons and, last, the verdict."""
     variants = foremost(gate.variants, ROWS)
-    console.print(terminal(gate, variants))
+    console.print(rich_table(gate, build_budget_table(gate, variants)))
     for line in lines(gate, variants):
         console.print(Text(line))
     console.print(Text(f"* recommended ({recommended(gate)}). {FOOTNOTE}", style="dim"))

@@ -37,7 +37,7 @@ from eval.signoff.statement import (
     signed,
 )
 from eval.signoff.verify import (
-    SHOWN,
+    REPORTS,
     artifacts,
     decided,
     judged_again,
@@ -98,7 +98,7 @@ def refuse_old_clock(run: Path, now: datetime) -> None:
 def refuse_old_report(run: Path) -> None:
     """What people read must have been made from the gate.json that is signed, or after it."""
     judged_at = (run / "gate.json").stat().st_mtime_ns
-    for path in (run / name for name in SHOWN):
+    for path in (run / name for name in REPORTS):
         if path.is_file() and path.stat().st_mtime_ns < judged_at:
             raise UserError(
                 f"report {path}", "older than gate.json", f"run python -m eval.report --study {run}"

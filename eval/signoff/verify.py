@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey
 
 ALIKE = 1e-9  # relative: a processor with other vector units may round the last digits of a figure otherwise
-SHOWN = ("table.md", "report.html")  # made from gate.json; signed where they are there
+REPORTS = ("table.md", "table.csv", "report.html")  # made from gate.json; signed where they are there
 
 
 def read_gate(run: Path) -> GateFile:
@@ -125,7 +125,7 @@ def signed_files(run: Path, gate: GateFile, recipe: str) -> dict[str, str]:
     Of an artifact it is the manifest, which holds the hashes of the files beside it.
     """
     folders = [run / "data", *artifacts(run, gate, recipe).values()]
-    names = ["study.yaml", "gate.json", *(name for name in SHOWN if (run / name).is_file())]
+    names = ["study.yaml", "gate.json", *(name for name in REPORTS if (run / name).is_file())]
     names += [(folder / MANIFEST).relative_to(run).as_posix() for folder in folders]
     names += gate.provenance.records
     return {name: signed_digest(run / name) for name in names}

@@ -10,7 +10,7 @@ import yaml
 
 from eval.core.artifacts import content_hash
 from eval.core.records import Documents, Machine, Provenance, Score, write_record
-from eval.core.study import load_study
+from eval.core.study import RUN_FORMAT, load_study
 from eval.signoff.keys import new_key, private_key
 from eval.signoff.statement import (
     PREDICATE,
@@ -284,7 +284,7 @@ def run_folder(
 ) -> Path:
     """A run folder as the earlier stages leave it: study, records, manifests and gate.json."""
     run = place / "demo"
-    study = {**STUDY, "title": title, "runs": str(place)}
+    study = {"run_format": RUN_FORMAT, **STUDY, "title": title, "runs": str(place)}
     run.mkdir(parents=True)
     (run / "study.yaml").write_text(yaml.safe_dump(study))
     for seed in range(3):

@@ -1,6 +1,7 @@
 """The report, through its command line, on synthetic run folders."""
 
 import base64
+import csv
 import hashlib
 import json
 import re
@@ -19,11 +20,12 @@ from rich.console import Console
 from eval.core.errors import UserError
 from eval.core.gate_file import KeptShare, Students
 from eval.core.study import load_study
-from eval.report import format as tables
 from eval.report import slice_figures as spread
 from eval.report import terminal
 from eval.report.__main__ import refuse_stale
+from eval.report.budget_table import build_budget_table
 from eval.report.figures import smooth
+from eval.report.format import part_verdict
 from eval.report.html import page
 from eval.report.markdown import markdown
 from eval.signoff.statement import Waiver, signed_digest, signoffs
@@ -209,14 +211,33 @@ def test_every_number_of_the_table_is_the_gates(demo):
 def test_page_terminal_and_table_show_the_same_cells(demo):
     run, out, table, html = demo
     gate = read_gate(run)
-    columns = tables.cost_names(gate)
+    budget = build_budget_table(gate)
     text = "".join(Page(html).text)
-    assert {"knee", "throughput"} < set(columns)
-    for v in gate.variants:
-        for cell in [*tables.quality_cells(gate, v), *tables.cost_cells(v, columns)]:
+    assert {"knee", "throughput"} < {column.name for column in budget.costs}
+    for row in budget.rows:
+        for cell in row.quality + row.costs:
             assert str(cell) in table
             assert cell.main in text
-        assert tables.quality_cells(gate, v)[0].main in out
+        assert row.quality[0].main in out
+
+
+def test_a_spreadsheet_reads_every_variant_with_bounds_and_verdicts(demo):
+    run, gate = demo[0], read_gate(demo[0])
+    with (run / "table.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["recipe"], row["target"], row["verdict"]) for row in rows] == [
+        (v.recipe, v.target, v.verdict) for v in gate.variants
+    ]
+    for row, v in zip(rows, gate.variants, strict=True):
+        share = v.kept_share
+        found = [row[f"gain_retained{end}"] for end in ("", "_low", "_high")]
+        assert found == ["" if x is None else repr(x) for x in (share.point, share.low, share.high)]
+        assert row["gain_retained_verdict"] == part_verdict(v, "retention")
+        assert row["recommended"] == str(v.recommended).lower()
+        latency = v.cost["decode_p95"] if v.cost else None
+        assert row["decode_p95_high"] == (
+            "" if latency is None or latency.upper is None else repr(latency.upper)
+        )
 
 
 def test_same_gate_same_bytes_and_other_times_same_quality(demo, tmp_path):
@@ -260,7 +281,7 @@ def test_a_study_that_shows_nothing_is_told_without_figures_that_it_has_not(tmp_
     assert "plain, document by document" in text
     assert "24 of 30 variants are drawn; the budget table holds all." in text
     assert "undefined" in text
-    for absent in ("test", "Behaviour", "Note:", "Signed", "nan", "None"):
+    for absent in ("test documents", "Behaviour", "Note:", "Signed", "nan", "None"):
         assert absent not in text
 
 

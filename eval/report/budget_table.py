@@ -1,0 +1,153 @@
+"""The budget table: one list of columns and cells from gate.json, which the page, table.md, table.csv and the
+terminal write out. Nothing is decided here."""
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from eval.core.gate_file import GateFile, Number, Variant
+from eval.core.records import VALIDATION
+from eval.report.format import MISSING, TIMES, Cell, estimate, part_verdict, shifted, significant
+from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS
+
+RANKS = [PASS, INCONCLUSIVE, FAIL]
+ALWAYS = ("prefill_p50", "prefill_p95", "decode_p50", "decode_p95", "peak_memory", "disk")
+WHERE_MEASURED = ("knee", "throughput", "energy")  # columns of tables in which some variant has them
+UNITS = {
+    **dict.fromkeys(("peak_memory", "device_memory", "disk"), "MiB"),
+    "load_time": "s",
+    "energy": "J/token",
+    "knee": "requests/s",
+    "throughput": "tokens/s",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of figures; `name` heads it in table.csv, `title` everywhere else."""
+
+    name: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant on one target; `place` is its place in the table, `costs` is empty if none was measured."""
+
+    variant: Variant
+    place: int
+    quality: list[Cell]
+    costs: list[Cell]
+
+    @property
+    def keys(self) -> list[str | float | None]:
+        """What the page sorts the columns of the variant, the target, the verdict and quality and cost by."""
+        figures = [
+            None if cell.value is None else float(f"{cell.value:.6g}") for cell in self.quality + self.costs
+        ]
+        return [self.variant.recipe, self.variant.target, self.variant.verdict, *figures]
+
+
+@dataclass(frozen=True)
+class BudgetTable:
+    quality: list[Column]
+    costs: list[Column]
+    rows: list[Row]
+
+    def by_recipe(self) -> list[Row]:
+        """One row per recipe and engine, as in gate.json: quality is the same on every target."""
+        return list({(row.variant.recipe, row.variant.engine): row for row in reversed(self.rows)}.values())
+
+
+def build_budget_table(gate: GateFile, variants: list[Variant] | None = None) -> BudgetTable:
+    """The rows of these variants in this order, or of all in the order of gate.json.
+
+    Quality is validation bits per byte, the share of the gain retained, the guard share, then the share
+    retained on every shifted slice. Cost is the usual quantities, those that the budget limits, and those
+    that only some variants have.
+    """
+    limited = [name for target in gate.budget["targets"].values() for name in target.get("limits", {})]
+    measured = {name for v in gate.variants for name, n in (v.cost or {}).items() if n.value is not None}
+    costs = list(dict.fromkeys([*ALWAYS, *limited, *(name for name in WHERE_MEASURED if name in measured)]))
+    quality = [
+        Column("validation_bits_per_byte", "validation bits/byte"),
+        Column("gain_retained", "share of the gain retained"),
+        Column("guard_share", "guard share"),
+        *(Column(f"gain_retained_{name}", f"retained, {name}") for name in shifted(gate)),
+    ]
+    return BudgetTable(
+        quality,
+        [Column(name, f"{name.replace('_', ' ')}, {UNITS.get(name, 'ms')}") for name in costs],
+        [
+            Row(v, i, quality_cells(gate, v), cost_cells(v, costs))
+            for i, v in enumerate(gate.variants if variants is None else variants)
+        ],
+    )
+
+
+def quality_cells(gate: GateFile, variant: Variant) -> list[Cell]:
+    slices = [variant.slices[name] for name in shifted(gate)]
+    return [
+        estimate(variant.scores.get(VALIDATION)),
+        estimate(variant.kept_share, part_verdict(variant, "retention")),
+        estimate(variant.guard_share, part_verdict(variant, "guard")),
+        *(estimate(one.kept_share, one.verdict) for one in slices),
+    ]
+
+
+def cost_cells(variant: Variant, names: list[str]) -> list[Cell]:
+    """One cell per quantity; none where the variant was not measured."""
+    if variant.cost is None:
+        return []
+    return [
+        cost_cell(variant.cost.get(name), variant.recipe, part_verdict(variant, f"cost:{name}"))
+        for name in names
+    ]
+
+
+def cost_cell(number: Number | None, recipe: str, verdict: str = "") -> Cell:
+    """The figure with its bound and its ratio to another variant, or what it would need."""
+    if number is None:
+        return Cell(MISSING, verdict=verdict)
+    needs = f"needs {number.needs} requests" if number.needs else MISSING
+    if number.value is None:
+        return Cell(needs, verdict=verdict)
+    notes = [bound_note(number)] if bound_note(number) else []
+    if number.upper is None:
+        notes = [f"bound {needs}"]
+    if number.relative is not None and number.relative.of != recipe:
+        notes.append(f"{significant(number.relative.point)}{TIMES} {number.relative.of}")
+    text = significant(number.value)
+    return Cell(text, tuple(notes), verdict, number.value, number.lower, number.upper)
+
+
+def bound_note(number: Number) -> str:
+    """The bound that a limit is held against: the upper one, or the lower one where more is better."""
+    more = number.unit.endswith("s/s")
+    bound = number.lower if more else number.upper
+    if bound is None or bound == number.value:  # none, or counted and not estimated
+        return ""
+    return f"{'≥' if more else '≤'} {significant(bound)}"
+
+
+def csv_text(table: BudgetTable) -> str:
+    """table.csv: one row per variant and target; every figure at full precision, its bounds and the verdict
+    of its part. A field is empty where there is nothing to say.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    columns = [column.name for column in table.quality + table.costs]
+    figures = [f"{name}{end}" for name in columns for end in ("", "_low", "_high", "_verdict")]
+    writer.writerow(["recipe", "target", "engine", "verdict", "recommended", *figures, "reason"])
+    for row in table.rows:
+        v = row.variant
+        cells = [*row.quality, *(row.costs or [Cell("")] * len(table.costs))]
+        names = [v.recipe, v.target, v.engine, v.verdict, str(v.recommended).lower()]
+        writer.writerow([*names, *(field for cell in cells for field in _fields(cell)), v.reason])
+    return out.getvalue()
+
+
+def _fields(cell: Cell) -> Iterator[str]:
+    yield from ("" if number is None else repr(number) for number in (cell.value, cell.low, cell.high))
+    yield cell.verdict
