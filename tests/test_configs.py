@@ -18,6 +18,7 @@ from eval.core.study import (
     read_recipe,
     save_study,
 )
+from scripts.write_config_docs import config_docs
 
 LAUNCHED = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
 CONFIGS = sorted((ROOT / "configs").rglob("*"))
@@ -258,3 +259,9 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path, number):
     raw = {}
     apply_overrides(raw, ["--base.architecture.rms_norm_eps", "1e-6"])
     assert raw["base"]["architecture"]["rms_norm_eps"] == 1e-6
+
+
+def test_the_document_of_all_keys_is_as_written_by_its_script():
+    assert (ROOT / "docs" / "config.md").read_text() == config_docs(), (
+        "run python scripts/write_config_docs.py"
+    )

@@ -27,6 +27,11 @@ UNITS: dict[str, float] = {
     **{"ms": 1.0, "s": 1e3, "B": 1.0, "KiB": 1024.0, "MiB": 1024.0**2, "GiB": 1024.0**3},
     **dict.fromkeys(["J/token", "requests/s", "tokens/s"], 1.0),
 }
+OTHER_NAMES = {
+    f"{alias}_{percentile}": f"{phase}_{percentile}"
+    for alias, phase in (("ttft", "prefill"), ("tpot", "decode"))
+    for percentile in ("p50", "p95", "p99")
+}
 AT_LOAD = ("knee", "throughput")  # measured by eval.cost.load; more is better
 ACCEPTED: dict[str, list[str]] = {
     **{name: ["B", "KiB", "MiB", "GiB"] for name in ("peak_memory", "device_memory", "disk")},
@@ -72,12 +77,18 @@ class Target(Frozen):
 
     @field_validator("limits", mode="before")
     @classmethod
-    def known_by_one_name(cls, limits: Any) -> Any:
-        for name in limits if isinstance(limits, dict) else ():
-            phase, _, percentile = str(name).partition("_")
-            if phase == "ttft":
-                raise ValueError(f"the time to first token is named prefill_{percentile or 'p50'} here")
-        return limits
+    def under_one_name(cls, limits: Any) -> Any:
+        """Time to first token and time per output token are kept as prefill and decode."""
+        if not isinstance(limits, dict):
+            return limits
+        renamed: dict[Any, Any] = {}
+        for given, limit in limits.items():
+            name = OTHER_NAMES.get(given, given)
+            if name in renamed:
+                names = [alias for alias in limits if OTHER_NAMES.get(alias, alias) == name]
+                raise ValueError(f"{' and '.join(names)} are the same quantity: give one of them")
+            renamed[name] = limit
+        return renamed
 
     @model_validator(mode="after")
     def units_fit(self) -> Self:
@@ -94,7 +105,7 @@ class Target(Frozen):
 class Budget(Frozen):
     """f, g and alpha of the gate, the mandatory slices with their own f, and limits per target."""
 
-    name: str = Field(description="as the report and the gate's record call it")
+    name: str = Field(description="name in the report and in gate.json")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="chance that a variant passes which should not")
     f: float = Field(
         gt=0, le=1, description="share of the teacher's gain that a variant must retain on validation"

@@ -37,7 +37,7 @@ def describe_fields(
         key, section = f"{path}{name}", sections[name]
         meaning = field.description or (" ".join((section.__doc__ or "").split()) if section else "")
         if section is not None and shown[section] != key:
-            meaning = f"{meaning} Its keys are those of {shown[section]}.".strip()
+            meaning = f"{meaning.rstrip('.')}. Its keys are those of {shown[section]}."
         yield key, _type_text(field), _default_text(field), meaning
         if section is not None and shown[section] == key:
             yield from describe_fields(section, f"{key}.", shown)

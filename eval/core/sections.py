@@ -154,7 +154,7 @@ class Train(Frozen):
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the forward pass; losses and weights stay in fp32"
+        "fp32", description="number format of the forward pass; losses and weights stay in fp32"
     )
     compile: bool = Field(False, description="compile the model with torch.compile")
     warmup: float = Field(
@@ -198,8 +198,12 @@ class Targets(Frozen):
     )
     draws: int = Field(50, gt=0, description="sampled ids per token, for `form: sampled`")
     k: int = Field(64, gt=0, description="likeliest ids per token, for `form: top_k`")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of a teacher that runs")
-    quantization: Literal["int8", "nf4"] | None = Field(None, description="of a teacher that runs; CUDA only")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="number format of a teacher that runs"
+    )
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None, description="weights of a teacher that runs; CUDA only"
+    )
     share: float = Field(
         0.5,
         ge=0,
@@ -230,7 +234,7 @@ class Student(Frozen):
         None, gt=0, description="layers of the base to keep, for `start: every` and `influential`"
     )
     architecture: dict[str, Any] | None = Field(
-        None, description="of a fresh student: `model_type` and fields of its transformers config"
+        None, description="a fresh student: `model_type` and fields of its transformers config"
     )
 
     @model_validator(mode="after")

@@ -21,7 +21,9 @@ BESIDE = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers"}  
 class Study(Frozen):
     """One config: everything that it produces lies in `folder`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run folder, below `runs`")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run folder, below `runs`"
+    )
     title: str = Field("", description="heading of the report; none: `name`")
     runs: str = Field("runs", description="folder that holds the run folders")
     seeds: list[int] = Field(min_length=1, description="one student of each arm, and its teacher, per seed")
@@ -194,7 +196,9 @@ def _made_by(folder: Path) -> str | None:
 class RecipeFile(Frozen):
     """A file of configs/recipes."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the variant, in every table")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the variant, in every table"
+    )
     target: Literal["cpu", "gpu"] = Field(description="kind of machine that the variant runs on")
     passes: list[dict[str, Any]] = Field(
         min_length=1, description="in order: `pass: NAME` and its options, or `include: RECIPE`"

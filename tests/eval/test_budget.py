@@ -86,9 +86,11 @@ def limits(**found: object) -> dict[str, object]:
         (limits(knee={"at_least": 1, "unit": "tokens/s"}), ["knee cannot be in tokens/s", "requests/s"]),
         (limits(energy={"at_most": 1, "unit": "ms"}), ["energy cannot be in ms", "J/token"]),
         (
-            limits(ttft_p95={"at_most": 1, "unit": "ms"}),
-            ["the time to first token is named prefill_p95 here"],
+            limits(ttft_p95={"at_most": 1, "unit": "ms"}, prefill_p95={"at_most": 2, "unit": "ms"}),
+            ["prefill_p95 and ttft_p95 are the same quantity: give one of them"],
         ),
+        (limits(tpot_p50={"at_most": 1, "unit": "GiB"}), ["decode_p50 cannot be in GiB"]),
+        (limits(ttft_p90={"at_most": 1, "unit": "ms"}), ["ttft_p90"]),
     ],
 )
 def test_bad_budgets_are_refused(tmp_path: Path, changes: dict[str, object], words: list[str]):
@@ -112,6 +114,14 @@ def test_every_kind_of_limit(tmp_path: Path, name: str, limit: dict[str, object]
     found = load(tmp_path, **limits(**{name: limit})).targets["cpu"].limits[name]
     assert found.model_dump(exclude_none=True) == limit
     assert found.value in limit.values()
+
+
+def test_latencies_may_have_their_names_of_serving(tmp_path: Path):
+    limit = {"at_most": 2, "unit": "ms"}
+    for given, name in (("ttft_p95", "prefill_p95"), ("tpot_p50", "decode_p50"), ("tpot_p99", "decode_p99")):
+        budgets = [load(tmp_path, **limits(**{key: limit})) for key in (given, name)]
+        assert budgets[0] == budgets[1]
+        assert list(budgets[0].targets["cpu"].limits) == [name]
 
 
 def test_the_guard_may_be_absolute(tmp_path: Path):
