@@ -144,7 +144,7 @@ def validate_config(model: type[M], raw: dict[str, Any], where: str) -> M:
         require_one_of(f"{where}: unknown key {'.'.join(loc)}", loc[-1], _accepted(model, loc[:-1]))
     if first["type"] == "missing":
         raise UserError(thing, "missing", "add this key")
-    raise UserError(thing, repr(first["input"])[:200], first["msg"])
+    raise UserError(thing, repr(first["input"])[:200], first["msg"].removeprefix("Value error, "))
 
 
 def _accepted(model: type[BaseModel], path: list[str]) -> list[str]:
