@@ -7,7 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.core.gate_file import Estimate, GateFile, KeptShare
 from eval.release.contract_file import Contract, Cost, Gain
-from eval.report.format import estimate, fixed, significant
+from eval.report.format import estimate_cell, fixed, significant
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -21,7 +21,7 @@ METRICS = {
 
 
 def span(value: Estimate | KeptShare) -> str:
-    return str(estimate(value))
+    return str(estimate_cell(value))
 
 
 def bounded(cost: Cost) -> str:

@@ -19,8 +19,8 @@ from eval.core.errors import UserError, entry
 from eval.core.gate_file import GateFile
 from eval.core.study import Study
 from eval.report.budget_table import build_budget_table, csv_text
-from eval.report.markdown import markdown
-from eval.report.terminal import show
+from eval.report.markdown import render_markdown
+from eval.report.terminal import print_report
 from eval.signoff.statement import signoffs
 from eval.signoff.verify import read_gate
 
@@ -29,12 +29,12 @@ WIDTH = 160  # columns of the table where nobody can tell, e.g. in a log
 
 def refuse_stale(gate: GateFile, study: Study, run: Path, fix: str) -> None:
     """Raises UserError if the gate judged another study, or at the first record that differs by now."""
-    read = {"study.yaml": gate.provenance.config, **gate.provenance.records}
+    judged = {"study.yaml": gate.provenance.config, **gate.provenance.records}
     files = (run / "records").rglob("*.json")
-    found = {"study.yaml": study.hash(), **{p.relative_to(run).as_posix(): file_sha256(p) for p in files}}
-    for name in sorted({*read, *found}):
-        if read.get(name) != found.get(name):
-            was, now = (held.get(name, "absent")[:12] for held in (read, found))
+    current = {"study.yaml": study.hash(), **{p.relative_to(run).as_posix(): file_sha256(p) for p in files}}
+    for name in sorted({*judged, *current}):
+        if judged.get(name) != current.get(name):
+            was, now = (hashes.get(name, "absent")[:12] for hashes in (judged, current))
             raise UserError("gate.json is stale", f"{name} was {was}, is {now}", fix)
 
 
@@ -50,13 +50,13 @@ def main() -> None:
     gate = read_gate(run)
     refuse_stale(gate, study, run, f"run `python -m eval.gate --study {run}` first")
     signatures = signoffs(run, datetime.now(UTC).date())
-    from eval.report.html import page  # matplotlib: what is refused should be refused fast
+    from eval.report.html import render_page  # matplotlib: what is refused should be refused fast
 
-    html = page(gate, run, (run / "study.yaml").read_text(encoding="utf-8"), signatures)
-    write_text(run / "table.md", markdown(gate, signatures))
+    html = render_page(gate, run, (run / "study.yaml").read_text(encoding="utf-8"), signatures)
+    write_text(run / "table.md", render_markdown(gate, signatures))
     write_text(run / "table.csv", csv_text(build_budget_table(gate)))
     write_text(run / "report.html", html)
-    show(gate, signatures, console())
+    print_report(gate, signatures, console())
     print(run / "report.html", flush=True)
 
 

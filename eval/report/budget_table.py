@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from eval.core.gate_file import GateFile, Number, Variant
 from eval.core.records import VALIDATION
-from eval.report.format import MISSING, TIMES, Cell, estimate, part_verdict, shifted, significant
+from eval.report.format import MISSING, TIMES, Cell, estimate_cell, part_verdict, shifted, significant
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS
 
 RANKS = [PASS, INCONCLUSIVE, FAIL]
@@ -89,10 +89,10 @@ def build_budget_table(gate: GateFile, variants: list[Variant] | None = None) ->
 def quality_cells(gate: GateFile, variant: Variant) -> list[Cell]:
     slices = [variant.slices[name] for name in shifted(gate)]
     return [
-        estimate(variant.scores.get(VALIDATION)),
-        estimate(variant.kept_share, part_verdict(variant, "retention")),
-        estimate(variant.guard_share, part_verdict(variant, "guard")),
-        *(estimate(one.kept_share, one.verdict) for one in slices),
+        estimate_cell(variant.scores.get(VALIDATION)),
+        estimate_cell(variant.kept_share, part_verdict(variant, "retention")),
+        estimate_cell(variant.guard_share, part_verdict(variant, "guard")),
+        *(estimate_cell(one.kept_share, one.verdict) for one in slices),
     ]
 
 

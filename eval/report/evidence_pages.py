@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from eval.core.gate_file import Estimate, GateFile, KeptShare, Load, Number, Quality, Rate, Variant
 from eval.report.budget_table import bound_note
-from eval.report.format import SYMBOLS, TIMES, estimate, fixed, part_title, significant
+from eval.report.format import SYMBOLS, TIMES, estimate_cell, fixed, part_title, significant
 
 Column = tuple[str, str]  # title, and the class of its cells: none for figures, `text`, `text long`
 BADGES = {
@@ -49,7 +49,7 @@ def bounds(low: float | None, high: float | None, digits: int = 3) -> str:
 
 
 def share(value: Estimate | KeptShare | None) -> str:
-    cell = estimate(value)
+    cell = estimate_cell(value)
     return " ".join([cell.main, *cell.notes])
 
 
@@ -73,9 +73,9 @@ def parts(v: Variant, alpha: float) -> str:
 
 
 def chain(v: Variant) -> str:
-    of = {"teacher": "the teacher's gain"}
-    rows = [[link.step, of.get(link.over, link.over), share(link.share)] for link in v.chain]
-    rows.append(["together", of["teacher"], share(v.kept_share)])
+    names = {"teacher": "the teacher's gain"}
+    rows = [[link.step, names.get(link.over, link.over), share(link.share)] for link in v.chain]
+    rows.append(["together", names["teacher"], share(v.kept_share)])
     if v.kept_share.bootstrap_low is not None:
         low, high = fixed(v.kept_share.bootstrap_low), fixed(v.kept_share.bootstrap_high)
         rows.append(["cross-check", "bootstrap", f"[{low}, {high}]"])
@@ -83,22 +83,22 @@ def chain(v: Variant) -> str:
     if v.holm_p is not None:
         rows.append(["picked among several", "p after Holm", significant(v.holm_p, 2)])
     columns = [("step", "text"), ("of", "text"), ("share", "")]
-    return table("Kept, link by link; the product is the kept share", columns, rows)
+    return table("Gain retained, link by link; the product is the share of the gain retained", columns, rows)
 
 
 def slices(v: Variant, documents: dict[str, int], more: Quality | None) -> str:
-    """Scores and kept shares, and what else is known by slice."""
-    also = {"next token right": more.accuracy, "calibration error": more.calibration_error} if more else {}
-    also = {title: of for title, of in also.items() if of}
-    columns = [("slice", "text"), ("documents", ""), ("bits/byte", ""), ("kept share", "")]
-    columns += [*((title, "") for title in also), ("verdict", "text")]
+    """Scores and shares of the gain retained, and what else is known by slice."""
+    metrics = {"next token right": more.accuracy, "calibration error": more.calibration_error} if more else {}
+    metrics = {title: values for title, values in metrics.items() if values}
+    columns = [("slice", "text"), ("documents", ""), ("bits/byte", ""), ("share of the gain retained", "")]
+    columns += [*((title, "") for title in metrics), ("verdict", "text")]
     rows = []
     for name, score in v.scores.items():
         one = v.slices.get(name)
         word = BADGES[one.verdict] if one and one.verdict else "not asked" if one else "parts above"
-        figures = [share(of.get(name)) for of in also.values()]
-        kept = share(one.kept_share if one else v.kept_share)
-        rows.append([name, str(documents[name]), share(score), kept, *figures, word])
+        figures = [share(values.get(name)) for values in metrics.values()]
+        retained = share(one.kept_share if one else v.kept_share)
+        rows.append([name, str(documents[name]), share(score), retained, *figures, word])
     return table("Slices", columns, rows)
 
 
@@ -121,37 +121,37 @@ def costs(v: Variant, cost: dict[str, Number], alpha: float) -> str:
 
 
 def _against(number: Number, recipe: str) -> str:
-    found = number.relative
-    if found is None or found.of == recipe:
+    ratio = number.relative
+    if ratio is None or ratio.of == recipe:
         return ""
-    return f"{significant(found.point)} {TIMES} {found.of} {bounds(found.lower, found.upper)}"
+    return f"{significant(ratio.point)} {TIMES} {ratio.of} {bounds(ratio.lower, ratio.upper)}"
 
 
-def load(found: Load) -> str:
+def load(measured: Load) -> str:
     """What was measured at every rate of requests."""
-    knee, tokens = significant(found.knee_rps.value), significant(found.knee_tokens_per_s.value)
-    title = f"Under load for {found.seconds:g} s per rate and process"
+    knee, tokens = significant(measured.knee_rps.value), significant(measured.knee_tokens_per_s.value)
+    title = f"Under load for {measured.seconds:g} s per rate and process"
     title += f"; knee at {knee} requests/s, {tokens} tokens/s"
-    if found.slo_ms is not None:
-        title += f", for p95 within {found.slo_ms:g} ms"
+    if measured.slo_ms is not None:
+        title += f", for p95 within {measured.slo_ms:g} ms"
     titles = ["rate asked", "arrived", "done, requests/s", "tokens/s", "first token p95, ms", "p50, ms"]
     titles += ["p95, ms", "p99, ms", "keeps up"]
-    return table(title, [(title, "") for title in titles], map(_rate, found.rates))
+    return table(title, [(title, "") for title in titles], map(_rate, measured.rates))
 
 
 def _rate(rate: Rate) -> list[str]:
-    done = [rate.offered_rps, rate.throughput_rps, rate.throughput_tokens_per_s]
-    found = [*done, rate.ttft_p95, rate.p50, rate.p95, rate.p99]
-    figures = [f"{significant(n.value)} {bound_note(n)}".rstrip() for n in found]
+    rates = [rate.offered_rps, rate.throughput_rps, rate.throughput_tokens_per_s]
+    numbers = [*rates, rate.ttft_p95, rate.p50, rate.p95, rate.p99]
+    figures = [f"{significant(n.value)} {bound_note(n)}".rstrip() for n in numbers]
     return [f"{rate.rate:g}", *figures, f"{rate.follows} of {rate.p50.processes}"]
 
 
 def hashes(v: Variant) -> str:
-    made = {"S1": v.hashes.artifact, "S0": v.hashes.control}
+    artifacts = {"S1": v.hashes.artifact, "S0": v.hashes.control}
     rows = [
         [f"{arm} after {v.recipe}, seed {seed}", text]
-        for arm, of in made.items()
-        for seed, text in of.items()
+        for arm, by_seed in artifacts.items()
+        for seed, text in by_seed.items()
     ]
     rows += [[path, text] for path, text in v.hashes.records.items()]
     return table("Hashes", [("what", "text"), ("sha256", "text hash")], rows)
@@ -170,7 +170,7 @@ def _pieces(gate: GateFile, v: Variant) -> Iterator[str]:
     yield hashes(v)
 
 
-def dossier(gate: GateFile, v: Variant) -> Markup:
+def render_evidence(gate: GateFile, v: Variant) -> Markup:
     """The evidence for one variant on one target, as HTML."""
     label = safe(f"Evidence for {v.recipe} on {v.target}")
     inner = "".join(_pieces(gate, v))

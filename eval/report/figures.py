@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from eval.core.gate_file import GateFile, KeptShare, Variant
 from eval.core.records import PLAIN, VALIDATION
-from eval.report.format import SYMBOLS, by_recipe, estimate, fixed, foremost, part_verdict, significant
+from eval.report.format import (
+    SYMBOLS,
+    by_recipe,
+    estimate_cell,
+    fixed,
+    part_verdict,
+    select_variants,
+    significant,
+)
 from eval.report.svg import (
     COLOURS,
     GRID,
@@ -68,10 +76,10 @@ def _stages(gate: GateFile) -> list[Stage]:
     stages = [
         Stage("base B", KeptShare(point=0.0), text="no gain, by definition"),
         Stage("teacher T1", KeptShare(point=1.0), text="all of it, by definition"),
-        Stage("student S1, plain", student, text=str(estimate(student))),
+        Stage("student S1, plain", student, text=str(estimate_cell(student))),
     ]
-    for v in foremost((v for v in by_recipe(gate) if v.recipe != PLAIN), SHOWN):
-        cell = estimate(v.kept_share, part_verdict(v, "retention"))
+    for v in select_variants((v for v in by_recipe(gate) if v.recipe != PLAIN), SHOWN):
+        cell = estimate_cell(v.kept_share, part_verdict(v, "retention"))
         stages.append(Stage(v.recipe, v.kept_share, cell.verdict, str(cell)))
     return stages
 
@@ -93,7 +101,7 @@ def _draw_stage(axes: Axes, y: int, stage: Stage) -> None:
 
 def chain(gate: GateFile) -> Picture:
     """Share of the teacher's gain that each stage keeps, with intervals and the share that is asked."""
-    stages, asked = _stages(gate), gate.budget["f"]
+    stages, required = _stages(gate), gate.budget["f"]
     height = 0.85 + 0.34 * len(stages)
     with style("chain"):
         figure = Figure(figsize=(9, height))
@@ -102,8 +110,8 @@ def chain(gate: GateFile) -> Picture:
         axes.set_ylim(len(stages) - 0.5, -0.5)
         for x in (0.0, 1.0):
             axes.axvline(x, color=GRID, linewidth=1)
-        axes.axvline(asked, color=MUTED, linewidth=1, linestyle="--")
-        axes.text(asked, -0.6, f"asked: {asked:g}", color=MUTED, ha="center", va="bottom")
+        axes.axvline(required, color=MUTED, linewidth=1, linestyle="--")
+        axes.text(required, -0.6, f"asked: {required:g}", color=MUTED, ha="center", va="bottom")
         for y, stage in enumerate(stages):
             _draw_stage(axes, y, stage)
         axes.set_yticks(range(len(stages)), [stage.label for stage in stages])
@@ -129,12 +137,12 @@ def _points(gate: GateFile, target: str) -> list[Point]:
 
 def _frontier(points: list[Point]) -> list[Point]:
     """Points that no other beats in both latency and bits per byte; `points` come fastest first."""
-    best, found = math.inf, []
+    best, frontier = math.inf, []
     for point in points:
         if point.y < best:
             best = point.y
-            found.append(point)
-    return found
+            frontier.append(point)
+    return frontier
 
 
 def _place_labels(axes: Axes, points: list[Point]) -> None:
@@ -293,20 +301,20 @@ def losses(place: int, title: str, curves: dict[str, list[list[float]]]) -> Mark
 def load(gate: GateFile, target: str, place: int = 0) -> Picture | None:
     """Latency at p95, the wait included, over the rate of requests; one line per variant."""
     loaded = [v for v in gate.variants if v.target == target and v.load]
-    drawn, name = foremost(loaded, len(DASHES) * 2), f"load-{place}"
+    drawn, name = select_variants(loaded, len(DASHES) * 2), f"load-{place}"
     if not drawn:
         return None
     with style(name):
         figure = Figure(figsize=(7.4, 3.6))
         axes = figure.add_axes((0.11, 0.15, 0.62, 0.78))
         axes.grid(axis="y")
-        said = [_rates(axes, v, i) for i, v in enumerate(drawn)]
+        descriptions = [_rates(axes, v, i) for i, v in enumerate(drawn)]
         axes.set_yscale("log")
         _log_ticks(axes.yaxis)
         axes.set_xlabel("requests per second")
         axes.set_ylabel("p95 until the last token, ms")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), labelcolor=INK)
-        svg = inline(figure, name, f"Latency under load on {target}", "; ".join(said))
+        svg = inline(figure, name, f"Latency under load on {target}", "; ".join(descriptions))
     few = f"{len(drawn)} of {len(loaded)} variants are drawn." if len(drawn) < len(loaded) else ""
     return Picture(svg, few)
 
@@ -314,9 +322,9 @@ def load(gate: GateFile, target: str, place: int = 0) -> Picture | None:
 def _rates(axes: Axes, variant: Variant, place: int) -> str:
     """Draws one variant, and says it."""
     assert variant.load is not None
-    found = [(r.rate, r.p95.value) for r in variant.load.rates if r.p95.value is not None]
+    points = [(r.rate, r.p95.value) for r in variant.load.rates if r.p95.value is not None]
     colour, dash = (SERIES, COLOURS["INCONCLUSIVE"])[place // len(DASHES)], DASHES[place % len(DASHES)]
     axes.plot(
-        [x for x, _ in found], [y for _, y in found], dash, marker="o", color=colour, label=variant.recipe
+        [x for x, _ in points], [y for _, y in points], dash, marker="o", color=colour, label=variant.recipe
     )
-    return f"{variant.recipe}: " + ", ".join(f"{significant(y)} ms at {x:g} a second" for x, y in found)
+    return f"{variant.recipe}: " + ", ".join(f"{significant(y)} ms at {x:g} a second" for x, y in points)

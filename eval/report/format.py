@@ -62,7 +62,7 @@ def significant(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - exponent)}f}"
 
 
-def estimate(value: Estimate | KeptShare | None, verdict: str | None = None) -> Cell:
+def estimate_cell(value: Estimate | KeptShare | None, verdict: str | None = None) -> Cell:
     """A point with its interval; `undefined` where the gate could not define the point."""
     if value is None or value.point is None:
         return Cell("undefined", verdict=verdict or "")
@@ -89,44 +89,47 @@ def shifted(gate: GateFile) -> list[str]:
     return [name for name in gate.documents if name != VALIDATION]
 
 
-def gain(value: Estimate) -> str:
-    cell = estimate(value)
+def gain_text(value: Estimate) -> str:
+    cell = estimate_cell(value)
     return f"{cell.main} bits/byte, 95 % interval {cell.notes[0]}" if cell.notes else cell.main
 
 
-def recommended(gate: GateFile) -> str:
+def recommended_text(gate: GateFile) -> str:
     """One clause per target: what may be shipped there."""
-    found = gate.recommended.items()
-    return "; ".join(f"{target}: {recipe or 'no variant'}" for target, recipe in found)
+    choices = gate.recommended.items()
+    return "; ".join(f"{target}: {recipe or 'no variant'}" for target, recipe in choices)
 
 
 def by_recipe(gate: GateFile) -> list[Variant]:
     """One variant per recipe and engine: quality is the same on every target."""
-    found: dict[tuple[str, str], Variant] = {}
+    first: dict[tuple[str, str], Variant] = {}
     for variant in gate.variants:
-        found.setdefault((variant.recipe, variant.engine), variant)
-    return list(found.values())
+        first.setdefault((variant.recipe, variant.engine), variant)
+    return list(first.values())
 
 
-def foremost(variants: Iterable[Variant], most: int) -> list[Variant]:
+def select_variants(variants: Iterable[Variant], most: int) -> list[Variant]:
     """At most so many: the recommended ones, then by verdict; in the order in which they came."""
-    found = list(variants)
+    candidates = list(variants)
     rank = {name: i for i, name in enumerate(SYMBOLS)}
-    best = sorted(found, key=lambda v: (not v.recommended, rank[v.verdict]))[:most]
+    best = sorted(candidates, key=lambda v: (not v.recommended, rank[v.verdict]))[:most]
     chosen = {id(v) for v in best}
-    return [v for v in found if id(v) in chosen]
+    return [v for v in candidates if id(v) in chosen]
 
 
 def student_shares(gate: GateFile) -> dict[str, KeptShare]:
     """What the uncompressed student kept, by what it is held against."""
-    found = gate.kept_by_student
-    shares = {"student S1, over its control S0": found.over_control}
-    if found.over_ce is not None:
-        shares["student S1, over training without a teacher (CE)"] = found.over_ce
-    return {**shares, "student S1 over the base, what a study without a control would claim": found.over_base}
+    students = gate.kept_by_student
+    shares = {"student S1, over its control S0": students.over_control}
+    if students.over_ce is not None:
+        shares["student S1, over training without a teacher (CE)"] = students.over_ce
+    return {
+        **shares,
+        "student S1 over the base, what a study without a control would claim": students.over_base,
+    }
 
 
-def difference(value: Difference | None) -> Cell:
+def difference_cell(value: Difference | None) -> Cell:
     """A difference from the uncompressed student with its interval, and what mere reruns differ by."""
     if value is None:
         return Cell(MISSING)
@@ -139,50 +142,50 @@ BEHAVIOUR = [
     "calibration error, validation",
     "flips against plain, share",
     "KL against plain, bits/token",
-    "slice that keeps least",
+    "slice that retains least",
 ]
 
 
-def behaviour(gate: GateFile) -> dict[str, list[Cell]]:
+def behaviour_cells(gate: GateFile) -> dict[str, list[Cell]]:
     """Recipe -> the cells of `BEHAVIOUR`, of the recipes of which more than the least slice is known."""
 
-    def figure(found: dict[str, Estimate]) -> Cell:
-        return estimate(found[VALIDATION]) if VALIDATION in found else Cell(MISSING)
+    def figure(estimates: dict[str, Estimate]) -> Cell:
+        return estimate_cell(estimates[VALIDATION]) if VALIDATION in estimates else Cell(MISSING)
 
     return {
         recipe: [
-            *(figure(found) for found in (of.accuracy, of.calibration_error)),
-            *(difference(found) for found in (of.flips, of.kl)),
-            Cell(of.worst_slice or MISSING),
+            *(figure(estimates) for estimates in (quality.accuracy, quality.calibration_error)),
+            *(difference_cell(estimates) for estimates in (quality.flips, quality.kl)),
+            Cell(quality.worst_slice or MISSING),
         ]
-        for recipe, of in gate.quality.items()
-        if of.accuracy or of.calibration_error or of.flips or of.kl
+        for recipe, quality in gate.quality.items()
+        if quality.accuracy or quality.calibration_error or quality.flips or quality.kl
     }
 
 
 def task_arms(gate: GateFile) -> list[str]:
     """Arms that were scored on some task."""
-    had = {arm for of in gate.quality.values() for marks in of.tasks.values() for arm in marks}
-    return [arm for arm in ARMS if arm in had]
+    scored = {arm for quality in gate.quality.values() for scores in quality.tasks.values() for arm in scores}
+    return [arm for arm in ARMS if arm in scored]
 
 
 def task_rows(gate: GateFile) -> list[tuple[str, str, list[Cell]]]:
     """Recipe, task, and the mean score of each of `task_arms`."""
     arms = task_arms(gate)
     return [
-        (recipe, task, [estimate(marks[arm]) if arm in marks else Cell(MISSING) for arm in arms])
-        for recipe, of in gate.quality.items()
-        for task, marks in of.tasks.items()
+        (recipe, task, [estimate_cell(scores[arm]) if arm in scores else Cell(MISSING) for arm in arms])
+        for recipe, quality in gate.quality.items()
+        for task, scores in quality.tasks.items()
     ]
 
 
-def unmeasured(gate: GateFile) -> dict[str, str]:
+def measuring_commands(gate: GateFile) -> dict[str, str]:
     """How to measure what was not: the variants that one command measures -> that command."""
-    found: dict[tuple[str, str], list[str]] = {}
+    recipes: dict[tuple[str, str], list[str]] = {}
     for v in gate.variants:
         if v.how:
-            found.setdefault((v.target, v.how), []).append(v.recipe)
-    return {f"{several(names)} on {target}": how for (target, how), names in found.items()}
+            recipes.setdefault((v.target, v.how), []).append(v.recipe)
+    return {f"{several(names)} on {target}": how for (target, how), names in recipes.items()}
 
 
 def several(names: list[str], most: int = 6) -> str:
@@ -202,10 +205,10 @@ def test_set_line(gate: GateFile) -> str:
     start = f"The test documents were opened {times}, {last}"
     if look.verdict is None:
         return f"{start}; they are not scored to the end yet."
-    old = "" if look.current else " They speak of artifacts or a budget of before."
-    share = estimate(look.kept_share)
-    keeps = f"kept share {' '.join([share.main, *share.notes])}"
-    return f"{start}: {look.verdict} on {look.documents} documents, {keeps}.{old}"
+    old = "" if look.current else " They are of earlier artifacts or an earlier budget."
+    share = estimate_cell(look.kept_share)
+    retained = f"share of the gain retained {' '.join([share.main, *share.notes])}"
+    return f"{start}: {look.verdict} on {look.documents} documents, {retained}.{old}"
 
 
 def day(time: str) -> str:
@@ -213,13 +216,13 @@ def day(time: str) -> str:
     return time[:10]
 
 
-def signed(one: SignOff) -> str:
-    """One sign-off in a sentence; a waiver and whatever speaks against it are told."""
-    if one.said is None:
+def signoff_text(one: SignOff) -> str:
+    """One sign-off in a sentence, with its waiver and with what speaks against it."""
+    if one.predicate is None:
         return f"The sign-off {one.path.name} cannot be trusted: {one.problem}."
-    said = one.said
-    who = f"signed by {said.by} on {day(said.time)} (key {one.key[:12]})"
-    text = f"{said.verdict} of {said.recipe} on {said.target}, {who}"
-    if said.waiver:
-        text += f"; waived until {said.waiver.expires}: {said.waiver.reason}"
+    predicate = one.predicate
+    who = f"signed by {predicate.by} on {day(predicate.time)} (key {one.key[:12]})"
+    text = f"{predicate.verdict} of {predicate.recipe} on {predicate.target}, {who}"
+    if predicate.waiver:
+        text += f"; waived until {predicate.waiver.expires}: {predicate.waiver.reason}"
     return f"{text}. It does not hold: {one.problem}." if one.problem else f"{text}."

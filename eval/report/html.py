@@ -21,7 +21,7 @@ from eval.report import format as tables
 from eval.report import lineage
 from eval.report import slice_figures as spread
 from eval.report.budget_table import RANKS, build_budget_table
-from eval.report.evidence_pages import dossier
+from eval.report.evidence_pages import render_evidence
 from eval.signoff.statement import BEGIN, END, SignOff
 
 Json = dict[str, Any]
@@ -47,32 +47,34 @@ TRAINED = ("B", "S1", "S0", "CE")  # arms with a loss curve, in the order of the
 def headline(gate: GateFile) -> str:
     """The verdict in a few words: which variant on which target."""
     if gate.verdict == "PASS":
-        found = [f"{recipe} on {target}" for target, recipe in gate.recommended.items() if recipe]
-        return f"ship {' and '.join(found)}"
+        choices = [f"{recipe} on {target}" for target, recipe in gate.recommended.items() if recipe]
+        return f"ship {' and '.join(choices)}"
     return {"FAIL": "nothing may ship", "INCONCLUSIVE": "not decided, more evidence is needed"}[gate.verdict]
 
 
 def _curve(folder: Path) -> list[list[float]] | None:
     if not (folder / MANIFEST).is_file():
         return None
-    found: list[list[float]] | None = read_manifest(folder).facts.get("loss_curve")
-    return found
+    curve: list[list[float]] | None = read_manifest(folder).facts.get("loss_curve")
+    return curve
 
 
 def curves(run: Path, gate: GateFile) -> dict[str, dict[str, list[list[float]]]]:
     """{title: {seed: [[step, loss], ...]}} of the arms, then of the variants that were trained again."""
-    places = {f"{arm}, {tables.ARMS[arm]}": f"students/{arm}" for arm in TRAINED} | {
+    folders = {f"{arm}, {tables.ARMS[arm]}": f"students/{arm}" for arm in TRAINED} | {
         f"B, {tables.ARMS['B']}": "base"
     }
-    again = [v.recipe for v in tables.foremost(tables.by_recipe(gate), plots.SHOWN) if v.recipe != PLAIN]
-    places |= {f"S1 after {recipe}, recovered": f"variants/{recipe}/S1" for recipe in again}
-    found: dict[str, dict[str, list[list[float]]]] = {}
-    for title, place in places.items():
-        seeds = {str(seed): _curve(run / place / f"s{seed}") for seed in gate.seeds}
-        had = {seed: curve for seed, curve in seeds.items() if curve}
-        if had and had not in found.values():  # a recipe that goes on from another has its curve too
-            found[title] = had
-    return found
+    again = [
+        v.recipe for v in tables.select_variants(tables.by_recipe(gate), plots.SHOWN) if v.recipe != PLAIN
+    ]
+    folders |= {f"S1 after {recipe}, recovered": f"variants/{recipe}/S1" for recipe in again}
+    curves: dict[str, dict[str, list[list[float]]]] = {}
+    for title, folder in folders.items():
+        seeds = {str(seed): _curve(run / folder / f"s{seed}") for seed in gate.seeds}
+        by_seed = {seed: curve for seed, curve in seeds.items() if curve}
+        if by_seed and by_seed not in curves.values():  # a recipe that goes on from another has its curve too
+            curves[title] = by_seed
+    return curves
 
 
 def figures(gate: GateFile, run: Path) -> Json:
@@ -80,8 +82,8 @@ def figures(gate: GateFile, run: Path) -> Json:
     targets = list(gate.budget["targets"])
     return {
         "chain": plots.chain(gate),
-        "pareto": {t: made for i, t in enumerate(targets) if (made := plots.pareto(gate, t, i))},
-        "load": {t: made for i, t in enumerate(targets) if (made := plots.load(gate, t, i))},
+        "pareto": {t: picture for i, t in enumerate(targets) if (picture := plots.pareto(gate, t, i))},
+        "load": {t: picture for i, t in enumerate(targets) if (picture := plots.load(gate, t, i))},
         "slices": spread.slices(gate),
         "losses": [plots.losses(i, *pair) for i, pair in enumerate(curves(run, gate).items())],
         "lineage": lineage.graph(lineage.nodes(run, gate)),
@@ -90,40 +92,40 @@ def figures(gate: GateFile, run: Path) -> Json:
 
 def documents(gate: GateFile, run: Path) -> Json:
     """Recipe -> picture and rows of its documents, of the recommended ones."""
-    teacher, found = spread.teacher_gains(run, gate), {}
+    teacher_gains, sections = spread.teacher_gains(run, gate), {}
     for i, recipe in enumerate(spread.chosen(gate)):
-        by_slice = spread.documents(run, gate, recipe, teacher)
-        found[recipe] = {"svg": spread.strips(by_slice, recipe, i), "rows": by_slice}
-    return found
+        by_slice = spread.documents(run, gate, recipe, teacher_gains)
+        sections[recipe] = {"svg": spread.strips(by_slice, recipe, i), "rows": by_slice}
+    return sections
 
 
 def environment() -> Environment:
     """Templates in which whatever comes from users is escaped."""
-    made = Environment(
+    templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals.update(symbols=tables.SYMBOLS)
-    made.filters.update(
+    templates.globals.update(symbols=tables.SYMBOLS)
+    templates.filters.update(
         day=tables.day,
-        estimate=tables.estimate,
+        estimate=tables.estimate_cell,
         fixed=tables.fixed,
         htmljson=lambda value: htmlsafe_json_dumps(value, separators=(",", ":")),
         significant=tables.significant,
     )
-    return made
+    return templates
 
 
-def packed(pieces: Iterable[str]) -> str:
+def compress_texts(pieces: Iterable[str]) -> str:
     """A list of texts as base64 of gzip of JSON; the same texts give the same bytes."""
     text = json.dumps(list(pieces), ensure_ascii=False).encode()
     return base64.b64encode(gzip.compress(text, 6, mtime=0)).decode()
 
 
-def budget_rows(gate: GateFile, environment: Environment) -> Json:
+def render_budget_rows(gate: GateFile, environment: Environment) -> Json:
     """The rows of the budget table that are written out, and what the script needs of all.
 
     A browser lays out a few hundred rows at once and no more. So the first ones are written out, and can be
@@ -141,24 +143,26 @@ def budget_rows(gate: GateFile, environment: Environment) -> Json:
     packs = (rest[i : i + PACK] for i in range(0, len(rest), PACK))
     return {
         "titles": titles,
-        "written": [macros.row(row, dossier(gate, row.variant)) for row in table.rows[:WRITTEN]],
+        "written": [macros.row(row, render_evidence(gate, row.variant)) for row in table.rows[:WRITTEN]],
         "data": {
             "keys": [row.keys + [None] * (len(titles) - len(row.keys)) for row in table.rows],
-            "rows": packed(macros.row(row, "") for row in rest) if rest else "",
-            "evidence": [packed(dossier(gate, row.variant) for row in pack) for pack in packs],
+            "rows": compress_texts(macros.row(row, "") for row in rest) if rest else "",
+            "evidence": [
+                compress_texts(render_evidence(gate, row.variant) for row in pack) for pack in packs
+            ],
             "pack": PACK,
         },
     }
 
 
-def page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignOff]) -> str:
+def render_page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignOff]) -> str:
     """The whole report as one HTML document that asks for nothing outside itself.
 
     Raises:
         UserError: a score record of a recommended variant cannot be read.
     """
     templates, drawn = environment(), figures(gate, run)
-    drawn["behaviour"] = tables.behaviour(gate) or tables.task_rows(gate)
+    drawn["behaviour"] = tables.behaviour_cells(gate) or tables.task_rows(gate)
     style, script = (Markup((TEMPLATES / name).read_text("utf-8")) for name in ("style.css", "table.js"))
     return templates.get_template("report.html.j2").render(
         gate=gate,
@@ -173,10 +177,10 @@ def page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignOff]) ->
         arms=tables.ARMS,
         slices=[VALIDATION, *tables.shifted(gate)],
         footnote=tables.FOOTNOTE,
-        unmeasured=tables.unmeasured(gate),
+        unmeasured=tables.measuring_commands(gate),
         shares=tables.student_shares(gate),
-        table=budget_rows(gate, templates),
-        behaviour=tables.behaviour(gate),
+        table=render_budget_rows(gate, templates),
+        behaviour=tables.behaviour_cells(gate),
         behaviour_titles=tables.BEHAVIOUR,
         tasks=tables.task_rows(gate),
         task_arms=tables.task_arms(gate),

@@ -33,10 +33,10 @@ class Node:
 
     @property
     def lines(self) -> list[str]:
-        said = textwrap.wrap(self.text, LETTERS, max_lines=4, placeholder=" ...")
-        seeds = [f"{name} {found[:SHORT]}".strip() for name, found in self.hashes.items()]
+        text = textwrap.wrap(self.text, LETTERS, max_lines=4, placeholder=" ...")
+        seeds = [f"{name} {digest[:SHORT]}".strip() for name, digest in self.hashes.items()]
         more = [f"and {len(seeds) - SEEDS} more"] if len(seeds) > SEEDS else []
-        return [*said, *seeds[:SEEDS], *more]
+        return [*text, *seeds[:SEEDS], *more]
 
     @property
     def height(self) -> int:
@@ -48,25 +48,25 @@ def card(run: Path, gate: GateFile) -> dict[str, Any]:
     for seed in gate.seeds:
         folder = run / "students" / "S1" / f"s{seed}"
         if (folder / MANIFEST).is_file():
-            found: dict[str, Any] = read_manifest(folder).facts.get("method", {})
-            return found
+            method_card: dict[str, Any] = read_manifest(folder).facts.get("method", {})
+            return method_card
     return {}
 
 
 def _hashes(gate: GateFile, arm: str, recipe: str = PLAIN) -> dict[str, str]:
     """s<seed> -> hash of one arm after one recipe; one entry where all seeds share it."""
     places = {f"s{seed}": f"{arm}/s{seed}/{recipe}" for seed in gate.seeds}
-    made = gate.provenance.artifacts
-    found = {name: made[place] for name, place in places.items() if place in made}
-    shared = len(found) > 1 and len(set(found.values())) == 1
-    return {"all seeds": next(iter(found.values()))} if shared else found
+    artifacts = gate.provenance.artifacts
+    hashes = {name: artifacts[place] for name, place in places.items() if place in artifacts}
+    shared = len(hashes) > 1 and len(set(hashes.values())) == 1
+    return {"all seeds": next(iter(hashes.values()))} if shared else hashes
 
 
 def nodes(run: Path, gate: GateFile) -> list[Node]:
     """What lies between the paper and the variants that are recommended, each after what it was made from."""
-    told = card(run, gate)
+    method_card = card(run, gate)
     data = Node("data", "documents", "training, validation, shifted", {"": gate.provenance.data})
-    method = Node("method", told.get("title", gate.method), told.get("paper", ""))
+    method = Node("method", method_card.get("title", gate.method), method_card.get("paper", ""))
     base = Node("B", "base B", ARMS["B"], _hashes(gate, "B"), ("data",), 1)
     teachers = [
         Node("T1", "teacher T1", ARMS["T1"], _hashes(gate, "T1"), ("B", "method"), 2),
@@ -82,13 +82,13 @@ def nodes(run: Path, gate: GateFile) -> list[Node]:
 def _variants(gate: GateFile) -> list[Node]:
     """The recommended variants with their controls; of the uncompressed student there is nothing to add."""
     names = dict.fromkeys(name for name in gate.recommended.values() if name not in (None, PLAIN))
-    found = []
+    nodes = []
     for name in names:
         where = " and ".join(target for target, recipe in gate.recommended.items() if recipe == name)
         for arm, title in (("S1", f"recommended on {where}"), ("S0", "the same recipe for the control")):
-            made = _hashes(gate, arm, str(name))
-            found.append(Node(f"{arm}/{name}", f"{name} of {arm}", title, made, (arm,), 4))
-    return found
+            hashes = _hashes(gate, arm, str(name))
+            nodes.append(Node(f"{arm}/{name}", f"{name} of {arm}", title, hashes, (arm,), 4))
+    return nodes
 
 
 @dataclass(frozen=True)
@@ -98,20 +98,23 @@ class Spot:
     y: float
 
 
-def _spots(found: list[Node]) -> tuple[dict[str, Spot], float]:
+def _spots(nodes: list[Node]) -> tuple[dict[str, Spot], float]:
     """Where every box stands, and the height of the picture. A column is spread from top to bottom, a single
     box in the middle: so an arrow that passes a column finds the space between its boxes."""
     columns: dict[int, list[Node]] = {}
-    for node in found:
+    for node in nodes:
         columns.setdefault(node.column, []).append(node)
-    heights = {c: sum(n.height for n in of) + BETWEEN * (len(of) - 1) for c, of in columns.items()}
+    heights = {
+        c: sum(n.height for n in column_nodes) + BETWEEN * (len(column_nodes) - 1)
+        for c, column_nodes in columns.items()
+    }
     height, spots = max(heights.values()) + 8, {}
-    for column, of in columns.items():
+    for column, column_nodes in columns.items():
         spare = height - 8 - heights[column]
-        y = 4 + (spare / 2 if len(of) == 1 else 0)
-        for node in of:
+        y = 4 + (spare / 2 if len(column_nodes) == 1 else 0)
+        for node in column_nodes:
             spots[node.name] = Spot(node, LEFT + column * (WIDTH + GAP), y)
-            y += node.height + BETWEEN + spare / max(1, len(of) - 1)
+            y += node.height + BETWEEN + spare / max(1, len(column_nodes) - 1)
     return spots, height
 
 
@@ -140,15 +143,15 @@ def _box(spot: Spot) -> Markup:
     )
 
 
-def graph(found: list[Node]) -> Markup:
+def graph(nodes: list[Node]) -> Markup:
     """The nodes as boxes in columns, with an arrow from each to what was made from it."""
-    spots, height = _spots(found)
-    arrows = [_arrow(spots[parent], spots[node.name]) for node in found for parent in node.made_from]
+    spots, height = _spots(nodes)
+    arrows = [_arrow(spots[parent], spots[node.name]) for node in nodes for parent in node.made_from]
     width = max(spot.x for spot in spots.values()) + WIDTH + LEFT
-    said = "; ".join(
+    description = "; ".join(
         f"{node.title} from {' and '.join(spots[p].node.title for p in node.made_from)}"
-        for node in found
+        for node in nodes
         if node.made_from
     )
-    top = opening("lineage", "From the paper to the artifacts", said, width, height)
+    top = opening("lineage", "From the paper to the artifacts", description, width, height)
     return top + Markup("").join([*arrows, *map(_box, spots.values())]) + Markup("</svg>")

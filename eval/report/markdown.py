@@ -9,37 +9,37 @@ from eval.report.format import (
     ARMS,
     BEHAVIOUR,
     FOOTNOTE,
-    behaviour,
+    behaviour_cells,
     by_recipe,
-    estimate,
-    gain,
-    recommended,
+    estimate_cell,
+    gain_text,
+    measuring_commands,
+    recommended_text,
     shifted,
-    signed,
+    signoff_text,
     student_shares,
     task_arms,
     task_rows,
     test_set_line,
-    unmeasured,
 )
 from eval.signoff.statement import BEGIN, END, SignOff
 
 
-def plain(text: str) -> str:
+def escape(text: str) -> str:
     """Free text that Markdown shows as it stands, on one line, inside a table too."""
     one = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`|*]|(?<=\])\()", r"\\\1", one)
 
 
 def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [[plain(title) for title in titles], ["---"] * len(titles), *rows]
+    lines = [[escape(title) for title in titles], ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def arms_table(gate: GateFile) -> str:
     slices = [VALIDATION, *shifted(gate)]
     rows = [
-        [f"{arm} ({title})", *(str(estimate(gate.scores[arm].get(name))) for name in slices)]
+        [f"{arm} ({title})", *(str(estimate_cell(gate.scores[arm].get(name))) for name in slices)]
         for arm, title in ARMS.items()
         if arm in gate.scores
     ]
@@ -48,17 +48,19 @@ def arms_table(gate: GateFile) -> str:
 
 def chain_table(gate: GateFile) -> str:
     """The share of the teacher's gain after each stage, and what compression alone kept of the student's."""
-    rows = [[title, str(estimate(share)), ""] for title, share in student_shares(gate).items()]
+    rows = [[title, str(estimate_cell(share)), ""] for title, share in student_shares(gate).items()]
     rows += [
-        [plain(v.recipe), str(estimate(v.kept_share)), str(estimate(v.kept_of_student))]
+        [escape(v.recipe), str(estimate_cell(v.kept_share)), str(estimate_cell(v.kept_of_student))]
         for v in by_recipe(gate)
     ]
-    return markdown_table(["stage", "kept of the teacher's gain", "kept of the student's gain"], rows)
+    return markdown_table(
+        ["stage", "share of the teacher's gain retained", "share of the student's gain retained"], rows
+    )
 
 
 def quality_table(table: BudgetTable) -> str:
     rows = [
-        [plain(row.variant.recipe), plain(row.variant.engine), *map(str, row.quality)]
+        [escape(row.variant.recipe), escape(row.variant.engine), *map(str, row.quality)]
         for row in table.by_recipe()
     ]
     return markdown_table(["recipe", "engine", *(column.title for column in table.quality)], rows)
@@ -67,17 +69,18 @@ def quality_table(table: BudgetTable) -> str:
 def cost_table(table: BudgetTable) -> str:
     rows = []
     for v, cells in ((row.variant, row.costs) for row in table.rows):
-        names = [plain(v.recipe) + (" \\*" if v.recommended else ""), plain(v.target), plain(v.engine)]
+        names = [escape(v.recipe) + (" \\*" if v.recommended else ""), escape(v.target), escape(v.engine)]
         figures = list(map(str, cells)) or ["not measured"] * len(table.costs)
-        rows.append([*names, v.verdict, *figures, plain(v.reason)])
+        rows.append([*names, v.verdict, *figures, escape(v.reason)])
     titles = [column.title for column in table.costs]
     return markdown_table(["recipe", "target", "engine", "verdict", *titles, "reason"], rows)
 
 
 def gains(gate: GateFile) -> str:
-    lines = [f"- Teacher gain (T1 - T0), validation: {gain(gate.teacher_gain)}"]
+    lines = [f"- Teacher gain (T1 - T0), validation: {gain_text(gate.teacher_gain)}"]
     lines += [
-        f"- Teacher gain, {plain(name)}: {gain(value)}" for name, value in gate.teacher_gain_slices.items()
+        f"- Teacher gain, {escape(name)}: {gain_text(value)}"
+        for name, value in gate.teacher_gain_slices.items()
     ]
     return "\n".join(lines)
 
@@ -85,31 +88,32 @@ def gains(gate: GateFile) -> str:
 def behaviour_tables(gate: GateFile) -> list[str]:
     """What recipes do beside bits per byte, and the scores of tasks; nothing where nothing was measured."""
     rows = [
-        [plain(recipe), *(plain(str(cell)) for cell in cells)] for recipe, cells in behaviour(gate).items()
+        [escape(recipe), *(escape(str(cell)) for cell in cells)]
+        for recipe, cells in behaviour_cells(gate).items()
     ]
-    marks = [[plain(recipe), plain(task), *map(str, cells)] for recipe, task, cells in task_rows(gate)]
+    scores = [[escape(recipe), escape(task), *map(str, cells)] for recipe, task, cells in task_rows(gate)]
     heads = ["recipe", "task", *task_arms(gate)]
-    found = ["### Behaviour", markdown_table(["recipe", *BEHAVIOUR], rows)] if rows else []
-    return found + (["### Tasks, mean score", markdown_table(heads, marks)] if marks else [])
+    sections = ["### Behaviour", markdown_table(["recipe", *BEHAVIOUR], rows)] if rows else []
+    return sections + (["### Tasks, mean score", markdown_table(heads, scores)] if scores else [])
 
 
-def told(gate: GateFile, signoffs: list[SignOff]) -> str:
+def caveats_and_signoffs(gate: GateFile, signoffs: list[SignOff]) -> str:
     """Test documents, what the verdict is conditional on, and the sign-offs between their marks."""
     lines = [test_set_line(gate), *(f"Note: {note}." for note in gate.notes)]
-    signatures = "".join(f"- {plain(signed(one))}\n" for one in signoffs)
+    signatures = "".join(f"- {escape(signoff_text(one))}\n" for one in signoffs)
     shown = f"{BEGIN}\n{signatures}{END}"
-    return "\n\n".join([*(plain(line) for line in lines if line), shown])
+    return "\n\n".join([*(escape(line) for line in lines if line), shown])
 
 
-def markdown(gate: GateFile, signoffs: list[SignOff]) -> str:
+def render_markdown(gate: GateFile, signoffs: list[SignOff]) -> str:
     """table.md: the verdict, then quality (no figure of time), then cost and the verdicts it decides."""
     table = build_budget_table(gate)
-    how = "".join(f"- {plain(f'{names}: {how}')}\n" for names, how in unmeasured(gate).items())
+    how = "".join(f"- {escape(f'{names}: {how}')}\n" for names, how in measuring_commands(gate).items())
     sections = [
-        f"# {plain(gate.title or gate.study)}",
-        f"**{gate.verdict}**: {plain(gate.reason)}",
-        f"Recommended: {plain(recommended(gate))}.",
-        told(gate, signoffs),
+        f"# {escape(gate.title or gate.study)}",
+        f"**{gate.verdict}**: {escape(gate.reason)}",
+        f"Recommended: {escape(recommended_text(gate))}.",
+        caveats_and_signoffs(gate, signoffs),
         "## Quality",
         "Bits per byte, lower is better; intervals in brackets. Depends on the scores alone.",
         gains(gate),

@@ -16,7 +16,7 @@ from eval.core.errors import UserError
 from eval.core.gate_file import GateFile, KeptShare
 from eval.core.records import PLAIN, VALIDATION, Score
 from eval.report.figures import omitted
-from eval.report.format import by_recipe, fixed, foremost, part_verdict
+from eval.report.format import by_recipe, fixed, part_verdict, select_variants
 from eval.report.svg import COLOURS, GRID, INK, MARKERS, MUTED, SERIES, SHOWN, SOFT, Picture, inline, style
 
 Array = NDArray[np.float64]
@@ -34,48 +34,48 @@ def _axis(shares: Iterable[KeptShare]) -> tuple[float, float]:
 
 
 def _slice_panel(axes: Axes, gate: GateFile, name: str, shares: list[tuple[KeptShare, str]]) -> None:
-    asked = gate.budget["f"] if name == VALIDATION else gate.budget["slices"].get(name)
+    required = gate.budget["f"] if name == VALIDATION else gate.budget["slices"].get(name)
     for x in (0.0, 1.0):
         axes.axvline(x, color=GRID, linewidth=1)
-    if asked is not None:
-        axes.axvline(asked, color=MUTED, linewidth=1, linestyle="--")
+    if required is not None:
+        axes.axvline(required, color=MUTED, linewidth=1, linestyle="--")
     for y, (share, verdict) in enumerate(shares):
         colour = COLOURS.get(verdict, SERIES)
         if share.low is not None and share.high is not None:
             axes.plot([share.low, share.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
         if share.point is not None:
             axes.plot([share.point], [y], MARKERS.get(verdict, "o"), color=colour, markersize=6)
-    title = f"{name}, asked: {asked:g}" if asked is not None else f"{name}, nothing asked"
+    title = f"{name}, asked: {required:g}" if required is not None else f"{name}, nothing asked"
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.set_ylim(len(shares) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
 
 
 def slices(gate: GateFile) -> Picture:
-    """The kept share of every variant on every slice, one panel per slice."""
-    drawn = foremost(by_recipe(gate), SHOWN)
-    found = {VALIDATION: [(v.kept_share, part_verdict(v, "retention")) for v in drawn]}
+    """The share of the gain that every variant retains on every slice, one panel per slice."""
+    drawn = select_variants(by_recipe(gate), SHOWN)
+    by_slice = {VALIDATION: [(v.kept_share, part_verdict(v, "retention")) for v in drawn]}
     for name in (one for one in gate.documents if one != VALIDATION):
-        found[name] = [(v.slices[name].kept_share, v.slices[name].verdict or "") for v in drawn]
-    down = math.ceil(len(found) / ACROSS)
-    ends = _axis(share for shares in found.values() for share, _ in shares)
+        by_slice[name] = [(v.slices[name].kept_share, v.slices[name].verdict or "") for v in drawn]
+    down = math.ceil(len(by_slice) / ACROSS)
+    ends = _axis(share for shares in by_slice.values() for share, _ in shares)
     with style("slices"):
         figure = Figure(figsize=(9, down * (0.75 + 0.26 * len(drawn)) + 0.1), layout="constrained")
         grid = figure.subplots(down, ACROSS, squeeze=False, sharey=True).ravel()
-        for axes, (name, shares) in zip(grid, found.items(), strict=False):
+        for axes, (name, shares) in zip(grid, by_slice.items(), strict=False):
             _slice_panel(axes, gate, name, shares)
             axes.set_xlim(*ends)
             axes.tick_params(length=0, labelcolor=INK, axis="y")
         grid[0].set_yticks(range(len(drawn)), [v.recipe for v in drawn])
-        for axes in grid[len(found) :]:
+        for axes in grid[len(by_slice) :]:
             axes.set_visible(False)
         figure.supxlabel("share of the teacher's gain", fontsize=10, color=MUTED)
-        said = "; ".join(
+        description = "; ".join(
             f"{name}: "
-            + ", ".join(f"{v.recipe} {fixed(s.point, 2)}" for v, (s, _) in zip(drawn, of, strict=True))
-            for name, of in found.items()
+            + ", ".join(f"{v.recipe} {fixed(s.point, 2)}" for v, (s, _) in zip(drawn, shares, strict=True))
+            for name, shares in by_slice.items()
         )
-        svg = inline(figure, "slices", "Share of the teacher's gain kept on every slice", said)
+        svg = inline(figure, "slices", "Share of the teacher's gain kept on every slice", description)
     return Picture(svg, omitted(gate))
 
 
@@ -113,8 +113,8 @@ def _mean_bits(run: Path, gate: GateFile, arm: str, recipe: str) -> tuple[Score,
         except (OSError, ValidationError) as error:
             fix = f"run python -m eval.score --study {run}"
             raise UserError(f"record {path}", "cannot be read as a score", fix) from error
-        found = score.documents
-        bits = dict(zip(zip(found.slice, found.id, strict=True), found.bits, strict=True))
+        columns = score.documents
+        bits = dict(zip(zip(columns.slice, columns.id, strict=True), columns.bits, strict=True))
         first = first or score
         keys = zip(first.documents.slice, first.documents.id, strict=True)
         ordered = np.array([bits[key] for key in keys])
@@ -135,12 +135,12 @@ def documents(run: Path, gate: GateFile, recipe: str, teacher: dict | None = Non
     """Gains document by document, slice by slice; the figures rest on the records that the gate read."""
     kept = _per_byte(run, gate, ("S1", recipe), ("S0", recipe))
     teacher = teacher or teacher_gains(run, gate)
-    found = []
+    sections = []
     for name in gate.documents:
-        ids = sorted((i for of, i in kept if of == name), key=lambda i: (kept[name, i], i))
+        ids = sorted((i for slice_name, i in kept if slice_name == name), key=lambda i: (kept[name, i], i))
         values = (np.array([gain[name, i] for i in ids]) for gain in (kept, teacher))
-        found.append(Documents(name, ids, *values))
-    return found
+        sections.append(Documents(name, ids, *values))
+    return sections
 
 
 def teacher_gains(run: Path, gate: GateFile) -> dict:
@@ -154,32 +154,36 @@ def chosen(gate: GateFile) -> list[str]:
     return list(dict.fromkeys(best))[:CHOSEN] or [PLAIN]
 
 
-def _document_panel(axes: Axes, found: Documents) -> None:
+def _document_panel(axes: Axes, documents: Documents) -> None:
     """Documents by their kept gain; behind each the teacher's gain on the same one."""
-    size = len(found.ids)
+    size = len(documents.ids)
     few = np.unique(np.linspace(0, size - 1, min(size, DOTS)).round().astype(int))
     rank = (few + 0.5) / size * 100
     axes.axhline(0, color=MUTED, linewidth=1)
-    axes.vlines(rank, found.kept[few], found.teacher[few], color=GRID, linewidth=1, zorder=1)
-    axes.plot(rank, found.teacher[few], "o", color=SOFT, markersize=3.2, zorder=2, label="teacher")
-    axes.plot(rank, found.kept[few], "o", color=SERIES, markersize=3.2, zorder=3, label="variant")
-    axes.set_title(f"{found.slice}: {found.better} of {size} gain", loc="left", fontsize=10, color=INK)
+    axes.vlines(rank, documents.kept[few], documents.teacher[few], color=GRID, linewidth=1, zorder=1)
+    axes.plot(rank, documents.teacher[few], "o", color=SOFT, markersize=3.2, zorder=2, label="teacher")
+    axes.plot(rank, documents.kept[few], "o", color=SERIES, markersize=3.2, zorder=3, label="variant")
+    axes.set_title(
+        f"{documents.slice}: {documents.better} of {size} gain", loc="left", fontsize=10, color=INK
+    )
     axes.set_xlim(0, 100)
     axes.grid(axis="y")
 
 
-def strips(found: list[Documents], recipe: str, place: int = 0) -> Markup:
+def strips(by_slice: list[Documents], recipe: str, place: int = 0) -> Markup:
     """Kept gain of every document, sorted, one panel per slice."""
-    down, name = math.ceil(len(found) / ACROSS), f"documents-{place}"
+    down, name = math.ceil(len(by_slice) / ACROSS), f"documents-{place}"
     with style(name):
         figure = Figure(figsize=(9, 2.5 * down), layout="constrained")
         grid = figure.subplots(down, ACROSS, squeeze=False, sharey=True).ravel()
-        for axes, one in zip(grid, found, strict=False):
+        for axes, one in zip(grid, by_slice, strict=False):
             _document_panel(axes, one)
-        for axes in grid[len(found) :]:
+        for axes in grid[len(by_slice) :]:
             axes.set_visible(False)
         figure.supxlabel("documents, from the least kept gain to the greatest, %", fontsize=10, color=MUTED)
         figure.supylabel("gain, bits/byte", fontsize=10, color=MUTED)
         grid[0].legend(loc="upper left", labelcolor=INK, handletextpad=0.1)
-        said = "; ".join(f"{one.slice}: {one.better} of {len(one.ids)} documents gain" for one in found)
-        return inline(figure, name, f"Gain kept by {recipe}, document by document", said)
+        description = "; ".join(
+            f"{one.slice}: {one.better} of {len(one.ids)} documents gain" for one in by_slice
+        )
+        return inline(figure, name, f"Gain kept by {recipe}, document by document", description)

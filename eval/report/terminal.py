@@ -13,18 +13,18 @@ from eval.report.format import (
     FOOTNOTE,
     MISSING,
     Cell,
-    foremost,
-    recommended,
-    signed,
+    measuring_commands,
+    recommended_text,
+    select_variants,
+    signoff_text,
     test_set_line,
-    unmeasured,
 )
 from eval.signoff.statement import SignOff
 
 ROWS = 50  # more cannot be read here: table.md and the page have all
 
 
-def bounds(cells: list[Cell]) -> str:
+def upper_bounds(cells: list[Cell]) -> str:
     """The upper bounds of two percentiles, for the line below them."""
     found = [next((n.removeprefix("≤ ") for n in c.notes if n.startswith("≤")), MISSING) for c in cells]
     return f"≤ {' / '.join(found)}"
@@ -36,7 +36,7 @@ def table_row(table: BudgetTable, row: Row) -> list[Text]:
     costs = ["not measured", "", "", ""]
     if row.costs:
         pairs = [row.costs[0:2], row.costs[2:4]]
-        costs = [f"{p50.main} / {p95.main}\n{bounds([p50, p95])}" for p50, p95 in pairs]
+        costs = [f"{p50.main} / {p95.main}\n{upper_bounds([p50, p95])}" for p50, p95 in pairs]
         costs += [cell.main for cell in row.costs[4:6]]
     names = [Text(f"{v.recipe}{' *' if v.recommended else ''}\n{v.engine}"), Text(v.target)]
     spans = ["\n".join([cell.main, *cell.notes]) for cell in quality[:3]]
@@ -61,24 +61,28 @@ def rich_table(gate: GateFile, budget: BudgetTable) -> Table:
     return table
 
 
-def lines(gate: GateFile, variants: list[Variant]) -> Iterator[str]:
+def lines_below(gate: GateFile, variants: list[Variant]) -> Iterator[str]:
     """What stands below the table: reasons, what is not shown, what is not measured."""
     for v in variants:
         yield f"{v.recipe} on {v.target}: {v.reason}"
     if hidden := len(gate.variants) - len(variants):
         yield f"{hidden} more rows in table.md and report.html"
-    for names, how in unmeasured(gate).items():
+    for names, how in measuring_commands(gate).items():
         yield f"to measure {names}: {how}"
 
 
-def show(gate: GateFile, signoffs: list[SignOff], console: Console) -> None:
+def print_report(gate: GateFile, signoffs: list[SignOff], console: Console) -> None:
     """Prints the budget table, its reasons and, last, the verdict."""
-    variants = foremost(gate.variants, ROWS)
+    variants = select_variants(gate.variants, ROWS)
     console.print(rich_table(gate, build_budget_table(gate, variants)))
-    for line in lines(gate, variants):
+    for line in lines_below(gate, variants):
         console.print(Text(line))
-    console.print(Text(f"* recommended ({recommended(gate)}). {FOOTNOTE}", style="dim"))
-    for line in (test_set_line(gate), *(f"note: {note}" for note in gate.notes), *map(signed, signoffs)):
+    console.print(Text(f"* recommended ({recommended_text(gate)}). {FOOTNOTE}", style="dim"))
+    for line in (
+        test_set_line(gate),
+        *(f"note: {note}" for note in gate.notes),
+        *map(signoff_text, signoffs),
+    ):
         if line:
             console.print(Text(line))
     console.print(Text(gate.verdict, style=STYLES[gate.verdict]), Text(gate.reason))

@@ -95,7 +95,7 @@ class SignOff:
     """A sign-off as a reader may show it. `problem` is None where it may be trusted as far as was looked."""
 
     path: Path
-    said: Predicate | None  # None where the file cannot be read
+    predicate: Predicate | None  # None where the file cannot be read
     key: str  # id of the key that signed, empty where unknown
     problem: str | None
 

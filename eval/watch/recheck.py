@@ -33,7 +33,7 @@ from eval.metrics.likelihood import BATCH_TOKENS, document_bits
 from eval.release.contract import costs_of, gain
 from eval.release.contract_file import Bits, Contract, Signature, Target, read_contract
 from eval.release.reference import Reference, token_ids
-from eval.report.format import estimate, fixed, significant
+from eval.report.format import estimate_cell, fixed, significant
 from eval.signoff.keys import from_raw, public_key
 from eval.signoff.statement import FOLDER, Predicate, expired, read
 from eval.signoff.verify import difference, read_gate, row_of
@@ -235,7 +235,7 @@ def contract_table(result: Result, title: str) -> Table:
     for f in result.findings:
         mark = Text(f.verdict, style=STYLES[f.verdict]) if f.verdict else Text("")
         shown.add_row(
-            f.name, str(estimate(f.before)), str(estimate(f.now)), str(estimate(f.change)),
+            f.name, str(estimate_cell(f.before)), str(estimate_cell(f.now)), str(estimate_cell(f.change)),
             fixed(f.floor), mark,
         )  # fmt: skip
     return shown

@@ -26,8 +26,8 @@ from eval.report.__main__ import refuse_stale
 from eval.report.budget_table import build_budget_table
 from eval.report.figures import smooth
 from eval.report.format import part_verdict
-from eval.report.html import page
-from eval.report.markdown import markdown
+from eval.report.html import render_page
+from eval.report.markdown import render_markdown
 from eval.signoff.statement import Waiver, signed_digest, signoffs
 from eval.signoff.verify import read_gate
 from tests.eval.report_run import HOSTILE, SLICES, VARIANTS, run_folder, sign, variant
@@ -80,7 +80,7 @@ class Page(HTMLParser):
 def made_here(run: Path) -> tuple[str, str]:
     """table.md and the page, in this process."""
     gate, shown = read_gate(run), signoffs(run, date(2026, 2, 1))
-    return markdown(gate, shown), page(gate, run, (run / "study.yaml").read_text(), shown)
+    return render_markdown(gate, shown), render_page(gate, run, (run / "study.yaml").read_text(), shown)
 
 
 @pytest.fixture(scope="module")
@@ -103,22 +103,22 @@ def test_terminal_shows_the_table_and_ends_with_the_path(demo):
 
 def test_page_is_one_file_that_asks_for_nothing(demo):
     html = demo[3]
-    page = Page(html)
+    render_page = Page(html)
     assert "http://" not in html
     assert "https://" not in html
     assert "@import" not in html
     assert "url(" not in re.sub(r"url\(#\w+\)", "", html)
-    names = {tag for tag, _ in page.tags}
+    names = {tag for tag, _ in render_page.tags}
     assert names.isdisjoint({"link", "img", "iframe", "object", "embed", "base", "form"})
-    for _, attributes in page.tags:
+    for _, attributes in render_page.tags:
         assert "src" not in attributes
         assert not any(name.startswith("on") for name in attributes)
         assert (attributes.get("href") or "#").startswith("#")
 
 
 def test_the_policy_of_the_page_allows_its_own_script_and_no_network(demo):
-    page = Page(demo[3])
-    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    render_page = Page(demo[3])
+    policy = next(a["content"] for tag, a in render_page.tags if tag == "meta" and "http-equiv" in a)
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     script = demo[3].rpartition("<script>")[2].partition("</script>")[0]
     made = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -128,20 +128,20 @@ def test_the_policy_of_the_page_allows_its_own_script_and_no_network(demo):
 
 
 def test_page_can_be_read_by_ear_and_keyboard(demo):
-    page = Page(demo[3])
-    ids = [a["id"] for _, a in page.tags if "id" in a]
+    render_page = Page(demo[3])
+    ids = [a["id"] for _, a in render_page.tags if "id" in a]
     assert len(ids) == len(set(ids))
-    for _, attributes in page.tags:
+    for _, attributes in render_page.tags:
         for name in ("aria-labelledby", "aria-describedby", "aria-controls", "for"):
             assert name not in attributes or attributes[name] in ids
-    assert all("scope" in a for tag, a in page.tags if tag == "th")
-    tags = [tag for tag, _ in page.tags]
+    assert all("scope" in a for tag, a in render_page.tags if tag == "th")
+    tags = [tag for tag, _ in render_page.tags]
     assert tags.count("caption") == tags.count("table")
-    pictures = [a for tag, a in page.tags if tag == "svg"]
+    pictures = [a for tag, a in render_page.tags if tag == "svg"]
     # the chain, two of a measured target, slices, documents, lineage, and four arms with curves
     assert len(pictures) == 1 + 2 + 2 + 1 + 4
     assert all(a["role"] == "img" for a in pictures)
-    assert dict(page.tags)["html"]["lang"] == "en"
+    assert dict(render_page.tags)["html"]["lang"] == "en"
     levels = [int(tag[1]) for tag in tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -174,13 +174,13 @@ def test_hostile_words_stay_words(tmp_path):
     odd = {**variant(VARIANTS[1]), "recipe": HOSTILE, "reason": HOSTILE, "engine": HOSTILE}
     run = run_folder(tmp_path, HOSTILE, [odd, variant(VARIANTS[0])])
     table, html = made_here(run)
-    page = Page(html)
-    assert sum(tag == "script" for tag, _ in page.tags) == 2  # data and program
+    render_page = Page(html)
+    assert sum(tag == "script" for tag, _ in render_page.tags) == 2  # data and program
     assert "<script>alert" not in html
     assert html.count("<!-- sign-offs -->") == 1
     assert table.count("<!-- sign-offs -->") == 1
-    assert "alert('x')" in " ".join(page.text)
-    assert HOSTILE in " ".join(page.text).partition("least of all")[2]  # the name of a document
+    assert "alert('x')" in " ".join(render_page.text)
+    assert HOSTILE in " ".join(render_page.text).partition("least of all")[2]  # the name of a document
     assert "<script>" not in table
     rows = [line for line in table.splitlines() if line.startswith("|")]
     for above, below in pairwise(rows):
@@ -245,7 +245,7 @@ def test_same_gate_same_bytes_and_other_times_same_quality(demo, tmp_path):
     assert made_here(run) == (table, html)
     slower = [variant((*row[:5], row[5] * 3, *row[6:])) for row in VARIANTS]
     other = run_folder(tmp_path, variants=[*slower, variant(VARIANTS[6], "gpu", measured=False)])
-    quality = markdown(read_gate(other), []).partition("## Cost")
+    quality = render_markdown(read_gate(other), []).partition("## Cost")
     assert quality[2] != table.partition("## Cost")[2]
     assert quality[0] == table.partition("## Cost")[0]
 
@@ -276,7 +276,7 @@ def test_a_study_that_shows_nothing_is_told_without_figures_that_it_has_not(tmp_
     blind = {"variants": rows, "verdict": "INCONCLUSIVE", "recommended": {"cpu": None, "gpu": None}}
     blind |= {"kept_by_student": Students(over_control=none, over_ce=None, over_base=none)}
     blind |= {"test_set": None, "quality": {}, "power": None, "notes": []}
-    text = " ".join(Page(page(gate.model_copy(update=blind), run, "", [])).text)
+    text = " ".join(Page(render_page(gate.model_copy(update=blind), run, "", [])).text)
     assert "INCONCLUSIVE: not decided, more evidence is needed" in text
     assert "plain, document by document" in text
     assert "24 of 30 variants are drawn; the budget table holds all." in text
@@ -352,7 +352,7 @@ def test_a_terminal_is_not_flooded(demo):
         gate.variants[0].model_copy(update={"recipe": f"r{i}", "recommended": i == 299}) for i in range(300)
     ]
     out = Console(file=StringIO(), width=160)
-    terminal.show(gate.model_copy(update={"variants": many}), [], out)
+    terminal.print_report(gate.model_copy(update={"variants": many}), [], out)
     text = out.file.getvalue()
     assert "r299 *" in text
     assert "250 more rows in table.md and report.html" in text

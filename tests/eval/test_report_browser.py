@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval.report.html import page as html_of
+from eval.report.html import render_page as html_of
 from eval.signoff.statement import Policy, Predicate, SignOff, Waiver
 from eval.signoff.verify import read_gate
 from tests.eval.report_run import VARIANTS, run_folder

@@ -100,7 +100,7 @@ def test_what_is_signed_is_verified_and_shown(fresh, key, made):
     assert {"gate.json", "table.md", "report.html", "study.yaml", "data/manifest.json"} <= set(said.files)
     assert said.artifacts["S0/s3/int8"] == read_gate(fresh.path).provenance.artifacts["S0/s3/int8"]
     shown = signoffs(fresh.path, TODAY)
-    assert [(s.said.by, s.problem) for s in shown] == [("Ada", None)]
+    assert [(s.predicate.by, s.problem) for s in shown] == [("Ada", None)]
     page = fresh.path / "report.html"
     page.write_text(page.read_text().replace("nobody yet", "signed by Ada"))
     assert problems(path, fresh.path, None, TODAY)[1] == [], "a report shows its own sign-off"
