@@ -5,22 +5,24 @@ many threads; and one thread adds up in one order, so that a result does not dep
 """
 
 import fcntl
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import wait as wait_for_sentinel
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +40,9 @@ from rich.progress import Progress as Bar
 from eval.core.errors import UserError
 
 HEAVY = ["transformers.modeling_utils"]  # imported once, by the process from which all workers are forked
-Report = Callable[[float], None]  # tells the share of the job that is done, 0 to 1
+GRACE = 20.0  # seconds that a worker has to end in, before it is killed
+REPORT_INTERVAL = 0.2  # seconds between two reports of a worker
+Report = Callable[[float], None]  # takes the share of the job that is done, 0 to 1
 
 
 class Progress(Protocol):
@@ -49,7 +53,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work: `run(*args, report)` in some worker, after the jobs named in `after`."""
+    """One piece of work: `run(*args, report)` in a process of its own, after the jobs named in `after`."""
 
     name: str
     run: Callable[..., Any]
@@ -58,59 +62,161 @@ class Job:
     weight: float = 1.0  # expected cost, for the time left
 
 
-GRACE = 20.0  # seconds to unwind in
+@dataclass(frozen=True)
+class _Failure:
+    """An exception of a job on its way to the parent, which may be unable to unpickle it."""
 
+    pickled: bytes | None
+    type_name: str
+    text: str
+    traceback: str
 
-@dataclass
-class _Worker:
-    queue: Any = None
-    last: dict[str, float] = field(default_factory=dict)
-    tokens: int = 0  # learned from, and not yet told
+    @classmethod
+    def describe(cls, error: BaseException) -> "_Failure":
+        try:
+            pickled = pickle.dumps(error)
+        except Exception:  # whatever a library's exception refers to
+            pickled = None
+        return cls(pickled, type(error).__name__, str(error), traceback.format_exc())
 
-
-_WORKER = _Worker()
+    def restore(self, job: Job) -> BaseException:
+        """The exception as it was, or a UserError with its text; its traceback goes to the log."""
+        error: BaseException | None = None
+        if self.pickled is not None:
+            try:
+                error = pickle.loads(self.pickled)
+            except Exception:  # its constructor takes other arguments, or its module is unknown here
+                error = None
+        if not isinstance(error, BaseException) or str(error) != self.text:
+            text = " ".join(f"{self.type_name}: {self.text}".split())
+            error = UserError(f"job {job.name}", text, "the traceback is in the run's log")
+        elif isinstance(error, UserError):
+            return error
+        log = logging.getLogger("absorb")
+        if log.handlers:
+            log.error("job %s failed in its worker:\n%s", job.name, self.traceback)
+        else:
+            error.__cause__ = RuntimeError(f"in the worker:\n{self.traceback}")
+        return error
 
 
 def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait_for_sentinel([parent.sentinel])
+    wait([parent.sentinel])
     os._exit(1)
 
 
-class _Told(SystemExit):
-    """The parent asks the worker to end."""
+_SIGTERM_CODE = 128 + signal.SIGTERM
 
 
-def _end(*_: Any) -> None:
-    """Unwinds, so that what lies aside is swept; once, for a broken pool sends a second signal."""
+class _Terminated(SystemExit):
+    """The parent has sent SIGTERM to its worker."""
+
+
+def _unwind_once(*_: Any) -> None:
+    """Raises, so that temporary files are removed; a second signal must not interrupt the removal."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Told(143)
+    raise _Terminated(_SIGTERM_CODE)
 
 
-def _start(queue: Any) -> None:
-    """A worker's first act: one thread, and no life after its parent's (kill -9 leaves no orphan)."""
+class _Reporter:
+    """Sends the progress of a job to the parent, a few times per second at most."""
+
+    def __init__(self, sender: Connection) -> None:
+        self.sender = sender
+        self.sent_at = 0.0
+        self.unsent_tokens = 0
+
+    def __call__(self, share: float, tokens: int = 0) -> None:
+        self.unsent_tokens += tokens
+        if time.monotonic() - self.sent_at > REPORT_INTERVAL:
+            self.sent_at = time.monotonic()
+            self.sender.send_bytes(pickle.dumps((share, self.unsent_tokens)))
+            self.unsent_tokens = 0
+
+
+def _run_job(pickled_job: bytes, sender: Connection) -> None:
+    """A worker's life: one thread, one job, and an end with its parent's (kill -9 leaves no orphan).
+
+    Sends (share, tokens) any number of times, then (result,) or a _Failure.
+    """
     torch.set_num_threads(1)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _WORKER.queue = queue
-
-
-def _call(job: Job) -> Any:
-    signal.signal(signal.SIGTERM, _end)  # only here: a worker without a job may die as it is
-
-    def report(share: float, tokens: int = 0) -> None:
-        _WORKER.tokens += tokens
-        if time.monotonic() - _WORKER.last.get(job.name, 0.0) > 0.2:
-            _WORKER.last[job.name] = time.monotonic()
-            _WORKER.queue.put((job.name, share, _WORKER.tokens))
-            _WORKER.tokens = 0
-
+    signal.signal(signal.SIGTERM, _unwind_once)
     try:
-        return job.run(*job.args, report)
-    except _Told:  # and unwound; the pool would take it for a result and wait for more
-        os._exit(143)
+        job = pickle.loads(pickled_job)  # here, so that a failing import is an error of the job
+        message = pickle.dumps((job.run(*job.args, _Reporter(sender)),))
+    except _Terminated:
+        raise
+    except BaseException as error:
+        message = pickle.dumps(_Failure.describe(error))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sender.send_bytes(message)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A process that runs one job, seen from the parent."""
+
+    job: Job
+    process: BaseProcess
+    receiver: Connection
+
+    @classmethod
+    def start(cls, context: BaseContext, job: Job) -> "_Worker":
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_run_job, args=(pickle.dumps(job), sender))  # type: ignore[attr-defined]
+        process.start()
+        sender.close()  # the worker's is the only one now: its death ends the pipe
+        return cls(job, process, receiver)
+
+    def read(self, title: str, board: "_Board") -> tuple[Any] | None:
+        """Passes the progress on; returns (result,) once the job is done, None before.
+
+        Raises:
+            UserError: the worker ended without a result.
+            BaseException: what the job raised.
+        """
+        while self.receiver.poll():
+            try:
+                received = self.receiver.recv_bytes()
+            except (EOFError, OSError):  # OSError: it ended in the middle of a message
+                raise self._death(title) from None
+            message = pickle.loads(received)
+            if isinstance(message, _Failure):
+                raise message.restore(self.job)
+            if len(message) == 1:
+                return (message[0],)
+            board.update(self.job.name, *message)
+        if not self.process.is_alive() and not self.receiver.poll():
+            raise self._death(title)
+        return None
+
+    def _death(self, title: str) -> UserError:
+        """Says how the worker ended without a result."""
+        self.process.join(GRACE)
+        code = self.process.exitcode
+        if code is None or code < 0 or code == _SIGTERM_CODE:
+            fix = "free some memory or give --workers 1; run again to continue"
+            return UserError(f"a worker of {title}", "was killed", fix)
+        found = f"its process ended with exit code {code} and no result"
+        return UserError(f"job {self.job.name}", found, "see its output above; run again to continue")
+
+
+def _end_processes(workers: list[_Worker], terminate: bool) -> None:
+    """Ends the processes of workers: what they were writing lies aside and the next run removes it."""
+    for worker in workers:
+        if terminate:
+            worker.process.terminate()
+    deadline = time.monotonic() + GRACE
+    for worker in workers:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+        worker.receiver.close()
 
 
 class _Speed:
@@ -118,19 +224,19 @@ class _Speed:
 
     def __init__(self, seconds: float = 15.0) -> None:
         self.seconds = seconds
-        self.seen: deque[tuple[float, int]] = deque()
+        self.reports: deque[tuple[float, int]] = deque()  # (time, tokens since the report before)
 
     def add(self, tokens: int) -> None:
-        self.seen.append((time.monotonic(), tokens))
+        self.reports.append((time.monotonic(), tokens))
 
     def __str__(self) -> str:
         now = time.monotonic()
-        while self.seen and self.seen[0][0] < now - self.seconds:
-            self.seen.popleft()
-        if len(self.seen) < 2:
+        while self.reports and self.reports[0][0] < now - self.seconds:
+            self.reports.popleft()
+        if len(self.reports) < 2:
             return ""
-        counted = list(self.seen)[1:]  # the first one's tokens came before its time
-        rate = sum(tokens for _, tokens in counted) / max(now - self.seen[0][0], 1e-9)
+        total = sum(tokens for _, tokens in list(self.reports)[1:])  # the first's came before its time
+        rate = total / max(now - self.reports[0][0], 1e-9)
         return f"{rate:,.0f} tokens/s"
 
 
@@ -171,13 +277,13 @@ class _Board:
         self.done += 1
         if self.console.is_terminal:
             return
-        spent = time.monotonic() - self.started
+        elapsed = time.monotonic() - self.started
         share = sum(self.weights[n] * s for n, s in self.shares.items()) / sum(self.weights.values())
-        left = spent / share - spent if share else 0.0
+        left = elapsed / share - elapsed if share else 0.0
         speed = f"{self.speed}, " if str(self.speed) else ""
         print(
             f"{self.title}: {name} done, {self.done} of {len(self.weights)}, "
-            f"{speed}{spent:.0f} s, about {left:.0f} s left",
+            f"{speed}{elapsed:.0f} s, about {left:.0f} s left",
             file=sys.stderr,
             flush=True,
         )
@@ -197,17 +303,22 @@ def run_in_turn(title: str, jobs: list[Job], quiet: bool = False) -> dict[str, A
 
 
 def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
-    """Runs every job side by side; returns the results by name. The first error ends the rest."""
+    """Runs every job side by side; returns the results by name. The first error ends the rest.
+
+    Raises:
+        UserError: a worker was killed, or a job raised what cannot be unpickled here.
+        BaseException: what a job raised.
+    """
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names), "job names are unique"
+    for job in jobs:
+        _assert_importable(job)
     if not jobs:
         return {}
     context = _context()
-    queue = context.Queue()
     board = _Board(title, jobs)
     results: dict[str, Any] = {}
-    waiting, running = list(jobs), dict[Future[Any], Job]()
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start, initargs=(queue,))
+    waiting, running = list(jobs), list[_Worker]()
     try:
         with board.bar:
             while waiting or running:
@@ -215,29 +326,30 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
                 for job in ready[: max(0, workers - len(running))]:
                     waiting.remove(job)
                     board.update(job.name, 0.0)
-                    running[pool.submit(_call, job)] = job
+                    running.append(_Worker.start(context, job))
                 assert running, f"jobs wait for each other: {[j.name for j in waiting]}"
-                finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                # a pool that has just begun a worker may not watch it before its next result
-                if not finished and wait_for_sentinel([p.sentinel for p in _processes(pool)], 0):
-                    raise BrokenProcessPool
-                while not queue.empty():
-                    name, share, tokens = queue.get()
-                    if name not in results:
-                        board.update(name, share, tokens)
-                for future in finished:
-                    job = running.pop(future)
-                    results[job.name] = future.result()
-                    board.finish(job.name)
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a worker of {title}",
-            "was killed",
-            "free some memory or give --workers 1; run again to continue",
-        ) from error
+                wait([w.receiver for w in running] + [w.process.sentinel for w in running])
+                for worker in list(running):
+                    result = worker.read(title, board)
+                    if result is not None:
+                        results[worker.job.name] = result[0]
+                        _end_processes([worker], terminate=False)
+                        running.remove(worker)
+                        board.finish(worker.job.name)
     finally:
-        _stop(pool)
+        _end_processes(running, terminate=True)
     return results
+
+
+def _assert_importable(job: Job) -> None:
+    """Workers import a script's or module's `__main__` again, but not that of a package."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name.endswith(".__main__"):
+        function = getattr(job.run, "__name__", job.run)
+        assert job.run.__module__ != "__main__", (
+            f"job {job.name}: {function} is defined in {spec.name}, which workers do not import; "
+            "define it in another module"
+        )
 
 
 def _context() -> BaseContext:
@@ -251,22 +363,6 @@ def _context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     return context
-
-
-def _processes(pool: ProcessPoolExecutor) -> list[Any]:
-    return list((pool._processes or {}).values())
-
-
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """Ends the workers at once: what they were writing lies aside and is swept by the next run."""
-    processes = _processes(pool)
-    for process in processes:
-        process.terminate()
-    late = time.monotonic() + GRACE
-    for process in processes:
-        if not wait_for_sentinel([process.sentinel], max(0.0, late - time.monotonic())):
-            process.kill()
-    pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Jobs side by side: their order, their errors, and no life after their parent."""
 
+import logging
 import os
 import re
 import signal
@@ -42,9 +43,9 @@ def test_jobs_wait_for_what_they_need_and_run_in_one_thread_workers(tmp_path, ca
         Job("first", note, (tmp_path, "first")),
         Job("second", note, (tmp_path, "second"), after=("first", "elsewhere")),
     ]
-    found = run_jobs("work", jobs, workers=2)
+    results = run_jobs("work", jobs, workers=2)
     assert (tmp_path / "log").read_text().split() == ["first", "second", "last"]
-    assert all(threads == 1 and pid != os.getpid() for _, threads, pid in found.values())
+    assert all(threads == 1 and pid != os.getpid() for _, threads, pid in results.values())
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert "3 of 3" in lines[-1]
@@ -57,10 +58,10 @@ def learn(report):
         report(step / 3, tokens=100)
 
 
-def test_progress_tells_tokens_per_second(capsys):
+def test_progress_shows_tokens_per_second(capsys):
     run_in_turn("work", [Job("a", learn)])
-    found = re.search(r"a done, 1 of 1, ([\d,]+) tokens/s", capsys.readouterr().err)
-    assert 0 < int(found[1].replace(",", "")) <= 100 / 0.01
+    match = re.search(r"a done, 1 of 1, ([\d,]+) tokens/s", capsys.readouterr().err)
+    assert 0 < int(match[1].replace(",", "")) <= 100 / 0.01
 
 
 def test_in_turn_gives_the_same(tmp_path):
@@ -70,9 +71,9 @@ def test_in_turn_gives_the_same(tmp_path):
 
 def test_the_first_error_ends_the_rest_whole(tmp_path):
     jobs = [Job("bad", refuse), Job("after", note, (tmp_path, "after"), after=("bad",))]
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         run_jobs("work", jobs, workers=2)
-    assert (told.value.thing, told.value.found, told.value.fix) == ("thing", "found", "fix")
+    assert (caught.value.thing, caught.value.found, caught.value.fix) == ("thing", "found", "fix")
     assert not (tmp_path / "log").exists()
 
 
@@ -87,10 +88,7 @@ def vanish_later(report):
 
 @pytest.mark.parametrize("after", [(), ("quick",)])
 def test_a_killed_worker_ends_the_others_that_work(tmp_path, after):
-    """They must not go on for long, nor, told twice to end (by the pool and by us), wait for a job for ever.
-
-    The second worker's death is seen by us alone before the first result, and by the pool after it.
-    """
+    """They must not go on for long, whether a job has finished before the death or not."""
     jobs = [Job("quick", note, (tmp_path, "quick"))] * len(after)
     jobs += [Job("gone", vanish_later), Job("slow", dawdle, after=after)]
     start = time.monotonic()
@@ -99,9 +97,124 @@ def test_a_killed_worker_ends_the_others_that_work(tmp_path, after):
     assert time.monotonic() - start < 60
 
 
-def test_a_killed_worker_is_told():
-    with pytest.raises(UserError, match="a worker of work: was killed; free some memory"):
+def test_a_killed_worker_is_reported():
+    message = "a worker of work: was killed; free some memory or give --workers 1; run again to continue"
+    with pytest.raises(UserError, match=message):
         run_jobs("work", [Job("gone", vanish)], workers=1)
+
+
+class TwoPartError(Exception):
+    """Pickles, but cannot be unpickled: its arguments are not those of its constructor."""
+
+    def __init__(self, code, text):
+        super().__init__(f"{code}: {text}")
+
+
+def raise_two_part_error(report):
+    raise TwoPartError(7, "no kernel")
+
+
+def raise_local_error(report):
+    class LocalError(Exception):
+        """Cannot be pickled: no other process can import it."""
+
+    raise LocalError("two\nlines")
+
+
+def open_missing(path, report):
+    return Path(path).read_text()
+
+
+def return_lambda(report):
+    return lambda: None
+
+
+@pytest.fixture
+def log_records():
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    log = logging.getLogger("absorb")
+    log.addHandler(handler)
+    yield records
+    log.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [(raise_two_part_error, "TwoPartError: 7: no kernel"), (raise_local_error, "LocalError: two lines")],
+)
+def test_an_error_that_cannot_be_unpickled_becomes_one_line(log_records, function, text):
+    with pytest.raises(UserError) as caught:
+        run_jobs("work", [Job("bad", function)], workers=1)
+    assert str(caught.value) == f"job bad: {text}; the traceback is in the run's log"
+    assert f"in {function.__name__}" in log_records[0].getMessage()
+
+
+def test_an_error_that_can_be_unpickled_arrives_as_it_was(log_records, tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        run_jobs("work", [Job("bad", open_missing, (tmp_path / "missing",))], workers=1)
+    assert caught.value.filename == str(tmp_path / "missing")
+    assert "in open_missing" in log_records[0].getMessage()
+
+
+def test_a_user_error_is_not_logged(log_records):
+    with pytest.raises(UserError):
+        run_jobs("work", [Job("bad", refuse)], workers=1)
+    assert log_records == []
+
+
+def test_without_a_log_nothing_is_printed_and_the_traceback_is_the_cause(capfd, tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        run_jobs("work", [Job("bad", open_missing, (tmp_path / "missing",))], workers=1)
+    assert "in open_missing" in str(caught.value.__cause__)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_result_that_cannot_be_pickled_is_an_error_of_its_job(log_records):
+    with pytest.raises(Exception, match="return_lambda"):
+        run_jobs("work", [Job("bad", return_lambda)], workers=1)
+
+
+def make_bytes(count, report):
+    report(0.5)
+    return b"x" * count
+
+
+def test_a_result_larger_than_the_pipe_arrives_whole():
+    results = run_jobs("work", [Job("large", make_bytes, (3_000_000,))], workers=1)
+    assert results["large"] == b"x" * 3_000_000
+
+
+def leave(report):
+    os._exit(5)
+
+
+def test_a_worker_that_leaves_without_a_result_is_reported():
+    with pytest.raises(UserError, match="job gone: its process ended with exit code 5 and no result"):
+        run_jobs("work", [Job("gone", leave)], workers=1)
+
+
+PACKAGE_MAIN = """
+from eval.core.jobs import Job, run_jobs
+
+def work(report):
+    pass
+
+if __name__ == "__main__":
+    run_jobs("work", [Job("a", work)], 1)
+"""
+
+
+def test_a_function_of_a_package_s_main_module_is_refused(tmp_path):
+    """Workers do not import that module again, so that they would not find the function."""
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "__init__.py").touch()
+    (tmp_path / "room" / "__main__.py").write_text(PACKAGE_MAIN)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "room"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert "AssertionError: job a: work is defined in room.__main__" in done.stderr
 
 
 SLEEPER = """
@@ -146,7 +259,7 @@ def test_a_run_folder_is_held_by_one_process(tmp_path):
 UNWINDING = """
 import atexit, signal, sys, time, weakref
 from pathlib import Path
-from eval.core.jobs import _end
+from eval.core.jobs import _unwind_once
 
 class Held:
     pass
@@ -158,7 +271,7 @@ def late(folder):
 
 folder, held = Path(sys.argv[1]), Held()
 weakref.finalize(held, late, folder)
-signal.signal(signal.SIGTERM, _end)
+signal.signal(signal.SIGTERM, _unwind_once)
 (folder / "started").touch()
 time.sleep(60)
 """
@@ -180,7 +293,7 @@ def test_a_long_folder_for_temporary_files_is_no_trouble(tmp_path):
     """A socket's path has at most 107 bytes, and a batch system's folder may take them all."""
     deep = tmp_path / ("d" * 120)
     deep.mkdir()
-    code = "import sys; sys.path.insert(0, '.')\nfrom tests.eval.test_workers import double\n"
+    code = "import sys; sys.path.insert(0, '.')\nfrom tests.eval.test_jobs import double\n"
     code += "from eval.core.jobs import Job, run_jobs\n"
     code += "if __name__ == '__main__': print(run_jobs('a', [Job('a', double, (3,))], 1))"
     path = tmp_path / "main.py"
@@ -195,7 +308,7 @@ def test_workers_run_the_code_that_started_them(tmp_path):
     (tmp_path / "eval" / "__init__.py").write_text("raise RuntimeError('another checkout')")
     path = tmp_path / "main.py"
     path.write_text(
-        f"import sys; sys.path[0] = {str(ROOT)!r}\nfrom tests.eval.test_workers import double\n"
+        f"import sys; sys.path[0] = {str(ROOT)!r}\nfrom tests.eval.test_jobs import double\n"
         "from eval.core.jobs import Job, run_jobs\n"
         "if __name__ == '__main__': print(run_jobs('a', [Job('a', double, (3,))], 1))"
     )
