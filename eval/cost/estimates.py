@@ -146,7 +146,7 @@ def _size(values: Array, name: str, alpha: float) -> Number:
     return Number(value=largest, lower=low, upper=high, unit="MiB", requests=requests, processes=len(values))
 
 
-def difference(
+def first_mismatch(
     a: list[Measured] | list[Loaded], b: list[Measured] | list[Loaded]
 ) -> tuple[str, object, object] | None:
     """The first thing for which two sets of records cannot be compared round by round."""
@@ -170,7 +170,7 @@ def difference(
 
 def ratio(records: list[Measured], other: list[Measured], name: str, alpha: float) -> Share | None:
     """Ratio of two variants over paired rounds; None where they cannot be compared."""
-    if difference(records, other):
+    if first_mismatch(records, other):
         return None
     return positive_ratio(summary(records, name), summary(other, name), alpha)
 

@@ -67,7 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.gate", description=__doc__)
     parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
     study, args = study_from_command(parser)
-    folder = Path(args.study) if Path(args.study).is_dir() else study.folder
+    folder = study.folder
     budget = load_budget(study, args.budget)
     result = evaluate_gate(collect_evidence(folder, study, budget), budget)
     path = folder / "gate.json"

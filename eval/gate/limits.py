@@ -6,7 +6,7 @@ from pathlib import Path
 from eval.core.budget import AT_LOAD, UNITS, Limit, Quantity, Target
 from eval.core.gate_file import Load, Number, Part, Relative
 from eval.core.records import PLAIN
-from eval.cost.estimates import difference, knees, load_result, names, number, positive_ratio, ratio
+from eval.cost.estimates import first_mismatch, knees, load_result, names, number, positive_ratio, ratio
 from eval.gate.evidence import Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
 from eval.stats.ratios import Share
@@ -57,7 +57,7 @@ def variant_costs(
             reference = references.get(name, PLAIN)
             other_loads = evidence.loads.get((target, reference), [])
             share = None
-            if not difference(ours, other_loads):
+            if not first_mismatch(ours, other_loads):
                 share = positive_ratio(knees(ours), knees(other_loads), alpha)
             costs[name] = _with_ratio(value, share, reference)
     return costs
@@ -147,12 +147,12 @@ def why_unpaired(evidence: Evidence, target: str, recipe: str, name: Quantity, o
         loads, other_loads = evidence.loads.get((target, recipe)), evidence.loads.get((target, of))
         if loads is None or other_loads is None:
             return f"{recipe} was measured under load on {target}, {of} was not"
-        apart = difference(loads, other_loads)
+        apart = first_mismatch(loads, other_loads)
     else:
         other_costs = evidence.costs.get((target, of))
         if other_costs is None:
             return f"{recipe} was measured on {target}, {of} was not"
-        apart = difference(evidence.costs[target, recipe], other_costs)
+        apart = first_mismatch(evidence.costs[target, recipe], other_costs)
     return f"{recipe} has {apart[0]} {apart[1]}, {of} has {apart[2]}" if apart else None
 
 

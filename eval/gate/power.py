@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--among", type=int, default=1, help="affordable variants to pick from (default: 1)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     study, args = study_from_command(parser)
-    folder = Path(args.study) if Path(args.study).is_dir() else study.folder
+    folder = study.folder
     plan = load_study(args.plan) if args.plan else study
     budget = load_budget(plan, args.budget)
     for name in ("gain", "share"):

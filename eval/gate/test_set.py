@@ -195,7 +195,7 @@ def main() -> int:
     parser.add_argument("--reason", help="why they are opened again")
     parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
     study, args = study_from_command(parser)
-    folder = Path(args.study) if Path(args.study).is_dir() else study.folder
+    folder = study.folder
     budget = load_budget(study, args.budget)
     with lock_folder(folder):
         evidence = collect_evidence(folder, study, budget)

@@ -45,8 +45,8 @@ def console() -> Console:
 
 @entry
 def main() -> None:
-    study, known = study_from_command(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
-    run = Path(known.study) if Path(known.study).is_dir() else study.folder
+    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
+    run = study.folder
     gate = read_gate(run)
     refuse_stale(gate, study, run, f"run `python -m eval.gate --study {run}` first")
     signatures = signoffs(run, datetime.now(UTC).date())

@@ -40,7 +40,7 @@ def read_gate(run: Path) -> GateFile:
         raise UserError(f"{path}: {place}", first["msg"], fix) from error
 
 
-def difference(a: Any, b: Any, place: str = "") -> str | None:
+def first_difference(a: Any, b: Any, place: str = "") -> str | None:
     """The first place where two JSON values differ; figures within `ALIKE` are the same."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted({*a, *b}):
@@ -49,12 +49,12 @@ def difference(a: Any, b: Any, place: str = "") -> str | None:
             below = f"{place}.{key}" if place else key
             if (key in a) != (key in b):
                 return f"{below} is {'missing' if key in b else 'new'}"
-            if found := difference(a[key], b[key], below):
+            if found := first_difference(a[key], b[key], below):
                 return found
         return None
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         pairs = enumerate(zip(a, b, strict=True))
-        return next((f for i, (x, y) in pairs if (f := difference(x, y, f"{place}.{i}"))), None)
+        return next((f for i, (x, y) in pairs if (f := first_difference(x, y, f"{place}.{i}"))), None)
     if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=ALIKE, abs_tol=1e-12):
         return None
     return None if a == b else f"{place} is {_short(a)}, the records give {_short(b)}"
@@ -71,7 +71,7 @@ def judged_again(run: Path, study: Study, budget: Budget, gate: GateFile) -> str
         UserError: the records, artifacts and budget do not fit each other.
     """
     now = evaluate_gate(collect_evidence(run, study, budget), budget)
-    return difference(gate.model_dump(mode="json"), now.model_dump(mode="json"))
+    return first_difference(gate.model_dump(mode="json"), now.model_dump(mode="json"))
 
 
 def row_of(gate: GateFile, recipe: str, target: str) -> Variant:

@@ -36,7 +36,7 @@ from eval.release.reference import Reference, token_ids
 from eval.report.format import estimate_cell, fixed, significant
 from eval.signoff.keys import from_raw, public_key
 from eval.signoff.statement import FOLDER, Predicate, expired, read
-from eval.signoff.verify import difference, read_gate, row_of
+from eval.signoff.verify import first_difference, read_gate, row_of
 from eval.stats.crossed import FAIL
 from eval.stats.drift import QUESTIONS, Array, Drift, drifts, surprise
 from eval.watch.regression import Finding, diagnosis, findings, verdict
@@ -71,7 +71,7 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
             raise UserError(f"release {release}", f"{place} is not the {signed} that was signed", fix)
     for folder in (f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"):
         verify_artifact(release / folder)  # their manifests were signed: the files must be theirs
-    if apart := difference(contract.model_dump(mode="json"), restated(release, contract, name, said)):
+    if apart := first_difference(contract.model_dump(mode="json"), restated(release, contract, name, said)):
         raise UserError(f"release {release}", f"its contract is not what was signed: {apart}", fix)
     return contract, name
 
