@@ -23,6 +23,7 @@ from eval.core.checks import (
     check_device,
     check_settings,
 )
+from eval.core.commands import add_json, write_json
 from eval.core.documents import text_lines
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.jobs import lock_folder
@@ -151,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", "--config", required=True, help="the run folder, or its study's YAML file")
     parser.add_argument("records", nargs="+", help="files of records, or copies of the run folder")
+    add_json(parser)
     given = parser.parse_args()
     study = load_study(given.study)
     check_trained(study)
@@ -160,6 +162,7 @@ def main() -> None:
         note = "" if isinstance(record, Score) or record.prompts == TRAINING else f" ({record.prompts})"
         print(f"{record_path(study.folder, record)}{note}")
     print(f"{len(new)} new record(s) in {study.folder}; run python -m eval.gate --study {study.folder}")
+    write_json(given.json, [str(record_path(study.folder, record)) for record in new])
 
 
 if __name__ == "__main__":

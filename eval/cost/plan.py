@@ -17,6 +17,7 @@ from rich.table import Table
 from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify_artifact, write_text
 from eval.core.budget import Target, load_budget
 from eval.core.checks import different_settings
+from eval.core.commands import add_json, write_json
 from eval.core.config import Frozen, apply_overrides, validate_config
 from eval.core.documents import TRAIN, boundary_id, read_documents
 from eval.core.errors import UserError, require_one_of
@@ -224,8 +225,10 @@ def refuse_absent(target: str, device: str) -> None:
         raise UserError(f"target {target!r}", "no CUDA device here", fix)
 
 
-def bench_from_command(doc: str, record: str) -> CostPlan:
+def bench_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
     """Parses the command line of `eval.cost` and `eval.cost.load`, and checks every variant's hashes.
+
+    Returns the plan and the file of `--json`.
 
     Raises:
         UserError: there is nothing to measure, or it cannot be measured here.
@@ -239,13 +242,14 @@ def bench_from_command(doc: str, record: str) -> CostPlan:
     alone.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: cpu)")
     alone.add_argument("--text", help="a text file for prompts (default: random tokens)")
     alone.add_argument("--record", default=record, help=f"where the records go (default: {record})")
+    add_json(parser)
     given, words = parser.parse_known_args()
     if not given.study and not given.variant:
         raise UserError("command line", "nothing to measure", "give --study, or --variant with folders")
     bench = of_folders(given, words) if given.variant else of_run(given, words)
     for variant in bench.wanted:
         verify_artifact(variant.folder)
-    return bench
+    return bench, given.json
 
 
 def is_measured(
@@ -266,17 +270,24 @@ def measure_from_command(
     doc: str,
     record: str,
     *,
-    before: Callable[[Path], Sequence[Measured | Loaded]],
+    before: Callable[[Path], list[R]],
     measure: Callable[[CostPlan], list[R]],
     table: Callable[[CostPlan, list[R]], Table],
 ) -> None:
-    """The command `eval.cost` or `eval.cost.load`: measures, stores and shows what `before` lacks."""
-    bench = bench_from_command(doc, record)
-    study = bench.study
+    """The command `eval.cost` or `eval.cost.load`: measures, stores and shows what `before` lacks.
+
+    `--json` takes all records of the target: those of the run folder, or those just measured without one.
+    """
+    bench, json_path = bench_from_command(doc, record)
+    study, records = bench.study, list[R]()
     with lock_folder(study.folder) if study else nullcontext():
         if study and is_measured(before(study.folder), study, bench.target, bench.wanted):
             print(f"{len(bench.wanted)} variants were measured before on {bench.target}")
-            return
-        records = measure(bench)
-        bench.store(records)
-    Console().print(table(bench, records))
+        else:
+            records = measure(bench)
+            bench.store(records)
+    if records:
+        Console().print(table(bench, records))
+    if study:
+        records = [record for record in before(study.folder) if record.target == bench.target]
+    write_json(json_path, records)

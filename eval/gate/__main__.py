@@ -5,7 +5,6 @@ Exit codes: 0 pass, 1 fail, 2 inconclusive, 3 error.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -15,9 +14,8 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 from rich.console import Console
 from rich.text import Text
 
-from eval.core.artifacts import write_text
 from eval.core.budget import load_budget
-from eval.core.commands import study_from_command
+from eval.core.commands import study_from_command, write_json
 from eval.core.errors import EXITS, entry
 from eval.core.gate_file import STYLES, GateFile, OnTestSet, Variant
 from eval.gate.decision import evaluate_gate
@@ -66,14 +64,14 @@ def print_verdict(console: Console, result: GateFile, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.gate", description=__doc__)
     parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
-    study, args = study_from_command(parser)
+    study, args = study_from_command(parser, measures=True)
     folder = study.folder
     budget = load_budget(study, args.budget)
     result = evaluate_gate(collect_evidence(folder, study, budget), budget)
     path = folder / "gate.json"
-    text = json.dumps(result.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(path, text + "\n")
+    write_json(path, result)
     print_verdict(Console(), result, path)
+    write_json(args.json, result)
     return EXITS[result.verdict]
 
 

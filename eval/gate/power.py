@@ -10,7 +10,6 @@ that a target can afford plans with `--among M`: Holm asks alpha / M of the firs
 """
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eval.core.artifacts import write_text
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import Artifacts
-from eval.core.commands import study_from_command
+from eval.core.commands import study_from_command, write_json
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.records import PLAIN, VALIDATION, each_score
 from eval.core.study import Study, load_study
@@ -201,8 +199,7 @@ def main() -> None:
     parser.add_argument("--gain", type=float, help="plan for this teacher gain, bits/byte, not the pilot's")
     parser.add_argument("--share", type=float, help="plan for this true kept share, not the pilot's")
     parser.add_argument("--among", type=int, default=1, help="affordable variants to pick from (default: 1)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    study, args = study_from_command(parser)
+    study, args = study_from_command(parser, measures=True)
     folder = study.folder
     plan = load_study(args.plan) if args.plan else study
     budget = load_budget(plan, args.budget)
@@ -217,16 +214,8 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(render_table(rows, alpha))
     console.print(plan_sentence(rows), soft_wrap=True)
-    if args.json:
-        figures = {
-            "pilot": str(folder),
-            "alpha": alpha,
-            "among": args.among,
-            "goal": GOAL,
-            "level": PLAN_LEVEL,
-            "tests": rows,
-        }
-        write_text(args.json, json.dumps(figures, indent=1, allow_nan=False) + "\n")
+    plan_figures = {"alpha": alpha, "among": args.among, "goal": GOAL, "level": PLAN_LEVEL, "tests": rows}
+    write_json(args.json, {"pilot": str(folder), **plan_figures})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.text import Text
 from eval.core.artifacts import digest, read_manifest
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CE, TEACHERS, Artifacts, artifact_folder
-from eval.core.commands import study_from_command
+from eval.core.commands import study_from_command, write_json
 from eval.core.documents import TEST, read_documents
 from eval.core.errors import EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import STYLES, GateFile, Opening
@@ -194,7 +194,7 @@ def main() -> int:
     parser.add_argument("--variant", help="default: the variant that the gate recommends")
     parser.add_argument("--reason", help="why they are opened again")
     parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
-    study, args = study_from_command(parser)
+    study, args = study_from_command(parser, measures=True)
     folder = study.folder
     budget = load_budget(study, args.budget)
     with lock_folder(folder):
@@ -207,6 +207,7 @@ def main() -> int:
         opening = judge_test_set(evidence, budget, opening)
         write_opening(folder, opening)
     print_opening(Console(), opening, opening_path(folder, opening.number))
+    write_json(args.json, opening)
     assert opening.verdict is not None
     return EXITS[opening.verdict]
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.core.artifacts import read_manifest
-from eval.core.commands import study_from_command
+from eval.core.commands import study_from_command, write_json
 from eval.core.errors import entry
 from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.records import VALIDATION, read_scores, read_task_scores
@@ -53,22 +53,28 @@ def score_table(title: str, rows: Rows) -> Table:
     return shown
 
 
+def group_by_recipe(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
+    """recipe -> arm -> slice or task -> value."""
+    groups: dict[str, dict[str, dict[str, float]]] = {}
+    for (recipe, arm), row in rows.items():
+        groups.setdefault(recipe, {})[arm] = row
+    return groups
+
+
 @entry
 def main() -> None:
-    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__))
+    study, args = study_from_command(argparse.ArgumentParser(description=__doc__), measures=True)
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
     with lock_folder(study.folder):
         done = score_run(study)
+    bits = corpus_bits_per_byte(read_scores(study.folder))
+    tasks = mean_task_scores(read_task_scores(study.folder)) if study.data.tasks else {}
     if done:
-        title = "bits per byte, lower is better"
-        Console().print(score_table(title, corpus_bits_per_byte(read_scores(study.folder))))
+        Console().print(score_table("bits per byte, lower is better", bits))
     if study.data.tasks:
-        Console().print(
-            score_table(
-                "mean task scores, higher is better", mean_task_scores(read_task_scores(study.folder))
-            )
-        )
+        Console().print(score_table("mean task scores, higher is better", tasks))
     print(f"scored {done} models, {len(model_folders(study.folder, study)) - done} were scored before")
+    write_json(args.json, {"bits_per_byte": group_by_recipe(bits), "tasks": group_by_recipe(tasks)})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.core.artifacts import read_manifest
-from eval.core.commands import study_from_command
+from eval.core.commands import study_from_command, write_json
 from eval.core.errors import entry
 from eval.core.gate_file import Difference
 from eval.core.jobs import Job, lock_folder, run_jobs
@@ -19,6 +19,8 @@ from eval.core.records import read_agreements
 from eval.core.study import Study, recipe_names
 from eval.engines import subject_of
 from eval.score.divergence import estimate_agreement, record_agreement, uncompared_variants, variant_folders
+
+Agreements = dict[str, dict[str, Difference]]  # recipe -> flips, kl
 
 
 def compare_run(study: Study) -> int:
@@ -32,19 +34,23 @@ def compare_run(study: Study) -> int:
     return len(jobs)
 
 
-def agreement_table(study: Study) -> Table:
-    table = Table("recipe", "flips", "noise", "KL", "noise", title="against the student, 95 % intervals")
+def estimate_agreements(study: Study) -> Agreements:
+    """Of every recipe that has records: the share of flips, and KL(student || variant) in bits per token."""
     records = read_agreements(study.folder)
+    agreements: Agreements = {}
     for recipe in recipe_names(study)[1:]:
         flips, kl = estimate_agreement([r for r in records if r.recipe == recipe], study.seeds)
         if flips and kl:
-            cells = [
-                _cell(flips, 100, " %"),
-                f"{100 * flips.floor:.3g} %",
-                _cell(kl, 1, ""),
-                f"{kl.floor:.3g}",
-            ]
-            table.add_row(recipe, *cells)
+            agreements[recipe] = {"flips": flips, "kl": kl}
+    return agreements
+
+
+def agreement_table(agreements: Agreements) -> Table:
+    table = Table("recipe", "flips", "noise", "KL", "noise", title="against the student, 95 % intervals")
+    for recipe, differences in agreements.items():
+        flips, kl = differences["flips"], differences["kl"]
+        noise = f"{100 * flips.floor:.3g} %", f"{kl.floor:.3g}"
+        table.add_row(recipe, _cell(flips, 100, " %"), noise[0], _cell(kl, 1, ""), noise[1])
     return table
 
 
@@ -57,14 +63,16 @@ def _cell(difference: Difference, factor: float, unit: str) -> str:
 
 @entry
 def main() -> None:
-    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__))
+    study, args = study_from_command(argparse.ArgumentParser(description=__doc__), measures=True)
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
     with lock_folder(study.folder):
         done = compare_run(study)
-    Console().print(agreement_table(study))
+    agreements = estimate_agreements(study)
+    Console().print(agreement_table(agreements))
     print(
         f"compared {done} variants, {len(variant_folders(study.folder, study)) - done} were compared before"
     )
+    write_json(args.json, agreements)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.text import Text
 from eval.core.artifacts import MANIFEST, verify_artifact, write_text
 from eval.core.budget import load_budget
 from eval.core.checks import STUDENT
-from eval.core.commands import study_from_command
+from eval.core.commands import study_from_command, write_json
 from eval.core.errors import EXIT_FAIL, EXIT_PASS, UserError, entry
 from eval.core.gate_file import GateFile
 from eval.core.records import read_costs, read_scores
@@ -195,17 +195,17 @@ def line(path: Path, statement: Statement | None, found: list[str], trusted: "SS
     return Text.assemble(f"{path}: ", ("holds", "bold green"), *(f"\n  {text}" for text in parts))
 
 
-def verify(run: Path, trusted: "SSlibKey | None", today: date, console: Console) -> int:
-    """Checks every sign-off of a run and prints what was found."""
+def verify(run: Path, trusted: "SSlibKey | None", today: date, console: Console) -> list[str]:
+    """Checks every sign-off of a run, prints what was found and returns the problems, each with its file."""
     paths = sorted((run / FOLDER).glob("*.json"))
     if not paths:
         raise UserError(f"sign-offs of {run}", "there are none", "sign a variant first")
-    broken = 0
+    every: list[str] = []
     for path in paths:
         statement, found = problems(path, run, trusted, today)
-        broken += bool(found)
+        every += [f"{path}: {text}" for text in found]
         console.print(line(path, statement, found, trusted), soft_wrap=True)
-    return EXIT_FAIL if broken else EXIT_PASS
+    return every
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -231,16 +231,19 @@ def main() -> int:
         key = new_key(Path(made))
         print(f"private key {made}, public key {public_path(Path(made))}, id {key.keyid[:12]}")
         return EXIT_PASS
-    study, args = study_from_command(arguments())
+    study, args = study_from_command(arguments(), measures=True)
     run = study.folder
     if args.verify:
         trusted = public_key(Path(args.public)) if args.public else None
-        return verify(run, trusted, datetime.now(UTC).date(), Console())
+        failures = verify(run, trusted, datetime.now(UTC).date(), Console())
+        write_json(args.json, {"holds": not failures, "problems": failures})
+        return EXIT_FAIL if failures else EXIT_PASS
     for name in ("variant", "by", "key"):
         if not (getattr(args, name) or "").strip():
             raise UserError(f"--{name}", "missing", "give --variant, --by and --key, or --verify")
     path = sign(run, args)
     print(f"signed {path}; check it with python -m eval.signoff --study {run} --verify")
+    write_json(args.json, {"signed": str(path)})
     return EXIT_PASS
 
 

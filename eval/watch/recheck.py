@@ -10,7 +10,7 @@ needed, 3 error. Costs are repeated with `python -m eval.cost --variant FOLDER/v
 import argparse
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,9 @@ from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256, hash_files, read_manifest, verify_artifact
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, order_of
+from eval.core.commands import add_json, write_json
 from eval.core.documents import Document, json_objects, tokens_per_batch
-from eval.core.errors import EXIT_FAIL, EXITS, UserError, entry, require_one_of
+from eval.core.errors import EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import STYLES
 from eval.core.records import PLAIN, VALIDATION, Documents, read_scores
 from eval.core.study import load_study
@@ -272,6 +273,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--target", help="of which the artifact is checked (default: the first)")
     parser.add_argument("--slice", default=VALIDATION, help="whose promise is checked (default: validation)")
     parser.add_argument("--public", help="the signer's public key: only this one is trusted")
+    add_json(parser)
     return parser
 
 
@@ -285,10 +287,12 @@ def main() -> int:
     result = recheck(release, contract, target, args.slice, documents)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     show(console, result, contract, target, args.slice)
+    decided, reason = verdict(result.findings), diagnosis(result.findings)
     if ended := expired(contract.targets[target].waiver, today):
         console.print(Text(f"broken: {ended}", style=STYLES[FAIL]))
-        return EXIT_FAIL
-    return EXITS[verdict(result.findings)]
+        decided, reason = FAIL, ended
+    write_json(args.json, {"verdict": decided, "reason": reason, **asdict(result)})
+    return EXITS[decided]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.core.artifacts import build_artifact, read_manifest
+from eval.core.artifacts import Key, build_artifact, read_manifest
 from eval.core.budget import load_budget
 from eval.core.errors import UserError
 from eval.core.gate_file import Opening
@@ -36,7 +36,7 @@ class OpenedRun(Run):
         top, *rest = place.split("/")
         arm, seed = {"base": ["B", *rest], "students": rest}.get(top, ["", "s0"])
         facts = {"arm": arm, "seed": int(seed[1:]), "recipe": "plain", "engine": "torch"} if arm else {}
-        given = {"kind": "model", "name": place, "key": place, "parents": parents or {}, "facts": facts}
+        given = {"kind": "model", "name": place, "key": Key(place), "parents": parents or {}, "facts": facts}
         with build_artifact(self.path / place, **given) as aside:
             if arm in ("B", "S1", "S0"):
                 torch_model(["B", "S1", "S0"].index(arm) + 3 * int(seed[1:]))(aside)
