@@ -71,7 +71,7 @@ class Case:
     budget: Budget
     gate: GateFile
     evidence: Evidence
-    said: dict[str, Predicate]  # target -> sign-off
+    predicates: dict[str, Predicate]  # target -> sign-off
 
     @property
     def seed(self) -> int:
@@ -79,7 +79,7 @@ class Case:
 
     @property
     def recipes(self) -> list[str]:
-        return list(dict.fromkeys(said.recipe for said in self.said.values()))
+        return list(dict.fromkeys(predicate.recipe for predicate in self.predicates.values()))
 
     def folder(self, arm: str, recipe: str = PLAIN) -> Path:
         found = artifact_folder(self.run, arm, self.seed, recipe)
@@ -89,7 +89,7 @@ class Case:
 
 def wanted(run: Path, words: list[str]) -> dict[str, str]:
     """Target -> recipe, of RECIPE (each target on which it is signed) or TARGET=RECIPE."""
-    found: dict[str, str] = {}
+    recipes: dict[str, str] = {}
     known = read_gate(run).budget["targets"]
     for word in words:
         target, equals, recipe = word.rpartition("=")
@@ -99,10 +99,10 @@ def wanted(run: Path, words: list[str]) -> dict[str, str]:
             fix = f"run python -m eval.signoff --study {run} --variant {recipe} --by NAME --key FILE"
             raise UserError(f"release of {recipe!r}", "nobody signed it", fix)
         for name in signed:
-            if name in found:
+            if name in recipes:
                 raise UserError("--variant", f"two recipes for {name}", "name one recipe for a target")
-            found[name] = recipe
-    return found
+            recipes[name] = recipe
+    return recipes
 
 
 def verified_case(run: Path, words: list[str], trusted: "SSlibKey | None", today: date) -> Case:
@@ -111,28 +111,28 @@ def verified_case(run: Path, words: list[str], trusted: "SSlibKey | None", today
     Raises:
         UserError: a sign-off is missing or does not hold, or a target that the budget requires has none.
     """
-    said: dict[str, Predicate] = {}
+    predicates: dict[str, Predicate] = {}
     for target, recipe in wanted(run, words).items():
         path = run / FOLDER / f"{recipe}-{target}.json"
         if not path.is_file():
             fix = f"run python -m eval.signoff --study {run} --variant {recipe} --target {target} first"
             raise UserError(f"release of {recipe} on {target}", "nobody signed it", fix)
-        statement, found = problems(path, run, trusted, today)
-        if found or statement is None:
-            raise UserError(f"sign-off {path}", found[0], "fix that, or sign again")
-        said[target] = statement.predicate
-        if (said[target].recipe, said[target].target) != (recipe, target):
-            found = [f"speaks of {said[target].recipe} on {said[target].target}"]
-            raise UserError(f"sign-off {path}", found[0], "rename one of them, and sign again")
-    study, policies = load_study(run), {one.policy.name for one in said.values()}
+        statement, problem_texts = problems(path, run, trusted, today)
+        if problem_texts or statement is None:
+            raise UserError(f"sign-off {path}", problem_texts[0], "fix that, or sign again")
+        predicates[target] = statement.predicate
+        if (predicates[target].recipe, predicates[target].target) != (recipe, target):
+            problem_texts = [f"speaks of {predicates[target].recipe} on {predicates[target].target}"]
+            raise UserError(f"sign-off {path}", problem_texts[0], "rename one of them, and sign again")
+    study, policies = load_study(run), {one.policy.name for one in predicates.values()}
     if len(policies) > 1:
         raise UserError("release", f"signed for the budgets {sorted(policies)}", "sign all for one budget")
     budget = load_budget(study, policies.pop())
     required = {name for name, target in budget.targets.items() if target.required}
-    if missing := sorted(required - set(said)):
+    if missing := sorted(required - set(predicates)):
         fix = f"sign a variant on {missing[0]} and add {missing[0]}=RECIPE"
         raise UserError("release", f"the budget requires the target {missing[0]}", fix)
-    return Case(run, study, budget, read_gate(run), collect_evidence(run, study, budget), said)
+    return Case(run, study, budget, read_gate(run), collect_evidence(run, study, budget), predicates)
 
 
 @dataclass
@@ -163,22 +163,22 @@ class Folder:
             }
         return self.parts[name]
 
-    def fill(self, owner: str, made: date) -> Contract:
+    def fill(self, owner: str, day: date) -> Contract:
         case = self.case
         fallback = self.part(self.add("fallback", case.folder(FALLBACK)))
         tokenizer = load_tokenizer(self.place / "fallback")
         targets, index = {}, {}
-        for target, said in case.said.items():
-            name = self.add(f"variants/{said.recipe}", case.folder(STUDENT, said.recipe))
-            self.add(f"evidence/control/{said.recipe}", case.folder(CONTROL, said.recipe))
-            targets[target] = self.target(target, said)
+        for target, predicate in case.predicates.items():
+            name = self.add(f"variants/{predicate.recipe}", case.folder(STUDENT, predicate.recipe))
+            self.add(f"evidence/control/{predicate.recipe}", case.folder(CONTROL, predicate.recipe))
+            targets[target] = self.target(target, predicate)
             index[target] = {**self.part(name), **_facts(targets[target])}
         promise = contract(
             case.evidence,
             case.gate,
             targets=targets,
             owner=owner,
-            made=made,
+            made=day,
             inputs=inputs(case.run, case.study, len(tokenizer), boundary_id(tokenizer)),
             alpha=case.budget.alpha,
         )
@@ -196,14 +196,14 @@ class Folder:
         shutil.copy(TEMPLATES / LOADER, self.place / LOADER)
         return promise
 
-    def target(self, target: str, said: Predicate) -> Target:
-        case, name = self.case, f"{FOLDER}/{said.recipe}-{target}.json"
+    def target(self, target: str, predicate: Predicate) -> Target:
+        case, name = self.case, f"{FOLDER}/{predicate.recipe}-{target}.json"
         (self.place / FOLDER).mkdir(exist_ok=True)
         shutil.copy(case.run / name, self.place / name)
-        key = from_raw(said.public_key).keyid
-        signature = Signature(by=said.by, time=said.time, key=key, file=name)
-        row = row_of(case.gate, said.recipe, target)
-        return shipped(case.evidence, case.gate, case.budget, row, said, signature)
+        key = from_raw(predicate.public_key).keyid
+        signature = Signature(by=predicate.by, time=predicate.time, key=key, file=name)
+        row = row_of(case.gate, predicate.recipe, target)
+        return shipped(case.evidence, case.gate, case.budget, row, predicate, signature)
 
     def write_evidence(self, tokenizer: "PreTrainedTokenizerBase", promise: Contract) -> None:
         """What a recheck compares with: the signed scores, and how the documents of the study looked."""
@@ -255,18 +255,18 @@ def rehearse(place: Path, targets: list[str]) -> None:
         UserError: the release would serve its fallback from the first day, or nothing at all.
     """
     write_text(place / MANIFEST, _json({"files": {n: e.model_dump() for n, e in hash_files(place).items()}}))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-I", "-c", REHEARSAL, *targets],
         cwd=place,
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        found = f"its loader ended with {done.returncode} ({last})"
-        raise UserError("release", found, "nothing was released; fix that")
-    for target, reason in zip(targets, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        exit_text = f"its loader ended with {process.returncode} ({last})"
+        raise UserError("release", exit_text, "nothing was released; fix that")
+    for target, reason in zip(targets, json.loads(process.stdout.splitlines()[-1]), strict=True):
         if reason:
             raise UserError(f"release for {target}", reason, "nothing was released; fix that")
 
@@ -279,7 +279,10 @@ def build(case: Case, out: Path, owner: str, made: date) -> Contract:
     """
     if out.exists():
         raise UserError(f"release {out}", "is there already", "delete it, or give another place with --out")
-    parents = {f"{target}: {said.recipe}": digest(said.files) for target, said in case.said.items()}
+    parents = {
+        f"{target}: {predicate.recipe}": digest(predicate.files)
+        for target, predicate in case.predicates.items()
+    }
     name = f"release of {case.study.name}"
     with build_artifact(
         out, kind="release", name=name, key=Key(digest(parents)), parents=parents, facts={}

@@ -108,7 +108,7 @@ def released_bits(e: Evidence, recipe: str, name: str) -> Bits:
 
 
 def shipped(
-    e: Evidence, gate: GateFile, budget: Budget, row: Variant, said: Predicate, signature: Signature
+    e: Evidence, gate: GateFile, budget: Budget, row: Variant, predicate: Predicate, signature: Signature
 ) -> Target:
     """What one target gets."""
     limits = budget.targets[row.target]
@@ -117,9 +117,9 @@ def shipped(
         engine=row.engine,
         device=limits.device,
         artifact=e.artifacts[f"{STUDENT}/s{e.study.seeds[0]}/{row.recipe}"],
-        verdict=said.verdict,
-        reason=said.reason,
-        waiver=said.waiver,
+        verdict=predicate.verdict,
+        reason=predicate.reason,
+        waiver=predicate.waiver,
         signature=signature,
         gain={n: gain(gate, row, n, released_bits(e, row.recipe, n)) for n in [VALIDATION, *budget.slices]},
         cost=costs_of(row.parts),

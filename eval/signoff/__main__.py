@@ -159,8 +159,8 @@ def stated(
 
 
 def _is_subject(place: str, recipe: str) -> bool:
-    arm, _, made = place.split("/", 2)
-    return (arm, made) == (STUDENT, recipe)
+    arm, _, variant = place.split("/", 2)
+    return (arm, variant) == (STUDENT, recipe)
 
 
 def sign(run: Path, args: argparse.Namespace) -> Path:
@@ -181,18 +181,19 @@ def sign(run: Path, args: argparse.Namespace) -> Path:
     return path
 
 
-def line(path: Path, statement: Statement | None, found: list[str], trusted: "SSlibKey | None") -> Text:
+def line(path: Path, statement: Statement | None, problems: list[str], trusted: "SSlibKey | None") -> Text:
     """What --verify says of one sign-off."""
-    if found or statement is None:
-        return Text.assemble(f"{path}: ", ("does not hold", "bold red"), *(f"\n  {text}" for text in found))
-    said = statement.predicate
-    by = f"signed by {said.by} on {said.time}, by budget {said.policy.name}"
-    parts = [f"{said.verdict} of {said.recipe} on {said.target}, {by}"]
-    if said.waiver:
-        parts.append(f"waived until {said.waiver.expires}: {said.waiver.reason}")
+    if problems or statement is None:
+        reasons = (f"\n  {text}" for text in problems)
+        return Text.assemble(f"{path}: ", ("does not hold", "bold red"), *reasons)
+    predicate = statement.predicate
+    by = f"signed by {predicate.by} on {predicate.time}, by budget {predicate.policy.name}"
+    lines = [f"{predicate.verdict} of {predicate.recipe} on {predicate.target}, {by}"]
+    if predicate.waiver:
+        lines.append(f"waived until {predicate.waiver.expires}: {predicate.waiver.reason}")
     if trusted is None:
-        parts.append("by a key that it names itself: give --public FILE to know that it is the signer's")
-    return Text.assemble(f"{path}: ", ("holds", "bold green"), *(f"\n  {text}" for text in parts))
+        lines.append("by a key that it names itself: give --public FILE to know that it is the signer's")
+    return Text.assemble(f"{path}: ", ("holds", "bold green"), *(f"\n  {text}" for text in lines))
 
 
 def verify(run: Path, trusted: "SSlibKey | None", today: date, console: Console) -> list[str]:
@@ -202,9 +203,9 @@ def verify(run: Path, trusted: "SSlibKey | None", today: date, console: Console)
         raise UserError(f"sign-offs of {run}", "there are none", "sign a variant first")
     every: list[str] = []
     for path in paths:
-        statement, found = problems(path, run, trusted, today)
-        every += [f"{path}: {text}" for text in found]
-        console.print(line(path, statement, found, trusted), soft_wrap=True)
+        statement, problem_texts = problems(path, run, trusted, today)
+        every += [f"{path}: {text}" for text in problem_texts]
+        console.print(line(path, statement, problem_texts, trusted), soft_wrap=True)
     return every
 
 
@@ -227,9 +228,9 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> int:
     first = argparse.ArgumentParser(add_help=False)  # a key belongs to no study
     first.add_argument("--new-key")
-    if made := first.parse_known_args()[0].new_key:
-        key = new_key(Path(made))
-        print(f"private key {made}, public key {public_path(Path(made))}, id {key.keyid[:12]}")
+    if key_path := first.parse_known_args()[0].new_key:
+        key = new_key(Path(key_path))
+        print(f"private key {key_path}, public key {public_path(Path(key_path))}, id {key.keyid[:12]}")
         return EXIT_PASS
     study, args = study_from_command(arguments(), measures=True)
     run = study.folder

@@ -132,14 +132,14 @@ def envelope(text: str, where: Path) -> "Envelope":
     from securesystemslib.dsse import Envelope
 
     try:
-        found = Envelope.from_dict(json.loads(text))
+        parsed = Envelope.from_dict(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"sign-off {where}", f"no DSSE envelope ({error})", AGAIN) from error
-    if found.payload_type != PAYLOAD_TYPE:
-        raise UserError(f"sign-off {where}", f"payload of type {found.payload_type!r}", AGAIN)
-    if _spelled(found) != text:
+    if parsed.payload_type != PAYLOAD_TYPE:
+        raise UserError(f"sign-off {where}", f"payload of type {parsed.payload_type!r}", AGAIN)
+    if _spelled(parsed) != text:
         raise UserError(f"sign-off {where}", "its bytes are not those that were written", AGAIN)
-    return found
+    return parsed
 
 
 def signed_by(envelope: "Envelope", key: "SSlibKey") -> bool:

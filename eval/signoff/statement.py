@@ -123,13 +123,13 @@ def read(path: Path, trusted: "SSlibKey | None" = None) -> tuple[Statement, "SSl
         statement = Statement.model_validate_json(outside.payload)
         named = from_raw(statement.predicate.public_key)
     except (ValidationError, ValueError) as error:
-        found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise UserError(f"sign-off {path}", f"no statement of this kind ({found})", AGAIN) from error
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UserError(f"sign-off {path}", f"no statement of this kind ({reason})", AGAIN) from error
     if not signed_by(outside, named):
         raise UserError(f"sign-off {path}", "the signature does not fit the bytes: they were changed", AGAIN)
     if trusted and trusted.keyid != named.keyid:
-        found = f"signed with the key {named.keyid[:12]}, which is not the trusted {trusted.keyid[:12]}"
-        raise UserError(f"sign-off {path}", found, "ask the signer for the public key, or another signer")
+        reason = f"signed with the key {named.keyid[:12]}, which is not the trusted {trusted.keyid[:12]}"
+        raise UserError(f"sign-off {path}", reason, "ask the signer for the public key, or another signer")
     return statement, named
 
 
@@ -145,20 +145,20 @@ def signoffs(run: Path, today: date | None = None) -> list[SignOff]:
     `python -m eval.signoff --verify` checks the rest. What is shown must stand between the lines `BEGIN`
     and `END`, because a report is signed without its sign-offs.
     """
-    found, today = [], today or datetime.now(UTC).date()
+    signoffs, today = [], today or datetime.now(UTC).date()
     for path in sorted((run / FOLDER).glob("*.json")):
         try:
             statement, key = read(path)
         except UserError as error:
-            found.append(SignOff(path, None, "", str(error.found)))
+            signoffs.append(SignOff(path, None, "", str(error.found)))
             continue
-        said = statement.predicate
-        problem = expired(said.waiver, today)
+        predicate = statement.predicate
+        problem = expired(predicate.waiver, today)
         gate = run / "gate.json"
-        if not gate.is_file() or file_sha256(gate) != said.files.get("gate.json"):
+        if not gate.is_file() or file_sha256(gate) != predicate.files.get("gate.json"):
             problem = "gate.json is not the one that was signed"
-        found.append(SignOff(path, said, key.keyid, problem))
-    return found
+        signoffs.append(SignOff(path, predicate, key.keyid, problem))
+    return signoffs
 
 
 def signed_digest(path: Path) -> str:
@@ -181,8 +181,8 @@ def _beyond_text(part: str) -> str | None:
     """The first tag of the part with the sign-offs that its template does not write, or does not end."""
     opened: list[str] = []
     for tag in re.findall("<[^>]*>?", part.removeprefix(BEGIN).removesuffix(END)):
-        if found := TAG.fullmatch(tag):
-            opened.append(next(name for name in found.groups() if name))
+        if match := TAG.fullmatch(tag):
+            opened.append(next(name for name in match.groups() if name))
         elif opened and tag == f"</{opened[-1]}>":
             opened.pop()
         else:

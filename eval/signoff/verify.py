@@ -49,8 +49,8 @@ def first_difference(a: Any, b: Any, place: str = "") -> str | None:
             below = f"{place}.{key}" if place else key
             if (key in a) != (key in b):
                 return f"{below} is {'missing' if key in b else 'new'}"
-            if found := first_difference(a[key], b[key], below):
-                return found
+            if inner := first_difference(a[key], b[key], below):
+                return inner
         return None
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         pairs = enumerate(zip(a, b, strict=True))
@@ -100,8 +100,8 @@ def decided(gate: GateFile, row: Variant) -> tuple[Verdict, str]:
     looks = [look for look in history if look.same and look.recipe == row.recipe]
     # Whatever the budget of a look was: what did not pass is not made good by a second one. One that was cut
     # short, and not repeated, is no PASS either.
-    told = [look.verdict or INCONCLUSIVE for look in looks if look.verdict or look is looks[-1]]
-    seen: Verdict = next((v for v in (FAIL, INCONCLUSIVE) if v in told), PASS)
+    verdicts = [look.verdict or INCONCLUSIVE for look in looks if look.verdict or look is looks[-1]]
+    seen: Verdict = next((v for v in (FAIL, INCONCLUSIVE) if v in verdicts), PASS)
     if row.verdict == PASS and seen != PASS:
         return seen, f"{row.reason}; on the test documents it is {seen}"
     return row.verdict, row.reason
@@ -133,9 +133,9 @@ def signed_files(run: Path, gate: GateFile, recipe: str) -> dict[str, str]:
 
 def policy(study: Study, budget: Budget, name: str | None, gate: GateFile) -> Policy:
     """The budget by its bytes and values."""
-    asked = name or study.budget
+    chosen = name or study.budget
     return Policy(
-        name=asked, sha256=signed_digest(find_config("budgets", asked)), hash=str(gate.budget["hash"])
+        name=chosen, sha256=signed_digest(find_config("budgets", chosen)), hash=str(gate.budget["hash"])
     )
 
 
@@ -147,29 +147,30 @@ def problems(
         statement, _ = read(path, trusted)
     except UserError as error:
         return None, [str(error.found)]
-    said = statement.predicate
-    found = [*_files(statement, run), *_artifacts(said, run), *_told(_policy(said)), *_told(_gate(said, run))]
-    if ran_out := expired(said.waiver, today):
-        found.append(ran_out)
-    if path.name != f"{said.recipe}-{said.target}.json":
-        found.append(f"it speaks of {said.recipe} on {said.target}, its name of another")
-    return statement, found
+    predicate = statement.predicate
+    problem_texts = [*_files(statement, run), *_artifacts(predicate, run)]
+    problem_texts += [*_collect_problems(_policy(predicate)), *_collect_problems(_gate(predicate, run))]
+    if expiry := expired(predicate.waiver, today):
+        problem_texts.append(expiry)
+    if path.name != f"{predicate.recipe}-{predicate.target}.json":
+        problem_texts.append(f"it speaks of {predicate.recipe} on {predicate.target}, its name of another")
+    return statement, problem_texts
 
 
-def _told(checks: Iterator[str]) -> list[str]:
+def _collect_problems(checks: Iterator[str]) -> list[str]:
     """What the checks find, up to and with the first thing that keeps them from going on."""
-    found = []
+    problem_texts = []
     try:
         for problem in checks:
-            found.append(problem)
+            problem_texts.append(problem)
     except UserError as error:
-        found.append(str(error))
-    return found
+        problem_texts.append(str(error))
+    return problem_texts
 
 
 def _files(statement: Statement, run: Path) -> Iterator[str]:
-    said = {s.name: s.digest.sha256 for s in statement.subject} | statement.predicate.files
-    for name, was in said.items():
+    signed = {s.name: s.digest.sha256 for s in statement.subject} | statement.predicate.files
+    for name, was in signed.items():
         if not (run / name).is_file():
             yield f"{name} is missing"
             continue
@@ -182,33 +183,34 @@ def _files(statement: Statement, run: Path) -> Iterator[str]:
             yield f"{name} has sha256 {now[:12]}, signed was {was[:12]}"
 
 
-def _artifacts(said: Predicate, run: Path) -> Iterator[str]:
-    for folder in [(run / name).parent for name in said.files if Path(name).name == MANIFEST]:
+def _artifacts(predicate: Predicate, run: Path) -> Iterator[str]:
+    for folder in [(run / name).parent for name in predicate.files if Path(name).name == MANIFEST]:
         if not (folder / MANIFEST).is_file():
-            continue  # told as a missing file
+            continue  # reported as a missing file
         try:
             verify_artifact(folder)
         except UserError as error:
             yield f"{error.thing}: {error.found}"
 
 
-def _policy(said: Predicate) -> Iterator[str]:
-    path = find_config("budgets", said.policy.name)
-    if (now := signed_digest(path)) != said.policy.sha256:
-        yield f"budget {path} has sha256 {now[:12]}, signed was {said.policy.sha256[:12]}"
+def _policy(predicate: Predicate) -> Iterator[str]:
+    path = find_config("budgets", predicate.policy.name)
+    if (now := signed_digest(path)) != predicate.policy.sha256:
+        yield f"budget {path} has sha256 {now[:12]}, signed was {predicate.policy.sha256[:12]}"
 
 
-def _gate(said: Predicate, run: Path) -> Iterator[str]:
+def _gate(predicate: Predicate, run: Path) -> Iterator[str]:
     """Is gate.json what the records give, and the signed verdict what gate.json says?"""
     study, gate = load_study(run), read_gate(run)
-    row = row_of(gate, said.recipe, said.target)
+    row = row_of(gate, predicate.recipe, predicate.target)
     verdict, _ = decided(gate, row)
-    if gate.budget["hash"] != said.policy.hash:
+    if gate.budget["hash"] != predicate.policy.hash:
         yield "gate.json was made with another budget than the signed one"
-    if verdict != said.verdict:
-        yield f"gate.json says {verdict} of {said.recipe} on {said.target}, signed was {said.verdict}"
-    if verdict != PASS and said.waiver is None:
-        yield f"{said.recipe} on {said.target} is {verdict} and nobody waived that"
-    budget = load_budget(study, said.policy.name)
+    if verdict != predicate.verdict:
+        variant = f"{predicate.recipe} on {predicate.target}"
+        yield f"gate.json says {verdict} of {variant}, signed was {predicate.verdict}"
+    if verdict != PASS and predicate.waiver is None:
+        yield f"{predicate.recipe} on {predicate.target} is {verdict} and nobody waived that"
+    budget = load_budget(study, predicate.policy.name)
     if apart := judged_again(run, study, budget, gate):
         yield f"gate.json: {apart}"

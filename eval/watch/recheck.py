@@ -56,43 +56,45 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
         UserError: a file is missing, new or changed, or is not what the sign-off speaks of.
     """
     fix = "get the release again"
-    was = read_manifest(release).files
-    found = {name: file for name, file in hash_files(release).items() if not name.startswith(COMPILED)}
-    for name in sorted({*was, *found}):
-        if found.get(name) != was.get(name):
-            how = "missing" if name not in found else "changed" if name in was else "not part of it"
+    recorded = read_manifest(release).files
+    current = {name: file for name, file in hash_files(release).items() if not name.startswith(COMPILED)}
+    for name in sorted({*recorded, *current}):
+        if current.get(name) != recorded.get(name):
+            how = "missing" if name not in current else "changed" if name in recorded else "not part of it"
             raise UserError(f"release {release}", f"{name} is {how}", fix)
     contract = read_contract(release)
     name = target or next(iter(contract.targets))
     shipped = contract.targets[require_one_of("--target", name, list(contract.targets))]
     statement, _ = read(release / FOLDER / f"{shipped.recipe}-{name}.json", trusted)
-    said = statement.predicate
+    predicate = statement.predicate
     for place, signed in signed_places(contract, shipped).items():
-        if file_sha256(release / place) != said.files.get(signed):
+        if file_sha256(release / place) != predicate.files.get(signed):
             raise UserError(f"release {release}", f"{place} is not the {signed} that was signed", fix)
     for folder in (f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"):
         verify_artifact(release / folder)  # their manifests were signed: the files must be theirs
-    if apart := first_difference(contract.model_dump(mode="json"), restated(release, contract, name, said)):
-        raise UserError(f"release {release}", f"its contract is not what was signed: {apart}", fix)
+    if changed := first_difference(
+        contract.model_dump(mode="json"), restated(release, contract, name, predicate)
+    ):
+        raise UserError(f"release {release}", f"its contract is not what was signed: {changed}", fix)
     return contract, name
 
 
-def restated(release: Path, contract: Contract, target: str, said: Predicate) -> dict[str, Any]:
+def restated(release: Path, contract: Contract, target: str, predicate: Predicate) -> dict[str, Any]:
     """The contract with what it says of a target drawn again from the signed evidence."""
     gate, study = read_gate(release / "evidence"), load_study(release / "evidence" / "study.yaml")
-    was, row = contract.targets[target], row_of(gate, said.recipe, said.target)
-    drawn = was.model_copy(
+    signed_target, row = contract.targets[target], row_of(gate, predicate.recipe, predicate.target)
+    drawn = signed_target.model_copy(
         update={
-            **said.model_dump(include={"recipe", "verdict", "reason"}),
-            "waiver": said.waiver,
+            **predicate.model_dump(include={"recipe", "verdict", "reason"}),
+            "waiver": predicate.waiver,
             "signature": Signature(
-                by=said.by,
-                time=said.time,
-                key=from_raw(said.public_key).keyid,
-                file=f"{FOLDER}/{said.recipe}-{said.target}.json",
+                by=predicate.by,
+                time=predicate.time,
+                key=from_raw(predicate.public_key).keyid,
+                file=f"{FOLDER}/{predicate.recipe}-{predicate.target}.json",
             ),
             "gain": {
-                name: gain(gate, row, name, released(release, contract, was, name)[0])
+                name: gain(gate, row, name, released(release, contract, signed_target, name)[0])
                 for name in [VALIDATION, *gate.budget["slices"]]
             },
             "cost": costs_of(row.parts),
@@ -107,7 +109,7 @@ def restated(release: Path, contract: Contract, target: str, said: Predicate) ->
             "alpha": gate.budget["alpha"],
             "data": gate.provenance.data,
             "config": gate.provenance.config,
-            "targets": {**contract.targets, said.target: drawn},
+            "targets": {**contract.targets, predicate.target: drawn},
             "inputs": contract.inputs.model_copy(update=limits),
         }
     )
@@ -118,18 +120,18 @@ def signed_places(contract: Contract, shipped: Target) -> dict[str, str]:
     """Path in the release -> path that the sign-off has for it."""
     recipe, seed = shipped.recipe, f"s{contract.seed}"
 
-    def made(arm: str) -> str:
+    def folder_of(arm: str) -> str:
         return f"students/{arm}/{seed}" if recipe == PLAIN else f"variants/{recipe}/{arm}/{seed}"
 
     places = {
-        f"variants/{recipe}/{MANIFEST}": f"{made(STUDENT)}/{MANIFEST}",
-        f"evidence/control/{recipe}/{MANIFEST}": f"{made(CONTROL)}/{MANIFEST}",
+        f"variants/{recipe}/{MANIFEST}": f"{folder_of(STUDENT)}/{MANIFEST}",
+        f"evidence/control/{recipe}/{MANIFEST}": f"{folder_of(CONTROL)}/{MANIFEST}",
         f"fallback/{MANIFEST}": f"base/{seed}/{MANIFEST}",
         "evidence/gate.json": "gate.json",
         "evidence/study.yaml": "study.yaml",
     }
-    for arm, of in ((STUDENT, recipe), (CONTROL, recipe), (FALLBACK, PLAIN)):
-        record = f"records/score/{of}/{arm}-{seed}.json"
+    for arm, record_recipe in ((STUDENT, recipe), (CONTROL, recipe), (FALLBACK, PLAIN)):
+        record = f"records/score/{record_recipe}/{arm}-{seed}.json"
         places[f"evidence/{record}"] = record
     return places
 
@@ -177,9 +179,9 @@ def scored(folder: Path, documents: list[Document], context: int) -> Scored:
 
 def of_slice(documents: Documents, name: str, first: Documents) -> tuple[Array, Array, Array]:
     """Bits, tokens and bytes of one slice of a score record, [C] each, in the order of the `first` one."""
-    kept = [i for i in order_of(first, documents) if documents.slice[i] == name]
+    indices = [i for i in order_of(first, documents) if documents.slice[i] == name]
     columns = (documents.bits, documents.tokens, documents.bytes)
-    bits, tokens, size = (np.asarray([column[i] for i in kept], float) for column in columns)
+    bits, tokens, size = (np.asarray([column[i] for i in indices], float) for column in columns)
     return bits, tokens, size
 
 
@@ -232,23 +234,23 @@ def recheck(release: Path, contract: Contract, target: str, name: str, documents
 
 
 def contract_table(result: Result, title: str) -> Table:
-    shown = Table("", "when released", "now", "change", "promised", "", title=title)
+    table = Table("", "when released", "now", "change", "promised", "", title=title)
     for f in result.findings:
         mark = Text(f.verdict, style=STYLES[f.verdict]) if f.verdict else Text("")
-        shown.add_row(
+        table.add_row(
             f.name, str(estimate_cell(f.before)), str(estimate_cell(f.now)), str(estimate_cell(f.change)),
             fixed(f.floor), mark,
         )  # fmt: skip
-    return shown
+    return table
 
 
 def drift_table(result: Result, alpha: float) -> Table:
-    shown = Table("the input", "median when released", "median now", "distance", "p (Holm)", "")
+    table = Table("the input", "median when released", "median now", "distance", "p (Holm)", "")
     for d in result.drift:
         moved = "drifted" if d.holm_p <= alpha else ""
         figures = (significant(d.before), significant(d.now), f"{d.distance:.2f}", f"{d.holm_p:.3g}")
-        shown.add_row(QUESTIONS[d.name], *figures, moved)
-    return shown
+        table.add_row(QUESTIONS[d.name], *figures, moved)
+    return table
 
 
 def show(console: Console, result: Result, contract: Contract, target: str, name: str) -> None:
@@ -288,9 +290,9 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     show(console, result, contract, target, args.slice)
     decided, reason = verdict(result.findings), diagnosis(result.findings)
-    if ended := expired(contract.targets[target].waiver, today):
-        console.print(Text(f"broken: {ended}", style=STYLES[FAIL]))
-        decided, reason = FAIL, ended
+    if expiry := expired(contract.targets[target].waiver, today):
+        console.print(Text(f"broken: {expiry}", style=STYLES[FAIL]))
+        decided, reason = FAIL, expiry
     write_json(args.json, {"verdict": decided, "reason": reason, **asdict(result)})
     return EXITS[decided]
 

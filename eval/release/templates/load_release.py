@@ -174,9 +174,9 @@ def check_files(root: Path, files: dict[str, Any], wanted: set[str]) -> None:
 
 def check_new(root: Path, files: dict[str, Any], below: str = "") -> None:
     """Raises ReleaseError at a file that was not released, such as code or weights in another format."""
-    found = {path.relative_to(root).as_posix() for path in (root / below).rglob("*") if not path.is_dir()}
-    own = {name for name in found if name.startswith(OWN)}
-    if new := sorted(found - set(files) - own - {MANIFEST}):
+    paths = {path.relative_to(root).as_posix() for path in (root / below).rglob("*") if not path.is_dir()}
+    own = {name for name in paths if name.startswith(OWN)}
+    if new := sorted(paths - set(files) - own - {MANIFEST}):
         raise ReleaseError(f"{new[0]} is not part of the release")
 
 
