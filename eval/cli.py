@@ -76,6 +76,12 @@ def _count(run: Path, wanted: list[str]) -> tuple[bool, str]:
     return there == len(wanted), f"{there} of {len(wanted)}"
 
 
+def _newer(path: Path, sources: list[Path]) -> bool:
+    """True if `path` was written after all of `sources`."""
+    there = [source for source in sources if source.is_file()]
+    return path.is_file() and all(source.stat().st_mtime <= path.stat().st_mtime for source in there)
+
+
 def steps(run: Path) -> Iterator[Step]:
     """What is done in a run, by the files that each command leaves; their hashes are not looked at."""
     from eval.core.budget import load_budget  # pydantic takes a moment: help needs none of it
@@ -97,8 +103,10 @@ def steps(run: Path) -> Iterator[Step]:
     state = ", ".join(f"{name}: {count} records" for name, count in measured.items())
     yield Step("cost", all(measured.values()), state)
     gate = json.loads((run / "gate.json").read_text()) if (run / "gate.json").is_file() else None
-    yield Step("gate", gate is not None, f"{gate['verdict']}: {gate['reason']}" if gate else "")
-    yield Step("report", (run / "report.html").is_file(), "")
+    judged = _newer(run / "gate.json", [run / "study.yaml", *run.glob("records/*/**/*.json")])
+    older = "" if judged or gate is None else ", of older records"
+    yield Step("gate", judged, f"{gate['verdict']}: {gate['reason']}{older}" if gate else "")
+    yield Step("report", _newer(run / "report.html", [run / "gate.json"]), "")
     signed = sorted(path.name for path in run.glob("signoff/*.json"))
     yield Step("sign", bool(signed), ", ".join(signed))
     built = sorted(path.parent.name for path in run.glob("release/*/contract.yaml"))

@@ -1,6 +1,7 @@
 """`absorb`, through the real command line: in no run, in a run half done, and as every other command."""
 
 import json
+import os
 import re
 
 from eval.cli import BESIDE, FLOW, MODULES
@@ -45,6 +46,13 @@ def test_in_a_run_it_tells_what_is_done_and_the_next_command(tmp_path):
     (study.folder / "gate.json").write_text(json.dumps({"verdict": "FAIL", "reason": "too slow"}))
     assert "✔ absorb gate" in (shown := absorb("--study", study.folder).stdout)
     assert "[FAIL: too slow]" in shown
+    record = study.folder / "records" / "score" / "plain" / "S1-s0.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    os.utime(study.folder / "gate.json", (0, 0))
+    shown = absorb("--study", study.folder).stdout
+    assert "· absorb gate" in shown
+    assert "[FAIL: too slow, of older records]" in shown
 
 
 def test_a_folder_that_is_no_run_and_an_unknown_command_are_refused(tmp_path):
