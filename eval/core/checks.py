@@ -169,7 +169,7 @@ def check_aligned(folder: Path, first: Score, record: Score) -> None:
         raise UserError(place, f"{len(b.id)} documents, elsewhere {len(a.id)}", fix)
 
 
-def order_of(first: Documents, other: Documents) -> list[int]:
+def find_positions(first: Documents, other: Documents) -> list[int]:
     """Where the documents of `first` lie in `other`."""
     place = {key: i for i, key in enumerate(zip(other.slice, other.id, strict=True))}
     return [place[key] for key in zip(first.slice, first.id, strict=True)]

@@ -26,7 +26,7 @@ MIB = UNITS["MiB"]
 NEVER = float("inf")  # the latency of what was not served
 
 
-class Timed(NamedTuple):
+class Percentile(NamedTuple):
     """A percentile of the times of one phase at one batch size."""
 
     field: str
@@ -35,43 +35,45 @@ class Timed(NamedTuple):
 
     def values(self, process: Process) -> Array:
         """Timed values in ms."""
-        at = {1: process, **{batched.batch_size: batched for batched in process.batches}}[self.batch]
-        return np.asarray(getattr(at, self.field), float)
+        timings = {1: process, **{batched.batch_size: batched for batched in process.batches}}[self.batch]
+        return np.asarray(getattr(timings, self.field), float)
 
 
-def timed(name: str) -> Timed | None:
+def parse_percentile(name: str) -> Percentile | None:
     """`decode_p95` is at batch 1, `decode_p95_batch8` at batch 8."""
-    found = re.fullmatch(r"(prefill|decode)_p(\d\d)(?:_batch(\d+))?", name)
-    return Timed(f"{found[1]}_ms", int(found[2]) / 100, int(found[3] or 1)) if found else None
+    match = re.fullmatch(r"(prefill|decode)_p(\d\d)(?:_batch(\d+))?", name)
+    return Percentile(f"{match[1]}_ms", int(match[2]) / 100, int(match[3] or 1)) if match else None
 
 
 def tokens_per_s(process: Process, new_tokens: int, batch: int) -> float:
     """Generated tokens per second of service, back to back, prompts included."""
-    steps, prefill = (Timed(field, 0.5, batch).values(process) for field in ("decode_ms", "prefill_ms"))
+    steps, prefill = (Percentile(field, 0.5, batch).values(process) for field in ("decode_ms", "prefill_ms"))
     return len(prefill) * new_tokens * batch / (steps.sum() + prefill.sum()) * 1e3
 
 
-def names(records: list[Measured]) -> list[str]:
+def list_quantities(records: list[Measured]) -> list[str]:
     """Every quantity that these records hold."""
     runs = [process for record in records for process in record.processes]
-    found = [*PERCENTILES, "peak_memory", "disk", "load_time", "tokens_per_s"]
+    quantities = [*PERCENTILES, "peak_memory", "disk", "load_time", "tokens_per_s"]
     if all(run.device_memory_bytes is not None for run in runs):
-        found.append("device_memory")
+        quantities.append("device_memory")
     if all(run.energy is not None and run.energy.joules is not None for run in runs):
-        found.append("energy")
+        quantities.append("energy")
     sizes = [{batched.batch_size for batched in run.batches} for run in runs]
     for size in sorted(set.intersection(*sizes)):
-        found += [f"{name}_batch{size}" for name in (*BATCHED, "tokens_per_s")]
-    return found
+        quantities += [f"{name}_batch{size}" for name in (*BATCHED, "tokens_per_s")]
+    return quantities
 
 
-def summary(records: list[Measured], name: str) -> Array:
+def values_per_process(records: list[Measured], name: str) -> Array:
     """One value per process, in the unit of its number."""
-    return np.asarray([_of_process(record, run, name) for record in records for run in record.processes])
+    return np.asarray(
+        [_value_of_process(record, run, name) for record in records for run in record.processes]
+    )
 
 
-def _of_process(record: Measured, process: Process, name: str) -> float:
-    if percentile := timed(name):
+def _value_of_process(record: Measured, process: Process, name: str) -> float:
+    if percentile := parse_percentile(name):
         return float(np.quantile(percentile.values(process), percentile.q))
     if name.startswith("tokens_per_s"):
         return tokens_per_s(process, record.new_tokens, int(name.partition("_batch")[2] or 1))
@@ -89,16 +91,16 @@ def _of_process(record: Measured, process: Process, name: str) -> float:
     }[name]
 
 
-def number(records: list[Measured], name: str, alpha: float) -> Number:
+def estimate_quantity(records: list[Measured], name: str, alpha: float) -> Number:
     """One quantity of a variant with one-sided bounds at `alpha`."""
-    if percentile := timed(name):
+    if percentile := parse_percentile(name):
         runs = [run for record in records for run in record.processes]
         times = [percentile.values(run) for run in runs]
         requests = sum(len(percentile._replace(field="prefill_ms").values(run)) for run in runs)
         return percentile_number(times, percentile.q, alpha, sum(map(len, times)) // requests)
-    values = summary(records, name)
+    values = values_per_process(records, name)
     if name in ("peak_memory", "device_memory", "disk"):
-        return _size(values, name, alpha)
+        return _size_number(values, name, alpha)
     return mean_number(values, {"energy": "J/token", "load_time": "s"}.get(name, "tokens/s"), alpha)
 
 
@@ -137,7 +139,7 @@ def mean_number(values: Array, unit: str, alpha: float, requests: int | None = N
     )
 
 
-def _size(values: Array, name: str, alpha: float) -> Number:
+def _size_number(values: Array, name: str, alpha: float) -> Number:
     """Largest value seen; bytes on disk are counted, not sampled."""
     low = high = largest = float(values.max())
     if name != "disk" and (bounds := cluster_bounds(values, alpha)):
@@ -147,7 +149,7 @@ def _size(values: Array, name: str, alpha: float) -> Number:
 
 
 def first_mismatch(
-    a: list[Measured] | list[Loaded], b: list[Measured] | list[Loaded]
+    records: list[Measured] | list[Loaded], other: list[Measured] | list[Loaded]
 ) -> tuple[str, object, object] | None:
     """The first thing for which two sets of records cannot be compared round by round."""
 
@@ -164,15 +166,15 @@ def first_mismatch(
             "processes": [len(r.processes) for r in records],
         }
 
-    ours, theirs = facts(a), facts(b)
+    ours, theirs = facts(records), facts(other)
     return next(((name, ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]), None)
 
 
-def ratio(records: list[Measured], other: list[Measured], name: str, alpha: float) -> Share | None:
+def estimate_ratio(records: list[Measured], other: list[Measured], name: str, alpha: float) -> Share | None:
     """Ratio of two variants over paired rounds; None where they cannot be compared."""
     if first_mismatch(records, other):
         return None
-    return positive_ratio(summary(records, name), summary(other, name), alpha)
+    return positive_ratio(values_per_process(records, name), values_per_process(other, name), alpha)
 
 
 def positive_ratio(values: Array, reference: Array, alpha: float) -> Share | None:
@@ -182,30 +184,30 @@ def positive_ratio(values: Array, reference: Array, alpha: float) -> Share | Non
     return ratio_bounds(values, reference, alpha)
 
 
-def knees(records: list[Loaded]) -> Array:
+def estimate_knees(records: list[Loaded]) -> Array:
     """Requests per second, one value per process: each has its own times of service, and its own arrivals.
 
     Those of a round are the same for every variant, so that their chance cancels from a ratio; over the
     rounds it is in the bound.
     """
-    return np.asarray([_knee(record, i) for record in records for i in range(len(record.processes))])
+    return np.asarray([_estimate_knee(record, i) for record in records for i in range(len(record.processes))])
 
 
-def _knee(record: Loaded, turn: int) -> float:
+def _estimate_knee(record: Loaded, turn: int) -> float:
     slo = None if record.slo_ms is None else record.slo_ms / 1e3
     return knee(np.asarray(record.processes[turn].service_ms) / 1e3, slo, (record.seed, turn))
 
 
-def load_result(records: list[Loaded], alpha: float) -> Load:
+def summarize_load(records: list[Loaded], alpha: float) -> Load:
     """What a variant can serve on a target, pooled over its records."""
-    found, new_tokens = knees(records), records[0].new_tokens
+    knees, new_tokens = estimate_knees(records), records[0].new_tokens
     requests = sum(len(server.service_ms) for record in records for server in record.processes)
     runs: dict[float, list[Arrivals]] = {}
-    for one in (one for record in records for server in record.processes for one in server.rates):
-        runs.setdefault(one.rate, []).append(one)
+    for arrivals in (run for record in records for server in record.processes for run in server.rates):
+        runs.setdefault(arrivals.rate, []).append(arrivals)
     return Load(
-        knee_rps=mean_number(found, "requests/s", alpha, requests),
-        knee_tokens_per_s=mean_number(found * new_tokens, "tokens/s", alpha, requests),
+        knee_rps=mean_number(knees, "requests/s", alpha, requests),
+        knee_tokens_per_s=mean_number(knees * new_tokens, "tokens/s", alpha, requests),
         slo_ms=records[0].slo_ms,
         seconds=records[0].seconds,
         rates=[_rate(rate, runs[rate], new_tokens, alpha) for rate in sorted(runs)],
@@ -213,22 +215,22 @@ def load_result(records: list[Loaded], alpha: float) -> Load:
 
 
 def _rate(rate: float, runs: list[Arrivals], new_tokens: int, alpha: float) -> Rate:
-    kept = [outcome(run.arrival_s, np.asarray(run.done_ms) / 1e3) for run in runs]
+    outcomes = [outcome(run.arrival_s, np.asarray(run.done_ms) / 1e3) for run in runs]
     first, done = ([_padded(getattr(run, name), run) for run in runs] for name in ("first_ms", "done_ms"))
-    per_second = np.asarray([one.throughput for one in kept])
+    per_second = np.asarray([result.throughput for result in outcomes])
     return Rate(
         rate=rate,
-        offered_rps=mean_number(np.asarray([one.offered for one in kept]), "requests/s", alpha),
+        offered_rps=mean_number(np.asarray([result.offered for result in outcomes]), "requests/s", alpha),
         throughput_rps=mean_number(per_second, "requests/s", alpha),
         throughput_tokens_per_s=mean_number(per_second * new_tokens, "tokens/s", alpha),
         ttft_p95=percentile_number(first, 0.95, alpha),
         p50=percentile_number(done, 0.50, alpha),
         p95=percentile_number(done, 0.95, alpha),
         p99=percentile_number(done, 0.99, alpha),
-        follows=sum(one.follows for one in kept),
+        follows=sum(result.follows for result in outcomes),
     )
 
 
 def _padded(latencies: list[float], run: Arrivals) -> Array:
-    """[n] ms: what was never served took for ever."""
+    """[n] ms: what was never served took forever."""
     return np.asarray([*latencies, *[NEVER] * (len(run.arrival_s) - len(latencies))])

@@ -19,9 +19,9 @@ from eval.core.errors import UserError, entry
 from eval.core.gate_file import Number
 from eval.core.records import Loaded, Server, read_loads
 from eval.core.sections import Load
-from eval.cost.estimates import load_result
+from eval.cost.estimates import summarize_load
 from eval.cost.plan import CostPlan, Variant, measure_from_command
-from eval.cost.rounds import in_rounds, order_of
+from eval.cost.rounds import make_order, run_in_rounds
 from eval.cost.worker import OpenLoop, Order
 from eval.stats.queueing import knee
 
@@ -30,100 +30,104 @@ FEWEST = 10  # requests that a rate must bring on average
 LEVEL = 0.05  # of the bounds that are shown here; the gate takes the budget's alpha
 
 
-def settings(bench: CostPlan) -> Load:
-    return bench.cost.load or Load()
+def load_settings(plan: CostPlan) -> Load:
+    return plan.cost.load or Load()
 
 
-def served(
-    bench: CostPlan, title: str, rounds: int, rates: dict[str, list[float]]
+def serve_in_rounds(
+    plan: CostPlan, title: str, rounds: int, rates: dict[str, list[float]]
 ) -> dict[str, list[Server]]:
     """Label -> one server per round, each of which meets the rates of its variant."""
-    seconds = settings(bench).seconds
+    seconds = load_settings(plan).seconds
 
     def order(variant: Variant, turn: int) -> Order:
         loop = OpenLoop(rates=rates[variant.label], seconds=seconds, seed=turn)
-        return order_of(bench, variant).model_copy(update={"load": loop})
+        return make_order(plan, variant).model_copy(update={"load": loop})
 
-    answers = in_rounds(title, bench, rounds, order)
-    return {label: [a.server for a in found if a.server] for label, found in answers.items()}
+    answers = run_in_rounds(title, plan, rounds, order)
+    return {label: [a.server for a in of_label if a.server] for label, of_label in answers.items()}
 
 
-def rates_of(bench: CostPlan) -> dict[str, list[float]]:
+def choose_rates(plan: CostPlan) -> dict[str, list[float]]:
     """Label -> rates in requests per second, as stated or by the variant's knee.
 
     Raises:
-        UserError: so few requests would arrive that nothing could be said.
+        UserError: so few requests would arrive that no percentile is known.
     """
-    load = settings(bench)
+    load = load_settings(plan)
     if load.rates is not None:
-        found = {v.label: load.rates for v in bench.wanted}
+        rates = {v.label: load.rates for v in plan.variants}
     else:
-        pilot = served(bench, "looking for the knee", 1, {v.label: [] for v in bench.wanted})
-        found = {label: shares(label, servers[0], load) for label, servers in pilot.items()}
-    for label, rates in found.items():
-        if min(rates) * load.seconds < FEWEST:
-            thing = f"{min(rates):g} requests/s of {label}"
-            fix = f"cost.load.seconds of {FEWEST / min(rates):.0f} would bring enough"
-            raise UserError(thing, f"fewer than {FEWEST} requests in {load.seconds:g} s", fix)
-    return found
+        pilot = serve_in_rounds(plan, "looking for the knee", 1, {v.label: [] for v in plan.variants})
+        rates = {label: rates_from_knee(label, servers[0], load) for label, servers in pilot.items()}
+    for label, values in rates.items():
+        lowest = min(values)
+        if lowest * load.seconds < FEWEST:
+            thing = f"{lowest:g} requests/s of {label}"
+            fix = f"set cost.load.seconds to {FEWEST / lowest:.0f} or more"
+            raise UserError(thing, f"fewer than {FEWEST} requests would arrive in {load.seconds:g} s", fix)
+    return rates
 
 
-def shares(label: str, server: Server, load: Load) -> list[float]:
+def rates_from_knee(label: str, server: Server, load: Load) -> list[float]:
+    """Requests per second below, near and beyond the knee of the server."""
     slo = None if load.slo_ms is None else load.slo_ms / 1e3
     top = knee([ms / 1e3 for ms in server.service_ms], slo)
     if top == 0:
         raise UserError(
             f"cost.load.slo_ms: {load.slo_ms:g}" if load.slo_ms else "load",
             f"{label} takes longer even without a queue",
-            "state a longer one, or cost.load.rates",
+            "set a longer cost.load.slo_ms, or state cost.load.rates",
         )
     return [float(f"{share * top:.3g}") for share in SHARES]
 
 
-def measure_together(bench: CostPlan) -> list[Loaded]:
-    """The records of all variants of the bench, which share one time."""
-    load = settings(bench)
-    servers = served(bench, "load", bench.cost.processes, rates_of(bench))
-    source = bench.provenance()
+def measure_together(plan: CostPlan) -> list[Loaded]:
+    """The records of all variants of the plan, which share one time."""
+    load = load_settings(plan)
+    servers = serve_in_rounds(plan, "load", plan.cost.processes, choose_rates(plan))
+    source = plan.provenance()
     return [
         Loaded(
-            **bench.facts(variant, source),
+            **plan.facts(variant, source),
             seconds=load.seconds,
             slo_ms=load.slo_ms,
             processes=servers[variant.label],
         )
-        for variant in bench.wanted
+        for variant in plan.variants
     ]
 
 
-def shown(number: Number) -> str:
+def format_number(number: Number) -> str:
     if number.value is None:
         return f"needs {number.needs}" if number.needs else "never"
     return f"{number.value:.4g}" + (f"\n≤ {number.upper:.4g}" if number.upper is not None else "")
 
 
-def table(bench: CostPlan, records: list[Loaded]) -> Table:
+def build_table(plan: CostPlan, records: list[Loaded]) -> Table:
     """What was measured at each rate, with 95 % upper bounds below."""
     titles = ["variant", "knee/s", "rate/s", "done/s", "p50 ms", "p95 ms", "p99 ms", "follows"]
-    made = Table(*(Column(title, no_wrap=True) for title in titles), box=SIMPLE, pad_edge=False)
-    made.title = f"open-loop load on {bench.target}, latency from the intended arrival"
-    made.caption = (
+    results = Table(*(Column(title, no_wrap=True) for title in titles), box=SIMPLE, pad_edge=False)
+    results.title = f"open-loop load on {plan.target}, latency from the intended arrival"
+    results.caption = (
         "needs: requests without which there is no such percentile; never: too many were not served; "
         "follows: processes that kept up"
     )
-    for variant, record in zip(bench.wanted, records, strict=True):
-        result = load_result([record], LEVEL)
+    for variant, record in zip(plan.variants, records, strict=True):
+        result = summarize_load([record], LEVEL)
         for i, rate in enumerate(result.rates):
             first = [variant.name, f"{result.knee_rps.value:.4g}"] if i == 0 else ["", ""]
             figures = [f"{rate.rate:g}", f"{rate.throughput_rps.value:.4g}"]
-            tails = [shown(number) for number in (rate.p50, rate.p95, rate.p99)]
-            made.add_row(*first, *figures, *tails, f"{rate.follows}/{len(record.processes)}")
-    return made
+            tails = [format_number(number) for number in (rate.p50, rate.p95, rate.p99)]
+            results.add_row(*first, *figures, *tails, f"{rate.follows}/{len(record.processes)}")
+    return results
 
 
 @entry
 def main() -> None:
-    measure_from_command(__doc__, "load.jsonl", before=read_loads, measure=measure_together, table=table)
+    measure_from_command(
+        __doc__, "load.jsonl", read=read_loads, measure=measure_together, build_table=build_table
+    )
 
 
 if __name__ == "__main__":

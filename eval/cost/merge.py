@@ -41,7 +41,7 @@ from eval.core.records import (
 )
 from eval.core.study import Study, check_trained, load_study, recipe_names
 
-ANY: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -50,15 +50,15 @@ def read_lines(path: Path) -> list[Record]:
     Raises:
         UserError: there is no such file, or a line is no record.
     """
-    found: list[Record] = []
+    records: list[Record] = []
     for where, _, line in text_lines(path, "records", "name a file of records, or a copy of the run folder"):
         try:
-            found.append(ANY.validate_json(line))
+            records.append(RECORD.validate_json(line))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "not a record"
             raise UserError(where, f"{place}: {first['msg']}", "measure again") from error
-    return found
+    return records
 
 
 def read_copy(folder: Path) -> list[Record]:
@@ -66,8 +66,8 @@ def read_copy(folder: Path) -> list[Record]:
     return [*read_scores(folder), *read_costs(folder), *read_loads(folder)]
 
 
-def bound(record: Record, study: Study) -> Record:
-    """A record that was measured without a study is of this one, if its artifact is; that is checked next."""
+def bind_to_study(record: Record, study: Study) -> Record:
+    """Gives a record that was measured without a study the hash of this one; its artifact is checked next."""
     if record.provenance.config or isinstance(record, Score):
         return record
     source = record.provenance.model_copy(update={"config": study.hash()})
@@ -75,12 +75,12 @@ def bound(record: Record, study: Study) -> Record:
 
 
 def check_target(record: Measured | Loaded, budget: Budget, place: str) -> None:
-    """On a target of the budget, on such a device."""
+    """Refuses a target that the budget does not name, and a record of another kind of device."""
     require_one_of(f"{place}: target", record.target, list(budget.targets))
     check_device(record, budget.targets[record.target], place)
 
 
-def present(run: Path, record: Record, place: str) -> bool:
+def is_present(run: Path, record: Record, place: str) -> bool:
     """True if the run holds this very record. Another one of the same model is refused."""
     path = record_path(run, record)
     if not path.is_file():
@@ -96,7 +96,7 @@ def present(run: Path, record: Record, place: str) -> bool:
 
 
 def check_duplicates(run: Path, records: list[tuple[str, Record]]) -> None:
-    """No two of those that come speak of one model on one target."""
+    """Refuses two different records of one model on one target."""
     seen: dict[Path, tuple[str, Record]] = {}
     for place, record in records:
         path = record_path(run, record)
@@ -107,19 +107,20 @@ def check_duplicates(run: Path, records: list[tuple[str, Record]]) -> None:
         seen[path] = (place, record)
 
 
-def joined(run: Path, study: Study, given: list[str]) -> list[Record]:
-    """Checks every record that is given and writes those that are new.
+def merge_records(run: Path, study: Study, sources: list[str]) -> list[Record]:
+    """Checks every record of the sources and writes those that are new.
 
     Raises:
         UserError: one does not belong here; then nothing is written.
     """
     budget, artifacts = load_budget(study), Artifacts(run, study)
     every: list[tuple[str, Record]] = []
-    for name in given:
+    for name in sources:
         path = Path(name)
-        found = read_copy(path) if path.is_dir() else read_lines(path)
+        records = read_copy(path) if path.is_dir() else read_lines(path)
         every += [
-            (f"{name}: {record_path(run, record).relative_to(run)}", bound(record, study)) for record in found
+            (f"{name}: {record_path(run, record).relative_to(run)}", bind_to_study(record, study))
+            for record in records
         ]
     recipes = recipe_names(study)
     for place, record in every:
@@ -141,7 +142,7 @@ def joined(run: Path, study: Study, given: list[str]) -> list[Record]:
             check_settings(record, study, place)
         artifacts.check(record)
     check_duplicates(run, every)
-    new = [record for place, record in every if not present(run, record, place)]
+    new = [record for place, record in every if not is_present(run, record, place)]
     for record in new:
         write_record(run, record)
     return new
@@ -153,16 +154,16 @@ def main() -> None:
     parser.add_argument("--study", "--config", required=True, help="the run folder, or its study's YAML file")
     parser.add_argument("records", nargs="+", help="files of records, or copies of the run folder")
     add_json(parser)
-    given = parser.parse_args()
-    study = load_study(given.study)
+    args = parser.parse_args()
+    study = load_study(args.study)
     check_trained(study)
     with lock_folder(study.folder):
-        new = joined(study.folder, study, given.records)
+        new = merge_records(study.folder, study, args.records)
     for record in new:
         note = "" if isinstance(record, Score) or record.prompts == TRAINING else f" ({record.prompts})"
         print(f"{record_path(study.folder, record)}{note}")
     print(f"{len(new)} new record(s) in {study.folder}; run python -m eval.gate --study {study.folder}")
-    write_json(given.json, [str(record_path(study.folder, record)) for record in new])
+    write_json(args.json, [str(record_path(study.folder, record)) for record in new])
 
 
 if __name__ == "__main__":

@@ -78,15 +78,15 @@ def _zones(top: Path) -> list[Path]:
     Cores and the integrated GPU are part of their package; `psys` contains it. A zone that two interfaces
     (MSR and MMIO) show under one name is taken once.
     """
-    found: dict[str, Path] = {}
+    zones: dict[str, Path] = {}
     for zone in sorted(top.glob("intel-rapl*:*"), key=lambda path: ("mmio" in path.name, path.name)):
         name = (zone / "name").read_text().strip()
         if name.startswith("package"):
-            found.setdefault(name, zone)
+            zones.setdefault(name, zone)
         elif name == "dram":
             package = (top / zone.name.rpartition(":")[0] / "name").read_text().strip()
-            found.setdefault(f"dram of {package}", zone)
-    return list(found.values())
+            zones.setdefault(f"dram of {package}", zone)
+    return list(zones.values())
 
 
 def _count(path: Path) -> int:
@@ -151,6 +151,6 @@ def device_memory(device: str) -> int | None:
     return next((p.usedGpuMemory for p in running if p.pid == os.getpid()), None)
 
 
-def meter_of(device: str) -> Meter:
+def open_meter(device: str) -> Meter:
     """The meter of a device: cpu or cuda."""
     return nvml() if device == "cuda" else rapl()

@@ -60,7 +60,7 @@ class CostPlan:
     target: str
     device: str
     cost: Cost
-    wanted: list[Variant]
+    variants: list[Variant]
     prompts: list[list[int]]  # [warmup + requests][prompt_tokens], the same for every variant
     source: str  # what the prompts are made of
     config: str  # hash of the study; empty without one
@@ -73,7 +73,7 @@ class CostPlan:
 
     def provenance(self) -> Provenance:
         """Of all that is measured together: it shares one time."""
-        return provenance("", self.config, *accelerator(self.device))
+        return provenance("", self.config, *describe_device(self.device))
 
     def facts(self, variant: Variant, source: Provenance) -> dict[str, Any]:
         """The fields that every record of a variant has."""
@@ -96,7 +96,7 @@ class CostPlan:
         print(f"{len(records)} record(s) in {self.record}; join: python -m eval.cost.merge --study RUN FILE")
 
 
-def accelerator(device: str) -> tuple[str, str | None]:
+def describe_device(device: str) -> tuple[str, str | None]:
     """Name and driver of the device that was measured on."""
     if device == "cpu":
         return "cpu", None
@@ -105,74 +105,75 @@ def accelerator(device: str) -> tuple[str, str | None]:
     return torch.cuda.get_device_name(), driver
 
 
-def variant_at(folder: Path) -> Variant:
+def read_variant(folder: Path) -> Variant:
+    """The variant that the manifest of `folder` describes."""
     manifest = read_manifest(folder)
     return Variant(folder, manifest, subject_of(manifest))
 
 
-def variants(study: Study) -> list[Variant]:
+def find_variants(study: Study) -> list[Variant]:
     """The plain student S1 of the first seed, its variants in the order of the study, and its fallback."""
     seed, run = study.seeds[0], study.folder
     names = recipe_names(study)[1:]
     folders = [run / f"students/S1/s{seed}", *(run / f"variants/{name}/S1/s{seed}" for name in names)]
     folders.append(run / f"base/s{seed}")  # a release holds it against the same limits
-    found = [path for path in folders if (path / MANIFEST).is_file()]
-    if not found or found[0] != folders[0]:
+    complete = [path for path in folders if (path / MANIFEST).is_file()]
+    if folders[0] not in complete:
         raise UserError(f"model {folders[0]}", "not made yet", "run distill/train.py with this study first")
-    return [variant_at(path) for path in found]
+    return [read_variant(path) for path in complete]
 
 
-def chosen(every: list[Variant], recipes: list[str] | None, target: Target) -> list[Variant]:
+def choose_variants(variants: list[Variant], recipes: list[str] | None, target: Target) -> list[Variant]:
     """Plain first, then the recipes named (default: all) whose engine runs on the target's device."""
-    known = [v.recipe for v in every]
+    known = [v.recipe for v in variants]
     for name in recipes or []:
         require_one_of("--recipe", name, known)
-    kept = []
-    for variant in every:
+    chosen = []
+    for variant in variants:
         if recipes and variant.recipe not in (PLAIN, *recipes):
             continue
         engine = variant.subject.engine
         if target.device != "cpu" and target.device not in engine_module(engine).DEVICES:
             print(f"{variant.recipe} is not measured: engine {engine} does not run on {target.device}")
             continue
-        kept.append(variant)
-    return kept
+        chosen.append(variant)
+    return chosen
 
 
-def cut(cost: Cost, model: Path, texts: list[str], thing: str) -> list[list[int]]:
+def cut_prompts(cost: Cost, model: Path, texts: list[str], thing: str) -> list[list[int]]:
     """[warmup + requests][prompt_tokens]: the tokens of the texts, again from the first when they end."""
     tokenizer = load_tokenizer(model)
     tokens = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
     stream = itertools.cycle(itertools.chain.from_iterable(tokens))
     body, count = cost.prompt_tokens - 1, cost.warmup + cost.requests
-    made = [[boundary_id(tokenizer), *itertools.islice(stream, body)] for _ in range(count)]
-    if len(made[0]) <= body:
-        raise UserError(thing, "no tokens", "give other text")
-    return made
+    prompts = [[boundary_id(tokenizer), *itertools.islice(stream, body)] for _ in range(count)]
+    if len(prompts[0]) <= body:
+        raise UserError(thing, "no tokens", "give a text that is not empty")
+    return prompts
 
 
-def drawn(cost: Cost, model: Path) -> list[list[int]]:
-    """The same of tokens drawn evenly from the whole vocabulary."""
-    rng, known = random.Random(0), len(load_tokenizer(model))
+def draw_prompts(cost: Cost, model: Path) -> list[list[int]]:
+    """[warmup + requests][prompt_tokens]: tokens drawn evenly from the whole vocabulary."""
+    rng, vocabulary = random.Random(0), len(load_tokenizer(model))
     count = cost.warmup + cost.requests
-    return [[rng.randrange(known) for _ in range(cost.prompt_tokens)] for _ in range(count)]
+    return [[rng.randrange(vocabulary) for _ in range(cost.prompt_tokens)] for _ in range(count)]
 
 
-def of_run(given: argparse.Namespace, words: list[str]) -> CostPlan:
+def plan_from_run(args: argparse.Namespace, overrides: list[str]) -> CostPlan:
     """The variants of a run folder, on a target of its study's budget."""
-    study = load_study(given.study, words)
+    study = load_study(args.study, overrides)
     check_trained(study)
     targets = load_budget(study).targets
-    target = targets[require_one_of("--target", given.target, list(targets))]
-    refuse_absent(given.target, target.device)
-    wanted = chosen(variants(study), given.recipe, target)
+    target = targets[require_one_of("--target", args.target, list(targets))]
+    require_device(args.target, target.device)
+    variants = choose_variants(find_variants(study), args.recipe, target)
     texts = [document.text for document in read_documents(study.folder / "data", TRAIN)]
     return CostPlan(
-        target=given.target,
+        target=args.target,
         device=target.device,
         cost=study.cost,
-        wanted=wanted,
-        prompts=cut(study.cost, wanted[0].folder, texts, f"slice {TRAIN!r}"),
+        variants=variants,
+        prompts=cut_prompts(study.cost, variants[0].folder, texts, f"slice {TRAIN!r}"),
         source=TRAINING,
         config=study.hash(),
         study=study,
@@ -185,47 +186,48 @@ class Settings(Frozen):
     cost: Cost = Cost()
 
 
-def of_folders(given: argparse.Namespace, words: list[str]) -> CostPlan:
+def plan_from_folders(args: argparse.Namespace, overrides: list[str]) -> CostPlan:
     """Variant folders alone, by the settings of a study's YAML file or of the command line."""
-    if given.study:
-        study = load_study(given.study, words)
+    if args.study:
+        study = load_study(args.study, overrides)
         cost, config = study.cost, study.hash()
     else:
         raw: dict[str, Any] = {}
-        apply_overrides(raw, words)
+        apply_overrides(raw, overrides)
         cost, config = validate_config(Settings, raw, "command line").cost, ""
-    refuse_absent(given.target, given.device)
-    wanted = [variant_at(Path(folder)) for folder in given.variant]
-    if len({v.label for v in wanted}) < len(wanted):
-        raise UserError("--variant", "the same model twice", "name each once")
-    for variant in wanted:
+    require_device(args.target, args.device)
+    variants = [read_variant(Path(folder)) for folder in args.variant]
+    if len({v.label for v in variants}) < len(variants):
+        raise UserError("--variant", "the same model twice", "name each folder once")
+    for variant in variants:
         require_one_of(
-            f"device of {variant.folder}", given.device, list(engine_module(variant.subject.engine).DEVICES)
+            f"device of {variant.folder}", args.device, list(engine_module(variant.subject.engine).DEVICES)
         )
-    prompts, source = drawn(cost, wanted[0].folder), RANDOM
-    if given.text:
-        text = Path(given.text)
-        prompts = cut(cost, wanted[0].folder, [text.read_text(encoding="utf-8")], f"--text {text}")
+    prompts, source = draw_prompts(cost, variants[0].folder), RANDOM
+    if args.text:
+        text = Path(args.text)
+        prompts = cut_prompts(cost, variants[0].folder, [text.read_text(encoding="utf-8")], f"--text {text}")
         source = f"text of sha256 {file_sha256(text)}"
     return CostPlan(
-        target=given.target,
-        device=given.device,
+        target=args.target,
+        device=args.device,
         cost=cost,
-        wanted=wanted,
+        variants=variants,
         prompts=prompts,
         source=source,
         config=config,
-        record=Path(given.record),
+        record=Path(args.record),
     )
 
 
-def refuse_absent(target: str, device: str) -> None:
+def require_device(target: str, device: str) -> None:
+    """Refuses a target whose device this machine does not have."""
     if device == "cuda" and not torch.cuda.is_available():
         fix = "run this command on a machine that has one, on a copy of the run folder"
         raise UserError(f"target {target!r}", "no CUDA device here", fix)
 
 
-def bench_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
+def plan_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
     """Parses the command line of `eval.cost` and `eval.cost.load`, and checks every variant's hashes.
 
     Returns the plan and the file of `--json`.
@@ -243,17 +245,17 @@ def bench_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
     alone.add_argument("--text", help="a text file for prompts (default: random tokens)")
     alone.add_argument("--record", default=record, help=f"where the records go (default: {record})")
     add_json(parser)
-    given, words = parser.parse_known_args()
-    if not given.study and not given.variant:
+    args, overrides = parser.parse_known_args()
+    if not args.study and not args.variant:
         raise UserError("command line", "nothing to measure", "give --study, or --variant with folders")
-    bench = of_folders(given, words) if given.variant else of_run(given, words)
-    for variant in bench.wanted:
+    plan = plan_from_folders(args, overrides) if args.variant else plan_from_run(args, overrides)
+    for variant in plan.variants:
         verify_artifact(variant.folder)
-    return bench, given.json
+    return plan, args.json
 
 
 def is_measured(
-    records: Sequence[Measured | Loaded], study: Study, target: str, wanted: Sequence[Variant]
+    records: Sequence[Measured | Loaded], study: Study, target: str, variants: Sequence[Variant]
 ) -> bool:
     """True if every variant has a record of its bytes and these settings, all of them of the same rounds."""
     times = {
@@ -262,7 +264,7 @@ def is_measured(
         if (record.target, record.provenance.config) == (target, study.hash())
         and not different_settings(record, study.cost)
     }
-    rounds = {times.get((variant.recipe, variant.manifest.hash)) for variant in wanted}
+    rounds = {times.get((variant.recipe, variant.manifest.hash)) for variant in variants}
     return len(rounds) == 1 and None not in rounds
 
 
@@ -270,24 +272,24 @@ def measure_from_command(
     doc: str,
     record: str,
     *,
-    before: Callable[[Path], list[R]],
+    read: Callable[[Path], list[R]],
     measure: Callable[[CostPlan], list[R]],
-    table: Callable[[CostPlan, list[R]], Table],
+    build_table: Callable[[CostPlan, list[R]], Table],
 ) -> None:
-    """The command `eval.cost` or `eval.cost.load`: measures, stores and shows what `before` lacks.
+    """The command `eval.cost` or `eval.cost.load`: measures, stores and shows what `read` does not find.
 
     `--json` takes all records of the target: those of the run folder, or those just measured without one.
     """
-    bench, json_path = bench_from_command(doc, record)
-    study, records = bench.study, list[R]()
+    plan, json_path = plan_from_command(doc, record)
+    study, records = plan.study, list[R]()
     with lock_folder(study.folder) if study else nullcontext():
-        if study and is_measured(before(study.folder), study, bench.target, bench.wanted):
-            print(f"{len(bench.wanted)} variants were measured before on {bench.target}")
+        if study and is_measured(read(study.folder), study, plan.target, plan.variants):
+            print(f"{len(plan.variants)} variants were measured before on {plan.target}")
         else:
-            records = measure(bench)
-            bench.store(records)
+            records = measure(plan)
+            plan.store(records)
     if records:
-        Console().print(table(bench, records))
+        Console().print(build_table(plan, records))
     if study:
-        records = [record for record in before(study.folder) if record.target == bench.target]
+        records = [record for record in read(study.folder) if record.target == plan.target]
     write_json(json_path, records)

@@ -24,9 +24,9 @@ class Probe:
 
     variant: Variant
     process: subprocess.Popen[str]
-    said: IO[str]  # what it wrote on stderr
+    stderr: IO[str]
 
-    def hear(self) -> Answer:
+    def read_answer(self) -> Answer:
         """The next answer of the process, or its error raised here."""
         assert self.process.stdout is not None
         if line := self.process.stdout.readline():
@@ -34,79 +34,79 @@ class Probe:
             if answer.error:
                 raise UserError(*answer.error)
             return answer
-        self.said.seek(0)
-        last = (self.said.read().strip().splitlines() or ["it said nothing"])[-1]
-        found = f"the process ended with {self.process.wait()} ({last})"
-        raise UserError(f"measuring {self.variant.folder}", found, "fix that, or free some memory; run again")
+        self.stderr.seek(0)
+        last = (self.stderr.read().strip().splitlines() or ["no message"])[-1]
+        end = f"the process ended with {self.process.wait()} ({last})"
+        raise UserError(f"measuring {self.variant.folder}", end, "fix that, or free some memory; run again")
 
     def measure(self, order: Order) -> Answer:
         """Gives the order, sleeps until it is carried out and the process has ended."""
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it died: `hear` tells of what
+        with suppress(BrokenPipeError):  # it died: `read_answer` reports of what
             self.process.stdin.write(order.model_dump_json() + "\n")
             self.process.stdin.flush()
-        answer = self.hear()
+        answer = self.read_answer()
         self.process.wait()
         return answer
 
 
 @contextmanager
-def started(variant: Variant, threads: int) -> Iterator[Probe]:
+def start_probe(variant: Variant, threads: int) -> Iterator[Probe]:
     """A process that has begun to import the variant's engine; it is gone at the end."""
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
+    with tempfile.TemporaryFile("w+", errors="replace") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", "eval.cost.worker", variant.subject.engine],
             cwd=ROOT,
             env={**os.environ, **QUIET, "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=stderr,
             text=True,
         )
         try:
-            yield Probe(variant, process, said)
+            yield Probe(variant, process, stderr)
         finally:
             process.kill()
             process.communicate()
 
 
-def order_of(bench: CostPlan, variant: Variant) -> Order:
+def make_order(plan: CostPlan, variant: Variant) -> Order:
     """What a process is asked to measure of a variant: single requests and batches."""
     return Order(
         engine=variant.subject.engine,
         folder=str(variant.folder.resolve()),
-        device=bench.device,
-        threads=bench.cost.threads,
-        prompts=bench.prompts,
-        warmup=bench.cost.warmup,
-        new_tokens=bench.cost.new_tokens,
-        batch_sizes=bench.cost.batch_sizes,
+        device=plan.device,
+        threads=plan.cost.threads,
+        prompts=plan.prompts,
+        warmup=plan.cost.warmup,
+        new_tokens=plan.cost.new_tokens,
+        batch_sizes=plan.cost.batch_sizes,
     )
 
 
 def measure_group(group: list[tuple[Variant, Order]], report: Report) -> dict[str, Answer]:
     """Label -> answer. Starts a process for each side by side, then lets one after another measure, alone."""
     with ExitStack() as stack:
-        probes = [stack.enter_context(started(variant, order.threads)) for variant, order in group]
+        probes = [stack.enter_context(start_probe(variant, order.threads)) for variant, order in group]
         for probe in probes:
-            probe.hear()
-        done: dict[str, Answer] = {}
+            probe.read_answer()
+        answers: dict[str, Answer] = {}
         for probe, (variant, order) in zip(probes, group, strict=True):
-            done[variant.label] = probe.measure(order)
-            report(len(done) / len(group))
-        return done
+            answers[variant.label] = probe.measure(order)
+            report(len(answers) / len(group))
+        return answers
 
 
-def in_rounds(
-    title: str, bench: CostPlan, rounds: int, order: Callable[[Variant, int], Order]
+def run_in_rounds(
+    title: str, plan: CostPlan, rounds: int, order: Callable[[Variant, int], Order]
 ) -> dict[str, list[Answer]]:
     """Label -> one answer per round. Each round starts with another variant: none is always the first."""
-    jobs, wanted, size = [], bench.wanted, bench.workers
+    jobs, variants, size = [], plan.variants, plan.workers
     for turn in range(rounds):
-        shift = turn % len(wanted)
-        turned = [(v, order(v, turn)) for v in [*wanted[shift:], *wanted[:shift]]]
+        shift = turn % len(variants)
+        turned = [(v, order(v, turn)) for v in [*variants[shift:], *variants[:shift]]]
         for group in (turned[i : i + size] for i in range(0, len(turned), size)):
             name = f"round {turn + 1}, {' and '.join(v.name for v, _ in group)}"
             jobs.append(Job(name, measure_group, (group,), weight=len(group)))
-    done = run_in_turn(title, jobs).values()
-    return {v.label: [found[v.label] for found in done if v.label in found] for v in wanted}
+    groups = run_in_turn(title, jobs).values()
+    return {v.label: [answers[v.label] for answers in groups if v.label in answers] for v in variants}

@@ -20,7 +20,7 @@ from torch import Tensor
 from eval.core.config import Frozen
 from eval.core.errors import UserError
 from eval.core.records import Arrivals, Batched, Energy, Process, Server
-from eval.cost.meters import Meter, device_memory, meter_of
+from eval.cost.meters import Meter, device_memory, open_meter
 from eval.engines import Engine, engine_module, load_engine
 from eval.stats.queueing import poisson
 
@@ -61,7 +61,7 @@ class Answer(Frozen):
 Synchronize = Callable[[], None]  # waits until the device has done what it was given
 
 
-def request(engine: Engine, ids: Tensor, new_tokens: int, synchronize: Synchronize) -> list[float]:
+def serve_request(engine: Engine, ids: Tensor, new_tokens: int, synchronize: Synchronize) -> list[float]:
     """Serves prompts [B, T]: perf_counter at the start and when each of the `new_tokens` is known, in s.
 
     Greedy; a step ends when its tokens [B] are known to the host, so the argmax is part of it. The first
@@ -94,7 +94,7 @@ def peak_memory(device: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def timed(
+def time_batches(
     engine: Engine, order: Order, size: int, synchronize: Synchronize, meter: Meter
 ) -> tuple[list[list[float]], Energy]:
     """[requests][new_tokens] milliseconds of each step of batches of `size` prompts, and their energy."""
@@ -104,7 +104,7 @@ def timed(
             meter.update()
             before = meter.total
         ids = torch.tensor(list(itertools.islice(stream, size)))
-        stamps = request(engine, ids, order.new_tokens, synchronize)
+        stamps = serve_request(engine, ids, order.new_tokens, synchronize)
         steps.append([1e3 * (b - a) for a, b in itertools.pairwise(stamps)])
         meter.update()
     tokens = (len(order.prompts) - order.warmup) * size * order.new_tokens
@@ -113,9 +113,9 @@ def timed(
 
 def measure(engine: Engine, order: Order, synchronize: Synchronize, load_s: float) -> Process:
     """Times batches of each size, the smallest first: the peak of memory then is that of the size."""
-    meter, found = meter_of(order.device), []
+    meter, batches = open_meter(order.device), []
     for size in order.batch_sizes:
-        steps, energy = timed(engine, order, size, synchronize, meter)
+        steps, energy = time_batches(engine, order, size, synchronize, meter)
         batched = Batched(
             batch_size=size,
             prefill_ms=[times[0] for times in steps],
@@ -124,12 +124,12 @@ def measure(engine: Engine, order: Order, synchronize: Synchronize, load_s: floa
             device_memory_bytes=device_memory(order.device),
             energy=energy,
         )
-        found.append(batched)
-    single = found[0].model_dump(exclude={"batch_size"})
-    return Process(**single, load_s=load_s, batches=found[1:])
+        batches.append(batched)
+    single = batches[0].model_dump(exclude={"batch_size"})
+    return Process(**single, load_s=load_s, batches=batches[1:])
 
 
-def in_turn(
+def serve_arrivals(
     arrivals: list[float], deadline: float, serve: Callable[[], list[float]]
 ) -> Iterator[tuple[float, float]]:
     """Serves each request when it has arrived and the one before is done; sleeps where there is none.
@@ -155,7 +155,7 @@ def serve_open_loop(engine: Engine, order: Order, synchronize: Synchronize) -> S
     prompts = itertools.cycle(order.prompts)
 
     def serve() -> list[float]:
-        return request(engine, torch.tensor([next(prompts)]), order.new_tokens, synchronize)
+        return serve_request(engine, torch.tensor([next(prompts)]), order.new_tokens, synchronize)
 
     for _ in range(order.warmup):
         serve()
@@ -167,13 +167,13 @@ def serve_open_loop(engine: Engine, order: Order, synchronize: Synchronize) -> S
     rates = []
     for place, rate in enumerate(load.rates):
         arrivals = poisson(rate, load.seconds, (load.seed, place)).tolist()
-        served = list(in_turn(arrivals, PATIENCE * load.seconds, serve))
+        served = list(serve_arrivals(arrivals, PATIENCE * load.seconds, serve))
         first, done = (1e3 * np.asarray(served).reshape(-1, 2)).T.tolist()
         rates.append(Arrivals(rate=rate, arrival_s=arrivals, first_ms=first, done_ms=done))
     return Server(service_ms=services, rates=rates)
 
 
-def carried_out(order: Order) -> Answer:
+def carry_out(order: Order) -> Answer:
     """Loads the variant and measures what was ordered."""
     start = time.perf_counter()
     engine = load_engine(order.engine, Path(order.folder), order.threads, order.device)
@@ -185,13 +185,13 @@ def carried_out(order: Order) -> Answer:
     return Answer(process=measure(engine, order, synchronize, load_s))
 
 
-def answers(engine: str, orders: TextIO) -> Iterator[Answer]:
+def answer_orders(engine: str, orders: TextIO) -> Iterator[Answer]:
     """Ready, then the measurement; or the error that stood in the way of either."""
     try:
         engine_module(engine)
         yield Answer()
         if line := orders.readline():  # none: the parent is gone
-            yield carried_out(Order.model_validate_json(line))
+            yield carry_out(Order.model_validate_json(line))
     except UserError as error:
         yield Answer(error=(error.thing, str(error.found), error.fix))
 
@@ -202,7 +202,7 @@ def main() -> None:
     sys.modules["sklearn"] = None  # type: ignore[assignment]
     out = sys.stdout
     with redirect_stdout(sys.stderr):
-        for answer in answers(sys.argv[1], sys.stdin):
+        for answer in answer_orders(sys.argv[1], sys.stdin):
             print(answer.model_dump_json(), file=out, flush=True)
 
 

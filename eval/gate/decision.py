@@ -11,6 +11,7 @@ from eval.core.checks import CONTROL, STUDENT
 from eval.core.gate_file import GateFile, Hashes, KeptShare, Number, Part, Provenance, Variant
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import prefixes
+from eval.cost.estimates import estimate_ratio
 from eval.gate.caveats import list_caveats
 from eval.gate.evidence import Evidence
 from eval.gate.limits import (
@@ -18,7 +19,6 @@ from eval.gate.limits import (
     cost_parts,
     is_cost_expected,
     measured_load,
-    ratio,
     variant_costs,
 )
 from eval.gate.openings import summarize_openings
@@ -174,7 +174,7 @@ def is_shippable(row: Variant, alpha: float) -> bool:
 def is_slower_than_student(evidence: Evidence, row: Variant, alpha: float) -> bool:
     """Is it slower in decode than its parent, the uncompressed student, or is that unknown?"""
     student = evidence.costs.get((row.target, PLAIN), [])
-    share = ratio(evidence.costs[row.target, row.recipe], student, "decode_p50", alpha)
+    share = estimate_ratio(evidence.costs[row.target, row.recipe], student, "decode_p50", alpha)
     return share is None or share.point > 1
 
 

@@ -22,7 +22,7 @@ from eval.core.checks import (
     check_device,
     check_seeds_differ,
     check_settings,
-    order_of,
+    find_positions,
 )
 from eval.core.errors import UserError, require_one_of
 from eval.core.gate_file import Opening
@@ -153,7 +153,7 @@ class ScoreTables:
         order: slice | list[int] = slice(None)
         if (first.id, first.slice, first.bytes) != (documents.id, documents.slice, documents.bytes):
             check_aligned(self.artifacts.folder, self.scores[0], record)
-            order = order_of(first, documents)
+            order = find_positions(first, documents)
         model = record.arm, record.recipe
         self.bits[model][record.seed] = np.asarray(documents.bits, float)[order]
         self.tokens[model][record.seed] = np.asarray(documents.tokens, float)[order]

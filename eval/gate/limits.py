@@ -6,7 +6,15 @@ from pathlib import Path
 from eval.core.budget import AT_LOAD, UNITS, Limit, Quantity, Target
 from eval.core.gate_file import Load, Number, Part, Relative
 from eval.core.records import PLAIN
-from eval.cost.estimates import first_mismatch, knees, load_result, names, number, positive_ratio, ratio
+from eval.cost.estimates import (
+    estimate_knees,
+    estimate_quantity,
+    estimate_ratio,
+    first_mismatch,
+    list_quantities,
+    positive_ratio,
+    summarize_load,
+)
 from eval.gate.evidence import Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
 from eval.stats.ratios import Share
@@ -25,7 +33,7 @@ def measure_command(folder: Path, target: str, device: str = "cpu", what: str = 
 def measured_load(evidence: Evidence, target: str, recipe: str, alpha: float) -> Load | None:
     """What was measured of a variant under load, if anything was."""
     records = evidence.loads.get((target, recipe))
-    return load_result(records, alpha) if records else None
+    return summarize_load(records, alpha) if records else None
 
 
 def _with_ratio(number: Number, share: Share | None, of: str) -> Number:
@@ -45,12 +53,12 @@ def variant_costs(
 
     references = {str(name): limit.of for name, limit in limits.limits.items() if limit.of}
     costs: dict[str, Number] = {}
-    for name in names(records):
+    for name in list_quantities(records):
         reference = references.get(name, PLAIN)
         other = evidence.costs.get((target, reference), [])
-        comparable = not other or name in names(other)
-        share = ratio(records, other, name, alpha) if comparable else None
-        costs[name] = _with_ratio(number(records, name, alpha), share, reference)
+        comparable = not other or name in list_quantities(other)
+        share = estimate_ratio(records, other, name, alpha) if comparable else None
+        costs[name] = _with_ratio(estimate_quantity(records, name, alpha), share, reference)
     if load := measured_load(evidence, target, recipe, alpha):
         ours = evidence.loads[target, recipe]
         for name, value in {"knee": load.knee_rps, "throughput": load.knee_tokens_per_s}.items():
@@ -58,7 +66,7 @@ def variant_costs(
             other_loads = evidence.loads.get((target, reference), [])
             share = None
             if not first_mismatch(ours, other_loads):
-                share = positive_ratio(knees(ours), knees(other_loads), alpha)
+                share = positive_ratio(estimate_knees(ours), estimate_knees(other_loads), alpha)
             costs[name] = _with_ratio(value, share, reference)
     return costs
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256, hash_files, read_manifest, verify_artifact
-from eval.core.checks import CONTROL, FALLBACK, STUDENT, order_of
+from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
 from eval.core.commands import add_json, write_json
 from eval.core.documents import Document, json_objects, tokens_per_batch
 from eval.core.errors import EXITS, UserError, entry, require_one_of
@@ -179,7 +179,7 @@ def scored(folder: Path, documents: list[Document], context: int) -> Scored:
 
 def of_slice(documents: Documents, name: str, first: Documents) -> tuple[Array, Array, Array]:
     """Bits, tokens and bytes of one slice of a score record, [C] each, in the order of the `first` one."""
-    indices = [i for i in order_of(first, documents) if documents.slice[i] == name]
+    indices = [i for i in find_positions(first, documents) if documents.slice[i] == name]
     columns = (documents.bits, documents.tokens, documents.bytes)
     bits, tokens, size = (np.asarray([column[i] for i in indices], float) for column in columns)
     return bits, tokens, size

@@ -14,10 +14,18 @@ from eval.core.errors import UserError
 from eval.core.records import TRAINING, read_costs, write_record
 from eval.core.study import load_study
 from eval.cost.__main__ import main
-from eval.cost.estimates import names, number
-from eval.cost.plan import RANDOM, chosen, drawn, is_measured, of_folders, of_run, variants
-from eval.cost.rounds import measure_group, order_of, started
-from eval.cost.worker import peak_memory, request
+from eval.cost.estimates import estimate_quantity, list_quantities
+from eval.cost.plan import (
+    RANDOM,
+    choose_variants,
+    draw_prompts,
+    find_variants,
+    is_measured,
+    plan_from_folders,
+    plan_from_run,
+)
+from eval.cost.rounds import make_order, measure_group, start_probe
+from eval.cost.worker import peak_memory, serve_request
 from eval.engines import load_engine, load_tokenizer
 from tests.eval.run_builder import COST, facts, fake_run, put, torch_model
 from tests.helpers import run
@@ -93,7 +101,7 @@ def check_batch(process):
 
 def check_numbers(record):
     """Every batch size has its latency and tokens per second, from the times that were taken."""
-    found = {name: number([record], name, alpha=0.05) for name in names([record])}
+    found = {name: estimate_quantity([record], name, alpha=0.05) for name in list_quantities([record])}
     per_second = []
     for process in record.processes:
         (batched,) = process.batches
@@ -109,7 +117,7 @@ def check_numbers(record):
 
 def check_what_counts_as_done(study, folder, int8):
     """Other rounds, other bytes or other settings: measured again."""
-    wanted = variants(study)
+    wanted = find_variants(study)
     assert is_measured(read_costs(study.folder), study, "cpu", wanted)
     assert not is_measured(read_costs(study.folder), study, "gpu", wanted)
     for update in ({"requests": 4}, {"batch_sizes": [1]}, {"threads": 2}):
@@ -126,34 +134,34 @@ def test_recipes_and_devices_choose_the_variants(made, capsys):
     study, folder = made
     put(folder, "variants/wanda50/S1/s0", torch_model(), **facts("S1", "wanda50"))
     put(folder, "variants/old/S1/s0", torch_model(), **facts("S1", "old"))  # the study names it no longer
-    every = variants(load_study(study))
+    every = find_variants(load_study(study))
     assert [v.name for v in every] == ["plain", "int8", "wanda50", "fallback"]
     cpu, cuda = Target(device="cpu"), Target(device="cuda")
-    assert chosen(every, None, cpu) == every
-    assert [v.name for v in chosen(every, ["wanda50"], cpu)] == ["plain", "wanda50", "fallback"]
-    assert [v.name for v in chosen(every, None, cuda)] == ["plain", "wanda50", "fallback"]
+    assert choose_variants(every, None, cpu) == every
+    assert [v.name for v in choose_variants(every, ["wanda50"], cpu)] == ["plain", "wanda50", "fallback"]
+    assert [v.name for v in choose_variants(every, None, cuda)] == ["plain", "wanda50", "fallback"]
     assert "int8 is not measured: engine openvino does not run on cuda" in capsys.readouterr().out
     with pytest.raises(UserError, match="--recipe: 'int9'; did you mean 'int8'"):
-        chosen(every, ["int9"], cpu)
+        choose_variants(every, ["int9"], cpu)
     shutil.rmtree(folder / "students/S1/s0")
     with pytest.raises(UserError, match="students/S1/s0: not made yet"):
-        variants(load_study(study))
+        find_variants(load_study(study))
 
 
 def test_prompts_are_fixed_tokens_of_training_documents(made):
     study, folder = made
     model = folder / "students/S1/s0"
     given = Namespace(study=study, target="cpu", recipe=None)
-    found = of_run(given, []).prompts
-    assert found == of_run(given, []).prompts
+    found = plan_from_run(given, []).prompts
+    assert found == plan_from_run(given, []).prompts
     assert {len(prompt) for prompt in found} == {COST["prompt_tokens"]}
     assert len(found) == COST["warmup"] + COST["requests"]
     assert len(set(map(tuple, found))) == len(found)
     words = load_tokenizer(model)
     assert words.decode(found[0][1:]) in (folder / "data/train.jsonl").read_text()
-    random = drawn(load_study(study).cost, model)
+    random = draw_prompts(load_study(study).cost, model)
     assert [len(prompt) for prompt in random] == [len(prompt) for prompt in found]
-    assert random == drawn(load_study(study).cost, model)
+    assert random == draw_prompts(load_study(study).cost, model)
     assert 0 <= min(map(min, random)) < max(map(max, random)) < len(words)
 
 
@@ -163,25 +171,25 @@ def test_folders_alone_can_be_measured_with_text_or_random_tokens(made, tmp_path
     text.write_text("def return self None import for in if else class " * 9)
     facts = {"study": None, "target": "here", "device": "cpu", "record": "x.jsonl"}
     given = Namespace(variant=[str(folder / "students/S1/s0")], text=None, **facts)
-    bench = of_folders(given, ["--cost.prompt_tokens", "7", "--cost.requests", "5"])
-    assert (bench.source, bench.config, bench.study) == (RANDOM, "", None)
-    assert ({len(prompt) for prompt in bench.prompts}, len(bench.prompts)) == ({7}, bench.cost.warmup + 5)
+    plan = plan_from_folders(given, ["--cost.prompt_tokens", "7", "--cost.requests", "5"])
+    assert (plan.source, plan.config, plan.study) == (RANDOM, "", None)
+    assert ({len(prompt) for prompt in plan.prompts}, len(plan.prompts)) == ({7}, plan.cost.warmup + 5)
     given.text, given.study = str(text), str(study)
-    bench = of_folders(given, [])
-    assert bench.source == f"text of sha256 {file_sha256(text)}"
-    assert bench.config == load_study(study).hash()
-    assert load_tokenizer(folder / "students/S1/s0").decode(bench.prompts[0][1:]) in text.read_text()
+    plan = plan_from_folders(given, [])
+    assert plan.source == f"text of sha256 {file_sha256(text)}"
+    assert plan.config == load_study(study).hash()
+    assert load_tokenizer(folder / "students/S1/s0").decode(plan.prompts[0][1:]) in text.read_text()
     text.write_text("")
     with pytest.raises(UserError, match=r"--text .*: no tokens; give other text"):
-        of_folders(given, [])
+        plan_from_folders(given, [])
     given.variant *= 2
     with pytest.raises(UserError, match="the same model twice"):
-        of_folders(given, [])
+        plan_from_folders(given, [])
     given.variant, given.study = ["nowhere"], None
     with pytest.raises(UserError, match=r"artifact nowhere: no manifest\.json"):
-        of_folders(given, [])
+        plan_from_folders(given, [])
     with pytest.raises(UserError, match="unknown key cots: 'cots'; did you mean 'cost'"):
-        of_folders(given, ["--cots.requests", "5"])
+        plan_from_folders(given, ["--cots.requests", "5"])
 
 
 @pytest.mark.parametrize("name", ["torch", "openvino"])
@@ -197,7 +205,7 @@ def test_a_request_is_a_prefill_and_the_steps_after_it(name, checkpoint, openvin
 
     engine.decode = noted
     prompts = torch.stack([torch.arange(5, 17), torch.arange(40, 16, -2)])
-    stamps = request(engine, prompts, new_tokens=6, synchronize=lambda: None)
+    stamps = serve_request(engine, prompts, new_tokens=6, synchronize=lambda: None)
     assert len(stamps) == 7
     assert all(a < b for a, b in pairwise(stamps))
     model = load_engine("torch", checkpoint).model
@@ -224,20 +232,20 @@ def test_peak_memory_is_that_of_the_process_at_its_highest():
 
 def test_a_variant_that_cannot_be_loaded_is_told(made):
     study, _ = made
-    bench = of_run(Namespace(study=study, target="cpu", recipe=["int8"]), [])
-    broken = bench.wanted[1]
+    plan = plan_from_run(Namespace(study=study, target="cpu", recipe=["int8"]), [])
+    broken = plan.variants[1]
     (broken.folder / "openvino_model.xml").unlink()
     with pytest.raises(UserError, match=r"no openvino_model\.xml; export the model"):
-        measure_group([(broken, order_of(bench, broken))], lambda share: None)
+        measure_group([(broken, make_order(plan, broken))], lambda share: None)
 
 
 def test_a_killed_process_is_told(made):
     study, _ = made
-    variant = variants(load_study(study))[1]
-    with started(variant, threads=1) as probe:
+    variant = find_variants(load_study(study))[1]
+    with start_probe(variant, threads=1) as probe:
         probe.process.kill()
         with pytest.raises(UserError, match=r"measuring .*int8/S1/s0: the process ended with -9"):
-            probe.hear()
+            probe.read_answer()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from eval.core.budget import load_budget
 from eval.core.errors import UserError
-from eval.cost.meters import NONE, Counter, device_memory, meter_of, nvml, rapl
+from eval.cost.meters import NONE, Counter, device_memory, nvml, open_meter, rapl
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
 from tests.eval.run_builder import Run, edit, row
@@ -93,7 +93,7 @@ def test_the_gate_holds_energy_where_there_is_a_meter(tmp_path, joules, meter, v
 def test_without_a_gpu_nvml_measures_nothing():
     assert nvml().total is None
     assert nvml().name.startswith(NONE)
-    assert meter_of("cpu").total is None or meter_of("cpu").name.startswith("RAPL")
+    assert open_meter("cpu").total is None or open_meter("cpu").name.startswith("RAPL")
     assert device_memory("cpu") is None
 
 
@@ -101,7 +101,7 @@ def test_without_a_gpu_nvml_measures_nothing():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_tells_its_energy_and_memory():
     held = torch.ones(2**26, device="cuda")
-    meter = meter_of("cuda")
+    meter = open_meter("cuda")
     if meter.total is None:
         pytest.skip(meter.name)
     for _ in range(2000):

@@ -16,10 +16,10 @@ from eval.core.errors import UserError
 from eval.core.records import Arrivals, Loaded, Server, read_loads, write_record
 from eval.core.sections import Load
 from eval.core.study import load_study
-from eval.cost.estimates import knees, load_result
-from eval.cost.load import rates_of, shares, table
-from eval.cost.plan import is_measured, of_run, variants
-from eval.cost.worker import in_turn
+from eval.cost.estimates import estimate_knees, summarize_load
+from eval.cost.load import build_table, choose_rates, rates_from_knee
+from eval.cost.plan import find_variants, is_measured, plan_from_run
+from eval.cost.worker import serve_arrivals
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
 from eval.stats.queueing import capacity, finished, knee, outcome, poisson
@@ -105,13 +105,13 @@ def test_latency_counts_from_the_intended_arrival():
         services.append(time.perf_counter() - begin)
         return [begin, begin + services[-1] / 2, begin + services[-1]]
 
-    found = np.asarray(list(in_turn(arrivals, deadline=9.0, serve=serve)))
+    found = np.asarray(list(serve_arrivals(arrivals, deadline=9.0, serve=serve)))
     due = finished(arrivals, services) - arrivals
     assert found.shape == (4, 2)
     assert (found[:, 1] >= due - 1e-6).all()
     assert (found[:, 1] - found[:, 0] <= np.asarray(services)).all()
     assert found[1, 1] > 0.05 - 0.001 + 0.01 - 1e-6, "its own service took 10 ms, its wait 49"
-    served = list(in_turn([0.0, 0.001, 0.002], deadline=0.0, serve=lambda: [time.perf_counter()] * 2))
+    served = list(serve_arrivals([0.0, 0.001, 0.002], deadline=0.0, serve=lambda: [time.perf_counter()] * 2))
     assert len(served) < 3, "what is not served by the deadline never is"
 
 
@@ -141,7 +141,7 @@ def loaded(services, rates=(), slo=None, **changes):
 
 def test_bounds_are_those_over_processes():
     record = loaded([[20.0] * 50, [25.0] * 50, [22.0] * 50], rates=[20.0, 60.0])
-    found = load_result([record], alpha=0.05)
+    found = summarize_load([record], alpha=0.05)
     knees = np.asarray([50.0, 40.0, 1000 / 22])
     half = stats.t.ppf(0.95, 2) * knees.std(ddof=1) / 3**0.5
     assert found.knee_rps.value == pytest.approx(knees.mean())
@@ -164,14 +164,14 @@ def test_what_was_never_served_is_no_percentile(tmp_path):
     short = cut.model_copy(update={"done_ms": cut.done_ms[:-60], "first_ms": cut.first_ms[:-60]})
     server = record.processes[0].model_copy(update={"rates": [short]})
     given = record.model_copy(update={"processes": [server, record.processes[1]]})
-    found = load_result([given], 0.05).rates[0]
+    found = summarize_load([given], 0.05).rates[0]
     assert len(cut.done_ms) * 0.1 < 60 < len(cut.done_ms) * 0.4
     assert found.p50.value is not None
     assert (found.p95.value, found.p95.upper) == (None, None)
     assert found.follows == 1
     study, _ = fake_run(tmp_path, recipes=[])
-    bench = of_run(Namespace(study=study, target="cpu", recipe=None), [])
-    shown = table(replace(bench, wanted=bench.wanted[:1]), [given])
+    plan = plan_from_run(Namespace(study=study, target="cpu", recipe=None), [])
+    shown = build_table(replace(plan, variants=plan.variants[:1]), [given])
     cells = {column.header: next(iter(column.cells)) for column in shown.columns}
     assert (cells["variant"], cells["rate/s"], cells["p95 ms"]) == ("plain", "20", "never")
     assert cells["p50 ms"] == f"{found.p50.value:.4g}\n≤ {found.p50.upper:.4g}"
@@ -180,12 +180,12 @@ def test_what_was_never_served_is_no_percentile(tmp_path):
 
 def test_rates_are_shares_of_the_knee():
     server = Server(service_ms=[20.0] * 30, rates=[])
-    assert shares("x", server, Load()) == [25.0, 40.0, 47.5, 55.0]
-    held = shares("x", server, Load(slo_ms=60))
+    assert rates_from_knee("x", server, Load()) == [25.0, 40.0, 47.5, 55.0]
+    held = rates_from_knee("x", server, Load(slo_ms=60))
     assert held[3] / held[0] == pytest.approx(2.2, rel=0.01)
     assert held[3] < 55
     with pytest.raises(UserError, match=r"cost\.load\.slo_ms: 10: x takes longer even without a queue"):
-        shares("x", server, Load(slo_ms=10))
+        rates_from_knee("x", server, Load(slo_ms=10))
 
 
 def test_a_folder_measured_elsewhere_comes_home(tmp_path):
@@ -207,7 +207,7 @@ def test_a_folder_measured_elsewhere_comes_home(tmp_path):
     assert found.provenance.artifact == read_manifest(folder / "students/S1/s0").hash
     check_what_was_served(found)
     settled = load_study(study)
-    wanted = variants(settled)[:1]
+    wanted = find_variants(settled)[:1]
     assert is_measured(read_loads(settled.folder), settled, "cpu", wanted)
     assert not is_measured(read_loads(settled.folder), settled, "gpu", wanted)
     for words in (["--cost.load.seconds", "3"], ["--cost.load.rates", "[4.0]"], ["--cost.threads", "2"]):
@@ -229,9 +229,9 @@ def check_what_was_served(record):
 
 def test_too_few_arrivals_are_refused_before_anything_runs(tmp_path):
     study, _ = fake_run(tmp_path, recipes=[], cost={**COST, "load": {"rates": [40.0, 2.0], "seconds": 1.0}})
-    bench = of_run(Namespace(study=study, target="cpu", recipe=None), [])
+    plan = plan_from_run(Namespace(study=study, target="cpu", recipe=None), [])
     with pytest.raises(UserError, match=r"2 requests/s of .*cost\.load\.seconds of 5 would bring enough"):
-        rates_of(bench)
+        choose_rates(plan)
 
 
 LIMIT = {"throughput": {"at_least": 400, "unit": "tokens/s"}, "knee": {"at_least": 1.0, "of": "plain"}}
@@ -301,7 +301,7 @@ def test_a_limit_under_load_that_was_not_measured_decides_nothing(busy):
 def test_a_bound_of_the_knee_holds_the_chance_of_its_arrivals():
     """Rounds have arrivals of their own, which all variants of a round share."""
     same = [np.full(30, 20.0)] * 3
-    found = [knees([loaded(same, rates=[20.0], slo_ms=60.0)]) for _ in range(2)]
+    found = [estimate_knees([loaded(same, rates=[20.0], slo_ms=60.0)]) for _ in range(2)]
     assert len(set(found[0])) == 3
     assert found[0].tolist() == found[1].tolist()
     assert found[0].std() / found[0].mean() < 0.05

@@ -11,8 +11,8 @@ from eval.core.errors import UserError
 from eval.core.records import Documents, Score, read_costs, write_record
 from eval.core.sections import Load
 from eval.core.study import load_study
-from eval.cost.merge import joined
-from eval.cost.plan import bench_from_command
+from eval.cost.merge import merge_records
+from eval.cost.plan import plan_from_command
 from tests.eval.run_builder import COST, fake_run
 
 MACHINE = {
@@ -74,24 +74,24 @@ def lines(path: Path, *records: dict) -> str:
 def test_records_of_a_file_are_joined_once(here, tmp_path):
     run_folder, study = here
     given = lines(tmp_path / "far.jsonl", cost(*here), load(*here))
-    assert [record.kind for record in joined(run_folder, study, [given])] == ["cost", "load"]
+    assert [record.kind for record in merge_records(run_folder, study, [given])] == ["cost", "load"]
     (found,) = read_costs(run_folder)
     assert (found.provenance.machine.host, found.target) == ("elsewhere", "gpu")
-    assert joined(run_folder, study, [given]) == [], "the very same again changes nothing"
+    assert merge_records(run_folder, study, [given]) == [], "the very same again changes nothing"
 
 
 def test_a_record_without_a_study_is_bound_by_its_artifact(here, tmp_path):
     run_folder, study = here
     given = lines(tmp_path / "bare", cost(*here, provenance=source(*here, config=""), prompts="random"))
-    (record,) = joined(run_folder, study, [given])
+    (record,) = merge_records(run_folder, study, [given])
     assert (record.provenance.config, record.prompts) == (study.hash(), "random")
     other = source(*here, "students/S0/s0", config="")
     refused = lines(tmp_path / "other", cost(*here, provenance=other, target="cpu"))
     with pytest.raises(UserError, match="Some GPU"):
-        joined(run_folder, study, [refused])
+        merge_records(run_folder, study, [refused])
     shutil.rmtree(run_folder / "records")
     with pytest.raises(UserError, match=other["artifact"][:12]):
-        joined(run_folder, study, [lines(tmp_path / "other", cost(*here, provenance=other))])
+        merge_records(run_folder, study, [lines(tmp_path / "other", cost(*here, provenance=other))])
 
 
 @pytest.mark.parametrize("make", [cost, load])
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(here, tmp_path, mak
     good = cost(*here) if make is load else load(*here)
     given = lines(tmp_path / "good", good), lines(tmp_path / "bad", make(*here, **changed))
     with pytest.raises(UserError) as caught:
-        joined(*here, list(given))
+        merge_records(*here, list(given))
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -138,58 +138,60 @@ def test_half_measured_is_refused(here, tmp_path, change, words):
     record = json.loads(json.dumps(cost(*here)))
     change(record)
     with pytest.raises(UserError, match=words):
-        joined(*here, [lines(tmp_path / "half", record)])
+        merge_records(*here, [lines(tmp_path / "half", record)])
     assert not (here[0] / "records").exists()
 
 
 def test_other_settings_of_the_load_are_refused(here, tmp_path):
     with pytest.raises(UserError, match=r"slo_ms is 5\.0, the study asks None"):
-        joined(*here, [lines(tmp_path / "x", load(*here, slo_ms=5.0))])
+        merge_records(*here, [lines(tmp_path / "x", load(*here, slo_ms=5.0))])
     run_folder, study = here
     cost = study.cost.model_copy(update={"load": Load(rates=[2.0])})
     with pytest.raises(UserError, match=r"rates is \[\], the study asks \[2\.0\]"):
-        joined(run_folder, study.model_copy(update={"cost": cost}), [lines(tmp_path / "x", load(*here))])
+        merge_records(
+            run_folder, study.model_copy(update={"cost": cost}), [lines(tmp_path / "x", load(*here))]
+        )
 
 
 def test_two_records_of_one_model_are_refused(here, tmp_path):
     ours, theirs = cost(*here), cost(*here, disk_bytes=2)
     both = [lines(tmp_path / "a", ours), lines(tmp_path / "b", theirs)]
     with pytest.raises(UserError, match=r"b: .*comes from .*a: .* too; give one of them"):
-        joined(*here, both)
-    joined(*here, both[:1])
+        merge_records(*here, both)
+    merge_records(*here, both[:1])
     theirs["provenance"]["machine"] = {**MACHINE, "host": "third"}
     with pytest.raises(UserError, match=r"from third at 2026.*is from elsewhere at 2026.*delete the one"):
-        joined(*here, [lines(tmp_path / "b", theirs)])
+        merge_records(*here, [lines(tmp_path / "b", theirs)])
 
 
 def test_a_copy_of_the_run_gives_all_its_records(here, tmp_path):
     run_folder, study = here
-    joined(run_folder, study, [lines(tmp_path / "a", load(*here))])
+    merge_records(run_folder, study, [lines(tmp_path / "a", load(*here))])
     copy = Path(shutil.copytree(run_folder, tmp_path / "tiny"))
-    joined(copy, load_study(copy), [lines(tmp_path / "b", cost(*here))])
+    merge_records(copy, load_study(copy), [lines(tmp_path / "b", cost(*here))])
     documents = Documents(id=["x"], slice=["validation"], bytes=[3], tokens=[1], bits=[4.0])
     score = {"arm": "S1", "seed": 0, "engine": "torch", "documents": documents, "provenance": source(*here)}
     write_record(copy, Score(**score, data=read_manifest(run_folder / "data").hash))
-    assert {record.kind for record in joined(run_folder, study, [str(copy)])} == {"score", "cost"}
+    assert {record.kind for record in merge_records(run_folder, study, [str(copy)])} == {"score", "cost"}
     shutil.rmtree(run_folder / "records")
     test = Score(**score, kind="test", data=read_manifest(run_folder / "data").hash)
     (copy / "test.jsonl").write_text(test.model_dump_json() + "\n")
     with pytest.raises(UserError, match="a score of test documents"):
-        joined(run_folder, study, [str(copy / "test.jsonl")])
+        merge_records(run_folder, study, [str(copy / "test.jsonl")])
     write_record(copy, Score(**score, data="d" * 64))
     with pytest.raises(UserError, match=r"scored on data dddddddddddd, .*data holds"):
-        joined(run_folder, study, [str(copy)])
+        merge_records(run_folder, study, [str(copy)])
 
 
 def test_what_is_no_record_is_told(here, tmp_path):
     with pytest.raises(UserError, match="nowhere; name a file of records, or a copy"):
-        joined(*here, ["nowhere"])
+        merge_records(*here, ["nowhere"])
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(UserError, match="the file is empty"):
-        joined(*here, [str(tmp_path / "empty")])
+        merge_records(*here, [str(tmp_path / "empty")])
     (tmp_path / "broken").write_text("{")
     with pytest.raises(UserError, match="broken, line 1: not a record: Invalid JSON"):
-        joined(*here, [str(tmp_path / "broken")])
+        merge_records(*here, [str(tmp_path / "broken")])
 
 
 def test_a_folder_that_is_not_what_its_manifest_says_is_not_measured(here, tmp_path, monkeypatch):
@@ -197,21 +199,21 @@ def test_a_folder_that_is_not_what_its_manifest_says_is_not_measured(here, tmp_p
     (alone / "config.json").write_text("{}")
     monkeypatch.setattr("sys.argv", ["eval.cost", "--variant", str(alone)])
     with pytest.raises(UserError, match=r"config\.json has sha256"):
-        bench_from_command("Cost.", "cost.jsonl")
+        plan_from_command("Cost.", "cost.jsonl")
 
 
 def test_a_damaged_record_that_lies_there_is_told(here, tmp_path):
     run_folder, study = here
     given = lines(tmp_path / "far.jsonl", cost(*here))
-    joined(run_folder, study, [given])
+    merge_records(run_folder, study, [given])
     (path,) = (run_folder / "records" / "cost").rglob("*.json")
     path.write_text("")
     with pytest.raises(UserError, match=r"S1-s0\.json: Invalid JSON.*delete it"):
-        joined(run_folder, study, [given])
+        merge_records(run_folder, study, [given])
     path.unlink()
 
 
 def test_seeds_that_the_study_does_not_have_are_refused(here, tmp_path):
     given = lines(tmp_path / "far.jsonl", cost(*here, seed=77))
     with pytest.raises(UserError, match=r"seed: 77; the study has"):
-        joined(*here, [given])
+        merge_records(*here, [given])
