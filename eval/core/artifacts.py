@@ -143,15 +143,15 @@ def _version(name: str) -> str:
 def write_text(path: Path, text: str) -> None:
     """Writes a file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("w", encoding="utf-8") as stream:
+        with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def hash_files(folder: Path) -> dict[str, FileEntry]:
@@ -184,11 +184,11 @@ def build_artifact(
     folder.parent.mkdir(parents=True, exist_ok=True)
     for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    aside.mkdir()
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
     try:
-        yield aside
-        files = hash_files(aside)
+        yield temporary
+        files = hash_files(temporary)
         manifest = Manifest(
             kind=kind,
             name=name,
@@ -202,19 +202,19 @@ def build_artifact(
             versions=library_versions(),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        write_text(aside / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        write_text(temporary / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old.tmp")
             folder.rename(old)
-            aside.rename(folder)
+            temporary.rename(folder)
             shutil.rmtree(old)
         else:
-            aside.rename(folder)
+            temporary.rename(folder)
     finally:
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-        except SystemExit:  # told to end while sweeping: it is told once
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+        except SystemExit:  # stopped while deleting: the signal comes once
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
@@ -226,9 +226,9 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise UserError(f"manifest {path}", error.errors()[0]["msg"], "make the artifact again") from error
-    if manifest.hash != (found := content_hash(manifest.files)):
-        said = f"says hash {manifest.hash[:12]}, its files give {found[:12]}"
-        raise UserError(f"manifest {path}", said, "it was edited: make the artifact again")
+    if manifest.hash != (computed := content_hash(manifest.files)):
+        difference = f"says hash {manifest.hash[:12]}, its files give {computed[:12]}"
+        raise UserError(f"manifest {path}", difference, "it was edited: make the artifact again")
     return manifest
 
 
@@ -239,18 +239,18 @@ def verify_artifact(folder: Path) -> Manifest:
         UserError: a file is missing, was added, or differs by one bit from its recorded hash.
     """
     manifest = read_manifest(folder)
-    found = hash_files(folder)
+    present = hash_files(folder)
     for name, entry in manifest.files.items():
-        if name not in found:
+        if name not in present:
             raise UserError(f"artifact {folder}", f"{name} is missing", "delete the folder and run again")
-        if found[name] != entry:
+        if present[name] != entry:
             raise UserError(
                 f"artifact {folder}",
-                f"{name} has sha256 {found[name].sha256[:12]} ({found[name].bytes} bytes), "
+                f"{name} has sha256 {present[name].sha256[:12]} ({present[name].bytes} bytes), "
                 f"recorded {entry.sha256[:12]} ({entry.bytes} bytes)",
                 "delete the folder and run again",
             )
-    if extra := sorted(set(found) - set(manifest.files)):
+    if extra := sorted(set(present) - set(manifest.files)):
         raise UserError(f"artifact {folder}", f"unrecorded file {extra[0]}", "delete it")
     return manifest
 
@@ -286,16 +286,16 @@ def describe_accepted(run: Path) -> list[str]:
 
 
 def _describe_versions(manifest: Manifest) -> str:
-    """The versions that made an artifact, where others were asked for."""
-    made, wanted = manifest.code, manifest.accepted
-    names = [name for name in {**made, **wanted} if made.get(name) != wanted.get(name)]
-    libraries = set(VERSIONED) | {name for name in names if "." in made.get(name, "")}
-    words = []
+    """The versions that made an artifact, where others are current."""
+    used, current = manifest.code, manifest.accepted
+    names = [name for name in {**used, **current} if used.get(name) != current.get(name)]
+    libraries = set(VERSIONED) | {name for name in names if "." in used.get(name, "")}
+    phrases = []
     for name in names:
         if name in VERSIONS:
-            words.append(f"code version {made.get(name, 'unknown')}")
+            phrases.append(f"code version {used.get(name, 'unknown')}")
         elif name in libraries:
-            words.append(f"{name} {made[name]}" if name in made else f"no {name}")
+            phrases.append(f"{name} {used[name]}" if name in used else f"no {name}")
         else:
-            words.append(f"other code of {name}")
-    return ", ".join(words)
+            phrases.append(f"other code of {name}")
+    return ", ".join(phrases)

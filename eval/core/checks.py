@@ -54,33 +54,33 @@ class Artifacts:
 
     def check(self, record: Record) -> None:
         """The record was measured for this study, on the bytes that lie there now, after they were made."""
-        path, found = record_path(self.folder, record), record.provenance
-        if found.config != self.config:
+        path, source = record_path(self.folder, record), record.provenance
+        if source.config != self.config:
             raise UserError(
                 f"record {path}",
-                f"measured for study hash {found.config[:12]}, this study's is {self.config[:12]}",
+                f"measured for study hash {source.config[:12]}, this study's is {self.config[:12]}",
                 "measure again, or name the study that it was measured for",
             )
         place = artifact_folder(self.folder, record.arm, record.seed, record.recipe)
-        made = self.manifest(place) if place else self.data
-        if place and made.hash != found.artifact:
+        manifest = self.manifest(place) if place else self.data
+        if place and manifest.hash != source.artifact:
             raise UserError(
                 f"record {path}",
-                f"measured on artifact {found.artifact[:12]}, {place} holds {made.hash[:12]}",
+                f"measured on artifact {source.artifact[:12]}, {place} holds {manifest.hash[:12]}",
                 "delete the record and measure again",
             )
-        self._check_clock(path, found.time, made)
+        self._check_clock(path, source.time, manifest)
 
-    def _check_clock(self, path: Path, time: str, made: Manifest) -> None:
-        """Refuses a time to come, and notes one before the artifact was made.
+    def _check_clock(self, path: Path, time: str, manifest: Manifest) -> None:
+        """Refuses a time in the future, and notes one before the artifact was made.
 
         The bytes are those that were measured: either they were made again since, or a clock went back.
         """
         measured = datetime.fromisoformat(time)
         if measured > datetime.now(UTC) + SLACK:
-            found = f"measured at {time}, which is yet to come"
-            raise UserError(f"record {path}", found, "set the clock, then measure again")
-        if made.time and measured < datetime.fromisoformat(made.time) - SLACK:
+            future = f"measured at {time}, which is yet to come"
+            raise UserError(f"record {path}", future, "set the clock, then measure again")
+        if manifest.time and measured < datetime.fromisoformat(manifest.time) - SLACK:
             self.early.append(path)
 
     def check_data(self, record: Score) -> None:
@@ -92,18 +92,18 @@ class Artifacts:
             )
 
     def check_parents(self, scores: list[Score]) -> None:
-        """Every model was made from what lies in the run now, so no variant of a lost student is judged."""
+        """Every model was made from what lies in the run now, so no variant of an old student is judged."""
         teachers = {(s.arm, s.seed): s.provenance.artifact for s in scores if s.arm in TEACHERS}
         for record in scores:
             place = artifact_folder(self.folder, record.arm, record.seed, record.recipe)
             if place is None:
                 continue
-            made, stage = self.manifest(place).parents, STAGES[place.relative_to(self.folder).parts[0]]
+            parents, stage = self.manifest(place).parents, STAGES[place.relative_to(self.folder).parts[0]]
             for role, now in self._parents(record, teachers).items():
-                if made.get(role) != now:
+                if parents.get(role) != now:
                     raise UserError(
                         f"artifact {place}",
-                        f"made from {role} {made.get(role, 'unknown')[:12]}, the run's is {now[:12]}",
+                        f"made from {role} {parents.get(role, 'unknown')[:12]}, the run's is {now[:12]}",
                         f"run {stage} again, then score and measure",
                     )
 
@@ -114,9 +114,9 @@ class Artifacts:
             place = artifact_folder(self.folder, record.arm, record.seed, record.recipe)
             if record.recipe == PLAIN or place is None:
                 continue
-            made = self.manifest(place).facts.get("recipe_hash"), record.engine
-            other, there = seen.setdefault(record.recipe, (made, place))
-            if made != other:
+            origin = self.manifest(place).facts.get("recipe_hash"), record.engine
+            other, there = seen.setdefault(record.recipe, (origin, place))
+            if origin != other:
                 raise UserError(
                     f"artifact {place}",
                     f"made by another recipe {record.recipe!r} than {there}, or for another engine",
@@ -125,21 +125,21 @@ class Artifacts:
 
     def _parents(self, record: Score, teachers: dict[tuple[str, int], str]) -> dict[str, str]:
         """Role -> hash of what the model of `record` must have been made from."""
-        found = {"data": self.data.hash}
+        parents = {"data": self.data.hash}
         arm, seed = record.arm, record.seed
         if record.recipe != PLAIN:
             student = artifact_folder(self.folder, arm, seed, PLAIN)
             assert student is not None
-            return found | {"student": self.manifest(student).hash}
+            return parents | {"student": self.manifest(student).hash}
         if arm != FALLBACK:
-            found["base"] = self.manifest(self.folder / "base" / f"s{seed}").hash
+            parents["base"] = self.manifest(self.folder / "base" / f"s{seed}").hash
         if arm in TAUGHT:
-            found["teacher"] = teachers[TAUGHT[arm], seed]
-        return found
+            parents["teacher"] = teachers[TAUGHT[arm], seed]
+        return parents
 
 
 def check_seeds_differ(scores: list[Score]) -> None:
-    """Copies of one student would count as seeds and make the interval a lie."""
+    """Copies of one student would count as seeds and make the interval too narrow."""
     seen: dict[tuple[str, str], int] = {}
     for record in scores:
         if record.arm not in TAUGHT or record.recipe != PLAIN:
@@ -207,8 +207,8 @@ def different_settings(record: Measured | Loaded, cost: Cost) -> dict[str, tuple
 
 def check_settings(record: Measured | Loaded, study: Study, place: str) -> None:
     """The record was measured in the way that the study asks for."""
-    for name, (measured, asked) in different_settings(record, study.cost).items():
-        raise UserError(place, f"{name} is {measured}, the study asks {asked}", "measure again with it")
+    for name, (measured, expected) in different_settings(record, study.cost).items():
+        raise UserError(place, f"{name} is {measured}, the study asks {expected}", "measure again with it")
 
 
 def check_device(record: Measured | Loaded, target: Target, place: str) -> None:

@@ -150,7 +150,9 @@ def json_objects(path: Path, thing: str, fix: str) -> Iterator[tuple[str, int, d
         except ValueError as error:
             raise UserError(where, f"not JSON ({error})", "write one JSON object a line") from error
         if not isinstance(row, dict):
-            raise UserError(where, type(row).__name__, "write one JSON object a line")
+            raise UserError(
+                where, f"expected a JSON object, found {type(row).__name__}", "write one JSON object a line"
+            )
         yield where, number, row
 
 
@@ -187,8 +189,8 @@ def texts(tokenizer, document: Document) -> tuple[str, str]:
     read = partial(tokenizer.apply_chat_template, tokenize=False, strftime_now=DAY.strftime)
     before, whole = read(document.prompt, add_generation_prompt=True), read(turns)
     if not whole.startswith(before):
-        found = f"the chat template rewrites what came before {answer['content'][:20]!r}"
-        raise UserError(f"document {document.id!r}", found, "give a prompt column in place of messages")
+        problem = f"the chat template rewrites what came before {answer['content'][:20]!r}"
+        raise UserError(f"document {document.id!r}", problem, "give a prompt column in place of messages")
     return before, whole[len(before) :]
 
 
@@ -221,9 +223,9 @@ def pack(rows: Iterable[Row], context: int) -> Iterator[Row]:
 
     Each part keeps its boundary token, its positions and its attention to itself.
     """
-    held: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        group = held.setdefault(row.domain, [])
+        group = groups.setdefault(row.domain, [])
         length = sum(len(r.tokens) for r in group)
         if length + len(row.tokens) <= context:
             group.append(row)
@@ -231,8 +233,8 @@ def pack(rows: Iterable[Row], context: int) -> Iterator[Row]:
             yield row
         else:
             yield _joined(group)
-            held[row.domain] = [row]
-    yield from (_joined(group) for group in held.values() if group)
+            groups[row.domain] = [row]
+    yield from (_joined(group) for group in groups.values() if group)
 
 
 def _joined(rows: list[Row]) -> Row:
@@ -274,11 +276,11 @@ def tokens_per_batch(vocabulary: int) -> int:
 
 def batches(rows: Iterable[Row], pad: int, batch_tokens: int = 4096) -> Iterator[Batch]:
     """Batches of rows of like length, the longest first, each of at most `batch_tokens` padded tokens."""
-    held: list[Row] = []
+    batch: list[Row] = []
     for row in sorted(rows, key=lambda r: (-len(r.tokens), r.id)):
-        if held and len(held[0].tokens) * (len(held) + 1) > batch_tokens:
-            yield collate(held, pad)
-            held = []
-        held.append(row)
-    if held:
-        yield collate(held, pad)
+        if batch and len(batch[0].tokens) * (len(batch) + 1) > batch_tokens:
+            yield collate(batch, pad)
+            batch = []
+        batch.append(row)
+    if batch:
+        yield collate(batch, pad)

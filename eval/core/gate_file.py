@@ -1,4 +1,4 @@
-"""The shape of gate.json, schema version 2. Other programs read it; docs/statistics.md tells every field."""
+"""The shape of gate.json, schema version 3. Other programs read it; docs/statistics.md has every field."""
 
 from typing import Any, Literal
 
@@ -88,7 +88,7 @@ class Relative(Frozen):
 
 
 class Number(Frozen):
-    """A measured cost with one-sided bounds at alpha; `value` is null where it could not be had honestly."""
+    """A measured cost with one-sided bounds at alpha; `value` is null where it could not be measured."""
 
     value: float | None
     lower: float | None
@@ -168,7 +168,7 @@ class Difference(Frozen):
 class Quality(Frozen):
     """What a recipe does to the student beside bits per byte; empty or null where it was not measured."""
 
-    accuracy: dict[str, Estimate]  # by slice: share of next tokens held to be the likeliest
+    accuracy: dict[str, Estimate]  # by slice: share of next tokens predicted correctly
     calibration_error: dict[str, Estimate]  # by slice; the interval is over seeds, documents held fixed
     worst_slice: str | None  # where the smallest share of the gain is kept
     flips: Difference | None
@@ -199,7 +199,7 @@ class Opening(Frozen):
 
 
 class Look(Frozen):
-    """What is told of every opening."""
+    """What is reported of every opening."""
 
     number: int
     time: str

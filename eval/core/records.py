@@ -58,7 +58,7 @@ class Bins(Frozen):
     correct: Sums  # whether that was the token
 
     @model_validator(mode="after")
-    def sound(self) -> Self:
+    def check(self) -> Self:
         if not len(self.tokens) == len(self.confidence) == len(self.correct) or sum(self.tokens) <= 0:
             raise ValueError("sums of different bins, or of no token")
         return self
@@ -76,13 +76,13 @@ class Documents(Frozen):
     calibration: dict[str, Bins] | None = None  # by slice
 
     @model_validator(mode="after")
-    def sound(self) -> Self:
+    def check(self) -> Self:
         columns = self.id, self.slice, self.bytes, self.tokens, self.bits, self.correct
         lengths = {len(column) for column in columns if column is not None}
         if lengths == {0} or len(lengths) != 1:
             raise ValueError(f"columns of {sorted(lengths)} entries; all must have the same, at least 1")
-        if len(set(self.id)) < len(self.id) and (twice := self._twice()):
-            raise ValueError(f"document {twice[1]!r} appears twice in slice {twice[0]!r}")
+        if len(set(self.id)) < len(self.id) and (duplicate := self._find_duplicate()):
+            raise ValueError(f"document {duplicate[1]!r} appears twice in slice {duplicate[0]!r}")
         # `min` and `map` look at 10,000 documents in a millisecond; a name is looked for on error alone
         if (least := min(self.bytes)) <= 0:
             name = self.id[self.bytes.index(least)]
@@ -96,7 +96,7 @@ class Documents(Frozen):
             )
         return self
 
-    def _twice(self) -> tuple[str, str] | None:
+    def _find_duplicate(self) -> tuple[str, str] | None:
         """The first slice and id that come a second time."""
         seen: set[tuple[str, str]] = set()
         for pair in zip(self.slice, self.id, strict=True):
@@ -146,14 +146,14 @@ class Batched(Frozen):
 
 
 class Process(Frozen):
-    """What one fresh process measured; batch 1 unless told otherwise."""
+    """What one fresh process measured; batch 1 unless stated otherwise."""
 
     prefill_ms: Times  # one entry per request: until its first token is known
     decode_ms: Times  # one entry per generated token after the first
     load_s: Positive
     peak_memory_bytes: Counted  # VmHWM on a CPU, the reserved peak on CUDA
-    device_memory_bytes: int | None = None  # of this process by the accelerator's own count, where it tells
-    energy: Energy | None = None  # null in records of before
+    device_memory_bytes: int | None = None  # of this process by the accelerator's own count, where it has one
+    energy: Energy | None = None  # null in older records
     batches: list[Batched] = Field(default_factory=list)  # the sizes above 1
 
 
@@ -179,7 +179,7 @@ class Measured(Frozen):
 class Arrivals(Frozen):
     """Requests of one rate, served in real time; latencies count from the intended arrival."""
 
-    rate: Positive  # requests per second that were asked
+    rate: Positive  # intended requests per second
     arrival_s: list[float]  # intended, from the start
     first_ms: list[float]  # until the first token; shorter than `arrival_s` where the time was over
     done_ms: list[float]  # until the last token
@@ -221,7 +221,7 @@ class SampleScores(Frozen):
     output: list[str] | None = None  # what was generated
 
     @model_validator(mode="after")
-    def sound(self) -> Self:
+    def check(self) -> Self:
         columns = self.id, self.value, self.raw, self.output
         if len({len(column) for column in columns if column is not None}) > 1:
             raise ValueError("columns of different lengths")
@@ -273,7 +273,7 @@ class Agreement(Frozen):
     provenance: Provenance
 
     @model_validator(mode="after")
-    def sound(self) -> Self:
+    def check(self) -> Self:
         if len({len(column) for column in (self.id, self.tokens, self.flips, self.kl_bits)}) > 1:
             raise ValueError("columns of different lengths")
         if not all(map(math.isfinite, self.kl_bits)) or min(self.tokens) < 1:
@@ -282,7 +282,7 @@ class Agreement(Frozen):
 
 
 Record = Score | Measured | Loaded  # what the gate judges
-Written = Record | TaskScore | Agreement
+AnyRecord = Record | TaskScore | Agreement
 R = TypeVar("R", Score, Measured, Loaded, TaskScore, Agreement)
 
 
@@ -316,7 +316,7 @@ def provenance(artifact: str, config: str, device: str = "cpu", driver: str | No
     )
 
 
-def record_path(run: Path, record: Written) -> Path:
+def record_path(run: Path, record: AnyRecord) -> Path:
     """`records/<kind>/[<target or task>/]<recipe>/<arm>-s<seed>.json`."""
     top = run / "records" / record.kind
     if isinstance(record, Measured | Loaded | TaskScore):
@@ -324,7 +324,7 @@ def record_path(run: Path, record: Written) -> Path:
     return top / record.recipe / f"{record.arm}-s{record.seed}.json"
 
 
-def write_record(run: Path, record: Written) -> Path:
+def write_record(run: Path, record: AnyRecord) -> Path:
     path = record_path(run, record)
     write_text(path, record.model_dump_json() + "\n")
     return path
@@ -335,13 +335,13 @@ def _read(run: Path, path: Path, kind: type[R]) -> R:
     try:
         record = kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        cause = error.errors()[0]
+        place = ".".join(str(part) for part in cause["loc"])
         raise UserError(
-            f"record {path}", f"{place}: {first['msg']}", "delete it and measure again"
+            f"record {path}", f"{place}: {cause['msg']}", "delete it and measure again"
         ) from error
     if path != record_path(run, record):
-        raise UserError("record", path, "its path and its content name different models; delete it")
+        raise UserError(f"record {path}", "its path and its content name different models", "delete it")
     return record
 
 

@@ -180,7 +180,7 @@ def test_folders_alone_can_be_measured_with_text_or_random_tokens(made, tmp_path
     assert plan.config == load_study(study).hash()
     assert load_tokenizer(folder / "students/S1/s0").decode(plan.prompts[0][1:]) in text.read_text()
     text.write_text("")
-    with pytest.raises(UserError, match=r"--text .*: no tokens; give other text"):
+    with pytest.raises(UserError, match=r"--text .*: no tokens; give a text that is not empty"):
         plan_from_folders(given, [])
     given.variant *= 2
     with pytest.raises(UserError, match="the same model twice"):

@@ -230,7 +230,7 @@ def check_what_was_served(record):
 def test_too_few_arrivals_are_refused_before_anything_runs(tmp_path):
     study, _ = fake_run(tmp_path, recipes=[], cost={**COST, "load": {"rates": [40.0, 2.0], "seconds": 1.0}})
     plan = plan_from_run(Namespace(study=study, target="cpu", recipe=None), [])
-    with pytest.raises(UserError, match=r"2 requests/s of .*cost\.load\.seconds of 5 would bring enough"):
+    with pytest.raises(UserError, match=r"2 requests/s of .*set cost\.load\.seconds to 5 or more"):
         choose_rates(plan)
 
 

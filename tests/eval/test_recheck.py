@@ -133,7 +133,7 @@ BAD = {
     "no json": ('{"text": ', "line 1: not JSON"),
     "no text": ('{"words": "a"}', "None; give each line a `text`"),
     "zero bytes": ('{"text": ""}', "give each line a `text` that is not empty"),
-    "a list": ("[1]", "line 1: list; write one JSON object a line"),
+    "a list": ("[1]", "line 1: expected a JSON object, found list; write one JSON object a line"),
     "a text twice": ('{"text": "a"}\n{"text": "a"}', "'a'... is 2 documents, as far as they are read"),
     "twice": ('{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}', "id 'x' appears 2 times"),
     "nothing": ("\n", "the file is empty"),

@@ -126,7 +126,7 @@ GOOD = {"prompt": "p", "choices": ["a", "b"], "answer": 0}
     [
         ([], "the file is empty"),
         (["{"], "line 1: not JSON"),
-        ([GOOD, [1]], "line 2: list; write one JSON object"),
+        ([GOOD, [1]], "line 2: expected a JSON object, found list; write one JSON object"),
         ([{**GOOD, "anser": 1}], "unknown field: 'anser'; did you mean 'answer'"),
         ([{**GOOD, "prompt": " "}], "line 1: prompt: ' '; give a text that"),
         ([{**GOOD, "choices": ["a"]}], "choices: .* at least two"),
