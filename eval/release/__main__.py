@@ -63,7 +63,7 @@ print(json.dumps([load_release(".", target)[1].reason for target in sys.argv[1:]
 
 
 @dataclass(frozen=True)
-class Case:
+class ReleaseEvidence:
     """What is released: for each target the sign-off, with the evidence behind it."""
 
     run: Path
@@ -87,7 +87,7 @@ class Case:
         return found
 
 
-def wanted(run: Path, words: list[str]) -> dict[str, str]:
+def parse_variants(run: Path, words: list[str]) -> dict[str, str]:
     """Target -> recipe, of RECIPE (each target on which it is signed) or TARGET=RECIPE."""
     recipes: dict[str, str] = {}
     known = read_gate(run).budget["targets"]
@@ -105,14 +105,14 @@ def wanted(run: Path, words: list[str]) -> dict[str, str]:
     return recipes
 
 
-def verified_case(run: Path, words: list[str], trusted: "SSlibKey | None", today: date) -> Case:
+def verify_signoffs(run: Path, words: list[str], trusted: "SSlibKey | None", today: date) -> ReleaseEvidence:
     """The evidence of a release whose sign-offs all hold.
 
     Raises:
         UserError: a sign-off is missing or does not hold, or a target that the budget requires has none.
     """
     predicates: dict[str, Predicate] = {}
-    for target, recipe in wanted(run, words).items():
+    for target, recipe in parse_variants(run, words).items():
         path = run / FOLDER / f"{recipe}-{target}.json"
         if not path.is_file():
             fix = f"run python -m eval.signoff --study {run} --variant {recipe} --target {target} first"
@@ -132,14 +132,16 @@ def verified_case(run: Path, words: list[str], trusted: "SSlibKey | None", today
     if missing := sorted(required - set(predicates)):
         fix = f"sign a variant on {missing[0]} and add {missing[0]}=RECIPE"
         raise UserError("release", f"the budget requires the target {missing[0]}", fix)
-    return Case(run, study, budget, read_gate(run), collect_evidence(run, study, budget), predicates)
+    return ReleaseEvidence(
+        run, study, budget, read_gate(run), collect_evidence(run, study, budget), predicates
+    )
 
 
 @dataclass
 class Folder:
     """The release in the making."""
 
-    case: Case
+    case: ReleaseEvidence
     place: Path
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the loader knows of each artifact
 
@@ -241,7 +243,7 @@ def _facts(target: Target) -> dict[str, Any]:
     }
 
 
-def present(target: Target) -> bool:
+def is_runnable(target: Target) -> bool:
     """Can the target's artifact be run on this machine?"""
     import torch
 
@@ -271,7 +273,7 @@ def rehearse(place: Path, targets: list[str]) -> None:
             raise UserError(f"release for {target}", reason, "nothing was released; fix that")
 
 
-def build(case: Case, out: Path, owner: str, made: date) -> Contract:
+def build_release(case: ReleaseEvidence, out: Path, owner: str, made: date) -> Contract:
     """The release at `out`, whole or not at all.
 
     Raises:
@@ -288,16 +290,16 @@ def build(case: Case, out: Path, owner: str, made: date) -> Contract:
         out, kind="release", name=name, key=Key(digest(parents)), parents=parents, facts={}
     ) as place:
         promise = Folder(case, place).fill(owner, made)
-        rehearse(place, [name for name, target in promise.targets.items() if present(target)])
+        rehearse(place, [name for name, target in promise.targets.items() if is_runnable(target)])
     return promise
 
 
-def told(promise: Contract, out: Path) -> Iterator[str]:
+def summary_lines(promise: Contract, out: Path) -> Iterator[str]:
     yield f"{out} holds {promise.name}"
     for name, target in promise.targets.items():
         by = target.signature.by
         yield f"  {name}: {target.recipe} ({target.engine}), {target.verdict}, signed by {by}"
-        if not present(target):
+        if not is_runnable(target):
             yield "    not tried out: no CUDA device here; load it on such a machine before you ship it"
         if target.waiver:
             yield f"    WAIVED until {target.waiver.expires}: {target.waiver.reason}"
@@ -316,10 +318,10 @@ def main() -> None:
     parser.add_argument("--out", help="the folder to build (default: RUN/release/NAME)")
     study, args = study_from_command(parser)
     run, now = study.folder, datetime.now(UTC).date()
-    case = verified_case(run, args.variant, public_key(Path(args.public)) if args.public else None, now)
+    case = verify_signoffs(run, args.variant, public_key(Path(args.public)) if args.public else None, now)
     out = Path(args.out) if args.out else run / "release" / "-".join(case.recipes)
-    promise = build(case, out, args.owner, now)
-    print("\n".join(told(promise, out)))
+    promise = build_release(case, out, args.owner, now)
+    print("\n".join(summary_lines(promise, out)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from eval.core.study import Study
 from eval.report.budget_table import build_budget_table, csv_text
 from eval.report.markdown import render_markdown
 from eval.report.terminal import print_report
-from eval.signoff.statement import signoffs
+from eval.signoff.statement import list_signoffs
 from eval.signoff.verify import read_gate
 
 WIDTH = 160  # columns of the table where nobody can tell, e.g. in a log
@@ -49,7 +49,7 @@ def main() -> None:
     run = study.folder
     gate = read_gate(run)
     refuse_stale(gate, study, run, f"run `python -m eval.gate --study {run}` first")
-    signatures = signoffs(run, datetime.now(UTC).date())
+    signatures = list_signoffs(run, datetime.now(UTC).date())
     from eval.report.html import render_page  # matplotlib: what is refused should be refused fast
 
     html = render_page(gate, run, (run / "study.yaml").read_text(encoding="utf-8"), signatures)

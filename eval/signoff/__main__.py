@@ -34,17 +34,17 @@ from eval.signoff.statement import (
     Statement,
     Subject,
     Waiver,
-    signed,
+    sign_statement,
 )
 from eval.signoff.verify import (
     REPORTS,
     artifacts,
-    decided,
-    judged_again,
+    difference_from_records,
     policy,
     problems,
     read_gate,
     row_of,
+    signable_verdict,
     signed_files,
     unmeasured,
 )
@@ -54,16 +54,16 @@ if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner, SSlibKey
 
 
-def checked_gate(run: Path, study: Study, budget: str | None) -> GateFile:
+def recomputed_gate(run: Path, study: Study, budget: str | None) -> GateFile:
     """gate.json, after it was computed again from the records; what differs is named and refused."""
     gate = read_gate(run)
-    if apart := judged_again(run, study, load_budget(study, budget), gate):
+    if apart := difference_from_records(run, study, load_budget(study, budget), gate):
         named = f" --budget {budget}" if budget else ""
         raise UserError(f"gate.json of {run}", apart, f"run `python -m eval.gate --study {run}{named}` again")
     return gate
 
 
-def waiver(verdict: Verdict, reason: str | None, expires: str | None, today: date) -> Waiver | None:
+def build_waiver(verdict: Verdict, reason: str | None, expires: str | None, today: date) -> Waiver | None:
     """The waiver that a verdict needs.
 
     Raises:
@@ -105,7 +105,7 @@ def refuse_old_report(run: Path) -> None:
             )
 
 
-def stated(
+def build_statement(
     run: Path,
     *,
     recipe: str,
@@ -123,11 +123,11 @@ def stated(
         UserError: the evidence is not whole, the target was not measured, or a waiver is missing.
     """
     study = load_study(run)
-    gate = checked_gate(run, study, budget)
+    gate = recomputed_gate(run, study, budget)
     row = row_of(gate, recipe, target)
     if missing := unmeasured(gate, row):
         raise UserError("sign-off", "not measured", missing)
-    verdict, reason = decided(gate, row)
+    verdict, reason = signable_verdict(gate, row)
     refuse_old_clock(run, now)
     refuse_old_report(run)
     folders = artifacts(run, gate, recipe)
@@ -147,7 +147,7 @@ def stated(
         verdict=verdict,
         reason=reason,
         recommended=row.recommended,
-        waiver=waiver(verdict, waive, expires, now.date()),
+        waiver=build_waiver(verdict, waive, expires, now.date()),
         policy=policy(study, load_budget(study, budget), budget, gate),
         test_set=gate.test_set.model_dump(mode="json") if gate.test_set else None,
         data=gate.provenance.data,
@@ -165,7 +165,7 @@ def _is_subject(place: str, recipe: str) -> bool:
 
 def sign(run: Path, args: argparse.Namespace) -> Path:
     signer = private_key(Path(args.key))
-    statement = stated(
+    statement = build_statement(
         run,
         recipe=args.variant,
         target=args.target,
@@ -177,11 +177,13 @@ def sign(run: Path, args: argparse.Namespace) -> Path:
         now=datetime.now(UTC),
     )
     path = run / FOLDER / f"{args.variant}-{args.target}.json"
-    write_text(path, signed(statement, signer))
+    write_text(path, sign_statement(statement, signer))
     return path
 
 
-def line(path: Path, statement: Statement | None, problems: list[str], trusted: "SSlibKey | None") -> Text:
+def verification_text(
+    path: Path, statement: Statement | None, problems: list[str], trusted: "SSlibKey | None"
+) -> Text:
     """What --verify says of one sign-off."""
     if problems or statement is None:
         reasons = (f"\n  {text}" for text in problems)
@@ -205,7 +207,7 @@ def verify(run: Path, trusted: "SSlibKey | None", today: date, console: Console)
     for path in paths:
         statement, problem_texts = problems(path, run, trusted, today)
         every += [f"{path}: {text}" for text in problem_texts]
-        console.print(line(path, statement, problem_texts, trusted), soft_wrap=True)
+        console.print(verification_text(path, statement, problem_texts, trusted), soft_wrap=True)
     return every
 
 

@@ -100,12 +100,12 @@ class SignOff:
     problem: str | None
 
 
-def signed(statement: Statement, signer: "CryptoSigner") -> str:
+def sign_statement(statement: Statement, signer: "CryptoSigner") -> str:
     """The text of the sign-off."""
     return wrapped(statement.model_dump_json(by_alias=True).encode(), signer)
 
 
-def read(path: Path, trusted: "SSlibKey | None" = None) -> tuple[Statement, "SSlibKey"]:
+def read_statement(path: Path, trusted: "SSlibKey | None" = None) -> tuple[Statement, "SSlibKey"]:
     """The statement of a sign-off whose signature holds, and the key that holds it.
 
     Without a `trusted` key the one that the statement names is used: the bytes are then whole, and who
@@ -138,27 +138,27 @@ def expired(waiver: Waiver | None, today: date) -> str | None:
     return f"the waiver expired on {waiver.expires}" if waiver and today > waiver.expires else None
 
 
-def signoffs(run: Path, today: date | None = None) -> list[SignOff]:
+def list_signoffs(run: Path, today: date | None = None) -> list[SignOff]:
     """Every sign-off of a run, for those who show them, in the order of their files.
 
     The signature, the date of a waiver and the bytes of gate.json are looked at, and nothing else:
     `python -m eval.signoff --verify` checks the rest. What is shown must stand between the lines `BEGIN`
     and `END`, because a report is signed without its sign-offs.
     """
-    signoffs, today = [], today or datetime.now(UTC).date()
+    list_signoffs, today = [], today or datetime.now(UTC).date()
     for path in sorted((run / FOLDER).glob("*.json")):
         try:
-            statement, key = read(path)
+            statement, key = read_statement(path)
         except UserError as error:
-            signoffs.append(SignOff(path, None, "", str(error.found)))
+            list_signoffs.append(SignOff(path, None, "", str(error.found)))
             continue
         predicate = statement.predicate
         problem = expired(predicate.waiver, today)
         gate = run / "gate.json"
         if not gate.is_file() or file_sha256(gate) != predicate.files.get("gate.json"):
             problem = "gate.json is not the one that was signed"
-        signoffs.append(SignOff(path, predicate, key.keyid, problem))
-    return signoffs
+        list_signoffs.append(SignOff(path, predicate, key.keyid, problem))
+    return list_signoffs
 
 
 def signed_digest(path: Path) -> str:

@@ -18,7 +18,7 @@ from eval.core.records import PLAIN
 from eval.core.study import Study, load_study
 from eval.gate.decision import evaluate_gate, is_shippable
 from eval.gate.evidence import collect_evidence
-from eval.signoff.statement import Policy, Predicate, Statement, expired, read, signed_digest
+from eval.signoff.statement import Policy, Predicate, Statement, expired, read_statement, signed_digest
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _short(value: Any) -> str:
     return repr(value)[:60]
 
 
-def judged_again(run: Path, study: Study, budget: Budget, gate: GateFile) -> str | None:
+def difference_from_records(run: Path, study: Study, budget: Budget, gate: GateFile) -> str | None:
     """Where gate.json differs from what the records, artifacts and budget give now.
 
     Raises:
@@ -92,7 +92,7 @@ def unmeasured(gate: GateFile, row: Variant) -> str | None:
     return None
 
 
-def decided(gate: GateFile, row: Variant) -> tuple[Verdict, str]:
+def signable_verdict(gate: GateFile, row: Variant) -> tuple[Verdict, str]:
     """What is signed: the verdict of the row, as a pick among several and on the test documents too."""
     if row.verdict == PASS and not is_shippable(row, gate.budget["alpha"]):
         return INCONCLUSIVE, row.reason
@@ -144,7 +144,7 @@ def problems(
 ) -> tuple[Statement | None, list[str]]:
     """The sign-off at `path` and all that speaks against it: an empty list means that it is verified."""
     try:
-        statement, _ = read(path, trusted)
+        statement, _ = read_statement(path, trusted)
     except UserError as error:
         return None, [str(error.found)]
     predicate = statement.predicate
@@ -203,7 +203,7 @@ def _gate(predicate: Predicate, run: Path) -> Iterator[str]:
     """Is gate.json what the records give, and the signed verdict what gate.json says?"""
     study, gate = load_study(run), read_gate(run)
     row = row_of(gate, predicate.recipe, predicate.target)
-    verdict, _ = decided(gate, row)
+    verdict, _ = signable_verdict(gate, row)
     if gate.budget["hash"] != predicate.policy.hash:
         yield "gate.json was made with another budget than the signed one"
     if verdict != predicate.verdict:
@@ -212,5 +212,5 @@ def _gate(predicate: Predicate, run: Path) -> Iterator[str]:
     if verdict != PASS and predicate.waiver is None:
         yield f"{predicate.recipe} on {predicate.target} is {verdict} and nobody waived that"
     budget = load_budget(study, predicate.policy.name)
-    if apart := judged_again(run, study, budget, gate):
+    if apart := difference_from_records(run, study, budget, gate):
         yield f"gate.json: {apart}"

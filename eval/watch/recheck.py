@@ -36,7 +36,7 @@ from eval.release.contract_file import Bits, Contract, Signature, Target, read_c
 from eval.release.reference import Reference, token_ids
 from eval.report.format import estimate_cell, fixed, significant
 from eval.signoff.keys import from_raw, public_key
-from eval.signoff.statement import FOLDER, Predicate, expired, read
+from eval.signoff.statement import FOLDER, Predicate, expired, read_statement
 from eval.signoff.verify import first_difference, read_gate, row_of
 from eval.stats.crossed import FAIL
 from eval.stats.drift import QUESTIONS, Array, Drift, drifts, surprise
@@ -65,7 +65,7 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
     contract = read_contract(release)
     name = target or next(iter(contract.targets))
     shipped = contract.targets[require_one_of("--target", name, list(contract.targets))]
-    statement, _ = read(release / FOLDER / f"{shipped.recipe}-{name}.json", trusted)
+    statement, _ = read_statement(release / FOLDER / f"{shipped.recipe}-{name}.json", trusted)
     predicate = statement.predicate
     for place, signed in signed_places(contract, shipped).items():
         if file_sha256(release / place) != predicate.files.get(signed):

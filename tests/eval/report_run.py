@@ -21,7 +21,7 @@ from eval.signoff.statement import (
     Statement,
     Subject,
     Waiver,
-    signed,
+    sign_statement,
     signed_digest,
 )
 
@@ -324,6 +324,8 @@ def sign(run: Path, recipe: str, waiver: Waiver | None) -> None:
         files={"gate.json": signed_digest(run / "gate.json")},
     )
     subject = [Subject(name="x", digest=Digest(sha256="s"))]
-    text = signed(Statement(type=TYPE, subject=subject, predicate_type=PREDICATE, predicate=said), signer)
+    text = sign_statement(
+        Statement(type=TYPE, subject=subject, predicate_type=PREDICATE, predicate=said), signer
+    )
     (run / "signoff").mkdir(exist_ok=True)
     (run / "signoff" / f"{recipe}-cpu.json").write_text(text)

@@ -25,9 +25,9 @@ from eval.core.records import Documents, Machine, Measured, Process, Provenance,
 from eval.core.study import Study, load_study, make_run_folder, save_study, study_text
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
-from eval.signoff.__main__ import stated
+from eval.signoff.__main__ import build_statement
 from eval.signoff.keys import private_key
-from eval.signoff.statement import signed
+from eval.signoff.statement import sign_statement
 from tests.helpers import WORDS, text, tiny_model, tiny_study
 
 CONTEXT = 32
@@ -305,7 +305,7 @@ def gate(run):
 
 def sign(run, key, recipe="int8", target="cpu", **given):
     given = {"by": "Ada", "signer": private_key(key), "now": NOW, **given}
-    text = signed(stated(run.path, recipe=recipe, target=target, **given), given["signer"])
+    text = sign_statement(build_statement(run.path, recipe=recipe, target=target, **given), given["signer"])
     path = run.path / "signoff" / f"{recipe}-{target}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)

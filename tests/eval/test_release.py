@@ -17,7 +17,7 @@ from eval.core.artifacts import file_sha256, read_manifest, verify_artifact
 from eval.core.documents import Document
 from eval.core.errors import UserError
 from eval.engines import load_engine
-from eval.release.__main__ import build, told, verified_case, wanted
+from eval.release.__main__ import build_release, parse_variants, summary_lines, verify_signoffs
 from eval.release.card import card
 from eval.release.contract_file import Contract, contract_text, read_contract
 from eval.release.golden_answers import build_golden_answers, clear_choice
@@ -110,7 +110,7 @@ def test_a_waiver_is_shown_wherever_the_release_is(released_run, release):
     waiver = Waiver(reason="a demonstration", expires=date(2026, 7, 1))
     shipped = contract.targets["cpu"].model_copy(update={"verdict": "FAIL", "waiver": waiver})
     waived = contract.model_copy(update={"targets": {"cpu": shipped}})
-    assert "WAIVED until 2026-07-01: a demonstration" in "\n".join(told(waived, release))
+    assert "WAIVED until 2026-07-01: a demonstration" in "\n".join(summary_lines(waived, release))
     text = card(waived, read_gate(released_run.path), None)
     assert "**Shipped on a waiver until 2026-07-01.** On cpu the verdict is FAIL" in text
     assert Contract.model_validate(yaml.safe_load(contract_text(waived))) == waived
@@ -254,40 +254,40 @@ def test_a_spoiled_fallback_is_raised_only_where_it_is_needed(copy, loader):
 def test_nothing_is_released_unsigned_unmeasured_or_twice(released_run, release, tmp_path):
     run = released_run
     with pytest.raises(UserError, match="nobody signed it"):
-        verified_case(run.path, ["half"], None, DAY)
+        verify_signoffs(run.path, ["half"], None, DAY)
     with pytest.raises(UserError, match="not the trusted"):
-        verified_case(run.path, ["small"], new_key(tmp_path / "other"), DAY)
+        verify_signoffs(run.path, ["small"], new_key(tmp_path / "other"), DAY)
     other = run.path / "signoff/small-er-cpu.json"
     other.write_text("of the recipe small-er")
-    assert wanted(run.path, ["small"]) == {"cpu": "small"}
+    assert parse_variants(run.path, ["small"]) == {"cpu": "small"}
     other.unlink()
     with pytest.raises(UserError, match="two recipes for cpu"):
-        wanted(run.path, ["cpu=small", "cpu=half"])
-    case = verified_case(run.path, ["cpu=small"], None, DAY)
+        parse_variants(run.path, ["cpu=small", "cpu=half"])
+    case = verify_signoffs(run.path, ["cpu=small"], None, DAY)
     with pytest.raises(UserError, match="is there already"):
-        build(case, release, "Team A", DAY)
+        build_release(case, release, "Team A", DAY)
     record = run.path / "records/cost/cpu/plain/B-s0.json"
     kept = record.read_text()
     record.unlink()
     try:
         with pytest.raises(UserError, match=r"records/cost/cpu/plain/B-s0\.json"):
-            verified_case(run.path, ["small"], None, DAY)
+            verify_signoffs(run.path, ["small"], None, DAY)
         with pytest.raises(UserError, match="its cost was not measured"):
-            build(case, tmp_path / "out", "Team A", DAY)
+            build_release(case, tmp_path / "out", "Team A", DAY)
     finally:
         record.write_text(kept)
     assert not any(tmp_path.glob("*out*"))
 
 
 def test_a_release_that_would_serve_its_fallback_is_not_made(released_run, tmp_path, monkeypatch):
-    case = verified_case(released_run.path, ["small"], None, DAY)
+    case = verify_signoffs(released_run.path, ["small"], None, DAY)
 
     def other(*args):
         return [c.model_copy(update={"expected": [1, 2, 3]}) for c in build_golden_answers(*args)]
 
     monkeypatch.setattr("eval.release.__main__.build_golden_answers", other)
     with pytest.raises(UserError, match="is continued with"):
-        build(case, tmp_path / "out", "Team A", DAY)
+        build_release(case, tmp_path / "out", "Team A", DAY)
     assert not (tmp_path / "out").exists()
 
 

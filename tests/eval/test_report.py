@@ -28,7 +28,7 @@ from eval.report.figures import smooth
 from eval.report.format import part_verdict
 from eval.report.html import render_page
 from eval.report.markdown import render_markdown
-from eval.signoff.statement import Waiver, signed_digest, signoffs
+from eval.signoff.statement import Waiver, list_signoffs, signed_digest
 from eval.signoff.verify import read_gate
 from tests.eval.report_run import HOSTILE, SLICES, VARIANTS, run_folder, sign, variant
 
@@ -79,7 +79,7 @@ class Page(HTMLParser):
 
 def made_here(run: Path) -> tuple[str, str]:
     """table.md and the page, in this process."""
-    gate, shown = read_gate(run), signoffs(run, date(2026, 2, 1))
+    gate, shown = read_gate(run), list_signoffs(run, date(2026, 2, 1))
     return render_markdown(gate, shown), render_page(gate, run, (run / "study.yaml").read_text(), shown)
 
 

@@ -12,8 +12,8 @@ from eval.core.errors import UserError
 from eval.core.gate_file import OnTestSet
 from eval.signoff.__main__ import verify
 from eval.signoff.keys import new_key, private_key, public_key
-from eval.signoff.statement import BEGIN, END, read, signoffs
-from eval.signoff.verify import decided, problems, read_gate, row_of
+from eval.signoff.statement import BEGIN, END, list_signoffs, read_statement
+from eval.signoff.verify import problems, read_gate, row_of, signable_verdict
 from tests.eval.run_builder import NOW, Run, edit, gate, sign
 from tests.helpers import run as command
 
@@ -99,7 +99,7 @@ def test_what_is_signed_is_verified_and_shown(fresh, key, made):
     assert (said.by, said.verdict, said.recommended, said.waiver) == ("Ada", "PASS", True, None)
     assert {"gate.json", "table.md", "report.html", "study.yaml", "data/manifest.json"} <= set(said.files)
     assert said.artifacts["S0/s3/int8"] == read_gate(fresh.path).provenance.artifacts["S0/s3/int8"]
-    shown = signoffs(fresh.path, TODAY)
+    shown = list_signoffs(fresh.path, TODAY)
     assert [(s.predicate.by, s.problem) for s in shown] == [("Ada", None)]
     page = fresh.path / "report.html"
     page.write_text(page.read_text().replace("nobody yet", "signed by Ada"))
@@ -194,7 +194,7 @@ def test_only_the_trusted_key_is_trusted(fresh, key, tmp_path):
     outside["signatures"] = stolen["signatures"]
     path.write_text(json.dumps(outside, indent=1) + "\n")
     with pytest.raises(UserError, match="does not fit the bytes"):
-        read(path)
+        read_statement(path)
 
 
 def test_what_did_not_pass_needs_a_waiver_which_ends(fresh, key):
@@ -208,7 +208,7 @@ def test_what_did_not_pass_needs_a_waiver_which_ends(fresh, key):
     path = sign(fresh, key, "half", waive="a demonstration", expires="2026-07-01")
     assert problems(path, fresh.path, None, date(2026, 7, 1))[1] == []
     assert problems(path, fresh.path, None, date(2026, 7, 2))[1] == ["the waiver expired on 2026-07-01"]
-    assert signoffs(fresh.path, date(2026, 7, 2))[0].problem == "the waiver expired on 2026-07-01"
+    assert list_signoffs(fresh.path, date(2026, 7, 2))[0].problem == "the waiver expired on 2026-07-01"
 
 
 def test_what_was_not_measured_cannot_be_signed(fresh, key):
@@ -237,8 +237,8 @@ def test_a_report_of_an_older_gate_is_not_signed(fresh, key):
 def test_what_is_signed_is_stricter_than_a_row(made):
     gate = read_gate(Run(made).path)
     row = row_of(gate, "int8", "cpu")
-    assert decided(gate, row)[0] == "PASS"
-    assert decided(gate, row.model_copy(update={"holm_p": 0.2}))[0] == "INCONCLUSIVE", (
+    assert signable_verdict(gate, row)[0] == "PASS"
+    assert signable_verdict(gate, row.model_copy(update={"holm_p": 0.2}))[0] == "INCONCLUSIVE", (
         "as a pick among several"
     )
     nothing = dict.fromkeys(("target", "documents", "teacher_gain", "kept_share", "guard_share"))
@@ -250,7 +250,7 @@ def test_what_is_signed_is_stricter_than_a_row(made):
             for n, (r, v, s) in enumerate(looks, start=1)
         ]
         on_test_set = OnTestSet(**nothing, **last, openings=len(looks), history=history)
-        return decided(gate.model_copy(update={"test_set": on_test_set}), row)[0]
+        return signable_verdict(gate.model_copy(update={"test_set": on_test_set}), row)[0]
 
     assert signed(("int8", "FAIL", True)) == "FAIL"
     assert signed(("int8", "FAIL", True), ("half", "PASS", True)) == "FAIL", "hidden by a later look"
@@ -270,7 +270,7 @@ def test_a_clock_that_went_back_is_told(fresh, key):
 def test_a_sign_off_of_an_older_gate_is_shown_as_such(fresh, key):
     sign(fresh, key)
     (fresh.path / "gate.json").write_text("{}")
-    assert signoffs(fresh.path, TODAY)[0].problem == "gate.json is not the one that was signed"
+    assert list_signoffs(fresh.path, TODAY)[0].problem == "gate.json is not the one that was signed"
 
 
 def test_the_command_line(made, tmp_path):
