@@ -7,14 +7,17 @@ those of a bare forward loop at its best batch size. Asked: 0.9 and more.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from eval.core.artifacts import write_text
-from eval.core.errors import entry, require_one_of
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from eval.core.artifacts import write_text  # noqa: E402
+from eval.core.errors import entry, require_one_of  # noqa: E402
 
 Rows = list[dict[str, object]]
 

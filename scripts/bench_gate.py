@@ -5,6 +5,8 @@ A run folder is made of records and manifests alone, as the other stages write t
 processes. Scores are drawn at random; what they say is of no matter here.
 """
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -14,13 +16,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-import yaml
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from eval.core.artifacts import Key, build_artifact, read_manifest
-from eval.core.config import ROOT
-from eval.core.records import PLAIN, Documents, Machine, Measured, Process, Provenance, Score, write_record
-from eval.core.study import Study, study_text
+import numpy as np  # noqa: E402
+import yaml  # noqa: E402
+
+from eval.core.artifacts import Key, build_artifact, read_manifest  # noqa: E402
+from eval.core.config import ROOT  # noqa: E402
+from eval.core.errors import entry  # noqa: E402
+from eval.core.records import PLAIN, Documents, Machine, Measured, Process, Provenance, Score, write_record  # noqa: E402
+from eval.core.study import Study, study_text  # noqa: E402
 
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.1, "S1": 0.08, "S0": 0.02, "CE": 0.01}  # bits/byte
 HOST = Machine(host="bench", system="none", cpu="none", isa="none", cores=1, device="cpu")
@@ -182,3 +187,13 @@ def gate_rows(size: Size = Size(), times: int = 3) -> list[dict[str, object]]:
         what = {"seeds": size.seeds, "variants": size.recipes, "documents": size.documents}
         mib = sum(p.stat().st_size for p in study.folder.rglob("records/**/*.json")) / 2**20
         return [{**what, "records, MiB": round(mib), **timed(study.folder)} for _ in range(times)]
+
+
+@entry
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    print(json.dumps(gate_rows(), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ Run as `python scripts/bench_loss.py KIND VOCABULARY TOKENS` it prints the extra
 process for each, so that no allocator has kept anything of the one before.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -159,10 +160,12 @@ def loss_time_row(vocabulary: int, wished: int, rounds: int) -> Result:
 
 @entry
 def main() -> None:
-    if len(sys.argv) != 4:
-        raise UserError("bench_loss", sys.argv[1:], "give KIND (chunked or plain), VOCABULARY and TOKENS")
-    kind, vocabulary, tokens = sys.argv[1:]
-    print(extra_bytes(kind, int(vocabulary), int(tokens)))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=("chunked", "plain"), help="which loss")
+    parser.add_argument("vocabulary", type=int, help="size of the vocabulary")
+    parser.add_argument("tokens", type=int, help="tokens with a loss")
+    args = parser.parse_args()
+    print(extra_bytes(args.kind, args.vocabulary, args.tokens))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 CONTEXT, SHORTEST, DOCUMENTS, ROWS = 256, 64, 48, 4  # tokens a row; tokens; in all; rows a step
 LR, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
 WARM, LEFT_OUT, STEPS = 2, 2, {8000: 4, 32000: 3}  # steps; rounds; vocabulary -> steps a turn
@@ -292,7 +294,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from eval.core.errors import entry  # of the standard library alone: TRL's environment has it too
 
     entry(main)()

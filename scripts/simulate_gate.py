@@ -7,24 +7,27 @@ One point is 0.01 bits/byte; the teacher's gain is 12 points, f is 0.5, alpha is
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
-from scipy.special import stdtrit
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from eval.core.artifacts import write_text
-from eval.core.errors import entry
-from eval.gate.decision import join_verdicts
-from eval.gate.quality import RESOLUTION, mean_part
-from eval.stats.crossed import MeanSquares, crossed_mean, crossed_variance, linearise, mean_squares
-from eval.stats.power import Components, components, power
+import numpy as np  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from scipy.special import stdtrit  # noqa: E402
+
+from eval.core.artifacts import write_text  # noqa: E402
+from eval.core.errors import entry  # noqa: E402
+from eval.gate.decision import join_verdicts  # noqa: E402
+from eval.gate.quality import RESOLUTION, mean_part  # noqa: E402
+from eval.stats.crossed import MeanSquares, crossed_mean, crossed_variance, linearise, mean_squares  # noqa: E402
+from eval.stats.power import Components, components, power  # noqa: E402
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
