@@ -1,5 +1,6 @@
 """The study and the recipes that it names: what every stage reads. Nothing runs here."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -79,8 +80,13 @@ class Study(Frozen):
         return digest(self.model_dump(mode="json", exclude=beside))
 
 
-def load_study(where: str | Path, words: list[str] | None = None) -> Study:
-    """The study in a YAML file, or the one that made the run folder `where`, wherever that lies now."""
+def load_study(where: str | Path, words: list[str] | None = None, **overrides: Any) -> Study:
+    """The study in a YAML file, or the one that made the run folder `where`, wherever that lies now.
+
+    Args:
+        words: overrides as on a command line: `--train.steps 50`.
+        overrides: the same as keywords, two underscores for a dot: `train__steps=50`.
+    """
     path = Path(where) if Path(where).name else Path(where).resolve()  # `.` has no name
     raw = read_yaml(path / "study.yaml" if path.is_dir() else path)
     check_format(path, raw)
@@ -90,7 +96,8 @@ def load_study(where: str | Path, words: list[str] | None = None) -> Study:
             raise UserError(
                 f"run folder {path}", f"holds the study {raw.get('name')!r}", "rename the folder to it"
             )
-    apply_overrides(raw, words or [])
+    keywords = [f"--{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
+    apply_overrides(raw, [*(words or []), *keywords])
     return validate_config(Study, raw, str(path))
 
 

@@ -2,18 +2,18 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from eval.core.artifacts import digest
-from eval.core.budget import Budget, Target
+from eval.core.budget import Budget, Target, load_budget
 from eval.core.checks import CONTROL, STUDENT
 from eval.core.gate_file import GateFile, Hashes, KeptShare, Number, Part, Provenance, Variant
 from eval.core.records import PLAIN, VALIDATION
-from eval.core.study import prefixes
+from eval.core.study import check_trained, load_study, prefixes
 from eval.cost.estimates import estimate_ratio
 from eval.gate.caveats import list_caveats
-from eval.gate.evidence import Evidence
+from eval.gate.evidence import Evidence, collect_evidence
 from eval.gate.limits import (
     commands_to_measure,
     cost_parts,
@@ -308,3 +308,18 @@ def evaluate_gate(evidence: Evidence, budget: Budget) -> GateFile:
             records=evidence.records,
         ),
     )
+
+
+def judge(run: str | Path, budget: str | None = None) -> GateFile:
+    """What `python -m eval.gate` writes into gate.json of a run folder; nothing is written here.
+
+    Args:
+        budget: another budget than the study's, a name or a YAML file.
+
+    Raises:
+        UserError: the run is not trained, or a record is missing or does not belong to it.
+    """
+    study = load_study(run)
+    check_trained(study)
+    limits = load_budget(study, budget)
+    return evaluate_gate(collect_evidence(study.folder, study, limits), limits)
