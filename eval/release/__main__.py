@@ -57,6 +57,8 @@ REHEARSAL = """
 import json, sys
 sys.dont_write_bytecode = True
 sys.path.insert(0, ".")
+for name in ("compress", "distill", "eval"):
+    sys.modules[name] = None  # a release runs where this project is not installed
 from load_release import load_release
 print(json.dumps([load_release(".", target)[1].reason for target in sys.argv[1:]]))
 """

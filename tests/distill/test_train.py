@@ -84,13 +84,15 @@ def test_only_what_a_change_touches_is_done_again(trained, tmp_path):
 
 ALONE = """
 import sys
+for name in ("distill", "compress", "eval"):
+    sys.modules[name] = None  # as where this project is not installed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for folder in sys.argv[1:]:
     model, tokenizer = (k.from_pretrained(folder) for k in (AutoModelForCausalLM, AutoTokenizer))
     out = model.generate(**tokenizer("def return", return_tensors="pt"), max_new_tokens=5, min_new_tokens=5)
     assert out.shape[1] > 5, out.shape
     print(type(model).__name__, model.config.num_hidden_layers, tokenizer.decode(out[0]))
-assert not {"distill", "compress", "eval", "peft"} & set(sys.modules)
+assert "peft" not in sys.modules
 """
 FRESH = {"model_type": "qwen3", **SHAPE, "head_dim": 32, "num_hidden_layers": 1}
 KINDS = {
