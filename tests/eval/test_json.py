@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.eval.run_builder import COST, Run, copied, facts, fake_run, gate, put, torch_model
+from tests.eval.run_builder import COST, Run, copied, facts, fake_run, put, torch_model
 from tests.eval.test_test_set import OpenedRun
 from tests.helpers import run, text
 
@@ -114,11 +114,10 @@ def test_what_was_measured_before_is_written_again_with_the_rest_of_its_target(t
 
 def test_a_broken_sign_off_is_written_with_its_problems(released_run, tmp_path):
     broken = copied(released_run.folder, tmp_path / "copy")
-    gate(broken)
-    (broken.path / "table.md").write_text("| small | FAIL |\n")
+    (broken.path / "gate.json").write_text("{}")
     result = written(tmp_path, "eval.signoff", "--study", broken.path, "--verify", code=1)
     assert result["holds"] is False
-    assert any("table.md" in problem for problem in result["problems"])
+    assert any("gate.json" in problem for problem in result["problems"])
 
 
 @pytest.mark.parametrize(
