@@ -5,6 +5,7 @@ them train, and the first one writes. Artifacts that exist already, by key and b
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ from distill.trainer.artifact_training import (
 from distill.trainer.logging import check_trackers
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import build_artifact, installed_versions, is_done, make_key, read_manifest
+from eval.core.checks import check_plan
 from eval.core.documents import TRAIN, read_documents
-from eval.core.jobs import Job, Progress, run_in_turn, run_jobs
+from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
 from eval.core.sections import Train
-from eval.core.study import Study, save_study
+from eval.core.study import Study, make_run_folder, mark_trained, save_study
 from eval.engines import load_tokenizer
 from eval.engines.torch import load_model
 
@@ -257,3 +259,25 @@ def run_all(study: Study, jobs: list[Job], title: str) -> None:
         run_in_turn(title, jobs, quiet=not acc.is_main_process)
     else:
         run_jobs(title, jobs, study.workers)
+
+
+def distil(study: Study, until: str = "students") -> Path:
+    """Trains a study as `distill/train.py` does, up to a stage; returns its run folder.
+
+    Args:
+        until: `data`, `bases`, `teachers` (with their targets) or `students`.
+
+    Raises:
+        UserError: something of the study cannot be; it is found before anything is trained where it can.
+    """
+    check_plan(study)
+    acc = accelerator()
+    with lock_folder(make_run_folder(study)) if acc.is_main_process else nullcontext():
+        prepare_inputs(study, acc)
+        run_all(study, jobs_until(study, until), until)
+        if acc.is_main_process:
+            if until == "teachers":
+                show_targets(study)
+            if until == "students":
+                mark_trained(study)
+    return study.folder

@@ -7,7 +7,6 @@ CPU: `torchrun --nproc_per_node 2 distill/train.py --config STUDY`. Finished art
 import argparse
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 # A launcher puts distill/ first on the path and leaves the root out: put the root in its place.
@@ -16,8 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from eval.core.checks import check_plan  # noqa: E402
 from eval.core.commands import start_log, study_from_command  # noqa: E402
 from eval.core.errors import UserError, entry  # noqa: E402
-from eval.core.jobs import lock_folder  # noqa: E402
-from eval.core.study import make_run_folder, mark_trained  # noqa: E402
+from eval.core.study import make_run_folder  # noqa: E402
 
 TRAINED = ("data", "tokenizer", "base", "method", "targets", "student")  # what --accept-old may name
 STAGES = ("data", "bases", "teachers", "students")
@@ -46,20 +44,11 @@ def main() -> None:
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     study, args = study_from_command(parser, trained=False, stages=TRAINED)
     check_plan(study)
-    # These imports take seconds: a mistake in the study is reported before them.
-    from distill.pipeline import jobs_until, prepare_inputs, run_all, show_targets
-    from distill.trainer.loop import accelerator
-
-    acc = accelerator()
     start_log(make_run_folder(study))
-    with lock_folder(study.folder) if acc.is_main_process else nullcontext():
-        prepare_inputs(study, acc)
-        run_all(study, jobs_until(study, args.until), args.until)
-        if acc.is_main_process:
-            if args.until == "teachers":
-                show_targets(study)
-            if args.until == "students":
-                mark_trained(study)
+    # This import takes seconds: a mistake in the study is reported before it.
+    from distill.pipeline import distil
+
+    distil(study, args.until)
 
 
 if __name__ == "__main__":

@@ -220,3 +220,19 @@ def test_the_files_that_the_architecture_names_are_there():
     for above, below in pairwise(steps):
         module = below.removesuffix(".py").replace("/", ".")
         assert f"from {module} import" in (ROOT / above).read_text(), f"{above} does not import {below}"
+
+
+def test_the_python_of_the_documents_runs(tiny, tmp_path):
+    """As printed but for the place of its run; the verdict is that of the run that is there."""
+    _, folder, _ = tiny
+    code = (ROOT / "docs" / "python.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("runs/notebook", str(tmp_path)).replace(
+        "# verdict = judge(run)", f"verdict = judge({str(folder)!r})"
+    )
+    code = code.replace("# print(verdict", "print(verdict")
+    body = "\n".join(f"    {line}" for line in code.splitlines())
+    (tmp_path / "notebook.py").write_text(f"if __name__ == '__main__':\n{body}\n")
+    done = run(tmp_path / "notebook.py", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split()[0] in ("PASS", "FAIL", "INCONCLUSIVE")
+    assert (tmp_path / "tiny" / "students" / "S1" / "s0" / "manifest.json").is_file()

@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.slow
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 
 

@@ -100,9 +100,7 @@ def study_from_command(
     if stages:
         about = "keep artifacts that other versions of the code or of libraries made from the same settings"
         parser.add_argument("--accept-old", metavar="STAGES", help=f"{about}: {','.join(stages)} or all")
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.epilog = keys_help(Study).replace("%", "%%")
+    add_keys_help(parser)
     known, words = parser.parse_known_args()
     study = load_study(known.study, words)
     if stages and known.accept_old:
@@ -111,6 +109,13 @@ def study_from_command(
         check_trained(study)
         start_log(study.folder)
     return study, known
+
+
+def add_keys_help(parser: argparse.ArgumentParser) -> None:
+    """Lets `--help` list every key of a study that may be overridden."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.epilog = keys_help(Study).replace("%", "%%")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

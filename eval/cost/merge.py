@@ -23,7 +23,7 @@ from eval.core.checks import (
     check_device,
     check_settings,
 )
-from eval.core.commands import add_json, write_json
+from eval.core.commands import add_json, start_log, write_json
 from eval.core.documents import text_lines
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.jobs import lock_folder
@@ -157,6 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     study = load_study(args.study)
     check_trained(study)
+    start_log(study.folder)
     with lock_folder(study.folder):
         new = merge_records(study.folder, study, args.records)
     for record in new:

@@ -17,7 +17,7 @@ from rich.table import Table
 from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify_artifact, write_text
 from eval.core.budget import Target, load_budget
 from eval.core.checks import different_settings
-from eval.core.commands import add_json, write_json
+from eval.core.commands import add_json, add_keys_help, start_log, write_json
 from eval.core.config import Frozen, apply_overrides, validate_config
 from eval.core.documents import TRAIN, boundary_id, read_documents
 from eval.core.errors import UserError, require_one_of
@@ -245,10 +245,13 @@ def plan_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
     alone.add_argument("--text", help="a text file for prompts (default: random tokens)")
     alone.add_argument("--record", default=record, help=f"where the records go (default: {record})")
     add_json(parser)
+    add_keys_help(parser)
     args, overrides = parser.parse_known_args()
     if not args.study and not args.variant:
         raise UserError("command line", "nothing to measure", "give --study, or --variant with folders")
     plan = plan_from_folders(args, overrides) if args.variant else plan_from_run(args, overrides)
+    if plan.study:
+        start_log(plan.study.folder)
     for variant in plan.variants:
         verify_artifact(variant.folder)
     return plan, args.json

@@ -1,18 +1,19 @@
 """Scores: bits of every validation and shifted document, for one model at a time."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.core.artifacts import MANIFEST, read_manifest, verify_artifact
 from eval.core.checks import CONTROL, STUDENT
-from eval.core.documents import TEST, read_documents, scored_slices, tokens_per_batch
+from eval.core.documents import TEST, Document, read_documents, scored_slices, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.jobs import Report
 from eval.core.records import Bins, Documents, Kind, Score, provenance, read_scores, write_record
 from eval.core.study import Study, recipe_names
 from eval.engines import Engine, Subject, load_engine, subject_of
 from eval.metrics.functions import bits_per_byte
-from eval.metrics.likelihood import BATCH_TOKENS, Predict, likelihoods
+from eval.metrics.likelihood import BATCH_TOKENS, Likelihoods, Predict, likelihoods
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,6 +104,24 @@ def score_folder(
         provenance=provenance(manifest.hash, study.hash()),
     )
     write_record(run, record)
+
+
+def score(
+    folder: str | Path, texts: Sequence[str | Document], context: int = 256, engine: str = "torch"
+) -> Likelihoods:
+    """Bits, predicted and correct tokens of each text under the model in `folder`; writes nothing.
+
+    Args:
+        folder: a model in the standard format of `engine`: a transformers folder for `torch`.
+        context: tokens per window, the boundary token included.
+
+    Raises:
+        UserError: the model cannot be loaded, or a text is empty or has no finite likelihood.
+    """
+    documents = [Document(str(i), "", one) if isinstance(one, str) else one for i, one in enumerate(texts)]
+    loaded = load_engine(engine, Path(folder))
+    size = scoring_tokens(loaded)
+    return likelihoods(loaded.borrowed, documents, loaded.tokenizer, context, size)
 
 
 def unscored_folders(run: Path, study: Study) -> list[Path]:
