@@ -120,6 +120,17 @@ def _unwind_once(*_: Any) -> None:
     raise _Terminated(_SIGTERM_CODE)
 
 
+def _terminate_again(unraisable: Any) -> None:
+    """A finalizer that ran when SIGTERM came took the exception with it: the signal is sent once more."""
+    if isinstance(unraisable.exc_value, _Terminated):
+        signal.signal(signal.SIGTERM, _unwind_once)
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 class _Reporter:
     """Sends the progress of a job to the parent, a few times per second at most."""
 
@@ -144,6 +155,7 @@ def _run_job(pickled_job: bytes, sender: Connection) -> None:
     torch.set_num_threads(1)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, _unwind_once)
+    sys.unraisablehook = _terminate_again
     try:
         job = pickle.loads(pickled_job)  # here, so that a failing import is an error of the job
         message = pickle.dumps((job.run(*job.args, _Reporter(sender)),))

@@ -97,6 +97,34 @@ def test_a_killed_worker_ends_the_others_that_work(tmp_path, after):
     assert time.monotonic() - start < 60
 
 
+class SlowToGo:
+    def __del__(self):
+        time.sleep(0.3)
+
+
+def make_garbage(folder, report):
+    """Is nearly always in a finalizer, which would take the exception of a signal with it."""
+    try:
+        while True:
+            SlowToGo()
+            time.sleep(0.1)
+    finally:
+        (Path(folder) / "unwound").touch()
+
+
+def refuse_late(report):
+    time.sleep(0.8)
+    raise UserError("thing", "found", "fix")
+
+
+def test_a_signal_that_meets_a_finalizer_still_unwinds_the_job(tmp_path, capfd):
+    jobs = [Job("garbage", make_garbage, (tmp_path,)), Job("refusing", refuse_late)]
+    with pytest.raises(UserError, match="thing: found; fix"):
+        run_jobs("work", jobs, workers=2)
+    assert (tmp_path / "unwound").is_file(), "the exception was lost, and the worker killed"
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_killed_worker_is_reported():
     message = "a worker of work: was killed; free some memory or give --workers 1; run again to continue"
     with pytest.raises(UserError, match=message):
