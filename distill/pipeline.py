@@ -262,15 +262,20 @@ def run_all(study: Study, jobs: list[Job], title: str) -> None:
 
 
 def distil(study: Study, until: str = "students") -> Path:
-    """Trains a study as `distill/train.py` does, up to a stage; returns its run folder.
+    """Checks a study, then trains it as `distill/train.py` does, up to a stage; returns its run folder.
 
     Args:
         until: `data`, `bases`, `teachers` (with their targets) or `students`.
 
     Raises:
-        UserError: something of the study cannot be; it is found before anything is trained where it can.
+        UserError: the study cannot be trained; what can be known early is refused before anything is made.
     """
     check_plan(study)
+    return train_study(study, until)
+
+
+def train_study(study: Study, until: str) -> Path:
+    """`distil` of a study that `check_plan` accepted."""
     acc = accelerator()
     with lock_folder(make_run_folder(study)) if acc.is_main_process else nullcontext():
         prepare_inputs(study, acc)

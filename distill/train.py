@@ -46,9 +46,9 @@ def main() -> None:
     check_plan(study)
     start_log(make_run_folder(study))
     # This import takes seconds: a mistake in the study is reported before it.
-    from distill.pipeline import distil
+    from distill.pipeline import train_study
 
-    distil(study, args.until)
+    train_study(study, args.until)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,16 @@ A study, a budget or a recipe may begin with `extends: NAME` (a file beside it, 
 `configs/`), a path, or a list of them. Mappings merge, everything else replaces; later files win over earlier
 ones, and the file itself over all. A null takes an inherited key away. `name` and `title` are not inherited.
 """
+RECIPE = """A file of `configs/recipes`.
+
+`scripts/pipeline.sh` and `absorb compress` check the options of its passes before they do anything else.
+`absorb train` alone does not: the machine that trains needs none of the packages of the passes."""
 PARTS: list[tuple[str, str, type[BaseModel]]] = [
     ("Study", "A file of `configs/studies`.", Study),
     ("A source of documents", "An entry of `data.documents`, and of each slice in `data.shifted`.", Source),
     ("A corruption", "An entry of `data.corruptions`.", Corruption),
     ("A task", "A value of `data.tasks`.", Task),
-    ("Recipe", "A file of `configs/recipes`.", RecipeFile),
+    ("Recipe", RECIPE, RecipeFile),
     ("Budget", "A file of `configs/budgets`.", Budget),
     ("A target", "A value of `targets` in a budget.", Target),
     ("A limit", "A value of `limits` in a target.", Limit),

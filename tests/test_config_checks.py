@@ -5,6 +5,7 @@ import json
 import pytest
 
 from distill.checks import check_models
+from distill.pipeline import distil
 from eval.core.checks import check_plan
 from eval.core.errors import UserError
 from eval.core.study import load_study
@@ -40,6 +41,16 @@ def base(tmp_path_factory):
 def test_a_plan_that_does_not_fit_is_refused(tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         check_plan(load_study(tiny_study(tmp_path), words))
+
+
+def test_such_a_plan_is_refused_before_anything_is_made_by_command_and_from_python(tmp_path):
+    path, words = tiny_study(tmp_path), ["--recipes", "[int9]"]
+    done = run("distill/train.py", "--config", path, *words)
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
+    study = load_study(path, words)
+    with pytest.raises(UserError, match="recipes config: 'int9'"):
+        distil(study)
+    assert not study.folder.exists()
 
 
 def test_a_budget_relative_to_a_variant_that_is_not_made_is_refused(tmp_path):

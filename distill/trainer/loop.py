@@ -1,6 +1,5 @@
 """The training loop: exact over accumulation and processes, and resumed to the same weights."""
 
-import logging
 import math
 import os
 import time
@@ -38,9 +37,6 @@ Rewrite = Callable[
     [Accelerator, PreTrainedModel, int, list[Row]], list[Row]
 ]  # rows of a step -> those it learns from
 CURVE_POINTS = 100
-
-# It warns of tied weights at every checkpoint; `load_state` ties them again, which a test checks.
-logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 def accelerator() -> Accelerator:

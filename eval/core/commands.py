@@ -118,10 +118,20 @@ def add_keys_help(parser: argparse.ArgumentParser) -> None:
         parser.epilog = keys_help(Study).replace("%", "%%")
 
 
+class _NewFile(argparse.Action):
+    """A path to write to. A file there is deleted at once: after an error it would pass for the result."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, path: Any, option: str | None = None
+    ) -> None:
+        path.unlink(missing_ok=True)
+        setattr(namespace, self.dest, path)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the result to this file, as JSON"
-    )
+    """Takes `--json FILE`, for `write_json`."""
+    about = "also write the result to this file, as JSON"
+    parser.add_argument("--json", type=Path, action=_NewFile, metavar="FILE", help=about)
 
 
 def write_json(path: Path | None, result: Any) -> None:

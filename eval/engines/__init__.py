@@ -135,11 +135,8 @@ def silenced(*names: str) -> Iterator[None]:
     """
     from transformers.utils import logging as transformers_logging
 
-    below = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in names]
-    levels = {logger: logger.level for logger in map(logging.getLogger, {*names, *below})}
     with_bars = transformers_logging.is_progress_bar_enabled()
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
+    levels = silence(*names)
     transformers_logging.disable_progress_bar()
     try:
         yield
@@ -148,6 +145,15 @@ def silenced(*names: str) -> Iterator[None]:
             logger.setLevel(level)
         if with_bars:
             transformers_logging.enable_progress_bar()
+
+
+def silence(*names: str) -> dict[logging.Logger, int]:
+    """From now on the loggers `names` and all below them report errors only; returns their levels before."""
+    below = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in names]
+    levels = {logger: logger.level for logger in map(logging.getLogger, {*names, *below})}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    return levels
 
 
 def first_line(error: BaseException) -> str:

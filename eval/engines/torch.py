@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from eval.core.documents import Batch
 from eval.core.errors import UserError, require_one_of
-from eval.engines import REMAKE, Engine, first_line, load_tokenizer, silenced
+from eval.engines import REMAKE, Engine, first_line, load_tokenizer, silence, silenced
 
 DEVICES = ("cpu", "cuda")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per layer of each int8 model
+silence("bitsandbytes")  # int8 layers log a line when they are called, where `silenced` would cost time
 
 
 def load_checkpoint(

@@ -4,7 +4,6 @@ A task runs with the prompts, shots and metrics of the harness, which loads the 
 its `hf` class, an OpenVINO one by its `openvino` class, which needs optimum-intel.
 """
 
-import logging
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ import yaml
 from eval.core.errors import UserError
 from eval.core.records import SampleScores
 from eval.core.sections import Task
+from eval.engines import silenced
 from eval.score.samples import check_lm_eval_installed, is_file, lm_eval_name
 
 CLASSES = {"torch": "hf", "openvino": "openvino"}  # engine -> the harness's name for it
 PREFERRED = ("acc_norm", "acc", "exact_match", "f1")
 
 
+@silenced("lm_eval")
 def run_lm_eval(task: Task, engine: str, folder: Path, batch_size: int = 8) -> tuple[SampleScores, str]:
     """Scores of the model in `folder`, one per sample, and the name of their metric.
 
@@ -30,7 +31,6 @@ def run_lm_eval(task: Task, engine: str, folder: Path, batch_size: int = 8) -> t
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     path = Path(lm_eval_name(task))
     from_file = is_file(task)  # a task that the user wrote, in the format of the harness
     manager = TaskManager(include_path=str(path.parent) if from_file else None)

@@ -129,7 +129,8 @@ def test_a_broken_sign_off_is_written_with_its_problems(released_run, tmp_path):
         ("eval.watch.recheck", "--release", "runs/none", "--data", "new.jsonl"),
     ],
 )
-def test_an_error_writes_nothing(words, tmp_path):
+def test_after_an_error_no_result_lies_there_not_even_that_of_an_earlier_run(words, tmp_path):
+    (tmp_path / "out.json").write_text('{"verdict": "PASS"}')
     done = run("-m", *words, "--json", tmp_path / "out.json")
     assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
     assert not (tmp_path / "out.json").exists()
