@@ -66,26 +66,26 @@ class Walk:
         self.model, self.layers = model, decoder_layers(model)[2]
         self._inputs: list[tuple[Batch, Any]] = [(b.to(model.device), None) for b in batches(rows, pad)]
 
-    def norms(self, place: int, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-        """`input_norms` of linear layers inside the layer `place`; `leave` was called for all before it."""
+    def norms(self, index: int, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+        """`input_norms` of linear layers inside the layer `index`; `leave` was called for all before it."""
         return input_norms(
-            modules, [(b.attention_mask, partial(self._run, place, b, g)) for b, g in self._inputs]
+            modules, [(b.attention_mask, partial(self._run, index, b, g)) for b, g in self._inputs]
         )
 
     @torch.no_grad()
-    def leave(self, place: int) -> None:
-        """Stores the output of the layer `place`, as it is now: the input of the next one."""
-        self._inputs = [(batch, self._run(place, batch, given)) for batch, given in self._inputs]
+    def leave(self, index: int) -> None:
+        """Stores the output of the layer `index`, as it is now: the input of the next one."""
+        self._inputs = [(batch, self._run(index, batch, given)) for batch, given in self._inputs]
 
-    def _run(self, place: int, batch: Batch, given: Any) -> Any:
-        """The output of the layer `place` where those before it return `given`; those after it do not run."""
+    def _run(self, index: int, batch: Batch, given: Any) -> Any:
+        """The output of the layer `index` where those before it return `given`; those after it do not run."""
         outputs: list[Any] = []
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
             outputs.append(output)
             raise _ReachedError
 
-        hook, before = self.layers[place].register_forward_hook(stop), list(self.layers)[:place]
+        hook, before = self.layers[index].register_forward_hook(stop), list(self.layers)[:index]
         for layer in before:
             layer.forward = lambda *args, **kwargs: given  # the model itself makes the masks of each layer
         try:
@@ -96,7 +96,7 @@ class Walk:
             hook.remove()
             for layer in before:
                 del layer.forward
-        raise UserError(f"layer {place}", "the model does not run it", "leave the pass out of the recipe")
+        raise UserError(f"layer {index}", "the model does not run it", "leave the pass out of the recipe")
 
 
 @torch.no_grad()
@@ -136,9 +136,11 @@ def _squared_inputs(modules: Mapping[str, nn.Linear], squares: dict[str, Tensor]
         values, mask = args[0], masks[-1]
         mask = mask.flatten() if values.ndim == 2 else mask  # some families put all tokens in one row
         if values.shape[:-1] != mask.shape:
-            found = f"{tuple(values.shape)}, of {mask.numel()} tokens"
+            problem = f"{tuple(values.shape)}, of {mask.numel()} tokens"
             raise UserError(
-                f"inputs of {name}", found, "leave the pass out: it needs linear layers that see every token"
+                f"inputs of {name}",
+                problem,
+                "leave the pass out: it needs linear layers that see every token",
             )
         squares[name] += values[mask].double().square().sum(dim=0).cpu()
 

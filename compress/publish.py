@@ -45,7 +45,7 @@ def publish_variant(study: Study, variant: Variant, report: Callable[[float], No
         key=variant.key,
         parents=parents,
         facts=facts,
-    ) as aside:
+    ) as temporary:
         for path in (built / MODEL).iterdir():
-            shutil.copy(path, aside / path.name)
+            shutil.copy(path, temporary / path.name)
     shutil.rmtree(built)

@@ -61,9 +61,9 @@ def verify_reload(folder: Path, engine: str) -> dict[str, float]:
     difference = float((before - after).abs().max())
     kl = float(kl_divergence(before, after).mean())
     if not (difference <= MAX_DIFFERENCE and kl <= MAX_KL):
-        found = (
+        problem = (
             f"reloaded, log-probabilities differ by up to {difference:.3g} nats (at most {MAX_DIFFERENCE}), "
             f"KL {kl:.3g} nats per token (at most {MAX_KL})"
         )
-        raise UserError(thing, found, fix)
+        raise UserError(thing, problem, fix)
     return {"log_prob_difference": difference, "kl": kl}

@@ -83,5 +83,5 @@ def _check_lengths(study: Study, config: PreTrainedConfig, model: str) -> None:
     }
     for name, length in lengths.items():
         if positions is not None and length > positions:
-            found = f"{length} tokens, more than max_position_embeddings of {model}: {positions}"
-            raise UserError(name, found, f"set it to at most {positions}")
+            problem = f"{length} tokens, more than max_position_embeddings of {model}: {positions}"
+            raise UserError(name, problem, f"set it to at most {positions}")

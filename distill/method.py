@@ -189,15 +189,15 @@ def check_output(output: object, batch: Batch, vocabulary: int, name: str) -> Te
     if not isinstance(output, TeacherOutput):
         raise UserError(thing, f"output returned {type(output).__name__}", fix)
     if (output.log_probs is None) != bool(output.heads) or len(output.hidden) != len(output.heads):
-        found = "the output has neither log_probs nor hidden states with one head each"
-        raise UserError(thing, found, fix)
+        problem = "the output has neither log_probs nor hidden states with one head each"
+        raise UserError(thing, problem, fix)
     if output.log_probs is not None:
         return replace(output, log_probs=_check_log_probs(output.log_probs, batch, vocabulary, thing))
     for hidden, head in zip(output.hidden, output.heads, strict=True):
         shape, rows = (*batch.input_ids.shape, head.weight.shape[1]), head.weight.shape[0]
         if tuple(hidden.shape) != shape or rows != vocabulary:
-            found = f"hidden states of shape {tuple(hidden.shape)} with a head of {rows} tokens"
-            raise UserError(thing, found, f"must be {shape} = [B, T, D] and {vocabulary} tokens")
+            problem = f"hidden states of shape {tuple(hidden.shape)} with a head of {rows} tokens"
+            raise UserError(thing, problem, f"must be {shape} = [B, T, D] and {vocabulary} tokens")
         if not bool(torch.isfinite(hidden[batch.attention_mask.bool()]).all()):
             fix = f"look at rows {', '.join(batch.ids)}"
             raise UserError(thing, "hidden states with NaN or infinity", fix)

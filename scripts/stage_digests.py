@@ -52,8 +52,8 @@ def module_file(module: str) -> Path | None:
     if module.split(".", maxsplit=1)[0] not in ("distill", "compress", "eval"):
         return None
     path = ROOT.joinpath(*module.split("."))
-    found = [p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()]
-    return found[0] if found else None
+    files = [p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()]
+    return files[0] if files else None
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, str]]:

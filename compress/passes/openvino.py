@@ -47,12 +47,12 @@ class OpenVINO(Pass):
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[Any, PassReport]:
         before = size_of(model)
-        place = context.scratch / "openvino-fp32"
+        ir_folder = context.scratch / "openvino-fp32"
         with conversion():
-            if not place.is_dir():
-                export(model, context, place)
-            originals = plain_matrices(load(place, None).model)
-            result = load(place, self._compression())
+            if not ir_folder.is_dir():
+                export(model, context, ir_folder)
+            originals = plain_matrices(load(ir_folder, None).model)
+            result = load(ir_folder, self._compression())
         compressed = compressed_matrices(result.model)
         worst, zeroed = 0.0, 0
         for name, (kind, axis, new) in compressed.items():
@@ -131,8 +131,8 @@ def load(folder: Path, compression: Any) -> Any:
     )
 
 
-def export(model: PreTrainedModel, context: Context, place: Path) -> None:
-    """Writes the float32 IR of `model` to `place`, completely or not at all.
+def export(model: PreTrainedModel, context: Context, ir_folder: Path) -> None:
+    """Writes the float32 IR of `model` to `ir_folder`, completely or not at all.
 
     Raises:
         UserError: OpenVINO cannot export this model, or the IR answers differently from torch.
@@ -140,14 +140,14 @@ def export(model: PreTrainedModel, context: Context, place: Path) -> None:
     from optimum.exporters.openvino import main_export
     from optimum.intel import OVConfig
 
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=place.parent) as folder:
-        source, aside, whole = (Path(folder) / name for name in ("torch", "aside", "whole"))
+    ir_folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=ir_folder.parent) as folder:
+        source, exported_ir, numbered_ir = (Path(folder) / name for name in ("torch", "aside", "whole"))
         model.save_pretrained(source)
         try:
             main_export(
                 str(source),
-                output=aside,
+                output=exported_ir,
                 task="text-generation-with-past",
                 library_name="transformers",
                 ov_config=OVConfig(dtype="auto"),
@@ -156,7 +156,7 @@ def export(model: PreTrainedModel, context: Context, place: Path) -> None:
             message = " ".join(str(error).split())[:200]
             fix = "leave the pass out of the recipe for this architecture"
             raise UserError(f"openvino export of {type(model).__name__}", message, fix) from error
-        exported = load(aside, None)
+        exported = load(exported_ir, None)
         batch = check_batch(context.rows, context.pad)
         difference = (
             (log_probs(exported, batch) - log_probs(model, batch))[batch.attention_mask.bool()].abs().max()
@@ -168,8 +168,8 @@ def export(model: PreTrainedModel, context: Context, place: Path) -> None:
                 f"at most {EXPORT_TOLERANCE} is allowed: install another version of optimum-intel",
             )
         number_names(exported.model)
-        exported.save_pretrained(whole)
-        whole.rename(place)
+        exported.save_pretrained(numbered_ir)
+        numbered_ir.rename(ir_folder)
 
 
 def number_names(model: Any) -> None:
@@ -221,8 +221,8 @@ def compressed_matrices(model: Any) -> dict[str, tuple[str, int, Tensor]]:
             nodes[name] = kind, shared[0], scaled.output(0)
     if not nodes:
         return {}
-    whole = openvino.Model([output for _, _, output in nodes.values()], [])
-    values = openvino.compile_model(whole, "CPU", runtime_config())([])
+    numbered_ir = openvino.Model([output for _, _, output in nodes.values()], [])
+    values = openvino.compile_model(numbered_ir, "CPU", runtime_config())([])
     return {
         name: (kind, axis, torch.tensor(values[i])) for i, (name, (kind, axis, _)) in enumerate(nodes.items())
     }

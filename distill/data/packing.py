@@ -34,5 +34,5 @@ def check_packing(model: PreTrainedModel, rows: list[Row], pad: int) -> None:
     difference, largest = float((outputs[0] - outputs[1]).abs().max()), float(outputs[1].abs().max())
     if not difference <= MAX_DIFFERENCE * max(largest, 1.0):
         kind = model.config.model_type
-        found = f"true, but documents see each other in a {kind} (logits differ by {difference:.2g})"
-        raise UserError("data.packing", found, "set data.packing: false")
+        problem = f"true, but documents see each other in a {kind} (logits differ by {difference:.2g})"
+        raise UserError("data.packing", problem, "set data.packing: false")

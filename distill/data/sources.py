@@ -55,8 +55,8 @@ def _files(source: Source) -> list[Path]:
     ]
     files = [p for p in included if (root / p).is_file()]
     if not files:
-        found = f"no file in {source.path!r} matches {source.include}"
-        raise UserError("data source", found, "fix path, include or exclude")
+        problem = f"no file in {source.path!r} matches {source.include}"
+        raise UserError("data source", problem, "fix path, include or exclude")
     return sorted(files, key=lambda p: _sha256(p.as_posix()))
 
 
@@ -104,8 +104,8 @@ def _load_rows(source: Source) -> Iterator[dict[str, Any]]:
             streaming=source.streaming,
         )
     except (DatasetsError, ValueError, FileNotFoundError) as error:
-        found = f"{source.path}: {' '.join(str(error).split())[:300]}"
-        raise UserError("data source", found, "fix path, config, split or data_files") from error
+        problem = f"{source.path}: {' '.join(str(error).split())[:300]}"
+        raise UserError("data source", problem, "fix path, config, split or data_files") from error
 
 
 def _row_to_document(source: Source, row: dict[str, Any], number: int) -> Document:
@@ -128,8 +128,8 @@ def _row_to_document(source: Source, row: dict[str, Any], number: int) -> Docume
 def _require_text(name: str, text: object) -> str:
     """`text`, refused where it is empty."""
     if not isinstance(text, str) or not text.strip():
-        found = f"expected a text, found {text!r:.60}"
-        raise UserError(f"document {name}", found, "remove empty documents from the data")
+        problem = f"expected a text, found {text!r:.60}"
+        raise UserError(f"document {name}", problem, "remove empty documents from the data")
     return text
 
 
@@ -244,8 +244,8 @@ def split_documents(study: Study) -> dict[str, list[Document]]:
             raise UserError(f"data.shifted.{name}", "this name is reserved", "give the slice another name")
         documents = _drop_duplicates((d for source in sources for d in read_source(source)), seen)
         if not documents:
-            found = "no documents, or all are copies of others"
-            raise UserError(f"slice {name!r}", found, "fix its source")
+            problem = "no documents, or all are copies of others"
+            raise UserError(f"slice {name!r}", problem, "fix its source")
         _check_unique_ids(f"slice {name!r}", documents)
         splits[name] = [_truncate(d, data.scored_bytes) for d in documents]
     return splits | damaged_slices(splits[VALIDATION], data.corruptions, splits)
@@ -265,9 +265,9 @@ def prepare(study: Study) -> Manifest:
         return read_manifest(folder)
     splits = split_documents(study)
     facts = {f"{name}_documents": len(documents) for name, documents in splits.items()}
-    with build_artifact(folder, kind="data", name="data", key=key, parents={}, facts=facts) as aside:
+    with build_artifact(folder, kind="data", name="data", key=key, parents={}, facts=facts) as temporary:
         for name, documents in splits.items():
-            _write(aside / f"{name}.jsonl", documents)
+            _write(temporary / f"{name}.jsonl", documents)
     return read_manifest(folder)
 
 
@@ -289,6 +289,6 @@ def training_rows(study: Study, tokenizer) -> list[Row]:
     stream, wanted = _candidate_rows(study, tokenizer), study.data.train_rows
     rows = list(islice(pack(stream, study.data.context) if study.data.packing else stream, wanted))
     if len(rows) < wanted:
-        found = f"{wanted}, but the training documents have {len(rows)} rows"
-        raise UserError("data.train_rows", found, "lower it, or add documents")
+        problem = f"{wanted}, but the training documents have {len(rows)} rows"
+        raise UserError("data.train_rows", problem, "lower it, or add documents")
     return rows

@@ -151,16 +151,16 @@ def check_target(target: Target | None, config: Loss) -> None:
     name = config.divergence
     if isinstance(target, Sampled):
         if name != "forward_kl":
-            found = f"{name} with sampled targets: only forward_kl has an unbiased gradient from samples"
-            raise UserError("train.loss.divergence", found, "use forward_kl, or targets.form: dense")
+            problem = f"{name} with sampled targets: only forward_kl has an unbiased gradient from samples"
+            raise UserError("train.loss.divergence", problem, "use forward_kl, or targets.form: dense")
         if config.temperature != target.temperature:
-            found = f"{config.temperature}, but the targets were sampled at {target.temperature}"
-            raise UserError("train.loss.temperature", found, "sample the targets again at this temperature")
+            problem = f"{config.temperature}, but the targets were sampled at {target.temperature}"
+            raise UserError("train.loss.temperature", problem, "sample the targets again at this temperature")
     if isinstance(target, TopK):
         if name not in TOP_K_DIVERGENCES:
-            found = f"{name} with top-k targets: unstable where the teacher's tail is cut off"
+            problem = f"{name} with top-k targets: unstable where the teacher's tail is cut off"
             fix = f"use one of {', '.join(TOP_K_DIVERGENCES)}, or targets.form: dense"
-            raise UserError("train.loss.divergence", found, fix)
+            raise UserError("train.loss.divergence", problem, fix)
         if config.temperature != 1:
-            found = f"{config.temperature} with top-k targets: their tail is only known at temperature 1"
-            raise UserError("train.loss.temperature", found, "use 1, or targets.form: sampled or dense")
+            problem = f"{config.temperature} with top-k targets: their tail is only known at temperature 1"
+            raise UserError("train.loss.temperature", problem, "use 1, or targets.form: sampled or dense")

@@ -122,12 +122,12 @@ def cut_vocabulary(target: Target, vocabulary: int) -> Target:
     if isinstance(target, Sampled | TopK):
         largest = int(target.ids.max()) if target.ids.numel() else 0
         if largest >= vocabulary:
-            found = f"the targets contain id {largest}, but the student has {vocabulary} tokens"
-            raise UserError("vocabulary", found, "set targets.source: online, or targets.form: dense")
+            problem = f"the targets contain id {largest}, but the student has {vocabulary} tokens"
+            raise UserError("vocabulary", problem, "set targets.source: online, or targets.form: dense")
         return target
     if target.vocabulary < vocabulary:
-        found = f"the teacher has {target.vocabulary} tokens, the student {vocabulary}"
-        raise UserError("vocabulary", found, "give the student no more tokens than its teacher")
+        problem = f"the teacher has {target.vocabulary} tokens, the student {vocabulary}"
+        raise UserError("vocabulary", problem, "give the student no more tokens than its teacher")
     if target.vocabulary == vocabulary:
         return target
     if isinstance(target, Dense):

@@ -49,12 +49,12 @@ class Experts(Method):
         domains = self.settings.domains or sorted({row.domain for row in rows})
         groups = {d: [row for row in rows if row.domain == d] for d in domains}
         if len(groups) < max(2, len(domains)):
-            found = f"needs two or more different domains, found {domains}"
-            raise UserError("method experts", found, "fix `domains`, or the domains of the data")
+            problem = f"needs two or more different domains, found {domains}"
+            raise UserError("method experts", problem, "fix `domains`, or the domains of the data")
         for name, group in groups.items():
             if len(group) < self.settings.train.rows:
-                found = f"needs {self.settings.train.rows} rows or more, has {len(group)}"
-                raise UserError(f"domain {name!r}", found, "give it more rows, or leave it out")
+                problem = f"needs {self.settings.train.rows} rows or more, has {len(group)}"
+                raise UserError(f"domain {name!r}", problem, "give it more rows, or leave it out")
         return groups if self.settings.routed else {ALL: [row for g in groups.values() for row in g]}
 
     def _budget(self, rows: list[Row]) -> Train:

@@ -48,8 +48,8 @@ def make_prompts(rows: list[Row], generation: Generation) -> list[Row]:
         UserError: a row is packed: its documents cannot be told apart.
     """
     if any(row.packed for row in rows):
-        found = "true, but texts are generated from single documents"
-        raise UserError("data.packing", found, "set data.packing: false")
+        problem = "true, but texts are generated from single documents"
+        raise UserError("data.packing", problem, "set data.packing: false")
     sizes = [1 + row.given if row.given else min(generation.prompt_tokens, len(row.tokens)) for row in rows]
     return [
         Row(row.document, row.domain, row.index, row.tokens[:size], size - 1)
@@ -178,8 +178,8 @@ def groups_by_length(
     for size, group in groupby(ordered, key=lambda row: len(row.tokens)):
         room = context - size
         if room < 1:
-            found = f"a prompt of {size} tokens leaves no room in data.context = {context}"
-            raise UserError("targets.generation", found, "lower prompt_tokens, or raise data.context")
+            problem = f"a prompt of {size} tokens leaves no room in data.context = {context}"
+            raise UserError("targets.generation", problem, "lower prompt_tokens, or raise data.context")
         settings = generation.model_copy(update={"new_tokens": min(generation.new_tokens, room)})
         same, count = list(group), max(1, max_tokens // (size + settings.new_tokens))
         yield from ((same[i : i + count], settings) for i in range(0, len(same), count))

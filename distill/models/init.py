@@ -38,9 +38,9 @@ def init_student(
     if wanted > count:
         raise UserError("student.layers", wanted, f"the base has {count} layers: choose at most that many")
     if config.start == "every":
-        kept = evenly_spaced(count, wanted)
+        layers = evenly_spaced(count, wanted)
     else:
         size = tokens_per_batch(base.config.get_text_config().vocab_size)
-        kept = most_influential(base, list(batches(rows[:ROWS], pad_id(tokenizer), size)), wanted)
-    keep_layers(base, kept)
-    return base, {"kept_layers": kept}
+        layers = most_influential(base, list(batches(rows[:ROWS], pad_id(tokenizer), size)), wanted)
+    keep_layers(base, layers)
+    return base, {"kept_layers": layers}

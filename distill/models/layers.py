@@ -48,8 +48,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleLis
     return outermost[0]
 
 
-def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
-    """Keeps only the layers `kept`, and renumbers them in the cache and in the config.
+def keep_layers(model: PreTrainedModel, indices: list[int]) -> None:
+    """Keeps only the layers at `indices`, and renumbers them in the cache and in the config.
 
     Raises:
         UserError: the config of the family builds layers of another kind at the new positions.
@@ -59,16 +59,16 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
     for field in PER_LAYER:
         values = getattr(config, field, None)
         if isinstance(values, list) and len(values) == len(layers):
-            setattr(config, field, [values[i] for i in kept])
+            setattr(config, field, [values[i] for i in indices])
     for field in LAYER_NUMBERS:
         if values := getattr(config, field, None):
-            setattr(config, field, [kept.index(i) for i in values if i in kept])
-    setattr(owner, name, nn.ModuleList(layers[i] for i in kept))
-    for new, old in enumerate(kept):
+            setattr(config, field, [indices.index(i) for i in values if i in indices])
+    setattr(owner, name, nn.ModuleList(layers[i] for i in indices))
+    for new, old in enumerate(indices):
         for module in layers[old].modules():
             if "layer_idx" in vars(module):  # in transformers: the module's index in the cache
                 vars(module)["layer_idx"] = new
-    config.num_hidden_layers = len(kept)
+    config.num_hidden_layers = len(indices)
     _check_config(model)
 
 
@@ -80,12 +80,12 @@ def _check_config(model: PreTrainedModel) -> None:
         with torch.device("meta"):
             rebuilt = AutoModelForCausalLM.from_config(type(model.config).from_dict(model.config.to_dict()))
         shapes = {name: tensor.shape for name, tensor in rebuilt.state_dict().items()}
-        found = "its config builds other layers at these positions"
+        problem = "its config builds other layers at these positions"
     except ValueError as error:
-        shapes, found = {}, " ".join(str(error).split())[:200]
+        shapes, problem = {}, " ".join(str(error).split())[:200]
     if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
         fix = "keep all layers of this family"
-        raise UserError(f"layers of model type {model.config.model_type!r}", found, fix)
+        raise UserError(f"layers of model type {model.config.model_type!r}", problem, fix)
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:

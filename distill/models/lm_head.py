@@ -84,9 +84,9 @@ def output_embedding(model: PreTrainedModel) -> nn.Linear:
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
-        found = f"its output embedding is {type(head).__name__}"
+        problem = f"its output embedding is {type(head).__name__}"
         fix = "use a family whose output embedding is a plain linear layer"
-        raise UserError(f"model type {model.config.model_type!r}", found, fix)
+        raise UserError(f"model type {model.config.model_type!r}", problem, fix)
     return head
 
 

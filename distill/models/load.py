@@ -162,11 +162,11 @@ def local_hashes(folder: Path, memory: Path) -> dict[str, str]:
         name = path.relative_to(folder)
         if any(part.startswith(".") for part in name.parts) or path.suffix == ".md":
             continue
-        place, stat = str(path.resolve()), path.stat()
-        state, content = known.get(place, ([], ""))
+        location, stat = str(path.resolve()), path.stat()
+        state, content = known.get(location, ([], ""))
         if state != [stat.st_size, stat.st_mtime_ns]:
             content = file_sha256(path)
-        hashes[name.as_posix()], seen[place] = content, [[stat.st_size, stat.st_mtime_ns], content]
+        hashes[name.as_posix()], seen[location] = content, [[stat.st_size, stat.st_mtime_ns], content]
     if seen != known:
         write_text(memory, json.dumps(seen, indent=1))
     return hashes
@@ -210,8 +210,8 @@ def check_same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenize
         return
     for token, _ in sorted({**left, **right}.items(), key=lambda item: item[1]):
         if left.get(token) != right.get(token):
-            found = f"token {token!r} is id {left.get(token)} in one and {right.get(token)} in the other"
-            raise UserError(f"tokenizer of {where}", found, "use one tokenizer for teacher and student")
+            problem = f"token {token!r} is id {left.get(token)} in one and {right.get(token)} in the other"
+            raise UserError(f"tokenizer of {where}", problem, "use one tokenizer for teacher and student")
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:

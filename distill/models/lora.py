@@ -96,9 +96,9 @@ def check_routers(adapted: PeftModel, config: Student) -> None:
 
     for name, module in adapted.named_modules():
         if isinstance(module, ParamWrapper) and list(module.get_base_layer().buffers(recurse=False)):
-            found = f"{config.modules!r} includes {name}, which has more than a weight"
+            problem = f"{config.modules!r} includes {name}, which has more than a weight"
             fix = "name the linear layers to adapt, e.g. [q_proj, o_proj]"
-            raise UserError("student.modules", found, fix)
+            raise UserError("student.modules", problem, fix)
 
 
 def _lora_config(model: PreTrainedModel, config: Student) -> LoraConfig:

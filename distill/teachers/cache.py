@@ -66,8 +66,8 @@ def _check_disk_space(folder: Path, codec: Codec, tokens: int) -> None:
     written = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
     needed, free = tokens * codec.max_bytes() - written, shutil.disk_usage(folder).free
     if needed > 0.9 * free:
-        found = f"needs up to {needed / 2**30:.1f} GiB of disk space, {free / 2**30:.1f} GiB are free"
-        raise UserError(f"targets {folder}", found, "set targets.source: online, or targets.form: sampled")
+        problem = f"needs up to {needed / 2**30:.1f} GiB of disk space, {free / 2**30:.1f} GiB are free"
+        raise UserError(f"targets {folder}", problem, "set targets.source: online, or targets.form: sampled")
 
 
 def write_missing_shards(
@@ -152,8 +152,8 @@ def check_lineage(folder: Path, manifest: Manifest, expected: dict[str, Any]) ->
     """Refuses targets of another teacher, tokenizer, data or form, naming the first difference."""
     for name, value in expected.items():
         if manifest.facts.get(name) != value:
-            found = f"made with {name} {manifest.facts.get(name)}, this study has {value}"
-            raise UserError(f"targets {folder}", found, REBUILD)
+            problem = f"made with {name} {manifest.facts.get(name)}, this study has {value}"
+            raise UserError(f"targets {folder}", problem, REBUILD)
 
 
 class CachedTeacher:

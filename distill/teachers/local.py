@@ -48,8 +48,8 @@ class LocalTeacher:
         with capture_layers(self.model, self.layers) as captured:
             output = check_output(self.method.output(self.model, batch), batch, self.vocabulary, self.name)
         if self.layers and len(output.heads) > 1:
-            found = f"needs a teacher of one model, this one has {len(output.heads)}"
-            raise UserError("train.loss.hidden", found, "use another method, or leave hidden out")
+            problem = f"needs a teacher of one model, this one has {len(output.heads)}"
+            raise UserError("train.loss.hidden", problem, "use another method, or leave hidden out")
         mask = F.pad(batch.mask, (0, 1))
         return replace(output.select(mask), layers=tuple(states[mask] for states in captured))
 
@@ -94,6 +94,6 @@ def load_teacher_model(
         fix = "leave it out, or use plain data parallelism"
         raise UserError("targets.quantization", "a quantized teacher cannot be sharded", fix)
     if device.type != "cuda":
-        found = f"{targets.quantization} needs CUDA, the device is {device.type}"
-        raise UserError("targets.quantization", found, "leave it out on a CPU")
+        problem = f"{targets.quantization} needs CUDA, the device is {device.type}"
+        raise UserError("targets.quantization", problem, "leave it out on a CPU")
     return load_quantized(folder, targets.quantization, dtype, device).requires_grad_(False)

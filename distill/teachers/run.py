@@ -101,9 +101,11 @@ def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...]
     key = _fit_key(study, side, seeds[0], bases)
     if is_missing(study, name, key):
         facts = {"arm": side, "seed": seeds[0], "method": study.method.name}
-        with build_shared(study, name, kind="method", key=key, parents=parents, facts=facts) as aside:
+        with build_shared(study, name, kind="method", key=key, parents=parents, facts=facts) as temporary:
             if type(method).fit is not Method.fit:
-                method.fit(_method_context(study, teacher_name(side, seeds), aside, seeds[0], bases, report))
+                method.fit(
+                    _method_context(study, teacher_name(side, seeds), temporary, seeds[0], bases, report)
+                )
         delete_scratch(study, teacher_name(side, seeds))
 
 

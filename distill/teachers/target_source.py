@@ -76,11 +76,11 @@ def check_target_source(study: Study) -> None:
         raise UserError("train.loss.hidden", f"set, but {source} targets contain no hidden states", fix)
     if source in GENERATED_SOURCES and study.data.packing:
         fix = "set data.packing: false"
-        found = f"true, but targets.source: {source} generates texts from single documents"
-        raise UserError("data.packing", found, fix)
+        problem = f"true, but targets.source: {source} generates texts from single documents"
+        raise UserError("data.packing", problem, fix)
     if source == "on_policy" and loss.weight < 1:
-        found = f"{loss.weight}, but with on_policy the student generates the labels itself"
-        raise UserError("train.loss.weight", found, "set train.loss.weight: 1")
+        problem = f"{loss.weight}, but with on_policy the student generates the labels itself"
+        raise UserError("train.loss.weight", problem, "set train.loss.weight: 1")
 
 
 def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], report: Progress) -> None:
@@ -94,40 +94,40 @@ def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ..
     acc.wait_for_everyone()  # all have checked before the first one writes
     if scored and not missing:
         return
-    with run_teacher(study, side, seeds, bases) as live:
+    with run_teacher(study, side, seeds, bases) as local_teacher:
         if missing:
-            _write_targets(study, name, key, live, teacher, report)
+            _write_targets(study, name, key, local_teacher, teacher, report)
         if not scored and acc.is_main_process:
-            score_teacher(study, side, seeds, live, teacher)
+            score_teacher(study, side, seeds, local_teacher, teacher)
     acc.wait_for_everyone()
 
 
 def _write_targets(
-    study: Study, name: str, key: Key, live: LocalTeacher, teacher: str, report: Progress
+    study: Study, name: str, key: Key, local_teacher: LocalTeacher, teacher: str, report: Progress
 ) -> None:
     """Writes the targets of all training rows: every process its share, the first joins the shards."""
-    acc, place = accelerator(), scratch_folder(study, name, key)
+    acc, scratch = accelerator(), scratch_folder(study, name, key)
     base = study.folder / "base" / Path(name).name
     tokenizer = load_tokenizer(base)
     rows = training_rows(study, tokenizer)
     share: dict[str, Any] = {"process": acc.process_index, "processes": acc.num_processes, "report": report}
-    facts: dict[str, Any] = {**_lineage(study, base, teacher), "method": live.method.identity}
+    facts: dict[str, Any] = {**_lineage(study, base, teacher), "method": local_teacher.method.identity}
     if study.targets.source == "cached":
         codec = study_codec(study, base)
         facts |= codec.facts
-        write_shards(place, rows, live, codec, pad=pad_id(tokenizer), **share)
+        write_shards(scratch, rows, local_teacher, codec, pad=pad_id(tokenizer), **share)
     else:
         generation = study.targets.generation
         facts |= {"form": "texts", "generation": generation.model_dump()}
-        max_tokens, context = tokens_per_batch(live.vocabulary), study.data.context
-        write = partial(live.write, seed=0)
-        write_texts(place, rows, write, generation, context=context, max_tokens=max_tokens, **share)
+        max_tokens, context = tokens_per_batch(local_teacher.vocabulary), study.data.context
+        write = partial(local_teacher.write, seed=0)
+        write_texts(scratch, rows, write, generation, context=context, max_tokens=max_tokens, **share)
     acc.wait_for_everyone()
-    tokens = sum(row.predicted for row in rows) if study.targets.source == "cached" else count_texts(place)
+    tokens = sum(row.predicted for row in rows) if study.targets.source == "cached" else count_texts(scratch)
     parents = {"base": read_manifest(base).hash, "data": facts["data"]}
-    with build_shared(study, name, kind="targets", key=key, parents=parents, facts=facts) as aside:
+    with build_shared(study, name, kind="targets", key=key, parents=parents, facts=facts) as temporary:
         if acc.is_main_process:
-            facts |= link_shards(place, aside, tokens)
+            facts |= link_shards(scratch, temporary, tokens)
     delete_scratch(study, name)
 
 
@@ -196,5 +196,5 @@ def open_target_source(
         yield TargetSource(read_texts(folder, rows, _lineage(study, base, teacher), targets.generation))
     else:
         rewrite = OnPolicy(targets.share, targets.generation, study.data.context, seed, pad_id(tokenizer))
-        with run_teacher(study, TEACHERS[arm], seeds, bases, sharded=True) as live:
-            yield TargetSource(rows, live, rewrite if targets.source == "on_policy" else None)
+        with run_teacher(study, TEACHERS[arm], seeds, bases, sharded=True) as local_teacher:
+            yield TargetSource(rows, local_teacher, rewrite if targets.source == "on_policy" else None)

@@ -44,10 +44,10 @@ class Checkpoints:
         saved, running = len(list(path.glob("random_states_*.pkl"))), self.accelerator.num_processes
         if saved != running or not (self.sharded or (path / WEIGHTS).is_file()):
             fix = "launch the run as before, or delete that folder"
-            found = f"written by {saved} processes, this launch has {running}"
+            problem = f"written by {saved} processes, this launch has {running}"
             if saved == running:
-                found = "written under another way of distributing the model"
-            raise UserError(f"checkpoint {path}", found, fix)
+                problem = "written under another way of distributing the model"
+            raise UserError(f"checkpoint {path}", problem, fix)
         self.accelerator.load_state(str(path))
         return int(path.name.split("-")[1]), [tuple(p) for p in json.loads((path / "curve.json").read_text())]
 
@@ -68,8 +68,8 @@ class Checkpoints:
             previous = self.latest()
             state = f"{previous.name} is intact" if previous else "there is no earlier one"
             fix = f"{state}; free disk space or fix the folder, then run the same command to continue"
-            found = " ".join(str(error).split())[:200]
-            raise UserError(f"checkpoint {self.folder / f'step-{step}'}", found, fix) from error
+            problem = " ".join(str(error).split())[:200]
+            raise UserError(f"checkpoint {self.folder / f'step-{step}'}", problem, fix) from error
 
     def _save(self, step: int, curve: Curve) -> None:
         temporary, final = self.folder / ".saving", self.folder / f"step-{step}"

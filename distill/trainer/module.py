@@ -98,6 +98,6 @@ def layer_widths(target: Target | None, config: Train) -> list[int]:
     if config.loss.hidden is None or target is None:
         return []
     if not isinstance(target, Dense | States) or len(target.layers) != len(config.loss.hidden.pairs):
-        found = "set, but the targets contain no hidden states"
-        raise UserError("train.loss.hidden", found, "set targets.source: online, or leave hidden out")
+        problem = "set, but the targets contain no hidden states"
+        raise UserError("train.loss.hidden", problem, "set targets.source: online, or leave hidden out")
     return [layer.shape[1] for layer in target.layers]

@@ -213,8 +213,8 @@ class _Worker:
         if code is None or code < 0 or code == _SIGTERM_CODE:
             fix = "free some memory or give --workers 1; run again to continue"
             return UserError(f"a worker of {title}", "was killed", fix)
-        found = f"its process ended with exit code {code} and no result"
-        return UserError(f"job {self.job.name}", found, "see its output above; run again to continue")
+        problem = f"its process ended with exit code {code} and no result"
+        return UserError(f"job {self.job.name}", problem, "see its output above; run again to continue")
 
 
 def _end_processes(workers: list[_Worker], terminate: bool) -> None:
