@@ -11,7 +11,6 @@ of `distill.trainer.loop.train` does: rows to tensors, teacher's checks, loss, c
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -41,6 +40,7 @@ from distill.teachers.local import LocalTeacher  # noqa: E402
 from distill.trainer.loop import accelerator, build_optimizers, check_finite, set_learning_rate, step_loss  # noqa: E402
 from distill.trainer.module import DistillationModule  # noqa: E402
 from eval.core.artifacts import Key, build_artifact  # noqa: E402
+from eval.core.commands import add_json, write_json  # noqa: E402
 from eval.core.config import Frozen  # noqa: E402
 from eval.core.documents import Row  # noqa: E402
 from eval.core.errors import entry  # noqa: E402
@@ -132,9 +132,9 @@ class Ours:
             optimizer.zero_grad()
 
 
-def live(vocabulary: int, shape: tuple[int, int] = TEACHER) -> LocalTeacher:
-    found = model(shape, vocabulary, 2).eval().requires_grad_(False)
-    return LocalTeacher(Plain(Frozen()), "plain", found, vocabulary)
+def local_teacher(vocabulary: int, shape: tuple[int, int] = TEACHER) -> LocalTeacher:
+    weights = model(shape, vocabulary, 2).eval().requires_grad_(False)
+    return LocalTeacher(Plain(Frozen()), "plain", weights, vocabulary)
 
 
 @contextmanager
@@ -146,44 +146,44 @@ def cached(teacher: LocalTeacher, vocabulary: int, draws: int = 50) -> Iterator[
         write_shards(top / "shards", rows, teacher, form, pad=0, report=lambda share: None)
         with build_artifact(
             top / "t", kind="targets", name="t", key=Key(""), parents={}, facts=dict(form.facts)
-        ) as aside:
-            link_shards(top / "shards", aside, sum(row.predicted for row in rows))
+        ) as temporary:
+            link_shards(top / "shards", temporary, sum(row.predicted for row in rows))
         yield CachedTeacher(top / "t", rows, form, {})
 
 
 def step_rows(vocabulary: int, rounds: int) -> list[Result]:
     """The whole step over its parts; the step from a cache over CE steps, the bare one and our own."""
     config = Train(rows=ROWS)
-    teacher = live(vocabulary)
-    with cached(teacher, vocabulary) as kept:
+    teacher = local_teacher(vocabulary)
+    with cached(teacher, vocabulary) as cached_teacher:
         seconds = in_turn(
             {
                 "whole": Ours(vocabulary, config, STUDENT, teacher),
                 "parts": Bare(vocabulary, config, STUDENT, teacher.model),
-                "cached": Ours(vocabulary, config, STUDENT, kept),
+                "cached": Ours(vocabulary, config, STUDENT, cached_teacher),
                 "ce": Bare(vocabulary, config, STUDENT, None),
                 "our ce": Ours(vocabulary, config, STUDENT, None),
             },
             rounds,
         )
-    of = f"V = {vocabulary}"
+    size = f"V = {vocabulary}"
     return [
-        ratio_row(f"whole step / bare parts, {of}", seconds["whole"], seconds["parts"], 1.05),
-        ratio_row(f"step from cached targets / bare CE step, {of}", seconds["cached"], seconds["ce"], 1.10),
+        ratio_row(f"whole step / bare parts, {size}", seconds["whole"], seconds["parts"], 1.05),
+        ratio_row(f"step from cached targets / bare CE step, {size}", seconds["cached"], seconds["ce"], 1.10),
         ratio_row(
-            f"step from cached targets / our CE step, {of}", seconds["cached"], seconds["our ce"], 1.10
+            f"step from cached targets / our CE step, {size}", seconds["cached"], seconds["our ce"], 1.10
         ),
     ]
 
 
-def worker(place: int, size: int, threads: int, port: int, steps: int, pipe: Any) -> None:
+def worker(rank: int, size: int, threads: int, port: int, steps: int, pipe: Any) -> None:
     """A process of a group of `size`: on each word it trains `steps` steps and answers with the seconds."""
     torch.set_num_threads(threads)
     if size > 1:
-        where = {"RANK": place, "LOCAL_RANK": place, "WORLD_SIZE": size, "MASTER_PORT": port}
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in where.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    ours = Ours(2000, Train(rows=ROWS), STUDENT, live(2000))
+    ours = Ours(2000, Train(rows=ROWS), STUDENT, local_teacher(2000))
     while pipe.recv():
         start = time.perf_counter()
         for number in range(steps):
@@ -196,13 +196,11 @@ def processes_row(rounds: int, steps: int) -> Result:
     context, port = torch.multiprocessing.get_context("spawn"), 20000 + os.getpid() % 20000
     groups: dict[str, list[Any]] = {"two": [], "one": []}
     running = []
-    for name, places, threads in (("two", 2, 1), ("one", 1, 2)):
-        for place in range(places):
+    for name, size, threads in (("two", 2, 1), ("one", 1, 2)):
+        for rank in range(size):
             mine, theirs = context.Pipe()
             running.append(
-                context.Process(
-                    target=worker, args=(place, places, threads, port, steps, theirs), daemon=True
-                )
+                context.Process(target=worker, args=(rank, size, threads, port, steps, theirs), daemon=True)
             )
             running[-1].start()
             groups[name].append(mine)
@@ -227,8 +225,8 @@ def utilisation_rows(rounds: int) -> list[Result]:
     FLOP a token: 6 per weight of the student that is in a product, 2 per weight of the teacher, and for their
     attention 16 x layers x width x context. The peak is that of a square product in bf16, measured here.
     """
-    vocabulary, found = 32000, []
-    teacher = live(vocabulary, LARGE)
+    vocabulary, rows = 32000, []
+    teacher = local_teacher(vocabulary, LARGE)
     side = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
     peak = 2 * 8192**3 / statistics.median(in_turn({"product": lambda n: side @ side}, 20)["product"])
     for compiled in (False, True):
@@ -241,17 +239,17 @@ def utilisation_rows(rounds: int) -> list[Result]:
         what = (
             f"tokens/s, {weights / 1e6:.0f}M student and teacher, bf16, {'compiled' if compiled else 'eager'}"
         )
-        found.append({"what": what, "value": rate, "utilisation": rate * flop / peak, "rounds": rounds})
-    return found
+        rows.append({"what": what, "value": rate, "utilisation": rate * flop / peak, "rounds": rounds})
+    return rows
 
 
 def line(row: Result) -> str:
     spread = f"[{row['low']:.3f}, {row['high']:.3f}]" if row.get("low") is not None else ""
-    told = {True: "met", False: "MISSED"}[row["met"]] if "met" in row else ""
-    return f"{row['what']:<76} {row['value']:8.3f} {spread:<16} {row.get('limit', ''):<8} {told}"
+    met = {True: "met", False: "MISSED"}[row["met"]] if "met" in row else ""
+    return f"{row['what']:<76} {row['value']:8.3f} {spread:<16} {row.get('limit', ''):<8} {met}"
 
 
-def measured(quick: bool) -> Iterator[Result]:
+def measure(quick: bool) -> Iterator[Result]:
     rounds = 2 if quick else 20
     for vocabulary in (500,) if quick else (2000, 32000):
         yield from step_rows(vocabulary, rounds)
@@ -267,9 +265,9 @@ def measured(quick: bool) -> Iterator[Result]:
 @entry
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    add_json(parser)
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: does it run?")
-    given = parser.parse_args()
+    args = parser.parse_args()
     where = torch.cuda.get_device_name() if CUDA else machine().cpu
     versions = {
         "python": platform.python_version(),
@@ -279,11 +277,10 @@ def main() -> None:
     facts = {"device": where, "threads": torch.get_num_threads(), **versions}
     print("  ".join(f"{name} {value}" for name, value in facts.items()))
     rows = []
-    for row in measured(given.quick):
+    for row in measure(args.quick):
         rows.append(row)
         print(line(row), flush=True)
-    if given.json:
-        given.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, {**facts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ those of a bare forward loop at its best batch size. Asked: 0.9 and more.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from eval.core.artifacts import write_text  # noqa: E402
+from eval.core.commands import add_json, write_json  # noqa: E402
 from eval.core.errors import entry, require_one_of  # noqa: E402
 
 Rows = list[dict[str, object]]
@@ -37,28 +36,27 @@ def scoring() -> Rows:
 PARTS: dict[str, Callable[[], Rows]] = {"gate": gate, "scoring": scoring}
 
 
-def table(title: str, rows: Rows) -> Table:
-    shown = Table(title=title, title_justify="left")
+def build_table(title: str, rows: Rows) -> Table:
+    table = Table(title=title, title_justify="left")
     for name in rows[0]:
-        shown.add_column(name)
+        table.add_column(name)
     for row in rows:
-        shown.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    return shown
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    return table
 
 
 @entry
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench_eval", description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(PARTS)}; default: all")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    add_json(parser)
     args = parser.parse_args()
     names = [require_one_of("part", name, list(PARTS)) for name in args.parts] or list(PARTS)
     result = {}
     for name in names:
         result[name] = PARTS[name]()
-        Console().print(table(name, result[name]))
-    if args.json:
-        write_text(args.json, json.dumps(result, indent=1) + "\n")
+        Console().print(build_table(name, result[name]))
+    write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -83,12 +83,11 @@ class Writer:
     study: Study
     documents: int
 
-    def artifact(self, place: str, **parents: str) -> str:
-        folder = self.study.folder / place
-        with build_artifact(
-            folder, kind="model", name=place, key=Key(place), parents=parents, facts={}
-        ) as aside:
-            (aside / "model").write_text(place)
+    def artifact(self, name: str, **parents: str) -> str:
+        folder = self.study.folder / name
+        key = Key(name)
+        with build_artifact(folder, kind="model", name=name, key=key, parents=parents, facts={}) as temporary:
+            (temporary / "model").write_text(name)
         return read_manifest(folder).hash
 
     def provenance(self, artifact: str) -> Provenance:
@@ -161,13 +160,13 @@ class Writer:
                 if (arm, seed) == ("S1", 0):
                     self.cost(PLAIN, student)
                 for recipe in recipes if arm != "CE" else ():
-                    made = self.artifact(f"variants/{recipe}/{arm}/s{seed}", data=data, student=student)
-                    self.score(data, arm, seed, made, recipe)
+                    variant = self.artifact(f"variants/{recipe}/{arm}/s{seed}", data=data, student=student)
+                    self.score(data, arm, seed, variant, recipe)
                     if (arm, seed) == ("S1", 0):
-                        self.cost(recipe, made)
+                        self.cost(recipe, variant)
 
 
-def timed(run: Path) -> dict[str, float]:
+def time_gate(run: Path) -> dict[str, float]:
     """Wall and CPU seconds and peak memory of one `python -m eval.gate`, its start included."""
     started, before = time.perf_counter(), os.times()
     command = [sys.executable, "-c", CHILD, "--study", str(run)]
@@ -180,13 +179,13 @@ def timed(run: Path) -> dict[str, float]:
 
 def gate_rows(size: Size = Size(), times: int = 3) -> list[dict[str, object]]:
     """The gate's time and memory, one row per fresh process."""
-    with TemporaryDirectory() as place:
-        study = synthetic_study(Path(place), size)
+    with TemporaryDirectory() as folder:
+        study = synthetic_study(Path(folder), size)
         study.folder.mkdir()
         Writer(study, size.documents).run([f"r{i}" for i in range(size.recipes)])
         what = {"seeds": size.seeds, "variants": size.recipes, "documents": size.documents}
         mib = sum(p.stat().st_size for p in study.folder.rglob("records/**/*.json")) / 2**20
-        return [{**what, "records, MiB": round(mib), **timed(study.folder)} for _ in range(times)]
+        return [{**what, "records, MiB": round(mib), **time_gate(study.folder)} for _ in range(times)]
 
 
 @entry

@@ -51,7 +51,7 @@ def in_turn(runs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, lis
             start = clock()
             runs[name](number)
             seconds[name].append(clock() - start)
-    return {name: found[2:] for name, found in seconds.items()}
+    return {name: values[2:] for name, values in seconds.items()}
 
 
 def ratio_row(
@@ -63,7 +63,7 @@ def ratio_row(
     value = statistics.median(ratios)
     met = value >= limit if at_least else value <= limit
     sign = ">=" if at_least else "<="
-    found = {
+    row = {
         "what": what,
         "value": value,
         "low": low,
@@ -71,7 +71,7 @@ def ratio_row(
         "rounds": len(ratios),
         "limit": f"{sign} {limit}",
     }
-    return {**found, "met": met, "seconds": statistics.median(ours), "bare_seconds": statistics.median(bare)}
+    return {**row, "met": met, "seconds": statistics.median(ours), "bare_seconds": statistics.median(bare)}
 
 
 class LossOnly:
@@ -89,10 +89,10 @@ class LossOnly:
         """(1 - w) CE + w KL with its gradient; the plain one is what plain PyTorch does with all logits."""
         if kind == "plain":
             with torch.no_grad():
-                told = F.linear(self.target.hidden[0], self.target.heads[0].weight).log_softmax(-1)
+                teacher = F.linear(self.target.hidden[0], self.target.heads[0].weight).log_softmax(-1)
             student = F.linear(self.hidden, self.weight).log_softmax(-1)
             hard = F.nll_loss(student, self.labels, reduction="sum")
-            soft = F.kl_div(student, told, reduction="sum", log_target=True)
+            soft = F.kl_div(student, teacher, reduction="sum", log_target=True)
             loss = (1 - WEIGHT) * hard + WEIGHT * soft
         else:
             loss = chunked_loss(self.hidden, Head(self.weight), self.labels, self.target, Loss(weight=WEIGHT))
@@ -108,15 +108,15 @@ def status_bytes(field: str) -> int:
 def extra_bytes(kind: str, vocabulary: int, tokens: int) -> int:
     """Peak memory of one loss over what was held before it; in a fresh process, on a CPU."""
     LossOnly(1000, 8).run(kind)  # what is loaded at first use
-    made = LossOnly(vocabulary, tokens)
+    losses = LossOnly(vocabulary, tokens)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        made.run(kind)
+        losses.run(kind)
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
     before = status_bytes("VmRSS")
-    made.run(kind)
+    losses.run(kind)
     return status_bytes("VmHWM") - before
 
 
@@ -145,15 +145,15 @@ def memory_row(vocabulary: int, wished: int, rounds: int) -> Result:
     what = f"extra peak memory of the chunked / the plain loss, {tokens} tokens x V = {vocabulary}"
     sizes = {k: [fresh(k, vocabulary, tokens) for _ in range(rounds)] for k in ("chunked", "plain")}
     values = [mine / plain for mine, plain in zip(sizes["chunked"], sizes["plain"], strict=True)]
-    found = {"what": what, "value": statistics.median(values), "low": min(values), "high": max(values)}
+    row = {"what": what, "value": statistics.median(values), "low": min(values), "high": max(values)}
     megabytes = {f"{kind}_mib": round(statistics.median(size) / 2**20) for kind, size in sizes.items()}
-    return {**found, **megabytes, "rounds": rounds, "limit": "<= 0.15", "met": found["value"] <= 0.15}
+    return {**row, **megabytes, "rounds": rounds, "limit": "<= 0.15", "met": row["value"] <= 0.15}
 
 
 def loss_time_row(vocabulary: int, wished: int, rounds: int) -> Result:
     tokens = fitting(vocabulary, wished)
-    made = LossOnly(vocabulary, tokens)
-    seconds = in_turn({kind: partial(made.run, kind) for kind in ("chunked", "plain")}, rounds)
+    losses = LossOnly(vocabulary, tokens)
+    seconds = in_turn({kind: partial(losses.run, kind) for kind in ("chunked", "plain")}, rounds)
     what = f"time of the chunked / the plain loss, {tokens} tokens x V = {vocabulary}"
     return ratio_row(what, seconds["chunked"], seconds["plain"], 1.10)
 

@@ -82,9 +82,9 @@ def export(folder: Path, to: Path) -> None:
 
 
 @torch.inference_mode()
-def bare(engine: Any, made: list[Batch]) -> None:
+def run_bare(engine: Any, prepared: list[Batch]) -> None:
     """Forward passes and nothing else; a torch model is not even given a mask."""
-    for batch in made:
+    for batch in prepared:
         if isinstance(engine, TorchEngine):
             engine.model(input_ids=batch.input_ids, use_cache=False)
             continue
@@ -118,7 +118,7 @@ def row(name: str, model: str, data: Path, folder: Path) -> dict[str, Any]:
     rows = [row for document in documents for row in windows(engine.tokenizer, document, CONTEXT)]
     tokens, size = sum(len(row.tokens) for row in rows), scoring_tokens(engine)
     runs: dict[Any, Callable[[], Any]] = {
-        size: partial(bare, engine, list(batches(rows, 0, size))) for size in SIZES
+        size: partial(run_bare, engine, list(batches(rows, 0, size))) for size in SIZES
     }
     runs["ours"] = partial(
         score_documents, engine.borrowed, data, engine.tokenizer, CONTEXT, batch_tokens=size

@@ -5,7 +5,7 @@ documents of unequal length, four to a step, with AdamW of the same settings, cl
 forward KL, `beta=0, lmbda=0` of GKD. What is compared is valid tokens per second: those that carry loss.
 
 Each side is a process in an environment of its own and runs its trainer's own loop: `GKDTrainer.train` there,
-`distill.trainer.loop.train` here. At the end of a step it waits until it is told to go on, so that rounds
+`distill.trainer.loop.train` here. At the end of a step it waits for the word to go on, so that rounds
 go from side to side and a slow spell hits all. A turn starts with a step off the clock and the first two
 rounds are left out: memory that the system took back is slow at first. The clock runs from the end of one
 step to that of another, so that all of it counts. A round gives one ratio: printed is the median with its
@@ -15,7 +15,8 @@ What they do differently: TRL forms the logits of padded places too, all [B, T, 
 once; ours forms those of valid tokens, chunk by chunk. `padded` takes the very batches that TRL takes, and
 its first loss must be TRL's. `packed` lays documents end to end (`data.packing`), four such rows to a step;
 GKDTrainer cannot: it hands its models no positions. `cached` reads 50 draws of the teacher per token from
-disk in place of running it: an unbiased estimate of the same divergence; making them is told, not counted.
+disk in place of running it: an unbiased estimate of the same divergence; the time to write them is printed,
+not counted.
 
 In TRL's favour: no gradient checkpointing (its default), no chat template in its collator, no key-value cache
 of the teacher, its fused AdamW (ours is not). Nothing is logged, saved or evaluated on either side.
@@ -47,8 +48,8 @@ LR, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
 WARM, LEFT_OUT, STEPS = 2, 2, {8000: 4, 32000: 3}  # steps; rounds; vocabulary -> steps a turn
 LIMITS = {8000: {"online": 1.0, "cached": 1.5}, 32000: {"online": 1.3, "cached": 1.5}}
 SIDES = ("trl", "padded online", "padded cached", "packed online", "packed cached")
-Found = dict[str, Any]
-PIPES: Found = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+Facts = dict[str, Any]
+PIPES: Facts = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 Rates = dict[str, list[float]]  # side -> valid tokens per second, an entry per round
 
 
@@ -60,10 +61,10 @@ def documents(vocabulary: int) -> list[list[int]]:
 
 
 class Pace:
-    """Lets a trainer make as many steps as it is told, then answers with their seconds and valid tokens."""
+    """Lets a trainer make as many steps as a word says, then answers with their seconds and valid tokens."""
 
-    def __init__(self, told: Iterator[str], answer: Callable[[Found], None]) -> None:
-        self.told, self.answer = told, answer
+    def __init__(self, words: Iterator[str], answer: Callable[[Facts], None]) -> None:
+        self.words, self.answer = words, answer
         self.left, self.tokens, self.losses, self.since = WARM, 0, list[float](), time.perf_counter()
 
     def __call__(self, tokens: int, loss: float) -> None:
@@ -74,13 +75,13 @@ class Pace:
             return
         seconds = time.perf_counter() - self.since
         self.answer({"seconds": seconds, "tokens": self.tokens, "loss": self.losses[0]})
-        word = next(self.told, "")
+        word = next(self.words, "")
         if not word:
             raise SystemExit
         self.left, self.tokens, self.since = int(word), 0, time.perf_counter()
 
 
-def trl_settings(folder: Path, steps: int) -> Found:
+def trl_settings(folder: Path, steps: int) -> Facts:
     off = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
     same = {"learning_rate": LR, "adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "max_grad_norm": CLIP}
     flat = {"lr_scheduler_type": "constant", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
@@ -99,12 +100,12 @@ def trl_side(folder: Path, vocabulary: int, steps: int, pace: Pace) -> None:
     class Counted(GKDTrainer):
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
             self.valid = int((inputs["labels"][:, 1:] != -100).sum())
-            self.told = super().training_step(model, inputs, *rest)
-            return self.told
+            self.step_loss = super().training_step(model, inputs, *rest)
+            return self.step_loss
 
     class Paced(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            pace(trainer.valid, float(trainer.told))
+            pace(trainer.valid, float(trainer.step_loss))
 
     rows = documents(vocabulary)
     laid = [rows[i] for step in json.loads((folder / "order.json").read_text()) for i in step]
@@ -132,9 +133,9 @@ def cached(folder: Path, rows: list[Any], teacher: Any, vocabulary: int) -> Any:
 
     form = make_codec(Targets(form="sampled", draws=50), vocabulary, 1.0)
     write_shards(folder / "shards", rows, teacher, form, pad=0, report=lambda share: None)
-    about: Found = {"kind": "targets", "name": "t", "key": Key(""), "parents": {}, "facts": dict(form.facts)}
-    with build_artifact(folder / "t", **about) as aside:
-        link_shards(folder / "shards", aside, sum(row.predicted for row in rows))
+    about: Facts = {"kind": "targets", "name": "t", "key": Key(""), "parents": {}, "facts": dict(form.facts)}
+    with build_artifact(folder / "t", **about) as temporary:
+        link_shards(folder / "shards", temporary, sum(row.predicted for row in rows))
     return CachedTeacher(folder / "t", rows, form, {})
 
 
@@ -159,7 +160,7 @@ def our_side(kind: str, folder: Path, vocabulary: int, steps: int, pace: Pace) -
         pace.answer({"making_s": time.perf_counter() - since})
         del model
     adam, loss = Optimizer(name="adamw", lr=LR, betas=BETAS), Loss(weight=1)  # of the divergence
-    once: Found = {"steps": steps, "checkpoint_every": steps, "warmup": 0, "decay": 0}
+    once: Facts = {"steps": steps, "checkpoint_every": steps, "warmup": 0, "decay": 0}
     train(
         LlamaForCausalLM.from_pretrained(folder / "student"),
         rows,
@@ -180,7 +181,7 @@ def work(given: argparse.Namespace) -> None:
 
     torch.set_num_threads(given.threads)
     names = ["torch", "transformers", "accelerate"] + ["trl"] * (given.side == "trl")
-    pace = Pace(iter(sys.stdin.readline, ""), lambda found: print(json.dumps(found), file=answers))
+    pace = Pace(iter(sys.stdin.readline, ""), lambda facts: print(json.dumps(facts), file=answers))
     pace.answer({"python": platform.python_version(), **{name: version(name) for name in names}})
     run = trl_side if given.side == "trl" else partial(our_side, given.side)
     run(given.folder, given.vocabulary, given.steps, pace)
@@ -200,7 +201,7 @@ class Side:
         self.making = self.hear()["making_s"] if "cached" in kind else None
         self.loss = self.hear()["loss"]
 
-    def hear(self) -> Found:
+    def hear(self) -> Facts:
         from eval.core.errors import UserError
 
         assert self.process.stdout is not None
@@ -213,12 +214,12 @@ class Side:
         """Valid tokens per second of so many steps, after one that is not counted."""
         for number in (1, steps):
             print(number, file=self.process.stdin, flush=True)
-            found = self.hear()
-        return found["tokens"] / found["seconds"]
+            answer = self.hear()
+        return answer["tokens"] / answer["seconds"]
 
 
-def started(vocabulary: int, given: argparse.Namespace, rates: Rates) -> Found:
-    """Adds the rates of one start of all sides, their first losses held against each other; what to tell."""
+def run_start(vocabulary: int, given: argparse.Namespace, rates: Rates) -> Facts:
+    """Adds the rates of one start of all sides, whose first losses must agree; returns its facts."""
     from distill.trainer.loop import row_order
     from eval.core.errors import UserError
     from eval.engines import silenced
@@ -246,35 +247,35 @@ def started(vocabulary: int, given: argparse.Namespace, rates: Rates) -> Found:
     return {"first_loss": losses, "making_s": making, "versions": versions}
 
 
-def rows_of(vocabulary: int, rates: Rates) -> list[Found]:
+def rows_of(vocabulary: int, rates: Rates) -> list[Facts]:
     """A row for each side of ours: its rate over TRL's, round by round."""
     from scripts.bench_loss import ratio_row
 
-    found = []
+    rows = []
     for kind in SIDES[1:]:
         limit = LIMITS[vocabulary][kind.split()[1]]
         what = f"{kind} / TRL, valid tokens/s, V = {vocabulary}"
         row = ratio_row(what, rates[kind], rates["trl"], limit, at_least=True)
         row["ours_per_s"], row["trl_per_s"] = row.pop("seconds"), row.pop("bare_seconds")  # rates were given
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def compare(given: argparse.Namespace) -> None:
     from eval.core.records import machine
     from scripts.bench_distill import line
 
-    facts: Found = {"device": machine().cpu, "threads": given.threads, "rows": []}
+    facts: Facts = {"device": machine().cpu, "threads": given.threads, "rows": []}
     print(f"{facts['device']}, {given.threads} threads, {given.starts} starts of {given.rounds} rounds")
     for vocabulary in LIMITS:
         rates: Rates = {kind: [] for kind in SIDES}
         for _ in range(given.starts):
-            told = started(vocabulary, given, rates)
-        facts[str(vocabulary)] = {**told, "rates": rates}
+            start = run_start(vocabulary, given, rates)
+        facts[str(vocabulary)] = {**start, "rates": rates}
         for row in rows_of(vocabulary, rates):
             facts["rows"].append(row)
             print(line(row), f" {row['ours_per_s']:.0f} / {row['trl_per_s']:.0f}", flush=True)
-        print("  ", *(f"{name} {value}\n  " for name, value in told.items()), flush=True)
+        print("  ", *(f"{name} {value}\n  " for name, value in start.items()), flush=True)
     if given.json:
         given.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

@@ -38,7 +38,7 @@ def state(study: Study) -> str:
     recipes = [read_recipe(name)[1].model_dump(mode="json") for name in study.recipes]
     code = sorted(p for top in ("distill", "compress", "eval") for p in (ROOT / top).rglob("*.py"))
     every = {p.relative_to(study.folder).as_posix(): p for p in study.folder.rglob("*") if p.is_file()}
-    made = {name: p for name, p in every.items() if p.name not in LATER and not name.startswith(AFTER)}
+    files = {name: p for name, p in every.items() if p.name not in LATER and not name.startswith(AFTER)}
     return digest(
         [
             study.model_dump(mode="json"),
@@ -47,7 +47,7 @@ def state(study: Study) -> str:
             data_key(study).digest,
             library_versions(),
             [file_sha256(p) for p in [*code, ROOT / "requirements.lock"]],
-            {name: file_sha256(p) for name, p in sorted(made.items())},
+            {name: file_sha256(p) for name, p in sorted(files.items())},
         ]
     )
 
@@ -56,11 +56,11 @@ def state(study: Study) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mark", action="store_true", help="note that everything is done now")
-    study, given = study_from_command(parser, trained=False)
+    study, args = study_from_command(parser, trained=False)
     check_plan(study)
     load_recipes(study)  # the options of their passes
     mark = study.folder / MARK
-    if given.mark:
+    if args.mark:
         write_text(mark, state(study) + "\n")
         return 0
     return 0 if mark.is_file() and mark.read_text().strip() == state(study) else 1

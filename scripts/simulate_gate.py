@@ -6,7 +6,6 @@ One point is 0.01 bits/byte; the teacher's gain is 12 points, f is 0.5, alpha is
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from scipy.special import stdtrit  # noqa: E402
 
-from eval.core.artifacts import write_text  # noqa: E402
+from eval.core.commands import add_json, write_json  # noqa: E402
 from eval.core.errors import entry  # noqa: E402
 from eval.gate.decision import join_verdicts  # noqa: E402
 from eval.gate.quality import RESOLUTION, mean_part  # noqa: E402
@@ -55,7 +54,7 @@ class Scenario:
 class Mixture:
     """Shares of the variance of the mean by origin, in a table of so many documents."""
 
-    of: int
+    document_count: int
     seeds: float
     documents: float
     residual: float
@@ -80,39 +79,44 @@ MEDIUM, SEVERE = SCENARIOS[2], SCENARIOS[3]
 TESTS = ("crossed", "documents only", "seeds only")
 
 
-def spread(rng: np.random.Generator, scale: float, shape: tuple[int, ...], skew: int) -> Array:
+def draw_effects(rng: np.random.Generator, scale: float, shape: tuple[int, ...], skew: int) -> Array:
     """Mean 0; exponential with the long tail to the side of `skew`, or normal."""
     return scale * (skew * (rng.exponential(size=shape) - 1) if skew else rng.normal(size=shape))
 
 
-def arm(rng: np.random.Generator, of: Scenario, mean: float, n: int, s: int, shared: bool = False) -> Array:
+def draw_gains(
+    rng: np.random.Generator, scenario: Scenario, mean: float, n: int, s: int, shared: bool = False
+) -> Array:
     """[n, S, C] gain of one pair of arms in points; `shared` seeds have one draw of its effect."""
-    seeds = spread(rng, of.seeds, (n, 1 if shared else s, 1), of.seed_skew)
+    seeds = draw_effects(rng, scenario.seeds, (n, 1 if shared else s, 1), scenario.seed_skew)
     return (
         mean
         + seeds
-        + spread(rng, of.documents, (n, 1, DOCUMENTS), of.skew)
-        + spread(rng, of.residual, (n, s, DOCUMENTS), of.skew)
+        + draw_effects(rng, scenario.documents, (n, 1, DOCUMENTS), scenario.skew)
+        + draw_effects(rng, scenario.residual, (n, s, DOCUMENTS), scenario.skew)
     )
 
 
-def tables(of: Scenario, gain: float, share: float, s: int, draws: int) -> Iterator[tuple[Array, Array]]:
+def draw_tables(
+    scenario: Scenario, gain: float, share: float, s: int, draws: int
+) -> Iterator[tuple[Array, Array]]:
     """Linearised tables of T1 - T0 and S1v - S0v, `draws` studies in chunks of [n, S, C]."""
     rng = np.random.default_rng(SEED)
     for start in range(0, draws, CHUNK):
         n = min(CHUNK, draws - start)
-        size = rng.lognormal(8, of.length, DOCUMENTS)
-        teacher, kept = arm(rng, of, gain, n, s, of.shared), arm(rng, of, share * gain, n, s)
-        yield linearise(teacher * size, size), linearise(kept * size, size)
+        size = rng.lognormal(8, scenario.length, DOCUMENTS)
+        teacher = draw_gains(rng, scenario, gain, n, s, scenario.shared)
+        student = draw_gains(rng, scenario, share * gain, n, s)
+        yield linearise(teacher * size, size), linearise(student * size, size)
 
 
-def crossed(z: Array) -> Flags:
+def passes_crossed(z: Array) -> Flags:
     """[n] bool: lower bound above 0 by the gate's own test."""
     variance, nu = crossed_variance(mean_squares(z), *z.shape[-2:])
     return z.mean((-2, -1)) > -stdtrit(nu, ALPHA) * np.sqrt(variance)
 
 
-def one_way(z: Array, axis: int) -> Flags:
+def passes_one_way(z: Array, axis: int) -> Flags:
     """[n] bool: a t test over the means along `axis`, as if only these had been sampled."""
     means = z.mean(axis)
     count = means.shape[-1]
@@ -120,16 +124,20 @@ def one_way(z: Array, axis: int) -> Flags:
     return means.mean(-1) > bound
 
 
-def false_pass(of: Scenario, s: int, draws: int) -> dict[str, float]:
+def false_pass_rates(scenario: Scenario, s: int, draws: int) -> dict[str, float]:
     """Share of studies that pass although exactly f is kept, for the crossed test and two naive ones."""
     hits = np.zeros(3)
-    for teacher, kept in tables(of, GAIN, F, s, draws):
-        lost = kept - F * teacher
-        hits += [crossed(lost).sum(), one_way(lost, -2).sum(), one_way(lost, -1).sum()]
+    for teacher, student in draw_tables(scenario, GAIN, F, s, draws):
+        excess = student - F * teacher
+        hits += [
+            passes_crossed(excess).sum(),
+            passes_one_way(excess, -2).sum(),
+            passes_one_way(excess, -1).sum(),
+        ]
     return dict(zip(TESTS, (hits / draws).tolist(), strict=True))
 
 
-def drawn_mean_squares(
+def draw_mean_squares(
     rng: np.random.Generator, parts: Components, s: int, c: int, draws: int
 ) -> tuple[Array, MeanSquares]:
     """Means and mean squares of `draws` normal crossed tables with mean 0, without making the tables."""
@@ -139,18 +147,19 @@ def drawn_mean_squares(
     return rng.normal(0, np.sqrt(variance), draws), MeanSquares(*squares)
 
 
-def rate(rng: np.random.Generator, s: int, case: Mixture, draws: int) -> tuple[float, float]:
+def mixture_false_pass(rng: np.random.Generator, s: int, mixture: Mixture, draws: int) -> tuple[float, float]:
     """False PASS of a normal crossed table, with and without the cap of nu."""
-    parts = Components(s * case.seeds, case.documents * case.of, case.residual * s * case.of)
-    mean, ms = drawn_mean_squares(rng, parts, s, case.of, draws)
-    variance, nu = crossed_variance(ms, s, case.of)
-    spread = sum(m**2 / d for m, d in zip(ms, (s - 1, case.of - 1, (s - 1) * (case.of - 1)), strict=True))
-    free = np.maximum((variance * s * case.of) ** 2 / spread, 1)
-    passed = [(mean > -stdtrit(n, ALPHA) * np.sqrt(variance)).mean() for n in (nu, free)]
-    return float(passed[0]), float(passed[1])
+    c = mixture.document_count
+    parts = Components(s * mixture.seeds, mixture.documents * c, mixture.residual * s * c)
+    mean, ms = draw_mean_squares(rng, parts, s, c, draws)
+    variance, nu = crossed_variance(ms, s, c)
+    denominator = sum(m**2 / d for m, d in zip(ms, (s - 1, c - 1, (s - 1) * (c - 1)), strict=True))
+    uncapped_nu = np.maximum((variance * s * c) ** 2 / denominator, 1)
+    rates = [(mean > -stdtrit(n, ALPHA) * np.sqrt(variance)).mean() for n in (nu, uncapped_nu)]
+    return float(rates[0]), float(rates[1])
 
 
-def worst_case(s: int, draws: int) -> dict[str, object]:
+def find_worst_mixture(s: int, draws: int) -> dict[str, object]:
     """The mixture of variances with the largest false PASS rate, looked for and then simulated anew.
 
     The rate that made it the worst is too large by its own luck; fresh draws are free of that.
@@ -161,85 +170,92 @@ def worst_case(s: int, draws: int) -> dict[str, object]:
         for c, seeds, residual in product((16, 64, 500), np.arange(11) / 10, (0, 0.01, 0.05, 0.2))
         if seeds + residual <= 1
     ]
-    worst = max(grid, key=lambda case: rate(rng, s, case, draws)[0])
-    held, free = rate(rng, s, worst, WORST * draws)
-    where = f"{worst.seeds:.0%} seeds, {worst.residual:.0%} residual, {worst.of} documents"
-    return {"seeds": s, "scenario": where, "crossed": held, "without the cap": free}
+    worst = max(grid, key=lambda mixture: mixture_false_pass(rng, s, mixture, draws)[0])
+    capped, uncapped = mixture_false_pass(rng, s, worst, WORST * draws)
+    name = f"{worst.seeds:.0%} seeds, {worst.residual:.0%} residual, {worst.document_count} documents"
+    return {"seeds": s, "scenario": name, "crossed": capped, "without the cap": uncapped}
 
 
-def power_curve(of: Scenario, s: int, share: float, draws: int) -> dict[str, float]:
-    """Share of studies that pass with `share` kept, beside what eval.gate.power foretells."""
+def measure_power(scenario: Scenario, s: int, share: float, draws: int) -> dict[str, float]:
+    """Share of studies that pass with `share` kept, beside what eval.gate.power predicts."""
     hits = 0
     pilots: list[Components] = []
-    for teacher, kept in tables(of, GAIN, share, s, draws):
-        lost = kept - F * teacher
-        hits += int(crossed(lost).sum())
-        pilots += [components(z) for z in lost[:20]]
+    for teacher, student in draw_tables(scenario, GAIN, share, s, draws):
+        excess = student - F * teacher
+        hits += int(passes_crossed(excess).sum())
+        pilots += [components(z) for z in excess[:20]]
     parts = Components(*np.mean([list(asdict(p).values()) for p in pilots], axis=0).tolist())
-    foretold = power(parts, (share - F) * GAIN, s, DOCUMENTS, ALPHA)
-    return {"simulated": hits / draws, "foretold": float(foretold)}
+    predicted = power(parts, (share - F) * GAIN, s, DOCUMENTS, ALPHA)
+    return {"simulated": hits / draws, "predicted": float(predicted)}
 
 
-def verdicts(of: Scenario, s: int, gain: float, share: float, studies: int) -> dict[str, int]:
+def count_verdicts(scenario: Scenario, s: int, gain: float, share: float, studies: int) -> dict[str, int]:
     """How often the gate's own parts, assay and retention joined, say PASS, FAIL and INCONCLUSIVE."""
-    found: Counter[str] = Counter(PASS=0, FAIL=0, INCONCLUSIVE=0)
-    for teacher, kept in tables(of, gain, share, s, studies):
-        for t, k in zip(teacher / 100, kept / 100, strict=True):
+    counts: Counter[str] = Counter(PASS=0, FAIL=0, INCONCLUSIVE=0)
+    for teacher, student in draw_tables(scenario, gain, share, s, studies):
+        for t, k in zip(teacher / 100, student / 100, strict=True):
             parts = [
                 mean_part("assay", crossed_mean(t), ALPHA, "", "", RESOLUTION),
                 mean_part("retention", crossed_mean(k - F * t), ALPHA, "", ""),
             ]
-            found[join_verdicts(parts)] += 1
-    return dict(found)
+            counts[join_verdicts(parts)] += 1
+    return dict(counts)
 
 
-def treated(gain: float) -> list[dict[str, object]]:
+def verdict_rows(gain: float) -> list[dict[str, object]]:
     """Studies of a method with this true gain in points, all of which the student keeps."""
     return [
-        {"scenario": of.name, "seeds": s, "studies": STUDIES, **verdicts(of, s, gain, 1.0, STUDIES)}
-        for of in (MEDIUM, SEVERE)
+        {
+            "scenario": scenario.name,
+            "seeds": s,
+            "studies": STUDIES,
+            **count_verdicts(scenario, s, gain, 1.0, STUDIES),
+        }
+        for scenario in (MEDIUM, SEVERE)
         for s in SEEDS
     ]
 
 
-def measured(draws: int) -> dict[str, list[dict[str, object]]]:
+def simulate(draws: int) -> dict[str, list[dict[str, object]]]:
     def rates(scenarios: list[Scenario]) -> list[dict[str, object]]:
         return [
-            {"scenario": of.name, "seeds": s, **false_pass(of, s, draws)} for of in scenarios for s in SEEDS
+            {"scenario": scenario.name, "seeds": s, **false_pass_rates(scenario, s, draws)}
+            for scenario in scenarios
+            for s in SEEDS
         ]
 
     return {
         "false_pass": rates(SCENARIOS),
         "beyond": rates(BEYOND),
-        "worst": [worst_case(s, draws) for s in (2, 3, 4, 5, 7, 10)],
+        "worst": [find_worst_mixture(s, draws) for s in (2, 3, 4, 5, 7, 10)],
         "power": [
-            {"share": share, "seeds": s, **power_curve(MEDIUM, s, share, max(draws // 5, 1))}
+            {"share": share, "seeds": s, **measure_power(MEDIUM, s, share, max(draws // 5, 1))}
             for share in (0.55, 0.6, 0.65, 0.7, 0.8)
             for s in SEEDS
         ],
-        "placebo": treated(0.0),
-        "harmful": treated(-HARM),
+        "placebo": verdict_rows(0.0),
+        "harmful": verdict_rows(-HARM),
     }
 
 
-def table(title: str, rows: list[dict[str, object]]) -> Table:
-    shown = Table(title=title, title_justify="left")
+def build_table(title: str, rows: list[dict[str, object]]) -> Table:
+    table = Table(title=title, title_justify="left")
     for name in rows[0]:
-        shown.add_column(name, justify="left" if name == "scenario" else "right")
+        table.add_column(name, justify="left" if name == "scenario" else "right")
     for row in rows:
-        shown.add_row(
+        table.add_row(
             *(f"{v:.1%}" if isinstance(v, float) and k != "share" else str(v) for k, v in row.items())
         )
-    return shown
+    return table
 
 
 @entry
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.simulate_gate", description=__doc__)
     parser.add_argument("--draws", type=int, default=20_000, help="simulated studies per figure")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    add_json(parser)
     args = parser.parse_args()
-    result = measured(args.draws)
+    result = simulate(args.draws)
     console = Console()
     error = 100 * np.sqrt(ALPHA * (1 - ALPHA) / args.draws)
     titles = {
@@ -251,9 +267,8 @@ def main() -> None:
         "harmful": f"Harm of {HARM:g} points: verdicts",
     }
     for name, title in titles.items():
-        console.print(table(title, result[name]))
-    if args.json:
-        write_text(args.json, json.dumps({"draws": args.draws, **result}, indent=1) + "\n")
+        console.print(build_table(title, result[name]))
+    write_json(args.json, {"draws": args.draws, **result})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Power before a study: what a pilot foretells, and how unsure that is."""
+"""Power before a study: what a pilot predicts, and how unsure that is."""
 
 import json
 import math

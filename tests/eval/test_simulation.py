@@ -53,8 +53,8 @@ def test_what_the_test_does_not_allow_for_is_shown(simulated):
     assert max(row["crossed"] for row in simulated["beyond"]) > 0.06
 
 
-def test_power_grows_with_seeds_and_is_foretold(simulated):
+def test_power_grows_with_seeds_and_is_as_predicted(simulated):
     for share in {row["share"] for row in simulated["power"]}:
         rates = [row["simulated"] for row in simulated["power"] if row["share"] == share]
         assert rates == sorted(rates)
-    assert max(abs(row["simulated"] - row["foretold"]) for row in simulated["power"]) < 0.1
+    assert max(abs(row["simulated"] - row["predicted"]) for row in simulated["power"]) < 0.1
