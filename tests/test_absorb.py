@@ -26,7 +26,7 @@ def test_in_an_empty_folder_it_shows_the_flow_and_where_to_start(tmp_path):
     assert "next: absorb train --config" in done.stdout
 
 
-def test_in_a_run_it_tells_what_is_done_and_the_next_command(tmp_path):
+def test_in_a_run_it_shows_what_is_done_and_the_next_command(tmp_path):
     study = load_study(ROOT / "configs" / "studies" / "tiny.yaml", ["--runs", str(tmp_path / "runs")])
     save_study(study) if make_run_folder(study) else None
     (study.folder / "data").mkdir()

@@ -43,7 +43,7 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path, words, message):
         check_plan(load_study(tiny_study(tmp_path), words))
 
 
-def test_such_a_plan_is_refused_before_anything_is_made_by_command_and_from_python(tmp_path):
+def test_such_a_plan_is_refused_before_anything_is_built_by_command_and_from_python(tmp_path):
     path, words = tiny_study(tmp_path), ["--recipes", "[int9]"]
     done = run("distill/train.py", "--config", path, *words)
     assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
@@ -53,7 +53,7 @@ def test_such_a_plan_is_refused_before_anything_is_made_by_command_and_from_pyth
     assert not study.folder.exists()
 
 
-def test_a_budget_relative_to_a_variant_that_is_not_made_is_refused(tmp_path):
+def test_a_budget_relative_to_a_variant_that_is_not_built_is_refused(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("{extends: tiny, name: own, targets: {cpu: {limits: {disk: {of: int4}}}}}")
     with pytest.raises(UserError, match=r"targets\.cpu: variant: 'int4'; accepted: plain"):

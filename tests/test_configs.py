@@ -58,7 +58,7 @@ def raw():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--trian.steps", "5"], r"unknown key trian: 'trian'; did you mean 'train'"),
         (["--train.optimizer.momentun", "1"], r"train\.optimizer\.momentun.*did you mean 'momentum'"),
@@ -69,13 +69,13 @@ def raw():
         (["--name.first", "x"], "'name' holds no keys"),
     ],
 )
-def test_errors_name_the_place_the_value_and_the_mend(words, told):
+def test_errors_name_the_place_the_value_and_the_fix(words, message):
     def read():
         settings = raw()
         apply_overrides(settings, words)
         return validate_config(Study, settings, "default.yaml")
 
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read()
 
 
@@ -147,7 +147,7 @@ def test_later_stages_refuse_other_settings(settled):
         check_trained(changed.model_copy(update={"name": "unknown"}))
 
 
-def test_a_study_is_frozen_and_its_hash_tells_what_decides_the_models():
+def test_a_study_is_frozen_and_its_hash_covers_what_decides_the_models():
     study = validate_config(Study, raw(), "default.yaml")
     with pytest.raises(ValueError, match="frozen"):
         study.name = "other"  # type: ignore[misc]
@@ -155,7 +155,7 @@ def test_a_study_is_frozen_and_its_hash_tells_what_decides_the_models():
     assert study.model_copy(update={"seeds": [0, 1]}).hash() != study.hash()
 
 
-def test_names_and_broken_files_are_told(tmp_path):
+def test_wrong_names_and_broken_files_are_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"budgets config: 'defalt'; no such file; known by name: default, tiny"
     ):

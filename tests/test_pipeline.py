@@ -114,7 +114,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_table(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"recipes": ["int9"]}, "'int9'"),
         ({"budget": "generous"}, "budgets config: 'generous'"),
@@ -122,13 +122,13 @@ def test_killed_at_random_moments_it_ends_in_the_same_table(tiny, tmp_path):
         ({"trian": {}}, "did you mean 'train'"),
     ],
 )
-def test_a_bad_study_ends_the_pipeline_before_anything_is_trained(tmp_path, change, told):
+def test_a_bad_study_ends_the_pipeline_before_anything_is_trained(tmp_path, change, message):
     raw = read_yaml(ROOT / "configs" / "studies" / "tiny.yaml")
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump({**raw, "runs": str(tmp_path / "runs"), **change}))
     done = pipeline(study)
     assert done.returncode == 3
-    assert [told in line for line in done.stderr.splitlines()] == [True], done.stderr
+    assert [message in line for line in done.stderr.splitlines()] == [True], done.stderr
     assert not (tmp_path / "runs").exists()
 
 

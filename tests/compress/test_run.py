@@ -37,8 +37,8 @@ for folder, engine in json.loads(sys.argv[1]):
     if engine == "openvino":
         from optimum.intel import OVModelForCausalLM as kind
     model, tokenizer = kind.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    made = model.generate(**tokenizer("the river", return_tensors="pt"), max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    assert made.shape[1] > 4
+    tokens = model.generate(**tokenizer("the river", return_tensors="pt"), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert tokens.shape[1] > 4
 print("all load")
 """
 

@@ -11,8 +11,8 @@ from tests.helpers import run
 def test_the_bench_prints_every_row_and_writes_them_down(tmp_path):
     done = run("scripts/bench_distill.py", "--quick", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "rows.json").read_text())
-    rows = {row["what"].split(",")[0]: row for row in found["rows"]}
+    report = json.loads((tmp_path / "rows.json").read_text())
+    rows = {row["what"].split(",")[0]: row for row in report["rows"]}
     assert list(rows) == [
         "whole step / bare parts",
         "step from cached targets / bare CE step",

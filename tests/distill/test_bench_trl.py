@@ -9,25 +9,25 @@ from tests.helpers import ROOT
 
 
 def test_documents_are_the_same_in_every_process_and_of_unequal_length():
-    made = documents(8000)
-    assert made == documents(8000)
-    assert len(made) == DOCUMENTS
-    lengths = [len(tokens) for tokens in made]
+    texts = documents(8000)
+    assert texts == documents(8000)
+    assert len(texts) == DOCUMENTS
+    lengths = [len(tokens) for tokens in texts]
     assert SHORTEST <= min(lengths) < 80
     assert 220 < max(lengths) <= CONTEXT
-    assert all(tokens[0] == 1 and min(tokens[1:]) >= 3 and max(tokens[1:]) < 8000 for tokens in made)
+    assert all(tokens[0] == 1 and min(tokens[1:]) >= 3 and max(tokens[1:]) < 8000 for tokens in texts)
 
 
-def test_a_trainer_makes_as_many_steps_as_it_is_told():
+def test_a_trainer_makes_as_many_steps_as_it_is_given():
     answers = []
     pace = Pace(iter(["1", "2"]), answers.append)
     for step in range(WARM + 2):
         pace(10 + step, 1.0 / (step + 1))
     with pytest.raises(SystemExit):
         pace(10 + WARM + 2, 0.1)
-    assert [found["tokens"] for found in answers] == [10 + 11, 12, 13 + 14]
-    assert {found["loss"] for found in answers} == {1.0}
-    assert all(found["seconds"] >= 0 for found in answers)
+    assert [answer["tokens"] for answer in answers] == [10 + 11, 12, 13 + 14]
+    assert {answer["loss"] for answer in answers} == {1.0}
+    assert all(answer["seconds"] >= 0 for answer in answers)
 
 
 def test_a_row_is_the_median_of_the_rounds_ratios(monkeypatch):

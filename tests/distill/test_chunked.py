@@ -60,7 +60,7 @@ def targets(temperature=1.0):
 
 def both(head, target, config, dtype=torch.float32):
     """Loss and gradients, plain and chunked, of one student."""
-    found, plain_target = [], target
+    results, plain_target = [], target
     if isinstance(target, Dense | States):
         plain_target = target.log_softmax(0, TOKENS)
     labels = torch.arange(TOKENS) % VOCAB
@@ -71,17 +71,17 @@ def both(head, target, config, dtype=torch.float32):
         }
         hidden = leaves.pop("hidden")
         tensors = [hidden, *(v for v in leaves.values() if isinstance(v, torch.Tensor))]
-        made = Head(**leaves)
+        linear = Head(**leaves)
         if whole:
-            loss = distillation_loss(made(hidden), labels, plain_target, config)
+            loss = distillation_loss(linear(hidden), labels, plain_target, config)
         else:
-            loss = chunked_loss(hidden, made, labels, target, config)
-        found.append([loss.detach(), *torch.autograd.grad(loss / 7, tensors)])
-    return found
+            loss = chunked_loss(hidden, linear, labels, target, config)
+        results.append([loss.detach(), *torch.autograd.grad(loss / 7, tensors)])
+    return results
 
 
-def agree(found, **tolerance):
-    for plain, mine in zip(*found, strict=True):
+def agree(results, **tolerance):
+    for plain, mine in zip(*results, strict=True):
         assert plain.dtype == mine.dtype
         torch.testing.assert_close(mine, plain, **(tolerance or {"atol": 2e-5, "rtol": 2e-4}))
 

@@ -25,17 +25,17 @@ def test_packed_draws_come_back_as_they_were(vocabulary, draws, sharpness):
     ids = drawn(distribution(vocabulary, sharpness, tokens=20), draws)[0].numpy()
     packed, distinct = pack_ids(ids, vocabulary)
     assert len(packed) == packed_bytes(distinct, draws, vocabulary).sum()
-    found, counts = unpack_ids(packed, distinct, draws, vocabulary)
+    unpacked, counts = unpack_ids(packed, distinct, draws, vocabulary)
     assert np.array_equal([len(set(row)) for row in ids.tolist()], distinct)
-    for row, some, times in zip(ids, found, counts.astype(int), strict=True):
+    for row, some, times in zip(ids, unpacked, counts.astype(int), strict=True):
         assert np.array_equal(np.repeat(some, times), row)
 
 
 def test_ends_of_the_vocabulary_are_packed():
     for ids in ([0] * 50, [999] * 50, [*[0] * 49, 999], list(range(50)), list(range(950, 1000))):
         row = np.array([ids])
-        found, counts = unpack_ids(*pack_ids(row, 1000), 50, 1000)
-        assert np.array_equal(np.repeat(found[0], counts[0].astype(int)), row[0])
+        unpacked, counts = unpack_ids(*pack_ids(row, 1000), 50, 1000)
+        assert np.array_equal(np.repeat(unpacked[0], counts[0].astype(int)), row[0])
 
 
 @pytest.mark.parametrize(("vocabulary", "most"), [(1000, 45), (1024, 45), (32000, 76), (32768, 76)])

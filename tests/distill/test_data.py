@@ -31,12 +31,12 @@ def study(tmp_path):
     return load_study(tiny_study(tmp_path))
 
 
-def test_splits_are_disjoint_complete_and_told_by_hash(study):
+def test_splits_are_disjoint_complete_and_decided_by_hash(study):
     prepare(study)
     data = study.folder / "data"
     splits = {name: read_documents(data, name) for name in (TRAIN, VALIDATION, TEST)}
-    assert {name: len(found) for name, found in splits.items()} == {TRAIN: 32, VALIDATION: 6, TEST: 2}
-    ids = [d.id for found in splits.values() for d in found]
+    assert {name: len(documents) for name, documents in splits.items()} == {TRAIN: 32, VALIDATION: 6, TEST: 2}
+    ids = [d.id for documents in splits.values() for d in documents]
     assert len(set(ids)) == 40
     by_hash = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())
     assert [d.id for d in splits[VALIDATION]] == by_hash[:6]
@@ -74,8 +74,8 @@ def test_folders_are_read_by_pattern_in_hash_order(tmp_path):
     (tmp_path / "empty.py").write_text("\n")
     (tmp_path / "binary.py").write_bytes(b"\xff\xfe\x00")
     source = Source(kind="folder", path=str(tmp_path), include=["**/*.py"], exclude=["*/test/*"])
-    found = list(read_source(source))
-    assert [(d.id, d.domain) for d in found] == [(f"{tmp_path.name}/a/one.py", "a")]
+    documents = list(read_source(source))
+    assert [(d.id, d.domain) for d in documents] == [(f"{tmp_path.name}/a/one.py", "a")]
 
 
 def test_standard_library_packages_and_topics_are_sources():
@@ -88,12 +88,12 @@ def test_standard_library_packages_and_topics_are_sources():
 
 
 def test_the_split_does_not_depend_on_where_the_files_lie(tmp_path):
-    found = []
+    hashes = []
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
         study = load_study(tiny_study(tmp_path / place))
-        found.append(prepare(study).hash)
-    assert found[0] == found[1]
+        hashes.append(prepare(study).hash)
+    assert hashes[0] == hashes[1]
 
 
 def test_parquet_is_a_source(tmp_path):
@@ -125,7 +125,7 @@ def test_rows_cover_many_documents_and_do_not_depend_on_chance(study):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"validation": 60}, "40 documents, need more than 60 for validation"),
         (
@@ -143,14 +143,14 @@ def test_rows_cover_many_documents_and_do_not_depend_on_chance(study):
         ({"shifted": {"train": [{"kind": "pydoc"}]}}, "data.shifted.train: this name is reserved"),
     ],
 )
-def test_bad_sources_are_told(tmp_path, change, told):
+def test_bad_sources_are_refused(tmp_path, change, message):
     study = changed(tiny_study(tmp_path), "data", **change)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         prepare(study)
     assert not (study.folder / "data").exists()
 
 
-def test_an_empty_document_and_a_wrong_column_are_told(tmp_path):
+def test_an_empty_document_and_a_wrong_column_are_refused(tmp_path):
     path = tiny_study(tmp_path)
     with (tmp_path / "corpus.jsonl").open("a") as out:
         out.write(json.dumps({"id": "hollow", "domain": "code", "text": "  "}) + "\n")
@@ -199,15 +199,15 @@ def test_a_prompt_column_is_kept_apart_and_an_answer_is_not_cut(tmp_path):
     documents = [{**source, "prompt_column": "ask"}]
     study = changed(tiny_study(tmp_path), "data", documents=documents, scored_bytes=20, train_rows=6)
     prepare(study)
-    found = read_documents(study.folder / "data", VALIDATION)
-    assert all(d.prompt == "the river " * 9 and d.bytes > 20 for d in found)
+    validation = read_documents(study.folder / "data", VALIDATION)
+    assert all(d.prompt == "the river " * 9 and d.bytes > 20 for d in validation)
     rows = training_rows(study, tiny_tokenizer())
     assert len(rows) == 6
     assert all(0 < row.given < len(row.tokens) - 1 for row in rows)
 
 
 @pytest.mark.parametrize(
-    ("turns", "said"),
+    ("turns", "message"),
     [
         ([{"role": "user", "content": "stone"}, {"role": "assistant", "content": "river"}], None),
         ([{"role": "assistant", "content": "river"}], "turns with role and content"),
@@ -219,13 +219,13 @@ def test_a_prompt_column_is_kept_apart_and_an_answer_is_not_cut(tmp_path):
         ("no turns", "turns with role and content"),
     ],
 )
-def test_a_chat_is_its_turns_and_its_last_answer(tmp_path, turns, said):
+def test_a_chat_is_its_turns_and_its_last_answer(tmp_path, turns, message):
     source = Source(**rows_of(tmp_path / "chats.jsonl", [{"chat": turns}]), messages_column="chat")
-    if said is None:
+    if message is None:
         (document,) = read_source(source)
         assert (document.prompt, document.text) == (turns[:-1], "river")
     else:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             list(read_source(source))
 
 

@@ -102,7 +102,7 @@ def test_a_family_is_distilled_exported_and_loaded_again(family, tokenizer, tmp_
     torch.testing.assert_close(logits(loaded), logits(plain), rtol=0, atol=0)
 
 
-def test_a_family_whose_layers_have_places_of_their_own_is_told(tmp_path):
+def test_a_family_whose_layers_have_places_of_their_own_is_refused(tmp_path):
     """Every second layer of it is a mixture of experts, by its number: without the first, it would not load."""
     fields = {**FAMILIES["qwen3_moe"], "num_hidden_layers": 4, "decoder_sparse_step": 2}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **fields))

@@ -55,10 +55,10 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(tmp_path, size):
 
     with (
         ExitStack() as limit,
-        pytest.raises(UserError, match=r"checkpoint .*step-4: .*step-2 is intact; free") as told,
+        pytest.raises(UserError, match=r"checkpoint .*step-4: .*step-2 is intact; free") as caught,
     ):
         run(tiny_model(), tmp_path / "parts", report=fill)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     assert listed(tmp_path / "parts") == ["step-2"], "what was half written is gone"
     again = tiny_model(seed=9)
     assert run(again, tmp_path / "parts") == curve
@@ -66,7 +66,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(tmp_path, size):
 
 
 @pytest.mark.parametrize("place", ["save_state", "rename"])
-def test_a_folder_that_becomes_read_only_is_told(tmp_path, monkeypatch, place):
+def test_a_folder_that_becomes_read_only_is_reported(tmp_path, monkeypatch, place):
     """The error that the kernel gives then, at the first and at the last write of a checkpoint."""
 
     def refuse(*args, **kwargs):
@@ -85,7 +85,7 @@ def test_a_folder_that_becomes_read_only_is_told(tmp_path, monkeypatch, place):
     assert Checkpoints(tmp_path / "run", Accelerator(cpu=True)).latest().name == "step-2"
 
 
-def test_an_export_without_room_is_told(tmp_path):
+def test_an_export_without_disk_space_is_reported(tmp_path):
     with (
         room_for(10_000),
         pytest.raises(UserError, match=r"export to .*File too large|export to .*os error 27"),
@@ -93,7 +93,7 @@ def test_an_export_without_room_is_told(tmp_path):
         export(tiny_model(), tiny_tokenizer(), tmp_path / "out", "card")
 
 
-def test_a_full_disk_ends_a_command_with_one_line_and_nothing_half_made(tmp_path):
+def test_a_full_disk_ends_a_command_with_one_line_and_no_partial_artifact(tmp_path):
     """Through the real command: the models of the study are larger than what the kernel lets it write."""
     path = tiny_study(tmp_path, seeds=[0], method={"name": "placebo"}, ce_arm=False, trackers=[])
     script = tmp_path / "small_disk.py"
@@ -109,10 +109,10 @@ def test_a_full_disk_ends_a_command_with_one_line_and_nothing_half_made(tmp_path
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
     assert "checkpoint" in lines[0]
-    made = tmp_path / "runs" / "tiny"
-    assert not list(made.rglob("*.tmp"))
-    assert not list(made.rglob("*.safetensors"))
-    assert (made / "data" / "manifest.json").is_file()
+    run_folder = tmp_path / "runs" / "tiny"
+    assert not list(run_folder.rglob("*.tmp"))
+    assert not list(run_folder.rglob("*.safetensors"))
+    assert (run_folder / "data" / "manifest.json").is_file()
 
 
 def test_trackers_are_asked_for_by_name():

@@ -52,10 +52,10 @@ def test_an_opening_is_the_prompt_or_the_first_tokens():
         Row("p", "x", 0, [0, 1, 2, 3, 4, 5, 6, 7], 6),
         Row("s", "x", 0, [0, 1]),
     )
-    found = make_prompts([plain, prompted, short], GENERATION)
-    assert [r.tokens for r in found] == [plain.tokens[:5], [0, 1, 2, 3, 4, 5, 6], [0, 1]]
-    assert [r.predicted for r in found] == [0, 0, 0]
-    new = generated_row(found[0], [9, 8])
+    prompts = make_prompts([plain, prompted, short], GENERATION)
+    assert [r.tokens for r in prompts] == [plain.tokens[:5], [0, 1, 2, 3, 4, 5, 6], [0, 1]]
+    assert [r.predicted for r in prompts] == [0, 0, 0]
+    new = generated_row(prompts[0], [9, 8])
     assert (new.id, new.tokens, new.predicted) == (plain.id, [*plain.tokens[:5], 9, 8], 2)
     batch = collate([new], 0)
     assert batch.labels[batch.mask].tolist() == [9, 8], "the loss is of what was written"
@@ -67,8 +67,8 @@ def test_tokens_are_chosen_with_their_probability():
     logs = torch.log_softmax(torch.tensor([2.0, 1.0, 0.0, -1.0]), -1)
     points = torch.arange(1000) / 1000
     for temperature in (0.5, 2.0):
-        found = choose_tokens(logs.expand(1000, -1), points, Generation(temperature=temperature))
-        share = torch.bincount(found, minlength=4) / 1000
+        tokens = choose_tokens(logs.expand(1000, -1), points, Generation(temperature=temperature))
+        share = torch.bincount(tokens, minlength=4) / 1000
         torch.testing.assert_close(share, torch.softmax(logs / temperature, -1), atol=2e-3, rtol=0)
     assert choose_tokens(logs.expand(1000, -1), points, Generation(temperature=0)).unique().tolist() == [0]
     # The two likeliest hold 0.88: top_p 0.8 keeps both, 0.6 the first alone.
@@ -85,7 +85,7 @@ def test_a_student_writes_what_sampling_without_its_cache_writes(temperature):
     model.generation_config.update(repetition_penalty=5.0, do_sample=True, top_k=3, eos_token_id=[0, 17])
     own, random = model.generation_config, torch.get_rng_state()
     model.train()
-    found = generate_texts(model, prompts, settings, "seed", 0)
+    texts = generate_texts(model, prompts, settings, "seed", 0)
     assert model.training
     assert model.generation_config is own, "its own settings are neither used nor lost"
     assert torch.equal(torch.get_rng_state(), random)
@@ -95,22 +95,22 @@ def test_a_student_writes_what_sampling_without_its_cache_writes(temperature):
     def following(some):
         return torch.log_softmax(model(collate(some, 0).input_ids).logits[:, -1], -1)
 
-    assert found == sample_texts(following, prompts, settings, "seed", {0, 17})
+    assert texts == sample_texts(following, prompts, settings, "seed", {0, 17})
     if temperature:
-        assert len({tuple(tokens) for tokens in found}) == len(found)
-        assert found != generate_texts(model, prompts, settings, "other", 0)
+        assert len({tuple(tokens) for tokens in texts}) == len(texts)
+        assert texts != generate_texts(model, prompts, settings, "other", 0)
     alone = [generate_texts(model, [prompt], settings, "seed", 0)[0] for prompt in prompts]
-    assert found == alone
+    assert texts == alone
 
 
 def test_a_text_ends_with_the_id_that_stops_it():
     """Every other id is as likely as not: texts of unequal length, each through its first stop."""
     stops, prompts = {*range(0, 320, 4)}, make_prompts(rows(20), GENERATION)
-    found = sample_texts(lambda some: torch.zeros(len(some), 320), prompts, GENERATION, 0, stops)
-    for tokens in found:
+    texts = sample_texts(lambda some: torch.zeros(len(some), 320), prompts, GENERATION, 0, stops)
+    for tokens in texts:
         assert not stops & set(tokens[:-1])
         assert len(tokens) == 7 or tokens[-1] in stops
-    assert {len(tokens) for tokens in found} > {1, 7}
+    assert {len(tokens) for tokens in texts} > {1, 7}
     model = tiny_model()
     assert stop_ids(model) == {0}
     model.generation_config.eos_token_id = [3, 4]
@@ -122,8 +122,8 @@ def test_a_text_ends_with_the_id_that_stops_it():
 def test_a_method_writes_by_its_signal():
     """The default of every method, against the plain model's own cache."""
     model, prompts = lively(), make_prompts(rows(), GENERATION)
-    found = Plain(Frozen()).write(model, prompts, GENERATION, 0)
-    assert found == generate_texts(model, prompts, GENERATION, 0, 0)
+    texts = Plain(Frozen()).write(model, prompts, GENERATION, 0)
+    assert texts == generate_texts(model, prompts, GENERATION, 0, 0)
 
 
 def texts(folder, some, write, **how):
@@ -150,12 +150,12 @@ def test_texts_of_a_teacher_depend_neither_on_processes_nor_on_a_stop(tmp_path):
     assert all(row.tokens[:5] == old.tokens[:5] for row, old in zip(learned[:-1], some, strict=False))
     assert count_texts(one) == sum(row.predicted for row in learned)
     assert all(len(row.tokens) <= 14 for row in learned)
-    asked = []
+    groups = []
 
     def failing(group, settings):
-        if len(asked) == 2:
+        if len(groups) == 2:
             raise KeyboardInterrupt
-        asked.append(group)
+        groups.append(group)
         return write(group, settings)
 
     with pytest.raises(KeyboardInterrupt):
@@ -180,7 +180,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(tmp_path):
         write_texts(tmp_path, rows(), None, GENERATION, context=5, max_tokens=99, report=lambda share: None)
 
 
-def test_the_share_of_on_policy_steps_is_told_by_seed_and_step():
+def test_the_share_of_on_policy_steps_is_decided_by_seed_and_step():
     def generates(share, seed=0):
         return [OnPolicy(share, GENERATION, 14, seed, 0).generates(step) for step in range(1000)]
 

@@ -70,11 +70,11 @@ def test_a_family_has_its_own_logits_and_its_own_gradient(kind):
     labels, valid = some.labels[some.mask], some.mask
     logits = model(**some.inputs, use_cache=False).logits[:, :-1][valid]
     wanted = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    found = DistillationModule(model, Train(rows=1, loss=Loss()))(some, None)
-    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    loss = DistillationModule(model, Train(rows=1, loss=Loss()))(some, None)
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     parameters = dict(model.named_parameters())
     for mine, plain in zip(
-        torch.autograd.grad(found, list(parameters.values())),
+        torch.autograd.grad(loss, list(parameters.values())),
         torch.autograd.grad(wanted, list(parameters.values())),
         strict=True,
     ):
@@ -82,7 +82,7 @@ def test_a_family_has_its_own_logits_and_its_own_gradient(kind):
 
 
 @pytest.mark.parametrize("field", [*SCALES, *CAPS])
-def test_a_last_step_that_the_config_does_not_tell_is_refused(field):
+def test_a_last_step_that_the_config_does_not_describe_is_refused(field):
     """A model whose forward pass leaves out what its config names, as one of another kind would."""
     model = tiny_model()
     setattr(model.config, field, 0.5)
@@ -138,7 +138,7 @@ def test_a_watched_model_leaves_its_layers_whatever_calls_it():
 def test_bfloat16_products_are_made_and_left_in_float32():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (5, 9))
-    found = Head(weight)(hidden)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), hidden.double() @ weight.double().T, atol=1e-4, rtol=1e-5)
-    assert float((found - (hidden @ weight.T).float()).abs().max()) > 1e-3, "bf16 would have rounded"
+    logits = Head(weight)(hidden)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), hidden.double() @ weight.double().T, atol=1e-4, rtol=1e-5)
+    assert float((logits - (hidden @ weight.T).float()).abs().max()) > 1e-3, "bf16 would have rounded"

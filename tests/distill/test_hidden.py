@@ -64,18 +64,18 @@ def test_paired_layers_are_matched_at_the_valid_tokens(kind):
     teach = live(teacher, [1, 2])
     target = teach(batch)
     without = DistillationModule(student, Train(rows=4, loss=Loss(weight=0.5)))(batch, target)
-    found = DistillationModule(student, settings(kind), layer_widths(target, settings()))(batch, target)
+    loss = DistillationModule(student, settings(kind), layer_widths(target, settings()))(batch, target)
     states = [m(**batch.inputs, output_hidden_states=True).hidden_states for m in (student, teacher)]
     wanted = sum(
         reference(*(s[layer][:, :-1][batch.mask].detach() for s in states), kind) for layer in (1, 2)
     )
-    assert float((found - without).detach()) == pytest.approx(3 * float(wanted), rel=1e-4)
+    assert float((loss - without).detach()) == pytest.approx(3 * float(wanted), rel=1e-4)
 
 
 def test_a_projector_is_learned_saved_and_left_behind(tmp_path):
     teach = live(tiny_model(seed=1, hidden_size=32, num_attention_heads=2), [1, 2])
     config = settings(steps=6, checkpoint_every=2, optimizer=Optimizer(lr=0.01))
-    found = []
+    results = []
     for stop_at in (None, 5):
         model = tiny_model()
 
@@ -89,11 +89,11 @@ def test_a_projector_is_learned_saved_and_left_behind(tmp_path):
         except Stopped:
             model = tiny_model(seed=9)
             curve = train(model, rows(), config, **how)
-        found.append((curve, model.state_dict()))
-    assert found[0][0] == found[1][0], "a stopped run goes on with the projectors that it had"
-    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
-    assert list(found[0][1]) == list(tiny_model().state_dict()), "no projector in the student"
-    assert found[0][0][-1][1] < found[0][0][0][1]
+        results.append((curve, model.state_dict()))
+    assert results[0][0] == results[1][0], "a stopped run goes on with the projectors that it had"
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+    assert list(results[0][1]) == list(tiny_model().state_dict()), "no projector in the student"
+    assert results[0][0][-1][1] < results[0][0][0][1]
 
 
 def test_projectors_stand_where_widths_differ_alone():
@@ -150,7 +150,7 @@ def test_a_compiled_student_learns_the_same(monkeypatch):
     loss, slope = gradient(DistillationModule(tiny_model(), Train(rows=4)), batch, target)
     module = DistillationModule(tiny_model(), Train(rows=4, compile=True))
     for _ in range(2):
-        found, mine = gradient(module, batch, target)
-        assert found == pytest.approx(loss, rel=1e-6)
+        value, mine = gradient(module, batch, target)
+        assert value == pytest.approx(loss, rel=1e-6)
         torch.testing.assert_close(mine, slope)
     assert module.model(**batch.inputs).logits.shape[-1] == 320, "its own forward pass is as it was"

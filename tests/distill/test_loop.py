@@ -40,24 +40,24 @@ def row_teacher(batch):
 
 def row_log_probs(batch):
     """[B, T, V] log-probabilities that the tokens of a row decide."""
-    found = torch.zeros(*batch.input_ids.shape, 320)
+    logits = torch.zeros(*batch.input_ids.shape, 320)
     for i, (ids, mask) in enumerate(zip(batch.input_ids, batch.attention_mask, strict=True)):
         generator = torch.Generator().manual_seed(int(ids[mask.bool()].sum()))
-        found[i, : int(mask.sum())] = torch.randn(int(mask.sum()), 320, generator=generator)
-    return torch.log_softmax(found, -1)
+        logits[i, : int(mask.sum())] = torch.randn(int(mask.sum()), 320, generator=generator)
+    return torch.log_softmax(logits, -1)
 
 
 @pytest.mark.parametrize("teacher", [None, row_teacher])
 def test_accumulation_changes_neither_loss_nor_gradient(teacher):
-    found = []
+    results = []
     for accumulate in (1, 8):
         model = tiny_model()
         config = Train(rows=8, accumulate=accumulate)
         loss = step_loss(DistillationModule(model, config), rows(8), teacher, config, accelerator(), 0)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-        found.append((loss, float(norm)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+        results.append((loss, float(norm)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
 
 
 SCRIPT = """
@@ -69,15 +69,15 @@ from eval.core.sections import Train
 from tests.distill.test_loop import row_teacher, rows
 from tests.helpers import tiny_model
 
-acc, found = accelerator(), []
+acc, results = accelerator(), []
 for accumulate in (1, 4):
     config = Train(rows=8, accumulate=accumulate)
     model = acc.prepare(DistillationModule(tiny_model(), config))
     loss = step_loss(model, rows(8), row_teacher, config, acc, 0)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-    found.append([acc.num_processes, loss, float(norm)])
+    results.append([acc.num_processes, loss, float(norm)])
 if acc.is_main_process:
-    print("FOUND", json.dumps(found))
+    print("RESULTS", json.dumps(results))
 """
 
 
@@ -85,18 +85,18 @@ def test_processes_change_neither_loss_nor_gradient(tmp_path):
     """Two gloo processes, whose shares of the step have different numbers of tokens, against one."""
     script = tmp_path / "step.py"
     script.write_text(SCRIPT)
-    found = []
+    results = []
     for processes in ("1", "2"):
         done = run(
             "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script, str(ROOT)
         )
         assert done.returncode == 0, done.stderr
-        line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
-        found += json.loads(line.removeprefix("FOUND"))
-    assert [processes for processes, _, _ in found] == [1, 1, 2, 2]
-    for _, loss, norm in found[1:]:
-        assert loss == pytest.approx(found[0][1], rel=1e-6)
-        assert norm == pytest.approx(found[0][2], rel=1e-5)
+        line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))
+        results += json.loads(line.removeprefix("RESULTS"))
+    assert [processes for processes, _, _ in results] == [1, 1, 2, 2]
+    for _, loss, norm in results[1:]:
+        assert loss == pytest.approx(results[0][1], rel=1e-6)
+        assert norm == pytest.approx(results[0][2], rel=1e-5)
 
 
 class Table(torch.nn.Module):

@@ -94,9 +94,9 @@ def test_gradient_is_the_slope_of_the_float64_sum(name, temperature):
 def test_identical_models_cost_nothing_and_pull_nowhere(name):
     student, _ = pair()
     same, leaf = torch.log_softmax(student, -1), student.clone().requires_grad_()
-    found = divergence(leaf, same, case(name)[0])
-    found.backward()
-    assert float(found.detach()) == pytest.approx(0.0, abs=1e-5)
+    value = divergence(leaf, same, case(name)[0])
+    value.backward()
+    assert float(value.detach()) == pytest.approx(0.0, abs=1e-5)
     if name != "total_variation":  # which has a kink there
         assert float(leaf.grad.abs().max()) < 1e-5
 
@@ -105,8 +105,8 @@ def test_identical_models_cost_nothing_and_pull_nowhere(name):
 def test_half_precision_logits_are_widened_first(name):
     student, teacher = pair()
     narrow, labels, config = student.bfloat16(), torch.arange(TOKENS), case(name)[0]
-    found = distillation_loss(narrow, labels, teacher, config)
-    assert float(found) == float(distillation_loss(narrow.float(), labels, teacher, config))
+    value = distillation_loss(narrow, labels, teacher, config)
+    assert float(value) == float(distillation_loss(narrow.float(), labels, teacher, config))
 
 
 def test_jsd_is_symmetric_and_bounded_at_one_half():
@@ -122,8 +122,8 @@ def test_jsd_is_symmetric_and_bounded_at_one_half():
 def test_jsd_tends_to_forward_kl_as_beta_vanishes():
     student, teacher = pair()
     beta = 1e-4
-    found = divergence(student, teacher, Loss(divergence="jsd", beta=beta)) / beta
-    assert float(found) == pytest.approx(float(divergence(student, teacher, Loss())), rel=2e-2)
+    value = divergence(student, teacher, Loss(divergence="jsd", beta=beta)) / beta
+    assert float(value) == pytest.approx(float(divergence(student, teacher, Loss())), rel=2e-2)
 
 
 def test_skew_divergences_without_skew_are_the_plain_ones():
@@ -152,8 +152,8 @@ def top_k(teacher, k):
 
 def coarse(p, ids):
     """Distributions [n, V] over k ids and one bucket for the rest."""
-    kept = np.take_along_axis(p, ids.numpy(), 1)
-    return np.concatenate([kept, 1 - kept.sum(1, keepdims=True)], 1)
+    selected = np.take_along_axis(p, ids.numpy(), 1)
+    return np.concatenate([selected, 1 - selected.sum(1, keepdims=True)], 1)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "skew_forward_kl"])
@@ -162,10 +162,10 @@ def test_top_k_has_its_tail_in_one_bucket(name):
     (student, teacher), (config, reference) = pair(), case(name)
     target = top_k(teacher, 4)
     wanted = reference(coarse(softmax(teacher), target.ids), coarse(softmax(student), target.ids))
-    found = float(divergence(student, target, config))
-    assert found == pytest.approx(wanted, rel=1e-4)
+    value = float(divergence(student, target, config))
+    assert value == pytest.approx(wanted, rel=1e-4)
     whole = float(divergence(student, teacher, config))
-    assert found < whole
+    assert value < whole
     assert float(divergence(student, top_k(teacher, VOCAB - 1), config)) == pytest.approx(whole, rel=1e-4)
 
 
@@ -194,7 +194,7 @@ def test_sampled_is_forward_kl_when_the_counts_are_the_probabilities():
 
 
 @pytest.mark.parametrize(
-    ("form", "config", "told"),
+    ("form", "config", "message"),
     [
         ("top_k", {"divergence": "reverse_kl"}, "reverse_kl with top-k targets: unstable"),
         ("top_k", {"divergence": "skew_reverse_kl"}, "skew_reverse_kl with top-k targets"),
@@ -204,10 +204,10 @@ def test_sampled_is_forward_kl_when_the_counts_are_the_probabilities():
         ("sampled", {"temperature": 2.0}, r"2\.0, but the targets were sampled at 1\.0"),
     ],
 )
-def test_what_a_form_cannot_give_is_refused(form, config, told):
+def test_what_a_form_cannot_give_is_refused(form, config, message):
     _, teacher = pair()
     ids = torch.zeros(TOKENS, 1, dtype=torch.int64)
     sampled = Sampled(ids, torch.ones(TOKENS, 1), torch.zeros(TOKENS), 1.0)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         check_target({"top_k": top_k(teacher, 4), "sampled": sampled}[form], Loss(**config))
     check_target(Dense(teacher), Loss(**config))

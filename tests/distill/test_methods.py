@@ -139,13 +139,13 @@ def test_ensemble_averages_probabilities(context, rows):
         load_model(context.bases[0]),
     )
     with torch.no_grad(), method.attached(teacher, context):
-        found = answer(method, teacher, batch)
+        output = answer(method, teacher, batch)
         members = [
             load_model(context.bases[s])(batch.input_ids, attention_mask=batch.attention_mask) for s in (0, 1)
         ]
     wanted = torch.stack([m.logits.double().softmax(-1) for m in members]).mean(0).log()
     valid = batch.attention_mask.bool()
-    torch.testing.assert_close(found[valid].double(), wanted[valid], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output[valid].double(), wanted[valid], atol=1e-5, rtol=1e-5)
 
 
 def test_seeds_share_an_ensemble_of_all_of_them():
@@ -220,7 +220,7 @@ def test_the_identity_is_that_of_all_its_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("returned", "told"),
+    ("returned", "message"),
     [
         (None, "output returned NoneType"),
         (TeacherOutput(torch.zeros(1, 2)), r"log_probs of shape \(1, 2\)"),
@@ -229,17 +229,17 @@ def test_the_identity_is_that_of_all_its_code(tmp_path, monkeypatch):
         (TeacherOutput(torch.zeros(1, 4, 320, dtype=torch.int64)), "type torch.int64"),
     ],
 )
-def test_a_method_that_returns_something_else_is_refused(returned, told, rows):
+def test_a_method_that_returns_something_else_is_refused(returned, message, rows):
     batch = collate([rows[0]], 0)
     batch = type(batch)(
         batch.ids, batch.documents, batch.domains, batch.input_ids[:, :4], batch.attention_mask[:, :4]
     )
-    with pytest.raises(UserError, match=f"method 'mine': .*{told}"):
+    with pytest.raises(UserError, match=f"method 'mine': .*{message}"):
         check_output(returned, batch, 320, "mine")
 
 
 @pytest.mark.parametrize(
-    ("hidden", "heads", "told"),
+    ("hidden", "heads", "message"),
     [
         (torch.zeros(1, 4, 8), [], "neither log_probs nor hidden states with one head each"),
         (
@@ -251,10 +251,10 @@ def test_a_method_that_returns_something_else_is_refused(returned, told, rows):
         (torch.full((1, 4, 8), float("nan")), [Head(torch.zeros(320, 8))], "hidden states with NaN"),
     ],
 )
-def test_hidden_states_are_checked_as_well(hidden, heads, told, rows):
+def test_hidden_states_are_checked_as_well(hidden, heads, message, rows):
     row = rows[0]
     batch = collate([type(row)(row.document, row.domain, 0, row.tokens[:4])], 0)
-    with pytest.raises(UserError, match=f"method 'mine': .*{told}"):
+    with pytest.raises(UserError, match=f"method 'mine': .*{message}"):
         check_output(TeacherOutput(hidden=[hidden], heads=heads), batch, 320, "mine")
 
 

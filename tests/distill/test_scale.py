@@ -31,7 +31,7 @@ def test_one_cpu_process_of_several_is_refused_with_the_command_that_starts_all(
     assert not any(tmp_path.iterdir())
 
 
-def test_what_shards_cannot_do_is_told(monkeypatch):
+def test_what_shards_cannot_do_is_refused(monkeypatch):
     acc = Accelerator(cpu=True)
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(
@@ -52,14 +52,14 @@ def of_model(teacher):
 
 def trained(model, teacher, scratch, **how):
     """The run that both sides make, and what it logs."""
-    told = {}
+    logged = {}
 
     def log(step, values):
-        told.setdefault(step, {}).update({k: v for k, v in values.items() if k != "tokens_per_second"})
+        logged.setdefault(step, {}).update({k: v for k, v in values.items() if k != "tokens_per_second"})
 
     where = {"pad": 0, "seed": 0, "scratch": scratch, "log": log if accelerator().is_main_process else None}
     curve = train(model, rows(8), CONFIG, teacher=of_model(teacher), evaluate=evaluate, **where, **how)
-    return told, curve
+    return logged, curve
 
 
 @torch.no_grad()
@@ -104,11 +104,11 @@ try:
 except KeyboardInterrupt:
     pass
 assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_model().parameters()))
-told, curve = trained(model, teacher, scratch)
+logged, curve = trained(model, teacher, scratch)
 if acc.is_main_process:
     assert not any(isinstance(p, DTensor) for p in model.parameters())
     model.save_pretrained(Path(sys.argv[2]) / "out")
-    print("FOUND", json.dumps([acc.num_processes, acc.distributed_type, split, told, curve]))
+    print("RESULTS", json.dumps([acc.num_processes, acc.distributed_type, split, logged, curve]))
 """
 
 
@@ -121,12 +121,12 @@ def test_shards_train_the_model_that_one_process_trains(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = run(*torchrun, script, ROOT, tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
-    processes, kind, split, told, curve = json.loads(line.removeprefix("FOUND"))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))
+    processes, kind, split, logged, curve = json.loads(line.removeprefix("RESULTS"))
     assert (processes, kind) == (2, "FSDP")
     assert split == 3 * 9, "every weight of the teacher's layers"
-    assert {int(step) for step in told} == {3, 4, 5}, "it went on from the checkpoint of step 2"
-    for step, values in told.items():
+    assert {int(step) for step in logged} == {3, 4, 5}, "it went on from the checkpoint of step 2"
+    for step, values in logged.items():
         assert values == pytest.approx(expected[int(step)], rel=1e-4)
     assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in whole], rel=1e-4)
     two = type(one).from_pretrained(tmp_path / "two" / "out")

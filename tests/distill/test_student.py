@@ -58,7 +58,7 @@ def test_influence_is_one_minus_the_cosine_of_what_goes_in_and_comes_out():
     with torch.no_grad():
         model.model.embed_tokens.weight[0] = 1.0  # the padding's row is zero, and a zero has no direction
     rows = [*ROWS[:2], Row("d", "x", 9, ROWS[2].tokens[:5])]
-    found = block_influence(model, list(batches(rows, 0, 40)))
+    influence = block_influence(model, list(batches(rows, 0, 40)))
     cosines = []
     for row in rows:  # alone: no padding
         seen = []
@@ -74,7 +74,7 @@ def test_influence_is_one_minus_the_cosine_of_what_goes_in_and_comes_out():
             for a, b in seen
         ]
         cosines.append(torch.stack(norms))
-    torch.testing.assert_close(found, 1 - torch.cat(cosines, 1).mean(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(influence, 1 - torch.cat(cosines, 1).mean(1), rtol=1e-4, atol=1e-6)
 
 
 def test_the_layers_of_least_influence_are_left_out(tokenizer):
@@ -86,8 +86,8 @@ def test_the_layers_of_least_influence_are_left_out(tokenizer):
             layer.mlp.down_proj.weight.zero_()
     assert most_influential(model, [BATCH], 3) == [0, 2, 4]
     before = logits(model)
-    student, found = init_student(model, tokenizer, Student(start="influential", layers=3), ROWS, seed=0)
-    assert found == {"kept_layers": [0, 2, 4]}
+    student, facts = init_student(model, tokenizer, Student(start="influential", layers=3), ROWS, seed=0)
+    assert facts == {"kept_layers": [0, 2, 4]}
     assert student.config.num_hidden_layers == 3
     torch.testing.assert_close(logits(student), before)
     with pytest.raises(UserError, match=r"student\.layers: 4; the base has 3 layers"):
@@ -136,13 +136,13 @@ def test_an_architecture_may_use_the_names_of_its_family_and_the_common_ones():
 
 
 def test_what_does_not_go_together_is_refused():
-    for settings, told in (
+    for settings, message in (
         ({"start": "every"}, "`layers` says"),
         ({"layers": 2}, "`layers` says"),
         ({"start": "fresh"}, "`architecture` is given"),
         ({"start": "fresh", "architecture": SHAPE, "tuning": "lora"}, "nothing yet to adapt"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             Student(**settings)
     with pytest.raises(UserError, match=r"student\.tuning: qlora needs CUDA, the device is cpu; use lora"):
         add_adapters(tiny_model(), Student(tuning="qlora"), 0, **CPU)
@@ -256,31 +256,34 @@ def study(tmp_path_factory):
 def test_bits_per_byte_of_training_are_those_of_scoring(study, tokenizer):
     data, context = study.folder / "data", study.data.context
     model = tiny_model(len(tokenizer))
-    found = Validation(data, tokenizer, context, 0)(DistillationModule(model, Train(rows=4)))
+    measured = Validation(data, tokenizer, context, 0)(DistillationModule(model, Train(rows=4)))
     scored = score_documents(lambda batch: model(**batch.inputs).logits, data, tokenizer, context)
-    kept = [i for i, name in enumerate(scored.slice) if name == "validation"]
-    expected = sum(scored.bits[i] for i in kept) / sum(scored.bytes[i] for i in kept)
-    assert found == pytest.approx(expected, rel=1e-5)
+    selected = [i for i, name in enumerate(scored.slice) if name == "validation"]
+    expected = sum(scored.bits[i] for i in selected) / sum(scored.bytes[i] for i in selected)
+    assert measured == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_and_logs_leave_the_run_as_it_is(study, tokenizer, tmp_path):
     """Bit for bit, with dropout; what is logged is what was measured."""
-    asked, told = Validation(study.folder / "data", tokenizer, study.data.context, 0), []
+    validation, logged = Validation(study.folder / "data", tokenizer, study.data.context, 0), []
     finals = []
-    for evaluate, log, steps in ((None, None, None), (asked, lambda step, v: told.append((step, v)), 2)):
+    for evaluate, log, steps in (
+        (None, None, None),
+        (validation, lambda step, v: logged.append((step, v)), 2),
+    ):
         adapted, run = lora(tiny_model(len(tokenizer)), tmp_path / str(steps), evaluate_every=steps)
         curve = run(evaluate=evaluate, log=log)
         finals.append([p.clone() for p in adapted.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
-    measured = {step: values for step, values in told if "loss" in values}
+    measured = {step: values for step, values in logged if "loss" in values}
     assert [(step, values["loss"]) for step, values in measured.items()] == curve
     assert all(v["tokens_per_second"] > 0 and v["gradient_norm"] > 0 for v in measured.values())
     assert measured[1]["learning_rate"] == pytest.approx(0.01)
-    bits = {step: v["validation_bits_per_byte"] for step, v in told if "validation_bits_per_byte" in v}
+    bits = {step: v["validation_bits_per_byte"] for step, v in logged if "validation_bits_per_byte" in v}
     assert set(bits) == {2, 4}
 
 
-def test_a_card_tells_programs_what_a_student_was_made_of(study):
+def test_a_card_states_for_programs_what_a_student_was_made_of(study):
     parents = {"base": "a" * 64, "data": "b" * 64, "teacher": "c" * 64}
     text = model_card(study, "S1", 0, parents)
     front = yaml.safe_load(text.split("---\n")[1])

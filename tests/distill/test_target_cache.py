@@ -56,32 +56,32 @@ def cache(folder, codec, some, teacher, **how):
 @pytest.mark.parametrize("name", FORMS)
 def test_kept_targets_are_the_teachers_in_any_order_and_batch(tmp_path, name):
     some, teacher, codec = rows(), teacher_of(), codec_of(name)
-    kept = CachedTeacher(cache(tmp_path, codec, some, teacher), some, codec, LINEAGE)
+    cached = CachedTeacher(cache(tmp_path, codec, some, teacher), some, codec, LINEAGE)
     drawn = {}
     for chosen in ([row] for row in some):
-        drawn[chosen[0].id] = kept(collate(chosen, 0))
+        drawn[chosen[0].id] = cached(collate(chosen, 0))
     for chosen in (some[:3], some[:2:-1]):
         batch = collate(chosen, 0)
-        found, wanted = kept(batch), teacher(batch).log_probs
+        target, wanted = cached(batch), teacher(batch).log_probs
         single = [drawn[row.id] for row in chosen]
-        if isinstance(found, Dense):
+        if isinstance(target, Dense):
             # fp16 carries 11 bits, and log-probabilities here reach -20: half a unit in the last place.
-            torch.testing.assert_close(found.log_probs.float(), wanted, atol=2**-7, rtol=0)
-            assert torch.equal(found.log_probs, torch.cat([s.log_probs for s in single]))
-        elif isinstance(found, Sampled):
-            assert (found.counts.sum(1) == 50).all()
-            whole = torch.zeros_like(wanted).scatter_add(1, found.ids, found.counts)
+            torch.testing.assert_close(target.log_probs.float(), wanted, atol=2**-7, rtol=0)
+            assert torch.equal(target.log_probs, torch.cat([s.log_probs for s in single]))
+        elif isinstance(target, Sampled):
+            assert (target.counts.sum(1) == 50).all()
+            whole = torch.zeros_like(wanted).scatter_add(1, target.ids, target.counts)
             alone = [torch.zeros(len(s.ids), 320).scatter_add(1, s.ids, s.counts) for s in single]
             assert torch.equal(whole, torch.cat(alone))
             assert float(wanted.exp()[whole > 0].min()) > 0
             torch.testing.assert_close(
-                found.entropy, torch.special.entr(wanted.exp()).sum(1), atol=2**-9, rtol=0
+                target.entropy, torch.special.entr(wanted.exp()).sum(1), atol=2**-9, rtol=0
             )
         else:
             values, ids = wanted.topk(16, dim=1)
-            assert torch.equal(found.ids, ids)
-            assert bool((found.log_probs <= values).all()), "rounded down: the tail is not negative"
-            torch.testing.assert_close(found.log_probs, values, atol=2**-7, rtol=0)
+            assert torch.equal(target.ids, ids)
+            assert bool((target.log_probs <= values).all()), "rounded down: the tail is not negative"
+            torch.testing.assert_close(target.log_probs, values, atol=2**-7, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["dense", "sampled"])
@@ -91,22 +91,22 @@ def test_the_mean_gradient_over_many_draws_tends_to_the_full_one(tmp_path, name)
     logs = torch.log_softmax(2 * torch.randn(60, generator=torch.Generator().manual_seed(2)), -1)
     codec, tokens, loss = codec_of(name, 60, temperature=2.0), 5000, Loss(weight=1.0, temperature=2.0)
     folder = cache(tmp_path, codec, some, lambda batch: Dense(logs.expand(int(batch.mask.sum()), -1)))
-    kept = CachedTeacher(folder, some, codec, LINEAGE)(collate(some, 0))
+    cached = CachedTeacher(folder, some, codec, LINEAGE)(collate(some, 0))
 
     def gradient(target):
         logits = torch.linspace(-1, 1, 60).requires_grad_()
         labels = torch.zeros(tokens, dtype=torch.int64)
-        told = slice_target(target, 0, tokens)
-        value = distillation_loss(logits.expand(tokens, -1), labels, told, loss) / tokens
+        part = slice_target(target, 0, tokens)
+        value = distillation_loss(logits.expand(tokens, -1), labels, part, loss) / tokens
         value.backward()
         return logits.grad.double(), float(value.detach())
 
     wanted, value = gradient(Dense(logs.expand(tokens, -1)))
-    found, near = gradient(kept)
+    mean, near = gradient(cached)
     p = torch.softmax(logs.double() / 2, -1)
     error = 2 * (p * (1 - p) / (tokens * 50)).sqrt()  # T^2 / T; the largest, that of independent draws
     assert float(error.max()) < 0.02 * float(wanted.abs().max()), "two percent of bias would be seen"
-    assert float(((found - wanted) / error).abs().max()) < 4
+    assert float(((mean - wanted) / error).abs().max()) < 4
     assert near == pytest.approx(value, abs=2e-3)
 
 
@@ -139,12 +139,12 @@ def test_shards_depend_neither_on_processes_nor_on_a_stop(tmp_path, monkeypatch,
         write_shards(tmp_path / "two" / "parts", some, teacher, codec, **how)
     assert shard_bytes(tmp_path / "two" / "parts") == one
 
-    asked = []
+    calls = []
 
     def failing(batch):
-        if len(asked) == 5:
+        if len(calls) == 5:
             raise KeyboardInterrupt
-        asked.append(batch.ids)
+        calls.append(batch.ids)
         return teacher(batch)
 
     with pytest.raises(KeyboardInterrupt):
@@ -153,13 +153,13 @@ def test_shards_depend_neither_on_processes_nor_on_a_stop(tmp_path, monkeypatch,
     assert left
     assert len(left) < len(one)
     times = [path.stat().st_mtime_ns for path in left]
-    asked.clear()
+    calls.clear()
     assert (
-        shard_bytes(cache(tmp_path / "stopped", codec, some, lambda b: asked.append(b.ids) or teacher(b)))
+        shard_bytes(cache(tmp_path / "stopped", codec, some, lambda b: calls.append(b.ids) or teacher(b)))
         == one
     )
     assert [path.stat().st_mtime_ns for path in left] == times
-    assert len(asked) < len(list(batches(some, 0, 24))), "what was done is not done again"
+    assert len(calls) < len(list(batches(some, 0, 24))), "what was done is not done again"
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -179,13 +179,13 @@ def test_foreign_targets_are_refused(tmp_path, name):
 def test_another_form_temperature_or_number_of_draws_is_refused(tmp_path):
     some, codec = rows(), codec_of("sampled")
     folder = cache(tmp_path, codec, some, teacher_of())
-    for other, told in (
+    for other, message in (
         (codec_of("sampled", temperature=2.0), "temperature 1.0, this study has 2.0"),
         (codec_of("sampled", draws=20), "draws 50, this study has 20"),
         (codec_of("top_k"), "form sampled, this study has top_k"),
         (codec_of("sampled", vocabulary=319), "vocabulary 320, this study has 319"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             CachedTeacher(folder, some, other, LINEAGE)
 
 
@@ -212,7 +212,7 @@ def test_more_ids_than_the_vocabulary_has_are_refused():
         codec_of("top_k", vocabulary=16)
 
 
-def test_a_disk_without_room_is_told_before_the_teacher_runs(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_teacher_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "distill.teachers.cache.shutil.disk_usage", lambda path: type("D", (), {"free": 1000})
     )
@@ -223,6 +223,6 @@ def test_a_disk_without_room_is_told_before_the_teacher_runs(tmp_path, monkeypat
 def test_top_k_reads_back_as_ids_of_any_size(tmp_path):
     some, codec = rows(3), codec_of("top_k", vocabulary=70_000)
     folder = cache(tmp_path, codec, some, teacher_of(70_000))
-    found = CachedTeacher(folder, some, codec, LINEAGE)(collate(some, 0))
-    assert isinstance(found, TopK)
-    assert np.array_equal(found.ids, teacher_of(70_000)(collate(some, 0)).log_probs.topk(16, dim=1).indices)
+    target = CachedTeacher(folder, some, codec, LINEAGE)(collate(some, 0))
+    assert isinstance(target, TopK)
+    assert np.array_equal(target.ids, teacher_of(70_000)(collate(some, 0)).log_probs.topk(16, dim=1).indices)

@@ -86,9 +86,9 @@ from tests.distill.test_generate import GENERATION, lively, rows
 from distill.trainer.rollout import OnPolicy
 
 acc = accelerator()
-found = OnPolicy(1.0, GENERATION, 14, 0, 0)(acc, lively(), 3, rows())
+on_policy = OnPolicy(1.0, GENERATION, 14, 0, 0)(acc, lively(), 3, rows())
 with open(f"{place}/{acc.process_index}.json", "w") as out:
-    json.dump([acc.num_processes, [[row.id, row.tokens, row.given] for row in found]], out)
+    json.dump([acc.num_processes, [[row.id, row.tokens, row.given] for row in on_policy]], out)
 sys.argv = ["train.py", *words, "--until", "teachers"]
 runpy.run_path(f"{root}/distill/train.py", run_name="__main__")
 """
@@ -111,9 +111,9 @@ def test_two_processes_write_and_keep_what_one_does(cached, tmp_path):
     assert "teachers: 2 processes on cpu" in done.stderr
     two = load_study(path, [*SAMPLED, "--runs", str(tmp_path)])
     assert shard_bytes(two) == shard_bytes(study)
-    told = done.stdout.splitlines()
-    assert told[0].startswith("T1 of seeds 0, 1: sampled, ")
-    for name, line in zip(FOLDERS, told, strict=True):
+    printed = done.stdout.splitlines()
+    assert printed[0].startswith("T1 of seeds 0, 1: sampled, ")
+    for name, line in zip(FOLDERS, printed, strict=True):
         manifests = [read_manifest(s.folder / "targets" / name) for s in (study, two)]
         assert manifests[0].hash == manifests[1].hash
         facts = manifests[1].facts
@@ -128,11 +128,11 @@ def online(study, **changes):
 
 
 def test_a_teacher_that_runs_has_no_gradient_no_optimizer_and_keeps_its_weights(cached, monkeypatch):
-    study, made, trained = online(cached[0]), [], []
+    study, loaded, trained = online(cached[0]), [], []
 
     def loading(*args, **how):
-        made.append(load_teacher_model(*args, **how))
-        return made[-1]
+        loaded.append(load_teacher_model(*args, **how))
+        return loaded[-1]
 
     def watching(model, *rest):
         trained.extend(build_optimizers(model, *rest))
@@ -141,10 +141,10 @@ def test_a_teacher_that_runs_has_no_gradient_no_optimizer_and_keeps_its_weights(
     monkeypatch.setattr(teachers, "load_teacher_model", loading)
     monkeypatch.setattr("distill.trainer.loop.build_optimizers", watching)
     make_student(study, "S1", 0, quiet)
-    assert len(made) == 2, "the members of the ensemble"
+    assert len(loaded) == 2, "the members of the ensemble"
     taught = {id(p) for optimizer in trained for group in optimizer.param_groups for p in group["params"]}
     assert taught
-    for seed, model in zip((0, 1), made, strict=True):
+    for seed, model in zip((0, 1), loaded, strict=True):
         assert not model.training
         assert not any(p.requires_grad or p.grad is not None or id(p) in taught for p in model.parameters())
         saved = load_teacher_model(
@@ -202,9 +202,9 @@ def test_what_a_teacher_writes_is_learned(cached):
     for side, arm in (("T1", "S1"), ("T0", "S0")):
         bases, seeds = teacher_group(study, side, 0)
         make_teacher(study, side, seeds, bases, quiet)
-        with open_target_source(study, arm, 0, tokenizer) as told:
-            assert told.teacher is None
-            learned[side] = told.rows
+        with open_target_source(study, arm, 0, tokenizer) as source:
+            assert source.teacher is None
+            learned[side] = source.rows
     rows = training_rows(study, tokenizer)
     for side in ("T1", "T0"):
         for row, new in zip(rows, learned[side], strict=True):
@@ -216,7 +216,7 @@ def test_what_a_teacher_writes_is_learned(cached):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ({"targets": {"source": "on_policy"}}, r"train\.loss\.weight: 0\.9, but with on_policy"),
         (
@@ -228,13 +228,13 @@ def test_what_a_teacher_writes_is_learned(cached):
         ({"train.loss": {"hidden": {"pairs": [[1, 1]]}}}, "cached targets contain no hidden states"),
     ],
 )
-def test_what_does_not_go_together_is_told_before_anything_is_made(tmp_path, words, told):
+def test_settings_that_contradict_are_refused_before_anything_is_built(tmp_path, words, message):
     overrides = [
         part
         for name, value in words.items()
         for part in (f"--{name}", yaml.safe_dump(value, default_flow_style=True))
     ]
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         check_target_source(load_study(tiny_study(tmp_path), overrides))
 
 

@@ -110,13 +110,15 @@ def test_students_of_every_kind_load_and_generate_where_this_project_is_absent(t
     for kind, student in KINDS.items():
         changed = load_study(path, ["--runs", str(tmp_path / "runs"), f"--student={json.dumps(student)}"])
         make_student(changed, "S1", 0, lambda share, tokens=0: None)
-        made = changed.folder / "students" / "S1" / "s0"
-        verify_artifact(made)
-        assert read_manifest(made).parents == read_manifest(folders[0]).parents, "base, data and teacher stay"
-        assert read_manifest(made).facts.get("kept_layers") in (None, [0], [1])
-        assert (made / "generation_config.json").is_file()
+        folder = changed.folder / "students" / "S1" / "s0"
+        verify_artifact(folder)
+        assert read_manifest(folder).parents == read_manifest(folders[0]).parents, (
+            "base, data and teacher stay"
+        )
+        assert read_manifest(folder).facts.get("kept_layers") in (None, [0], [1])
+        assert (folder / "generation_config.json").is_file()
         folders.append(tmp_path / kind)
-        made.rename(folders[-1])
+        folder.rename(folders[-1])
     done = subprocess.run(
         [sys.executable, "-I", "-c", ALONE, *map(str, folders)],
         cwd=tmp_path,
@@ -125,9 +127,9 @@ def test_students_of_every_kind_load_and_generate_where_this_project_is_absent(t
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = [line.split()[:2] for line in done.stdout.splitlines() if "ForCausalLM" in line]
+    listed = [line.split()[:2] for line in done.stdout.splitlines() if "ForCausalLM" in line]
     llama = "LlamaForCausalLM"
-    assert found == [[llama, "2"], [llama, "2"], [llama, "1"], [llama, "1"], ["Qwen3ForCausalLM", "1"]]
+    assert listed == [[llama, "2"], [llama, "2"], [llama, "1"], [llama, "1"], ["Qwen3ForCausalLM", "1"]]
 
 
 def test_curves_of_every_run_are_logged_with_bits_per_byte_where_asked(trained, tmp_path):
@@ -214,7 +216,7 @@ def one_line(done):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--trian.steps", "5"], "unknown key trian: 'trian'; did you mean 'train'?"),
         (["--train.stepz", "5"], "unknown key train.stepz: 'stepz'; did you mean 'steps'?"),
@@ -234,16 +236,16 @@ def one_line(done):
         (["--train.optimizer.lr", "1e30"], "loss at step"),
     ],
 )
-def test_bad_input_ends_in_one_line(tmp_path, words, told):
+def test_bad_input_ends_in_one_line(tmp_path, words, message):
     path = tiny_study(tmp_path)
     done = run("distill/train.py", "--config", path, *words)
-    assert told in one_line(done)
+    assert message in one_line(done)
     runs = tmp_path / "runs"
     assert not list(runs.rglob("*.tmp"))
     assert not list(runs.rglob("students/*/s*"))
 
 
-def test_a_base_without_weights_or_with_foreign_ones_is_told(tmp_path):
+def test_a_base_without_weights_or_with_foreign_ones_is_refused(tmp_path):
     folder, tokenizer = tmp_path / "my-base", tiny_tokenizer()
     tiny_model(len(tokenizer) - 20).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -258,15 +260,15 @@ def test_a_base_without_weights_or_with_foreign_ones_is_told(tmp_path):
     assert "no such file" in one_line(run("distill/train.py", "--config", tmp_path / "absent.yaml"))
 
 
-def test_a_damaged_student_is_told_not_used(trained, tmp_path):
+def test_a_damaged_student_is_reported_and_not_used(trained, tmp_path):
     study, path, _ = trained
     shutil.copytree(study.folder, tmp_path / "runs" / "tiny")
     weights = tmp_path / "runs" / "tiny" / "students" / "S1" / "s0" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(content)
-    told = one_line(run("distill/train.py", "--config", path, "--runs", tmp_path / "runs"))
-    assert "model.safetensors has sha256" in told
+    message = one_line(run("distill/train.py", "--config", path, "--runs", tmp_path / "runs"))
+    assert "model.safetensors has sha256" in message
 
 
 def printed(document, language):

@@ -1,4 +1,4 @@
-"""Fixtures that are too dear to make twice."""
+"""Fixtures that take too long to build twice."""
 
 import warnings
 
@@ -60,5 +60,5 @@ def release(released_run):
     given = ["--study", released_run.path, "--variant", "small", "--owner", "Team A", "--out", out]
     done = command("-m", "eval.release", *given, "--public", released_run.folder / "key.pub")
     assert done.returncode == 0, done.stderr
-    (released_run.folder / "said").write_text(done.stdout)
+    (released_run.folder / "output").write_text(done.stdout)
     return out

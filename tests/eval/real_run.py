@@ -31,8 +31,8 @@ def documents(split: str) -> list[Document]:
     """Two thirds code, one third prose; on the slice far the other way round."""
     start, words = {"train": 0, "validation": 100, "far": 200}[split], 30
     domains = [("prose", "code")[(i % 3 == 0) == (split == "far")] for i in range(SIZES[split])]
-    made = [(d, text(d, start + i, words=words + 10 * (i % 4))) for i, d in enumerate(domains)]
-    return [Document(f"{split}{i}", domain, said) for i, (domain, said) in enumerate(made)]
+    texts = [(d, text(d, start + i, words=words + 10 * (i % 4))) for i, d in enumerate(domains)]
+    return [Document(f"{split}{i}", domain, content) for i, (domain, content) in enumerate(texts)]
 
 
 @cache
@@ -88,9 +88,9 @@ class RealRun(Run):
         luck = np.random.default_rng([seed, *map(ord, arm)])
         columns: dict[str, list] = {name: [] for name in ("id", "slice", "bytes", "tokens", "bits")}
         for split in ("validation", "far"):
-            found, tokens = bits(LIKE[arm], split)
+            model_bits, tokens = bits(LIKE[arm], split)
             control, _ = bits("S0", split)
-            for d, b, c, t in zip(documents(split), found, control, tokens, strict=True):
+            for d, b, c, t in zip(documents(split), model_bits, control, tokens, strict=True):
                 noise = luck.normal(0, 0.005) * d.bytes if seed else 0.0
                 values = (d.id, split, d.bytes, t, c + kept * (b - c) + noise)
                 for name, value in zip(columns, values, strict=True):

@@ -47,7 +47,7 @@ BUDGET = yaml.safe_load("""
 POWER = yaml.safe_load(
     "{documents: 64, seeds: 3, effect: 0.02, power_now: 0.86, seeds_for_80: 3, documents_for_80: 51}"
 )
-MADE = yaml.safe_load("""
+PROVENANCE = yaml.safe_load("""
 {data: def, versions: {python: 3.11.2, torch: 2.13.0},
  machines: [{host: laptop, cpu: Some CPU @ 2.0 GHz, isa: AVX512, cores: 2, device: cpu}]}
 """)
@@ -62,7 +62,7 @@ def span(point: float, half: float) -> dict:
     return {"point": point, "low": round(point - half, 6), "high": round(point + half, 6)}
 
 
-def kept(point: float, half: float = 0.11) -> dict:
+def share_span(point: float, half: float = 0.11) -> dict:
     return {**span(point, half), "bootstrap_low": point - 0.1, "bootstrap_high": point + 0.13}
 
 
@@ -115,8 +115,13 @@ def load(knee: float) -> dict:
         }
         return {"rate": round(share * knee, 2), **done, **times, "follows": 3}
 
-    found = {"knee_rps": number(knee, "requests/s"), "knee_tokens_per_s": number(32 * knee, "tokens/s")}
-    return {**found, "slo_ms": 200.0, "seconds": 10.0, "rates": [rate(share) for share in (0.5, 0.8, 0.95)]}
+    capacity = {"knee_rps": number(knee, "requests/s"), "knee_tokens_per_s": number(32 * knee, "tokens/s")}
+    return {
+        **capacity,
+        "slo_ms": 200.0,
+        "seconds": 10.0,
+        "rates": [rate(share) for share in (0.5, 0.8, 0.95)],
+    }
 
 
 def quality(bits: float) -> dict:
@@ -137,7 +142,7 @@ TEST = yaml.safe_load("""
 """)
 
 
-def parts(kept: float, guard: float, verdict: str) -> list[dict]:
+def parts(share: float, guard: float, verdict: str) -> list[dict]:
     def part(name: str, value: float, limit: float, unit: str, reason: str) -> dict:
         held = {"estimate": value, "low": value * 0.8, "high": value * 1.3, "limit": limit, "unit": unit}
         return {"name": name, "verdict": "PASS" if value > 0.01 else verdict, **held, "reason": reason}
@@ -145,7 +150,7 @@ def parts(kept: float, guard: float, verdict: str) -> list[dict]:
     slow = "FAIL" if verdict == "FAIL" else "PASS"
     return [
         part("assay", 0.126, 0.0, "bits/byte", "the method improves the teacher on validation"),
-        part("retention", (kept - 0.5) * 0.126, 0.0, "bits/byte", "at least 0.5 of the gain is kept"),
+        part("retention", (share - 0.5) * 0.126, 0.0, "bits/byte", "at least 0.5 of the gain is kept"),
         part("guard", (guard - 0.5) * 0.122, 0.0, "bits/byte", "at least 0.5 of the student's gain is kept"),
         part("fallback", 0.122, 0.0, "bits/byte", "it beats the base"),
         part("slice:near", 0.0123456, 0.0, "bits/byte", "at least 0.5 of the gain is kept on near"),
@@ -170,15 +175,21 @@ def variant(row: tuple, target: str = "cpu", measured: bool = True) -> dict:
         "reason": reason if measured else f"its cost was not measured on {target}",
         "parts": parts(share, guard, verdict),
         "holm_p": 0.03 if measured else None,
-        "kept_share": kept(share, 0.12),
-        "kept_of_student": kept(share / 0.66, 0.05),
+        "kept_share": share_span(share, 0.12),
+        "kept_of_student": share_span(share / 0.66, 0.05),
         "chain": [
-            {"step": "distil", "over": "teacher", "share": kept(0.66)},
-            *([{"step": recipe, "over": "plain", "share": kept(share / 0.66)}] if recipe != "plain" else []),
+            {"step": "distil", "over": "teacher", "share": share_span(0.66)},
+            *(
+                [{"step": recipe, "over": "plain", "share": share_span(share / 0.66)}]
+                if recipe != "plain"
+                else []
+            ),
         ],
         "load": loaded,
-        "guard_share": kept(guard, 0.06),
-        "slices": {name: {"kept_share": kept(share - 0.02), "verdict": here} for name in ("near", "far")},
+        "guard_share": share_span(guard, 0.06),
+        "slices": {
+            name: {"kept_share": share_span(share - 0.02), "verdict": here} for name in ("near", "far")
+        },
         "scores": {name: span(bits + 0.2 * i, 0.03) for i, name in enumerate(SLICES)},
         "cost": cost(decode, disk, recipe) | under if measured else None,
         "how": None if measured else f"python -m eval.cost --study runs/x --target {target}",
@@ -204,9 +215,13 @@ def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
             arm: {name: span(bits + 0.2 * i, 0.03) for i, name in enumerate(SLICES)}
             for arm, bits in SCORES.items()
         },
-        "kept_by_student": {"over_control": kept(0.66), "over_ce": kept(0.75), "over_base": kept(0.93)},
+        "kept_by_student": {
+            "over_control": share_span(0.66),
+            "over_ce": share_span(0.75),
+            "over_base": share_span(0.93),
+        },
         "provenance": {
-            **MADE,
+            **PROVENANCE,
             "artifacts": artifacts(),
             "config": load_study(run).hash(),
             "records": records,
@@ -256,7 +271,7 @@ def write_score(run: Path, arm: str, seed: int, recipe: str) -> None:
         bits=bits.tolist(),
     )
     host = Machine(host="box", system="Linux", cpu="some CPU", isa="AVX512", cores=2, device="cpu")
-    made = Provenance(
+    provenance = Provenance(
         artifact="a" * 64,
         config=load_study(run).hash(),
         machine=host,
@@ -264,7 +279,13 @@ def write_score(run: Path, arm: str, seed: int, recipe: str) -> None:
         time="2026-01-01T00:00:00+00:00",
     )
     score = Score(
-        arm=arm, seed=seed, recipe=recipe, engine="torch", data="def", documents=documents, provenance=made
+        arm=arm,
+        seed=seed,
+        recipe=recipe,
+        engine="torch",
+        data="def",
+        documents=documents,
+        provenance=provenance,
     )
     write_record(run, score)
 
@@ -305,7 +326,7 @@ def sign(run: Path, recipe: str, waiver: Waiver | None) -> None:
     if not key.exists():
         new_key(key)
     signer = private_key(key)
-    said = Predicate(
+    predicate = Predicate(
         by=HOSTILE,
         time=datetime(2026, 1, 5, tzinfo=UTC).isoformat(),
         public_key=signer.public_key.keyval["public"],
@@ -325,7 +346,7 @@ def sign(run: Path, recipe: str, waiver: Waiver | None) -> None:
     )
     subject = [Subject(name="x", digest=Digest(sha256="s"))]
     text = sign_statement(
-        Statement(type=TYPE, subject=subject, predicate_type=PREDICATE, predicate=said), signer
+        Statement(type=TYPE, subject=subject, predicate_type=PREDICATE, predicate=predicate), signer
     )
     (run / "signoff").mkdir(exist_ok=True)
     (run / "signoff" / f"{recipe}-cpu.json").write_text(text)

@@ -190,8 +190,8 @@ class Run:
                     plain = self.artifact(f"students/{arm}/s{seed}", {**data, "base": base, **teacher})
                 self.score(arm, seed, plain)
                 for recipe, (_, kept, _) in RECIPES.items() if arm in ("S1", "S0") else ():
-                    made = self.artifact(f"variants/{recipe}/{arm}/s{seed}", {**data, "student": plain})
-                    self.score(arm, seed, made, recipe, kept)
+                    variant = self.artifact(f"variants/{recipe}/{arm}/s{seed}", {**data, "student": plain})
+                    self.score(arm, seed, variant, recipe, kept)
         for recipe, factor in {"plain": 1.0, **{name: of[2] for name, of in RECIPES.items()}}.items():
             self.cost(recipe, factor)
         return self
@@ -218,8 +218,8 @@ class Run:
         return GateFile.model_validate_json((self.path / "gate.json").read_text())
 
 
-def copied(made: Path, folder: Path) -> Run:
-    shutil.copytree(made, folder, dirs_exist_ok=True)
+def copied(source: Path, folder: Path) -> Run:
+    shutil.copytree(source, folder, dirs_exist_ok=True)
     return Run(folder)
 
 
@@ -269,8 +269,8 @@ def put_data(run: Path, **extra: str) -> None:
 
     def rows(domain: str, seeds: range, more: dict[str, str] | None = None) -> str:
         texts = {f"{domain}-{i}": text(domain, i, words=30 + 20 * (i % 5)) for i in seeds} | (more or {})
-        made = [{"id": n, "domain": domain, "text": t, "bytes": len(t.encode())} for n, t in texts.items()]
-        return "".join(json.dumps(row) + "\n" for row in made)
+        entries = [{"id": n, "domain": domain, "text": t, "bytes": len(t.encode())} for n, t in texts.items()]
+        return "".join(json.dumps(row) + "\n" for row in entries)
 
     with build_artifact(
         run / "data", kind="data", name="data", key=Key("data"), parents={}, facts={}

@@ -30,7 +30,7 @@ def make(folder, key=KEY, text="one"):
         (aside / "b.bin").write_bytes(bytes(range(10)))
 
 
-def test_a_manifest_tells_every_file_and_its_bytes(tmp_path):
+def test_a_manifest_lists_every_file_and_its_bytes(tmp_path):
     make(tmp_path / "x")
     manifest = verify_artifact(tmp_path / "x")
     assert set(manifest.files) == {"sub/a.txt", "b.bin"}
@@ -95,7 +95,7 @@ def test_what_a_killed_process_left_aside_is_swept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "message"),
     [
         (lambda f: (f / "b.bin").unlink(), "b.bin is missing"),
         (
@@ -111,10 +111,10 @@ def test_what_a_killed_process_left_aside_is_swept(tmp_path):
         (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
     ],
 )
-def test_every_harm_is_told(tmp_path, harm, told):
+def test_every_damage_is_reported(tmp_path, harm, message):
     make(tmp_path / "x")
     harm(tmp_path / "x")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         verify_artifact(tmp_path / "x")
 
 

@@ -54,8 +54,8 @@ def test_another_budget_than_the_studys():
     assert load_budget(study("default"), "tiny").name == "tiny"
 
 
-def limits(**found: object) -> dict[str, object]:
-    return {"targets": {"cpu": {"device": "cpu", "limits": found}}}
+def limits(**values: object) -> dict[str, object]:
+    return {"targets": {"cpu": {"device": "cpu", "limits": values}}}
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_bad_budgets_are_refused(tmp_path: Path, changes: dict[str, object], wor
     ],
 )
 def test_every_kind_of_limit(tmp_path: Path, name: str, limit: dict[str, object]):
-    found = load(tmp_path, **limits(**{name: limit})).targets["cpu"].limits[name]
-    assert found.model_dump(exclude_none=True) == limit
-    assert found.value in limit.values()
+    loaded = load(tmp_path, **limits(**{name: limit})).targets["cpu"].limits[name]
+    assert loaded.model_dump(exclude_none=True) == limit
+    assert loaded.value in limit.values()
 
 
 def test_latencies_may_have_their_names_of_serving(tmp_path: Path):
@@ -131,9 +131,9 @@ def test_the_guard_may_be_absolute(tmp_path: Path):
 
 def test_the_budget_of_the_documentation_is_one(tmp_path: Path):
     blocks = (ROOT / "docs" / "cost.md").read_text().split("```yaml\n")[1:]
-    found = [yaml.safe_load(block.split("```")[0]) for block in blocks]
-    (budget,) = [raw for raw in found if "targets" in raw]
-    (load_section,) = [raw["cost"] for raw in found if "cost" in raw]
+    sections = [yaml.safe_load(block.split("```")[0]) for block in blocks]
+    (budget,) = [raw for raw in sections if "targets" in raw]
+    (load_section,) = [raw["cost"] for raw in sections if "cost" in raw]
     assert load(tmp_path, **{"g": None, **budget}).targets["cpu"].limits["throughput"].at_least == 40
     assert Cost.model_validate(load_section).load == Load(rates=[2, 4, 8], seconds=30, slo_ms=500)
 

@@ -1,4 +1,4 @@
-"""Cost: fresh processes in rounds, through the command line; what cannot be measured is told."""
+"""Cost: fresh processes in rounds, through the command line; what cannot be measured is reported."""
 
 import shutil
 from argparse import Namespace
@@ -32,7 +32,7 @@ from tests.helpers import run
 
 
 @pytest.fixture
-def made(tmp_path, openvino_folder):
+def prepared(tmp_path, openvino_folder):
     """(study file, run folder) with the plain student and one OpenVINO variant of it."""
     study, folder = fake_run(tmp_path)
     put(
@@ -45,8 +45,8 @@ def made(tmp_path, openvino_folder):
     return study, folder
 
 
-def test_the_command_measures_in_rounds_and_only_once(made, monkeypatch, capsys):
-    study, folder = made
+def test_the_command_measures_in_rounds_and_only_once(prepared, monkeypatch, capsys):
+    study, folder = prepared
     shutil.rmtree(folder / "base")
     sizes = ["--cost.batch_sizes", "[1, 3]"]
     done = run("-m", "eval.cost", "--study", study, *sizes)
@@ -101,18 +101,18 @@ def check_batch(process):
 
 def check_numbers(record):
     """Every batch size has its latency and tokens per second, from the times that were taken."""
-    found = {name: estimate_quantity([record], name, alpha=0.05) for name in list_quantities([record])}
+    quantities = {name: estimate_quantity([record], name, alpha=0.05) for name in list_quantities([record])}
     per_second = []
     for process in record.processes:
         (batched,) = process.batches
         seconds = sum(batched.prefill_ms + batched.decode_ms) / 1e3
         per_second.append(3 * COST["requests"] * COST["new_tokens"] / seconds)
-    assert found["tokens_per_s_batch3"].value == pytest.approx(mean(per_second))
-    assert (found["tokens_per_s_batch3"].unit, found["load_time"].unit) == ("tokens/s", "s")
+    assert quantities["tokens_per_s_batch3"].value == pytest.approx(mean(per_second))
+    assert (quantities["tokens_per_s_batch3"].unit, quantities["load_time"].unit) == ("tokens/s", "s")
     times = [ms for process in record.processes for ms in process.batches[0].decode_ms]
-    assert found["decode_p50_batch3"].value == pytest.approx(median(times))
-    assert found["decode_p95_batch3"].value is None, "needs 59"
-    assert "energy" not in found or found["energy"].value > 0
+    assert quantities["decode_p50_batch3"].value == pytest.approx(median(times))
+    assert quantities["decode_p95_batch3"].value is None, "needs 59"
+    assert "energy" not in quantities or quantities["energy"].value > 0
 
 
 def check_what_counts_as_done(study, folder, int8):
@@ -130,8 +130,8 @@ def check_what_counts_as_done(study, folder, int8):
         assert is_measured(read_costs(study.folder), study, "cpu", wanted[:1])
 
 
-def test_recipes_and_devices_choose_the_variants(made, capsys):
-    study, folder = made
+def test_recipes_and_devices_choose_the_variants(prepared, capsys):
+    study, folder = prepared
     put(folder, "variants/wanda50/S1/s0", torch_model(), **facts("S1", "wanda50"))
     put(folder, "variants/old/S1/s0", torch_model(), **facts("S1", "old"))  # the study names it no longer
     every = find_variants(load_study(study))
@@ -148,25 +148,25 @@ def test_recipes_and_devices_choose_the_variants(made, capsys):
         find_variants(load_study(study))
 
 
-def test_prompts_are_fixed_tokens_of_training_documents(made):
-    study, folder = made
+def test_prompts_are_fixed_tokens_of_training_documents(prepared):
+    study, folder = prepared
     model = folder / "students/S1/s0"
     given = Namespace(study=study, target="cpu", recipe=None)
-    found = plan_from_run(given, []).prompts
-    assert found == plan_from_run(given, []).prompts
-    assert {len(prompt) for prompt in found} == {COST["prompt_tokens"]}
-    assert len(found) == COST["warmup"] + COST["requests"]
-    assert len(set(map(tuple, found))) == len(found)
+    prompts = plan_from_run(given, []).prompts
+    assert prompts == plan_from_run(given, []).prompts
+    assert {len(prompt) for prompt in prompts} == {COST["prompt_tokens"]}
+    assert len(prompts) == COST["warmup"] + COST["requests"]
+    assert len(set(map(tuple, prompts))) == len(prompts)
     words = load_tokenizer(model)
-    assert words.decode(found[0][1:]) in (folder / "data/train.jsonl").read_text()
+    assert words.decode(prompts[0][1:]) in (folder / "data/train.jsonl").read_text()
     random = draw_prompts(load_study(study).cost, model)
-    assert [len(prompt) for prompt in random] == [len(prompt) for prompt in found]
+    assert [len(prompt) for prompt in random] == [len(prompt) for prompt in prompts]
     assert random == draw_prompts(load_study(study).cost, model)
     assert 0 <= min(map(min, random)) < max(map(max, random)) < len(words)
 
 
-def test_folders_alone_can_be_measured_with_text_or_random_tokens(made, tmp_path):
-    study, folder = made
+def test_folders_alone_can_be_measured_with_text_or_random_tokens(prepared, tmp_path):
+    study, folder = prepared
     text = tmp_path / "text.txt"
     text.write_text("def return self None import for in if else class " * 9)
     facts = {"study": None, "target": "here", "device": "cpu", "record": "x.jsonl"}
@@ -209,14 +209,14 @@ def test_a_request_is_a_prefill_and_the_steps_after_it(name, checkpoint, openvin
     assert len(stamps) == 7
     assert all(a < b for a, b in pairwise(stamps))
     model = load_engine("torch", checkpoint).model
-    made = model.generate(
+    generated = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=5,
         min_new_tokens=5,
         do_sample=False,
     )
-    assert torch.stack(seen, 1).tolist() == made[:, prompts.shape[1] :].tolist()
+    assert torch.stack(seen, 1).tolist() == generated[:, prompts.shape[1] :].tolist()
 
 
 def test_peak_memory_is_that_of_the_process_at_its_highest():
@@ -230,8 +230,8 @@ def test_peak_memory_is_that_of_the_process_at_its_highest():
     assert peak_memory("cpu") > len(held) / 2
 
 
-def test_a_variant_that_cannot_be_loaded_is_told(made):
-    study, _ = made
+def test_a_variant_that_cannot_be_loaded_is_reported(prepared):
+    study, _ = prepared
     plan = plan_from_run(Namespace(study=study, target="cpu", recipe=["int8"]), [])
     broken = plan.variants[1]
     (broken.folder / "openvino_model.xml").unlink()
@@ -239,8 +239,8 @@ def test_a_variant_that_cannot_be_loaded_is_told(made):
         measure_group([(broken, make_order(plan, broken))], lambda share: None)
 
 
-def test_a_killed_process_is_told(made):
-    study, _ = made
+def test_a_killed_process_is_reported(prepared):
+    study, _ = prepared
     variant = find_variants(load_study(study))[1]
     with start_probe(variant, threads=1) as probe:
         probe.process.kill()
@@ -260,7 +260,7 @@ def test_a_killed_process_is_told(made):
         ),
     ],
 )
-def test_a_target_that_is_not_there_is_told(tmp_path, words, line):
+def test_a_target_that_this_machine_lacks_is_refused(tmp_path, words, line):
     study, folder = fake_run(tmp_path)
     done = run("-m", "eval.cost", "--study", study, *words)
     assert (done.returncode, done.stderr) == (3, line)

@@ -62,13 +62,15 @@ def test_collate_pads_right_and_masks_what_it_padded():
 @pytest.mark.parametrize("size", [1, 12, 40, 4096])
 def test_batches_hold_each_row_once_within_their_size(size):
     rows = [Row(f"d{i}", "x", 0, list(range(2 + i * 5 % 11))) for i in range(23)]
-    made = list(batches(rows, pad=0, batch_tokens=size))
-    assert sorted(name for batch in made for name in batch.ids) == sorted(row.id for row in rows)
-    assert all(batch.input_ids.numel() <= size or len(batch.ids) == 1 for batch in made)
-    lengths = [batch.input_ids.shape[1] for batch in made]
+    packed = list(batches(rows, pad=0, batch_tokens=size))
+    assert sorted(name for batch in packed for name in batch.ids) == sorted(row.id for row in rows)
+    assert all(batch.input_ids.numel() <= size or len(batch.ids) == 1 for batch in packed)
+    lengths = [batch.input_ids.shape[1] for batch in packed]
     assert lengths == sorted(lengths, reverse=True)
     again = list(batches(rows[::-1], pad=0, batch_tokens=size))
-    assert [batch.ids for batch in again] == [batch.ids for batch in made], "the order given does not matter"
+    assert [batch.ids for batch in again] == [batch.ids for batch in packed], (
+        "the order given does not matter"
+    )
 
 
 def test_slices_are_read_by_name(tmp_path):

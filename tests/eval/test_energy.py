@@ -40,8 +40,8 @@ def test_packages_and_their_memory_are_summed_and_what_they_contain_is_not(tmp_p
         path.write_text(str(int(path.read_text()) + {"package-0": 2_500_000, "dram": 500_000}.get(name, 0)))
     counts["package-1"].write_text("4000000")
     meter.update()
-    found = meter.spent(before, tokens=10)
-    assert (found.joules, found.tokens, found.meter) == (pytest.approx(7.0), 10, meter.name)
+    energy = meter.spent(before, tokens=10)
+    assert (energy.joules, energy.tokens, energy.meter) == (pytest.approx(7.0), 10, meter.name)
 
 
 def test_a_counter_that_wrapped_goes_on(tmp_path):
@@ -63,8 +63,8 @@ def test_a_counter_without_a_range_must_not_go_back():
 def test_without_a_meter_there_is_a_reason_and_no_number(tmp_path):
     meter = rapl(tmp_path)
     meter.update()
-    found = meter.spent(meter.total, tokens=3)
-    assert (found.joules, found.meter) == (None, f"{NONE}: no RAPL package below {tmp_path}")
+    energy = meter.spent(meter.total, tokens=3)
+    assert (energy.joules, energy.meter) == (None, f"{NONE}: no RAPL package below {tmp_path}")
     zone(tmp_path, "intel-rapl:0", "package-0", 0).unlink()
     assert "energy_uj cannot be read (No such file" in rapl(tmp_path).name
 
@@ -99,7 +99,7 @@ def test_without_a_gpu_nvml_measures_nothing():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_tells_its_energy_and_memory():
+def test_a_gpu_reports_its_energy_and_memory():
     held = torch.ones(2**26, device="cuda")
     meter = open_meter("cuda")
     if meter.total is None:
@@ -109,4 +109,4 @@ def test_a_gpu_tells_its_energy_and_memory():
     torch.cuda.synchronize()
     meter.update()
     assert meter.total > 0
-    assert (found := device_memory("cuda")) is None or found >= 2**28
+    assert (memory := device_memory("cuda")) is None or memory >= 2**28

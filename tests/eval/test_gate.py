@@ -28,16 +28,16 @@ def verdicts(result: GateFile, recipe: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole run; tests that change it take a copy."""
     return Run(tmp_path_factory.mktemp("gate")).make().folder
 
 
 @pytest.fixture(scope="module")
 def passed(
-    made: Path, tmp_path_factory: pytest.TempPathFactory
+    toy_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, subprocess.CompletedProcess[str]]:
-    run = copied(made, tmp_path_factory.mktemp("passed"))
+    run = copied(toy_folder, tmp_path_factory.mktemp("passed"))
     return run, run.gate()
 
 
@@ -49,9 +49,9 @@ def test_pass(passed):
     assert result.recommended == {"cpu": "int8", "gpu": None}
     assert row(result, "int8").verdict == "PASS"
     assert row(result, "half").verdict == "FAIL"
-    found = verdicts(result, "half")
-    assert (found["assay"], found["retention"], found["guard"]) == ("PASS", "FAIL", "FAIL")
-    assert (found["slice:far"], found["cost:decode_p50"]) == ("FAIL", "PASS")
+    parts = verdicts(result, "half")
+    assert (parts["assay"], parts["retention"], parts["guard"]) == ("PASS", "FAIL", "FAIL")
+    assert (parts["slice:far"], parts["cost:decode_p50"]) == ("FAIL", "PASS")
     assert "int8 * on cpu: PASS" in done.stdout
     assert "PASS: on cpu ship int8: it keeps 0.7" in done.stdout
 
@@ -84,17 +84,19 @@ def test_scores_and_hashes_are_those_of_the_records(passed):
     for seed in run.seeds:
         record = json.loads((run.path / f"records/score/int8/S1-s{seed}.json").read_text())
         documents = record["documents"]
-        kept = [i for i, name in enumerate(documents["slice"]) if name == "far"]
-        totals.append(sum(documents["bits"][i] for i in kept) / sum(documents["bytes"][i] for i in kept))
+        selected = [i for i, name in enumerate(documents["slice"]) if name == "far"]
+        totals.append(
+            sum(documents["bits"][i] for i in selected) / sum(documents["bytes"][i] for i in selected)
+        )
         assert row(result, "int8").hashes.artifact[str(seed)] == record["provenance"]["artifact"]
     assert row(result, "int8").scores["far"].point == pytest.approx(np.mean(totals))
     assert result.provenance.config == run.study.hash()
-    for path, found in result.provenance.records.items():
-        assert file_sha256(run.path / path) == found
+    for path, sha256 in result.provenance.records.items():
+        assert file_sha256(run.path / path) == sha256
 
 
-def test_the_chain_multiplies_to_the_kept_share(made: Path, tmp_path: Path):
-    run = copied(made, tmp_path)
+def test_the_chain_multiplies_to_the_kept_share(toy_folder: Path, tmp_path: Path):
+    run = copied(toy_folder, tmp_path)
     (tmp_path / "int8.yaml").write_text("name: int8\ntarget: cpu\npasses: [{pass: a}]\n")
     (tmp_path / "half.yaml").write_text("name: half\ntarget: cpu\npasses: [{pass: a}, {pass: b}]\n")
     run.gate("--recipes", json.dumps([str(tmp_path / f"{name}.yaml") for name in ("int8", "half")]))
@@ -112,8 +114,8 @@ def test_the_chain_multiplies_to_the_kept_share(made: Path, tmp_path: Path):
     assert last.bootstrap_low == pytest.approx(last.low, abs=0.2)
 
 
-def test_what_a_verdict_is_conditional_on_stands_beside_it(made: Path, tmp_path: Path):
-    run = copied(made, tmp_path)
+def test_what_a_verdict_is_conditional_on_stands_beside_it(toy_folder: Path, tmp_path: Path):
+    run = copied(toy_folder, tmp_path)
     for seed in run.seeds:
         change_score(lambda r: r["provenance"].update(artifact="one teacher"), f"plain/T1-s{seed}")(run)
         path = run.path / f"students/S1/s{seed}/manifest.json"
@@ -135,13 +137,13 @@ def test_same_records_same_bytes(passed):
 
 def test_unmeasured_target_says_how(passed):
     run, done = passed
-    found = row(run.result(), "plain", "gpu")
-    assert (found.measured, found.verdict) == (False, "INCONCLUSIVE")
-    assert found.how.startswith(
+    variant = row(run.result(), "plain", "gpu")
+    assert (variant.measured, variant.verdict) == (False, "INCONCLUSIVE")
+    assert variant.how.startswith(
         f"python -m eval.cost --study {run.path} --target gpu  # where there is a CUDA"
     )
-    assert found.how.endswith(f"then here: python -m eval.cost.merge --study {run.path} COPY")
-    assert found.how in done.stdout
+    assert variant.how.endswith(f"then here: python -m eval.cost.merge --study {run.path} COPY")
+    assert variant.how in done.stdout
     assert not [v for v in run.result().variants if (v.recipe, v.target) == ("int8", "gpu")]
 
 
@@ -158,9 +160,9 @@ def test_costs_of_an_accelerator_count(toy: Run):
     toy.cost("plain", 1.0, "gpu", gpu)
     toy.cost("half", 0.5, "gpu", gpu)
     toy.gate()
-    found = row(toy.result(), "half", "gpu")
-    assert found.measured
-    assert found.cost["decode_p50"].relative.of == "plain"
+    variant = row(toy.result(), "half", "gpu")
+    assert variant.measured
+    assert variant.cost["decode_p50"].relative.of == "plain"
     assert toy.result().recommended["gpu"] == "plain"
 
 
@@ -242,8 +244,8 @@ def test_one_seed_is_inconclusive(toy: Run):
 def test_a_student_worse_than_its_fallback_never_passes(toy: Run):
     toy.gains |= {"S1": -0.05, "S0": -0.14}
     assert toy.make().gate().returncode == 1
-    found = verdicts(toy.result(), "int8")
-    assert (found["retention"], found["fallback"]) == ("PASS", "FAIL")
+    parts = verdicts(toy.result(), "int8")
+    assert (parts["retention"], parts["fallback"]) == ("PASS", "FAIL")
 
 
 def test_a_variant_slower_than_its_parent_is_not_recommended(toy: Run):
@@ -263,7 +265,7 @@ def test_a_variant_slower_than_its_parent_is_not_recommended(toy: Run):
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "difference"),
     [
         (
             lambda r: r["provenance"]["machine"].update(host="elsewhere"),
@@ -273,25 +275,25 @@ def test_a_variant_slower_than_its_parent_is_not_recommended(toy: Run):
         (lambda r: r.update(prompts="random"), "prompts ['random'], plain has ['training documents']"),
     ],
 )
-def test_a_ratio_of_other_rounds_decides_nothing(made: Path, tmp_path: Path, change, found: str):
-    run = copied(made, tmp_path)
+def test_a_ratio_of_other_rounds_decides_nothing(toy_folder: Path, tmp_path: Path, change, difference: str):
+    run = copied(toy_folder, tmp_path)
     edit(run.path / "records/cost/cpu/int8/S1-s0.json", change)
     run.gate("--budget", str(tmp_path / "budget.yaml"))
     apart, plain = row(run.result(), "int8"), row(run.result(), "plain")
     assert (apart.verdict, apart.recommended, apart.measured) == ("INCONCLUSIVE", False, True)
-    assert f"decode_p50 cannot be compared: int8 has {found}" in apart.reason
+    assert f"decode_p50 cannot be compared: int8 has {difference}" in apart.reason
     assert apart.cost["decode_p50"].relative is None
     assert (apart.how, plain.how) == (f"python -m eval.cost --study {run.path} --target cpu", None)
     assert (plain.verdict, plain.recommended) == ("PASS", True)
 
 
-def test_a_ratio_to_what_was_not_measured_decides_nothing(made: Path, tmp_path: Path):
-    run = copied(made, tmp_path)
+def test_a_ratio_to_what_was_not_measured_decides_nothing(toy_folder: Path, tmp_path: Path):
+    run = copied(toy_folder, tmp_path)
     (run.path / "records/cost/cpu/plain/S1-s0.json").unlink()
     assert run.gate("--budget", str(tmp_path / "budget.yaml")).returncode == 2
-    found = row(run.result(), "int8")
-    assert (found.verdict, found.how) == ("INCONCLUSIVE", row(run.result(), "plain").how)
-    assert "int8 was measured on cpu, plain was not" in found.reason
+    variant = row(run.result(), "int8")
+    assert (variant.verdict, variant.how) == ("INCONCLUSIVE", row(run.result(), "plain").how)
+    assert "int8 was measured on cpu, plain was not" in variant.reason
 
 
 @pytest.mark.parametrize("limit", [1.25, 1.27])
@@ -299,10 +301,10 @@ def test_limits_are_held_against_bounds(toy: Run, limit: float):
     """The estimate is just above or below the limit; three processes do not show where the truth is."""
     toy.budget["targets"]["cpu"]["limits"] = {"decode_p50": {"at_most": limit, "unit": "ms"}}
     assert toy.make().gate().returncode == 2
-    found = {name: row(toy.result(), name).parts[-1] for name in ("plain", "int8")}
-    assert (found["int8"].estimate < limit) == (limit == 1.27)
-    assert found["int8"].low < limit < found["int8"].high
-    assert (found["int8"].verdict, found["plain"].verdict) == ("INCONCLUSIVE", "FAIL")
+    parts = {name: row(toy.result(), name).parts[-1] for name in ("plain", "int8")}
+    assert (parts["int8"].estimate < limit) == (limit == 1.27)
+    assert parts["int8"].low < limit < parts["int8"].high
+    assert (parts["int8"].verdict, parts["plain"].verdict) == ("INCONCLUSIVE", "FAIL")
 
 
 def test_too_few_requests_are_no_percentile(toy: Run):
@@ -312,15 +314,17 @@ def test_too_few_requests_are_no_percentile(toy: Run):
     assert "30 requests; prefill_p99 needs 299 at least" in done.stdout
 
 
-def test_documents_in_another_order_are_the_same_documents(passed, made: Path, tmp_path: Path):
-    run = copied(made, tmp_path)
+def test_documents_in_another_order_are_the_same_documents(passed, toy_folder: Path, tmp_path: Path):
+    run = copied(toy_folder, tmp_path)
     change_score(lambda r: r.update(documents={n: c and c[::-1] for n, c in r["documents"].items()}))(run)
     run.gate()
     assert row(run.result(), "plain").kept_share == row(passed[0].result(), "plain").kept_share
 
 
-def test_records_of_recipes_that_the_study_no_longer_names_are_left_alone(passed, made: Path, tmp_path: Path):
-    run = copied(made, tmp_path)
+def test_records_of_recipes_that_the_study_no_longer_names_are_left_alone(
+    passed, toy_folder: Path, tmp_path: Path
+):
+    run = copied(toy_folder, tmp_path)
     shutil.copytree(run.path / "records/score/half", run.path / "records/score/old")
     for path in (run.path / "records/score/old").iterdir():
         edit(path, lambda r: r.update(recipe="old", data="f" * 64))
@@ -365,6 +369,6 @@ def fields(model: dict) -> set[str]:
 
 def test_the_documentation_names_every_field():
     text = (ROOT / "docs" / "statistics.md").read_text()
-    found = fields(GateFile.model_json_schema())
-    assert {"holm_p", "bootstrap_low", "needs", "machines"} <= found
-    assert not [name for name in found if not re.search(rf"\b{name}\b", text)]
+    names = fields(GateFile.model_json_schema())
+    assert {"holm_p", "bootstrap_low", "needs", "machines"} <= names
+    assert not [name for name in names if not re.search(rf"\b{name}\b", text)]

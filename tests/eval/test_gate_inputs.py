@@ -16,7 +16,7 @@ from tests.eval.run_builder import Run, change_score, copied, edit
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole run; tests that change it take a copy."""
     return Run(tmp_path_factory.mktemp("gate")).make().folder
 
@@ -44,8 +44,8 @@ def retrained(arm: str):
 
     def spoil(run: Run) -> None:
         place = f"students/{arm}/s1"
-        made = run.artifact(place, read_manifest(run.path / place).parents, content="trained again")
-        change_score(lambda r: r["provenance"].update(artifact=made), f"plain/{arm}-s1")(run)
+        student = run.artifact(place, read_manifest(run.path / place).parents, content="trained again")
+        change_score(lambda r: r["provenance"].update(artifact=student), f"plain/{arm}-s1")(run)
 
     return spoil
 
@@ -70,10 +70,10 @@ def no_far(run: Run) -> None:
 
 def by_other_recipe(run: Run) -> None:
     """The control of a variant was made by an older recipe of its name."""
-    for arm, made in (("S1", "new"), ("S0", "old")):
+    for arm, recipe_hash in (("S1", "new"), ("S0", "old")):
         for seed in run.seeds:
             place = run.path / f"variants/int8/{arm}/s{seed}/manifest.json"
-            edit(place, lambda m, made=made: m["facts"].update(recipe_hash=made))
+            edit(place, lambda m, recipe_hash=recipe_hash: m["facts"].update(recipe_hash=recipe_hash))
 
 
 def other_weights(run: Run) -> None:
@@ -84,8 +84,8 @@ def other_weights(run: Run) -> None:
 
 def calibrated(slices: list[str], sums: float, bins: int = 15):
     """A score that tells its calibration on these slices."""
-    made = {"tokens": [1.0] * bins, "confidence": [sums] * 15, "correct": [0.5] * 15}
-    return change_score(lambda r: r["documents"].update(calibration=dict.fromkeys(slices, made)))
+    calibration = {"tokens": [1.0] * bins, "confidence": [sums] * 15, "correct": [0.5] * 15}
+    return change_score(lambda r: r["documents"].update(calibration=dict.fromkeys(slices, calibration)))
 
 
 def recipe(text: str):
@@ -275,8 +275,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_clear_line(made: Path, tmp_path: Path, name: str):
-    run = copied(made, tmp_path)
+def test_bad_input_is_one_clear_line(toy_folder: Path, tmp_path: Path, name: str):
+    run = copied(toy_folder, tmp_path)
     spoil, words = BAD[name]
     spoil(run)
     with pytest.raises(UserError) as error:
@@ -288,8 +288,8 @@ def test_bad_input_is_one_clear_line(made: Path, tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize("name", ["no records", "not a number", "unknown target", "cut short"])
-def test_the_command_ends_with_that_line_and_writes_nothing(made: Path, tmp_path: Path, name: str):
-    run = copied(made, tmp_path)
+def test_the_command_ends_with_that_line_and_writes_nothing(toy_folder: Path, tmp_path: Path, name: str):
+    run = copied(toy_folder, tmp_path)
     spoil, words = BAD[name]
     spoil(run)
     done = run.gate("--budget", str(tmp_path / "budget.yaml"))

@@ -58,12 +58,12 @@ def merge(request, folder):
 
 
 def opening(request, folder):
-    made = OpenedRun(folder, seeds=[0, 1, 2])
-    made.make()
+    toy = OpenedRun(folder, seeds=[0, 1, 2])
+    toy.make()
     for arm in ("T0", "T1"):
-        for seed in made.seeds:
-            made.test_score(arm, seed, f"teacher {arm} {seed}")
-    done = run("-m", "eval.gate.test_set", "--study", made.path, "--by", "Ada", "--json", folder / "out.json")
+        for seed in toy.seeds:
+            toy.test_score(arm, seed, f"teacher {arm} {seed}")
+    done = run("-m", "eval.gate.test_set", "--study", toy.path, "--by", "Ada", "--json", folder / "out.json")
     assert done.returncode in (1, 2), done.stderr  # random models keep nothing
     return json.loads((folder / "out.json").read_text())
 

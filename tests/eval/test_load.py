@@ -88,8 +88,8 @@ def test_the_knee_without_an_slo_is_what_the_server_can_do():
     below, beyond = (poisson(rate, 60.0, (0,)) for rate in (40.0, 55.0))
     assert outcome(below, finished(below, np.full(len(below), 0.02)) - below).follows
     late = finished(beyond, np.full(len(beyond), 0.02)) - beyond
-    found = outcome(beyond, late)
-    assert (found.follows, found.throughput) == (False, pytest.approx(50, rel=0.01))
+    result = outcome(beyond, late)
+    assert (result.follows, result.throughput) == (False, pytest.approx(50, rel=0.01))
     assert not outcome(below, np.full(len(below) - 1, 0.02)).follows, "one was never served"
     assert outcome(below, []).throughput == 0
 
@@ -105,12 +105,12 @@ def test_latency_counts_from_the_intended_arrival():
         services.append(time.perf_counter() - begin)
         return [begin, begin + services[-1] / 2, begin + services[-1]]
 
-    found = np.asarray(list(serve_arrivals(arrivals, deadline=9.0, serve=serve)))
+    times = np.asarray(list(serve_arrivals(arrivals, deadline=9.0, serve=serve)))
     due = finished(arrivals, services) - arrivals
-    assert found.shape == (4, 2)
-    assert (found[:, 1] >= due - 1e-6).all()
-    assert (found[:, 1] - found[:, 0] <= np.asarray(services)).all()
-    assert found[1, 1] > 0.05 - 0.001 + 0.01 - 1e-6, "its own service took 10 ms, its wait 49"
+    assert times.shape == (4, 2)
+    assert (times[:, 1] >= due - 1e-6).all()
+    assert (times[:, 1] - times[:, 0] <= np.asarray(services)).all()
+    assert times[1, 1] > 0.05 - 0.001 + 0.01 - 1e-6, "its own service took 10 ms, its wait 49"
     served = list(serve_arrivals([0.0, 0.001, 0.002], deadline=0.0, serve=lambda: [time.perf_counter()] * 2))
     assert len(served) < 3, "what is not served by the deadline never is"
 
@@ -141,15 +141,15 @@ def loaded(services, rates=(), slo=None, **changes):
 
 def test_bounds_are_those_over_processes():
     record = loaded([[20.0] * 50, [25.0] * 50, [22.0] * 50], rates=[20.0, 60.0])
-    found = summarize_load([record], alpha=0.05)
+    summary = summarize_load([record], alpha=0.05)
     knees = np.asarray([50.0, 40.0, 1000 / 22])
     half = stats.t.ppf(0.95, 2) * knees.std(ddof=1) / 3**0.5
-    assert found.knee_rps.value == pytest.approx(knees.mean())
-    assert (found.knee_rps.lower, found.knee_rps.upper) == pytest.approx(
+    assert summary.knee_rps.value == pytest.approx(knees.mean())
+    assert (summary.knee_rps.lower, summary.knee_rps.upper) == pytest.approx(
         (knees.mean() - half, knees.mean() + half)
     )
-    assert found.knee_tokens_per_s.value == pytest.approx(10 * knees.mean())
-    calm, busy = found.rates
+    assert summary.knee_tokens_per_s.value == pytest.approx(10 * knees.mean())
+    calm, busy = summary.rates
     assert (calm.rate, calm.follows, busy.follows) == (20.0, 3, 0)
     assert calm.offered_rps.value == pytest.approx(20, rel=0.1)
     own = [np.quantile(server.rates[0].done_ms, 0.95) for server in record.processes]
@@ -164,17 +164,17 @@ def test_what_was_never_served_is_no_percentile(tmp_path):
     short = cut.model_copy(update={"done_ms": cut.done_ms[:-60], "first_ms": cut.first_ms[:-60]})
     server = record.processes[0].model_copy(update={"rates": [short]})
     given = record.model_copy(update={"processes": [server, record.processes[1]]})
-    found = summarize_load([given], 0.05).rates[0]
+    rate = summarize_load([given], 0.05).rates[0]
     assert len(cut.done_ms) * 0.1 < 60 < len(cut.done_ms) * 0.4
-    assert found.p50.value is not None
-    assert (found.p95.value, found.p95.upper) == (None, None)
-    assert found.follows == 1
+    assert rate.p50.value is not None
+    assert (rate.p95.value, rate.p95.upper) == (None, None)
+    assert rate.follows == 1
     study, _ = fake_run(tmp_path, recipes=[])
     plan = plan_from_run(Namespace(study=study, target="cpu", recipe=None), [])
     shown = build_table(replace(plan, variants=plan.variants[:1]), [given])
     cells = {column.header: next(iter(column.cells)) for column in shown.columns}
     assert (cells["variant"], cells["rate/s"], cells["p95 ms"]) == ("plain", "20", "never")
-    assert cells["p50 ms"] == f"{found.p50.value:.4g}\n≤ {found.p50.upper:.4g}"
+    assert cells["p50 ms"] == f"{rate.p50.value:.4g}\n≤ {rate.p50.upper:.4g}"
     assert (cells["knee/s"], cells["follows"]) == ("50", "1/2")
 
 
@@ -203,9 +203,9 @@ def test_a_folder_measured_elsewhere_comes_home(tmp_path):
     merged = run("-m", "eval.cost.merge", "--study", folder, record)
     assert (merged.returncode, merged.stderr) == (0, "")
     assert "records/load/cpu/plain/S1-s0.json (random tokens, seed 0)" in merged.stdout
-    (found,) = read_loads(folder)
-    assert found.provenance.artifact == read_manifest(folder / "students/S1/s0").hash
-    check_what_was_served(found)
+    (load_record,) = read_loads(folder)
+    assert load_record.provenance.artifact == read_manifest(folder / "students/S1/s0").hash
+    check_what_was_served(load_record)
     settled = load_study(study)
     wanted = find_variants(settled)[:1]
     assert is_measured(read_loads(settled.folder), settled, "cpu", wanted)
@@ -273,10 +273,10 @@ def test_throughput_is_held_from_below(busy):
     assert "throughput is at most 167.8 tokens/s, the limit is 400" in parts["half"]["cost:throughput"].reason
     assert parts["int8"]["cost:knee"].estimate == pytest.approx(2)
     assert parts["half"]["cost:knee"].verdict == "FAIL"
-    found = row(gate, "int8")
-    assert found.load.rates[0].p95.unit == "ms"
-    assert found.cost["knee"].relative.of == "plain"
-    assert any(path.startswith("records/load/cpu/int8") for path in found.hashes.records)
+    variant = row(gate, "int8")
+    assert variant.load.rates[0].p95.unit == "ms"
+    assert variant.cost["knee"].relative.of == "plain"
+    assert any(path.startswith("records/load/cpu/int8") for path in variant.hashes.records)
 
 
 def test_a_limit_under_load_that_was_not_measured_decides_nothing(busy):
@@ -301,7 +301,7 @@ def test_a_limit_under_load_that_was_not_measured_decides_nothing(busy):
 def test_a_bound_of_the_knee_holds_the_chance_of_its_arrivals():
     """Rounds have arrivals of their own, which all variants of a round share."""
     same = [np.full(30, 20.0)] * 3
-    found = [estimate_knees([loaded(same, rates=[20.0], slo_ms=60.0)]) for _ in range(2)]
-    assert len(set(found[0])) == 3
-    assert found[0].tolist() == found[1].tolist()
-    assert found[0].std() / found[0].mean() < 0.05
+    knees = [estimate_knees([loaded(same, rates=[20.0], slo_ms=60.0)]) for _ in range(2)]
+    assert len(set(knees[0])) == 3
+    assert knees[0].tolist() == knees[1].tolist()
+    assert knees[0].std() / knees[0].mean() < 0.05

@@ -26,16 +26,16 @@ MACHINE = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def prepared(tmp_path_factory):
     """(study file, run folder) with the plain student."""
     return fake_run(tmp_path_factory.mktemp("merge"), recipes=[])
 
 
 @pytest.fixture
-def here(made):
+def here(prepared):
     """The run folder without any record, and its study."""
-    shutil.rmtree(made[1] / "records", ignore_errors=True)
-    return made[1], load_study(made[0])
+    shutil.rmtree(prepared[1] / "records", ignore_errors=True)
+    return prepared[1], load_study(prepared[0])
 
 
 def source(run, study, place="students/S1/s0", **changes):
@@ -61,9 +61,9 @@ def cost(run, study, **changes):
 def load(run, study, **changes):
     """A record of the same under load."""
     gone = {"kind", "processes", "disk_bytes"}
-    kept = {name: value for name, value in cost(run, study).items() if name not in gone}
+    fields = {name: value for name, value in cost(run, study).items() if name not in gone}
     servers = [{"service_ms": [1.0] * 10, "rates": []}] * COST["processes"]
-    return {**kept, "kind": "load", "processes": servers, "seconds": 10.0, "slo_ms": None, **changes}
+    return {**fields, "kind": "load", "processes": servers, "seconds": 10.0, "slo_ms": None, **changes}
 
 
 def lines(path: Path, *records: dict) -> str:
@@ -75,8 +75,8 @@ def test_records_of_a_file_are_joined_once(here, tmp_path):
     run_folder, study = here
     given = lines(tmp_path / "far.jsonl", cost(*here), load(*here))
     assert [record.kind for record in merge_records(run_folder, study, [given])] == ["cost", "load"]
-    (found,) = read_costs(run_folder)
-    assert (found.provenance.machine.host, found.target) == ("elsewhere", "gpu")
+    (merged,) = read_costs(run_folder)
+    assert (merged.provenance.machine.host, merged.target) == ("elsewhere", "gpu")
     assert merge_records(run_folder, study, [given]) == [], "the very same again changes nothing"
 
 
@@ -183,7 +183,7 @@ def test_a_copy_of_the_run_gives_all_its_records(here, tmp_path):
         merge_records(run_folder, study, [str(copy)])
 
 
-def test_what_is_no_record_is_told(here, tmp_path):
+def test_a_file_that_is_no_record_is_refused(here, tmp_path):
     with pytest.raises(UserError, match="nowhere; name a file of records, or a copy"):
         merge_records(*here, ["nowhere"])
     (tmp_path / "empty").write_text("\n")
@@ -202,7 +202,7 @@ def test_a_folder_that_is_not_what_its_manifest_says_is_not_measured(here, tmp_p
         plan_from_command("Cost.", "cost.jsonl")
 
 
-def test_a_damaged_record_that_lies_there_is_told(here, tmp_path):
+def test_a_damaged_record_that_lies_there_is_reported(here, tmp_path):
     run_folder, study = here
     given = lines(tmp_path / "far.jsonl", cost(*here))
     merge_records(run_folder, study, [given])

@@ -17,7 +17,7 @@ from tests.helpers import ROOT, text, tiny_model
 @pytest.fixture
 def load(monkeypatch, tmp_path):
     def refuse(*_, **__):
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was called")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)

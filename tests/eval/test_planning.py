@@ -62,8 +62,8 @@ def test_needed_seeds_and_documents_are_the_least():
 
 
 def test_components_are_recovered(rng):
-    found = [components(z) for z in crossed(rng, 2000, 5, 30, 0.5, 1.0, 0.7)]
-    mean = np.mean([[f.seeds, f.documents, f.residual] for f in found], axis=0)
+    estimates = [components(z) for z in crossed(rng, 2000, 5, 30, 0.5, 1.0, 0.7)]
+    mean = np.mean([[f.seeds, f.documents, f.residual] for f in estimates], axis=0)
     assert mean == pytest.approx([0.25, 1.0, 0.49], rel=0.05)
     assert components(np.zeros((3, 5))) == Components(0.0, 0.0, 0.0)
 
@@ -101,15 +101,15 @@ def test_what_a_pilot_leaves_open_holds_the_truth(rng):
 
 @pytest.fixture(scope="module")
 def pilot(tmp_path_factory) -> Run:
-    made = Run(tmp_path_factory.mktemp("pilot"), seeds=[0, 1], noise=0.01)
-    made.gains |= {"S1": 0.11}
-    made.make()
-    for path in (made.path / "records/cost").rglob("*.json"):
+    run = Run(tmp_path_factory.mktemp("pilot"), seeds=[0, 1], noise=0.01)
+    run.gains |= {"S1": 0.11}
+    run.make()
+    for path in (run.path / "records/cost").rglob("*.json"):
         path.unlink()  # a pilot has neither costs nor variants
     for name in ("int8", "half"):
-        for path in (made.path / "records/score" / name).iterdir():
+        for path in (run.path / "records/score" / name).iterdir():
             path.unlink()
-    return made
+    return run
 
 
 def command(pilot: Run, *words: str):
@@ -120,8 +120,8 @@ def test_the_command_plans_from_a_pilot(pilot, tmp_path):
     done = command(pilot, "--json", str(tmp_path / "power.json"))
     assert (done.returncode, done.stderr) == (0, "")
     assert "retention on far" in done.stdout
-    found = json.loads((tmp_path / "power.json").read_text())
-    tests = {row["test"]: row for row in found["tests"]}
+    power = json.loads((tmp_path / "power.json").read_text())
+    tests = {row["test"]: row for row in power["tests"]}
     assert set(tests) == {
         f"{part} on {name}" for part in ("assay", "retention") for name in ("validation", "far")
     }

@@ -74,21 +74,21 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("changes", "decided", "said"), CASES.values(), ids=CASES)
-def test_a_fading_gain_is_told_from_everything_getting_worse(changes, decided, said):
-    found = findings(gain(), models(200), models(200, seed=1, **changes), alpha=0.05)
-    assert verdict(found) == decided
-    assert said in diagnosis(found)
+@pytest.mark.parametrize(("changes", "decided", "message"), CASES.values(), ids=CASES)
+def test_a_fading_gain_is_distinguished_from_everything_getting_worse(changes, decided, message):
+    results = findings(gain(), models(200), models(200, seed=1, **changes), alpha=0.05)
+    assert verdict(results) == decided
+    assert message in diagnosis(results)
 
 
 def test_figures_are_those_of_the_corpus_and_changes_those_of_welch():
     before, now = models(80), models(120, seed=1)
-    found = {f.name: f for f in findings(gain(), before, now, alpha=0.05)}
-    saved = found["saved over the control"]
+    results = {f.name: f for f in findings(gain(), before, now, alpha=0.05)}
+    saved = results["saved over the control"]
     assert saved.now.point == pytest.approx((now.control - now.release).sum() / now.bytes.sum())
     a, b = before.over("fallback"), now.over("fallback")
     theirs = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-    ours = found["saved over the fallback"].change
+    ours = results["saved over the fallback"].change
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
     assert change([1.0, 1.0], [1.0, 1.0]) == Estimate(point=0.0, low=0.0, high=0.0)
 
@@ -105,9 +105,9 @@ def test_the_contract_is_not_broken_by_chance():
 
 
 def test_one_document_decides_nothing():
-    found = findings(gain(), models(20), models(1), alpha=0.05)
-    assert verdict(found) == "INCONCLUSIVE"
-    assert "one document says nothing" in diagnosis(found)
+    results = findings(gain(), models(20), models(1), alpha=0.05)
+    assert verdict(results) == "INCONCLUSIVE"
+    assert "one document says nothing" in diagnosis(results)
 
 
 def test_drift_is_seen_where_there_is_some_and_seldom_elsewhere():
@@ -116,9 +116,9 @@ def test_drift_is_seen_where_there_is_some_and_seldom_elsewhere():
     def sample(n, shift=0.0):
         return {name: rng.normal(shift if name == "unigram" else 0, 1, n) for name in QUESTIONS}
 
-    found = {d.name: d for d in drifts(sample(200), sample(200, shift=1.0))}
-    assert found["unigram"].holm_p < 1e-6
-    assert min(d.holm_p for name, d in found.items() if name != "unigram") > 0.05
+    drift_of = {d.name: d for d in drifts(sample(200), sample(200, shift=1.0))}
+    assert drift_of["unigram"].holm_p < 1e-6
+    assert min(d.holm_p for name, d in drift_of.items() if name != "unigram") > 0.05
     false = [min(d.holm_p for d in drifts(sample(30), sample(30))) <= 0.05 for _ in range(200)]
     assert np.mean(false) < 0.09
 
@@ -140,13 +140,13 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("content", "said"), BAD.values(), ids=BAD)
-def test_bad_documents_are_told(tmp_path, content, said):
+@pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
+def test_bad_documents_are_refused(tmp_path, content, message):
     path = tmp_path / "new.jsonl"
     path.write_text(content)
     with pytest.raises(UserError) as error:
         read_new(path, 100)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_new_documents_are_cut_as_those_of_the_study_were(tmp_path):
@@ -236,7 +236,7 @@ def test_a_softer_contract_under_a_new_manifest_is_refused(release, tmp_path, pl
 def test_the_command_line(release, tmp_path):
     path = tmp_path / "new.jsonl"
     odd = [" ".join(reversed(text("code", i, 40).split())).upper() for i in range(30)]
-    path.write_text("".join(json.dumps({"text": said}) + "\n" for said in odd))
+    path.write_text("".join(json.dumps({"text": content}) + "\n" for content in odd))
     done = command("-m", "eval.watch.recheck", "--release", release, "--data", path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAIL: the method's gain is fading" in done.stdout
@@ -247,9 +247,9 @@ def test_the_command_line(release, tmp_path):
 
 def test_documents_that_all_say_the_same_are_no_sample():
     same = Bits(*(np.repeat(column, 3) for column in vars(models(1)).values()))
-    found = findings(gain(), models(200), same, alpha=0.05)
-    assert verdict(found) == "INCONCLUSIVE"
-    assert "whether the gain holds cannot be told" in diagnosis(found)
+    results = findings(gain(), models(200), same, alpha=0.05)
+    assert verdict(results) == "INCONCLUSIVE"
+    assert "whether the gain holds cannot be told" in diagnosis(results)
 
 
 def test_half_a_surrogate_pair_is_a_character_like_any(tmp_path):

@@ -74,8 +74,8 @@ def test_a_release_holds_what_it_promises(released_run, release):
     assert contract.inputs.domains == {"code": 16, "prose": 8}
     assert (contract.owner, contract.expires, contract.inputs.context_tokens) == ("Team A", None, 64)
     lineage = json.loads((release / "lineage.json").read_text())
-    made = lineage["artifacts"]["variants/small/S1/s0"]
-    assert made["parents"]["student"] == lineage["artifacts"]["students/S1/s0"]["hash"]
+    variant = lineage["artifacts"]["variants/small/S1/s0"]
+    assert variant["parents"]["student"] == lineage["artifacts"]["students/S1/s0"]["hash"]
     assert lineage["teachers"]["T1"] == lineage["artifacts"]["students/S1/s0"]["parents"]["teacher"]
 
 
@@ -99,10 +99,10 @@ def test_the_card_can_be_read_by_other_programs(release):
     assert "waiver" not in card.text.lower()
 
 
-def test_the_command_tells_what_it_made(released_run, release):
-    said = (released_run.folder / "said").read_text()
-    assert "cpu: small (torch), PASS, signed by Ada" in said
-    assert file_sha256(release / "manifest.json") in said
+def test_the_command_reports_what_it_built(released_run, release):
+    output = (released_run.folder / "output").read_text()
+    assert "cpu: small (torch), PASS, signed by Ada" in output
+    assert file_sha256(release / "manifest.json") in output
 
 
 def test_a_waiver_is_shown_wherever_the_release_is(released_run, release):
@@ -123,9 +123,9 @@ def test_the_loader_serves_what_was_released(release, loader):
     ids = model.encode("return self")
     row = engine.prefill(torch.tensor([ids]))[0][0]
     np.testing.assert_allclose(model.logits(ids)[-1], row.numpy(), atol=1e-5)
-    made = model.generate("return self", new_tokens=5)
+    generated = model.generate("return self", new_tokens=5)
     step_by_step = list(ids)
-    for token in made:
+    for token in generated:
         assert int(model.logits(step_by_step)[-1].argmax()) == token
         step_by_step.append(token)
     with pytest.raises(loader.ReleaseError, match="no target 'tpu'; this release has cpu"):
@@ -178,12 +178,12 @@ def test_a_disk_that_fails_serves_the_fallback(copy, loader, monkeypatch, error)
 
 def test_an_error_of_any_kind_serves_the_fallback(copy, loader, monkeypatch):
     """tokenizers raises a bare Exception, safetensors one of its own."""
-    made = loader.tokenizer_of
+    original = loader.tokenizer_of
 
     def failing(folder):
         if "variants" in folder.parts:
             raise Exception("data did not match any variant")
-        return made(folder)
+        return original(folder)
 
     monkeypatch.setattr(loader, "tokenizer_of", failing)
     assert "data did not match any variant" in loader.load_release(copy, "cpu")[1].reason
@@ -267,7 +267,7 @@ def test_nothing_is_released_unsigned_unmeasured_or_twice(released_run, release,
     with pytest.raises(UserError, match="is there already"):
         build_release(case, release, "Team A", DAY)
     record = run.path / "records/cost/cpu/plain/B-s0.json"
-    kept = record.read_text()
+    content = record.read_text()
     record.unlink()
     try:
         with pytest.raises(UserError, match=r"records/cost/cpu/plain/B-s0\.json"):
@@ -275,11 +275,11 @@ def test_nothing_is_released_unsigned_unmeasured_or_twice(released_run, release,
         with pytest.raises(UserError, match="its cost was not measured"):
             build_release(case, tmp_path / "out", "Team A", DAY)
     finally:
-        record.write_text(kept)
+        record.write_text(content)
     assert not any(tmp_path.glob("*out*"))
 
 
-def test_a_release_that_would_serve_its_fallback_is_not_made(released_run, tmp_path, monkeypatch):
+def test_a_release_that_would_serve_its_fallback_is_not_built(released_run, tmp_path, monkeypatch):
     case = verify_signoffs(released_run.path, ["small"], None, DAY)
 
     def other(*args):

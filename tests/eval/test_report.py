@@ -41,7 +41,7 @@ def report(run: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
 
 
-def made(run: Path) -> tuple[str, str, str]:
+def outputs_of(run: Path) -> tuple[str, str, str]:
     """stdout, table.md and report.html of a run that succeeds."""
     done = report(run)
     assert done.returncode == 0, done.stderr
@@ -86,7 +86,7 @@ def made_here(run: Path) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str, str, str]:
     run = run_folder(tmp_path_factory.mktemp("runs"))
-    return run, *made(run)
+    return run, *outputs_of(run)
 
 
 def test_terminal_shows_the_table_and_ends_with_the_path(demo):
@@ -121,8 +121,8 @@ def test_the_policy_of_the_page_allows_its_own_script_and_no_network(demo):
     policy = next(a["content"] for tag, a in render_page.tags if tag == "meta" and "http-equiv" in a)
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     script = demo[3].rpartition("<script>")[2].partition("</script>")[0]
-    made = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert rules["script-src"] == f"'sha256-{made}'"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert rules["script-src"] == f"'sha256-{digest}'"
     assert rules["default-src"] == "'none'"
     assert not {"connect-src", "img-src", "font-src"} & set(rules)
 
@@ -148,7 +148,7 @@ def test_page_can_be_read_by_ear_and_keyboard(demo):
     assert all(after - before <= 1 for before, after in pairwise(levels))
 
 
-def test_the_page_tells_everything_that_gate_json_holds(demo):
+def test_the_page_shows_everything_that_gate_json_holds(demo):
     run, _, _, html = demo
     text = " ".join(" ".join(Page(html).text).split())
     for words in (
@@ -199,8 +199,8 @@ def numbers(value: object) -> list[float]:
 def test_every_number_of_the_table_is_the_gates(demo):
     run, _, table, _ = demo
     known = numbers(json.loads((run / "gate.json").read_text()))
-    told = re.sub(r"The test documents .*|Note: .*", "", table)
-    bare = re.sub(r"p(50|95|99)|95 % interval|\b[A-Z]\d|[a-z]+[-a-z]*\d+(-[a-z]\w+)?", "", told)
+    prose = re.sub(r"The test documents .*|Note: .*", "", table)
+    bare = re.sub(r"p(50|95|99)|95 % interval|\b[A-Z]\d|[a-z]+[-a-z]*\d+(-[a-z]\w+)?", "", prose)
     shown = re.findall(r"\d+(?:\.\d+)?", re.sub(r"reason .*|[^|]*(?=\|$)", "", bare, flags=re.M))
     assert len(shown) > 250
     for text in shown:
@@ -230,8 +230,8 @@ def test_a_spreadsheet_reads_every_variant_with_bounds_and_verdicts(demo):
     ]
     for row, v in zip(rows, gate.variants, strict=True):
         share = v.kept_share
-        found = [row[f"gain_retained{end}"] for end in ("", "_low", "_high")]
-        assert found == ["" if x is None else repr(x) for x in (share.point, share.low, share.high)]
+        cells = [row[f"gain_retained{end}"] for end in ("", "_low", "_high")]
+        assert cells == ["" if x is None else repr(x) for x in (share.point, share.low, share.high)]
         assert row["gain_retained_verdict"] == part_verdict(v, "retention")
         assert row["recommended"] == str(v.recommended).lower()
         latency = v.cost["decode_p95"] if v.cost else None
@@ -263,7 +263,7 @@ def test_percentiles_that_could_not_be_had_are_not_printed(tmp_path):
     assert "nan" not in table
 
 
-def test_a_study_that_shows_nothing_is_told_without_figures_that_it_has_not(tmp_path):
+def test_a_study_that_shows_nothing_is_reported_without_figures_that_it_lacks(tmp_path):
     run = run_folder(tmp_path, variants=[variant((f"r{i}", *VARIANTS[0][1:])) for i in range(30)])
     gate = read_gate(run)
     none = KeptShare()
@@ -323,9 +323,9 @@ def test_what_is_refused_leaves_nothing(tmp_path):
 def test_documents_are_those_of_the_records(demo):
     run = demo[0]
     gate = read_gate(run)
-    found = {one.slice: one for one in spread.documents(run, gate, "int8")}
-    assert {name: len(one.ids) for name, one in found.items()} == SLICES
-    assert found["validation"].weakest[0][0] == HOSTILE
+    spreads = {one.slice: one for one in spread.documents(run, gate, "int8")}
+    assert {name: len(one.ids) for name, one in spreads.items()} == SLICES
+    assert spreads["validation"].weakest[0][0] == HOSTILE
 
     def bits(arm: str, recipe: str) -> np.ndarray:
         records = [
@@ -333,11 +333,11 @@ def test_documents_are_those_of_the_records(demo):
         ]
         return np.mean([np.divide(r["documents"]["bits"], r["documents"]["bytes"]) for r in records], axis=0)
 
-    kept = (bits("S0", "int8") - bits("S1", "int8"))[: SLICES["validation"]]
-    np.testing.assert_allclose(found["validation"].kept, np.sort(kept), atol=1e-12)
-    assert found["validation"].better == (kept > 0).sum()
+    saved = (bits("S0", "int8") - bits("S1", "int8"))[: SLICES["validation"]]
+    np.testing.assert_allclose(spreads["validation"].kept, np.sort(saved), atol=1e-12)
+    assert spreads["validation"].better == (saved > 0).sum()
     teacher = (bits("T0", "plain") - bits("T1", "plain"))[: SLICES["validation"]]
-    np.testing.assert_allclose(found["validation"].teacher, teacher[np.argsort(kept)], atol=1e-12)
+    np.testing.assert_allclose(spreads["validation"].teacher, teacher[np.argsort(saved)], atol=1e-12)
 
 
 def test_smoothed_curves_are_means():

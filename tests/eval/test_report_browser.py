@@ -30,16 +30,16 @@ CONTRAST = """() => {
     }
     return [255, 255, 255];
   };
-  const found = [];
+  const failures = [];
   for (const element of document.body.querySelectorAll("*")) {
     const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
     if (!own || element.closest("script, style, title, desc") || !element.getClientRects().length) continue;
     const style = getComputedStyle(element), drawn = element instanceof SVGElement;
     const [x, y] = [light(parse(drawn ? style.fill : style.color).slice(0, 3)), light(behind(element))];
     const ratio = (Math.max(x, y) + .05) / (Math.min(x, y) + .05);
-    if (ratio < 4.5) found.push(`${element.tagName}.${element.className} ${ratio.toFixed(2)}: ${element.textContent.slice(0, 30)}`);
+    if (ratio < 4.5) failures.push(`${element.tagName}.${element.className} ${ratio.toFixed(2)}: ${element.textContent.slice(0, 30)}`);
   }
-  return found;
+  return failures;
 }"""
 NAMELESS = """() => [...document.querySelectorAll("button, input, select, a, summary, [role=region], [role=img], nav, section")]
   .filter((element) => {
@@ -69,13 +69,13 @@ def browser() -> Iterator:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield made
-        made.close()
+        launched = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield launched
+        launched.close()
 
 
 def waived(recipe: str, until: date) -> SignOff:
-    said = Predicate.model_construct(
+    predicate = Predicate.model_construct(
         by="Ada",
         time="2026-01-05T00:00:00+00:00",
         recipe=recipe,
@@ -84,7 +84,7 @@ def waived(recipe: str, until: date) -> SignOff:
         waiver=Waiver(reason="a trial", expires=until),
         policy=Policy(name="default", sha256="p", hash="h"),
     )
-    return SignOff(Path(f"{recipe}-cpu.json"), said, "0123456789abcdef", None)
+    return SignOff(Path(f"{recipe}-cpu.json"), predicate, "0123456789abcdef", None)
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +99,15 @@ def demo(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture
 def visit(browser, demo) -> Iterator:
-    """Opens a page; at the end nothing may have been asked of a network or told to the console."""
-    contexts, asked, told = [], [], []
+    """Opens a page; at the end there may be no request to a network and no message on the console."""
+    contexts, requests, messages = [], [], []
 
     def opened(path: Path = demo.path, **settings):
         contexts.append(browser.new_context(offline=True, **settings))
         page = contexts[-1].new_page()
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: told.append(message.text))
-        page.on("pageerror", lambda error: told.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
         page.goto(path.as_uri())
         if settings.get("java_script_enabled", True):
             page.wait_for_selector(".bar:not([hidden])")
@@ -116,9 +116,9 @@ def visit(browser, demo) -> Iterator:
     yield opened
     for context in contexts:
         context.close()
-    assert {url.partition(":")[0] for url in asked} <= {"file"}
-    assert len(asked) == len(contexts)
-    assert told == []
+    assert {url.partition(":")[0] for url in requests} <= {"file"}
+    assert len(requests) == len(contexts)
+    assert messages == []
 
 
 def names(page) -> list[str]:
@@ -149,7 +149,7 @@ def test_columns_sort_up_and_down_and_what_was_not_measured_stays_last(visit):
     assert names(page) == sorted([*(row[0] for row in VARIANTS), "nf4"])
 
 
-def test_rows_are_filtered_and_their_number_is_told(visit):
+def test_rows_are_filtered_and_their_number_is_shown(visit):
     page = visit()
     status = page.get_by_role("status")
     assert status.text_content() == "9 of 9 rows shown"

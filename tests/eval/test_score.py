@@ -132,7 +132,7 @@ def test_what_is_predicted_under_the_padding_does_not_matter(model, words):
 
 def test_the_metric_loads_offline_through_evaluate(monkeypatch, tmp_path):
     def refuse(*_, **__):
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was called")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -152,7 +152,7 @@ def flip_a_bit(folder: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_flipped_bit_is_told_and_nothing_is_written(tmp_path):
+def test_a_flipped_bit_is_reported_and_nothing_is_written(tmp_path):
     study, folder = fake_run(tmp_path)
     flip_a_bit(folder / "students/S1/s0")
     with pytest.raises(UserError, match=r"model.safetensors has sha256 .* recorded .*delete the folder"):
@@ -198,7 +198,7 @@ def test_a_worker_s_error_reaches_its_parent_whole():
     assert (error.thing, error.found, error.fix) == ("model x", "nan", "look at it")
 
 
-def test_empty_documents_and_slices_are_told(tmp_path, model, words):
+def test_empty_documents_and_slices_are_refused(tmp_path, model, words):
     put_data(tmp_path, nothing="")
     with pytest.raises(UserError, match="document 'nothing': no tokens"):
         score_documents(logits_of(model), tmp_path / "data", words, CONTEXT)
@@ -207,7 +207,7 @@ def test_empty_documents_and_slices_are_told(tmp_path, model, words):
         score_documents(logits_of(model), tmp_path / "data", words, CONTEXT)
 
 
-def test_a_manifest_without_its_facts_is_told(tmp_path):
+def test_a_manifest_without_its_facts_is_refused(tmp_path):
     study, folder = fake_run(tmp_path)
     put(folder, "students/S1/s0", torch_model(), arm="S1", seed=0)
     with pytest.raises(UserError, match="artifact students/S1/s0: no fact 'recipe'"):

@@ -21,7 +21,7 @@ TODAY = NOW.date()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def judged_folder(tmp_path_factory):
     """A run of one passing and one failing variant, with its gate, a report and a key; not yet signed."""
     folder = tmp_path_factory.mktemp("signed")
     run = Run(folder).make()
@@ -33,22 +33,22 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def fresh(made, tmp_path):
+def fresh(judged_folder, tmp_path):
     """A copy in the same place below a new folder; its budget and recipes are still those of `made`."""
-    shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("signoff"))
+    shutil.copytree(judged_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("signoff"))
     return Run(tmp_path / "copy")
 
 
 @pytest.fixture
-def key(made):
-    return made / "key"
+def key(judged_folder):
+    return judged_folder / "key"
 
 
 def test_a_key_is_private_whole_and_never_overwritten(tmp_path):
     path = tmp_path / "keys" / "ada"
-    made = new_key(path)
+    key = new_key(path)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert private_key(path).public_key.keyid == public_key(tmp_path / "keys" / "ada.pub").keyid == made.keyid
+    assert private_key(path).public_key.keyid == public_key(tmp_path / "keys" / "ada.pub").keyid == key.keyid
     before = path.read_bytes()
     with pytest.raises(UserError, match="never overwritten"):
         new_key(path)
@@ -62,7 +62,7 @@ def test_a_key_is_private_whole_and_never_overwritten(tmp_path):
         private_key(path)
 
 
-def test_a_key_that_is_no_key_is_told(tmp_path):
+def test_a_file_that_is_no_key_is_refused(tmp_path):
     path = tmp_path / "key"
     with pytest.raises(UserError, match="no such file"):
         private_key(path)
@@ -81,9 +81,9 @@ def test_the_signature_is_that_of_the_dsse_specification(fresh, key):
 
     outside = json.loads(sign(fresh, key).read_text())
     payload, kind = base64.b64decode(outside["payload"]), outside["payloadType"]
-    said = f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload
+    message = f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload
     signature = base64.b64decode(outside["signatures"][0]["sig"])
-    load_pem_public_key(key.with_name("key.pub").read_bytes()).verify(signature, said)
+    load_pem_public_key(key.with_name("key.pub").read_bytes()).verify(signature, message)
     statement = json.loads(payload)
     assert statement["_type"] == "https://in-toto.io/Statement/v1"
     assert [s["name"] for s in statement["subject"]] == [
@@ -91,14 +91,21 @@ def test_the_signature_is_that_of_the_dsse_specification(fresh, key):
     ]
 
 
-def test_what_is_signed_is_verified_and_shown(fresh, key, made):
+def test_what_is_signed_is_verified_and_shown(fresh, key, judged_folder):
     path = sign(fresh, key)
-    statement, found = problems(path, fresh.path, public_key(made / "key.pub"), TODAY)
-    assert found == []
-    said = statement.predicate
-    assert (said.by, said.verdict, said.recommended, said.waiver) == ("Ada", "PASS", True, None)
-    assert {"gate.json", "table.md", "report.html", "study.yaml", "data/manifest.json"} <= set(said.files)
-    assert said.artifacts["S0/s3/int8"] == read_gate(fresh.path).provenance.artifacts["S0/s3/int8"]
+    statement, faults = problems(path, fresh.path, public_key(judged_folder / "key.pub"), TODAY)
+    assert faults == []
+    predicate = statement.predicate
+    assert (predicate.by, predicate.verdict, predicate.recommended, predicate.waiver) == (
+        "Ada",
+        "PASS",
+        True,
+        None,
+    )
+    assert {"gate.json", "table.md", "report.html", "study.yaml", "data/manifest.json"} <= set(
+        predicate.files
+    )
+    assert predicate.artifacts["S0/s3/int8"] == read_gate(fresh.path).provenance.artifacts["S0/s3/int8"]
     shown = list_signoffs(fresh.path, TODAY)
     assert [(s.predicate.by, s.problem) for s in shown] == [("Ada", None)]
     page = fresh.path / "report.html"
@@ -106,7 +113,7 @@ def test_what_is_signed_is_verified_and_shown(fresh, key, made):
     assert problems(path, fresh.path, None, TODAY)[1] == [], "a report shows its own sign-off"
 
 
-def test_a_payload_that_is_no_text_is_told(fresh, key):
+def test_a_payload_that_is_no_text_is_reported(fresh, key):
     path = sign(fresh, key)
     edit(path, lambda envelope: envelope.update(payload=5))
     assert "no DSSE envelope" in problems(path, fresh.path, None, TODAY)[1][0]
@@ -151,26 +158,26 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES.values(), ids=FILES)
-def test_one_flipped_bit_is_found_and_named(made, key, name):
-    run = Run(made)  # in its own place: the budget and the recipes are files with absolute paths
+def test_one_flipped_bit_is_found_and_named(judged_folder, key, name):
+    run = Run(judged_folder)  # in its own place: the budget and the recipes are files with absolute paths
     path = sign(run, key)
     spoiled = (run.path / name).resolve()
     was = spoiled.stat()
     content = bytearray(spoiled.read_bytes())
-    kept = bytes(content)
+    original = bytes(content)
     content[len(content) // 2] ^= 1
     spoiled.write_bytes(content)
     try:
-        statement, found = problems(path, run.path, None, TODAY)
+        statement, faults = problems(path, run.path, None, TODAY)
     finally:
-        spoiled.write_bytes(kept)
+        spoiled.write_bytes(original)
         os.utime(spoiled, ns=(was.st_atime_ns, was.st_mtime_ns))
-    assert found
+    assert faults
     if name.startswith("signoff"):
         assert statement is None
     else:
-        assert any(spoiled.name in text for text in found), found
-    assert problems(path, run.path, None, TODAY)[1] == [], "mended, it holds again"
+        assert any(spoiled.name in text for text in faults), faults
+    assert problems(path, run.path, None, TODAY)[1] == [], "repaired, it holds again"
 
 
 def test_a_file_that_is_gone_or_came_later_is_named(fresh, key):
@@ -178,8 +185,8 @@ def test_a_file_that_is_gone_or_came_later_is_named(fresh, key):
     (fresh.path / "table.md").unlink()
     assert problems(path, fresh.path, None, TODAY)[1] == ["table.md is missing"]
     shutil.copy(fresh.path / "report.html", fresh.path / "variants/int8/S1/s0/extra")
-    found = problems(path, fresh.path, None, TODAY)[1]
-    assert any("unrecorded file extra" in text for text in found)
+    faults = problems(path, fresh.path, None, TODAY)[1]
+    assert any("unrecorded file extra" in text for text in faults)
     fresh.cost("int8", 0.6, target="gpu")
     assert any("records/cost/gpu/int8/S1-s0.json" in t for t in problems(path, fresh.path, None, TODAY)[1])
 
@@ -187,8 +194,8 @@ def test_a_file_that_is_gone_or_came_later_is_named(fresh, key):
 def test_only_the_trusted_key_is_trusted(fresh, key, tmp_path):
     path = sign(fresh, key)
     other = new_key(tmp_path / "other")
-    _, found = problems(path, fresh.path, other, TODAY)
-    assert "not the trusted" in found[0]
+    _, faults = problems(path, fresh.path, other, TODAY)
+    assert "not the trusted" in faults[0]
     outside = json.loads(path.read_text())
     stolen = json.loads(sign(fresh, tmp_path / "other").read_text())
     outside["signatures"] = stolen["signatures"]
@@ -234,8 +241,8 @@ def test_a_report_of_an_older_gate_is_not_signed(fresh, key):
         sign(fresh, key)
 
 
-def test_what_is_signed_is_stricter_than_a_row(made):
-    gate = read_gate(Run(made).path)
+def test_what_is_signed_is_stricter_than_a_row(judged_folder):
+    gate = read_gate(Run(judged_folder).path)
     row = row_of(gate, "int8", "cpu")
     assert signable_verdict(gate, row)[0] == "PASS"
     assert signable_verdict(gate, row.model_copy(update={"holm_p": 0.2}))[0] == "INCONCLUSIVE", (
@@ -262,7 +269,7 @@ def test_what_is_signed_is_stricter_than_a_row(made):
     assert signed(("int8", "FAIL", False)) == "PASS", "of earlier artifacts"
 
 
-def test_a_clock_that_went_back_is_told(fresh, key):
+def test_a_clock_that_went_back_is_refused(fresh, key):
     with pytest.raises(UserError, match="set the clock"):
         sign(fresh, key, now=datetime(2025, 12, 31, tzinfo=UTC))
 
@@ -273,8 +280,8 @@ def test_a_sign_off_of_an_older_gate_is_shown_as_such(fresh, key):
     assert list_signoffs(fresh.path, TODAY)[0].problem == "gate.json is not the one that was signed"
 
 
-def test_the_command_line(made, tmp_path):
-    run = Run(made)
+def test_the_command_line(judged_folder, tmp_path):
+    run = Run(judged_folder)
     mine = tmp_path / "mine"
     done = command("-m", "eval.signoff", "--new-key", mine)
     assert done.returncode == 0, done.stderr
@@ -296,9 +303,9 @@ def test_verify_says_what_is_broken(fresh, key, capsys):
     sign(fresh, key)
     sign(fresh, key, "half", waive="a demonstration", expires="2026-07-01")
     assert verify(fresh.path, None, TODAY, Console()) == []
-    said = capsys.readouterr().out
-    assert "give --public FILE" in said
-    assert "waived until 2026-07-01: a demonstration" in said
+    output = capsys.readouterr().out
+    assert "give --public FILE" in output
+    assert "waived until 2026-07-01: a demonstration" in output
     (fresh.path / "table.md").write_text("| int8 | FAIL |\n")
     broken = verify(fresh.path, None, TODAY, Console())
     assert len(broken) == 2

@@ -59,8 +59,8 @@ def test_expected_mean_squares_and_unbiased_variance(rng):
     s, c, parts = 4, 15, Components(0.25, 1.0, 0.5)
     z = crossed(rng, 20_000, s, c, 0.5, 1.0, np.sqrt(0.5))
     ms, expected = mean_squares(z), parts.mean_squares(s, c)
-    for found, wanted in zip(ms, expected, strict=True):
-        assert found.mean() == pytest.approx(wanted, rel=0.02)
+    for values, wanted in zip(ms, expected, strict=True):
+        assert values.mean() == pytest.approx(wanted, rel=0.02)
     true = 0.25 / s + 1.0 / c + 0.5 / (s * c)
     assert z.mean((1, 2)).var() == pytest.approx(true, rel=0.03)
     assert crossed_variance(ms, s, c)[0].mean() == pytest.approx(true, rel=0.03)
@@ -176,7 +176,7 @@ def test_fieller_against_numerical_inversion(rng):
     """The ends are the shares r at which |mean(x - r y)| is t standard errors, found by root search."""
     y = crossed(rng, 1, 5, 40, 0.1, 0.5, 0.5, mean=1.0)[0]
     x = 0.6 * y + crossed(rng, 1, 5, 40, 0.1, 0.3, 0.3)[0]
-    found = fieller(x, y)
+    interval = fieller(x, y)
     share = x.mean() / y.mean()
     s, c = x.shape
 
@@ -187,7 +187,7 @@ def test_fieller_against_numerical_inversion(rng):
     t = stats.t.isf(0.025, crossed_mean(x - share * y).nu)
     low = optimize.brentq(excess, share - 2, share, args=(t,))
     high = optimize.brentq(excess, share, share + 2, args=(t,))
-    assert found == pytest.approx((share, low, high))
+    assert interval == pytest.approx((share, low, high))
 
 
 def test_fieller_of_a_table_with_itself_is_one(rng):
@@ -206,8 +206,8 @@ def test_fieller_is_undefined_without_a_significant_denominator(rng):
 def test_fieller_is_finite_where_the_unbiased_variance_is_not_positive(rng):
     for _ in range(200):
         x, y = rng.normal(0.5, 1, size=(3, 12)), rng.normal(2, 1, size=(3, 12))
-        found = fieller(x, y)
-        assert found is None or found.low < found.point < found.high
+        interval = fieller(x, y)
+        assert interval is None or interval.low < interval.point < interval.high
 
 
 def coverage(rng, runs: int) -> tuple[float, float]:
@@ -216,11 +216,11 @@ def coverage(rng, runs: int) -> tuple[float, float]:
     for i in range(runs):
         y = crossed(rng, 1, 6, 40, 0.1, 0.5, 0.5, mean=1.0)[0]
         x = 0.6 * y + crossed(rng, 1, 6, 40, 0.1, 0.3, 0.3)[0]
-        found = fieller(x, y)
-        assert found is not None
+        interval = fieller(x, y)
+        assert interval is not None
         means = pigeonhole([x, y], 300, i)
         low, high = np.quantile(means[:, 0] / means[:, 1], [0.025, 0.975])
-        hits += [found.low < 0.6 < found.high, low < 0.6 < high]
+        hits += [interval.low < 0.6 < interval.high, low < 0.6 < high]
     return tuple(hits / runs)
 
 
@@ -236,11 +236,11 @@ def test_coverage_of_fieller_and_bootstrap(rng):
 def test_pigeonhole_is_that_of_plain_resampling(rng):
     """Reference: rows and columns drawn with replacement one draw at a time."""
     z = crossed(rng, 1, 4, 25, 0.5, 1.0, 0.5)[0]
-    found = pigeonhole([z, 2 * z], 20_000, 1)
-    np.testing.assert_allclose(found[:, 1], 2 * found[:, 0])
+    means = pigeonhole([z, 2 * z], 20_000, 1)
+    np.testing.assert_allclose(means[:, 1], 2 * means[:, 0])
     slow = [z[np.ix_(rng.integers(4, size=4), rng.integers(25, size=25))].mean() for _ in range(20_000)]
-    assert found[:, 0].mean() == pytest.approx(np.mean(slow), abs=0.01)
-    assert found[:, 0].std() == pytest.approx(np.std(slow), rel=0.03)
+    assert means[:, 0].mean() == pytest.approx(np.mean(slow), abs=0.01)
+    assert means[:, 0].std() == pytest.approx(np.std(slow), rel=0.03)
 
 
 def test_tokens_of_a_request_are_no_requests_of_their_own(rng):
@@ -260,9 +260,9 @@ def test_tokens_of_a_request_are_no_requests_of_their_own(rng):
 @pytest.mark.parametrize("documents", [1, 2, 3])
 def test_pigeonhole_of_a_handful_of_documents_is_finite(documents):
     """A document's weight is 0 in a third of all draws: a draw of none says nothing."""
-    found = pigeonhole([np.arange(2.0 * documents).reshape(2, documents)], 5_000, 1)
-    assert np.isfinite(found).all()
-    assert found.mean() == pytest.approx(documents - 0.5, abs=0.05)
+    means = pigeonhole([np.arange(2.0 * documents).reshape(2, documents)], 5_000, 1)
+    assert np.isfinite(means).all()
+    assert means.mean() == pytest.approx(documents - 0.5, abs=0.05)
 
 
 def test_pigeonhole_is_seeded_and_independent_of_chunks(monkeypatch, rng):
@@ -327,8 +327,8 @@ def test_percentile_bounds_see_processes_that_differ(rng):
 
 def test_ratio_of_paired_rounds_cancels_what_slows_both():
     slow = np.array([1.0, 1.5, 0.8, 2.0])
-    found = ratio_bounds(0.7 * slow, slow, 0.05)
-    assert found == pytest.approx((0.7, 0.7, 0.7))
+    bounds = ratio_bounds(0.7 * slow, slow, 0.05)
+    assert bounds == pytest.approx((0.7, 0.7, 0.7))
     assert ratio_bounds(slow, slow, 0.05) == (1.0, 1.0, 1.0)
     assert ratio_bounds([1.0], [2.0], 0.05) is None
     logs = np.log([0.7, 0.8, 0.75, 0.9])

@@ -66,18 +66,18 @@ class OpenedRun(Run):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    made = OpenedRun(tmp_path_factory.mktemp("test"), seeds=[0, 1, 2])
-    made.make()
+def opened_folder(tmp_path_factory) -> Path:
+    run = OpenedRun(tmp_path_factory.mktemp("test"), seeds=[0, 1, 2])
+    run.make()
     for arm in ("T0", "T1"):
-        for seed in made.seeds:
-            made.test_score(arm, seed, f"teacher {arm} {seed}")
-    return made.folder
+        for seed in run.seeds:
+            run.test_score(arm, seed, f"teacher {arm} {seed}")
+    return run.folder
 
 
 @pytest.fixture
-def toy(made, tmp_path) -> OpenedRun:
-    return OpenedRun(copied(made, tmp_path).folder, seeds=[0, 1, 2])
+def toy(opened_folder, tmp_path) -> OpenedRun:
+    return OpenedRun(copied(opened_folder, tmp_path).folder, seeds=[0, 1, 2])
 
 
 def score_all(toy: OpenedRun) -> None:
@@ -158,7 +158,7 @@ def test_another_look_needs_a_reason_and_is_counted(toy):
         read_openings(toy.path)
 
 
-def test_a_look_at_other_artifacts_is_told_apart(toy):
+def test_a_look_at_other_artifacts_is_distinguished(toy):
     opening = an_opening(toy)
     e, _ = toy.seen()
     assert summarize_openings([opening], e.artifacts, opening.budget).current
@@ -167,7 +167,7 @@ def test_a_look_at_other_artifacts_is_told_apart(toy):
     assert summarize_openings([], e.artifacts, opening.budget) is None
 
 
-def test_what_cannot_be_opened_is_told_before_it_is_spent(toy):
+def test_a_test_set_that_cannot_be_opened_is_reported_before_it_is_spent(toy):
     e, budget = toy.seen()
     with pytest.raises(UserError, match="did you mean 'plain'"):
         choose_variant(evaluate_gate(e, budget), e, "plian")
@@ -186,7 +186,7 @@ def test_a_spoiled_opening_is_one_clear_line(toy):
         read_openings(toy.path)
 
 
-def test_scores_that_an_opening_left_behind_are_told(tmp_path):
+def test_scores_that_an_opening_left_behind_are_reported(tmp_path):
     place = tmp_path / "records" / "test" / "small"
     place.mkdir(parents=True)
     (place / "T1-s0.json").write_text("{}")  # teachers are scored while they are trained
