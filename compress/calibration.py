@@ -69,16 +69,20 @@ class Walk:
     def norms(self, index: int, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
         """`input_norms` of linear layers inside the layer `index`; `leave` was called for all before it."""
         return input_norms(
-            modules, [(b.attention_mask, partial(self._run, index, b, g)) for b, g in self._inputs]
+            modules,
+            [
+                (batch.attention_mask, partial(self._run, index, batch, hidden))
+                for batch, hidden in self._inputs
+            ],
         )
 
     @torch.no_grad()
     def leave(self, index: int) -> None:
         """Stores the output of the layer `index`, as it is now: the input of the next one."""
-        self._inputs = [(batch, self._run(index, batch, given)) for batch, given in self._inputs]
+        self._inputs = [(batch, self._run(index, batch, hidden)) for batch, hidden in self._inputs]
 
-    def _run(self, index: int, batch: Batch, given: Any) -> Any:
-        """The output of the layer `index` where those before it return `given`; those after it do not run."""
+    def _run(self, index: int, batch: Batch, hidden: Any) -> Any:
+        """The output of the layer `index` where those before it return `hidden`; later ones do not run."""
         outputs: list[Any] = []
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -87,7 +91,7 @@ class Walk:
 
         hook, before = self.layers[index].register_forward_hook(stop), list(self.layers)[:index]
         for layer in before:
-            layer.forward = lambda *args, **kwargs: given  # the model itself makes the masks of each layer
+            layer.forward = lambda *args, **kwargs: hidden  # the model itself makes the masks of each layer
         try:
             self.model(**batch.inputs, use_cache=False)
         except _ReachedError:

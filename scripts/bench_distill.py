@@ -198,20 +198,22 @@ def processes_row(rounds: int, steps: int) -> Result:
     running = []
     for name, size, threads in (("two", 2, 1), ("one", 1, 2)):
         for rank in range(size):
-            mine, theirs = context.Pipe()
+            parent_end, worker_end = context.Pipe()
             running.append(
-                context.Process(target=worker, args=(rank, size, threads, port, steps, theirs), daemon=True)
+                context.Process(
+                    target=worker, args=(rank, size, threads, port, steps, worker_end), daemon=True
+                )
             )
             running[-1].start()
-            groups[name].append(mine)
+            groups[name].append(parent_end)
 
-    def go(pipes: list[Any], number: int) -> None:
+    def run_group(pipes: list[Any], number: int) -> None:
         for pipe in pipes:
             pipe.send(True)
         for pipe in pipes:
             pipe.recv()
 
-    seconds = in_turn({name: partial(go, pipes) for name, pipes in groups.items()}, rounds)
+    seconds = in_turn({name: partial(run_group, pipes) for name, pipes in groups.items()}, rounds)
     for process in running:
         process.terminate()
         process.join()
@@ -243,7 +245,7 @@ def utilisation_rows(rounds: int) -> list[Result]:
     return rows
 
 
-def line(row: Result) -> str:
+def format_row(row: Result) -> str:
     spread = f"[{row['low']:.3f}, {row['high']:.3f}]" if row.get("low") is not None else ""
     met = {True: "met", False: "MISSED"}[row["met"]] if "met" in row else ""
     return f"{row['what']:<76} {row['value']:8.3f} {spread:<16} {row.get('limit', ''):<8} {met}"
@@ -279,7 +281,7 @@ def main() -> None:
     rows = []
     for row in measure(args.quick):
         rows.append(row)
-        print(line(row), flush=True)
+        print(format_row(row), flush=True)
     write_json(args.json, {**facts, "rows": rows})
 
 

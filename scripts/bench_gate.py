@@ -96,9 +96,9 @@ class Writer:
     def score(self, data: str, arm: str, seed: int, artifact: str, recipe: str = PLAIN) -> None:
         far = self.documents // 10
         n = self.documents + far
-        rng, luck = np.random.default_rng(0), np.random.default_rng([seed, *map(ord, arm + recipe)])
+        rng, noise = np.random.default_rng(0), np.random.default_rng([seed, *map(ord, arm + recipe)])
         size = rng.integers(200, 4000, n)
-        value = rng.normal(2.7, 0.3, n) - GAINS[arm] - luck.normal(0, 0.005) - luck.normal(0, 0.05, n)
+        value = rng.normal(2.7, 0.3, n) - GAINS[arm] - noise.normal(0, 0.005) - noise.normal(0, 0.05, n)
         columns = Documents(
             id=[f"packages/library/module_{i}.py" for i in range(n)],
             slice=["validation"] * self.documents + ["far"] * far,
@@ -126,7 +126,7 @@ class Writer:
             load_s=0.1,
             peak_memory_bytes=10**8,
         )
-        given = self.study.cost
+        settings = self.study.cost
         record = Measured(
             arm="S1",
             seed=0,
@@ -134,9 +134,9 @@ class Writer:
             engine="torch",
             target="cpu",
             disk_bytes=10**6,
-            prompt_tokens=given.prompt_tokens,
-            new_tokens=given.new_tokens,
-            threads=given.threads,
+            prompt_tokens=settings.prompt_tokens,
+            new_tokens=settings.new_tokens,
+            threads=settings.threads,
             processes=[process] * 3,
             provenance=self.provenance(artifact),
         )

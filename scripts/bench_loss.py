@@ -37,7 +37,7 @@ PLAIN_TENSORS = 5.5  # [tokens, vocabulary] in float32 that the plain loss holds
 Result = dict[str, Any]
 
 
-def clock() -> float:
+def read_clock() -> float:
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -48,9 +48,9 @@ def in_turn(runs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, lis
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 2):
         for name in list(runs) if number % 2 else list(runs)[::-1]:
-            start = clock()
+            start = read_clock()
             runs[name](number)
-            seconds[name].append(clock() - start)
+            seconds[name].append(read_clock() - start)
     return {name: values[2:] for name, values in seconds.items()}
 
 
@@ -120,7 +120,7 @@ def extra_bytes(kind: str, vocabulary: int, tokens: int) -> int:
     return status_bytes("VmHWM") - before
 
 
-def fresh(*words: object) -> Any:
+def run_fresh(*words: object) -> Any:
     """What another process of this script prints as JSON."""
     done = subprocess.run(
         [sys.executable, __file__, *map(str, words)], capture_output=True, text=True, check=False
@@ -130,7 +130,7 @@ def fresh(*words: object) -> Any:
     return json.loads(done.stdout)
 
 
-def fitting(vocabulary: int, tokens: int) -> int:
+def fit_tokens(vocabulary: int, tokens: int) -> int:
     """So many tokens, or as many halves less as let the plain loss have most of the free memory."""
     free = (
         torch.cuda.mem_get_info()[0] if CUDA else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -140,18 +140,18 @@ def fitting(vocabulary: int, tokens: int) -> int:
     return tokens
 
 
-def memory_row(vocabulary: int, wished: int, rounds: int) -> Result:
-    tokens = fitting(vocabulary, wished)
+def memory_row(vocabulary: int, requested: int, rounds: int) -> Result:
+    tokens = fit_tokens(vocabulary, requested)
     what = f"extra peak memory of the chunked / the plain loss, {tokens} tokens x V = {vocabulary}"
-    sizes = {k: [fresh(k, vocabulary, tokens) for _ in range(rounds)] for k in ("chunked", "plain")}
+    sizes = {k: [run_fresh(k, vocabulary, tokens) for _ in range(rounds)] for k in ("chunked", "plain")}
     values = [mine / plain for mine, plain in zip(sizes["chunked"], sizes["plain"], strict=True)]
     row = {"what": what, "value": statistics.median(values), "low": min(values), "high": max(values)}
     megabytes = {f"{kind}_mib": round(statistics.median(size) / 2**20) for kind, size in sizes.items()}
     return {**row, **megabytes, "rounds": rounds, "limit": "<= 0.15", "met": row["value"] <= 0.15}
 
 
-def loss_time_row(vocabulary: int, wished: int, rounds: int) -> Result:
-    tokens = fitting(vocabulary, wished)
+def loss_time_row(vocabulary: int, requested: int, rounds: int) -> Result:
+    tokens = fit_tokens(vocabulary, requested)
     losses = LossOnly(vocabulary, tokens)
     seconds = in_turn({kind: partial(losses.run, kind) for kind in ("chunked", "plain")}, rounds)
     what = f"time of the chunked / the plain loss, {tokens} tokens x V = {vocabulary}"

@@ -82,11 +82,19 @@ class Pace:
 
 
 def trl_settings(folder: Path, steps: int) -> Facts:
-    off = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
-    same = {"learning_rate": LR, "adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "max_grad_norm": CLIP}
-    flat = {"lr_scheduler_type": "constant", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    silent = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
+    optimizer = {"learning_rate": LR, "adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "max_grad_norm": CLIP}
+    plain = {"lr_scheduler_type": "constant", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     rows = {"per_device_train_batch_size": ROWS, "max_steps": steps, "train_sampling_strategy": "sequential"}
-    return {**off, **same, **flat, **rows, "lmbda": 0.0, "beta": 0.0, "output_dir": str(folder / "trl")}
+    return {
+        **silent,
+        **optimizer,
+        **plain,
+        **rows,
+        "lmbda": 0.0,
+        "beta": 0.0,
+        "output_dir": str(folder / "trl"),
+    }
 
 
 def trl_side(folder: Path, vocabulary: int, steps: int, pace: Pace) -> None:
@@ -108,7 +116,7 @@ def trl_side(folder: Path, vocabulary: int, steps: int, pace: Pace) -> None:
             pace(trainer.valid, float(trainer.step_loss))
 
     rows = documents(vocabulary)
-    laid = [rows[i] for step in json.loads((folder / "order.json").read_text()) for i in step]
+    ordered = [rows[i] for step in json.loads((folder / "order.json").read_text()) for i in step]
     teacher = LlamaForCausalLM.from_pretrained(folder / "teacher").requires_grad_(False)
     teacher.config.use_cache = False
     words = Tokenizer(models.WordLevel({"</s>": 0}))
@@ -117,7 +125,7 @@ def trl_side(folder: Path, vocabulary: int, steps: int, pace: Pace) -> None:
         teacher_model=teacher,
         args=GKDConfig(**trl_settings(folder, steps)),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=0),
-        train_dataset=Dataset.from_dict({"input_ids": laid, "labels": laid}),
+        train_dataset=Dataset.from_dict({"input_ids": ordered, "labels": ordered}),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="</s>", eos_token="</s>"),
         callbacks=[Paced()],
     )
@@ -133,8 +141,14 @@ def cached(folder: Path, rows: list[Any], teacher: Any, vocabulary: int) -> Any:
 
     form = make_codec(Targets(form="sampled", draws=50), vocabulary, 1.0)
     write_shards(folder / "shards", rows, teacher, form, pad=0, report=lambda share: None)
-    about: Facts = {"kind": "targets", "name": "t", "key": Key(""), "parents": {}, "facts": dict(form.facts)}
-    with build_artifact(folder / "t", **about) as temporary:
+    artifact: Facts = {
+        "kind": "targets",
+        "name": "t",
+        "key": Key(""),
+        "parents": {},
+        "facts": dict(form.facts),
+    }
+    with build_artifact(folder / "t", **artifact) as temporary:
         link_shards(folder / "shards", temporary, sum(row.predicted for row in rows))
     return CachedTeacher(folder / "t", rows, form, {})
 
@@ -157,14 +171,14 @@ def our_side(kind: str, folder: Path, vocabulary: int, steps: int, pace: Pace) -
     if "cached" in kind:
         since = time.perf_counter()
         teacher = cached(folder / kind, rows, teacher, vocabulary)
-        pace.answer({"making_s": time.perf_counter() - since})
+        pace.answer({"cache_s": time.perf_counter() - since})
         del model
     adam, loss = Optimizer(name="adamw", lr=LR, betas=BETAS), Loss(weight=1)  # of the divergence
-    once: Facts = {"steps": steps, "checkpoint_every": steps, "warmup": 0, "decay": 0}
+    schedule: Facts = {"steps": steps, "checkpoint_every": steps, "warmup": 0, "decay": 0}
     train(
         LlamaForCausalLM.from_pretrained(folder / "student"),
         rows,
-        Train(rows=ROWS, optimizer=adam, loss=loss, clip=CLIP, **once),
+        Train(rows=ROWS, optimizer=adam, loss=loss, clip=CLIP, **schedule),
         pad=0,
         seed=0,
         teacher=teacher,
@@ -173,35 +187,35 @@ def our_side(kind: str, folder: Path, vocabulary: int, steps: int, pace: Pace) -
     )
 
 
-def work(given: argparse.Namespace) -> None:
+def work(args: argparse.Namespace) -> None:
     """One side: words on standard input, answers on standard output, all else on standard error."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     import torch
 
-    torch.set_num_threads(given.threads)
-    names = ["torch", "transformers", "accelerate"] + ["trl"] * (given.side == "trl")
+    torch.set_num_threads(args.threads)
+    names = ["torch", "transformers", "accelerate"] + ["trl"] * (args.side == "trl")
     pace = Pace(iter(sys.stdin.readline, ""), lambda facts: print(json.dumps(facts), file=answers))
     pace.answer({"python": platform.python_version(), **{name: version(name) for name in names}})
-    run = trl_side if given.side == "trl" else partial(our_side, given.side)
-    run(given.folder, given.vocabulary, given.steps, pace)
+    run = trl_side if args.side == "trl" else partial(our_side, args.side)
+    run(args.folder, args.vocabulary, args.steps, pace)
 
 
 class Side:
     """A running process of one side, warmed up."""
 
-    def __init__(self, kind: str, folder: Path, words: list[str], given: argparse.Namespace) -> None:
-        threads, python = str(given.threads), given.trl_python if kind == "trl" else sys.executable
+    def __init__(self, kind: str, folder: Path, words: list[str], args: argparse.Namespace) -> None:
+        threads, python = str(args.threads), args.trl_python if kind == "trl" else sys.executable
         env = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         self.log = folder / f"{kind}.log"
         with self.log.open("w") as log:
             command = [python, __file__, "--side", kind, "--folder", folder, "--threads", threads, *words]
             self.process = subprocess.Popen(command, stderr=log, env=os.environ | env, **PIPES)
-        self.versions = self.hear()
-        self.making = self.hear()["making_s"] if "cached" in kind else None
-        self.loss = self.hear()["loss"]
+        self.versions = self.read_answer()
+        self.cache_seconds = self.read_answer()["cache_s"] if "cached" in kind else None
+        self.loss = self.read_answer()["loss"]
 
-    def hear(self) -> Facts:
+    def read_answer(self) -> Facts:
         from eval.core.errors import UserError
 
         assert self.process.stdout is not None
@@ -214,18 +228,18 @@ class Side:
         """Valid tokens per second of so many steps, after one that is not counted."""
         for number in (1, steps):
             print(number, file=self.process.stdin, flush=True)
-            answer = self.hear()
+            answer = self.read_answer()
         return answer["tokens"] / answer["seconds"]
 
 
-def run_start(vocabulary: int, given: argparse.Namespace, rates: Rates) -> Facts:
+def run_start(vocabulary: int, args: argparse.Namespace, rates: Rates) -> Facts:
     """Adds the rates of one start of all sides, whose first losses must agree; returns its facts."""
     from distill.trainer.loop import row_order
     from eval.core.errors import UserError
     from eval.engines import silenced
     from scripts.bench_distill import STUDENT, TEACHER, model
 
-    steps = WARM + (given.rounds + LEFT_OUT + 1) * (1 + STEPS[vocabulary])
+    steps = WARM + (args.rounds + LEFT_OUT + 1) * (1 + STEPS[vocabulary])
     words = ["--vocabulary", str(vocabulary), "--steps", str(steps)]
     with TemporaryDirectory() as name, silenced("transformers"), ExitStack() as stack:
         folder, sides = Path(name), {}
@@ -233,18 +247,18 @@ def run_start(vocabulary: int, given: argparse.Namespace, rates: Rates) -> Facts
         model(TEACHER, vocabulary, 2).save_pretrained(folder / "teacher")
         (folder / "order.json").write_text(json.dumps(row_order(DOCUMENTS, steps, ROWS, seed=0)))
         for kind in SIDES:
-            sides[kind] = Side(kind, folder, words, given)
+            sides[kind] = Side(kind, folder, words, args)
             stack.callback(sides[kind].process.communicate)  # it reads the end of its input, and goes
         losses = {kind: side.loss for kind, side in sides.items()}
         if not math.isclose(losses["trl"], losses["padded online"], rel_tol=1e-4):
             raise UserError("first loss", losses, "both sides must train the same")
-        for number in range(given.rounds + LEFT_OUT):
+        for number in range(args.rounds + LEFT_OUT):
             for kind in SIDES[:: -1 if number % 2 else 1]:
                 rate = sides[kind].rate(STEPS[vocabulary])
                 rates[kind] += [rate] if number >= LEFT_OUT else []
-    making = {kind: side.making for kind, side in sides.items() if side.making}
+    cache_seconds = {kind: side.cache_seconds for kind, side in sides.items() if side.cache_seconds}
     versions = {kind: sides[kind].versions for kind in SIDES[:2]}
-    return {"first_loss": losses, "making_s": making, "versions": versions}
+    return {"first_loss": losses, "cache_s": cache_seconds, "versions": versions}
 
 
 def rows_of(vocabulary: int, rates: Rates) -> list[Facts]:
@@ -256,28 +270,31 @@ def rows_of(vocabulary: int, rates: Rates) -> list[Facts]:
         limit = LIMITS[vocabulary][kind.split()[1]]
         what = f"{kind} / TRL, valid tokens/s, V = {vocabulary}"
         row = ratio_row(what, rates[kind], rates["trl"], limit, at_least=True)
-        row["ours_per_s"], row["trl_per_s"] = row.pop("seconds"), row.pop("bare_seconds")  # rates were given
+        row["ours_per_s"], row["trl_per_s"] = (
+            row.pop("seconds"),
+            row.pop("bare_seconds"),
+        )  # it was given rates
         rows.append(row)
     return rows
 
 
-def compare(given: argparse.Namespace) -> None:
+def compare(args: argparse.Namespace) -> None:
     from eval.core.records import machine
-    from scripts.bench_distill import line
+    from scripts.bench_distill import format_row
 
-    facts: Facts = {"device": machine().cpu, "threads": given.threads, "rows": []}
-    print(f"{facts['device']}, {given.threads} threads, {given.starts} starts of {given.rounds} rounds")
+    facts: Facts = {"device": machine().cpu, "threads": args.threads, "rows": []}
+    print(f"{facts['device']}, {args.threads} threads, {args.starts} starts of {args.rounds} rounds")
     for vocabulary in LIMITS:
         rates: Rates = {kind: [] for kind in SIDES}
-        for _ in range(given.starts):
-            start = run_start(vocabulary, given, rates)
+        for _ in range(args.starts):
+            start = run_start(vocabulary, args, rates)
         facts[str(vocabulary)] = {**start, "rates": rates}
         for row in rows_of(vocabulary, rates):
             facts["rows"].append(row)
-            print(line(row), f" {row['ours_per_s']:.0f} / {row['trl_per_s']:.0f}", flush=True)
+            print(format_row(row), f" {row['ours_per_s']:.0f} / {row['trl_per_s']:.0f}", flush=True)
         print("  ", *(f"{name} {value}\n  " for name, value in start.items()), flush=True)
-    if given.json:
-        given.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -288,10 +305,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, kind in (("side", str), ("folder", Path), ("vocabulary", int), ("steps", int)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if not (given.side or given.trl_python):
+    args = parser.parse_args()
+    if not (args.side or args.trl_python):
         parser.error("--trl-python is needed")
-    (work if given.side else compare)(given)
+    (work if args.side else compare)(args)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ def resolve(name: str) -> list[str]:
         return []
     if own in definitions(module):
         return [name]
-    handed_on = module_imports(module).get(own)
-    return resolve(handed_on) if handed_on else []
+    reexported = module_imports(module).get(own)
+    return resolve(reexported) if reexported else []
 
 
 def stage_definitions(stage: str) -> dict[str, str]:

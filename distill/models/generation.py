@@ -45,7 +45,7 @@ def make_prompts(rows: list[Row], generation: Generation) -> list[Row]:
     """The prompt in each row: that of its document if it has one, else its first tokens.
 
     Raises:
-        UserError: a row is packed: its documents cannot be told apart.
+        UserError: a row is packed: texts are generated from single documents.
     """
     if any(row.packed for row in rows):
         problem = "true, but texts are generated from single documents"

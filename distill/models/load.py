@@ -61,8 +61,8 @@ def fresh_model(
     """A model of random weights that `seed` decides.
 
     Args:
-        vocabulary: rows of its embedding; the tokenizer's tokens where it is not told.
-        where: the architecture stands in the study.
+        vocabulary: rows of its embedding; None: as many as the tokenizer has tokens.
+        where: key of the architecture in the study, for errors.
 
     Raises:
         UserError: transformers does not know the family, or does not take a field.

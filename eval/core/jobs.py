@@ -218,7 +218,7 @@ class _Worker:
 
 
 def _end_processes(workers: list[_Worker], terminate: bool) -> None:
-    """Ends the processes of workers: what they were writing lies aside and the next run removes it."""
+    """Ends the processes of workers. They leave temporary folders, which the next run removes."""
     for worker in workers:
         if terminate:
             worker.process.terminate()
