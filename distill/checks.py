@@ -12,8 +12,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from distill.models.gguf import build_tokenizer, find_gguf, read_config, read_fields
 from distill.models.load import check_architecture
 from eval.core.errors import UserError
+from eval.core.sections import Base
 from eval.core.study import Study
 from eval.engines import load_tokenizer
 
@@ -49,20 +51,10 @@ def check_models(study: Study) -> None:
 def _saved_base(study: Study) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """Config and tokenizer of a named base, saved once: transformers checks a generation config only then."""
     path = str(study.base.path)
-    settings: dict[str, Any] = {"revision": study.base.revision or "main", "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(path, **settings)
-        is_folder = Path(path).is_dir()
-        tokenizer = (
-            load_tokenizer(Path(path)) if is_folder else AutoTokenizer.from_pretrained(path, **settings)
-        )
-    except (OSError, ValueError, ImportError) as error:
-        fix = "give a hub name that has safetensors, or a folder"
-        raise UserError("base.path", f"{path} ({' '.join(str(error).split())[:200]})", fix) from error
-    try:
-        generation = GenerationConfig.from_pretrained(path, revision=settings["revision"])
-    except OSError:  # it has none: the model makes its own
-        generation = GenerationConfig.from_model_config(config)
+    if study.base.is_gguf:
+        config, generation, tokenizer = _read_gguf(find_gguf(path))
+    else:
+        config, generation, tokenizer = _read_configs(study.base)
     with tempfile.TemporaryDirectory() as folder:
         try:
             config.save_pretrained(folder)
@@ -73,6 +65,30 @@ def _saved_base(study: Study) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase
             fix = "correct its config files in a local copy, and give that folder as base.path"
             raise UserError("base.path", f"{path} cannot be saved again ({cause})", fix) from error
     return config, tokenizer
+
+
+def _read_gguf(file: Path) -> tuple[PreTrainedConfig, GenerationConfig, PreTrainedTokenizerBase]:
+    config = read_config(file)
+    return config, GenerationConfig.from_model_config(config), build_tokenizer(read_fields(file))
+
+
+def _read_configs(base: Base) -> tuple[PreTrainedConfig, GenerationConfig, PreTrainedTokenizerBase]:
+    """Configs and tokenizer of a base in a folder or on the hub."""
+    path, is_folder = str(base.path), Path(str(base.path)).is_dir()
+    settings: dict[str, Any] = {"revision": base.revision or "main", "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(path, **settings)
+        tokenizer = (
+            load_tokenizer(Path(path)) if is_folder else AutoTokenizer.from_pretrained(path, **settings)
+        )
+    except (OSError, ValueError, ImportError) as error:
+        fix = "give a hub name that has safetensors, a folder or a .gguf file"
+        raise UserError("base.path", f"{path} ({' '.join(str(error).split())[:200]})", fix) from error
+    try:
+        generation = GenerationConfig.from_pretrained(path, revision=settings["revision"])
+    except OSError:  # it has none: the model makes its own
+        generation = GenerationConfig.from_model_config(config)
+    return config, generation, tokenizer
 
 
 def _check_lengths(study: Study, config: PreTrainedConfig, model: str) -> None:

@@ -18,11 +18,11 @@ from distill.checks import check_models
 from distill.data.sources import prepare, training_rows
 from distill.method import make_method
 from distill.models.card import model_card
+from distill.models.export import export, export_tokenizer
 from distill.models.init import init_student
 from distill.models.load import (
     base_origin,
     check_vocabulary,
-    export,
     fresh_model,
     named_model,
     train_tokenizer,
@@ -68,9 +68,9 @@ def make_tokenizer(study: Study) -> None:
     with build_artifact(
         folder, kind="tokenizer", name="tokenizer", key=key, parents={"data": data.hash}, facts={}
     ) as temporary:
-        texts = [document.text for document in read_documents(study.folder / "data", TRAIN)]
-        tokenizer = train_tokenizer(texts, study.base.vocab_size)
-        tokenizer.save_pretrained(str(temporary))
+        documents = read_documents(study.folder / "data", TRAIN)
+        tokenizer = train_tokenizer([document.text for document in documents], study.base.vocab_size)
+        export_tokenizer(tokenizer, temporary, documents)
 
 
 def prepare_inputs(study: Study, acc: Accelerator) -> None:
@@ -122,7 +122,8 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
                 teacher=None,
                 report=step_progress(report, 0.9),
             )
-        export(model, tokenizer, folder, model_card(study, "B", seed, parents))
+        documents, verified = read_documents(study.folder / "data", TRAIN), study.folder / "tokenizer"
+        export(model, tokenizer, folder, model_card(study, "B", seed, parents), documents, verified)
     delete_scratch(study, name)
 
 
@@ -164,7 +165,11 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
             rewrite=source.rewrite,
             report=step_progress(report, 0.9),
         )
-        export(student.merged(), tokenizer, folder, model_card(study, arm, seed, parents, method_card))
+        documents, card = (
+            read_documents(study.folder / "data", TRAIN),
+            model_card(study, arm, seed, parents, method_card),
+        )
+        export(student.merged(), tokenizer, folder, card, documents, base)
     delete_scratch(study, name)
 
 

@@ -1,7 +1,5 @@
 """Model cards of exported models, with their lineage."""
 
-from pathlib import Path
-
 from huggingface_hub import ModelCard, ModelCardData
 
 from eval.core.study import Study
@@ -16,9 +14,8 @@ ROLES = {
 
 def front_matter(study: Study, arm: str, seed: int, parents: dict[str, str]) -> ModelCardData:
     """Metadata for programs: the base, the method, and the hashes of all that the model was made from."""
-    on_hub = study.base.path is not None and not Path(study.base.path).is_dir()
     return ModelCardData(
-        base_model=study.base.path if on_hub else None,  # a local folder has no hub name
+        base_model=study.base.path if study.base.is_on_hub else None,  # a file has no hub name
         library_name="transformers",
         pipeline_tag="text-generation",
         lineage={

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,10 +22,10 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from eval.core.artifacts import digest, file_sha256, write_text
+from distill.models.gguf import find_gguf, load_gguf
+from eval.core.artifacts import digest, file_sha256, installed_versions, write_text
 from eval.core.errors import UserError, require_one_of
 from eval.core.sections import Base
-from eval.engines import silenced
 from eval.engines.torch import load_checkpoint
 
 BOS = "<|endoftext|>"
@@ -122,8 +121,10 @@ def _refused_by_transformers(where: str, kind: str) -> Iterator[None]:
 
 
 def named_model(base: Base, commit: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base that a study names: a hub repository or a folder, from safetensors alone; it runs no code."""
+    """The base that a study names, on the hub, a folder or a GGUF file: no pickle is read, no code is run."""
     assert base.path is not None
+    if base.is_gguf:
+        return load_gguf(find_gguf(base.path))
     if Path(base.path).is_dir():
         return load_checkpoint(Path(base.path))
     settings = {"revision": commit or base.revision or "main", "trust_remote_code": False}
@@ -149,16 +150,22 @@ def base_origin(base: Base, memory: Path) -> dict[str, Any]:
     """
     if base.path is None:
         return {"architecture": base.architecture, "vocab_size": base.vocab_size}
+    if base.is_gguf:
+        return {
+            "gguf": local_hashes(find_gguf(base.path), memory).popitem()[1],
+            **installed_versions(["gguf"]),
+        }
     if Path(base.path).is_dir():
         return {"files": digest(local_hashes(Path(base.path), memory))}
     return {"hub": base.path, "commit": hub_commit(base.path, base.revision or "main")}
 
 
-def local_hashes(folder: Path, memory: Path) -> dict[str, str]:
+def local_hashes(base: Path, memory: Path) -> dict[str, str]:
     """Name -> SHA-256 of the files of a local base; no model is made of hidden files and of Markdown."""
     known = json.loads(memory.read_text()) if memory.is_file() else {}
     hashes, seen = {}, {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    folder, files = (base.parent, [base]) if base.is_file() else (base, sorted(base.rglob("*")))
+    for path in (file for file in files if file.is_file()):
         name = path.relative_to(folder)
         if any(part.startswith(".") for part in name.parts) or path.suffix == ".md":
             continue
@@ -212,21 +219,3 @@ def check_same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenize
         if left.get(token) != right.get(token):
             problem = f"token {token!r} is id {left.get(token)} in one and {right.get(token)} in the other"
             raise UserError(f"tokenizer of {where}", problem, "use one tokenizer for teacher and student")
-
-
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Writes a plain transformers checkpoint, which loads without this project.
-
-    Raises:
-        UserError: it cannot be written (full disk, no permission).
-    """
-    model = model.to("cpu")
-    model.config.use_cache = True
-    try:
-        with silenced("transformers"):
-            model.save_pretrained(str(folder), safe_serialization=True)
-        tokenizer.save_pretrained(str(folder))
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        fix = "free disk space, then run the same command to continue from the last checkpoint"
-        raise UserError(f"export to {folder.parent}", " ".join(str(error).split())[:200], fix) from error

@@ -1,5 +1,6 @@
 """The sections of a study: frozen, with unknown keys refused. `eval.core.study` puts them together."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -249,9 +250,13 @@ class Student(Frozen):
 
 
 class Base(Frozen):
-    """The plain model: a hub name or folder, or an architecture trained from nothing."""
+    """The plain model: a hub name, a folder or a GGUF file, or an architecture trained from nothing."""
 
-    path: str | None = Field(None, description="name on the hub, or a folder")
+    path: str | None = Field(
+        None,
+        description="name on the hub, a folder, a `.gguf` file, or `package:NAME`, an installed package that "
+        "brings one",
+    )
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
     architecture: dict[str, Any] | None = Field(
         None,
@@ -267,10 +272,18 @@ class Base(Frozen):
     @model_validator(mode="after")
     def one_origin(self) -> Self:
         if (self.path is None) == (self.architecture is None):
-            raise ValueError("give exactly one of `path` (hub name or folder) and `architecture`")
+            raise ValueError("give exactly one of `path` (hub name, folder or GGUF file) and `architecture`")
         if self.architecture is not None and self.train is None:
             raise ValueError("`architecture` needs `train`: an untrained base has nothing to teach")
         return self
+
+    @property
+    def is_gguf(self) -> bool:
+        return str(self.path).endswith(".gguf") or str(self.path).startswith("package:")
+
+    @property
+    def is_on_hub(self) -> bool:
+        return not (self.path is None or self.is_gguf or Path(self.path).is_dir())
 
 
 class MethodChoice(Frozen):

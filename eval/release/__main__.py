@@ -195,7 +195,8 @@ class Folder:
         }
         self.write(INDEX, _json({**facts, "targets": index, "fallback": fallback}))
         self.write(CONTRACT, contract_text(promise))
-        self.write(CARD, card(promise, case.gate, case.study.base.path))
+        base = case.study.base
+        self.write(CARD, card(promise, case.gate, base.path if base.is_on_hub else None))
         self.write("lineage.json", _json(lineage(case.run, case.evidence, case.recipes)))
         shutil.copy(TEMPLATES / LOADER, self.place / LOADER)
         return promise
