@@ -14,7 +14,7 @@ from distill.data.sources import training_rows
 from eval.core.artifacts import content_hash, hash_files
 from eval.core.config import plugin_names
 from eval.core.errors import UserError
-from tests.compress.fake_run import context_of, fake_run, model_of
+from tests.compress.student_run import build_student_run, context_of, model_of
 from tests.helpers import tiny_model
 
 TRAIN = {"steps": 4, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}
@@ -34,7 +34,7 @@ ALL = [
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    return fake_run(tmp_path_factory.mktemp("study"), [])
+    return build_student_run(tmp_path_factory.mktemp("study"), [])
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from compress.recipe import Pass, Stage, load_recipe, load_recipes, pass_class
 from eval.core.config import ROOT, plugin_names
 from eval.core.errors import UserError
 from eval.core.study import load_study
-from tests.compress.fake_run import recipe_file
+from tests.compress.student_run import recipe_file
 from tests.helpers import tiny_model, tiny_study
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))

@@ -18,7 +18,7 @@ from compress.verify import verify_reload
 from eval.core.artifacts import hash_files, read_manifest, verify_artifact
 from eval.core.errors import UserError
 from eval.engines.torch import load_checkpoint
-from tests.compress.fake_run import add_student, fake_run, recipe_file
+from tests.compress.student_run import add_student, build_student_run, recipe_file
 from tests.helpers import ROOT, run
 
 TRAIN = {"steps": 6, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}
@@ -69,7 +69,7 @@ def done(tmp_path_factory):
         recipe_file(folder, "w50", {"pass": "wanda"}),
         recipe_file(folder, "four", {"pass": "bitsandbytes", "format": "nf4"}, target="gpu"),
     ]
-    study = fake_run(folder, recipes, seeds=[0])
+    study = build_student_run(folder, recipes, seeds=[0])
     students = hash_files(study.folder / "students")
     result = compress(study)
     assert result.returncode == 0, result.stderr
@@ -174,7 +174,7 @@ def test_a_changed_recipe_or_parent_is_made_again(done, tmp_path):
 
 @pytest.fixture
 def small(tmp_path):
-    return fake_run(tmp_path, ["wanda50"], layers=2)
+    return build_student_run(tmp_path, ["wanda50"], layers=2)
 
 
 def line_of(result) -> str:
@@ -235,7 +235,7 @@ def test_killed_and_started_again(tmp_path):
     """Killed when the first student is built, and again when the first variant is verified."""
     chain = ({"pass": "drop_layers"}, {"pass": "recover", "train": {**TRAIN, "checkpoint_every": 2}})
     recipes = [recipe_file(tmp_path, "chain", *chain), recipe_file(tmp_path, "w50", {"pass": "wanda"})]
-    study = fake_run(tmp_path, recipes)
+    study = build_student_run(tmp_path, recipes)
     for sign in ("build variants: S1/s0", "verify variants: chain/S1/s0"):
         command = [sys.executable, "-m", "compress.run", "--study", str(study.folder)]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)

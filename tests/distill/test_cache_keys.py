@@ -27,7 +27,7 @@ from eval.core.artifacts import (
 from eval.core.errors import UserError
 from eval.core.sections import Base
 from eval.core.study import load_study
-from tests.compress.fake_run import fake_run, recipe_file
+from tests.compress.student_run import build_student_run, recipe_file
 from tests.helpers import run, tiny_model, tiny_study, tiny_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -201,7 +201,7 @@ def test_accept_old_keeps_the_students_of_another_version(tmp_path, monkeypatch)
 
 
 def test_accept_old_keeps_variants(tmp_path):
-    study = fake_run(tmp_path, ["wanda50"], layers=2)
+    study = build_student_run(tmp_path, ["wanda50"], layers=2)
     command = ("-m", "compress.run", "--study", study.folder)
     assert "2 made now" in run(*command).stdout
     for arm in ("S1", "S0"):

@@ -37,13 +37,11 @@ def openvino_folder(checkpoint, tmp_path_factory):
 def released_run(tmp_path_factory):
     """A run of real tiny models with its gate and a sign-off of the variant `small`."""
     from eval.signoff.keys import new_key
-    from tests.eval import real_run, run_builder
+    from tests.eval.real_run import RECIPES, RealRun
     from tests.eval.run_builder import gate, sign
 
     folder = tmp_path_factory.mktemp("released")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_builder, "RECIPES", real_run.RECIPES)
-        run = real_run.RealRun(folder).make()
+    run = RealRun(folder, recipes=RECIPES).make()
     run.fallback_cost()
     gate(run)
     new_key(folder / "key")

@@ -1,7 +1,8 @@
 """A run folder that can be released: real tiny models of the first seed, and records that fit them.
 
+Not `run_builder.Run` alone, because a release loads and runs the models: their real bits must be in the records.
 Three models are trained for ever longer: the base, the control and the student. Their bits are those of every
-seed, with a little luck added; the teachers' are the base's and the student's.
+seed, with a little noise added; the teachers' are the base's and the student's.
 """
 
 import json

@@ -1,4 +1,8 @@
-"""A run folder with a gate.json of every kind of field, and records beneath it; no model in it."""
+"""A run folder with a gate.json of every kind of field, and records beneath it; no model in it.
+
+Not `run_builder.Run`, because no single run that the gate judges has every verdict, missing value and hostile name
+that a page must show: here gate.json is written by hand.
+"""
 
 import hashlib
 import json

@@ -37,7 +37,7 @@ HOST = Machine(host="box", system="Linux", cpu="some CPU", isa="AVX512", cores=2
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.02}  # bits/byte better than B
 RECIPES = {"int8": ("openvino", 1.0, 0.6), "half": ("torch", 0.2, 1.0)}  # engine, gain kept, relative decode
 TEACHERS = {"S1": "T1", "S0": "T0"}
-DOCUMENTS = {"validation": 40, "far": 30}
+SIZES = {"validation": 40, "far": 30}
 BUDGET = {
     "name": "test",
     "f": 0.5,
@@ -63,6 +63,8 @@ class Run:
     folder: Path
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
     gains: dict[str, float] = field(default_factory=lambda: dict(GAINS))
+    recipes: dict[str, tuple[str, float, float]] = field(default_factory=lambda: dict(RECIPES))
+    sizes: dict[str, int] = field(default_factory=lambda: dict(SIZES))  # documents of each slice
     budget: dict = field(default_factory=lambda: json.loads(json.dumps(BUDGET)))
     noise: float = 0.002
     far: dict[str, float] = field(default_factory=dict)  # gains that differ on the slice `far`
@@ -92,14 +94,17 @@ class Run:
                     "requests": 10,
                     "load": self.load,
                 },
-                "recipes": [str(self.folder / f"{name}.yaml") for name in RECIPES],
+                "recipes": [str(self.folder / f"{name}.yaml") for name in self.recipes],
                 "budget": str(self.folder / "budget.yaml"),
             }
         )
 
+    def engine(self, recipe: str) -> str:
+        return self.recipes[recipe][0] if recipe in self.recipes else "torch"
+
     def documents(self, arm: str, seed: int, kept: float) -> Documents:
         rng = np.random.default_rng(5)
-        names = [name for name, n in DOCUMENTS.items() for _ in range(n)]
+        names = [name for name, n in self.sizes.items() for _ in range(n)]
         size = rng.integers(200, 4000, len(names))
         hard = rng.normal(2.7, 0.3, len(names))
         luck = np.random.default_rng([seed, *map(ord, arm)])
@@ -135,7 +140,7 @@ class Run:
             arm=arm,
             seed=seed,
             recipe=recipe,
-            engine=RECIPES[recipe][0] if recipe in RECIPES else "torch",
+            engine=self.engine(recipe),
             data=read_manifest(self.path / "data").hash,
             documents=self.documents(arm, seed, kept),
             provenance=self.provenance(artifact),
@@ -161,7 +166,7 @@ class Run:
             arm="S1",
             seed=0,
             recipe=recipe,
-            engine=RECIPES[recipe][0] if recipe in RECIPES else "torch",
+            engine=self.engine(recipe),
             target=target,
             disk_bytes=int(disk * factor),
             prompt_tokens=64,
@@ -174,7 +179,7 @@ class Run:
 
     def make(self) -> "Run":
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in RECIPES:
+        for name in self.recipes:
             (self.folder / f"{name}.yaml").write_text(
                 f"name: {name}\ntarget: cpu\npasses: [{{pass: {name}}}]\n"
             )
@@ -189,10 +194,10 @@ class Run:
                 if arm in ("S1", "S0", "CE"):
                     plain = self.artifact(f"students/{arm}/s{seed}", {**data, "base": base, **teacher})
                 self.score(arm, seed, plain)
-                for recipe, (_, kept, _) in RECIPES.items() if arm in ("S1", "S0") else ():
+                for recipe, (_, kept, _) in self.recipes.items() if arm in ("S1", "S0") else ():
                     variant = self.artifact(f"variants/{recipe}/{arm}/s{seed}", {**data, "student": plain})
                     self.score(arm, seed, variant, recipe, kept)
-        for recipe, factor in {"plain": 1.0, **{name: of[2] for name, of in RECIPES.items()}}.items():
+        for recipe, (_, _, factor) in {"plain": ("torch", 1.0, 1.0), **self.recipes}.items():
             self.cost(recipe, factor)
         return self
 
@@ -218,7 +223,7 @@ class Run:
         return GateFile.model_validate_json((self.path / "gate.json").read_text())
 
 
-def copied(source: Path, folder: Path) -> Run:
+def copy_run(source: Path, folder: Path) -> Run:
     shutil.copytree(source, folder, dirs_exist_ok=True)
     return Run(folder)
 

@@ -15,7 +15,7 @@ from eval.core.errors import UserError
 from eval.core.gate_file import GateFile
 from eval.report.__main__ import refuse_stale
 from eval.stats.multiplicity import holm
-from tests.eval.run_builder import GAINS, HOST, Run, change_score, copied, edit, row
+from tests.eval.run_builder import GAINS, HOST, Run, change_score, copy_run, edit, row
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def passed(
     toy_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, subprocess.CompletedProcess[str]]:
-    run = copied(toy_folder, tmp_path_factory.mktemp("passed"))
+    run = copy_run(toy_folder, tmp_path_factory.mktemp("passed"))
     return run, run.gate()
 
 
@@ -96,7 +96,7 @@ def test_scores_and_hashes_are_those_of_the_records(passed):
 
 
 def test_the_chain_multiplies_to_the_kept_share(toy_folder: Path, tmp_path: Path):
-    run = copied(toy_folder, tmp_path)
+    run = copy_run(toy_folder, tmp_path)
     (tmp_path / "int8.yaml").write_text("name: int8\ntarget: cpu\npasses: [{pass: a}]\n")
     (tmp_path / "half.yaml").write_text("name: half\ntarget: cpu\npasses: [{pass: a}, {pass: b}]\n")
     run.gate("--recipes", json.dumps([str(tmp_path / f"{name}.yaml") for name in ("int8", "half")]))
@@ -115,7 +115,7 @@ def test_the_chain_multiplies_to_the_kept_share(toy_folder: Path, tmp_path: Path
 
 
 def test_what_a_verdict_is_conditional_on_stands_beside_it(toy_folder: Path, tmp_path: Path):
-    run = copied(toy_folder, tmp_path)
+    run = copy_run(toy_folder, tmp_path)
     for seed in run.seeds:
         change_score(lambda r: r["provenance"].update(artifact="one teacher"), f"plain/T1-s{seed}")(run)
         path = run.path / f"students/S1/s{seed}/manifest.json"
@@ -276,7 +276,7 @@ def test_a_variant_slower_than_its_parent_is_not_recommended(toy: Run):
     ],
 )
 def test_a_ratio_of_other_rounds_decides_nothing(toy_folder: Path, tmp_path: Path, change, difference: str):
-    run = copied(toy_folder, tmp_path)
+    run = copy_run(toy_folder, tmp_path)
     edit(run.path / "records/cost/cpu/int8/S1-s0.json", change)
     run.gate("--budget", str(tmp_path / "budget.yaml"))
     apart, plain = row(run.result(), "int8"), row(run.result(), "plain")
@@ -288,7 +288,7 @@ def test_a_ratio_of_other_rounds_decides_nothing(toy_folder: Path, tmp_path: Pat
 
 
 def test_a_ratio_to_what_was_not_measured_decides_nothing(toy_folder: Path, tmp_path: Path):
-    run = copied(toy_folder, tmp_path)
+    run = copy_run(toy_folder, tmp_path)
     (run.path / "records/cost/cpu/plain/S1-s0.json").unlink()
     assert run.gate("--budget", str(tmp_path / "budget.yaml")).returncode == 2
     variant = row(run.result(), "int8")
@@ -315,7 +315,7 @@ def test_too_few_requests_are_no_percentile(toy: Run):
 
 
 def test_documents_in_another_order_are_the_same_documents(passed, toy_folder: Path, tmp_path: Path):
-    run = copied(toy_folder, tmp_path)
+    run = copy_run(toy_folder, tmp_path)
     change_score(lambda r: r.update(documents={n: c and c[::-1] for n, c in r["documents"].items()}))(run)
     run.gate()
     assert row(run.result(), "plain").kept_share == row(passed[0].result(), "plain").kept_share
@@ -324,7 +324,7 @@ def test_documents_in_another_order_are_the_same_documents(passed, toy_folder: P
 def test_records_of_recipes_that_the_study_no_longer_names_are_left_alone(
     passed, toy_folder: Path, tmp_path: Path
 ):
-    run = copied(toy_folder, tmp_path)
+    run = copy_run(toy_folder, tmp_path)
     shutil.copytree(run.path / "records/score/half", run.path / "records/score/old")
     for path in (run.path / "records/score/old").iterdir():
         edit(path, lambda r: r.update(recipe="old", data="f" * 64))

@@ -12,7 +12,7 @@ from eval.core.budget import load_budget
 from eval.core.errors import UserError
 from eval.core.study import load_study
 from eval.gate.evidence import collect_evidence
-from tests.eval.run_builder import Run, change_score, copied, edit
+from tests.eval.run_builder import Run, change_score, copy_run, edit
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_line(toy_folder: Path, tmp_path: Path, name: str):
-    run = copied(toy_folder, tmp_path)
+    run = copy_run(toy_folder, tmp_path)
     spoil, words = BAD[name]
     spoil(run)
     with pytest.raises(UserError) as error:
@@ -289,7 +289,7 @@ def test_bad_input_is_one_clear_line(toy_folder: Path, tmp_path: Path, name: str
 
 @pytest.mark.parametrize("name", ["no records", "not a number", "unknown target", "cut short"])
 def test_the_command_ends_with_that_line_and_writes_nothing(toy_folder: Path, tmp_path: Path, name: str):
-    run = copied(toy_folder, tmp_path)
+    run = copy_run(toy_folder, tmp_path)
     spoil, words = BAD[name]
     spoil(run)
     done = run.gate("--budget", str(tmp_path / "budget.yaml"))

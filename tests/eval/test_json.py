@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.eval.run_builder import COST, Run, copied, facts, fake_run, put, torch_model
+from tests.eval.run_builder import COST, Run, copy_run, facts, fake_run, put, torch_model
 from tests.eval.test_test_set import OpenedRun
 from tests.helpers import run, text
 
@@ -113,7 +113,7 @@ def test_what_was_measured_before_is_written_again_with_the_rest_of_its_target(t
 
 
 def test_a_broken_sign_off_is_written_with_its_problems(released_run, tmp_path):
-    broken = copied(released_run.folder, tmp_path / "copy")
+    broken = copy_run(released_run.folder, tmp_path / "copy")
     (broken.path / "gate.json").write_text("{}")
     result = written(tmp_path, "eval.signoff", "--study", broken.path, "--verify", code=1)
     assert result["holds"] is False

@@ -16,7 +16,7 @@ from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import Evidence, collect_evidence
 from eval.gate.openings import opening_path, read_openings, summarize_openings, write_opening
 from eval.gate.test_set import check_teachers, choose_variant, judge_test_set, next_opening
-from tests.eval.run_builder import GAINS, Run, copied, edit, tokenizer, torch_model
+from tests.eval.run_builder import GAINS, Run, copy_run, edit, tokenizer, torch_model
 from tests.helpers import run, text
 
 TEXTS = {f"test-{i}": text("code", 50 + i, words=20 + 5 * (i % 3)) for i in range(12)}
@@ -77,7 +77,7 @@ def opened_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def toy(opened_folder, tmp_path) -> OpenedRun:
-    return OpenedRun(copied(opened_folder, tmp_path).folder, seeds=[0, 1, 2])
+    return OpenedRun(copy_run(opened_folder, tmp_path).folder, seeds=[0, 1, 2])
 
 
 def score_all(toy: OpenedRun) -> None:

@@ -1,4 +1,8 @@
-"""A run folder with tiny students that no distillation was needed for."""
+"""A run folder with tiny students that no distillation was needed for.
+
+Not `run_builder.fake_run`, because a recipe calibrates and retrains: its students are slightly trained, on prepared
+data and with a tokenizer of that data.
+"""
 
 import copy
 from pathlib import Path
@@ -10,10 +14,10 @@ from transformers import PreTrainedModel
 from compress.recipe import Context
 from distill.data.sources import prepare, training_rows
 from distill.trainer.loop import train
-from eval.core.artifacts import Key, build_artifact
 from eval.core.sections import Train
 from eval.core.study import Study, load_study, save_study
 from eval.engines.torch import load_checkpoint
+from tests.eval.run_builder import facts, put
 from tests.helpers import tiny_model, tiny_study, tiny_tokenizer
 
 VOCAB = 320
@@ -25,7 +29,9 @@ def recipe_file(folder: Path, name: str, *passes: dict, target: str = "cpu") -> 
     return str(path)
 
 
-def fake_run(folder: Path, recipes: list[str], seeds: list[int] | None = None, layers: int = 4) -> Study:
+def build_student_run(
+    folder: Path, recipes: list[str], seeds: list[int] | None = None, layers: int = 4
+) -> Study:
     """A settled study with data and with students S1 and S0 of every seed, slightly trained."""
     torch.set_num_threads(1)
     study = load_study(tiny_study(folder, recipes=recipes, seeds=seeds or [0], workers=1))
@@ -45,13 +51,11 @@ def fake_run(folder: Path, recipes: list[str], seeds: list[int] | None = None, l
 
 
 def add_student(study: Study, arm: str, seed: int, model: PreTrainedModel, tokenizer) -> None:
-    name = f"students/{arm}/s{seed}"
-    facts = {"arm": arm, "seed": seed, "recipe": "plain", "engine": "torch"}
-    with build_artifact(
-        study.folder / name, kind="model", name=name, key=Key("k"), parents={}, facts=facts
-    ) as aside:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    put(study.folder, f"students/{arm}/s{seed}", fill, **facts(arm, seed=seed))
 
 
 def context_of(study: Study, scratch: Path) -> Context:
