@@ -29,10 +29,6 @@ def refuse(report):
     raise UserError("thing", "found", "fix")
 
 
-def double(number, report):
-    return 2 * number
-
-
 def vanish(report):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -321,7 +317,7 @@ def test_a_long_folder_for_temporary_files_is_no_trouble(tmp_path):
     """A socket's path has at most 107 bytes, and a batch system's folder may take them all."""
     deep = tmp_path / ("d" * 120)
     deep.mkdir()
-    code = "import sys; sys.path.insert(0, '.')\nfrom tests.eval.test_jobs import double\n"
+    code = "import sys; sys.path.insert(0, '.')\nfrom tests.eval.light_jobs import double\n"
     code += "from eval.core.jobs import Job, run_jobs\n"
     code += "if __name__ == '__main__': print(run_jobs('a', [Job('a', double, (3,))], 1))"
     path = tmp_path / "main.py"
@@ -336,7 +332,7 @@ def test_workers_run_the_code_that_started_them(tmp_path):
     (tmp_path / "eval" / "__init__.py").write_text("raise RuntimeError('another checkout')")
     path = tmp_path / "main.py"
     path.write_text(
-        f"import sys; sys.path[0] = {str(ROOT)!r}\nfrom tests.eval.test_jobs import double\n"
+        f"import sys; sys.path[0] = {str(ROOT)!r}\nfrom tests.eval.light_jobs import double\n"
         "from eval.core.jobs import Job, run_jobs\n"
         "if __name__ == '__main__': print(run_jobs('a', [Job('a', double, (3,))], 1))"
     )
