@@ -44,8 +44,8 @@ class Size:
 class LargeRun(Run):
     """As `Run`, with columns as large as those of real documents."""
 
-    def documents(self, arm: str, seed: int, kept: float) -> Documents:
-        columns = super().documents(arm, seed, kept)
+    def documents(self, arm: str, seed: int, retained: float) -> Documents:
+        columns = super().documents(arm, seed, retained)
         ids = [f"packages/library/module_{i}.py" for i in range(len(columns.id))]
         return columns.model_copy(update={"id": ids, "correct": [n // 3 for n in columns.tokens]})
 

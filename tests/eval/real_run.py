@@ -85,15 +85,15 @@ class RealRun(Run):
                 (aside / "model.safetensors").write_text(place)
         return read_manifest(self.path / place).hash
 
-    def documents(self, arm: str, seed: int, kept: float) -> Documents:
-        luck = np.random.default_rng([seed, *map(ord, arm)])
+    def documents(self, arm: str, seed: int, retained: float) -> Documents:
+        noise_rng = np.random.default_rng([seed, *map(ord, arm)])
         columns: dict[str, list] = {name: [] for name in ("id", "slice", "bytes", "tokens", "bits")}
         for split in ("validation", "far"):
             model_bits, tokens = bits(LIKE[arm], split)
             control, _ = bits("S0", split)
             for d, b, c, t in zip(documents(split), model_bits, control, tokens, strict=True):
-                noise = luck.normal(0, 0.005) * d.bytes if seed else 0.0
-                values = (d.id, split, d.bytes, t, c + kept * (b - c) + noise)
+                noise = noise_rng.normal(0, 0.005) * d.bytes if seed else 0.0
+                values = (d.id, split, d.bytes, t, c + retained * (b - c) + noise)
                 for name, value in zip(columns, values, strict=True):
                     columns[name].append(value)
         return Documents(**columns)

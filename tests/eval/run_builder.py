@@ -35,7 +35,8 @@ COST = {"processes": 2, "prompt_tokens": 12, "new_tokens": 4, "requests": 3, "wa
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 HOST = Machine(host="box", system="Linux", cpu="some CPU", isa="AVX512", cores=2, device="cpu")
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.02}  # bits/byte better than B
-RECIPES = {"int8": ("openvino", 1.0, 0.6), "half": ("torch", 0.2, 1.0)}  # engine, gain kept, relative decode
+# Engine, share of the gain retained, decode time relative to plain.
+RECIPES = {"int8": ("openvino", 1.0, 0.6), "half": ("torch", 0.2, 1.0)}
 TEACHERS = {"S1": "T1", "S0": "T0"}
 SIZES = {"validation": 40, "far": 30}
 BUDGET = {
@@ -102,14 +103,15 @@ class Run:
     def engine(self, recipe: str) -> str:
         return self.recipes[recipe][0] if recipe in self.recipes else "torch"
 
-    def documents(self, arm: str, seed: int, kept: float) -> Documents:
+    def documents(self, arm: str, seed: int, retained: float) -> Documents:
         rng = np.random.default_rng(5)
         names = [name for name, n in self.sizes.items() for _ in range(n)]
         size = rng.integers(200, 4000, len(names))
         hard = rng.normal(2.7, 0.3, len(names))
-        luck = np.random.default_rng([seed, *map(ord, arm)])
+        noise_rng = np.random.default_rng([seed, *map(ord, arm)])
         gain = np.where(np.array(names) == "far", self.far.get(arm, self.gains[arm]), self.gains[arm])
-        value = gain * kept + luck.normal(0, self.noise) + luck.normal(0, self.noise * 4, len(names))
+        value = gain * retained + noise_rng.normal(0, self.noise)  # of the model, then of each document
+        value = value + noise_rng.normal(0, self.noise * 4, len(names))
         return Documents(
             id=[f"d{i}" for i in range(len(names))],
             slice=names,
@@ -135,14 +137,14 @@ class Run:
             time=self.time,
         )
 
-    def score(self, arm: str, seed: int, artifact: str, recipe: str = "plain", kept: float = 1.0) -> Path:
+    def score(self, arm: str, seed: int, artifact: str, recipe: str = "plain", retained: float = 1.0) -> Path:
         record = Score(
             arm=arm,
             seed=seed,
             recipe=recipe,
             engine=self.engine(recipe),
             data=read_manifest(self.path / "data").hash,
-            documents=self.documents(arm, seed, kept),
+            documents=self.documents(arm, seed, retained),
             provenance=self.provenance(artifact),
         )
         return write_record(self.path, record)
@@ -194,9 +196,9 @@ class Run:
                 if arm in ("S1", "S0", "CE"):
                     plain = self.artifact(f"students/{arm}/s{seed}", {**data, "base": base, **teacher})
                 self.score(arm, seed, plain)
-                for recipe, (_, kept, _) in self.recipes.items() if arm in ("S1", "S0") else ():
+                for recipe, (_, retained, _) in self.recipes.items() if arm in ("S1", "S0") else ():
                     variant = self.artifact(f"variants/{recipe}/{arm}/s{seed}", {**data, "student": plain})
-                    self.score(arm, seed, variant, recipe, kept)
+                    self.score(arm, seed, variant, recipe, retained)
         for recipe, (_, _, factor) in {"plain": ("torch", 1.0, 1.0), **self.recipes}.items():
             self.cost(recipe, factor)
         return self

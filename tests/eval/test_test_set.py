@@ -45,10 +45,10 @@ class OpenedRun(Run):
         return read_manifest(self.path / place).hash
 
     def test_score(self, arm: str, seed: int, artifact: str) -> None:
-        """Bits that need no model: the gains of `GAINS`, with a little luck."""
+        """Bits that need no model: the gains of `GAINS`, with a little noise."""
         size = np.array([len(t.encode()) for t in TEXTS.values()])
-        luck = np.random.default_rng([seed, *map(ord, arm)])
-        value = 3 - self.gains[arm] + luck.normal(0, 0.002) + luck.normal(0, 0.01, len(size))
+        noise_rng = np.random.default_rng([seed, *map(ord, arm)])
+        value = 3 - self.gains[arm] + noise_rng.normal(0, 0.002) + noise_rng.normal(0, 0.01, len(size))
         documents = Documents(
             id=list(TEXTS),
             slice=["test"] * len(size),
