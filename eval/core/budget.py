@@ -63,9 +63,9 @@ class Limit(Frozen):
 
     @property
     def value(self) -> float:
-        found = self.at_most if self.at_least is None else self.at_least
-        assert found is not None
-        return found
+        limit = self.at_most if self.at_least is None else self.at_least
+        assert limit is not None
+        return limit
 
 
 class Target(Frozen):

@@ -215,8 +215,8 @@ def check_device(record: Measured | Loaded, target: Target, place: str) -> None:
     """The record was measured on such a device as the target is."""
     device = record.provenance.machine.device
     if (target.device == "cpu") != (device == "cpu"):
-        found = f"measured on {device!r}, the target {record.target!r} is {target.device!r}"
-        raise UserError(place, found, "measure again on such a device")
+        problem = f"measured on {device!r}, the target {record.target!r} is {target.device!r}"
+        raise UserError(place, problem, "measure again on such a device")
 
 
 def check_plan(study: Study) -> None:
@@ -229,5 +229,5 @@ def check_plan(study: Study) -> None:
     check_budget(load_budget(study), recipe_names(study), slices)
     written, context = study.targets.generation.prompt_tokens, study.data.context
     if study.targets.source in ("on_policy", "sequence") and written >= context:
-        found = f"{written}, and rows have {context} tokens (data.context)"
-        raise UserError("targets.generation.prompt_tokens", found, f"set it to less than {context}")
+        problem = f"{written}, and rows have {context} tokens (data.context)"
+        raise UserError("targets.generation.prompt_tokens", problem, f"set it to less than {context}")

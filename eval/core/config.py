@@ -129,7 +129,7 @@ def _unshared(value: Any) -> Any:
 
 
 def validate_config(model: type[M], raw: dict[str, Any], where: str) -> M:
-    """`model` built from `raw`; the first error is told with its path, value and what is accepted.
+    """`model` built from `raw`; the first error is reported with its path, value and what is accepted.
 
     Raises:
         UserError: an unknown key, a missing key or a value that is not accepted.

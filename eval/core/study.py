@@ -125,14 +125,14 @@ def check_trained(study: Study) -> None:
     if not (study.folder / "study.yaml").is_file():
         fix = f"run `accelerate launch distill/train.py --config ...` for {study.name!r} first"
         raise UserError(f"run folder {study.folder}", "no study.yaml", fix)
-    made = load_study(study.folder)
+    trained = load_study(study.folder)
     if (study.folder / CHANGED).is_file():
-        found = "its settings were changed, and training has not ended since: its models are of both"
+        problem = "its settings were changed, and training has not ended since: its models are of both"
         fix = f"run `accelerate launch distill/train.py --config {study.folder}` to its end"
-        raise UserError(f"run folder {study.folder}", found, fix)
-    if made.hash() == study.hash():
+        raise UserError(f"run folder {study.folder}", problem, fix)
+    if trained.hash() == study.hash():
         return
-    here, there = _flat(study.model_dump(mode="json")), _flat(made.model_dump(mode="json"))
+    here, there = _flat(study.model_dump(mode="json")), _flat(trained.model_dump(mode="json"))
     names = [n for n in sorted({*here, *there}) if n.split(".")[0] not in BESIDE]
     names = [n for n in names if not n.startswith("data.tasks.")]
     name = next(n for n in names if here.get(n) != there.get(n))
@@ -256,20 +256,24 @@ def recipe_names(study: Study) -> list[str]:
     """
     names = [PLAIN]
     for recipe in study.recipes:
-        path, found = read_recipe(recipe)
-        if found.name in names:
-            raise UserError(f"{path}: name", repr(found.name), "another recipe has it: rename it")
-        names.append(found.name)
+        path, recipe_file = read_recipe(recipe)
+        if recipe_file.name in names:
+            raise UserError(f"{path}: name", repr(recipe_file.name), "another recipe has it: rename it")
+        names.append(recipe_file.name)
     return names
 
 
 def prefixes(study: Study) -> dict[str, list[str]]:
     """Recipe -> the recipes of the study whose passes it begins with, the shortest first."""
-    passes = {found.name: found.passes for _, found in map(read_recipe, study.recipes)}
+    passes = {file.name: file.passes for _, file in map(read_recipe, study.recipes)}
     return {
         name: sorted(
-            (other for other, first in passes.items() if len(first) < len(of) and of[: len(first)] == first),
+            (
+                other
+                for other, first in passes.items()
+                if len(first) < len(own) and own[: len(first)] == first
+            ),
             key=lambda other: len(passes[other]),
         )
-        for name, of in passes.items()
+        for name, own in passes.items()
     }

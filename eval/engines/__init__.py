@@ -122,8 +122,8 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> "PreTrainedTo
         raise UserError(thing, f"cannot be read ({first_line(error)})", REMAKE) from error
     largest = max(tokenizer.get_vocab().values())
     if vocabulary is not None and largest >= vocabulary:
-        found = f"ids up to {largest}, the model has {vocabulary} rows"
-        raise UserError(thing, found, "replace it by the tokenizer that the model was trained with")
+        problem = f"ids up to {largest}, the model has {vocabulary} rows"
+        raise UserError(thing, problem, "replace it by the tokenizer that the model was trained with")
     return tokenizer
 
 

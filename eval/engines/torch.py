@@ -54,8 +54,10 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
         raise UserError(f"model {folder}", f"cannot be read ({first_line(error)})", REMAKE) from error
     for kind in ("missing", "unexpected", "mismatched"):
         if keys := sorted(k if isinstance(k, str) else k[0] for k in report[f"{kind}_keys"]):
-            found = f"weights do not match config.json: {keys[0]} is {kind} ({len(keys)} such)"
-            raise UserError(f"model {folder}", found, "save model and config together with save_pretrained()")
+            problem = f"weights do not match config.json: {keys[0]} is {kind} ({len(keys)} such)"
+            raise UserError(
+                f"model {folder}", problem, "save model and config together with save_pretrained()"
+            )
     return (model if quantized else model.to(device)).eval()
 
 

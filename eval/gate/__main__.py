@@ -40,7 +40,7 @@ def opening_line(look: OnTestSet) -> Text:
     start = f"test documents, opening {look.openings} by {look.by} for {look.recipe}{when}: "
     if look.verdict is None:
         return Text(f"{start}not finished; run the same command of eval.gate.test_set again")
-    keeps = "the kept share is undefined"
+    keeps = "the share of the gain retained is undefined"
     if share is not None and share.point is not None:
         keeps = f"keeps {share.point:.2f} (95 % interval {share.low:.2f} to {share.high:.2f})"
     return Text.assemble(start, (look.verdict, STYLES[look.verdict]), f", {keeps}")

@@ -273,8 +273,8 @@ def by_target(
         place = f"record {record_path(folder, record)}"
         check_device(record, budget.targets[record.target], place)
         if record.engine != engines[record.recipe]:
-            found = f"measured with engine {record.engine!r}, scored with {engines[record.recipe]!r}"
-            raise UserError(place, found, "measure again with the engine that was scored")
+            problem = f"measured with engine {record.engine!r}, scored with {engines[record.recipe]!r}"
+            raise UserError(place, problem, "measure again with the engine that was scored")
         check_settings(record, study, place)
         grouped[record.target, record.recipe].append(record)
     for records in grouped.values():

@@ -54,8 +54,8 @@ def read_openings(run: Path) -> list[Opening]:
         name for opening in openings for name in (opening.recipe, PLAIN)
     }  # the student is scored at every look
     if lost := sorted(scored - known):
-        found = f"scored without an opening: {', '.join(lost)}"
-        raise UserError(f"openings of {run}", found, "put the opening back: they are counted for ever")
+        problem = f"scored without an opening: {', '.join(lost)}"
+        raise UserError(f"openings of {run}", problem, "put the opening back: they are counted for ever")
     return openings
 
 

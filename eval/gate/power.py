@@ -3,10 +3,10 @@
     python -m eval.gate.power --study runs/pilot [--plan STUDY.yaml] [--gain X] [--share R] [--among M]
         [--json FILE]
 
-The pilot is a run whose bases, teachers and students are scored: two seeds and a few documents will do, and
-tell little about how seeds differ; the intervals say how little. Variances and, unless given, the teacher's
-gain and the kept share are those of the pilot's uncompressed student. Whoever will pick among M variants
-that a target can afford plans with `--among M`: Holm asks alpha / M of the first of them.
+The pilot is a run whose bases, teachers and students are scored: two seeds and a few documents will do, but
+say little about how seeds differ; the intervals show how little. Variances and, unless given, the teacher's
+gain and the share of the gain retained (kept share) are those of the pilot's uncompressed student. Whoever
+will pick among M variants that a target can afford plans with `--among M`: Holm asks alpha / M of the first.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def list_tests(
     """The assay and retention of every slice that the budget asks for.
 
     Raises:
-        UserError: the pilot shows no teacher gain, so that it knows of no kept share, and none was given.
+        UserError: the pilot shows no teacher gain, so that it has no kept share, and none was given.
     """
     tests = []
     for name, f in {VALIDATION: budget.f, **budget.slices}.items():
@@ -91,8 +91,10 @@ def list_tests(
         else:
             true_gain = gain if gain is not None else float(teacher.mean())
             if share is None and teacher.mean() <= 0:
-                found = f"no teacher gain on {name} ({teacher.mean():+.4f} bits/byte)"
-                raise UserError(f"pilot {evidence.folder}", found, "give the share to plan for with --share")
+                problem = f"no teacher gain on {name} ({teacher.mean():+.4f} bits/byte)"
+                raise UserError(
+                    f"pilot {evidence.folder}", problem, "give the share to plan for with --share"
+                )
             true_share = share if share is not None else float(student.mean() / teacher.mean())
             effect = (true_share - f) * true_gain
         size = len(plan.seeds), planned_documents(evidence, plan, name)
@@ -197,7 +199,9 @@ def main() -> None:
     parser.add_argument("--plan", help="the study that is planned, a YAML file; default: the pilot itself")
     parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
     parser.add_argument("--gain", type=float, help="plan for this teacher gain, bits/byte, not the pilot's")
-    parser.add_argument("--share", type=float, help="plan for this true kept share, not the pilot's")
+    parser.add_argument(
+        "--share", type=float, help="plan for this true share of the gain retained, not the pilot's"
+    )
     parser.add_argument("--among", type=int, default=1, help="affordable variants to pick from (default: 1)")
     study, args = study_from_command(parser, measures=True)
     folder = study.folder

@@ -46,7 +46,7 @@ def mean_part(
     """A test of mean > `resolution`, in bits/byte; the texts say what a PASS and a FAIL show."""
     low, high = mean.bounds(alpha)
     verdict = mean.verdict(alpha, resolution)
-    unsure = mean.problem or f"it cannot be told whether {on_pass}: the bounds are {low:+.4f} and {high:+.4f}"
+    unsure = mean.problem or f"whether {on_pass} is open: the bounds are {low:+.4f} and {high:+.4f}"
     return Part(
         name=name,
         verdict=verdict,

@@ -56,8 +56,8 @@ def choose_variant(gate: GateFile, evidence: Evidence, variant: str | None) -> t
         require_one_of("variant", variant, evidence.recipes)
         return variant, picks.get(variant)
     if len(picks) != 1:
-        found = f"the gate recommends {', '.join(sorted(picks)) or 'none'}"
-        raise UserError("variant to open the test documents for", found, "name it with --variant")
+        problem = f"the gate recommends {', '.join(sorted(picks)) or 'none'}"
+        raise UserError("variant to open the test documents for", problem, "name it with --variant")
     return next(iter(picks.items()))
 
 

@@ -3,7 +3,7 @@
     python -m eval.release --study runs/X --variant RECIPE --owner NAME [--public FILE] [--out FOLDER]
 
 `--variant` takes one recipe for every target on which it is signed, or TARGET=RECIPE ... . Nothing is built
-without a sign-off that verifies. docs/release.md tells what lies in the folder.
+without a sign-off that verifies. docs/release.md describes the folder.
 """
 
 import argparse
@@ -84,9 +84,9 @@ class ReleaseEvidence:
         return list(dict.fromkeys(predicate.recipe for predicate in self.predicates.values()))
 
     def folder(self, arm: str, recipe: str = PLAIN) -> Path:
-        found = artifact_folder(self.run, arm, self.seed, recipe)
-        assert found is not None
-        return found
+        folder = artifact_folder(self.run, arm, self.seed, recipe)
+        assert folder is not None
+        return folder
 
 
 def parse_variants(run: Path, words: list[str]) -> dict[str, str]:
@@ -140,10 +140,10 @@ def verify_signoffs(run: Path, words: list[str], trusted: "SSlibKey | None", tod
 
 
 @dataclass
-class Folder:
+class ReleaseFolder:
     """The release in the making."""
 
-    case: ReleaseEvidence
+    sources: ReleaseEvidence
     place: Path
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the loader knows of each artifact
 
@@ -157,9 +157,9 @@ class Folder:
         """What the loader must know of an artifact: where it lies, its engine, and how to try it out."""
         if name not in self.parts:
             engine = subject_of(read_manifest(self.place / name)).engine
-            documents = read_documents(self.case.run / "data", TRAIN)
+            documents = read_documents(self.sources.run / "data", TRAIN)
             loaded = load_engine(engine, self.place / name)
-            answers = build_golden_answers(loaded, documents, self.case.study.data.context)
+            answers = build_golden_answers(loaded, documents, self.sources.study.data.context)
             self.parts[name] = {
                 "folder": name,
                 "engine": engine,
@@ -168,23 +168,23 @@ class Folder:
         return self.parts[name]
 
     def fill(self, owner: str, day: date) -> Contract:
-        case = self.case
-        fallback = self.part(self.add("fallback", case.folder(FALLBACK)))
+        sources = self.sources
+        fallback = self.part(self.add("fallback", sources.folder(FALLBACK)))
         tokenizer = load_tokenizer(self.place / "fallback")
         targets, index = {}, {}
-        for target, predicate in case.predicates.items():
-            name = self.add(f"variants/{predicate.recipe}", case.folder(STUDENT, predicate.recipe))
-            self.add(f"evidence/control/{predicate.recipe}", case.folder(CONTROL, predicate.recipe))
+        for target, predicate in sources.predicates.items():
+            name = self.add(f"variants/{predicate.recipe}", sources.folder(STUDENT, predicate.recipe))
+            self.add(f"evidence/control/{predicate.recipe}", sources.folder(CONTROL, predicate.recipe))
             targets[target] = self.target(target, predicate)
             index[target] = {**self.part(name), **_facts(targets[target])}
         promise = contract(
-            case.evidence,
-            case.gate,
+            sources.evidence,
+            sources.gate,
             targets=targets,
             owner=owner,
             made=day,
-            inputs=inputs(case.run, case.study, len(tokenizer), boundary_id(tokenizer)),
-            alpha=case.budget.alpha,
+            inputs=inputs(sources.run, sources.study, len(tokenizer), boundary_id(tokenizer)),
+            alpha=sources.budget.alpha,
         )
         self.write_evidence(tokenizer, promise)
         facts = {
@@ -195,37 +195,37 @@ class Folder:
         }
         self.write(INDEX, _json({**facts, "targets": index, "fallback": fallback}))
         self.write(CONTRACT, contract_text(promise))
-        base = case.study.base
-        self.write(CARD, card(promise, case.gate, base.path if base.is_on_hub else None))
-        self.write("lineage.json", _json(lineage(case.run, case.evidence, case.recipes)))
+        base = sources.study.base
+        self.write(CARD, card(promise, sources.gate, base.path if base.is_on_hub else None))
+        self.write("lineage.json", _json(lineage(sources.run, sources.evidence, sources.recipes)))
         shutil.copy(TEMPLATES / LOADER, self.place / LOADER)
         return promise
 
     def target(self, target: str, predicate: Predicate) -> Target:
-        case, name = self.case, f"{FOLDER}/{predicate.recipe}-{target}.json"
+        sources, name = self.sources, f"{FOLDER}/{predicate.recipe}-{target}.json"
         (self.place / FOLDER).mkdir(exist_ok=True)
-        shutil.copy(case.run / name, self.place / name)
+        shutil.copy(sources.run / name, self.place / name)
         key = from_raw(predicate.public_key).keyid
         signature = Signature(by=predicate.by, time=predicate.time, key=key, file=name)
-        row = row_of(case.gate, predicate.recipe, target)
-        return shipped(case.evidence, case.gate, case.budget, row, predicate, signature)
+        row = row_of(sources.gate, predicate.recipe, target)
+        return shipped(sources.evidence, sources.gate, sources.budget, row, predicate, signature)
 
     def write_evidence(self, tokenizer: "PreTrainedTokenizerBase", promise: Contract) -> None:
         """What a recheck compares with: the signed scores, and how the documents of the study looked."""
-        case = self.case
-        models = {(FALLBACK, PLAIN), *((arm, r) for arm in (STUDENT, CONTROL) for r in case.recipes)}
-        for record in read_scores(case.run):
-            if record.seed == case.seed and (record.arm, record.recipe) in models:
-                source = record_path(case.run, record)
-                place = self.place / "evidence" / source.relative_to(case.run)
+        sources = self.sources
+        models = {(FALLBACK, PLAIN), *((arm, r) for arm in (STUDENT, CONTROL) for r in sources.recipes)}
+        for record in read_scores(sources.run):
+            if record.seed == sources.seed and (record.arm, record.recipe) in models:
+                source = record_path(sources.run, record)
+                place = self.place / "evidence" / source.relative_to(sources.run)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, place)
         for name in ("gate.json", "study.yaml"):
-            shutil.copy(case.run / name, self.place / "evidence" / name)
+            shutil.copy(sources.run / name, self.place / "evidence" / name)
         slices = next(iter(promise.targets.values())).gain
         self.write(
             "evidence/reference.json",
-            reference(case.run / "data", list(slices), tokenizer).model_dump_json() + "\n",
+            reference(sources.run / "data", list(slices), tokenizer).model_dump_json() + "\n",
         )
 
     def write(self, name: str, text: str) -> None:
@@ -268,7 +268,7 @@ def rehearse(place: Path, targets: list[str]) -> None:
         check=False,
     )
     if process.returncode:
-        last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (process.stderr.strip().splitlines() or ["no output"])[-1]
         exit_text = f"its loader ended with {process.returncode} ({last})"
         raise UserError("release", exit_text, "nothing was released; fix that")
     for target, reason in zip(targets, json.loads(process.stdout.splitlines()[-1]), strict=True):
@@ -276,7 +276,7 @@ def rehearse(place: Path, targets: list[str]) -> None:
             raise UserError(f"release for {target}", reason, "nothing was released; fix that")
 
 
-def build_release(case: ReleaseEvidence, out: Path, owner: str, made: date) -> Contract:
+def build_release(sources: ReleaseEvidence, out: Path, owner: str, made: date) -> Contract:
     """The release at `out`, whole or not at all.
 
     Raises:
@@ -286,13 +286,13 @@ def build_release(case: ReleaseEvidence, out: Path, owner: str, made: date) -> C
         raise UserError(f"release {out}", "is there already", "delete it, or give another place with --out")
     parents = {
         f"{target}: {predicate.recipe}": digest(predicate.files)
-        for target, predicate in case.predicates.items()
+        for target, predicate in sources.predicates.items()
     }
-    name = f"release of {case.study.name}"
+    name = f"release of {sources.study.name}"
     with build_artifact(
         out, kind="release", name=name, key=Key(digest(parents)), parents=parents, facts={}
     ) as place:
-        promise = Folder(case, place).fill(owner, made)
+        promise = ReleaseFolder(sources, place).fill(owner, made)
         rehearse(place, [name for name, target in promise.targets.items() if is_runnable(target)])
     return promise
 
@@ -321,9 +321,9 @@ def main() -> None:
     parser.add_argument("--out", help="the folder to build (default: RUN/release/NAME)")
     study, args = study_from_command(parser)
     run, now = study.folder, datetime.now(UTC).date()
-    case = verify_signoffs(run, args.variant, public_key(Path(args.public)) if args.public else None, now)
-    out = Path(args.out) if args.out else run / "release" / "-".join(case.recipes)
-    promise = build_release(case, out, args.owner, now)
+    sources = verify_signoffs(run, args.variant, public_key(Path(args.public)) if args.public else None, now)
+    out = Path(args.out) if args.out else run / "release" / "-".join(sources.recipes)
+    promise = build_release(sources, out, args.owner, now)
     print("\n".join(summary_lines(promise, out)))
 
 

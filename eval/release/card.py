@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 METRICS = {
-    "kept_share": "share of the method's gain kept",
+    "kept_share": "share of the method's gain retained",
     "bits_per_byte_saved_over_control": "bits per byte saved over the control",
     "bits_per_byte_saved_over_fallback": "bits per byte saved over the fallback",
 }
@@ -49,7 +49,7 @@ def card(contract: Contract, gate: GateFile, base: str | None) -> str:
 
 def results(contract: Contract, gate: GateFile) -> list["EvalResult"]:
     """Bits per byte, the kept share and what is saved, on every promised slice of every target."""
-    found = []
+    results = []
     for target, shipped in contract.targets.items():
         row = next(v for v in gate.variants if (v.recipe, v.target) == (shipped.recipe, target))
         for name, gain in shipped.gain.items():
@@ -57,8 +57,8 @@ def results(contract: Contract, gate: GateFile) -> list["EvalResult"]:
             for metric, value in values.items():
                 if value is not None:
                     title = METRICS.get(metric, "bits per byte")
-                    found.append(_result(contract, target, name, metric, f"{title}, {target}", value))
-    return found
+                    results.append(_result(contract, target, name, metric, f"{title}, {target}", value))
+    return results
 
 
 def saved(gain: Gain) -> dict[str, float | None]:

@@ -60,20 +60,20 @@ def fallback_parts(e: Evidence, budget: Budget, target: str) -> list[Part]:
 
     def checked(records: Iterable[C]) -> dict[tuple[str, str], list[C]]:
         ours = (FALLBACK, PLAIN, seed, target)
-        found = [r for r in records if (r.arm, r.recipe, r.seed, r.target) == ours]
-        for record in found:
+        of_fallback = [r for r in records if (r.arm, r.recipe, r.seed, r.target) == ours]
+        for record in of_fallback:
             artifacts.check(record)
-        grouped = by_target(e.folder, e.study, budget, found, engines)
-        return {key: grouped[target, PLAIN]} if found else {}
+        grouped = by_target(e.folder, e.study, budget, of_fallback, engines)
+        return {key: grouped[target, PLAIN]} if of_fallback else {}
 
     measured = checked(read_costs(e.folder))
     if not measured:
         fix = f"run python -m eval.cost --study {e.folder} --target {target}"
         raise UserError(f"fallback of {target}", "its cost was not measured", fix)
     seen = replace(e, costs=e.costs | measured, loads=e.loads | checked(read_loads(e.folder)))
-    found = variant_costs(seen, target, FALLBACK, limits, budget.alpha)
-    assert found is not None
-    return cost_parts(seen, target, FALLBACK, limits, found)
+    costs = variant_costs(seen, target, FALLBACK, limits, budget.alpha)
+    assert costs is not None
+    return cost_parts(seen, target, FALLBACK, limits, costs)
 
 
 def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:

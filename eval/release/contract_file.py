@@ -124,8 +124,8 @@ def read_contract(folder: Path) -> Contract:
     try:
         return Contract.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValidationError) as error:
-        found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise UserError(f"contract {path}", str(found), "make the release again") from error
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UserError(f"contract {path}", str(problem), "make the release again") from error
 
 
 def saved(minus: ArrayLike, bits: ArrayLike, size: ArrayLike) -> np.ndarray:

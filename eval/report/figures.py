@@ -119,7 +119,7 @@ def chain(gate: GateFile) -> Picture:
         axes.set_xlabel("share of the teacher's gain, validation")
         axes.spines["left"].set_visible(False)
         text = "; ".join(f"{stage.label}: {stage.text}" for stage in stages)
-        svg = inline(figure, "chain", "Share of the teacher's gain kept, stage by stage", text)
+        svg = inline(figure, "chain", "Share of the teacher's gain retained, stage by stage", text)
     return Picture(svg, omitted(gate))
 
 

@@ -29,7 +29,7 @@ Json = dict[str, Any]
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = {
     "budget": "Budget table",
-    "chain": "Gain kept, stage by stage",
+    "chain": "Gain retained, stage by stage",
     "pareto": "Size, latency and gain",
     "load": "Under load",
     "slices": "Slices and documents",

@@ -44,7 +44,7 @@ class Node:
 
 
 def card(run: Path, gate: GateFile) -> dict[str, Any]:
-    """The card of the method, as the manifest of a student tells it; what earlier versions made has none."""
+    """The card of the method, from the manifest of a student; those of earlier versions have none."""
     for seed in gate.seeds:
         folder = run / "students" / "S1" / f"s{seed}"
         if (folder / MANIFEST).is_file():

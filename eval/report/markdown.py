@@ -119,7 +119,7 @@ def render_markdown(gate: GateFile, signoffs: list[SignOff]) -> str:
         gains(gate),
         "### Arms",
         arms_table(gate),
-        "### Gain kept, stage by stage",
+        "### Gain retained, stage by stage",
         chain_table(gate),
         "### Variants",
         quality_table(table),

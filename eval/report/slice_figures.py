@@ -75,7 +75,7 @@ def slices(gate: GateFile) -> Picture:
             + ", ".join(f"{v.recipe} {fixed(s.point, 2)}" for v, (s, _) in zip(drawn, shares, strict=True))
             for name, shares in by_slice.items()
         )
-        svg = inline(figure, "slices", "Share of the teacher's gain kept on every slice", description)
+        svg = inline(figure, "slices", "Share of the teacher's gain retained on every slice", description)
     return Picture(svg, omitted(gate))
 
 
@@ -186,4 +186,4 @@ def strips(by_slice: list[Documents], recipe: str, place: int = 0) -> Markup:
         description = "; ".join(
             f"{one.slice}: {one.better} of {len(one.ids)} documents gain" for one in by_slice
         )
-        return inline(figure, name, f"Gain kept by {recipe}, document by document", description)
+        return inline(figure, name, f"Gain retained by {recipe}, document by document", description)

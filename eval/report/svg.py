@@ -68,7 +68,7 @@ def style(name: str) -> Iterator[None]:
 
 
 def opening(name: str, title: str, text: str, width: float, height: float) -> Markup:
-    """The first tags of a picture: `title` names it and `text` tells it to those who cannot see it."""
+    """The first tags of a picture: `title` names it and `text` describes it to those who cannot see it."""
     place = re.sub(r"\W", "-", name)
     return Markup(
         f'<svg role="img" aria-labelledby="{place}-title" aria-describedby="{place}-text" '

@@ -26,8 +26,8 @@ ROWS = 50  # more cannot be read here: table.md and the page have all
 
 def upper_bounds(cells: list[Cell]) -> str:
     """The upper bounds of two percentiles, for the line below them."""
-    found = [next((n.removeprefix("≤ ") for n in c.notes if n.startswith("≤")), MISSING) for c in cells]
-    return f"≤ {' / '.join(found)}"
+    bounds = [next((n.removeprefix("≤ ") for n in c.notes if n.startswith("≤")), MISSING) for c in cells]
+    return f"≤ {' / '.join(bounds)}"
 
 
 def table_row(table: BudgetTable, row: Row) -> list[Text]:

@@ -84,11 +84,11 @@ def choice_rows(
         yield Row(name, "", i, [boundary_id(tokenizer), *tokens[dropped:]], given - dropped)
 
 
-def check_fits(sample: Sample, found: str, size: int, context: int) -> None:
+def check_fits(sample: Sample, problem: str, size: int, context: int) -> None:
     """Refuses a sample of which `size` tokens and some of the prompt do not fit into one row."""
     if size >= context - 1:
         fix = f"at most {context - 2} fit beside the boundary token and a token of the prompt: shorten it"
-        raise UserError(f"sample {sample.id!r}", found, fix)
+        raise UserError(f"sample {sample.id!r}", problem, fix)
 
 
 def generate(

@@ -5,7 +5,7 @@
     python -m eval.signoff --study runs/X --verify --public FILE
 
 What did not pass needs `--waive REASON --expires YYYY-MM-DD`. Exit codes of `--verify`: 0 all hold, 1 one
-does not, 3 error. docs/release.md tells what is signed.
+does not, 3 error. docs/release.md describes what is signed.
 """
 
 import argparse

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner, SSlibKey
 
 TYPE: Final = "https://in-toto.io/Statement/v1"
-PREDICATE: Final = "https://absorb.example/signoff/v1"  # an identifier; docs/release.md tells its fields
+PREDICATE: Final = "https://absorb.example/signoff/v1"  # an identifier; docs/release.md describes its fields
 FOLDER = "signoff"
 BEGIN, END = "<!-- sign-offs -->", "<!-- end of sign-offs -->"
 SHOWN = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)

@@ -111,11 +111,11 @@ def artifacts(run: Path, gate: GateFile, recipe: str) -> dict[str, Path]:
     """arm/s<seed>/recipe -> folder: what is signed, its control, their parents and the fallback."""
     wanted = [(STUDENT, recipe), (CONTROL, recipe), (STUDENT, PLAIN), (CONTROL, PLAIN), (FALLBACK, PLAIN)]
     places = {}
-    for arm, made in dict.fromkeys(wanted):
+    for arm, recipe_name in dict.fromkeys(wanted):
         for seed in gate.seeds:
-            folder = artifact_folder(run, arm, seed, made)
+            folder = artifact_folder(run, arm, seed, recipe_name)
             assert folder is not None
-            places[f"{arm}/s{seed}/{made}"] = folder
+            places[f"{arm}/s{seed}/{recipe_name}"] = folder
     return places
 
 

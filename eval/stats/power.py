@@ -42,8 +42,8 @@ def _components(ms: MeanSquares, s: int, c: int) -> Components:
 def components(z: ArrayLike) -> Components:
     """Estimates from a pilot table [S, C], S, C >= 2."""
     s, c = np.shape(z)
-    found = _components(mean_squares(z), s, c)
-    return Components(float(found.seeds), float(found.documents), float(found.residual))
+    estimates = _components(mean_squares(z), s, c)
+    return Components(float(estimates.seeds), float(estimates.documents), float(estimates.residual))
 
 
 def drawn_components(z: ArrayLike, draws: int, seed: int) -> Components:
@@ -75,8 +75,8 @@ def power(parts: Components, effect: ArrayLike, s: ArrayLike, c: ArrayLike, alph
     shift = np.divide(effect, np.sqrt(variance), out=np.zeros(variance.shape), where=measured)
     near, limit = np.clip(shift, -FAR, FAR), t_quantile(alpha, nu)
     beyond = np.where(shift > 0, chdtr(nu, nu * (shift / limit) ** 2), 0.0)
-    found = np.where(near == shift, 1 - nctdtr(nu, near, limit), beyond)
-    return np.where(measured, found, 0.0)
+    chance = np.where(near == shift, 1 - nctdtr(nu, near, limit), beyond)
+    return np.where(measured, chance, 0.0)
 
 
 def seeds_for(parts: Components, effect: ArrayLike, c: ArrayLike, alpha: float, goal: float = GOAL) -> Array:

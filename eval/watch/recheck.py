@@ -149,8 +149,8 @@ def read_new(path: Path, limit: int) -> list[Document]:
         raise UserError(f"--data {path}", f"id {name!r} appears {times} times", "give each document its own")
     same, times = Counter(document.text for document in documents).most_common(1)[0]
     if times > 1:
-        found = f"{same[:40]!r}... is {times} documents, as far as they are read"
-        raise UserError(f"--data {path}", found, "give each text once: copies are no evidence")
+        problem = f"{same[:40]!r}... is {times} documents, as far as they are read"
+        raise UserError(f"--data {path}", problem, "give each text once: copies are no evidence")
     return documents
 
 

@@ -62,13 +62,13 @@ class Model(ABC):
     def generate(self, prompt: str | list[int], new_tokens: int = 32) -> list[int]:
         """The likeliest tokens after a prompt, one by one; ends before an end-of-text token."""
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        made: list[int] = []
+        new_ids: list[int] = []
         row = self._read(ids, first=True)
-        while len(made) < new_tokens and (token := int(row.argmax())) != self.tokenizer.eos_token_id:
-            made.append(token)
-            if len(made) < new_tokens:
+        while len(new_ids) < new_tokens and (token := int(row.argmax())) != self.tokenizer.eos_token_id:
+            new_ids.append(token)
+            if len(new_ids) < new_tokens:
                 row = self._read([token], first=False)
-        return made
+        return new_ids
 
     @abstractmethod
     def _read(self, ids: list[int], first: bool) -> np.ndarray:
