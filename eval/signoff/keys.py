@@ -1,7 +1,7 @@
 """Ed25519 keys and the envelope that is signed with them.
 
 The envelope is DSSE 1.0 (github.com/secure-systems-lab/dsse) by securesystemslib, the library behind TUF and
-in-toto. A file holds an envelope in one spelling only, so that a flipped bit of base64 padding is noticed too.
+in-toto. A file holds an envelope in one spelling only, so that a flipped bit of padding is noticed.
 """
 
 import json
