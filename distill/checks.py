@@ -1,6 +1,8 @@
 """What can be known about the models of a study before the first one is trained."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ def check_models(study: Study) -> None:
         if chats and tokenizer.chat_template is None:
             fix = "take an instruction-tuned base, or give a prompt column in place of messages"
             raise UserError("data: messages_column", f"{study.base.path} has no chat template", fix)
+        if chats:
+            _render_chat(tokenizer, str(study.base.path))
     _check_lengths(study, config, "base")
     if study.student.architecture is not None:
         vocabulary = config.get_text_config().vocab_size
@@ -55,16 +59,31 @@ def _saved_base(study: Study) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase
         config, generation, tokenizer = _read_gguf(find_gguf(path))
     else:
         config, generation, tokenizer = _read_configs(study.base)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            config.save_pretrained(folder)
-            generation.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        except (ValueError, TypeError) as error:
-            cause = " ".join(str(error).split())[:300]
-            fix = "correct its config files in a local copy, and give that folder as base.path"
-            raise UserError("base.path", f"{path} cannot be saved again ({cause})", fix) from error
+    fix = "correct its config files in a local copy, and give that folder as base.path"
+    with tempfile.TemporaryDirectory() as folder, _refused_by_libraries(f"{path} cannot be saved again", fix):
+        config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return config, tokenizer
+
+
+def _render_chat(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Lays out a question and its answer, so that a template that cannot be rendered is known now."""
+    turns = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}]
+    with _refused_by_libraries(f"the chat template of {path} fails", "correct it in a local copy"):
+        tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+@contextmanager
+def _refused_by_libraries(problem: str, fix: str) -> Iterator[None]:
+    """What transformers, Jinja or the hub throw at a broken base, in one line: they share no class."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError("base.path", f"{problem} ({cause})", fix) from error
 
 
 def _read_gguf(file: Path) -> tuple[PreTrainedConfig, GenerationConfig, PreTrainedTokenizerBase]:
@@ -76,14 +95,12 @@ def _read_configs(base: Base) -> tuple[PreTrainedConfig, GenerationConfig, PreTr
     """Configs and tokenizer of a base in a folder or on the hub."""
     path, is_folder = str(base.path), Path(str(base.path)).is_dir()
     settings: dict[str, Any] = {"revision": base.revision or "main", "trust_remote_code": False}
-    try:
+    fix = "give a hub name that has safetensors, a folder or a .gguf file"
+    with _refused_by_libraries(f"{path} cannot be read", fix):
         config = AutoConfig.from_pretrained(path, **settings)
         tokenizer = (
             load_tokenizer(Path(path)) if is_folder else AutoTokenizer.from_pretrained(path, **settings)
         )
-    except (OSError, ValueError, ImportError) as error:
-        fix = "give a hub name that has safetensors, a folder or a .gguf file"
-        raise UserError("base.path", f"{path} ({' '.join(str(error).split())[:200]})", fix) from error
     try:
         generation = GenerationConfig.from_pretrained(path, revision=settings["revision"])
     except OSError:  # it has none: the model makes its own

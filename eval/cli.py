@@ -41,7 +41,7 @@ FLOW = {
     "release": "a folder that can be shipped",
     "recheck": "watch: the contract of a release on new documents",
 }
-BESIDE = {
+SIDE_COMMANDS = {
     "agreement": "flips and KL of variants beside their noise",
     "load": "latency under open-loop load",
     "merge": "joins records of other machines",
@@ -135,7 +135,7 @@ def show(run: Path | None) -> None:
             f"  {mark} absorb {command:<9} {meaning}" + (f"  [{step.state}]" if step and step.state else "")
         )
     print("\n  beside them:")
-    for command, meaning in BESIDE.items():
+    for command, meaning in SIDE_COMMANDS.items():
         print(f"    absorb {command:<9} {meaning}")
     left = next((step for step in found.values() if not step.done), None)
     if run is None:

@@ -38,7 +38,7 @@ ROOTS = {
 PLUGINS = {"distill/methods": "method", "compress/passes": "variant"}
 OWN_VERSION = {"recover"}  # its key has the version of the stage whose training it uses
 # Plumbing. Configs are in the keys by their values; the rest names, stores, reports or checks.
-BESIDE = {
+EXCLUDED_MODULES = {
     *("eval.core.artifacts", "eval.core.commands", "eval.core.errors", "eval.core.jobs", "eval.core.study"),
     *("eval.core.sections", "eval.core.config", "eval.core.records", "eval.core.budget", "compress.recipe"),
     *("distill.trainer.logging", "distill.trainer.evaluate", "distill.models.card"),
@@ -109,9 +109,9 @@ def resolve(name: str) -> list[str]:
     if any(name.startswith(folder.replace("/", ".") + ".") for folder in PLUGINS):
         return []
     if module_file(name):
-        return [] if name in BESIDE else [f"{name}.{own}" for own in definitions(name)]
+        return [] if name in EXCLUDED_MODULES else [f"{name}.{own}" for own in definitions(name)]
     module, _, own = name.rpartition(".")
-    if module in BESIDE or not module_file(module):
+    if module in EXCLUDED_MODULES or not module_file(module):
         return []
     if own in definitions(module):
         return [name]

@@ -4,7 +4,7 @@ import json
 import os
 import re
 
-from eval.cli import BESIDE, FLOW, MODULES
+from eval.cli import FLOW, MODULES, SIDE_COMMANDS
 from eval.core.budget import Budget, Limit, Target
 from eval.core.commands import LOG, describe_fields
 from eval.core.sections import Corruption, Source, Task
@@ -73,7 +73,7 @@ def test_help_needs_no_heavy_library():
 
 
 def test_every_command_of_the_flow_is_a_module_and_lists_its_arguments():
-    assert {*FLOW, *BESIDE} == set(MODULES)
+    assert {*FLOW, *SIDE_COMMANDS} == set(MODULES)
     done = absorb("gate", "--help")
     assert done.returncode == 0, done.stderr
     assert "--budget BUDGET" in done.stdout

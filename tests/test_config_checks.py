@@ -1,6 +1,7 @@
 """What can be known before the first model is trained is refused then, in one line."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,6 +9,7 @@ from distill.checks import check_models
 from distill.pipeline import distil
 from eval.core.checks import check_plan
 from eval.core.errors import UserError
+from eval.core.sections import Source
 from eval.core.study import load_study
 from tests.helpers import run, tiny_model, tiny_study, tiny_tokenizer
 
@@ -105,10 +107,6 @@ def test_a_named_base_is_read_and_saved_before_training(tmp_path, base):
         study = tiny_study(tmp_path, base={"path": str(base)})
         with pytest.raises(UserError, match=message):
             check_models(load_study(study, words))
-    stale = {"do_sample": False, "temperature": 0.5, "top_p": 0.5}
-    (base / "generation_config.json").write_text(json.dumps(stale))
-    with pytest.raises(UserError, match=r"base\.path: .* cannot be saved again .*; correct its config files"):
-        check_models(load_study(tiny_study(tmp_path, base={"path": str(base)})))
 
 
 @pytest.mark.parametrize(
@@ -123,3 +121,35 @@ def test_train_refuses_them_before_it_makes_anything(tmp_path, words, message):
     assert done.returncode == 3
     assert [message in line for line in done.stderr.splitlines()] == [True], done.stderr
     assert not list((tmp_path / "runs").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"hidden_size": "x"}, r"base.path: .* cannot be read \(.*hidden_size"),
+        (
+            "generation_config.json",
+            {"temperature": 0.5, "do_sample": False},
+            r"base.path: .*saved again .*temperature",
+        ),
+        (
+            "tokenizer_config.json",
+            {"chat_template": "{{ raise_exception('no system') }}"},
+            r"template of .* fails .*no system",
+        ),
+        (
+            "tokenizer_config.json",
+            {"chat_template": "{% if %}"},
+            r"template of .* fails .*TemplateSyntaxError",
+        ),
+    ],
+)
+def test_a_base_with_broken_files_is_refused_in_one_line(tmp_path, base, file, changes, message):
+    broken = shutil.copytree(base, tmp_path / "broken")
+    content = json.loads((broken / file).read_text()) if (broken / file).is_file() else {}
+    (broken / file).write_text(json.dumps({**content, **changes}))
+    source = {"kind": "dataset", "path": "json", "data_files": "x.jsonl", "messages_column": "messages"}
+    study = load_study(tiny_study(tmp_path, base={"path": str(broken)}))
+    study = study.model_copy(update={"data": study.data.model_copy(update={"documents": [Source(**source)]})})
+    with pytest.raises(UserError, match=message):
+        check_models(study)

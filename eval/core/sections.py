@@ -239,7 +239,7 @@ class Student(Frozen):
     )
 
     @model_validator(mode="after")
-    def start_is_told(self) -> Self:
+    def check_initialisation(self) -> Self:
         if (self.start in ("every", "influential")) != (self.layers is not None):
             raise ValueError("`layers` says how many layers `start: every` or `influential` keeps")
         if (self.start == "fresh") != (self.architecture is not None):

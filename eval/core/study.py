@@ -16,7 +16,15 @@ from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets,
 
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
-BESIDE = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers"}  # no model depends on these
+UNHASHED_KEYS = {
+    "runs",
+    "workers",
+    "title",
+    "recipes",
+    "cost",
+    "budget",
+    "trackers",
+}  # no model depends on these
 
 
 class Study(Frozen):
@@ -74,7 +82,7 @@ class Study(Frozen):
 
     def hash(self) -> str:
         """Digest of what decides the models and their scores; recipes and budgets may come and go."""
-        beside: dict[str, Any] = dict.fromkeys(BESIDE, True)
+        beside: dict[str, Any] = dict.fromkeys(UNHASHED_KEYS, True)
         watched = {"checkpoint_every", "evaluate_every"}
         beside |= {"train": watched, "ce_train": watched, "base": {"train": watched}, "data": {"tasks"}}
         return digest(self.model_dump(mode="json", exclude=beside))
@@ -133,7 +141,7 @@ def check_trained(study: Study) -> None:
     if trained.hash() == study.hash():
         return
     here, there = _flat(study.model_dump(mode="json")), _flat(trained.model_dump(mode="json"))
-    names = [n for n in sorted({*here, *there}) if n.split(".")[0] not in BESIDE]
+    names = [n for n in sorted({*here, *there}) if n.split(".")[0] not in UNHASHED_KEYS]
     names = [n for n in names if not n.startswith("data.tasks.")]
     name = next(n for n in names if here.get(n) != there.get(n))
     raise UserError(
