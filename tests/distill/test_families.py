@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.losses.teacher_output import Dense
+from distill.models.export import export
 from distill.models.layers import decoder_layers, keep_layers
-from distill.models.load import export
 from distill.models.lora import add_adapters
 from distill.trainer.loop import train
 from eval.core.documents import Row, collate

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.models.load import export
+from distill.models.export import export
 from distill.trainer.checkpoint import Checkpoints
 from distill.trainer.logging import check_trackers, open_trackers
 from distill.trainer.loop import train

@@ -14,8 +14,8 @@ from distill.method import (
     make_method,
     method_class,
 )
+from distill.models.export import export
 from distill.models.lm_head import Head
-from distill.models.load import export
 from distill.trainer.loop import train
 from eval.core.config import plugin_code, plugin_names
 from eval.core.documents import Document, collate, windows
