@@ -57,51 +57,82 @@ def module_file(module: str) -> Path | None:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """(name, what it stands for) of every import of ours below `tree`."""
+    """(name, what it stands for) of every import of ours below `tree`; `import a.b` binds `a`, for `a.b`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and module_file(node.module):
             for alias in node.names:
                 yield alias.asname or alias.name, f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if module_file(alias.name):
+                    yield alias.asname or alias.name.split(".", maxsplit=1)[0], alias.name
+
+
+def imports_by_name(tree: ast.AST) -> dict[str, list[str]]:
+    """Name -> all that is imported under it."""
+    imported: dict[str, list[str]] = {}
+    for name, meaning in imports(tree):
+        imported.setdefault(name, []).append(meaning)
+    return imported
+
+
+def bound_names(statement: ast.stmt) -> set[str]:
+    """The names that a statement at the top of a module defines or changes, in its branches too."""
+    names, stack = set[str](), list[ast.AST]([statement])
+    while stack:
+        node = stack.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            stack.append(changed_object(node))
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif not isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            stack += ast.iter_child_nodes(node)
+    return names
+
+
+def changed_object(node: ast.expr) -> ast.expr:
+    """`X` of `X["a"].b = ...`."""
+    while isinstance(node, (ast.Subscript, ast.Attribute)):
+        node = node.value
+    return ast.Name(node.id, ast.Store()) if isinstance(node, ast.Name) else node
 
 
 @cache
-def definitions(module: str) -> dict[str, ast.stmt]:
-    """Name -> the statement at the top of a module that defines it."""
+def definitions(module: str) -> dict[str, list[ast.stmt]]:
+    """Name -> the statements at the top of a module that define or change it; an `if` or `try` is one."""
     path = module_file(module)
     assert path is not None
-    names: dict[str, ast.stmt] = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names[node.name] = node
-        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
-                names |= {n.id: node for n in ast.walk(target) if isinstance(n, ast.Name)}
+    names: dict[str, list[ast.stmt]] = {}
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        for name in bound_names(statement):
+            names.setdefault(name, []).append(statement)
     return names
 
 
 @cache
-def module_imports(module: str) -> dict[str, str]:
+def module_imports(module: str) -> dict[str, list[str]]:
+    """Name -> all that it stands for in the imports anywhere in a module."""
     path = module_file(module)
     assert path is not None
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return dict(pair for node in tree.body for pair in imports(node))
+    return imports_by_name(ast.parse(path.read_text(encoding="utf-8")))
 
 
 @cache
 def code_of(name: str) -> tuple[str, tuple[str, ...]]:
     """The normalised code of a definition, and the definitions of ours that it names."""
     module, _, own = name.rpartition(".")
-    node = definitions(module)[own]
-    local = dict(imports(node))
-    text = normalize(ast.parse(ast.unparse(node)))
+    tree = ast.parse("\n".join(ast.unparse(node) for node in definitions(module)[own]))
+    local = imports_by_name(tree)
+    text = normalize(tree)
     used = {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)}
     known = {
-        **{other: f"{module}.{other}" for other in definitions(module)},
+        **{other: [f"{module}.{other}"] for other in definitions(module)},
         **module_imports(module),
         **local,
     }
-    return text, tuple(sorted({known[word] for word in used if word in known and known[word] != name}))
+    return text, tuple(sorted({part for word in used for part in known.get(word, []) if part != name}))
 
 
 def resolve(name: str) -> list[str]:
@@ -115,8 +146,7 @@ def resolve(name: str) -> list[str]:
         return []
     if own in definitions(module):
         return [name]
-    reexported = module_imports(module).get(own)
-    return resolve(reexported) if reexported else []
+    return [part for reexported in module_imports(module).get(own, []) for part in resolve(reexported)]
 
 
 def stage_definitions(stage: str) -> dict[str, str]:

@@ -6,11 +6,13 @@ import pytest
 
 from eval.core.artifacts import VERSIONS
 from eval.core.config import normalize
+from scripts import stage_digests
 from scripts.stage_digests import (
     ROOTS,
     code_of,
     compare,
     definitions,
+    module_file,
     module_imports,
     read,
     stage_definitions,
@@ -92,7 +94,7 @@ def test_a_changed_expression_without_a_new_version_says_what_to_do(monkeypatch)
     before, name = state(), "distill.models.layers.keep_layers"
     for fresh in (definitions, module_imports, code_of):
         fresh.cache_clear()
-    node = definitions("distill.models.layers")["keep_layers"]
+    (node,) = definitions("distill.models.layers")["keep_layers"]
     node.body.append(ast.parse("kept = kept[:-1]").body[0])
     try:
         problems = compare(before, state())
@@ -107,6 +109,64 @@ def test_a_changed_expression_without_a_new_version_says_what_to_do(monkeypatch)
     finally:
         for fresh in (definitions, module_imports, code_of):
             fresh.cache_clear()
+
+
+def reached_text(monkeypatch, root, **modules):
+    """The code that `make` of the module `distill.first` reaches, in a project of these modules alone."""
+    caches = (module_file, definitions, module_imports, code_of)
+    (root / "distill").mkdir(exist_ok=True)
+    for name, text in modules.items():
+        (root / "distill" / f"{name}.py").write_text(text)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_digests, "ROOT", root)
+        patch.setitem(ROOTS, "data", ["distill.first.make"])
+        for fresh in caches:
+            fresh.cache_clear()
+        try:
+            return "\n".join(stage_definitions("data").values())
+        finally:
+            for fresh in caches:
+                fresh.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        'LIMITS = {{"a": {0}}}\nLIMITS |= {{"b": 2}}',
+        'LIMITS = {{"b": 2}}\nLIMITS |= {{"a": {0}}}',
+        'LIMITS = {{"b": 2}}\nLIMITS["a"] = {0}',
+        "import sys\nif sys.version_info < (3, 12):\n    LIMITS = {0}\nelse:\n    LIMITS = 2",
+        "import sys\nif sys.version_info < (3, {0}):\n    LIMITS = 1\nelse:\n    LIMITS = 2",
+        "try:\n    LIMITS = 2\nexcept ImportError:\n    LIMITS = {0}",
+        "import sys\nif sys.platform:\n    def rule():\n        return {0}\nLIMITS = rule()",
+        "for LIMITS in range({0}):\n    pass",
+    ],
+)
+def test_every_statement_that_defines_a_name_counts(monkeypatch, tmp_path, template):
+    code = template + "\ndef make():\n    return LIMITS\n"
+    texts = [reached_text(monkeypatch, tmp_path, first=code.format(number)) for number in (1, 7)]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "import distill.second\ndef make():\n    return distill.second.rule()\n",
+        "import distill.second\nimport distill.third\ndef make():\n    return distill.second.rule()\n",
+        "import distill.third\nimport distill.second\ndef make():\n    return distill.second.rule()\n",
+        "import distill.second as other\ndef make():\n    return other.rule()\n",
+        "def make():\n    import distill.second\n    return distill.second.rule()\n",
+        "import json\nfrom distill.second import rule\ndef make():\n    return json.dumps(rule())\n",
+    ],
+)
+def test_every_kind_of_import_is_followed(monkeypatch, tmp_path, template):
+    texts = [
+        reached_text(
+            monkeypatch, tmp_path, first=template, second=f"def rule():\n    return {number}\n", third="X = 1\n"
+        )
+        for number in (1, 7)
+    ]
+    assert texts[0] != texts[1]
 
 
 def test_a_stage_is_what_it_reaches_and_no_more():
