@@ -162,7 +162,11 @@ def test_every_statement_that_defines_a_name_counts(monkeypatch, tmp_path, templ
 def test_every_kind_of_import_is_followed(monkeypatch, tmp_path, template):
     texts = [
         reached_text(
-            monkeypatch, tmp_path, first=template, second=f"def rule():\n    return {number}\n", third="X = 1\n"
+            monkeypatch,
+            tmp_path,
+            first=template,
+            second=f"def rule():\n    return {number}\n",
+            third="X = 1\n",
         )
         for number in (1, 7)
     ]
