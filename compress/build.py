@@ -137,5 +137,5 @@ def _save_built(folder: Path, model: Any, builder: VariantBuilder, reports: list
     # call and would save the scales of the repacked ones.
     model.save_pretrained(folder / MODEL)
     builder.tokenizer.save_pretrained(folder / MODEL)
-    save_reference(folder, model, builder.tokenizer, builder.rows, builder.pad)
+    save_reference(folder, model, builder.tokenizer, builder.rows, builder.pad, builder.parent)
     write_text(folder / REPORTS, json.dumps([r.model_dump(mode="json") for r in reports]))

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
+from transformers.pytorch_utils import Conv1D
 
 from distill.models.layers import decoder_layers
 from eval.core.documents import Batch, Row, batches, collate, tokens_per_batch
 from eval.core.errors import UserError
+
+LEAST_ALLOWED = 1e-3  # nats between two computations of one log-probability
+ERRORS_ALLOWED = 16  # times what float32 leaves open on this very model
 
 
 def calibration_rows(rows: list[Row], count: int, seed: int) -> list[Row]:
@@ -154,6 +158,36 @@ def _squared_inputs(modules: Mapping[str, nn.Linear], squares: dict[str, Tensor]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def rounding_error(model: Any, batch: Batch) -> float:
+    """Largest change of a log-probability, in nats, when every product is summed in float64 and rounded once.
+
+    What float32 itself leaves open on this model: it grows with depth, width and the size of logits. Another
+    engine sums in another order and cannot be nearer than that.
+    """
+
+    def exact(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        weight, bias = module.get_parameter("weight").double(), getattr(module, "bias", None)
+        if isinstance(module, Conv1D):
+            weight = weight.mT
+        bias = None if bias is None else bias.double()
+        return linear(args[0].double(), weight, bias).to(output.dtype)
+
+    layers = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
+    rounded = log_probs(model, batch)
+    handles = [layer.register_forward_hook(exact) for layer in layers]
+    try:
+        difference = (log_probs(model, batch) - rounded)[batch.attention_mask.bool()]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return float(difference.abs().max())
+
+
+def allowed_difference(error: float) -> float:
+    """How far log-probabilities of one model may lie apart, in nats, where float32 leaves `error` open."""
+    return max(LEAST_ALLOWED, ERRORS_ALLOWED * error)
 
 
 def check_batch(rows: list[Row], pad: int) -> Batch:

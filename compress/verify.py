@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-from compress.calibration import check_batch, log_probs
+from compress.calibration import (
+    LEAST_ALLOWED,
+    allowed_difference,
+    check_batch,
+    log_probs,
+    rounding_error,
+)
 from eval.core.documents import Batch, Row
 from eval.core.errors import UserError
 from eval.score.divergence import kl_divergence
@@ -16,12 +23,16 @@ from eval.score.divergence import kl_divergence
 MODEL = "model"  # folder of the built model
 REFERENCE = "reference.safetensors"  # beside it: its log-probabilities on `check_batch`
 TEXTS = 100  # training rows on which the saved tokenizer must give the same ids
-MAX_DIFFERENCE = 1e-3  # nats: of a log-probability, between memory and the reloaded folder
-MAX_KL = 1e-6  # nats per token, mean
+MAX_KL = 1e-6  # nats per token, mean: what log-probabilities `LEAST_ALLOWED` apart may have
 
 
-def save_reference(folder: Path, model: Any, tokenizer: Any, rows: list[Row], pad: int) -> None:
+def save_reference(
+    folder: Path, model: Any, tokenizer: Any, rows: list[Row], pad: int, parent: PreTrainedModel
+) -> None:
     """Writes the answers of the model in memory, and texts with their token ids, into `folder`.
+
+    Args:
+        parent: the student in float32, whose rounding error says how near two computations can be.
 
     Raises:
         UserError: an answer is not finite.
@@ -37,6 +48,7 @@ def save_reference(folder: Path, model: Any, tokenizer: Any, rows: list[Row], pa
         "log_probs": reference,
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
+        "allowed": torch.tensor(allowed_difference(rounding_error(parent, batch)), dtype=torch.float64),
     }
     ids = tokenizer(texts)["input_ids"]
     save_file(tensors, folder / REFERENCE, {"texts": json.dumps(texts), "ids": json.dumps(ids)})
@@ -67,10 +79,12 @@ def verify_reload(folder: Path, engine: str) -> dict[str, float]:
     before, after = reference["log_probs"][real], torch.log_softmax(loaded.logits(batch).float(), -1)[real]
     difference = float((before - after).abs().max())
     kl = float(kl_divergence(before, after).mean())
-    if not (difference <= MAX_DIFFERENCE and kl <= MAX_KL):
+    allowed = float(reference["allowed"])
+    allowed_kl = MAX_KL * (allowed / LEAST_ALLOWED) ** 2  # KL grows with the square of a small difference
+    if not (difference <= allowed and kl <= allowed_kl):
         problem = (
-            f"reloaded, log-probabilities differ by up to {difference:.3g} nats (at most {MAX_DIFFERENCE}), "
-            f"KL {kl:.3g} nats per token (at most {MAX_KL})"
+            f"reloaded, log-probabilities differ by up to {difference:.3g} nats (at most {allowed:.3g}), "
+            f"KL {kl:.3g} nats per token (at most {allowed_kl:.3g})"
         )
         raise UserError(thing, problem, fix)
     return {"log_prob_difference": difference, "kl": kl}
