@@ -38,5 +38,4 @@ def test_a_deeper_model_may_differ_by_more(batch):
         rounding_error(tiny_model(num_hidden_layers=n, initializer_range=0.2), batch) for n in (1, 30)
     )
     assert deep > 2 * shallow
-    assert rounding_error(tiny_model(initializer_range=0.2).bfloat16(), batch) > 100 * shallow
     assert allowed_difference(0.0) == LEAST_ALLOWED < allowed_difference(1e-3)
