@@ -3,6 +3,9 @@
 import json
 import os
 import re
+from pathlib import Path
+
+import pytest
 
 from eval.cli import FLOW, MODULES, SIDE_COMMANDS
 from eval.core.budget import Budget, Limit, Target
@@ -94,6 +97,58 @@ def test_every_key_of_a_study_is_described_once():
 def test_every_key_of_a_config_carries_its_meaning():
     for model in (Study, Budget, Target, Limit, RecipeFile, Source, Corruption, Task):
         assert [key for key, _, _, meaning in describe_fields(model) if not meaning] == [], model
+
+
+FAILING = """
+import sys
+from pathlib import Path
+from eval.core.commands import start_log
+from eval.core.errors import UserError, entry
+
+@entry
+def main():
+    start_log(Path(sys.argv[1]))
+    print("the words before")
+    {}
+
+main()
+"""
+
+
+def test_the_traceback_of_an_operating_system_error_is_in_the_log(tmp_path):
+    done = run("-c", FAILING.format("open('/nowhere/file')"), tmp_path)
+    assert done.returncode == 3
+    assert done.stderr.splitlines() == [
+        f"error: [Errno 2] No such file or directory: '/nowhere/file'; the traceback is in {tmp_path / LOG}"
+    ]
+    assert "Traceback (most recent call last)" in (tmp_path / LOG).read_text()
+
+
+def test_bad_input_has_one_line_and_no_traceback(tmp_path):
+    done = run("-c", FAILING.format("raise UserError('x', 1, 'give 2')"), tmp_path)
+    assert (done.returncode, done.stderr) == (3, "error: x: 1; give 2\n")
+    assert "Traceback" not in (tmp_path / LOG).read_text()
+
+
+def test_an_operating_system_error_without_a_log_is_one_line():
+    done = run("-c", FAILING.format("open('/nowhere/file')"), "/nowhere")
+    assert done.returncode == 3
+    assert done.stderr == "error: [Errno 2] No such file or directory: '/nowhere/file'\n"
+
+
+def test_the_text_of_an_early_exit_is_printed():
+    done = run("-c", FAILING.format("sys.exit('nothing to do here')"), "/nowhere")
+    assert (done.returncode, done.stderr) == (3, "nothing to do here\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_does_not_change_how_a_command_ends(tmp_path):
+    (tmp_path / LOG).symlink_to("/dev/full")
+    done = run("-c", FAILING.format("return 0"), tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the words before\n", "")
+    done = run("-c", FAILING.format("raise OSError(28, 'No space left on device')"), tmp_path)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: [Errno 28] No space left on device")
 
 
 def test_what_goes_by_stands_in_the_run_s_log_with_its_time_and_a_traceback_stays_there(tmp_path):

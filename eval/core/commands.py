@@ -7,6 +7,7 @@ import re
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, Union, get_args, get_origin
 
@@ -170,6 +171,17 @@ class _Copied:
         return getattr(self._stream, name)
 
 
+class _LogFile(logging.FileHandler):
+    """On a full or read-only disk its lines are lost and nothing else: no command ends because of its log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing is printed: that would be logged, without an end."""
+
+
 def start_log(folder: Path) -> None:
     """From now on every line that this process prints goes to `log.txt` of the run folder too, with its time.
 
@@ -178,7 +190,7 @@ def start_log(folder: Path) -> None:
     log = logging.getLogger("absorb")
     if log.handlers or not folder.is_dir():
         return
-    handler = logging.FileHandler(folder / LOG, encoding="utf-8", delay=True)
+    handler = _LogFile(folder / LOG, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -41,25 +41,30 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
     def run() -> None:
         try:
             code = main() or EXIT_PASS
-        except (UserError, OSError, SafetensorError) as error:  # the last one where a disk is full
-            text = " ".join(str(error).split())
-            print(f"error: {text}", file=sys.stderr)
-            code = EXIT_ERROR
         except KeyboardInterrupt:
             print("stopped; the same command continues where it was", file=sys.stderr)
             code = 130
         except SystemExit as error:  # argparse ends with 2, which is the code of a verdict
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
             code = EXIT_ERROR if error.code else EXIT_PASS
         except Exception as error:  # must not read as FAIL
-            log = logging.getLogger("absorb")
-            if log.handlers:
-                log.error(traceback.format_exc())
-                place = getattr(log.handlers[0], "baseFilename", "the log")
-                text = " ".join(f"{type(error).__name__}: {error}".split())
-                print(f"error: {text}; the traceback is in {place}", file=sys.stderr)
-            else:
-                traceback.print_exc()
+            _report_error(error)
             code = EXIT_ERROR
         sys.exit(code)
 
     return run
+
+
+def _report_error(error: Exception) -> None:
+    """One line on stderr; the traceback of an error of this project or of a library goes to the log."""
+    log, text = logging.getLogger("absorb"), str(error)
+    if not isinstance(error, (UserError, OSError, SafetensorError)):  # the last one where a disk is full
+        text = f"{type(error).__name__}: {error}"
+        if not log.handlers:
+            traceback.print_exception(error)
+            return
+    if log.handlers and not isinstance(error, UserError):
+        log.error("".join(traceback.format_exception(error)))
+        text += f"; the traceback is in {getattr(log.handlers[0], 'baseFilename', 'the log')}"
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)

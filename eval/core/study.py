@@ -93,7 +93,7 @@ def load_study(where: str | Path, words: list[str] | None = None, **overrides: A
 
     Args:
         words: overrides as on a command line: `--train.steps 50`.
-        overrides: the same as keywords, two underscores for a dot: `train__steps=50`.
+        overrides: the same as keywords, two underscores for a dot: `train__steps=50`; paths may be `Path`s.
     """
     path = Path(where) if Path(where).name else Path(where).resolve()  # `.` has no name
     raw = read_yaml(path / "study.yaml" if path.is_dir() else path)
@@ -104,7 +104,10 @@ def load_study(where: str | Path, words: list[str] | None = None, **overrides: A
             raise UserError(
                 f"run folder {path}", f"holds the study {raw.get('name')!r}", "rename the folder to it"
             )
-    keywords = [f"--{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
+    keywords = [
+        f"--{key.replace('__', '.')}={json.dumps(value, default=os.fspath)}"
+        for key, value in overrides.items()
+    ]
     apply_overrides(raw, [*(words or []), *keywords])
     return validate_config(Study, raw, str(path))
 

@@ -1,9 +1,16 @@
 """What a notebook calls in place of a command."""
 
+from pathlib import Path
+
 from eval.core.study import load_study
 from eval.gate.decision import judge
 from tests.eval.run_builder import Run
 from tests.helpers import tiny_study
+
+
+def test_a_path_is_taken_as_a_keyword(tmp_path):
+    study = load_study(tiny_study(tmp_path), runs=tmp_path / "mine", recipes=[Path("a.yaml"), "int8"])
+    assert (study.runs, study.recipes) == (str(tmp_path / "mine"), ["a.yaml", "int8"])
 
 
 def test_a_run_is_judged_and_nothing_is_written(tmp_path):
