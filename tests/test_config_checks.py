@@ -66,6 +66,7 @@ def test_a_budget_relative_to_a_variant_that_is_not_built_is_refused(tmp_path):
     ("words", "message"),
     [
         (["--base.architecture.hidden_sise", "8"], r"unknown key of llama: 'hidden_sise'; did you mean"),
+        (["--base.architecture.model_type", "[1]"], r"base\.architecture.*: \[1\]; give a model_type that"),
         (["--base.architecture.hidden_act", "gleu"], r"base\.architecture: transformers cannot build"),
         (["--base.architecture.max_position_embeddings", "16"], r"data\.context: 32 tokens, more than .* 16"),
         (

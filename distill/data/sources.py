@@ -33,14 +33,17 @@ def source_root(path: str) -> Path:
     if path == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
     if path.startswith("package:"):
-        spec = util.find_spec(path.removeprefix("package:"))
+        try:
+            spec = util.find_spec(path.removeprefix("package:"))
+        except (ImportError, ValueError):  # of a part of a package that is not there, or of no name
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
                 "data source", f"{path} is not installed", "install that package, or fix its name"
             )
         return Path(next(iter(spec.submodule_search_locations)))
     root = Path(path)
-    if not root.is_dir():
+    if not path or not root.is_dir():
         fix = "give an existing folder, `stdlib` or `package:NAME`"
         raise UserError("data source", f"no folder {path!r}", fix)
     return root
@@ -49,7 +52,11 @@ def source_root(path: str) -> Path:
 def _files(source: Source) -> list[Path]:
     """Files of a folder source, relative to its root, in the order of their hashes."""
     root = source_root(source.path)
-    matches = {p.relative_to(root) for pattern in source.include for p in root.glob(pattern)}
+    try:
+        matches = {p.relative_to(root) for pattern in source.include for p in root.glob(pattern)}
+    except (ValueError, NotImplementedError) as error:  # an empty or absolute pattern, or one that leads out
+        fix = "give patterns of files below its path, such as **/*.py"
+        raise UserError("data source", f"include {source.include} of {source.path!r}: {error}", fix) from error
     included = [
         p for p in matches if not any(fnmatch(f"/{p.as_posix()}", pattern) for pattern in source.exclude)
     ]
