@@ -52,10 +52,13 @@ def source_root(path: str) -> Path:
 def _files(source: Source) -> list[Path]:
     """Files of a folder source, relative to its root, in the order of their hashes."""
     root = source_root(source.path)
+    fix = "give patterns of files below its path, such as **/*.py"
+    for pattern in source.include:
+        if not pattern or pattern.startswith("/") or ".." in Path(pattern).parts:
+            raise UserError("data source", f"include {pattern!r} of {source.path!r}", fix)
     try:
         matches = {p.relative_to(root) for pattern in source.include for p in root.glob(pattern)}
-    except (ValueError, NotImplementedError) as error:  # an empty or absolute pattern, or one that leads out
-        fix = "give patterns of files below its path, such as **/*.py"
+    except (ValueError, IndexError) as error:  # what no glob pattern is, such as `**x`
         raise UserError("data source", f"include {source.include} of {source.path!r}: {error}", fix) from error
     included = [
         p for p in matches if not any(fnmatch(f"/{p.as_posix()}", pattern) for pattern in source.exclude)

