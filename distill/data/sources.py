@@ -59,7 +59,9 @@ def _files(source: Source) -> list[Path]:
     try:
         matches = {p.relative_to(root) for pattern in source.include for p in root.glob(pattern)}
     except (ValueError, IndexError) as error:  # what no glob pattern is, such as `**x`
-        raise UserError("data source", f"include {source.include} of {source.path!r}: {error}", fix) from error
+        raise UserError(
+            "data source", f"include {source.include} of {source.path!r}: {error}", fix
+        ) from error
     included = [
         p for p in matches if not any(fnmatch(f"/{p.as_posix()}", pattern) for pattern in source.exclude)
     ]

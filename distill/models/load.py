@@ -84,7 +84,11 @@ def architecture_config(architecture: dict[str, Any], where: str, vocabulary: in
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = get_close_matches(str(kind), list(CONFIG_MAPPING.keys()), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{where}.model_type", repr(kind), f"{hint}give a model_type that transformers knows, such as llama")
+        raise UserError(
+            f"{where}.model_type",
+            repr(kind),
+            f"{hint}give a model_type that transformers knows, such as llama",
+        )
     family = CONFIG_MAPPING[kind]
     accepted = {*family().to_dict(), *family.attribute_map, *inspect.signature(family.__init__).parameters}
     accepted -= {"self", "args", "kwargs", "transformers_version", "model_type", "vocab_size"}
