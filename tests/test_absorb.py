@@ -144,11 +144,13 @@ def test_the_text_of_an_early_exit_is_printed():
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_log_on_a_full_disk_does_not_change_how_a_command_ends(tmp_path):
     (tmp_path / LOG).symlink_to("/dev/full")
+    problem = "No space left on device; this command goes on without its log"
+    warning = f"warning: {tmp_path / LOG}: {problem}\n"
     done = run("-c", FAILING.format("return 0"), tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "the words before\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the words before\n", warning)
     done = run("-c", FAILING.format("raise OSError(28, 'No space left on device')"), tmp_path)
     assert done.returncode == 3
-    assert done.stderr.startswith("error: [Errno 28] No space left on device")
+    assert done.stderr == f"{warning}error: [Errno 28] No space left on device\n"
 
 
 def test_what_goes_by_stands_in_the_run_s_log_with_its_time_and_a_traceback_stays_there(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 import types
@@ -16,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from eval.core.artifacts import parse_stages, write_text
+from eval.core.errors import UserError
 from eval.core.study import Study, check_trained, load_study
 
 LOG = "log.txt"
@@ -125,8 +127,20 @@ class _NewFile(argparse.Action):
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, path: Any, option: str | None = None
     ) -> None:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            raise UserError(f"{option} {path}", "is a folder", "give the path of a file")
+        if not _is_stream(path):
+            path = path.resolve()  # the file behind a link is replaced, not the link
+            path.unlink(missing_ok=True)
         setattr(namespace, self.dest, path)
+
+
+def _is_stream(path: Path) -> bool:
+    """True for what is written in place: a device, a pipe, or the file that this process prints to."""
+    printed_to = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream is not None]
+    return path.exists() and (
+        not path.is_file() or any(os.path.samestat(path.stat(), os.fstat(number)) for number in printed_to)
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -136,10 +150,16 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def write_json(path: Path | None, result: Any) -> None:
-    """Writes what a command found, whole or not at all; nothing where no file was asked for."""
-    if path is not None:
-        text = json.dumps(_plain(result), indent=1, allow_nan=False, ensure_ascii=False)
-        write_text(path, text + "\n")
+    """Writes what a command found, a file whole or not at all; nothing where no file was asked for."""
+    if path is None:
+        return
+    text = json.dumps(_plain(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    if _is_stream(path):
+        sys.stdout.flush()  # the result may follow what was printed
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+    else:
+        write_text(path, text)
 
 
 def _plain(value: Any) -> Any:
@@ -172,14 +192,39 @@ class _Copied:
 
 
 class _LogFile(logging.FileHandler):
-    """On a full or read-only disk its lines are lost and nothing else: no command ends because of its log."""
+    """`log.txt`. Where it cannot be written, one warning is printed, and the command goes on without it."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):
-            super().emit(record)
+    def __init__(self, path: Path, terminal: TextIO) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(logging.Formatter("%(asctime)s %(process)d %(message)s"))
+        self.terminal = terminal
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing is printed: that would be logged, without an end."""
+        """Replaces the method that prints to `sys.stderr`, which is copied to this log: it would recurse."""
+        log = logging.getLogger("absorb")
+        log.removeHandler(self)
+        _warn_of_log(Path(self.baseFilename), sys.exc_info()[1], self.terminal)
+        with suppress(OSError):  # what could not be written is still buffered
+            self.close()
+        if record.levelno >= logging.ERROR:
+            log.addHandler(_Terminal(self.terminal))
+            log.handle(record)
+
+
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Prints a traceback that the log could not take."""
+
+    baseFilename = "the output above"  # where an error says that its traceback is
+
+    def __init__(self, terminal: TextIO) -> None:
+        super().__init__(terminal)
+        self.setLevel(logging.ERROR)
+
+
+def _warn_of_log(path: Path, error: BaseException | None, terminal: TextIO) -> None:
+    cause = getattr(error, "strerror", None) or error
+    with suppress(OSError, ValueError):  # a terminal that is closed is no reason to end either
+        print(f"warning: {path}: {cause}; this command goes on without its log", file=terminal, flush=True)
 
 
 def start_log(folder: Path) -> None:
@@ -190,9 +235,11 @@ def start_log(folder: Path) -> None:
     log = logging.getLogger("absorb")
     if log.handlers or not folder.is_dir():
         return
-    handler = _LogFile(folder / LOG, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(message)s"))
-    log.addHandler(handler)
+    try:
+        log.addHandler(_LogFile(folder / LOG, sys.stderr))
+    except OSError as error:  # a read-only disk: a command that only reads has no need of one
+        _warn_of_log(folder / LOG, error, sys.stderr)
+        return
     log.setLevel(logging.INFO)
     log.propagate = False
     log.info("$ %s", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))

@@ -206,7 +206,7 @@ def plugin_module(package: str, name: str, thing: str) -> ModuleType:
         absent = error.name is not None and f"{path}.".startswith(f"{error.name}.")
         fix = "is it on PYTHONPATH?" if absent else f"install what {path} imports"
         raise UserError(thing, repr(name), f"{error}; {fix}") from error
-    except Exception as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(thing, f"{name!r} cannot be imported ({cause})", f"correct {path}") from error
 

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -28,13 +28,7 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from eval.core.errors import UserError
@@ -66,38 +60,40 @@ class Job:
 class _Failure:
     """An exception of a job on its way to the parent, which may be unable to unpickle it."""
 
-    pickled: bytes | None
-    type_name: str
-    text: str
+    pickled: bytes  # empty where it cannot be pickled
+    summary: str  # its type and text, in one line
     traceback: str
 
     @classmethod
     def describe(cls, error: BaseException) -> "_Failure":
-        try:
+        pickled, summary = b"", type(error).__name__
+        with suppress(Exception):  # it has no text, or refers to what only its library knows
+            summary = _summarize(error)
             pickled = pickle.dumps(error)
-        except Exception:  # whatever a library's exception refers to
-            pickled = None
-        return cls(pickled, type(error).__name__, str(error), traceback.format_exc())
+        return cls(pickled, summary, traceback.format_exc())
 
-    def restore(self, job: Job) -> BaseException:
-        """The exception as it was, or a UserError with its text; its traceback goes to the log."""
-        error: BaseException | None = None
-        if self.pickled is not None:
-            try:
-                error = pickle.loads(self.pickled)
-            except Exception:  # its constructor takes other arguments, or its module is unknown here
-                error = None
-        if not isinstance(error, BaseException) or str(error) != self.text:
-            text = " ".join(f"{self.type_name}: {self.text}".split())
-            error = UserError(f"job {job.name}", text, "the traceback is in the run's log")
-        elif isinstance(error, UserError):
+    def restore(self, job: Job) -> Exception:
+        """The exception as it was, or a UserError with its text; its traceback goes to the log.
+
+        SystemExit and its like become a UserError too: they would end the command with another exit code.
+        """
+        error: Exception | None = None
+        with suppress(Exception):  # its constructor takes other arguments, or its module is unknown here
+            loaded = pickle.loads(self.pickled)
+            error = loaded if isinstance(loaded, Exception) and _summarize(loaded) == self.summary else None
+        if isinstance(error, UserError):
             return error
+        error = error or UserError(f"job {job.name}", self.summary, "the traceback is in the run's log")
         log = logging.getLogger("absorb")
         if log.handlers:
-            log.error("job %s failed in its worker:\n%s", job.name, self.traceback)
+            log.error("job %s failed:\n%s", job.name, self.traceback)
         else:
-            error.__cause__ = RuntimeError(f"in the worker:\n{self.traceback}")
+            error.__cause__ = RuntimeError(f"in job {job.name}:\n{self.traceback}")
         return error
+
+
+def _summarize(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
 def _die_with_parent() -> None:
@@ -189,7 +185,7 @@ class _Worker:
 
         Raises:
             UserError: the worker ended without a result.
-            BaseException: what the job raised.
+            Exception: what the job raised.
         """
         while self.receiver.poll():
             try:
@@ -293,22 +289,28 @@ class _Board:
         share = sum(self.weights[n] * s for n, s in self.shares.items()) / sum(self.weights.values())
         left = elapsed / share - elapsed if share else 0.0
         speed = f"{self.speed}, " if str(self.speed) else ""
-        print(
-            f"{self.title}: {name} done, {self.done} of {len(self.weights)}, "
-            f"{speed}{elapsed:.0f} s, about {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        finished = f"{self.title}: {name} done, {self.done} of {len(self.weights)}"
+        line = f"{finished}, {speed}{elapsed:.0f} s, about {left:.0f} s left"
+        print(line, file=sys.stderr, flush=True)
 
 
 def run_in_turn(title: str, jobs: list[Job], quiet: bool = False) -> dict[str, Any]:
-    """Runs every job in this process, in the given order, which must respect `after`."""
+    """Runs every job in this process, in the given order, which must respect `after`.
+
+    Raises:
+        UserError: a job called `sys.exit()`.
+    """
     board = _Board(title, jobs)
     board.bar.disable = board.bar.disable or quiet
     results: dict[str, Any] = {}
     with board.bar:
         for job in jobs:
-            results[job.name] = job.run(*job.args, partial(board.update, job.name))
+            try:
+                results[job.name] = job.run(*job.args, partial(board.update, job.name))
+            except (Exception, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                raise _Failure.describe(error).restore(job) from error
             if not quiet:
                 board.finish(job.name)
     return results
@@ -318,8 +320,8 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
     """Runs every job side by side; returns the results by name. The first error ends the rest.
 
     Raises:
-        UserError: a worker was killed, or a job raised what cannot be unpickled here.
-        BaseException: what a job raised.
+        UserError: a worker was killed, or a job raised what cannot be unpickled here or is no Exception.
+        Exception: what a job raised.
     """
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names), "job names are unique"
@@ -389,10 +391,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             stream.seek(0)
-            holder = stream.read().strip() or "unknown"
-            raise UserError(
-                f"run folder {folder}", f"held by process {holder}", "wait for it, or end it"
-            ) from error
+            holder = f"held by process {stream.read().strip() or 'unknown'}"
+            raise UserError(f"run folder {folder}", holder, "wait for it, or end it") from error
         stream.truncate(0)
         stream.write(str(os.getpid()))
         stream.flush()

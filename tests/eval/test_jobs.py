@@ -200,6 +200,43 @@ def test_a_result_that_cannot_be_pickled_is_an_error_of_its_job(log_records):
         run_jobs("work", [Job("bad", return_lambda)], workers=1)
 
 
+def throw(error, report):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (SystemExit(), "SystemExit"),
+        (SystemExit(0), "SystemExit: 0"),
+        (SystemExit(1), "SystemExit: 1"),
+        (GeneratorExit(), "GeneratorExit"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+)
+def test_a_job_that_ends_its_process_is_an_error_of_the_job(error, text):
+    """Raised here, such an exception would end the command as if it had passed, failed or been stopped."""
+    message = f"job bad: {text}; the traceback is in the run's log"
+    with pytest.raises(UserError) as caught:
+        run_jobs("work", [Job("bad", throw, (error,))], workers=1)
+    assert str(caught.value) == message
+    if not isinstance(error, KeyboardInterrupt):  # in this process it is the user's
+        with pytest.raises(UserError) as caught:
+            run_in_turn("work", [Job("bad", throw, (error,))])
+        assert str(caught.value) == message
+
+
+class MuteError(Exception):
+    def __str__(self):
+        raise TypeError("no text")
+
+
+def test_an_error_without_a_text_is_reported_by_its_type():
+    with pytest.raises(UserError) as caught:
+        run_jobs("work", [Job("bad", throw, (MuteError(),))], workers=1)
+    assert str(caught.value) == "job bad: MuteError; the traceback is in the run's log"
+
+
 def make_bytes(count, report):
     report(0.5)
     return b"x" * count
@@ -210,13 +247,14 @@ def test_a_result_larger_than_the_pipe_arrives_whole():
     assert results["large"] == b"x" * 3_000_000
 
 
-def leave(report):
-    os._exit(5)
+def leave(code, report):
+    os._exit(code)
 
 
-def test_a_worker_that_leaves_without_a_result_is_reported():
-    with pytest.raises(UserError, match="job gone: its process ended with exit code 5 and no result"):
-        run_jobs("work", [Job("gone", leave)], workers=1)
+@pytest.mark.parametrize("code", [0, 5])
+def test_a_worker_that_leaves_without_a_result_is_reported(code):
+    with pytest.raises(UserError, match=f"job gone: its process ended with exit code {code} and no result"):
+        run_jobs("work", [Job("gone", leave, (code,))], workers=1)
 
 
 PACKAGE_MAIN = """

@@ -63,6 +63,7 @@ def test_engines_are_found_in_their_folder_or_by_their_path(write):
         (GOOD.replace("def use", "def used"), "Own must define `label` and `use`"),
         ("import library_that_nobody_has\n", "No module named 'library_that_nobody_has'; install what"),
         ("1 / 0\n", r"cannot be imported \(ZeroDivisionError: division by zero\); correct"),
+        ("raise SystemExit(0)\n", r"cannot be imported \(SystemExit: 0\); correct"),
         ("def broken(:\n", r"cannot be imported \(SyntaxError: "),
     ],
 )
