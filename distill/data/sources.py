@@ -8,12 +8,21 @@ from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from glob import glob
-from importlib import import_module, metadata, util
+from importlib import import_module, util
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from eval.core.artifacts import Key, Manifest, build_artifact, digest, is_done, make_key, read_manifest
+from eval.core.artifacts import (
+    Key,
+    Manifest,
+    build_artifact,
+    digest,
+    installed_versions,
+    is_done,
+    make_key,
+    read_manifest,
+)
 from eval.core.documents import TEST, TRAIN, VALIDATION, Document, Row, pack, read_documents, windows
 from eval.core.errors import UserError
 from eval.core.sections import Source
@@ -176,8 +185,7 @@ def fingerprint(source: Source) -> Any:
         stats = [(p.as_posix(), (root / p).stat()) for p in _files(source)]
         return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
     files = _local_files(source) + [p for p in Path(source.path).rglob("*") if p.is_file()]
-    file_stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)]
-    return file_stats or metadata.version("datasets")
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)]
 
 
 def _local_files(source: Source) -> list[Path]:
@@ -264,10 +272,12 @@ def split_documents(study: Study) -> dict[str, list[Document]]:
 
 
 def data_key(study: Study) -> Key:
-    """Key of the data artifact: the settings, and the present state of the sources."""
+    """Key of the data artifact: the settings, the present state of the sources, and what reads data sets."""
     sources = [*study.data.documents, *(s for group in study.data.shifted.values() for s in group)]
     settings = study.data.model_dump(mode="json", exclude={"context", "train_rows", "tasks"})
-    return make_key("data", [settings, [fingerprint(source) for source in sources]])
+    libraries = ["datasets"] if any(source.kind == "dataset" for source in sources) else []
+    fingerprints = [fingerprint(source) for source in sources]
+    return make_key("data", [settings, fingerprints], installed_versions(libraries))
 
 
 def prepare(study: Study) -> Manifest:

@@ -35,7 +35,7 @@ class Stage(NamedTuple):
 
 _MODELS = ("torch", "transformers", "tokenizers")
 VERSIONS = {
-    "data": Stage(1, ()),
+    "data": Stage(1, ()),  # and `datasets`, where a source is read by it
     "tokenizer": Stage(1, ("transformers", "tokenizers")),
     "base": Stage(1, (*_MODELS, "accelerate")),
     "method": Stage(1, (*_MODELS, "accelerate", "peft")),
@@ -289,7 +289,7 @@ def _describe_versions(manifest: Manifest) -> str:
     """The versions that made an artifact, where others are current."""
     used, current = manifest.code, manifest.accepted
     names = [name for name in {**used, **current} if used.get(name) != current.get(name)]
-    libraries = set(VERSIONED) | {name for name in names if "." in used.get(name, "")}
+    libraries = set(VERSIONED) | {name for name in names if "." in {**current, **used}[name]}
     phrases = []
     for name in names:
         if name in VERSIONS:

@@ -7,6 +7,7 @@ from importlib import metadata
 import pytest
 
 from compress.recipe import load_recipe
+from distill.data.sources import data_key
 from distill.models import load
 from distill.models.load import base_origin, hub_commit
 from distill.teachers.run import find_teacher_hash, fit_method
@@ -65,6 +66,26 @@ def test_a_key_has_the_versions_of_its_stage_and_of_the_libraries_it_depends_on(
     installed(torch="2.99.1+cu130")
     assert cpu.code["torch"] == "2.99.1"
     assert make_key("base", ["x"]) == cpu, "one version built in two ways"
+
+
+def test_data_depends_on_the_library_that_reads_a_source_and_on_no_other(installed, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    local = {"kind": "dataset", "path": "json", "data_files": str(rows)}
+    hub = {"kind": "dataset", "path": "someone/texts"}
+    folder = {"kind": "folder", "path": str(tmp_path), "include": ["*.jsonl"]}
+    sources = {"local": local, "hub": hub, "folder": folder}
+    path = tiny_study(tmp_path)
+    studies = {
+        name: load_study(path, data__documents=[source], data__shifted={}) for name, source in sources.items()
+    }
+    before = {name: data_key(study) for name, study in studies.items()}
+    installed(datasets="99.0.0")
+    after = {name: data_key(study) for name, study in studies.items()}
+    assert {name for name in studies if before[name] != after[name]} == {"local", "hub"}
+    assert {name: key.inputs for name, key in before.items()} == {
+        name: key.inputs for name, key in after.items()
+    }, "--accept-old data keeps what was read"
 
 
 def test_a_variant_depends_on_the_libraries_of_its_own_passes(installed, tmp_path):
@@ -148,6 +169,9 @@ def test_what_others_made_is_accepted_where_asked_and_its_manifest_says_so(tmp_p
     assert is_done(folder, new), "accepted once"
     assert read_manifest(folder).code == old.code
     assert describe_accepted(tmp_path) == ["accepted: students made by code version 1, torch 2.1.0 (1)"]
+    newer = Key("inputs", {**old.code, "datasets": "4.4.0"}, "student")
+    assert is_done(folder, newer, ("student",))
+    assert describe_accepted(tmp_path) == ["accepted: students made by no datasets (1)"]
     assert not is_done(folder, Key("inputs", {"student": "3", "torch": "2.2.0"}, "student"))
     assert is_done(folder, old), "what made it is back"
     assert describe_accepted(tmp_path) == []
