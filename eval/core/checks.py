@@ -187,22 +187,33 @@ def check_budget(budget: Budget, recipes: list[str], slices: list[str]) -> None:
 
 
 def different_settings(record: Measured | Loaded, cost: Cost) -> dict[str, tuple[Any, Any]]:
-    """Setting -> (as the record was measured, as the study asks), for those that differ."""
+    """Setting -> (as the record was measured, as the study asks), for those that differ in any process."""
     pairs: dict[str, tuple[Any, Any]] = {
         name: (getattr(record, name), getattr(cost, name))
         for name in ("prompt_tokens", "new_tokens", "threads")
     }
+    pairs["warmup"] = "unknown" if record.warmup is None else record.warmup, cost.warmup
     pairs["processes"] = len(record.processes), cost.processes
     if isinstance(record, Measured):
-        first = record.processes[0]
-        pairs["requests"] = len(first.prefill_ms), cost.requests
-        pairs["batch_sizes"] = [1, *(batched.batch_size for batched in first.batches)], cost.batch_sizes
+        processes = record.processes
+        timed = [times for process in processes for times in (process, *process.batches)]
+        sizes = [[1, *(batched.batch_size for batched in process.batches)] for process in processes]
+        pairs["batch_sizes"] = _first_different(sizes, cost.batch_sizes)
+        pairs["requests"] = _first_different([len(t.prefill_ms) for t in timed], cost.requests)
+        steps = cost.requests * (cost.new_tokens - 1)
+        pairs["number of decode steps"] = _first_different([len(t.decode_ms) for t in timed], steps)
     else:
         load = cost.load or Load()
         pairs |= {"seconds": (record.seconds, load.seconds), "slo_ms": (record.slo_ms, load.slo_ms)}
         if load.rates is not None:
-            pairs["rates"] = [arrivals.rate for arrivals in record.processes[0].rates], load.rates
+            rates = [[arrivals.rate for arrivals in server.rates] for server in record.processes]
+            pairs["rates"] = _first_different(rates, load.rates)
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _first_different(measured: list[Any], expected: Any) -> tuple[Any, Any]:
+    """The first of the values that is not the expected one, or that itself; and the expected one."""
+    return next((value for value in measured if value != expected), expected), expected
 
 
 def check_settings(record: Measured | Loaded, study: Study, place: str) -> None:

@@ -90,6 +90,12 @@ class Documents(Frozen):
         if not all(map(math.isfinite, self.bits)):
             name, bits = next(p for p in zip(self.id, self.bits, strict=True) if not math.isfinite(p[1]))
             raise ValueError(f"document {name!r} has {bits} bits; the model's output is not finite")
+        if (least_bits := min(self.bits)) < 0:
+            name = self.id[self.bits.index(least_bits)]
+            raise ValueError(f"document {name!r} has {least_bits} bits; a likelihood is at most 1")
+        for name, tokens, correct in zip(self.id, self.tokens, self.correct or self.tokens, strict=True):
+            if not 0 <= correct <= tokens:
+                raise ValueError(f"document {name!r} has {tokens} tokens, of which {correct} are correct")
         if self.calibration is not None and set(self.calibration) != (slices := set(self.slice)):
             raise ValueError(
                 f"calibration of slices {sorted(self.calibration)}, documents of {sorted(slices)}"
@@ -109,7 +115,7 @@ class Documents(Frozen):
 class Score(Frozen):
     """Quality of one model on every document; on the test documents it is of a kind of its own."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     kind: Kind = "score"
     arm: str  # B, T0, T1, S1, S0, CE
     seed: int
@@ -160,7 +166,7 @@ class Process(Frozen):
 class Measured(Frozen):
     """Cost of one variant on one target."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     kind: Literal["cost"] = "cost"
     arm: str
     seed: int
@@ -171,6 +177,7 @@ class Measured(Frozen):
     prompt_tokens: int
     new_tokens: int
     threads: int
+    warmup: Counted | None = None  # requests; null in older records: unknown
     prompts: str = TRAINING  # what the prompts were made of
     processes: list[Process] = Field(min_length=1)  # in rounds: process r of every variant ran in round r
     provenance: Provenance
@@ -195,7 +202,7 @@ class Server(Frozen):
 class Loaded(Frozen):
     """Open-loop load of one variant on one target."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     kind: Literal["load"] = "load"
     arm: str
     seed: int
@@ -205,6 +212,7 @@ class Loaded(Frozen):
     prompt_tokens: int
     new_tokens: int
     threads: int
+    warmup: Counted | None = None  # requests; null in older records: unknown
     prompts: str = TRAINING
     seconds: float  # per rate
     slo_ms: float | None
@@ -233,7 +241,7 @@ class SampleScores(Frozen):
 class TaskScore(Frozen):
     """Scores of one model on the samples of one task."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     kind: Literal["task"] = "task"
     task: str  # its name in the study
     source: str  # digest of the settings and the file of the task
@@ -257,7 +265,7 @@ class Rerun(Frozen):
 class Agreement(Frozen):
     """How far a variant says what its uncompressed student says, on the validation documents."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     kind: Literal["agreement"] = "agreement"
     arm: str
     seed: int

@@ -79,7 +79,7 @@ class CostPlan:
         """The fields that every record of a variant has."""
         return {
             **variant.subject.model_dump(),
-            **self.cost.model_dump(include={"prompt_tokens", "new_tokens", "threads"}),
+            **self.cost.model_dump(include={"prompt_tokens", "new_tokens", "threads", "warmup"}),
             "target": self.target,
             "prompts": self.source,
             "provenance": source.model_copy(update={"artifact": variant.manifest.hash}),

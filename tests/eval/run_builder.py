@@ -157,7 +157,7 @@ class Run:
         processes = [
             Process(
                 prefill_ms=(5 * slow * rng.normal(1, 0.01, 10)).tolist(),
-                decode_ms=(2 * factor * slow * rng.normal(1, 0.01, 100)).tolist(),
+                decode_ms=(2 * factor * slow * rng.normal(1, 0.01, 90)).tolist(),
                 load_s=0.1,
                 peak_memory_bytes=int(300e6 * (1 + 0.001 * rng.random())),
             )
@@ -174,6 +174,7 @@ class Run:
             prompt_tokens=64,
             new_tokens=10,
             threads=1,
+            warmup=3,
             processes=processes,
             provenance=self.provenance(read_manifest(self.path / place).hash, machine),
         )

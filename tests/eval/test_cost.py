@@ -120,7 +120,7 @@ def check_what_counts_as_done(study, folder, int8):
     wanted = find_variants(study)
     assert is_measured(read_costs(study.folder), study, "cpu", wanted)
     assert not is_measured(read_costs(study.folder), study, "gpu", wanted)
-    for update in ({"requests": 4}, {"batch_sizes": [1]}, {"threads": 2}):
+    for update in ({"requests": 4}, {"batch_sizes": [1]}, {"threads": 2}, {"warmup": 2}):
         changed = study.model_copy(update={"cost": study.cost.model_copy(update=update)})
         assert not is_measured(read_costs(changed.folder), changed, "cpu", wanted)
     for update in ({"time": "2020-01-01T00:00:00+00:00"}, {"artifact": "0" * 64}):

@@ -128,7 +128,7 @@ def loaded(services, rates=(), slo=None, **changes):
             )
         servers.append(Server(service_ms=list(ms), rates=runs))
     facts = {"arm": "S1", "seed": 0, "engine": "torch", "target": "cpu", "seconds": 20.0, "slo_ms": slo}
-    sizes = {"prompt_tokens": 64, "new_tokens": 10, "threads": 1}
+    sizes = {"prompt_tokens": 64, "new_tokens": 10, "threads": 1, "warmup": 3}
     source = {
         "artifact": "a",
         "config": "c",

@@ -52,7 +52,7 @@ def cost(run, study, **changes):
         "load_s": 1.0,
         "peak_memory_bytes": 1,
     }
-    sizes = {name: COST[name] for name in ("prompt_tokens", "new_tokens", "threads")}
+    sizes = {name: COST[name] for name in ("prompt_tokens", "new_tokens", "threads", "warmup")}
     facts = {"kind": "cost", "arm": "S1", "seed": 0, "engine": "torch", "target": "gpu", "disk_bytes": 1}
     processes = [process] * COST["processes"]
     return {**facts, **sizes, "processes": processes, "provenance": source(run, study), **changes}
@@ -132,6 +132,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(here, tmp_path, mak
         (lambda r: r["processes"].pop(), "processes is 1, the study asks 2"),
         (lambda r: r["processes"].clear(), "cost.processes: List should have at least 1 item"),
         (lambda r: [p["prefill_ms"].pop() for p in r["processes"]], "requests is 2, the study asks 3"),
+        (lambda r: r["processes"][1]["prefill_ms"].pop(), "requests is 2, the study asks 3"),
+        (lambda r: r["processes"][1]["decode_ms"].pop(), "number of decode steps is 8, the study asks 9"),
+        (lambda r: r.update(warmup=2), "warmup is 2, the study asks 1"),
+        (lambda r: r.pop("warmup"), "warmup is unknown, the study asks 1"),
     ],
 )
 def test_half_measured_is_refused(here, tmp_path, change, words):

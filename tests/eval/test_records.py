@@ -69,7 +69,11 @@ def test_a_run_without_records_has_none(tmp_path):
     [
         ({"bits": [20.0, math.nan, 1.0]}, "document 'b' has nan bits"),
         ({"bits": [20.0, 1.0, math.inf]}, "document 'a' has inf bits"),
+        ({"bits": [20.0, 1.0, -0.5]}, "document 'a' has -0.5 bits"),
         ({"bytes": [10, 0, 30]}, "document 'b' has 0 bytes"),
+        ({"correct": [4, 9, 12]}, "document 'b' has 8 tokens, of which 9 are correct"),
+        ({"correct": [4, -1, 12]}, "document 'b' has 8 tokens, of which -1 are correct"),
+        ({"tokens": [4, -8, 12]}, "document 'b' has -8 tokens"),
         ({"slice": ["far"] * 3}, "appears twice"),
         ({"tokens": [4, 8]}, "must have the same"),
         ({name: [] for name in COLUMNS}, "at least 1"),
@@ -95,3 +99,10 @@ def test_provenance_says_where_and_with_what():
     assert source.machine.isa
     assert {"python", "torch", "transformers"} <= set(source.versions)
     assert source.time.endswith("+00:00")
+
+
+def test_a_record_of_another_schema_is_refused_with_its_file(tmp_path):
+    path = write_record(tmp_path, score())
+    path.write_text(path.read_text().replace('"schema_version":1', '"schema_version":2'))
+    with pytest.raises(UserError, match=r"S1-s2\.json: schema_version: Input should be 1; delete it"):
+        read_scores(tmp_path)
