@@ -12,7 +12,18 @@ from typing import Any
 from eval.core.artifacts import Manifest, read_manifest
 from eval.core.budget import Budget, Target, load_budget
 from eval.core.errors import UserError, require_one_of
-from eval.core.records import PLAIN, VALIDATION, Documents, Loaded, Measured, Record, Score, record_path
+from eval.core.records import (
+    PLAIN,
+    VALIDATION,
+    Batched,
+    Documents,
+    Loaded,
+    Measured,
+    Process,
+    Record,
+    Score,
+    record_path,
+)
 from eval.core.sections import Cost, Load
 from eval.core.study import Study, recipe_names
 
@@ -196,7 +207,8 @@ def different_settings(record: Measured | Loaded, cost: Cost) -> dict[str, tuple
     pairs["processes"] = len(record.processes), cost.processes
     if isinstance(record, Measured):
         processes = record.processes
-        timed = [times for process in processes for times in (process, *process.batches)]
+        timed: list[Process | Batched] = [*processes]
+        timed += [batched for process in processes for batched in process.batches]
         sizes = [[1, *(batched.batch_size for batched in process.batches)] for process in processes]
         pairs["batch_sizes"] = _first_different(sizes, cost.batch_sizes)
         pairs["requests"] = _first_different([len(t.prefill_ms) for t in timed], cost.requests)
