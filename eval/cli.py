@@ -48,23 +48,30 @@ SIDE_COMMANDS = {
     "power": "seeds and documents that see the asked share",
     "test-set": "opens the test documents for one variant",
 }
+UNREADABLE = "gate.json cannot be read"
 START = "absorb train --config configs/studies/tiny.yaml"
 
 
 class Step(NamedTuple):
-    """One command of the flow in a run: what is there, and whether that is all."""
+    """One command of the flow in a run: what is there, whether that is all, and what is missing."""
 
     command: str
     done: bool
     state: str
+    missing: str = ""
 
 
 def find_run(study: str | None) -> Path | None:
     """The run folder asked for, the one that one stands in, or the newest below runs/."""
     if study is not None:
-        if not (Path(study) / "study.yaml").is_file():
+        run = Path(study)
+        if run.is_file():
+            from eval.core.study import load_study
+
+            run = load_study(run).folder
+        if not (run / "study.yaml").is_file():
             raise UserError(f"--study {study}", "no run folder", "give a folder that `absorb train` made")
-        return Path(study)
+        return run
     if Path("study.yaml").is_file() and Path("data").is_dir():
         return Path()
     runs = sorted(Path("runs").glob("*/study.yaml"), key=lambda path: path.stat().st_mtime)
@@ -99,13 +106,21 @@ def steps(run: Path) -> Iterator[Step]:
     done, state = _count(run, [f"records/score/{r}/{arm}-s{seed}.json" for r, arm, seed in models])
     yield Step("score", done, f"{state} models")
     targets = {name: target for name, target in load_budget(study).targets.items() if target.required}
-    measured = {name: len(list(run.glob(f"records/cost/{name}/*/*.json"))) for name in targets}
-    state = ", ".join(f"{name}: {count} records" for name, count in measured.items())
-    yield Step("cost", all(measured.values()), state)
-    gate = json.loads((run / "gate.json").read_text()) if (run / "gate.json").is_file() else None
+    measured = {}
+    for name, target in targets.items():
+        measurable = [("plain", arm) for arm in ("S1", "B")]
+        measurable += [
+            (recipe, "S1") for recipe in recipes if target.device == "cpu"
+        ]  # elsewhere not all run
+        files = [f"records/cost/{name}/{recipe}/{arm}-s{seeds[0]}.json" for recipe, arm in measurable]
+        measured[name] = _count(run, files)
+    missing = next((name for name, (done, _) in measured.items() if not done), "")
+    state = ", ".join(f"{name}: {state} variants" for name, (_, state) in measured.items())
+    yield Step("cost", not missing, state, missing)
     judged = _newer(run / "gate.json", [run / "study.yaml", *run.glob("records/*/**/*.json")])
-    older = "" if judged or gate is None else ", of older records"
-    yield Step("gate", judged, f"{gate['verdict']}: {gate['reason']}{older}" if gate else "")
+    verdict = _read_verdict(run / "gate.json")
+    older = ", of older records" if verdict and not judged else ""
+    yield Step("gate", judged and verdict != UNREADABLE, verdict + older)
     yield Step("report", _newer(run / "report.html", [run / "gate.json"]), "")
     signed = sorted(path.name for path in run.glob("signoff/*.json"))
     yield Step("sign", bool(signed), ", ".join(signed))
@@ -113,10 +128,21 @@ def steps(run: Path) -> Iterator[Step]:
     yield Step("release", bool(built), ", ".join(built))
 
 
+def _read_verdict(path: Path) -> str:
+    """The verdict in gate.json with its reason; empty if there is none yet."""
+    if not path.is_file():
+        return ""
+    try:
+        gate = json.loads(path.read_text(encoding="utf-8"))
+        return f"{gate['verdict']}: {gate['reason']}"
+    except (ValueError, KeyError, TypeError):
+        return UNREADABLE
+
+
 def next_command(run: Path, step: Step) -> str:
     given = {
         "train": f"--config {run}",
-        "cost": f"--study {run} --target cpu",
+        "cost": f"--study {run} --target {step.missing}",
         "sign": f'--study {run} --variant RECIPE --by "YOUR NAME" --key KEY  # sign --new-key KEY makes one',
         "release": f'--study {run} --variant RECIPE --owner "YOUR TEAM"',
     }
@@ -126,10 +152,10 @@ def next_command(run: Path, step: Step) -> str:
 def show(run: Path | None) -> None:
     """The flow, with what is done of it in `run`."""
     print(" → ".join([*list(FLOW)[:-1], "watch"]))
-    found = {} if run is None else {step.command: step for step in steps(run)}
+    known = {} if run is None else {step.command: step for step in steps(run)}
     print(f"\nrun folder {run.resolve()}\n" if run is not None else "\nno run folder here\n")
     for command, meaning in FLOW.items():
-        step = found.get(command)
+        step = known.get(command)
         mark = " " if step is None else "✔" if step.done else "·"
         print(
             f"  {mark} absorb {command:<9} {meaning}" + (f"  [{step.state}]" if step and step.state else "")
@@ -137,13 +163,13 @@ def show(run: Path | None) -> None:
     print("\n  beside them:")
     for command, meaning in SIDE_COMMANDS.items():
         print(f"    absorb {command:<9} {meaning}")
-    left = next((step for step in found.values() if not step.done), None)
+    left = next((step for step in known.values() if not step.done), None)
     if run is None:
         print(f"\nnext: {START}   # in a clone of the project; a study is a YAML file")
     elif left is not None:
         print(f"\nnext: {next_command(run, left)}")
     else:
-        place = run / "release" / found["release"].state.split(", ")[0]
+        place = run / "release" / known["release"].state.split(", ")[0]
         print(f"\nnext: absorb recheck --release {place} --data NEW.jsonl")
 
 

@@ -49,6 +49,11 @@ def test_in_a_run_it_shows_what_is_done_and_the_next_command(tmp_path):
     (study.folder / "gate.json").write_text(json.dumps({"verdict": "FAIL", "reason": "too slow"}))
     assert "✔ absorb gate" in (shown := absorb("--study", study.folder).stdout)
     assert "[FAIL: too slow]" in shown
+    (study.folder / "gate.json").write_text("{")
+    shown = absorb("--study", study.folder).stdout
+    assert "· absorb gate" in shown
+    assert "[gate.json cannot be read]" in shown
+    (study.folder / "gate.json").write_text(json.dumps({"verdict": "FAIL", "reason": "too slow"}))
     record = study.folder / "records" / "score" / "plain" / "S1-s0.json"
     record.parent.mkdir(parents=True)
     record.write_text("{}")
@@ -56,6 +61,38 @@ def test_in_a_run_it_shows_what_is_done_and_the_next_command(tmp_path):
     shown = absorb("--study", study.folder).stdout
     assert "· absorb gate" in shown
     assert "[FAIL: too slow, of older records]" in shown
+
+
+def write_files(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+def test_costs_are_done_when_every_variant_of_every_required_target_is_measured(tmp_path):
+    edge = {"device": "cpu", "required": True, "limits": {"disk": {"at_most": 1.0, "of": "plain"}}}
+    budget = tmp_path / "own.yaml"
+    budget.write_text(json.dumps({"extends": "tiny", "name": "own", "targets": {"edge": edge}}))
+    changes = {"runs": str(tmp_path / "runs"), "recipes": ["int8"], "seeds": [0], "budget": str(budget)}
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({"extends": "tiny", "name": "mine", **changes}))
+    study = load_study(path)
+    save_study(study) if make_run_folder(study) else None
+    pairs = [("int8", "S1"), ("int8", "S0"), *(("plain", arm) for arm in ("B", "T0", "T1", *study.arms))]
+    write_files(study.folder, [f"students/{arm}/s0/manifest.json" for arm in study.arms])
+    write_files(study.folder, [f"variants/{r}/{arm}/s0/manifest.json" for r, arm in pairs if r == "int8"])
+    write_files(study.folder, [f"records/score/{r}/{arm}-s0.json" for r, arm in pairs])
+    costs = [f"{r}/{arm}-s0.json" for r, arm in (("plain", "S1"), ("plain", "B"), ("int8", "S1"))]
+    write_files(study.folder, [f"records/cost/cpu/{costs[0]}"])
+    shown = absorb("--study", path).stdout
+    assert "[cpu: 1 of 3 variants, edge: 0 of 3 variants]" in shown
+    assert f"next: absorb cost --study {study.folder} --target cpu" in shown
+    write_files(study.folder, [f"records/cost/cpu/{name}" for name in costs])
+    assert f"next: absorb cost --study {study.folder} --target edge" in absorb("--study", path).stdout
+    write_files(study.folder, [f"records/cost/edge/{name}" for name in costs])
+    shown = absorb("--study", path).stdout
+    assert "✔ absorb cost" in shown
+    assert f"next: absorb gate --study {study.folder}" in shown
 
 
 def test_a_folder_that_is_no_run_and_an_unknown_command_are_refused(tmp_path):

@@ -8,11 +8,13 @@ import pytest
 
 from tests.helpers import ROOT
 
-pytestmark = pytest.mark.slow
+QUICK = "finished"  # stands for the others in the fast suite
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
+)
 def test_a_script_runs_as_a_file_and_as_a_module(name, tmp_path):
     path = str(ROOT / "scripts" / f"{name}.py")
     starts = ([path], ROOT), ([path], tmp_path), (["-m", f"scripts.{name}"], ROOT)

@@ -1,4 +1,4 @@
-"""Is the method's gain fading, or did everything get worse? Pure functions of bits per document.
+"""Did the method's gain regress, or did everything get worse? Pure functions of bits per document.
 
 On new documents every model may do worse. What the method is worth is what it saves against its control and
 the fallback on the same documents, paired; how hard the documents are is what the fallback says of them.
@@ -78,23 +78,23 @@ def findings(gain: Gain, before: Bits, now: Bits, alpha: float) -> list[Finding]
         for of in ("release", "control", "fallback")
         for a, b in [(before.level(of), now.level(of))]
     ]
-    promises: dict[Of, Promise] = {"control": gain.over_control, "fallback": gain.over_fallback}
+    floors: dict[Of, Promise] = {"control": gain.over_control, "fallback": gain.over_fallback}
     return levels + [
         promised(f"saved over the {of}", before.over(of), now.over(of), promise.floor, alpha)
-        for of, promise in promises.items()
+        for of, promise in floors.items()
     ]
 
 
-def verdict(found: list[Finding]) -> Verdict:
+def verdict(findings: list[Finding]) -> Verdict:
     """Every promise must hold; one that is broken decides."""
-    verdicts = [finding.verdict for finding in found if finding.verdict]
+    verdicts = [finding.verdict for finding in findings if finding.verdict]
     return FAIL if FAIL in verdicts else INCONCLUSIVE if INCONCLUSIVE in verdicts else PASS
 
 
-def diagnosis(found: list[Finding]) -> str:
+def diagnosis(findings: list[Finding]) -> str:
     """One sentence: what became of the gain, and what of everything."""
-    fallback = next(finding for finding in found if finding.name.startswith("fallback"))
-    gains = [finding for finding in found if finding.floor is not None]
+    fallback = next(finding for finding in findings if finding.name.startswith("fallback"))
+    gains = [finding for finding in findings if finding.floor is not None]
     broken = [finding for finding in gains if finding.verdict == FAIL]
     unsure = [finding for finding in gains if finding.verdict == INCONCLUSIVE]
     less = [finding for finding in gains if finding.fell]
@@ -105,14 +105,14 @@ def diagnosis(found: list[Finding]) -> str:
         world = f"the fallback does better than before ({moved})"
     else:
         low, high = fallback.change.low, fallback.change.high
-        between = "one document tells nothing" if low is None else f"between {low:+.3f} and {high:+.3f}"
+        between = "one document shows nothing" if low is None else f"between {low:+.3f} and {high:+.3f}"
         world = f"the fallback shows no change ({moved}; {between})"
     if broken:
-        told = f"the method's gain is fading ({broken[0].name}: {broken[0].reason})"
-        return f"{told}, and {world}" if fallback.rose else f"{told}, while {world}"
+        regressed = f"the method's gain has regressed ({broken[0].name}: {broken[0].reason})"
+        return f"{regressed}, and {world}" if fallback.rose else f"{regressed}, while {world}"
     if unsure:
-        return f"whether the gain holds cannot be told ({unsure[0].name}: {unsure[0].reason}); {world}"
+        return f"whether the gain holds is open ({unsure[0].name}: {unsure[0].reason}); {world}"
     if less:
-        told = f"{less[0].change.point:+.3f} bits per byte {less[0].name}"
-        return f"the gain is smaller than when it was released ({told}) and still what was promised; {world}"
+        loss = f"{less[0].change.point:+.3f} bits per byte {less[0].name}"
+        return f"the gain is smaller than when it was released ({loss}) and still what was promised; {world}"
     return f"the gain holds; {world}"

@@ -1,4 +1,4 @@
-"""The contract on new documents: does it hold, is the gain fading, or did everything get worse?"""
+"""The contract on new documents: does it hold, has the gain regressed, or did everything get worse?"""
 
 import json
 import re
@@ -53,10 +53,10 @@ CASES = {
         "PASS",
         "the gain holds; the fallback shows no change (-0.017 bits per byte; between",
     ),
-    "fading": (
+    "regressed": (
         {"over_control": 0.01, "over_fallback": 0.11},
         "FAIL",
-        "the method's gain is fading (saved over the control: at most",
+        "the method's gain has regressed (saved over the control: at most",
     ),
     "all worse": ({"level": 3.5}, "PASS", "the gain holds; everything got worse, the fallback too (+0.9"),
     "both": (
@@ -69,13 +69,13 @@ CASES = {
         "PASS",
         "the gain is smaller than when it was released",
     ),
-    "unsure": ({"over_control": 0.05}, "INCONCLUSIVE", "whether the gain holds cannot be told"),
+    "unsure": ({"over_control": 0.05}, "INCONCLUSIVE", "whether the gain holds is open"),
     "easier": ({"level": 1.5}, "PASS", "the fallback does better than before"),
 }
 
 
 @pytest.mark.parametrize(("changes", "decided", "message"), CASES.values(), ids=CASES)
-def test_a_fading_gain_is_distinguished_from_everything_getting_worse(changes, decided, message):
+def test_a_gain_that_regressed_is_distinguished_from_everything_getting_worse(changes, decided, message):
     results = findings(gain(), models(200), models(200, seed=1, **changes), alpha=0.05)
     assert verdict(results) == decided
     assert message in diagnosis(results)
@@ -239,7 +239,7 @@ def test_the_command_line(release, tmp_path):
     path.write_text("".join(json.dumps({"text": content}) + "\n" for content in odd))
     done = command("-m", "eval.watch.recheck", "--release", release, "--data", path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "FAIL: the method's gain is fading" in done.stdout
+    assert "FAIL: the method's gain has regressed" in done.stdout
     assert "everything got worse" in done.stdout
     assert "drifted" in done.stdout
     assert read_contract(release).name in done.stdout
@@ -249,7 +249,7 @@ def test_documents_that_all_say_the_same_are_no_sample():
     same = Bits(*(np.repeat(column, 3) for column in vars(models(1)).values()))
     results = findings(gain(), models(200), same, alpha=0.05)
     assert verdict(results) == "INCONCLUSIVE"
-    assert "whether the gain holds cannot be told" in diagnosis(results)
+    assert "whether the gain holds is open" in diagnosis(results)
 
 
 def test_half_a_surrogate_pair_is_a_character_like_any(tmp_path):
