@@ -21,6 +21,7 @@ from distill.models.card import model_card
 from distill.models.export import export, export_tokenizer
 from distill.models.init import init_student
 from distill.models.load import (
+    BASE_FILES,
     base_origin,
     check_vocabulary,
     fresh_model,
@@ -55,8 +56,6 @@ from eval.core.sections import Train
 from eval.core.study import Study, make_run_folder, mark_trained, save_study
 from eval.engines import load_tokenizer
 from eval.engines.torch import load_model
-
-BASE_FILES = "base-files.json"  # of the run folder: the hashes of a local base
 
 
 def make_tokenizer(study: Study) -> None:

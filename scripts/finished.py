@@ -1,7 +1,7 @@
 """Is there nothing left to do? `python scripts/finished.py --study STUDY [--mark]`, exit code 0 or 1.
 
-Each stage recognises its own finished work by hash; this asks for all of them at once, without loading a
-single library of theirs. Anything that could matter, and has changed, sends the question back to the stages.
+Each stage recognises its own finished work by hash; this asks for all of them at once, and loads no model.
+Anything that could matter, and has changed, sends the question back to the stages.
 """
 
 import argparse
@@ -12,6 +12,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from compress.recipe import load_recipes  # noqa: E402
 from distill.data.sources import data_key  # noqa: E402
+from distill.method import make_method  # noqa: E402
+from distill.models.load import BASE_FILES, base_origin  # noqa: E402
 from eval.core.artifacts import digest, file_sha256, library_versions, write_text  # noqa: E402
 from eval.core.budget import load_budget  # noqa: E402
 from eval.core.checks import check_plan  # noqa: E402
@@ -19,11 +21,13 @@ from eval.core.commands import study_from_command  # noqa: E402
 from eval.core.config import ROOT  # noqa: E402
 from eval.core.errors import entry  # noqa: E402
 from eval.core.study import Study, read_recipe  # noqa: E402
+from eval.score.samples import task_digest_or_none  # noqa: E402
 
 MARK = "finished"
 LATER = {
     MARK,
     ".lock",
+    BASE_FILES,
     "log.txt",
     "gate.json",
     "table.md",
@@ -36,6 +40,8 @@ AFTER = ("logs/", "signoff/", "release/", "records/test/")  # what people do wit
 def state(study: Study) -> str:
     """Digest of all that a finished run was made from, and of every file that it made."""
     recipes = [read_recipe(name)[1].model_dump(mode="json") for name in study.recipes]
+    method = make_method(study.method)
+    plugins = [method.code, method.control().code, *(recipe.code for recipe in load_recipes(study))]
     code = sorted(p for top in ("distill", "compress", "eval") for p in (ROOT / top).rglob("*.py"))
     every = {p.relative_to(study.folder).as_posix(): p for p in study.folder.rglob("*") if p.is_file()}
     files = {name: p for name, p in every.items() if p.name not in LATER and not name.startswith(AFTER)}
@@ -45,6 +51,9 @@ def state(study: Study) -> str:
             load_budget(study).model_dump(mode="json"),
             recipes,
             data_key(study).digest,
+            base_origin(study.base, study.folder / BASE_FILES),
+            plugins,
+            {name: task_digest_or_none(task) for name, task in study.data.tasks.items()},
             library_versions(),
             [file_sha256(p) for p in [*code, ROOT / "requirements.lock"]],
             {name: file_sha256(p) for name, p in sorted(files.items())},

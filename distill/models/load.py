@@ -29,6 +29,7 @@ from eval.core.sections import Base
 from eval.engines.torch import load_checkpoint
 
 BOS = "<|endoftext|>"
+BASE_FILES = "base-files.json"  # of the run folder: the hashes of a local base
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "torch_dtype")  # read, though no field of a config any more
 
 

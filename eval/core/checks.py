@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eval.core.artifacts import Manifest, read_manifest
+from eval.core.artifacts import MANIFEST, Manifest, read_manifest
 from eval.core.budget import Budget, Target, load_budget
 from eval.core.errors import UserError, require_one_of
 from eval.core.records import (
@@ -134,6 +134,29 @@ class Artifacts:
                     "run python -m compress.run again, then score and measure",
                 )
 
+    def check_versions(self) -> None:
+        """A student and its control, and their teachers, were made by the same code and libraries.
+
+        What only one of them depends on, such as the code of the method, is no difference. Of teachers, those
+        of one seed whose manifests lie in the run are compared.
+        """
+        pairs = [("students", STUDENT, CONTROL), ("method", *TEACHERS)]
+        for top, arm, control in pairs:
+            for seed in self.study.seeds:
+                places = [self.folder / top / one / f"s{seed}" for one in (arm, control)]
+                if top == "method" and not all((place / MANIFEST).is_file() for place in places):
+                    continue
+                one, other = (self.manifest(place) for place in places)
+                names = [n for n in one.code if one.code[n] != other.code.get(n, one.code[n])]
+                if names:
+                    old = [p for p in places if self.manifest(p).accepted] or places
+                    raise UserError(
+                        f"artifact {places[0]}",
+                        f"made by {_list_versions(one, names)}, its control {places[1]} by "
+                        f"{_list_versions(other, names)}",
+                        f"delete {' and '.join(map(str, old))}, train again, then score and measure",
+                    )
+
     def _parents(self, record: Score, teachers: dict[tuple[str, int], str]) -> dict[str, str]:
         """Role -> hash of what the model of `record` must have been made from."""
         parents = {"data": self.data.hash}
@@ -147,6 +170,10 @@ class Artifacts:
         if arm in TAUGHT:
             parents["teacher"] = teachers[TAUGHT[arm], seed]
         return parents
+
+
+def _list_versions(manifest: Manifest, names: list[str]) -> str:
+    return ", ".join(f"{name} {manifest.code[name][:16]}" for name in names)
 
 
 def check_seeds_differ(scores: list[Score]) -> None:

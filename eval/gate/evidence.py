@@ -143,6 +143,7 @@ class ScoreTables:
         self._check_whole(models)
         artifacts.check_parents(self.scores)
         artifacts.check_recipes(self.scores)
+        artifacts.check_versions()
 
     def _add(self, record: Score) -> None:
         documents = record.documents

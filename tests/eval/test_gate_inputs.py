@@ -1,5 +1,6 @@
 """What the gate refuses: one clear line that names both values, exit code 3, nothing written."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -76,6 +77,23 @@ def by_other_recipe(run: Run) -> None:
             edit(place, lambda m, recipe_hash=recipe_hash: m["facts"].update(recipe_hash=recipe_hash))
 
 
+def by_other_code(top: str, arms: tuple[str, str]):
+    """One of a pair was kept by --accept-old, the other was made by newer code; each has code of its own."""
+
+    def spoil(run: Run) -> None:
+        for arm, version in zip(arms, ("1", "2"), strict=True):
+            place = f"{top}/{arm}/s1"
+            if top == "method":
+                run.artifact(place)
+            changes = {"code": {"student": version, "torch": "2.13.0", arm: arm}}
+            if version == "1":
+                changes["accepted"] = {**changes["code"], "student": "2"}
+            path = run.path / place / "manifest.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return spoil
+
+
 def other_weights(run: Run) -> None:
     """Weights that nobody measured, with a manifest that lists them and keeps its hash."""
     path = run.path / "variants/int8/S1/s0/manifest.json"
@@ -110,6 +128,14 @@ BAD = {
     "a manifest of no text": (
         lambda run: (run.path / "variants/int8/S1/s0/manifest.json").write_bytes(b'{"kind": "\xff"}'),
         ["int8/S1/s0/manifest.json", "Invalid JSON"],
+    ),
+    "students of other code": (
+        by_other_code("students", ("S1", "S0")),
+        ["students/S1/s1: made by student 1, its control", "S0/s1 by student 2; delete", "S1/s1, train again"],
+    ),
+    "teachers of other code": (
+        by_other_code("method", ("T0", "T1")),
+        ["method/T1/s1: made by student 2, its control", "T0/s1 by student 1; delete"],
     ),
     "another recipe": (by_other_recipe, ["int8/S0/s0", "another recipe 'int8'", "compress.run again"]),
     "another engine of the control": (
