@@ -131,7 +131,11 @@ BAD = {
     ),
     "students of other code": (
         by_other_code("students", ("S1", "S0")),
-        ["students/S1/s1: made by student 1, its control", "S0/s1 by student 2; delete", "S1/s1, train again"],
+        [
+            "students/S1/s1: made by student 1, its control",
+            "S0/s1 by student 2; delete",
+            "S1/s1, train again",
+        ],
     ),
     "teachers of other code": (
         by_other_code("method", ("T0", "T1")),
