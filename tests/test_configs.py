@@ -93,13 +93,28 @@ def test_overrides_take_both_forms_and_yaml_values():
     assert (study.train.steps, study.seeds, study.train.optimizer.lr) == (7, [3, 4], 1e-3)
 
 
-def test_an_override_does_not_reach_what_an_alias_shares(tmp_path):
-    shared = tmp_path / "aliases.yaml"
-    shared.write_text("a: &x {steps: 1, deep: [{lr: 1}]}\nb: *x\n")
-    settings = read_yaml(shared)
-    apply_overrides(settings, ["--a.steps", "5"])
-    settings["a"]["deep"][0]["lr"] = 2
-    assert settings["b"] == {"steps": 1, "deep": [{"lr": 1}]}
+BOMB = "[" + ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}' if i else '1'] * 10)}]" for i in range(8)) + "]"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("&a {x: *a}", r"alias \*a is not accepted: write out what it stands for"),
+        (BOMB, r"alias \*a0 is not accepted"),
+        ("2024-13-45", r"'2024-13-45' cannot be read: month must be in 1\.\.12"),
+        ("1" * 5000, "'1{40}' cannot be read"),
+        ("0x" + "f" * 5000, "cannot be read: the integer has more than 64 bits"),
+        ("[" * 3000, "more than 50 levels inside one another"),
+    ],
+    ids=["self", "bomb", "date", "digits", "bits", "nested"],
+)
+def test_yaml_that_cannot_be_read_is_refused_in_one_line(tmp_path, value, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"settings: {value}\n")
+    for read in (lambda: read_yaml(path), lambda: apply_overrides({}, ["--settings", value])):
+        with pytest.raises(UserError, match=message) as error:
+            read()
+        assert len(str(error.value)) < 600
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from eval.core.errors import UserError, require_one_of
 
 ROOT = Path(__file__).resolve().parents[2]
+MAX_DEPTH = 50  # of YAML: levels inside one another
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -48,7 +49,33 @@ def find_config(kind: str, name: str, inside: Path | None = None) -> Path:
 
 
 class OneKeyLoader(yaml.SafeLoader):
-    """Refuses a second key of one name, which would replace the first; reads `1e-6` as a number."""
+    """Refuses aliases, deep nesting, integers beyond 64 bits and a second key of one name, which would replace
+    the first; reads `1e-6` as a number."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event, problem = self.peek_event(), None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"alias *{event.anchor} is not accepted: write out what it stands for"
+        elif self.depth == MAX_DEPTH:
+            problem = f"more than {MAX_DEPTH} levels inside one another"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError("the integer has more than 64 bits")
+        except ValueError as error:  # a date that is none, an integer of thousands of digits
+            problem = f"{node.value[:40]!r} cannot be read: {error}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -85,7 +112,6 @@ def read_yaml(path: Path, kind: str = "studies", chain: tuple[Path, ...] = ()) -
         raise UserError(f"config {path}", " ".join(str(error).split()), "fix the YAML") from error
     if not isinstance(raw, dict):
         raise UserError(f"config {path}", type(raw).__name__, "the file must hold a mapping")
-    raw = _unshared(raw)
     if "extends" not in raw:
         return raw
     extends = raw.pop("extends")
@@ -119,13 +145,6 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which YAML's aliases are values of their own: an override of one must not reach the other."""
-    if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def validate_config(model: type[M], raw: dict[str, Any], where: str) -> M:
@@ -171,7 +190,7 @@ def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:
             if not rest or rest[0].startswith("--"):
                 raise UserError("command line", word, "give a value after it")
             value = rest.pop(0)
-        *path, last = name.split(".")
+        *path, last = name.split(".", MAX_DEPTH)
         place = raw
         for part in path:
             if not isinstance(place.setdefault(part, {}), dict):
@@ -180,7 +199,8 @@ def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:
         try:
             place[last] = yaml.load(value, Loader=OneKeyLoader)
         except yaml.YAMLError as error:
-            raise UserError("command line", f"{word} {value}", "fix the YAML of its value") from error
+            found = f"{word} {value[:60]} ({' '.join(str(error).split())})"
+            raise UserError("command line", found, "fix the YAML of its value") from error
 
 
 def plugin_names(package: str) -> list[str]:

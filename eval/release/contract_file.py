@@ -123,7 +123,7 @@ def read_contract(folder: Path) -> Contract:
         raise UserError(f"release {folder}", f"no {CONTRACT}", "name a folder that `eval.release` made")
     try:
         return Contract.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(f"contract {path}", str(problem), "make the release again") from error
 
