@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from eval.core.artifacts import installed_versions, stage_code
-from eval.core.config import Frozen, plugin_class, plugin_code, plugin_names, validate_config
+from eval.core.artifacts import installed_versions, plugin_code, stage_code
+from eval.core.config import Frozen, Stored, plugin_class, plugin_names, validate_config
 from eval.core.documents import Row
 from eval.core.errors import UserError
 from eval.core.study import Study, read_recipe
@@ -38,7 +38,7 @@ class Stage(IntEnum):
     EXPORT = 5
 
 
-class Size(Frozen):
+class Size(Stored):
     """A model's size; tied weights count once."""
 
     parameters: int
@@ -46,14 +46,14 @@ class Size(Frozen):
     bytes: int  # of the weights as they are stored
 
 
-class Skipped(Frozen):
+class Skipped(Stored):
     """A module with weights that a pass left as it was."""
 
     module: str
     reason: str
 
 
-class PassReport(Frozen):
+class PassReport(Stored):
     """What a pass did."""
 
     name: str

@@ -16,7 +16,8 @@ from distill.losses.teacher_output import Dense, States
 from distill.models.generation import sample_texts, stop_ids
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
 from distill.trainer.loop import Curve
-from eval.core.config import Frozen, plugin_class, plugin_code, validate_config
+from eval.core.artifacts import plugin_code
+from eval.core.config import Frozen, plugin_class, validate_config
 from eval.core.documents import Batch, Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Generation, MethodChoice, Train

@@ -7,10 +7,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from compress.recipe import load_recipe
 from distill.method import make_method
 from eval.core.budget import Budget, load_budget
-from eval.core.config import ROOT, apply_overrides, find_config, read_yaml, validate_config
+from eval.core.config import ROOT, find_config, read_yaml, validate_config
 from eval.core.errors import UserError
+from eval.core.sections import MethodChoice
 from eval.core.study import (
     Study,
+    apply_overrides,
     check_trained,
     load_study,
     make_run_folder,
@@ -77,6 +79,52 @@ def test_errors_name_the_place_the_value_and_the_fix(words, message):
 
     with pytest.raises(UserError, match=message):
         read()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        *(("train.optimizer.lr", value, "expected a finite number") for value in (".inf", ".nan", "1e999")),
+        ("train.optimizer.lr", "inf", "should be a finite number"),
+        ("train.optimizer.lr", "true", "expected a number, not true or false"),
+        ("train.optimizer.weight_decay", ".inf", "finite"),
+        ("train.optimizer.betas", "[5, .nan]", "finite"),
+        ("train.optimizer.betas", "[0.9, 1]", "less than 1"),
+        ("train.loss.temperature", ".inf", "finite"),
+        ("train.clip", ".inf", "finite"),
+        ("base.architecture.rope_theta", ".inf", "finite"),
+        ("base.vocab_size", "16777217", "less than or equal to 16777216"),
+        ("seeds", "[true, false]", "not true or false"),
+        ("seeds", "[4294967296]", "less than 4294967296"),
+        ("workers", "true", "not true or false"),
+    ],
+)
+def test_a_number_that_is_none_or_beyond_its_range_is_refused(key, value, message):
+    with pytest.raises(UserError, match=rf"^.*default\.yaml: {key.removesuffix('.rope_theta')}.*{message}"):
+        load_study(ROOT / "configs" / "studies" / "default.yaml", [f"--{key}", value])
+
+
+def test_numbers_of_a_budget_and_of_a_method_are_checked_in_the_same_way():
+    budget = read_yaml(ROOT / "configs" / "budgets" / "tiny.yaml", "budgets")
+    with pytest.raises(UserError, match="f: True; expected a number, not true or false"):
+        validate_config(Budget, {**budget, "f": True}, "tiny")
+    limit = {"cpu": {"device": "cpu", "limits": {"disk": {"at_most": True, "unit": "MiB"}}}}
+    with pytest.raises(UserError, match="at_most: True; expected a number, not true or false"):
+        validate_config(Budget, {**budget, "targets": limit}, "tiny")
+    with pytest.raises(UserError, match="members: True; expected a number, not true or false"):
+        make_method(MethodChoice(name="ensemble", settings={"members": True}))
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/abs", "", "x y<b>", ".", "..", "a" * 101])
+def test_a_name_that_becomes_a_file_name_stays_inside_the_run(tmp_path, name):
+    source, task = [{"kind": "pydoc"}], {"kind": "f1", "path": "a.jsonl"}
+    for key, content in (("shifted", {name: source}), ("tasks", {name: task})):
+        path = write_yaml(tmp_path / "own.yaml", extends="tiny", name="own", data={key: content})
+        with pytest.raises(UserError, match=rf"own\.yaml: data\.{key}\..*should"):
+            load_study(path)
+    budget = read_yaml(ROOT / "configs" / "budgets" / "tiny.yaml", "budgets")
+    with pytest.raises(UserError, match=r"targets\..*should"):
+        validate_config(Budget, {**budget, "targets": {name: {"device": "cpu"}}}, "tiny")
 
 
 def test_a_missing_key_is_named():

@@ -5,10 +5,13 @@ it was made from (`inputs`: settings and parents) and by which versions (`code`)
 recognised and not done again. docs/cache-keys.md says what is done again, and when.
 """
 
+import ast
 import hashlib
+import inspect
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from eval.core.config import ROOT, normalize
 from eval.core.errors import UserError, require_one_of
 
 MANIFEST = "manifest.json"
@@ -299,3 +303,20 @@ def _describe_versions(manifest: Manifest) -> str:
         else:
             phrases.append(f"other code of {name}")
     return ", ".join(phrases)
+
+
+def plugin_code(kind: type, base: type) -> dict[str, str]:
+    """Class -> digest of its code: of a plug-in and of what it inherits from, up to `base`.
+
+    Inside this project that is the module of the class; what it imports is covered by the version of its
+    stage. Of a class that lies outside, every module of its package counts.
+    """
+    code = {}
+    for one in kind.__mro__:
+        if one not in base.__mro__:
+            path = Path(inspect.getfile(one)).resolve()
+            is_packaged = sys.modules[one.__module__].__package__ and not path.is_relative_to(ROOT)
+            paths = path.parent.rglob("*.py") if is_packaged else [path]
+            trees = sorted(normalize(ast.parse(path.read_text(encoding="utf-8"))) for path in paths)
+            code[one.__qualname__] = hashlib.sha256("\n\n".join(trees).encode()).hexdigest()[:16]
+    return code

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from eval.core.config import Frozen, find_config, read_yaml, validate_config
+from eval.core.config import FileName, Frozen, find_config, read_yaml, validate_config
 from eval.core.study import Study
 
 Quantity = Literal[
@@ -125,7 +125,7 @@ class Budget(Frozen):
     slices: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         {}, description="mandatory slice beside validation -> its own `f`"
     )
-    targets: dict[str, Target] = Field(min_length=1, description="name -> machine and its limits")
+    targets: dict[FileName, Target] = Field(min_length=1, description="name -> machine and its limits")
 
     @model_validator(mode="after")
     def one_guard(self) -> Self:

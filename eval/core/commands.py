@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO, Union, get_args, get_origin
+from typing import Any, TextIO, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -34,6 +34,7 @@ def describe_fields(
     for name, section in sections.items():
         if section is not None:
             shown.setdefault(section, f"{path}{name}")
+    hints = get_type_hints(model)  # without the constraints on the values
     for name, field in model.model_fields.items():
         if field.exclude:  # set by a flag of its own
             continue
@@ -41,7 +42,7 @@ def describe_fields(
         meaning = field.description or (" ".join((section.__doc__ or "").split()) if section else "")
         if section is not None and shown[section] != key:
             meaning = f"{meaning.rstrip('.')}. Its keys are those of {shown[section]}."
-        yield key, _type_text(field), _default_text(field), meaning
+        yield key, _type_text(hints[name]), _default_text(field), meaning
         if section is not None and shown[section] == key:
             yield from describe_fields(section, f"{key}.", shown)
 
@@ -54,12 +55,10 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
-def _type_text(field: FieldInfo) -> str:
-    text = (
-        str(field.annotation) if get_origin(field.annotation) else getattr(field.annotation, "__name__", "")
-    )
+def _type_text(kind: Any) -> str:
+    text = str(kind) if get_origin(kind) else getattr(kind, "__name__", "")
     text = re.sub(r"\b(?:typing|eval|pathlib|annotated_types)\.[\w.]*?(?=\w+\b(?!\.))", "", text)
-    return re.sub(r"Annotated\[(\w+), [^\]]*\]\)?\]", r"\1", text).replace("NoneType", "None")
+    return text.replace("NoneType", "None")
 
 
 def _default_text(field: FieldInfo) -> str:

@@ -4,20 +4,19 @@ A plug-in is known by the normalised syntax tree of its code: a comment in it do
 """
 
 import ast
-import hashlib
 import importlib
 import inspect
+import math
 import pkgutil
 import re
-import sys
 from abc import ABCMeta
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from eval.core.errors import UserError, require_one_of
 
@@ -26,8 +25,42 @@ MAX_DEPTH = 50  # of YAML: levels inside one another
 M = TypeVar("M", bound=BaseModel)
 
 
-class Frozen(BaseModel):
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class Stored(BaseModel):
+    """A part of a file that this project writes: a computed number may be infinite."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Frozen(Stored):
+    """A section of a config. Its numbers are finite, and true is no number."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def numbers_are_finite(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _flatten(cls.model_fields[str(info.field_name)].annotation)
+        if not {int, float, Any}.intersection(kinds):
+            return value
+        stack = [value]
+        while stack:
+            part = stack.pop()
+            if isinstance(part, dict | list | tuple):
+                stack += part.values() if isinstance(part, dict) else part
+            elif isinstance(part, bool) and bool not in kinds and Any not in kinds:
+                raise ValueError("expected a number, not true or false")
+            elif isinstance(part, float) and not math.isfinite(part):
+                raise ValueError("expected a finite number")
+        return value
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    """The types that a nested annotation is made of: of `list[int] | None` list, int and None."""
+    inner = [kind for part in get_args(annotation) for kind in _flatten(part)]
+    return [kind for kind in inner if isinstance(kind, Hashable)] or [annotation]
 
 
 def find_config(kind: str, name: str, inside: Path | None = None) -> Path:
@@ -49,8 +82,7 @@ def find_config(kind: str, name: str, inside: Path | None = None) -> Path:
 
 
 class OneKeyLoader(yaml.SafeLoader):
-    """Refuses aliases, deep nesting, integers beyond 64 bits and a second key of one name, which would replace
-    the first; reads `1e-6` as a number."""
+    """Reads `1e-6` as a number. Refuses aliases, deep nesting, integers beyond 64 bits and repeated keys."""
 
     depth = 0
 
@@ -157,7 +189,7 @@ def validate_config(model: type[M], raw: dict[str, Any], where: str) -> M:
         return model.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-    loc = [str(part) for part in first["loc"]]
+    loc = [str(part) for part in first["loc"] if part != "[key]"]
     thing = f"{where}: {'.'.join(loc) or 'top level'}"
     if first["type"] == "extra_forbidden":
         require_one_of(f"{where}: unknown key {'.'.join(loc)}", loc[-1], _accepted(model, loc[:-1]))
@@ -176,31 +208,6 @@ def _accepted(model: type[BaseModel], path: list[str]) -> list[str]:
         inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
         fields = inner[0].model_fields if inner else fields
     return list(fields)
-
-
-def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:
-    """Lays `--train.steps 50` or `--train.steps=50` over `raw`, in place."""
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise UserError("command line", repr(word), "overrides look like --train.steps 50")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError("command line", word, "give a value after it")
-            value = rest.pop(0)
-        *path, last = name.split(".", MAX_DEPTH)
-        place = raw
-        for part in path:
-            if not isinstance(place.setdefault(part, {}), dict):
-                raise UserError("command line", word, f"{part!r} holds no keys")
-            place = place[part]
-        try:
-            place[last] = yaml.load(value, Loader=OneKeyLoader)
-        except yaml.YAMLError as error:
-            found = f"{word} {value[:60]} ({' '.join(str(error).split())})"
-            raise UserError("command line", found, "fix the YAML of its value") from error
 
 
 def plugin_names(package: str) -> list[str]:
@@ -255,23 +262,6 @@ def plugin_class(
         listed = " and ".join(f"`{field}`" for field in fields)
         raise UserError(thing, repr(name), f"{kind.__name__} must define {listed}")
     return kind
-
-
-def plugin_code(kind: type, base: type) -> dict[str, str]:
-    """Class -> digest of its code: of a plug-in and of what it inherits from, up to `base`.
-
-    Inside this project that is the module of the class; what it imports is covered by the version of its
-    stage. Of a class that lies outside, every module of its package counts.
-    """
-    code = {}
-    for one in kind.__mro__:
-        if one not in base.__mro__:
-            path = Path(inspect.getfile(one)).resolve()
-            is_packaged = sys.modules[one.__module__].__package__ and not path.is_relative_to(ROOT)
-            paths = path.parent.rglob("*.py") if is_packaged else [path]
-            trees = sorted(normalize(ast.parse(path.read_text(encoding="utf-8"))) for path in paths)
-            code[one.__qualname__] = hashlib.sha256("\n\n".join(trees).encode()).hexdigest()[:16]
-    return code
 
 
 def normalize(tree: ast.AST) -> str:

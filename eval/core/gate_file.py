@@ -4,13 +4,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from eval.core.config import Frozen
+from eval.core.config import Stored
 from eval.stats.crossed import Verdict
 
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
 
 
-class Estimate(Frozen):
+class Estimate(Stored):
     """A mean with its two-sided 95 % interval; bounds are null where the error is unknown."""
 
     point: float
@@ -20,7 +20,7 @@ class Estimate(Frozen):
     unit: str = "bits/byte"
 
 
-class KeptShare(Frozen):
+class KeptShare(Stored):
     """A ratio of two gains with its two-sided 95 % interval; all null where the ratio is undefined."""
 
     point: float | None = None
@@ -31,7 +31,7 @@ class KeptShare(Frozen):
     bootstrap_high: float | None = None
 
 
-class Link(Frozen):
+class Link(Stored):
     """One step from the teacher's gain to the variant's; the product of all links is the kept share."""
 
     step: str  # `distil`, else the recipe that the step leads to
@@ -39,13 +39,13 @@ class Link(Frozen):
     share: KeptShare
 
 
-class Students(Frozen):
+class Students(Stored):
     over_control: KeptShare  # (S1 - S0) / (T1 - T0)
     over_ce: KeptShare | None  # (S1 - CE) / (T1 - T0); null without a CE arm
     over_base: KeptShare  # (S1 - B) / (T1 - B): what a study without a control would claim
 
 
-class Power(Frozen):
+class Power(Stored):
     """Of the validation retention test of the uncompressed student, with this run as the pilot."""
 
     documents: int
@@ -59,7 +59,7 @@ class Power(Frozen):
     share_for_80: float | None = None  # the least true share that this plan passes with 80 %
 
 
-class Part(Frozen):
+class Part(Stored):
     """One of the tests that a variant must pass; `low` and `high` are one-sided bounds at alpha."""
 
     name: str
@@ -73,12 +73,12 @@ class Part(Frozen):
     reason: str
 
 
-class Slice(Frozen):
+class Slice(Stored):
     kept_share: KeptShare
     verdict: Verdict | None  # null where the budget does not make the slice mandatory
 
 
-class Relative(Frozen):
+class Relative(Stored):
     """Ratio to another variant measured in the same rounds, with one-sided bounds at alpha."""
 
     point: float
@@ -87,7 +87,7 @@ class Relative(Frozen):
     of: str
 
 
-class Number(Frozen):
+class Number(Stored):
     """A measured cost with one-sided bounds at alpha; `value` is null where it could not be measured."""
 
     value: float | None
@@ -100,7 +100,7 @@ class Number(Frozen):
     relative: Relative | None = None
 
 
-class Rate(Frozen):
+class Rate(Stored):
     """What was measured in real time at one rate of requests; latencies from the intended arrival."""
 
     rate: float  # asked, requests/s
@@ -114,7 +114,7 @@ class Rate(Frozen):
     follows: int  # processes that kept up: 95 % of what arrived was done meanwhile, and no backlog grew
 
 
-class Load(Frozen):
+class Load(Stored):
     """Open-loop load on one server, first come first served, batch 1."""
 
     knee_rps: Number  # the highest rate whose p95 is within the SLO; without one, what the server can do
@@ -124,13 +124,13 @@ class Load(Frozen):
     rates: list[Rate]
 
 
-class Hashes(Frozen):
+class Hashes(Stored):
     artifact: dict[str, str]  # seed -> hash of S1 after the recipe
     control: dict[str, str]  # seed -> hash of S0 after the recipe
     records: dict[str, str]  # path -> sha256
 
 
-class Variant(Frozen):
+class Variant(Stored):
     """One recipe on one target."""
 
     recipe: str
@@ -155,7 +155,7 @@ class Variant(Frozen):
     recommended: bool
 
 
-class Difference(Frozen):
+class Difference(Stored):
     """How far a variant is from its student, and from itself run again: below `floor` there is only noise."""
 
     value: float
@@ -165,7 +165,7 @@ class Difference(Frozen):
     unit: str
 
 
-class Quality(Frozen):
+class Quality(Stored):
     """What a recipe does to the student beside bits per byte; empty or null where it was not measured."""
 
     accuracy: dict[str, Estimate]  # by slice: share of next tokens predicted correctly
@@ -176,7 +176,7 @@ class Quality(Frozen):
     tasks: dict[str, dict[str, Estimate]]  # task -> arm -> mean score
 
 
-class Opening(Frozen):
+class Opening(Stored):
     """One look at the test documents; `verdict` and what follows are null until they are scored."""
 
     schema_version: int = 1
@@ -198,7 +198,7 @@ class Opening(Frozen):
     guard_share: KeptShare | None = None
 
 
-class Look(Frozen):
+class Look(Stored):
     """What is reported of every opening."""
 
     number: int
@@ -210,7 +210,7 @@ class Look(Frozen):
     same: bool = True  # of the artifacts that this file judges
 
 
-class OnTestSet(Frozen):
+class OnTestSet(Stored):
     """The last look at the test documents: the estimate to quote, for nothing was chosen by it."""
 
     openings: int  # so far; only the first is free of what was learned from the ones before
@@ -228,7 +228,7 @@ class OnTestSet(Frozen):
     history: list[Look]
 
 
-class Provenance(Frozen):
+class Provenance(Stored):
     config: str
     data: str
     machines: list[dict[str, Any]]
@@ -237,7 +237,7 @@ class Provenance(Frozen):
     records: dict[str, str]
 
 
-class GateFile(Frozen):
+class GateFile(Stored):
     schema_version: Literal[3] = 3
     study: str
     title: str

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from eval.core.artifacts import library_versions, write_text
-from eval.core.config import Frozen
+from eval.core.config import Stored
 from eval.core.errors import UserError
 
 PLAIN = "plain"  # the recipe of the uncompressed student
@@ -22,7 +22,7 @@ Kind = Literal["score", "test"]  # of scores: of the documents that decide, and 
 VALIDATION = "validation"  # the slice of documents like the training ones
 
 
-class Machine(Frozen):
+class Machine(Stored):
     host: str
     system: str
     cpu: str
@@ -32,7 +32,7 @@ class Machine(Frozen):
     driver: str | None = None
 
 
-class Provenance(Frozen):
+class Provenance(Stored):
     artifact: str  # hash of the measured artifact
     config: str  # hash of the study; empty where none was there, until eval.cost.merge has bound the record
     machine: Machine
@@ -50,7 +50,7 @@ class Provenance(Frozen):
 Sums = list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 
 
-class Bins(Frozen):
+class Bins(Stored):
     """Sums over the tokens of a slice by the confidence in them: 15 bins of equal width over [0, 1]."""
 
     tokens: Sums
@@ -64,7 +64,7 @@ class Bins(Frozen):
         return self
 
 
-class Documents(Frozen):
+class Documents(Stored):
     """Columns of equal length, one entry per scored document."""
 
     id: list[str]
@@ -112,7 +112,7 @@ class Documents(Frozen):
         return None
 
 
-class Score(Frozen):
+class Score(Stored):
     """Quality of one model on every document; on the test documents it is of a kind of its own."""
 
     schema_version: Literal[1] = 1
@@ -132,7 +132,7 @@ Counted = Annotated[int, Field(gt=0)]
 Times = Annotated[list[Positive], Field(min_length=1)]
 
 
-class Energy(Frozen):
+class Energy(Stored):
     """What a meter counted while requests were served, idle power and neighbours of all it feeds included."""
 
     joules: Positive | None  # null: no meter
@@ -140,7 +140,7 @@ class Energy(Frozen):
     meter: str  # its name; without one, why there is none
 
 
-class Batched(Frozen):
+class Batched(Stored):
     """Several prompts served at once, in step."""
 
     batch_size: int
@@ -151,7 +151,7 @@ class Batched(Frozen):
     energy: Energy
 
 
-class Process(Frozen):
+class Process(Stored):
     """What one fresh process measured; batch 1 unless stated otherwise."""
 
     prefill_ms: Times  # one entry per request: until its first token is known
@@ -163,7 +163,7 @@ class Process(Frozen):
     batches: list[Batched] = Field(default_factory=list)  # the sizes above 1
 
 
-class Measured(Frozen):
+class Measured(Stored):
     """Cost of one variant on one target."""
 
     schema_version: Literal[1] = 1
@@ -183,7 +183,7 @@ class Measured(Frozen):
     provenance: Provenance
 
 
-class Arrivals(Frozen):
+class Arrivals(Stored):
     """Requests of one rate, served in real time; latencies count from the intended arrival."""
 
     rate: Positive  # intended requests per second
@@ -192,14 +192,14 @@ class Arrivals(Frozen):
     done_ms: list[float]  # until the last token
 
 
-class Server(Frozen):
+class Server(Stored):
     """What one fresh process served, one request after another in the order of arrival."""
 
     service_ms: Times  # of requests that followed each other without a pause
     rates: list[Arrivals]
 
 
-class Loaded(Frozen):
+class Loaded(Stored):
     """Open-loop load of one variant on one target."""
 
     schema_version: Literal[1] = 1
@@ -220,7 +220,7 @@ class Loaded(Frozen):
     provenance: Provenance
 
 
-class SampleScores(Frozen):
+class SampleScores(Stored):
     """Columns of equal length, one entry per sample of a task."""
 
     id: list[str] = Field(min_length=1)
@@ -238,7 +238,7 @@ class SampleScores(Frozen):
         return self
 
 
-class TaskScore(Frozen):
+class TaskScore(Stored):
     """Scores of one model on the samples of one task."""
 
     schema_version: Literal[1] = 1
@@ -254,7 +254,7 @@ class TaskScore(Frozen):
     provenance: Provenance
 
 
-class Rerun(Frozen):
+class Rerun(Stored):
     """The same model once more, under other circumstances: what differs is noise."""
 
     tokens: int
@@ -262,7 +262,7 @@ class Rerun(Frozen):
     kl_bits: float
 
 
-class Agreement(Frozen):
+class Agreement(Stored):
     """How far a variant says what its uncompressed student says, on the validation documents."""
 
     schema_version: Literal[1] = 1

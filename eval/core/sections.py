@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from eval.core.config import Frozen
+from eval.core.config import FileName, Frozen
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Source(Frozen):
@@ -84,7 +86,7 @@ class Data(Frozen):
     documents: list[Source] = Field(
         min_length=1, description="where documents come from; all sources together are split"
     )
-    shifted: dict[str, list[Source]] = Field(
+    shifted: dict[FileName, list[Source]] = Field(
         {}, description="slice name -> sources of documents that are only ever scored"
     )
     validation: int = Field(64, gt=1, description="documents that every run is scored on")
@@ -92,7 +94,7 @@ class Data(Frozen):
     corruptions: list[Corruption] = Field(
         [], description="slices made of damaged validation documents, only ever scored"
     )
-    tasks: dict[str, Task] = Field({}, description="name -> prompts with answers, only ever scored")
+    tasks: dict[FileName, Task] = Field({}, description="name -> prompts with answers, only ever scored")
     scored_bytes: int = Field(4096, gt=0, description="bytes to which a scored document is cut")
     context: int = Field(256, gt=1, description="tokens per row, in training and in scoring")
     train_rows: int = Field(400, gt=0, description="rows of `context` tokens to train on")
@@ -110,7 +112,7 @@ class Optimizer(Frozen):
         None, gt=0, description="peak learning rate of embeddings, norms and biases; none: `lr`"
     )
     momentum: float = Field(0.95, ge=0, lt=1, description="momentum of Muon")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's two moments")
+    betas: tuple[Rate, Rate] = Field((0.9, 0.95), description="decay rates of AdamW's two moments")
     weight_decay: float = Field(
         0.0, ge=0, description="decoupled weight decay, multiplied by the learning rate"
     )
@@ -263,7 +265,7 @@ class Base(Frozen):
         description="`model_type` and fields of its transformers config; trained from nothing by `train`",
     )
     vocab_size: int = Field(
-        1024, gt=256, description="entries of the tokenizer that is trained with an `architecture`"
+        1024, gt=256, le=2**24, description="entries of the tokenizer that is trained with an `architecture`"
     )
     train: Train | None = Field(
         None, description="how the base is trained; none: the named model is used as it is"

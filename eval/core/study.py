@@ -3,13 +3,22 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
 from eval.core.artifacts import digest, write_text
-from eval.core.config import Frozen, apply_overrides, check_circle, find_config, read_yaml, validate_config
+from eval.core.config import (
+    MAX_DEPTH,
+    FileName,
+    Frozen,
+    OneKeyLoader,
+    check_circle,
+    find_config,
+    read_yaml,
+    validate_config,
+)
 from eval.core.errors import UserError
 from eval.core.records import PLAIN
 from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Train
@@ -30,12 +39,12 @@ UNHASHED_KEYS = {
 class Study(Frozen):
     """One config: everything that it produces lies in `folder`."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run folder, below `runs`"
-    )
+    name: FileName = Field(description="name of the run folder, below `runs`")
     title: str = Field("", description="heading of the report; none: `name`")
     runs: str = Field("runs", description="folder that holds the run folders")
-    seeds: list[int] = Field(min_length=1, description="one student of each arm, and its teacher, per seed")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+        min_length=1, description="one student of each arm, and its teacher, per seed"
+    )
     data: Data
     base: Base
     method: MethodChoice
@@ -57,8 +66,8 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def seeds_differ(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds must be distinct and not negative, found {self.seeds}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be distinct, found {self.seeds}")
         return self
 
     @model_validator(mode="after")
@@ -110,6 +119,31 @@ def load_study(where: str | Path, words: list[str] | None = None, **overrides: A
     ]
     apply_overrides(raw, [*(words or []), *keywords])
     return validate_config(Study, raw, str(path))
+
+
+def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:
+    """Lays `--train.steps 50` or `--train.steps=50` over `raw`, in place."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError("command line", repr(word), "overrides look like --train.steps 50")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError("command line", word, "give a value after it")
+            value = rest.pop(0)
+        *path, last = name.split(".", MAX_DEPTH)
+        place = raw
+        for part in path:
+            if not isinstance(place.setdefault(part, {}), dict):
+                raise UserError("command line", word, f"{part!r} holds no keys")
+            place = place[part]
+        try:
+            place[last] = yaml.load(value, Loader=OneKeyLoader)
+        except yaml.YAMLError as error:
+            found = f"{word} {value[:60]} ({' '.join(str(error).split())})"
+            raise UserError("command line", found, "fix the YAML of its value") from error
 
 
 def check_format(path: Path, raw: dict[str, Any]) -> None:
@@ -214,9 +248,7 @@ def _made_by(folder: Path) -> str | None:
 class RecipeFile(Frozen):
     """A file of configs/recipes."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the variant, in every table"
-    )
+    name: FileName = Field(description="name of the variant, in every table")
     target: Literal["cpu", "gpu"] = Field(description="kind of machine that the variant runs on")
     passes: list[dict[str, Any]] = Field(
         min_length=1, description="in order: `pass: NAME` and its options, or `include: RECIPE`"

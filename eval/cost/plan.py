@@ -18,13 +18,13 @@ from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, 
 from eval.core.budget import Target, load_budget
 from eval.core.checks import different_settings
 from eval.core.commands import add_json, add_keys_help, start_log, write_json
-from eval.core.config import Frozen, apply_overrides, validate_config
+from eval.core.config import Frozen, validate_config
 from eval.core.documents import TRAIN, boundary_id, read_documents
 from eval.core.errors import UserError, require_one_of
 from eval.core.jobs import lock_folder
 from eval.core.records import PLAIN, TRAINING, Loaded, Measured, Provenance, provenance, write_record
 from eval.core.sections import Cost
-from eval.core.study import Study, check_trained, load_study, recipe_names
+from eval.core.study import Study, apply_overrides, check_trained, load_study, recipe_names
 from eval.engines import Subject, engine_module, load_tokenizer, subject_of
 
 RANDOM = "random tokens, seed 0"

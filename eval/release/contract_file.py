@@ -15,7 +15,7 @@ import yaml
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
-from eval.core.config import Frozen
+from eval.core.config import Stored
 from eval.core.errors import UserError
 from eval.core.gate_file import Estimate, KeptShare
 from eval.signoff.statement import Waiver
@@ -25,14 +25,14 @@ Array = NDArray[np.float64]
 CONTRACT = "contract.yaml"
 
 
-class Promise(Frozen):
+class Promise(Stored):
     """Bits per byte that the release saves against another model on the same documents."""
 
     floor: float | None  # what is promised; null where the study asked nothing
     measured: Estimate  # of the released artifact alone, over the documents of the study
 
 
-class Gain(Frozen):
+class Gain(Stored):
     """One slice of documents."""
 
     asked_share: float  # of the teacher's gain
@@ -42,7 +42,7 @@ class Gain(Frozen):
     over_fallback: Promise
 
 
-class Cost(Frozen):
+class Cost(Stored):
     """One limit of the budget and what was measured, with one-sided bounds at alpha."""
 
     quantity: str
@@ -55,14 +55,14 @@ class Cost(Frozen):
     reason: str
 
 
-class Signature(Frozen):
+class Signature(Stored):
     by: str
     time: str
     key: str  # id of the public key
     file: str  # path in the release
 
 
-class Target(Frozen):
+class Target(Stored):
     """What is shipped to one target."""
 
     recipe: str
@@ -78,7 +78,7 @@ class Target(Frozen):
     fallback_cost: list[Cost]  # of the base, held against the same limits
 
 
-class Inputs(Frozen):
+class Inputs(Stored):
     """What the promise holds for."""
 
     context_tokens: int  # the boundary token included
@@ -89,7 +89,7 @@ class Inputs(Frozen):
     sources: list[str]
 
 
-class Contract(Frozen):
+class Contract(Stored):
     """contract.yaml."""
 
     schema_version: Literal[1] = 1

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from eval.core.config import Frozen
+from eval.core.config import Stored
 from eval.core.documents import Document, boundary_id
 from eval.core.errors import UserError
 from eval.engines import Engine
@@ -14,7 +14,7 @@ MARGIN = 0.01
 PROMPTS, CHARACTERS, TOKENS, CANDIDATES = 4, 120, 8, 32
 
 
-class GoldenAnswer(Frozen):
+class GoldenAnswer(Stored):
     text: str
     ids: list[int]  # the boundary token and the tokens of the text
     expected: list[int]  # the likeliest tokens after them

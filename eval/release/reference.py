@@ -3,12 +3,12 @@
 from collections import Counter
 from pathlib import Path
 
-from eval.core.config import Frozen
+from eval.core.config import Stored
 from eval.core.documents import TRAIN, Document, read_documents
 from eval.stats.drift import surprise
 
 
-class Reference(Frozen):
+class Reference(Stored):
     """How the documents of a study look; no text of theirs is kept."""
 
     counts: dict[int, int]  # token -> its number in the training documents

@@ -17,7 +17,8 @@ from distill.method import (
 from distill.models.export import export
 from distill.models.lm_head import Head
 from distill.trainer.loop import train
-from eval.core.config import plugin_code, plugin_names
+from eval.core.artifacts import plugin_code
+from eval.core.config import plugin_names
 from eval.core.documents import Document, collate, windows
 from eval.core.errors import UserError
 from eval.core.sections import MethodChoice
