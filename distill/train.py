@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 # A launcher puts distill/ first on the path and leaves the root out: put the root in its place.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from eval.core.checks import check_plan  # noqa: E402
-from eval.core.commands import start_log, study_from_command  # noqa: E402
-from eval.core.errors import UserError, entry  # noqa: E402
-from eval.core.study import make_run_folder  # noqa: E402
+from eval.core.checks import check_plan
+from eval.core.commands import start_log, study_from_command
+from eval.core.errors import UserError, entry
+from eval.core.study import make_run_folder
 
 TRAINED = ("data", "tokenizer", "base", "method", "targets", "student")  # what --accept-old may name
 STAGES = ("data", "bases", "teachers", "students")

@@ -23,30 +23,31 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import transformers  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill.losses.teacher_output import Teacher  # noqa: E402
-from distill.method import Plain  # noqa: E402
-from distill.teachers.cache import CachedTeacher, link_shards, write_shards  # noqa: E402
-from distill.teachers.codec import make_codec  # noqa: E402
-from distill.teachers.local import LocalTeacher  # noqa: E402
-from distill.trainer.loop import accelerator, build_optimizers, check_finite, set_learning_rate, step_loss  # noqa: E402
-from distill.trainer.module import DistillationModule  # noqa: E402
-from eval.core.artifacts import Key, build_artifact  # noqa: E402
-from eval.core.commands import add_json, write_json  # noqa: E402
-from eval.core.config import Frozen  # noqa: E402
-from eval.core.documents import Row  # noqa: E402
-from eval.core.errors import entry  # noqa: E402
-from eval.core.records import machine  # noqa: E402
-from eval.core.sections import Targets, Train  # noqa: E402
-from scripts.bench_loss import (  # noqa: E402
+from distill.losses.teacher_output import Teacher
+from distill.method import Plain
+from distill.teachers.cache import CachedTeacher, link_shards, write_shards
+from distill.teachers.codec import make_codec
+from distill.teachers.local import LocalTeacher
+from distill.trainer.loop import accelerator, build_optimizers, check_finite, set_learning_rate, step_loss
+from distill.trainer.module import DistillationModule
+from eval.core.artifacts import Key, build_artifact
+from eval.core.commands import add_json, write_json
+from eval.core.config import Frozen
+from eval.core.documents import Row
+from eval.core.errors import entry
+from eval.core.records import machine
+from eval.core.sections import Targets, Train
+from scripts.bench_loss import (
     CUDA,
     DEVICE,
     Result,

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from rich.console import Console
+from rich.table import Table
 
-from eval.core.commands import add_json, write_json  # noqa: E402
-from eval.core.errors import entry, require_one_of  # noqa: E402
+from eval.core.commands import add_json, write_json
+from eval.core.errors import entry, require_one_of
 
 Rows = list[dict[str, object]]
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from eval.core.config import ROOT  # noqa: E402
-from eval.core.errors import entry  # noqa: E402
-from eval.core.records import Documents  # noqa: E402
-from tests.eval.run_builder import Run  # noqa: E402
+from eval.core.config import ROOT
+from eval.core.errors import entry
+from eval.core.records import Documents
+from tests.eval.run_builder import Run
 
 # A child of its own asks for its peak: VmHWM of the gate's process, in kB.
 CHILD = """

@@ -16,18 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import torch
+import torch.nn.functional as F
 
-from distill.losses.chunked import chunked_loss  # noqa: E402
-from distill.losses.teacher_output import States  # noqa: E402
-from distill.models.lm_head import Head  # noqa: E402
-from eval.core.errors import UserError, entry  # noqa: E402
-from eval.core.sections import Loss  # noqa: E402
-from eval.stats.quantiles import quantile_bounds  # noqa: E402
+from distill.losses.chunked import chunked_loss
+from distill.losses.teacher_output import States
+from distill.models.lm_head import Head
+from eval.core.errors import UserError, entry
+from eval.core.sections import Loss
+from eval.stats.quantiles import quantile_bounds
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

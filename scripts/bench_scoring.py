@@ -20,20 +20,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill.data.sources import read_source  # noqa: E402
-from distill.models.load import train_tokenizer  # noqa: E402
-from eval.core.documents import VALIDATION, Batch, batches, read_documents, windows  # noqa: E402
-from eval.core.errors import entry  # noqa: E402
-from eval.core.sections import Source  # noqa: E402
-from eval.engines import load_engine  # noqa: E402
-from eval.engines.torch import TorchEngine  # noqa: E402
-from eval.score.scoring import score_documents, scoring_tokens  # noqa: E402
+from distill.data.sources import read_source
+from distill.models.load import train_tokenizer
+from eval.core.documents import VALIDATION, Batch, batches, read_documents, windows
+from eval.core.errors import entry
+from eval.core.sections import Source
+from eval.engines import load_engine
+from eval.engines.torch import TorchEngine
+from eval.score.scoring import score_documents, scoring_tokens
 
 CONTEXT, DOCUMENTS, BYTES, VOCABULARY = 256, 16, 3072, 1024  # as the default study scores
 SHAPES = {"1M": (128, 320, 4), "2M": (192, 512, 4)}  # weights: hidden, intermediate, layers

@@ -41,7 +41,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 CONTEXT, SHORTEST, DOCUMENTS, ROWS = 256, 64, 48, 4  # tokens a row; tokens; in all; rows a step
 LR, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0

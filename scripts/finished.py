@@ -8,20 +8,21 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from compress.recipe import load_recipes  # noqa: E402
-from distill.data.sources import data_key  # noqa: E402
-from distill.method import make_method  # noqa: E402
-from distill.models.load import BASE_FILES, base_origin  # noqa: E402
-from eval.core.artifacts import digest, file_sha256, library_versions, write_text  # noqa: E402
-from eval.core.budget import load_budget  # noqa: E402
-from eval.core.checks import check_plan  # noqa: E402
-from eval.core.commands import study_from_command  # noqa: E402
-from eval.core.config import ROOT  # noqa: E402
-from eval.core.errors import entry  # noqa: E402
-from eval.core.study import Study, read_recipe  # noqa: E402
-from eval.score.samples import task_digest_or_none  # noqa: E402
+from compress.recipe import load_recipes
+from distill.data.sources import data_key
+from distill.method import make_method
+from distill.models.load import BASE_FILES, base_origin
+from eval.core.artifacts import digest, file_sha256, library_versions, write_text
+from eval.core.budget import load_budget
+from eval.core.checks import check_plan
+from eval.core.commands import study_from_command
+from eval.core.config import ROOT
+from eval.core.errors import entry
+from eval.core.study import Study, read_recipe
+from eval.score.samples import task_digest_or_none
 
 MARK = "finished"
 LATER = {

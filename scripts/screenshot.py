@@ -8,9 +8,10 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from eval.core.errors import UserError, entry  # noqa: E402
+from eval.core.errors import UserError, entry
 
 WIDTH, HEIGHT = 1280, 1180  # of the part that is shown, in CSS pixels
 SCALE = 1.5  # picture pixels to one of them

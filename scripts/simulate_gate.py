@@ -13,20 +13,21 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from scipy.special import stdtrit  # noqa: E402
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from scipy.special import stdtrit
 
-from eval.core.commands import add_json, write_json  # noqa: E402
-from eval.core.errors import entry  # noqa: E402
-from eval.gate.decision import join_verdicts  # noqa: E402
-from eval.gate.quality import RESOLUTION, mean_part  # noqa: E402
-from eval.stats.crossed import MeanSquares, crossed_mean, crossed_variance, linearise, mean_squares  # noqa: E402
-from eval.stats.power import Components, components, power  # noqa: E402
+from eval.core.commands import add_json, write_json
+from eval.core.errors import entry
+from eval.gate.decision import join_verdicts
+from eval.gate.quality import RESOLUTION, mean_part
+from eval.stats.crossed import MeanSquares, crossed_mean, crossed_variance, linearise, mean_squares
+from eval.stats.power import Components, components, power
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]

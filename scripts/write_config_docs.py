@@ -4,16 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pydantic import BaseModel  # noqa: E402
+from pydantic import BaseModel
 
-from eval.core.artifacts import write_text  # noqa: E402
-from eval.core.budget import Budget, Limit, Target  # noqa: E402
-from eval.core.commands import describe_fields  # noqa: E402
-from eval.core.config import ROOT  # noqa: E402
-from eval.core.sections import Corruption, Source, Task  # noqa: E402
-from eval.core.study import RecipeFile, Study  # noqa: E402
+from eval.core.artifacts import write_text
+from eval.core.budget import Budget, Limit, Target
+from eval.core.commands import describe_fields
+from eval.core.config import ROOT
+from eval.core.sections import Corruption, Source, Task
+from eval.core.study import RecipeFile, Study
 
 FILE = ROOT / "docs" / "config.md"
 HEAD = """# Every key of a config

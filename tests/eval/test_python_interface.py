@@ -5,7 +5,7 @@ from pathlib import Path
 from eval.core.study import load_study
 from eval.gate.decision import judge
 from tests.eval.run_builder import Run
-from tests.helpers import tiny_study
+from tests.helpers import run, tiny_study
 
 
 def test_a_path_is_taken_as_a_keyword(tmp_path):
@@ -23,3 +23,8 @@ def test_a_run_is_judged_and_nothing_is_written(tmp_path):
 def test_keywords_override_a_study(tmp_path):
     study = load_study(tiny_study(tmp_path), train__steps=50, title="Mine", seeds=[7])
     assert (study.train.steps, study.title, study.seeds) == (50, "Mine", [7])
+
+
+def test_importing_an_entry_leaves_the_import_path_alone():
+    script = "import sys; path = [*sys.path]; import distill.train, scripts.finished; print(sys.path == path)"
+    assert run("-c", script).stdout == "True\n"
