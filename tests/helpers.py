@@ -132,7 +132,7 @@ def tiny_study(folder: Path, **changes: Any) -> Path:
         "budget": "tiny",
     }
     path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump({**study, **changes}))
+    path.write_text(yaml.safe_dump(json.loads(json.dumps({**study, **changes}))))  # copies: no aliases
     return path
 
 
