@@ -1,9 +1,7 @@
-"""YAML into frozen models with unknown keys refused, and the names in it into plug-ins.
-
-A plug-in is known by the normalised syntax tree of its code: a comment in it does nothing over again.
-"""
+"""YAML into frozen models with unknown keys refused, and the names in it into plug-ins."""
 
 import ast
+import copy
 import importlib
 import inspect
 import math
@@ -21,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from eval.core.errors import UserError, require_one_of
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_DEPTH = 50  # of YAML: levels inside one another
+MAX_DEPTH, MAX_COPIED = 50, 100_000  # of YAML: levels inside one another, characters that aliases stand for
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -82,22 +80,28 @@ def find_config(kind: str, name: str, inside: Path | None = None) -> Path:
 
 
 class OneKeyLoader(yaml.SafeLoader):
-    """Reads `1e-6` as a number. Refuses aliases, deep nesting, integers beyond 64 bits and repeated keys."""
+    """Reads `1e-6` as a number, an alias as a copy. Refuses repeated keys and what has no end or bound."""
 
-    depth = 0
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.around: list[str | None] = []  # anchors of the nodes around the present one
+        self.copied = 0  # characters that aliases stand for
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event, problem = self.peek_event(), None
-        if isinstance(event, yaml.AliasEvent):
-            problem = f"alias *{event.anchor} is not accepted: write out what it stands for"
-        elif self.depth == MAX_DEPTH:
-            problem = f"more than {MAX_DEPTH} levels inside one another"
-        if problem:
+        event, is_alias = self.peek_event(), self.check_event(yaml.AliasEvent)
+        anchor = getattr(event, "anchor", None)
+        endless = is_alias and anchor in self.around
+        if endless or len(self.around) == MAX_DEPTH or self.copied > MAX_COPIED:
+            limits = f"more than {MAX_DEPTH} levels, or {MAX_COPIED:,} characters of aliases"
+            problem = f"alias *{anchor} stands inside what it names" if endless else limits
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        self.depth += 1
+        self.around.append(anchor)
         node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+        self.around.pop()
+        if not is_alias:
+            return node
+        self.copied += len(yaml.serialize(node))
+        return copy.deepcopy(node)  # an override of one must not reach the other
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -258,8 +262,7 @@ def plugin_class(
     kind = own[0]
     complete = all(isinstance(getattr(kind, field, None), wanted) for field, wanted in attributes.items())
     if inspect.isabstract(kind) or not complete:
-        fields = [*attributes, *sorted(base.__abstractmethods__)]
-        listed = " and ".join(f"`{field}`" for field in fields)
+        listed = " and ".join(f"`{field}`" for field in [*attributes, *sorted(base.__abstractmethods__)])
         raise UserError(thing, repr(name), f"{kind.__name__} must define {listed}")
     return kind
 

@@ -95,7 +95,7 @@ def test_a_family_is_distilled_exported_and_loaded_again(family, tokenizer, tmp_
     assert all("lora_" in name for name in changed), "and they alone"
     plain = adapted.merged()
     assert dict(plain.named_parameters()).keys() == names
-    export(plain, tokenizer, tmp_path / "out", "card")
+    export(plain, tokenizer, tmp_path / "out", "card", [])
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"config.json", "generation_config.json"}
     loaded, _ = load_checkpoint(tmp_path / "out")
     assert type(loaded) is type(plain)

@@ -90,7 +90,7 @@ def test_an_export_without_disk_space_is_reported(tmp_path):
         room_for(10_000),
         pytest.raises(UserError, match=r"export to .*File too large|export to .*os error 27"),
     ):
-        export(tiny_model(), tiny_tokenizer(), tmp_path / "out", "card")
+        export(tiny_model(), tiny_tokenizer(), tmp_path / "out", "card", [])
 
 
 def test_a_full_disk_ends_a_command_with_one_line_and_no_partial_artifact(tmp_path):

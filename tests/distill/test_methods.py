@@ -48,7 +48,7 @@ def rows(tokenizer):
 def bases(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("bases")
     for seed in (0, 1):
-        export(tiny_model(seed=seed), tokenizer, folder / f"s{seed}", "a card")
+        export(tiny_model(seed=seed), tokenizer, folder / f"s{seed}", "a card", [])
     return {seed: folder / f"s{seed}" for seed in (0, 1)}
 
 
