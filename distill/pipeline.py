@@ -18,7 +18,7 @@ from distill.checks import check_models
 from distill.data.sources import prepare, training_rows
 from distill.method import make_method
 from distill.models.card import model_card
-from distill.models.export import export, export_tokenizer
+from distill.models.export import check_ids, export, token_ids
 from distill.models.init import init_student
 from distill.models.load import (
     BASE_FILES,
@@ -48,7 +48,7 @@ from distill.trainer.artifact_training import (
 )
 from distill.trainer.logging import check_trackers
 from distill.trainer.loop import accelerator
-from eval.core.artifacts import build_artifact, installed_versions, is_done, make_key, read_manifest
+from eval.core.artifacts import build_artifact, digest, installed_versions, is_done, make_key, read_manifest
 from eval.core.checks import check_plan
 from eval.core.documents import TRAIN, read_documents
 from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
@@ -64,12 +64,14 @@ def make_tokenizer(study: Study) -> None:
     key = make_key("tokenizer", [study.base.vocab_size, data.hash])
     if study.base.architecture is None or is_done(folder, key, study.accept_old):
         return
+    facts: dict[str, Any] = {}
     with build_artifact(
-        folder, kind="tokenizer", name="tokenizer", key=key, parents={"data": data.hash}, facts={}
+        folder, kind="tokenizer", name="tokenizer", key=key, parents={"data": data.hash}, facts=facts
     ) as temporary:
         documents = read_documents(study.folder / "data", TRAIN)
         tokenizer = train_tokenizer([document.text for document in documents], study.base.vocab_size)
-        export_tokenizer(tokenizer, temporary, documents)
+        tokenizer.save_pretrained(str(temporary))
+        facts["ids_sha256"] = digest(token_ids(tokenizer, documents))  # compared by the jobs of bases
 
 
 def prepare_inputs(study: Study, acc: Accelerator) -> None:
@@ -77,6 +79,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> None:
     check_trackers(study.trackers)
     check_device(study.student, acc.device)
     check_target_source(study)
+    teacher_groups(study)  # a method that cannot be made is refused before the study is written
     check_models(study)
     if acc.is_main_process:
         save_study(study)
@@ -99,8 +102,10 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
     key = make_key("base", [origin, training, shape, parents, seed if base.train else None])
     if not is_missing(study, name, key):
         return
+    documents, trained = read_documents(study.folder / "data", TRAIN), study.folder / "tokenizer"
     if base.architecture:
-        tokenizer = load_tokenizer(study.folder / "tokenizer")
+        tokenizer = load_tokenizer(trained)
+        check_ids(tokenizer, documents, read_manifest(trained).facts["ids_sha256"], trained)
         model = fresh_model(base.architecture, tokenizer, seed)
     else:
         model, tokenizer = named_model(base, origin.get("commit"))
@@ -121,8 +126,7 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
                 teacher=None,
                 report=step_progress(report, 0.9),
             )
-        documents, verified = read_documents(study.folder / "data", TRAIN), study.folder / "tokenizer"
-        export(model, tokenizer, folder, model_card(study, "B", seed, parents), documents, verified)
+        export(model, tokenizer, folder, model_card(study, "B", seed, parents), documents, trained)
     delete_scratch(study, name)
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,25 @@ def test_a_log_on_a_full_disk_does_not_change_how_a_command_ends(tmp_path):
     done = run("-c", FAILING.format("raise OSError(28, 'No space left on device')"), tmp_path)
     assert done.returncode == 3
     assert done.stderr == f"{warning}error: [Errno 28] No space left on device\n"
+
+
+def test_a_reader_that_has_enough_ends_it_in_silence(tmp_path):
+    script = FAILING.format("print('line\\n' * 100_000)")
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            '"$0" -c "$1" "$2" | head -1; echo ${PIPESTATUS[0]}',
+            sys.executable,
+            script,
+            tmp_path,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("the words before\n141\n", "")
 
 
 def test_what_goes_by_stands_in_the_run_s_log_with_its_time_and_a_traceback_stays_there(tmp_path):

@@ -10,7 +10,7 @@ from distill.pipeline import distil
 from eval.core.checks import check_plan
 from eval.core.errors import UserError
 from eval.core.sections import Source
-from eval.core.study import load_study
+from eval.core.study import load_study, make_run_folder, save_study
 from tests.helpers import run, tiny_model, tiny_study, tiny_tokenizer
 
 GENERATES = ["--targets.source", "on_policy", "--train.loss.weight", "1"]
@@ -154,3 +154,22 @@ def test_a_base_with_broken_files_is_refused_in_one_line(tmp_path, base, file, c
     study = study.model_copy(update={"data": study.data.model_copy(update={"documents": [Source(**source)]})})
     with pytest.raises(UserError, match=message):
         check_models(study)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method.name", "ensembel"], "did you mean 'ensemble'"),
+        (["--method.settings.memberz", "2"], "method.settings: unknown key 'memberz'|memberz"),
+        (["--method.settings.members", "1"], "members"),
+    ],
+)
+def test_a_method_that_cannot_be_made_leaves_a_run_as_it_was(tmp_path, words, message):
+    study = load_study(tiny_study(tmp_path))
+    make_run_folder(study)
+    save_study(study)
+    before = {path: path.read_bytes() for path in study.folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=message):
+        distil(load_study(study.folder, words), until="data")
+    assert {p: p.read_bytes() for p in study.folder.rglob("*") if p in before} == before
+    assert not (study.folder / "data").exists()

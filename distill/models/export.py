@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.core.artifacts import digest
 from eval.core.documents import Document
 from eval.core.errors import UserError
 from eval.engines import first_line, silenced
@@ -63,7 +64,7 @@ def export_tokenizer(
         return
     if verified is not None and all(_content(file) == _content(verified / file.name) for file in files):
         return
-    texts = [document.text[:CHARACTERS] for document in documents[:DOCUMENTS]]
+    texts = _beginnings(documents)
     command = [sys.executable, "-c", READ_BACK, str(folder)]
     process = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
     thing = f"tokenizer saved to {folder.parent}"
@@ -72,8 +73,7 @@ def export_tokenizer(
         fix = "give a base whose tokenizer is a tokenizer.json that transformers reads"
         raise UserError(thing, f"cannot be read back ({cause})", fix)
     saved = json.loads(process.stdout.splitlines()[-1])
-    with silenced("transformers"):  # a document may be longer than the model reads
-        ids: list[list[int]] = tokenizer(texts)["input_ids"]
+    ids = token_ids(tokenizer, documents)
     different = [i for i, (one, other) in enumerate(zip(ids, saved, strict=True)) if one != other]
     if different:
         i = different[0]
@@ -83,6 +83,32 @@ def export_tokenizer(
             f"back ({documents[i].id}: {len(ids[i])} tokens before, {len(saved[i])} after)",
             "give a base whose tokenizer.json holds all of it (a fast tokenizer saved by transformers)",
         )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[list[int]]:
+    """The ids of the beginnings of some documents: what a tokenizer that was saved must give again."""
+    with silenced("transformers"):  # a document may be longer than the model reads
+        ids: list[list[int]] = tokenizer(_beginnings(documents))["input_ids"]
+    return ids
+
+
+def check_ids(
+    tokenizer: PreTrainedTokenizerBase, documents: list[Document], sha256: str, folder: Path
+) -> None:
+    """Refuses a tokenizer, read from `folder` in a process that did not make it, that gives other ids.
+
+    Args:
+        sha256: the digest of `token_ids` when it was saved.
+    """
+    if digest(token_ids(tokenizer, documents)) != sha256:
+        fix = "delete the folder, and report this with the versions of transformers and tokenizers"
+        raise UserError(
+            f"tokenizer {folder}", "splits training documents otherwise than when it was saved", fix
+        )
+
+
+def _beginnings(documents: list[Document]) -> list[str]:
+    return [document.text[:CHARACTERS] for document in documents[:DOCUMENTS]]
 
 
 def _content(file: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from difflib import get_close_matches
 from safetensors import SafetensorError
 
 EXIT_PASS, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_ERROR = 0, 1, 2, 3
+EXIT_PIPE = 141  # what a shell gives a program that SIGPIPE ended
 EXITS = {"PASS": EXIT_PASS, "FAIL": EXIT_FAIL, "INCONCLUSIVE": EXIT_INCONCLUSIVE}  # of verdicts
 
 
@@ -41,6 +43,8 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
     def run() -> None:
         try:
             code = main() or EXIT_PASS
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except KeyboardInterrupt:
             print("stopped; the same command continues where it was", file=sys.stderr)
             code = 130
@@ -48,6 +52,9 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
             if isinstance(error.code, str):
                 print(error.code, file=sys.stderr)
             code = EXIT_ERROR if error.code else EXIT_PASS
+        except BrokenPipeError:  # whoever read our lines, such as `head`, has enough of them
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = EXIT_PIPE
         except Exception as error:  # must not read as FAIL
             _report_error(error)
             code = EXIT_ERROR

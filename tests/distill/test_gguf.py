@@ -14,10 +14,10 @@ import torch
 from gguf import GGUFWriter, TokenType
 from transformers import AutoTokenizer
 
-from distill.models.export import export, export_tokenizer
+from distill.models.export import check_ids, export, export_tokenizer, token_ids
 from distill.models.gguf import build_tokenizer, find_gguf, load_gguf, read_fields
 from distill.models.load import base_origin
-from eval.core.artifacts import read_manifest
+from eval.core.artifacts import digest, read_manifest
 from eval.core.documents import Document
 from eval.core.errors import UserError
 from eval.core.sections import Base
@@ -190,3 +190,12 @@ def test_smollm2_is_the_model_that_its_makers_published(tmp_path):
         answer = tokenizer.decode(model.generate(prompt, max_new_tokens=2, do_sample=False)[0, -2:])
     assert bits / len(SLICE.encode()) == pytest.approx(1.0165, abs=2e-4)
     assert answer == " Paris."
+
+
+def test_a_trained_tokenizer_is_held_against_its_own_ids_by_the_jobs_that_read_it():
+    tokenizer = tiny_tokenizer()
+    sha256 = digest(token_ids(tokenizer, DOCUMENTS))
+    check_ids(tiny_tokenizer(), DOCUMENTS, sha256, Path("tokenizer"))
+    tokenizer.add_tokens(["1234567"])
+    with pytest.raises(UserError, match="tokenizer tokenizer: splits training documents otherwise"):
+        check_ids(tokenizer, DOCUMENTS, sha256, Path("tokenizer"))
