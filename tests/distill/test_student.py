@@ -105,7 +105,7 @@ def test_a_fresh_student_has_the_vocabulary_of_its_teacher(tokenizer):
     assert one.config.vocab_size == len(tokenizer) + 16
     assert torch.equal(logits(one), logits(same))
     assert not torch.equal(logits(one), logits(other))
-    with pytest.raises(UserError, match=r"student\.architecture: lama"):
+    with pytest.raises(UserError, match=r"student\.architecture\.model_type: 'lama'"):
         fresh_model({"model_type": "lama"}, tokenizer, 0, where="student.architecture")
 
 
@@ -118,7 +118,7 @@ def test_a_fresh_student_has_the_vocabulary_of_its_teacher(tokenizer):
         ({"hidden_act": "nope"}, r"cannot build this llama model \(KeyError: 'nope'\)"),
         ({"num_attention_heads": 0}, "cannot build this llama model"),
         ({"model_type": "t5"}, "unknown key of t5|cannot build this t5 model"),
-        ({"model_type": "lama"}, r"base\.architecture: lama; did you mean 'llama'"),
+        ({"model_type": "lama"}, r"base\.architecture\.model_type: 'lama'; did you mean 'llama'"),
     ],
 )
 def test_an_architecture_that_cannot_be_built_is_refused_in_one_line(changes, message):

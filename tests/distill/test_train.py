@@ -232,7 +232,7 @@ def one_line(done):
         (["--train.rows", "64"], "train.rows is 64, more than data.train_rows: 32"),
         (["--data.train_rows", "100000"], "data.train_rows: 100000, but the training documents have"),
         (["--runs", "/proc/nowhere"], "run folder /proc/nowhere/tiny"),
-        (["--base.architecture.model_type", "lama"], "base.architecture: lama"),
+        (["--base.architecture.model_type", "lama"], "base.architecture.model_type: 'lama'"),
         (["--train.optimizer.lr", "1e30"], "loss at step"),
     ],
 )
