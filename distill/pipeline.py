@@ -102,10 +102,13 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
     key = make_key("base", [origin, training, shape, parents, seed if base.train else None])
     if not is_missing(study, name, key):
         return
-    documents, trained = read_documents(study.folder / "data", TRAIN), study.folder / "tokenizer"
+    documents, verified = read_documents(study.folder / "data", TRAIN), None
     if base.architecture:
+        trained = study.folder / "tokenizer"
         tokenizer = load_tokenizer(trained)
-        check_ids(tokenizer, documents, read_manifest(trained).facts["ids_sha256"], trained)
+        if sha256 := read_manifest(trained).facts.get("ids_sha256"):  # earlier versions wrote none
+            check_ids(tokenizer, documents, sha256, trained)
+            verified = trained
         model = fresh_model(base.architecture, tokenizer, seed)
     else:
         model, tokenizer = named_model(base, origin.get("commit"))
@@ -126,7 +129,7 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
                 teacher=None,
                 report=step_progress(report, 0.9),
             )
-        export(model, tokenizer, folder, model_card(study, "B", seed, parents), documents, trained)
+        export(model, tokenizer, folder, model_card(study, "B", seed, parents), documents, verified)
     delete_scratch(study, name)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval.core.artifacts import digest
 from eval.core.documents import Document
 from eval.core.errors import UserError
-from eval.engines import first_line, silenced
+from eval.engines import silenced
 
 DOCUMENTS, CHARACTERS = 100, 2000  # what a saved tokenizer is tried on: documents, and characters of each
 READ_FROM = ("is_local", "name_or_path")  # of tokenizer_config.json
@@ -69,7 +69,7 @@ def export_tokenizer(
     process = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
     thing = f"tokenizer saved to {folder.parent}"
     if process.returncode != 0:
-        cause = first_line(RuntimeError((process.stderr.strip().splitlines() or ["no output"])[-1]))
+        cause = (process.stderr.strip().splitlines() or ["no output"])[-1]
         fix = "give a base whose tokenizer is a tokenizer.json that transformers reads"
         raise UserError(thing, f"cannot be read back ({cause})", fix)
     saved = json.loads(process.stdout.splitlines()[-1])

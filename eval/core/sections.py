@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from eval.core.config import FileName, Frozen
 
-Rate = Annotated[float, Field(ge=0, lt=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Source(Frozen):
@@ -112,7 +112,7 @@ class Optimizer(Frozen):
         None, gt=0, description="peak learning rate of embeddings, norms and biases; none: `lr`"
     )
     momentum: float = Field(0.95, ge=0, lt=1, description="momentum of Muon")
-    betas: tuple[Rate, Rate] = Field((0.9, 0.95), description="decay rates of AdamW's two moments")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.95), description="decay rates of AdamW's two moments")
     weight_decay: float = Field(
         0.0, ge=0, description="decoupled weight decay, multiplied by the learning rate"
     )

@@ -25,15 +25,8 @@ from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets,
 
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
-UNHASHED_KEYS = {
-    "runs",
-    "workers",
-    "title",
-    "recipes",
-    "cost",
-    "budget",
-    "trackers",
-}  # no model depends on these
+# No model depends on these.
+UNHASHED_KEYS = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers"}
 
 
 class Study(Frozen):
@@ -142,8 +135,8 @@ def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:
         try:
             place[last] = yaml.load(value, Loader=OneKeyLoader)
         except yaml.YAMLError as error:
-            found = f"{word} {value[:60]} ({' '.join(str(error).split())})"
-            raise UserError("command line", found, "fix the YAML of its value") from error
+            problem = f"{word} {value[:60]} ({' '.join(str(error).split())})"
+            raise UserError("command line", problem, "fix the YAML of its value") from error
 
 
 def check_format(path: Path, raw: dict[str, Any]) -> None:

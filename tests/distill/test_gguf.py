@@ -199,3 +199,14 @@ def test_a_trained_tokenizer_is_held_against_its_own_ids_by_the_jobs_that_read_i
     tokenizer.add_tokens(["1234567"])
     with pytest.raises(UserError, match="tokenizer tokenizer: splits training documents otherwise"):
         check_ids(tokenizer, DOCUMENTS, sha256, Path("tokenizer"))
+
+
+def test_a_tokenizer_of_an_earlier_version_without_ids_is_read_back_at_the_export(tmp_path):
+    study = tiny_study(tmp_path, seeds=[0], method={"name": "placebo"})
+    assert run("distill/train.py", "--config", study, "--until", "data").returncode == 0
+    path = tmp_path / "runs" / "tiny" / "tokenizer" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["facts"]["ids_sha256"]
+    path.write_text(json.dumps(manifest))
+    done = run("distill/train.py", "--config", study, "--until", "bases")
+    assert done.returncode == 0, done.stderr
