@@ -1,4 +1,4 @@
-"""What can be known about the models of a study before the first one is trained."""
+"""What can be known about the method and the models of a study before the first one is trained."""
 
 import tempfile
 from collections.abc import Iterator
@@ -14,12 +14,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from distill.method import make_method
 from distill.models.gguf import build_tokenizer, find_gguf, read_config, read_fields
 from distill.models.load import check_architecture
 from eval.core.errors import UserError
 from eval.core.sections import Base
 from eval.core.study import Study
 from eval.engines import load_tokenizer
+
+
+def check_method(study: Study) -> None:
+    """Makes the method and its control, and asks each for the bases of every seed.
+
+    Raises:
+        UserError: the method or its options are unknown, or it refuses the bases of the study.
+    """
+    method = make_method(study.method)
+    for one in (method, method.control()):
+        for seed in study.seeds:
+            one.bases(seed, study.seeds)
 
 
 def check_models(study: Study) -> None:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from distill.checks import check_models
+from distill.checks import check_method, check_models
 from distill.data.sources import prepare, training_rows
 from distill.method import make_method
 from distill.models.card import model_card
@@ -79,7 +79,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> None:
     check_trackers(study.trackers)
     check_device(study.student, acc.device)
     check_target_source(study)
-    teacher_groups(study)  # a method that cannot be made is refused before the study is written
+    check_method(study)
     check_models(study)
     if acc.is_main_process:
         save_study(study)

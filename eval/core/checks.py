@@ -4,6 +4,7 @@ Everything that does not fit is refused by name, with both values: a verdict ove
 things would look like any other.
 """
 
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +16,17 @@ from eval.core.errors import UserError, require_one_of
 from eval.core.records import (
     PLAIN,
     VALIDATION,
+    Agreement,
+    AnyRecord,
     Batched,
+    CostRecord,
     Documents,
-    Loaded,
-    Measured,
+    LoadRecord,
     Process,
+    R,
     Record,
     Score,
+    TargetRecord,
     record_path,
 )
 from eval.core.sections import Cost, Load
@@ -63,24 +68,54 @@ class Artifacts:
             self._read[place] = read_manifest(place)
         return self._read[place]
 
-    def check(self, record: Record) -> None:
-        """The record was measured for this study, on the bytes that lie there now, after they were made."""
-        path, source = record_path(self.folder, record), record.provenance
-        if source.config != self.config:
-            raise UserError(
-                f"record {path}",
-                f"measured for study hash {source.config[:12]}, this study's is {self.config[:12]}",
-                "measure again, or name the study that it was measured for",
-            )
+    def differences(self, record: AnyRecord) -> dict[str, tuple[Any, Any]]:
+        """Name -> (as the record was measured, as it would be now), for all that differs.
+
+        Compared are the study, the bytes of the artifact, where it lies in the run, and what the record holds
+        of the data, the student behind a variant, and the settings of cost and load.
+        """
+        folder, source = self.folder, record.provenance
+        pairs: dict[str, tuple[Any, Any]] = {"study": (source.config, self.config)}
+        if place := artifact_folder(folder, record.arm, record.seed, record.recipe):
+            pairs["artifact"] = source.artifact, self.manifest(place).hash
+        if isinstance(record, Score | Agreement):
+            pairs["data"] = record.data, self.data.hash
+        if isinstance(record, Agreement):
+            student = folder / "students" / record.arm / f"s{record.seed}"
+            pairs["student"] = record.student, self.manifest(student).hash
+        if isinstance(record, CostRecord | LoadRecord):
+            pairs |= different_settings(record, self.study.cost)
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def current(self, records: Iterable[R]) -> Iterator[R]:
+        """The records of what lies in the run now that need not be measured again."""
+        for record in records:
+            place = artifact_folder(self.folder, record.arm, record.seed, record.recipe)
+            if (place is None or (place / MANIFEST).is_file()) and not self.differences(record):
+                yield record
+
+    def check(self, record: Record, where: str | None = None) -> None:
+        """The record was measured as it would be now (see `differences`), after its artifact was made.
+
+        Args:
+            where: the record as an error names it; by default its path in the run.
+
+        Raises:
+            UserError: it differs, or its time is yet to come.
+        """
+        path = record_path(self.folder, record)
         place = artifact_folder(self.folder, record.arm, record.seed, record.recipe)
-        manifest = self.manifest(place) if place else self.data
-        if place and manifest.hash != source.artifact:
-            raise UserError(
-                f"record {path}",
-                f"measured on artifact {source.artifact[:12]}, {place} holds {manifest.hash[:12]}",
-                "delete the record and measure again",
-            )
-        self._check_clock(path, source.time, manifest)
+        for name, (measured, now) in self.differences(record).items():
+            problem, fix = f"{name} is {measured}, the study asks {now}", "measure again with it"
+            if name == "study":
+                problem = f"measured for study hash {measured[:12]}, this study's is {now[:12]}"
+                fix = "measure again, or name the study that it was measured for"
+            elif name in ("artifact", "data"):
+                holder = self.folder / "data" if name == "data" else place
+                problem = f"measured on {name} {measured[:12]}, {holder} holds {now[:12]}"
+                fix = "delete the record and measure again"
+            raise UserError(where or f"record {path}", problem, fix)
+        self._check_clock(path, record.provenance.time, self.manifest(place) if place else self.data)
 
     def _check_clock(self, path: Path, time: str, manifest: Manifest) -> None:
         """Refuses a time in the future, and notes one before the artifact was made.
@@ -93,14 +128,6 @@ class Artifacts:
             raise UserError(f"record {path}", future, "set the clock, then measure again")
         if manifest.time and measured < datetime.fromisoformat(manifest.time) - SLACK:
             self.early.append(path)
-
-    def check_data(self, record: Score) -> None:
-        if record.data != self.data.hash:
-            raise UserError(
-                f"record {record_path(self.folder, record)}",
-                f"scored on data {record.data[:12]}, {self.folder / 'data'} holds {self.data.hash[:12]}",
-                "delete the record and score again",
-            )
 
     def check_parents(self, scores: list[Score]) -> None:
         """Every model was made from what lies in the run now, so no variant of an old student is judged."""
@@ -224,7 +251,7 @@ def check_budget(budget: Budget, recipes: list[str], slices: list[str]) -> None:
         raise UserError(f"budget {budget.name!r}", "no required target", "set required: true on one")
 
 
-def different_settings(record: Measured | Loaded, cost: Cost) -> dict[str, tuple[Any, Any]]:
+def different_settings(record: CostRecord | LoadRecord, cost: Cost) -> dict[str, tuple[Any, Any]]:
     """Setting -> (as the record was measured, as the study asks), for those that differ in any process."""
     pairs: dict[str, tuple[Any, Any]] = {
         name: (getattr(record, name), getattr(cost, name))
@@ -232,7 +259,7 @@ def different_settings(record: Measured | Loaded, cost: Cost) -> dict[str, tuple
     }
     pairs["warmup"] = "unknown" if record.warmup is None else record.warmup, cost.warmup
     pairs["processes"] = len(record.processes), cost.processes
-    if isinstance(record, Measured):
+    if isinstance(record, CostRecord):
         processes = record.processes
         timed: list[Process | Batched] = [*processes]
         timed += [batched for process in processes for batched in process.batches]
@@ -255,13 +282,7 @@ def _first_different(measured: list[Any], expected: Any) -> tuple[Any, Any]:
     return next((value for value in measured if value != expected), expected), expected
 
 
-def check_settings(record: Measured | Loaded, study: Study, place: str) -> None:
-    """The record was measured in the way that the study asks for."""
-    for name, (measured, expected) in different_settings(record, study.cost).items():
-        raise UserError(place, f"{name} is {measured}, the study asks {expected}", "measure again with it")
-
-
-def check_device(record: Measured | Loaded, target: Target, place: str) -> None:
+def check_device(record: TargetRecord, target: Target, place: str) -> None:
     """The record was measured on such a device as the target is."""
     device = record.provenance.machine.device
     if (target.device == "cpu") != (device == "cpu"):

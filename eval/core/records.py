@@ -163,24 +163,30 @@ class Process(Stored):
     batches: list[Batched] = Field(default_factory=list)  # the sizes above 1
 
 
-class Measured(Stored):
-    """Cost of one variant on one target."""
+class TargetRecord(Stored):
+    """What was measured of one variant on one target, and how."""
 
     schema_version: Literal[1] = 1
-    kind: Literal["cost"] = "cost"
+    kind: Literal["cost", "load"]
     arm: str
     seed: int
     recipe: str = PLAIN
     engine: str
     target: str
-    disk_bytes: Counted
     prompt_tokens: int
     new_tokens: int
     threads: int
     warmup: Counted | None = None  # requests; null in older records: unknown
     prompts: str = TRAINING  # what the prompts were made of
-    processes: list[Process] = Field(min_length=1)  # in rounds: process r of every variant ran in round r
     provenance: Provenance
+
+
+class CostRecord(TargetRecord):
+    """Cost of one variant on one target."""
+
+    kind: Literal["cost"] = "cost"
+    disk_bytes: Counted
+    processes: list[Process] = Field(min_length=1)  # in rounds: process r of every variant ran in round r
 
 
 class Arrivals(Stored):
@@ -199,25 +205,13 @@ class Server(Stored):
     rates: list[Arrivals]
 
 
-class Loaded(Stored):
+class LoadRecord(TargetRecord):
     """Open-loop load of one variant on one target."""
 
-    schema_version: Literal[1] = 1
     kind: Literal["load"] = "load"
-    arm: str
-    seed: int
-    recipe: str = PLAIN
-    engine: str
-    target: str
-    prompt_tokens: int
-    new_tokens: int
-    threads: int
-    warmup: Counted | None = None  # requests; null in older records: unknown
-    prompts: str = TRAINING
     seconds: float  # per rate
     slo_ms: float | None
     processes: list[Server] = Field(min_length=1)  # in rounds, whose arrivals all variants share
-    provenance: Provenance
 
 
 class SampleScores(Stored):
@@ -289,9 +283,9 @@ class Agreement(Stored):
         return self
 
 
-Record = Score | Measured | Loaded  # what the gate judges
+Record = Score | CostRecord | LoadRecord  # what the gate judges
 AnyRecord = Record | TaskScore | Agreement
-R = TypeVar("R", Score, Measured, Loaded, TaskScore, Agreement)
+R = TypeVar("R", bound=AnyRecord)
 
 
 def machine(device: str = "cpu", driver: str | None = None) -> Machine:
@@ -327,7 +321,7 @@ def provenance(artifact: str, config: str, device: str = "cpu", driver: str | No
 def record_path(run: Path, record: AnyRecord) -> Path:
     """`records/<kind>/[<target or task>/]<recipe>/<arm>-s<seed>.json`."""
     top = run / "records" / record.kind
-    if isinstance(record, Measured | Loaded | TaskScore):
+    if isinstance(record, TargetRecord | TaskScore):
         top = top / (record.task if isinstance(record, TaskScore) else record.target)
     return top / record.recipe / f"{record.arm}-s{record.seed}.json"
 
@@ -364,16 +358,16 @@ def read_scores(run: Path) -> list[Score]:
     return list(each_score(run))
 
 
-def read_costs(run: Path) -> list[Measured]:
+def read_costs(run: Path) -> list[CostRecord]:
     """Every cost record of a run, in the order of their paths."""
     paths = sorted((run / "records" / "cost").glob("*/*/*.json"))
-    return [_read(run, path, Measured) for path in paths]
+    return [_read(run, path, CostRecord) for path in paths]
 
 
-def read_loads(run: Path) -> list[Loaded]:
+def read_loads(run: Path) -> list[LoadRecord]:
     """Every load record of a run, in the order of their paths."""
     paths = sorted((run / "records" / "load").glob("*/*/*.json"))
-    return [_read(run, path, Loaded) for path in paths]
+    return [_read(run, path, LoadRecord) for path in paths]
 
 
 def read_task_scores(run: Path) -> list[TaskScore]:

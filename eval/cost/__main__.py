@@ -14,17 +14,17 @@ from statistics import median
 from rich.table import Column, Table
 
 from eval.core.errors import entry
-from eval.core.records import Measured, Process, read_costs
+from eval.core.records import CostRecord, Process, read_costs
 from eval.cost.plan import CostPlan, measure_from_command
 from eval.cost.rounds import make_order, run_in_rounds
 
 
-def measure_together(plan: CostPlan) -> list[Measured]:
+def measure_together(plan: CostPlan) -> list[CostRecord]:
     """The records of all variants of the plan, which share one time."""
     answers = run_in_rounds("cost", plan, plan.cost.processes, lambda variant, _: make_order(plan, variant))
     source = plan.provenance()
     return [
-        Measured(
+        CostRecord(
             **plan.facts(variant, source),
             disk_bytes=variant.manifest.bytes,
             processes=[a.process for a in answers[variant.label] if a.process],
@@ -41,7 +41,7 @@ def format_energy(runs: list[Process]) -> str:
     return f"{sum(e.joules or 0.0 for e in metered) / sum(e.tokens for e in metered):.3g}"
 
 
-def build_table(plan: CostPlan, records: list[Measured]) -> Table:
+def build_table(plan: CostPlan, records: list[CostRecord]) -> Table:
     """Medians over all processes; the gate holds upper bounds against the limits, not these."""
     titles = ["prefill ms", "decode ms/token", "peak MiB", "disk MiB", "load s", "J/token"]
     costs = Table(Column("variant", no_wrap=True), "engine", *titles)

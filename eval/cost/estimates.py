@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from eval.core.budget import UNITS
 from eval.core.gate_file import Load, Number, Rate
-from eval.core.records import Arrivals, Loaded, Measured, Process
+from eval.core.records import Arrivals, CostRecord, LoadRecord, Process
 from eval.stats.crossed import cluster_bounds
 from eval.stats.quantiles import percentile_bounds, requests_needed
 from eval.stats.queueing import knee, outcome
@@ -51,7 +51,7 @@ def tokens_per_s(process: Process, new_tokens: int, batch: int) -> float:
     return len(prefill) * new_tokens * batch / (steps.sum() + prefill.sum()) * 1e3
 
 
-def list_quantities(records: list[Measured]) -> list[str]:
+def list_quantities(records: list[CostRecord]) -> list[str]:
     """Every quantity that these records hold."""
     runs = [process for record in records for process in record.processes]
     quantities = [*PERCENTILES, "peak_memory", "disk", "load_time", "tokens_per_s"]
@@ -65,14 +65,14 @@ def list_quantities(records: list[Measured]) -> list[str]:
     return quantities
 
 
-def values_per_process(records: list[Measured], name: str) -> Array:
+def values_per_process(records: list[CostRecord], name: str) -> Array:
     """One value per process, in the unit of its number."""
     return np.asarray(
         [_value_of_process(record, run, name) for record in records for run in record.processes]
     )
 
 
-def _value_of_process(record: Measured, process: Process, name: str) -> float:
+def _value_of_process(record: CostRecord, process: Process, name: str) -> float:
     if percentile := parse_percentile(name):
         return float(np.quantile(percentile.values(process), percentile.q))
     if name.startswith("tokens_per_s"):
@@ -91,7 +91,7 @@ def _value_of_process(record: Measured, process: Process, name: str) -> float:
     }[name]
 
 
-def estimate_quantity(records: list[Measured], name: str, alpha: float) -> Number:
+def estimate_quantity(records: list[CostRecord], name: str, alpha: float) -> Number:
     """One quantity of a variant with one-sided bounds at `alpha`."""
     if percentile := parse_percentile(name):
         runs = [run for record in records for run in record.processes]
@@ -149,11 +149,11 @@ def _size_number(values: Array, name: str, alpha: float) -> Number:
 
 
 def first_mismatch(
-    records: list[Measured] | list[Loaded], other: list[Measured] | list[Loaded]
+    records: list[CostRecord] | list[LoadRecord], other: list[CostRecord] | list[LoadRecord]
 ) -> tuple[str, object, object] | None:
     """The first thing for which two sets of records cannot be compared round by round."""
 
-    def facts(records: list[Measured] | list[Loaded]) -> dict[str, object]:
+    def facts(records: list[CostRecord] | list[LoadRecord]) -> dict[str, object]:
         return {
             "host": sorted({r.provenance.machine.host for r in records}),
             "device": sorted({r.provenance.machine.device for r in records}),
@@ -170,7 +170,9 @@ def first_mismatch(
     return next(((name, ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]), None)
 
 
-def estimate_ratio(records: list[Measured], other: list[Measured], name: str, alpha: float) -> Share | None:
+def estimate_ratio(
+    records: list[CostRecord], other: list[CostRecord], name: str, alpha: float
+) -> Share | None:
     """Ratio of two variants over paired rounds; None where they cannot be compared."""
     if first_mismatch(records, other):
         return None
@@ -184,7 +186,7 @@ def positive_ratio(values: Array, reference: Array, alpha: float) -> Share | Non
     return ratio_bounds(values, reference, alpha)
 
 
-def estimate_knees(records: list[Loaded]) -> Array:
+def estimate_knees(records: list[LoadRecord]) -> Array:
     """Requests per second, one value per process: each has its own times of service, and its own arrivals.
 
     Those of a round are the same for every variant, so that their chance cancels from a ratio; over the
@@ -193,12 +195,12 @@ def estimate_knees(records: list[Loaded]) -> Array:
     return np.asarray([_estimate_knee(record, i) for record in records for i in range(len(record.processes))])
 
 
-def _estimate_knee(record: Loaded, turn: int) -> float:
+def _estimate_knee(record: LoadRecord, turn: int) -> float:
     slo = None if record.slo_ms is None else record.slo_ms / 1e3
     return knee(np.asarray(record.processes[turn].service_ms) / 1e3, slo, (record.seed, turn))
 
 
-def summarize_load(records: list[Loaded], alpha: float) -> Load:
+def summarize_load(records: list[LoadRecord], alpha: float) -> Load:
     """What a variant can serve on a target, pooled over its records."""
     knees, new_tokens = estimate_knees(records), records[0].new_tokens
     requests = sum(len(server.service_ms) for record in records for server in record.processes)

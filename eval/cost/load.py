@@ -17,7 +17,7 @@ from rich.table import Column, Table
 
 from eval.core.errors import UserError, entry
 from eval.core.gate_file import Number
-from eval.core.records import Loaded, Server, read_loads
+from eval.core.records import LoadRecord, Server, read_loads
 from eval.core.sections import Load
 from eval.cost.estimates import summarize_load
 from eval.cost.plan import CostPlan, Variant, measure_from_command
@@ -82,13 +82,13 @@ def rates_from_knee(label: str, server: Server, load: Load) -> list[float]:
     return [float(f"{share * top:.3g}") for share in SHARES]
 
 
-def measure_together(plan: CostPlan) -> list[Loaded]:
+def measure_together(plan: CostPlan) -> list[LoadRecord]:
     """The records of all variants of the plan, which share one time."""
     load = load_settings(plan)
     servers = serve_in_rounds(plan, "load", plan.cost.processes, choose_rates(plan))
     source = plan.provenance()
     return [
-        Loaded(
+        LoadRecord(
             **plan.facts(variant, source),
             seconds=load.seconds,
             slo_ms=load.slo_ms,
@@ -104,7 +104,7 @@ def format_number(number: Number) -> str:
     return f"{number.value:.4g}" + (f"\n≤ {number.upper:.4g}" if number.upper is not None else "")
 
 
-def build_table(plan: CostPlan, records: list[Loaded]) -> Table:
+def build_table(plan: CostPlan, records: list[LoadRecord]) -> Table:
     """What was measured at each rate, with 95 % upper bounds below."""
     titles = ["variant", "knee/s", "rate/s", "done/s", "p50 ms", "p95 ms", "p99 ms", "follows"]
     results = Table(*(Column(title, no_wrap=True) for title in titles), box=SIMPLE, pad_edge=False)

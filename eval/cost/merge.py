@@ -21,7 +21,6 @@ from eval.core.checks import (
     TEACHERS,
     Artifacts,
     check_device,
-    check_settings,
 )
 from eval.core.commands import add_json, start_log, write_json
 from eval.core.documents import text_lines
@@ -29,8 +28,8 @@ from eval.core.errors import UserError, entry, require_one_of
 from eval.core.jobs import lock_folder
 from eval.core.records import (
     TRAINING,
-    Loaded,
-    Measured,
+    CostRecord,
+    LoadRecord,
     Record,
     Score,
     read_costs,
@@ -74,7 +73,7 @@ def bind_to_study(record: Record, study: Study) -> Record:
     return record.model_copy(update={"provenance": source})
 
 
-def check_target(record: Measured | Loaded, budget: Budget, place: str) -> None:
+def check_target(record: CostRecord | LoadRecord, budget: Budget, place: str) -> None:
     """Refuses a target that the budget does not name, and a record of another kind of device."""
     require_one_of(f"{place}: target", record.target, list(budget.targets))
     check_device(record, budget.targets[record.target], place)
@@ -136,11 +135,9 @@ def merge_records(run: Path, study: Study, sources: list[str]) -> list[Record]:
             if record.kind == "test":
                 fix = "open them where the run lies: python -m eval.gate.test_set"
                 raise UserError(place, "a score of test documents", fix)
-            artifacts.check_data(record)
         else:
             check_target(record, budget, place)
-            check_settings(record, study, place)
-        artifacts.check(record)
+        artifacts.check(record, place)
     check_duplicates(run, every)
     new = [record for place, record in every if not is_present(run, record, place)]
     for record in new:

@@ -16,19 +16,19 @@ from rich.table import Table
 
 from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify_artifact, write_text
 from eval.core.budget import Target, load_budget
-from eval.core.checks import different_settings
+from eval.core.checks import Artifacts
 from eval.core.commands import add_json, add_keys_help, start_log, write_json
 from eval.core.config import Frozen, validate_config
 from eval.core.documents import TRAIN, boundary_id, read_documents
 from eval.core.errors import UserError, require_one_of
 from eval.core.jobs import lock_folder
-from eval.core.records import PLAIN, TRAINING, Loaded, Measured, Provenance, provenance, write_record
+from eval.core.records import PLAIN, TRAINING, CostRecord, LoadRecord, Provenance, provenance, write_record
 from eval.core.sections import Cost
 from eval.core.study import Study, apply_overrides, check_trained, load_study, recipe_names
 from eval.engines import Subject, engine_module, load_tokenizer, subject_of
 
 RANDOM = "random tokens, seed 0"
-R = TypeVar("R", Measured, Loaded)
+R = TypeVar("R", CostRecord, LoadRecord)
 
 
 @dataclass(frozen=True)
@@ -258,14 +258,13 @@ def plan_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
 
 
 def is_measured(
-    records: Sequence[Measured | Loaded], study: Study, target: str, variants: Sequence[Variant]
+    records: Sequence[CostRecord | LoadRecord], study: Study, target: str, variants: Sequence[Variant]
 ) -> bool:
     """True if every variant has a record of its bytes and these settings, all of them of the same rounds."""
     times = {
         (record.recipe, record.provenance.artifact): record.provenance.time
-        for record in records
-        if (record.target, record.provenance.config) == (target, study.hash())
-        and not different_settings(record, study.cost)
+        for record in Artifacts(study.folder, study).current(records)
+        if record.target == target
     }
     rounds = {times.get((variant.recipe, variant.manifest.hash)) for variant in variants}
     return len(rounds) == 1 and None not in rounds

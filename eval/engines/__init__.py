@@ -21,6 +21,7 @@ from eval.core.artifacts import Manifest
 from eval.core.config import plugin_module
 from eval.core.documents import Batch
 from eval.core.errors import UserError, require_one_of
+from eval.core.records import AnyRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,6 +82,10 @@ def subject_of(manifest: Manifest) -> Subject:
     except ValidationError as error:
         fact = error.errors()[0]["loc"][0]
         raise UserError(f"artifact {manifest.name}", f"no fact {fact!r} in its manifest", REMAKE) from error
+
+
+def subject_of_record(record: AnyRecord) -> Subject:
+    return Subject.model_validate(record, from_attributes=True)
 
 
 def engine_module(name: str) -> ModuleType:

@@ -21,7 +21,6 @@ from eval.core.checks import (
     check_budget,
     check_device,
     check_seeds_differ,
-    check_settings,
     find_positions,
 )
 from eval.core.errors import UserError, require_one_of
@@ -29,9 +28,9 @@ from eval.core.gate_file import Opening
 from eval.core.records import (
     PLAIN,
     Bins,
+    CostRecord,
     Documents,
-    Loaded,
-    Measured,
+    LoadRecord,
     Record,
     Score,
     each_score,
@@ -44,7 +43,7 @@ from eval.gate.openings import read_openings
 from eval.stats.crossed import linearise
 
 Array = NDArray[np.float64]
-C = TypeVar("C", Measured, Loaded)
+C = TypeVar("C", CostRecord, LoadRecord)
 Model = tuple[str, str]  # arm, recipe
 BySeed = defaultdict[Model, dict[int, Any]]
 
@@ -73,14 +72,14 @@ class Evidence:
     correct: dict[Model, Array]  # [S, C] of these, those held to be the likeliest; where every seed has them
     calibration: dict[Model, list[dict[str, Bins]]]  # by seed: slice -> bins; where every seed has them
     engines: dict[str, str]  # recipe -> engine
-    costs: dict[tuple[str, str], list[Measured]]  # (target, recipe) -> records of S1, by seed
+    costs: dict[tuple[str, str], list[CostRecord]]  # (target, recipe) -> records of S1, by seed
     artifacts: dict[str, str]  # arm/s<seed>/recipe -> hash
     machines: list[dict[str, object]]
     versions: dict[str, str]
     records: dict[str, str]  # path below the run folder -> sha256, of all that were there
     early: list[str]  # records dated before their artifact was made
     openings: list[Opening]  # of the test documents
-    loads: dict[tuple[str, str], list[Loaded]]  # (target, recipe) -> records of S1 under load, by seed
+    loads: dict[tuple[str, str], list[LoadRecord]]  # (target, recipe) -> records of S1 under load, by seed
 
     @property
     def arms(self) -> list[str]:
@@ -148,7 +147,6 @@ class ScoreTables:
     def _add(self, record: Score) -> None:
         documents = record.documents
         self.artifacts.check(record)
-        self.artifacts.check_data(record)
         first = self.documents if self.scores else documents
         self.scores.append(record.model_copy(update={"documents": first}))
         order: slice | list[int] = slice(None)
@@ -200,8 +198,8 @@ class ScoreTables:
 def build_evidence(
     tables: ScoreTables,
     recipes: list[str],
-    costs: dict[tuple[str, str], list[Measured]],
-    loads: dict[tuple[str, str], list[Loaded]] | None = None,
+    costs: dict[tuple[str, str], list[CostRecord]],
+    loads: dict[tuple[str, str], list[LoadRecord]] | None = None,
 ) -> Evidence:
     """The tables of a run with what is known of their models."""
     loads = loads or {}
@@ -239,8 +237,8 @@ def wanted_models(study: Study, recipes: list[str]) -> list[Model]:
 
 
 def _costs_of_study(
-    study: Study, budget: Budget, recipes: list[str], costs: list[Measured]
-) -> list[Measured]:
+    study: Study, budget: Budget, recipes: list[str], costs: list[CostRecord]
+) -> list[CostRecord]:
     """Costs of S1 on the budget's targets. A required target must not be missing for its mere spelling."""
     measured = {record.target for record in costs}
     if unknown := sorted(measured - set(budget.targets)):
@@ -276,7 +274,6 @@ def by_target(
         if record.engine != engines[record.recipe]:
             problem = f"measured with engine {record.engine!r}, scored with {engines[record.recipe]!r}"
             raise UserError(place, problem, "measure again with the engine that was scored")
-        check_settings(record, study, place)
         grouped[record.target, record.recipe].append(record)
     for records in grouped.values():
         records.sort(key=lambda r: study.seeds.index(r.seed))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.core.checks import STUDENT
+from eval.core.checks import STUDENT, Artifacts
 from eval.core.gate_file import Estimate, Quality, Variant
 from eval.core.records import VALIDATION, Agreement, TaskScore, read_agreements, read_task_scores
 from eval.core.sections import Task
@@ -28,8 +28,9 @@ def collect_qualities(evidence: Evidence, rows: Sequence[Variant]) -> dict[str, 
 
     Records of other artifacts, data or settings are not shown.
     """
-    agreements = [r for r in read_agreements(evidence.folder) if _is_of_student(evidence, r)]
-    task_scores = [r for r in read_task_scores(evidence.folder) if _is_of_run(evidence, r)]
+    artifacts = Artifacts(evidence.folder, evidence.study)
+    agreements = [r for r in artifacts.current(read_agreements(evidence.folder)) if r.arm == STUDENT]
+    task_scores = list(artifacts.current(read_task_scores(evidence.folder)))
     worst = {row.recipe: worst_slice(row) for row in rows}
     return {
         recipe: _quality(evidence, recipe, worst.get(recipe), agreements, task_scores)
@@ -54,21 +55,6 @@ def _quality(
         tasks=estimate_tasks(
             [r for r in task_scores if r.recipe == recipe], evidence.study.seeds, evidence.study.data.tasks
         ),
-    )
-
-
-def _is_of_run(evidence: Evidence, record: Agreement | TaskScore) -> bool:
-    """True if the record is of an artifact that was scored, and of this study."""
-    artifact = evidence.artifacts.get(f"{record.arm}/s{record.seed}/{record.recipe}")
-    return (artifact, evidence.study.hash()) == (record.provenance.artifact, record.provenance.config)
-
-
-def _is_of_student(evidence: Evidence, record: Agreement) -> bool:
-    student = evidence.artifacts.get(f"{record.arm}/s{record.seed}/plain")
-    return (
-        record.arm == STUDENT
-        and _is_of_run(evidence, record)
-        and (student, evidence.data) == (record.student, record.data)
     )
 
 

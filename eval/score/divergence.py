@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.core.artifacts import MANIFEST, read_manifest, verify_artifact
-from eval.core.checks import STUDENT, artifact_folder
+from eval.core.checks import STUDENT, Artifacts, artifact_folder
 from eval.core.documents import Batch, Document, read_documents, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.gate_file import Difference
@@ -27,7 +27,7 @@ from eval.core.records import (
     write_record,
 )
 from eval.core.study import Study, recipe_names
-from eval.engines import Engine, Subject, load_engine, subject_of
+from eval.engines import Engine, Subject, load_engine, subject_of, subject_of_record
 from eval.metrics.likelihood import Predict, likeliest_tokens, prepare_batches, require_finite, split_scores
 from eval.stats.crossed import crossed_mean, linearise
 
@@ -209,20 +209,9 @@ def variant_folders(run: Path, study: Study) -> list[Path]:
 
 def uncompared_variants(run: Path, study: Study) -> list[Path]:
     """Variants without a record of their own bytes, their student's, this data and this study."""
-    recorded = {
-        (r.recipe, r.seed, r.provenance.artifact, r.student, r.data, r.provenance.config)
-        for r in read_agreements(run)
-        if r.arm == STUDENT
-    }
-    data, config = read_manifest(run / "data").hash, study.hash()
-    uncompared = []
-    for folder in variant_folders(run, study):
-        manifest = read_manifest(folder)
-        subject = subject_of(manifest)
-        student = read_manifest(student_folder(run, subject)).hash
-        if (subject.recipe, subject.seed, manifest.hash, student, data, config) not in recorded:
-            uncompared.append(folder)
-    return uncompared
+    artifacts = Artifacts(run, study)
+    compared = {subject_of_record(record) for record in artifacts.current(read_agreements(run))}
+    return [f for f in variant_folders(run, study) if subject_of(artifacts.manifest(f)) not in compared]
 
 
 def document_tokens(tokens: Array) -> Array:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.core.artifacts import MANIFEST, read_manifest, verify_artifact
-from eval.core.checks import CONTROL, STUDENT
+from eval.core.checks import CONTROL, STUDENT, Artifacts
 from eval.core.documents import TEST, Document, read_documents, scored_slices, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.jobs import Report
-from eval.core.records import Bins, Documents, Kind, Score, provenance, read_scores, write_record
+from eval.core.records import Bins, Documents, Kind, Score, each_score, provenance, write_record
 from eval.core.study import Study, recipe_names
-from eval.engines import Engine, Subject, load_engine, subject_of
+from eval.engines import Engine, load_engine, subject_of, subject_of_record
 from eval.metrics.functions import bits_per_byte
 from eval.metrics.likelihood import BATCH_TOKENS, Likelihoods, Predict, likelihoods
 
@@ -126,14 +126,9 @@ def score(
 
 def unscored_folders(run: Path, study: Study) -> list[Path]:
     """Model folders of a run without a record of their own bytes, this data and this study."""
-    data = read_manifest(run / "data").hash
-    recorded = {
-        (Subject.model_validate(record, from_attributes=True), record.provenance.artifact)
-        for record in read_scores(run)
-        if record.data == data and record.provenance.config == study.hash()
-    }
-    manifests = {folder: read_manifest(folder) for folder in model_folders(run, study)}
-    return [folder for folder, m in manifests.items() if (subject_of(m), m.hash) not in recorded]
+    artifacts = Artifacts(run, study)
+    scored = {subject_of_record(record) for record in artifacts.current(each_score(run))}
+    return [f for f in model_folders(run, study) if subject_of(artifacts.manifest(f)) not in scored]
 
 
 def corpus_bits_per_byte(records: list[Score]) -> dict[tuple[str, str], dict[str, float]]:

@@ -3,12 +3,13 @@
 from pathlib import Path
 from statistics import fmean
 
-from eval.core.artifacts import read_manifest, verify_artifact
+from eval.core.artifacts import verify_artifact
+from eval.core.checks import Artifacts
 from eval.core.errors import UserError
 from eval.core.jobs import Report
 from eval.core.records import TaskScore, provenance, read_task_scores, write_record
 from eval.core.study import Study
-from eval.engines import Engine, Subject, load_engine, subject_of
+from eval.engines import Engine, load_engine, subject_of, subject_of_record
 from eval.score.lm_eval import run_lm_eval
 from eval.score.samples import task_digest
 from eval.score.scoring import model_folders, scoring_tokens
@@ -53,17 +54,14 @@ def unscored_tasks(run: Path, study: Study) -> dict[Path, list[str]]:
     """Model folders of a run -> the tasks without a record of these bytes, this task and this study."""
     if not study.data.tasks:
         return {}
-    recorded = {
-        (r.task, r.source, Subject.model_validate(r, from_attributes=True), r.provenance.artifact)
-        for r in read_task_scores(run)
-        if r.provenance.config == study.hash()
-    }
+    artifacts = Artifacts(run, study)
+    records = artifacts.current(read_task_scores(run))
+    scored = {(record.task, record.source, subject_of_record(record)) for record in records}
     digests = {name: task_digest(task) for name, task in study.data.tasks.items()}
     missing = {}
     for folder in model_folders(run, study):
-        manifest = read_manifest(folder)
-        model = subject_of(manifest), manifest.hash
-        missing[folder] = [name for name, digest in digests.items() if (name, digest, *model) not in recorded]
+        subject = subject_of(artifacts.manifest(folder))
+        missing[folder] = [name for name, digest in digests.items() if (name, digest, subject) not in scored]
     return {folder: names for folder, names in missing.items() if names}
 
 

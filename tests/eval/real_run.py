@@ -14,7 +14,7 @@ import torch
 
 from eval.core.artifacts import Key, build_artifact, read_manifest
 from eval.core.documents import Document, collate, windows
-from eval.core.records import Documents, Measured, write_record
+from eval.core.records import CostRecord, Documents, write_record
 from eval.core.study import Study
 from eval.metrics.likelihood import document_bits
 from tests.eval.run_builder import Run, tokenizer
@@ -101,7 +101,7 @@ class RealRun(Run):
     def fallback_cost(self) -> Path:
         """The base's cost, of the same rounds as the others."""
         plain = self.path / "records/cost/cpu/plain/S1-s0.json"
-        record = Measured.model_validate_json(plain.read_text())
+        record = CostRecord.model_validate_json(plain.read_text())
         base = read_manifest(self.path / "base/s0").hash
         moved = record.provenance.model_copy(update={"artifact": base})
         return write_record(self.path, record.model_copy(update={"arm": "B", "provenance": moved}))

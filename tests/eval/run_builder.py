@@ -21,7 +21,7 @@ from eval.core.artifacts import Key, Manifest, build_artifact, read_manifest
 from eval.core.budget import load_budget
 from eval.core.config import ROOT
 from eval.core.gate_file import GateFile, Variant
-from eval.core.records import Documents, Machine, Measured, Process, Provenance, Score, write_record
+from eval.core.records import CostRecord, Documents, Machine, Process, Provenance, Score, write_record
 from eval.core.study import Study, load_study, make_run_folder, save_study, study_text
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
@@ -164,7 +164,7 @@ class Run:
             for slow in rounds
         ]
         place = "students/S1/s0" if recipe == "plain" else f"variants/{recipe}/S1/s0"
-        record = Measured(
+        record = CostRecord(
             arm="S1",
             seed=0,
             recipe=recipe,

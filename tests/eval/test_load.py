@@ -13,7 +13,7 @@ from scipy import stats
 from eval.core.artifacts import read_manifest
 from eval.core.budget import load_budget
 from eval.core.errors import UserError
-from eval.core.records import Arrivals, Loaded, Server, read_loads, write_record
+from eval.core.records import Arrivals, LoadRecord, Server, read_loads, write_record
 from eval.core.sections import Load
 from eval.core.study import load_study
 from eval.cost.estimates import estimate_knees, summarize_load
@@ -136,7 +136,9 @@ def loaded(services, rates=(), slo=None, **changes):
         "versions": {},
         "time": "2026-01-01T00:00:00+00:00",
     }
-    return Loaded.model_validate({**facts, **sizes, "processes": servers, "provenance": source, **changes})
+    return LoadRecord.model_validate(
+        {**facts, **sizes, "processes": servers, "provenance": source, **changes}
+    )
 
 
 def test_bounds_are_those_over_processes():

@@ -183,7 +183,7 @@ def test_a_copy_of_the_run_gives_all_its_records(here, tmp_path):
     with pytest.raises(UserError, match="a score of test documents"):
         merge_records(run_folder, study, [str(copy / "test.jsonl")])
     write_record(copy, Score(**score, data="d" * 64))
-    with pytest.raises(UserError, match=r"scored on data dddddddddddd, .*data holds"):
+    with pytest.raises(UserError, match=r"measured on data dddddddddddd, .*data holds"):
         merge_records(run_folder, study, [str(copy)])
 
 

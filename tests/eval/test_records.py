@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from eval.core.errors import UserError
 from eval.core.records import (
+    CostRecord,
     Documents,
-    Measured,
     Process,
     Score,
     provenance,
@@ -43,7 +43,7 @@ def measured(**changes):
         "disk_bytes": 9,
     }
     settings = {"prompt_tokens": 8, "new_tokens": 2, "threads": 1, "processes": [process, process]}
-    return Measured(**{**fields, **settings, "provenance": provenance("a" * 64, "c" * 64), **changes})
+    return CostRecord(**{**fields, **settings, "provenance": provenance("a" * 64, "c" * 64), **changes})
 
 
 def test_records_are_read_as_they_were_written(tmp_path):
