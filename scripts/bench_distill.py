@@ -81,8 +81,8 @@ def model(shape: tuple[int, int], vocabulary: int, seed: int) -> LlamaForCausalL
 
 def pool(vocabulary: int) -> list[Row]:
     """Rows of random tokens, all of them full."""
-    drawn = torch.randint(1, vocabulary, (POOL, CONTEXT), generator=torch.Generator().manual_seed(0))
-    return [Row(f"d{i}", "random", 0, tokens) for i, tokens in enumerate(drawn.tolist())]
+    tokens_of_rows = torch.randint(1, vocabulary, (POOL, CONTEXT), generator=torch.Generator().manual_seed(0))
+    return [Row(f"d{i}", "random", 0, tokens) for i, tokens in enumerate(tokens_of_rows.tolist())]
 
 
 class Bare:

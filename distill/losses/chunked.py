@@ -152,8 +152,8 @@ def _cross_entropy_and_kl_(logits: Tensor, labels: Tensor, target: Tensor | Samp
         target: [n, V] log-probabilities up to a constant of each token, or ids drawn from p.
     """
     if isinstance(target, Sampled):
-        drawn = weight * target.counts / target.counts.sum(-1, keepdim=True)
-        shares = torch.cat([drawn, torch.full_like(drawn[:, :1], 1 - weight)], 1)
+        sampled = weight * target.counts / target.counts.sum(-1, keepdim=True)
+        shares = torch.cat([sampled, torch.full_like(sampled[:, :1], 1 - weight)], 1)
         ids = torch.cat([target.ids, labels[:, None]], 1)
         return _soft_cross_entropy_(logits, ids, shares) - weight * target.entropy.sum()
     gap = target - target.amax(-1, keepdim=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eval.core.artifacts import MANIFEST, Manifest, read_manifest
 from eval.core.budget import Budget, Target, load_budget
@@ -23,7 +23,6 @@ from eval.core.records import (
     Documents,
     LoadRecord,
     Process,
-    R,
     Record,
     Score,
     TargetRecord,
@@ -32,6 +31,7 @@ from eval.core.records import (
 from eval.core.sections import Cost, Load
 from eval.core.study import Study, recipe_names
 
+AnyKind = TypeVar("AnyKind", bound=AnyRecord)
 FALLBACK, TEACHERS, STUDENT, CONTROL, CE = "B", ("T1", "T0"), "S1", "S0", "CE"
 TAUGHT = dict(zip((STUDENT, CONTROL), TEACHERS, strict=True))  # a student's teacher; CE has none
 STAGES = {"base": "distill/train.py", "students": "distill/train.py", "variants": "compress/run.py"}
@@ -87,7 +87,7 @@ class Artifacts:
             pairs |= different_settings(record, self.study.cost)
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
-    def current(self, records: Iterable[R]) -> Iterator[R]:
+    def current(self, records: Iterable[AnyKind]) -> Iterator[AnyKind]:
         """The records of what lies in the run now that need not be measured again."""
         for record in records:
             place = artifact_folder(self.folder, record.arm, record.seed, record.recipe)

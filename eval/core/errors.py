@@ -16,15 +16,15 @@ EXITS = {"PASS": EXIT_PASS, "FAIL": EXIT_FAIL, "INCONCLUSIVE": EXIT_INCONCLUSIVE
 
 
 class UserError(ValueError):
-    """Bad input: names the thing, the value that was found and the fix."""
+    """Bad input: names the thing, the problem with the value that was found, and the fix."""
 
-    def __init__(self, thing: str, found: object, fix: str) -> None:
-        self.thing, self.found, self.fix = thing, found, fix
-        super().__init__(f"{thing}: {found}; {fix}")
+    def __init__(self, thing: str, problem: object, fix: str) -> None:
+        self.thing, self.problem, self.fix = thing, problem, fix
+        super().__init__(f"{thing}: {problem}; {fix}")
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, object, str]]:
         """Errors cross from worker processes whole."""
-        return type(self), (self.thing, self.found, self.fix)
+        return type(self), (self.thing, self.problem, self.fix)
 
 
 def require_one_of(thing: str, value: str, accepted: list[str]) -> str:

@@ -285,7 +285,7 @@ class Agreement(Stored):
 
 Record = Score | CostRecord | LoadRecord  # what the gate judges
 AnyRecord = Record | TaskScore | Agreement
-R = TypeVar("R", bound=AnyRecord)
+R = TypeVar("R", Score, CostRecord, LoadRecord, TaskScore, Agreement)
 
 
 def machine(device: str = "cpu", driver: str | None = None) -> Machine:

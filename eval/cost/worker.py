@@ -55,7 +55,7 @@ class Answer(Frozen):
 
     process: Process | None = None
     server: Server | None = None
-    error: tuple[str, str, str] | None = None  # thing, found, fix
+    error: tuple[str, str, str] | None = None  # thing, problem, fix
 
 
 Synchronize = Callable[[], None]  # waits until the device has done what it was given
@@ -193,7 +193,7 @@ def answer_orders(engine: str, orders: TextIO) -> Iterator[Answer]:
         if line := orders.readline():  # none: the parent is gone
             yield carry_out(Order.model_validate_json(line))
     except UserError as error:
-        yield Answer(error=(error.thing, str(error.found), error.fix))
+        yield Answer(error=(error.thing, str(error.problem), error.fix))
 
 
 def main() -> None:

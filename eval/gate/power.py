@@ -35,9 +35,9 @@ from eval.stats.power import (
     Components,
     components,
     documents_for,
-    drawn_components,
     effect_for,
     power,
+    sample_components,
     seeds_for,
 )
 
@@ -117,7 +117,7 @@ def plan_test(test: PlannedTest, alpha: float) -> dict[str, object]:
     if mean.problem:
         raise UserError(f"pilot: {test.name}", mean.problem, "take a pilot of two seeds or more that differ")
     s, c, effect = test.seeds, test.documents, test.effect
-    drawn = drawn_components(test.table, PLANS, BOOTSTRAP_SEED)
+    sampled = sample_components(test.table, PLANS, BOOTSTRAP_SEED)
 
     def figures(parts: Components) -> dict[str, Array]:
         return {
@@ -127,7 +127,7 @@ def plan_test(test: PlannedTest, alpha: float) -> dict[str, object]:
             "effect_for_80": effect_for(parts, s, c, alpha),
         }
 
-    points, ends = figures(components(test.table)), figures(drawn)
+    points, ends = figures(components(test.table)), figures(sampled)
     pilot = estimate(test.table)
     return {
         "test": test.name,

@@ -12,7 +12,7 @@ from eval.core.gate_file import Estimate, KeptShare, Link, Part, Power, Slice, S
 from eval.core.records import PLAIN, VALIDATION
 from eval.gate.evidence import Contrast, Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Mean, crossed_mean
-from eval.stats.power import components, documents_for, drawn_components, effect_for, power, seeds_for
+from eval.stats.power import components, documents_for, effect_for, power, sample_components, seeds_for
 from eval.stats.ratios import fieller, pigeonhole
 
 Array = NDArray[np.float64]
@@ -204,8 +204,8 @@ def retention_power(evidence: Evidence, budget: Budget, name: str = VALIDATION) 
     if mean.problem:
         return None
     parts, effect, gain = components(z), mean.point, float(evidence.gain(name, GAIN).mean())
-    drawn = power(drawn_components(z, PLANS, BOOTSTRAP_SEED), effect, s, c, alpha)
-    low, high = np.quantile(drawn, [(1 - PLAN_LEVEL) / 2, (1 + PLAN_LEVEL) / 2])
+    sampled = power(sample_components(z, PLANS, BOOTSTRAP_SEED), effect, s, c, alpha)
+    low, high = np.quantile(sampled, [(1 - PLAN_LEVEL) / 2, (1 + PLAN_LEVEL) / 2])
     seeds, documents = seeds_for(parts, effect, c, alpha), documents_for(parts, effect, s, alpha)
     return Power(
         documents=c,

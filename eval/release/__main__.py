@@ -38,7 +38,7 @@ from eval.core.study import Study, load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.gate.evidence import Evidence, collect_evidence
 from eval.release.card import card
-from eval.release.contract import contract, inputs, lineage, shipped
+from eval.release.contract import build_contract, inputs, lineage, shipped
 from eval.release.contract_file import CONTRACT, Contract, Signature, Target, contract_text
 from eval.release.golden_answers import build_golden_answers
 from eval.release.reference import reference
@@ -177,29 +177,29 @@ class ReleaseFolder:
             self.add(f"evidence/control/{predicate.recipe}", sources.folder(CONTROL, predicate.recipe))
             targets[target] = self.target(target, predicate)
             index[target] = {**self.part(name), **_facts(targets[target])}
-        promise = contract(
+        contract = build_contract(
             sources.evidence,
             sources.gate,
             targets=targets,
             owner=owner,
-            made=day,
+            released=day,
             inputs=inputs(sources.run, sources.study, len(tokenizer), boundary_id(tokenizer)),
             alpha=sources.budget.alpha,
         )
-        self.write_evidence(tokenizer, promise)
+        self.write_evidence(tokenizer, contract)
         facts = {
             "schema_version": 1,
-            "name": promise.name,
-            "boundary": promise.inputs.boundary_token,
-            "context": promise.inputs.context_tokens,
+            "name": contract.name,
+            "boundary": contract.inputs.boundary_token,
+            "context": contract.inputs.context_tokens,
         }
         self.write(INDEX, _json({**facts, "targets": index, "fallback": fallback}))
-        self.write(CONTRACT, contract_text(promise))
+        self.write(CONTRACT, contract_text(contract))
         base = sources.study.base
-        self.write(CARD, card(promise, sources.gate, base.path if base.is_on_hub else None))
+        self.write(CARD, card(contract, sources.gate, base.path if base.is_on_hub else None))
         self.write("lineage.json", _json(lineage(sources.run, sources.evidence, sources.recipes)))
         shutil.copy(TEMPLATES / LOADER, self.place / LOADER)
-        return promise
+        return contract
 
     def target(self, target: str, predicate: Predicate) -> Target:
         sources, name = self.sources, f"{FOLDER}/{predicate.recipe}-{target}.json"
@@ -210,7 +210,7 @@ class ReleaseFolder:
         row = row_of(sources.gate, predicate.recipe, target)
         return shipped(sources.evidence, sources.gate, sources.budget, row, predicate, signature)
 
-    def write_evidence(self, tokenizer: "PreTrainedTokenizerBase", promise: Contract) -> None:
+    def write_evidence(self, tokenizer: "PreTrainedTokenizerBase", contract: Contract) -> None:
         """What a recheck compares with: the signed scores, and how the documents of the study looked."""
         sources = self.sources
         models = {(FALLBACK, PLAIN), *((arm, r) for arm in (STUDENT, CONTROL) for r in sources.recipes)}
@@ -222,7 +222,7 @@ class ReleaseFolder:
                 shutil.copy(source, place)
         for name in ("gate.json", "study.yaml"):
             shutil.copy(sources.run / name, self.place / "evidence" / name)
-        slices = next(iter(promise.targets.values())).gain
+        slices = next(iter(contract.targets.values())).gain
         self.write(
             "evidence/reference.json",
             reference(sources.run / "data", list(slices), tokenizer).model_dump_json() + "\n",
@@ -276,7 +276,7 @@ def rehearse(place: Path, targets: list[str]) -> None:
             raise UserError(f"release for {target}", reason, "nothing was released; fix that")
 
 
-def build_release(sources: ReleaseEvidence, out: Path, owner: str, made: date) -> Contract:
+def build_release(sources: ReleaseEvidence, out: Path, owner: str, released: date) -> Contract:
     """The release at `out`, whole or not at all.
 
     Raises:
@@ -292,14 +292,14 @@ def build_release(sources: ReleaseEvidence, out: Path, owner: str, made: date) -
     with build_artifact(
         out, kind="release", name=name, key=Key(digest(parents)), parents=parents, facts={}
     ) as place:
-        promise = ReleaseFolder(sources, place).fill(owner, made)
-        rehearse(place, [name for name, target in promise.targets.items() if is_runnable(target)])
-    return promise
+        contract = ReleaseFolder(sources, place).fill(owner, released)
+        rehearse(place, [name for name, target in contract.targets.items() if is_runnable(target)])
+    return contract
 
 
-def summary_lines(promise: Contract, out: Path) -> Iterator[str]:
-    yield f"{out} holds {promise.name}"
-    for name, target in promise.targets.items():
+def summary_lines(contract: Contract, out: Path) -> Iterator[str]:
+    yield f"{out} holds {contract.name}"
+    for name, target in contract.targets.items():
         by = target.signature.by
         yield f"  {name}: {target.recipe} ({target.engine}), {target.verdict}, signed by {by}"
         if not is_runnable(target):
@@ -323,8 +323,8 @@ def main() -> None:
     run, now = study.folder, datetime.now(UTC).date()
     sources = verify_signoffs(run, args.variant, public_key(Path(args.public)) if args.public else None, now)
     out = Path(args.out) if args.out else run / "release" / "-".join(sources.recipes)
-    promise = build_release(sources, out, args.owner, now)
-    print("\n".join(summary_lines(promise, out)))
+    contract = build_release(sources, out, args.owner, now)
+    print("\n".join(summary_lines(contract, out)))
 
 
 if __name__ == "__main__":

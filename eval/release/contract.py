@@ -1,4 +1,4 @@
-"""What a release may promise: its contract, drawn from the gate, the records and the manifests of a run."""
+"""The contract of a release, built from the gate, the records and the manifests of a run."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from eval.release.contract_file import (
     Cost,
     Gain,
     Inputs,
-    Promise,
+    Saving,
     Signature,
     Target,
     over_documents,
@@ -77,7 +77,7 @@ def fallback_parts(e: Evidence, budget: Budget, target: str) -> list[Part]:
 
 
 def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:
-    """The promise on one slice, with what the released seed alone keeps of it there: `bits` are its own."""
+    """What must hold on one slice, with what the released seed alone keeps of it, from its `bits`."""
     inside = name == VALIDATION
     share = gate.budget["f"] if inside else gate.budget["slices"][name]
     teacher = gate.teacher_gain if inside else gate.teacher_gain_slices[name]
@@ -85,8 +85,8 @@ def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:
         asked_share=share,
         kept_share=row.kept_share if inside else row.slices[name].kept_share,
         teacher_gain=teacher,
-        over_control=Promise(floor=share * teacher.point, measured=over_documents(bits.over("control"))),
-        over_fallback=Promise(floor=lead(gate, name), measured=over_documents(bits.over("fallback"))),
+        over_control=Saving(floor=share * teacher.point, measured=over_documents(bits.over("control"))),
+        over_fallback=Saving(floor=lead(gate, name), measured=over_documents(bits.over("fallback"))),
     )
 
 
@@ -139,13 +139,13 @@ def inputs(run: Path, study: Study, vocabulary: int, boundary: int) -> Inputs:
     )
 
 
-def contract(
+def build_contract(
     e: Evidence,
     gate: GateFile,
     *,
     targets: dict[str, Target],
     owner: str,
-    made: date,
+    released: date,
     inputs: Inputs,
     alpha: float,
 ) -> Contract:
@@ -156,7 +156,7 @@ def contract(
         study=gate.study,
         method=gate.method,
         owner=owner,
-        made=made,
+        released=released,
         expires=min(ends, default=None),
         seed=e.study.seeds[0],
         alpha=alpha,

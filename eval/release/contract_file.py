@@ -1,6 +1,6 @@
-"""What a release promises: the shape of contract.yaml, and the figures behind it.
+"""What a release must hold: the shape of contract.yaml, and the figures behind it.
 
-The study promises a share of the teacher's gain. No teacher is in a release, so its promise is restated in
+The study asks for a share of the teacher's gain. No teacher is in a release, so that is restated in
 bits per byte against what is there: the control with the same recipe, and the fallback. The floor is the
 share that the budget asks times the gain that the study measured, so holding it means what the gate meant.
 """
@@ -25,10 +25,10 @@ Array = NDArray[np.float64]
 CONTRACT = "contract.yaml"
 
 
-class Promise(Stored):
+class Saving(Stored):
     """Bits per byte that the release saves against another model on the same documents."""
 
-    floor: float | None  # what is promised; null where the study asked nothing
+    floor: float | None  # at least this must be saved; null where the study asked nothing
     measured: Estimate  # of the released artifact alone, over the documents of the study
 
 
@@ -38,8 +38,8 @@ class Gain(Stored):
     asked_share: float  # of the teacher's gain
     kept_share: KeptShare  # as measured over all seeds
     teacher_gain: Estimate
-    over_control: Promise
-    over_fallback: Promise
+    over_control: Saving
+    over_fallback: Saving
 
 
 class Cost(Stored):
@@ -73,13 +73,13 @@ class Target(Stored):
     reason: str
     waiver: Waiver | None
     signature: Signature
-    gain: dict[str, Gain]  # slice -> promise
+    gain: dict[str, Gain]  # by slice
     cost: list[Cost]
     fallback_cost: list[Cost]  # of the base, held against the same limits
 
 
 class Inputs(Stored):
-    """What the promise holds for."""
+    """What the contract holds for."""
 
     context_tokens: int  # the boundary token included
     scored_bytes: int  # a scored document is cut to so many
@@ -92,12 +92,12 @@ class Inputs(Stored):
 class Contract(Stored):
     """contract.yaml."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     study: str
     method: str
     owner: str
-    made: date
+    released: date  # the day on which the folder was built
     expires: date | None  # the first waiver that ends; after it the fallback is served
     seed: int  # of the artifacts: the first of the study, named before any was measured
     alpha: float  # of every one-sided test

@@ -26,9 +26,9 @@ def reference(data: Path, slices: list[str], tokenizer) -> Reference:
     for document in read_documents(data, TRAIN):
         counts.update(token_ids(tokenizer, document))
     size = len(tokenizer)
-    kept = [name for name in slices if (data / f"{name}.jsonl").is_file()]
+    whole = [name for name in slices if (data / f"{name}.jsonl").is_file()]
     unigram = {
         name: [surprise(counts, size, token_ids(tokenizer, d)) for d in read_documents(data, name)]
-        for name in kept
+        for name in whole
     }
     return Reference(counts=dict(counts), vocabulary=size, unigram=unigram)

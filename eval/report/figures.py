@@ -191,7 +191,7 @@ def _references(axes: Axes, gate: GateFile) -> None:
         axes.text(1.01, level, name, transform=axes.get_yaxis_transform(), color=MUTED, va="center")
 
 
-def _drawn(points: list[Point], front: list[Point]) -> list[Point]:
+def _select_points(points: list[Point], front: list[Point]) -> list[Point]:
     """Those that are drawn: the front and the recommended, then an even choice of the rest."""
     first = [p for p in points if p.recommended or p in front]
     rest = [p for p in points if not p.recommended and p not in front]
@@ -231,7 +231,7 @@ def pareto(gate: GateFile, target: str, place: int = 0) -> Picture | None:
     if not points:
         return None
     front = _frontier(points)
-    drawn = _drawn(points, front)
+    shown = _select_points(points, front)
     name = f"pareto-{place}"
     with style(name):
         figure = Figure(figsize=(7.4, 4.4), dpi=72)
@@ -239,23 +239,23 @@ def pareto(gate: GateFile, target: str, place: int = 0) -> Picture | None:
         axes.grid(axis="y")
         _references(axes, gate)
         axes.plot([p.x for p in front], [p.y for p in front], color=SOFT, linewidth=1.8, zorder=1)
-        _scatter(axes, drawn)
+        _scatter(axes, shown)
         _latency_axis(axes, points)
         axes.margins(y=0.12)
         axes.set_ylabel("validation bits/byte (lower is better)")
         axes.autoscale_view()
-        _place_labels(axes, sorted(drawn, key=lambda p: (not p.recommended, p not in front))[:SHOWN])
-        _legend(axes, {p.verdict for p in drawn})
+        _place_labels(axes, sorted(shown, key=lambda p: (not p.recommended, p not in front))[:SHOWN])
+        _legend(axes, {p.verdict for p in shown})
         title = f"Validation bits per byte against decode latency on {target}"
         svg = inline(figure, name, title, _described(points, front, target))
-    return Picture(svg, _undrawn(len(points), len(drawn)))
+    return Picture(svg, _omitted_note(len(points), len(shown)))
 
 
-def _undrawn(points: int, drawn: int) -> str:
+def _omitted_note(points: int, shown: int) -> str:
     """What the picture leaves out, in a sentence; nothing where it leaves out nothing."""
-    if drawn < points:
+    if shown < points:
         return (
-            f"{drawn} of {points} variants are drawn: the front, the recommended and an even choice of the "
+            f"{shown} of {points} variants are drawn: the front, the recommended and an even choice of the "
             f"rest; at most {SHOWN} are named."
         )
     return f"{SHOWN} of {points} variants are named." if points > SHOWN else ""
@@ -301,21 +301,21 @@ def losses(place: int, title: str, curves: dict[str, list[list[float]]]) -> Mark
 def load(gate: GateFile, target: str, place: int = 0) -> Picture | None:
     """Latency at p95, the wait included, over the rate of requests; one line per variant."""
     loaded = [v for v in gate.variants if v.target == target and v.load]
-    drawn, name = select_variants(loaded, len(DASHES) * 2), f"load-{place}"
-    if not drawn:
+    shown, name = select_variants(loaded, len(DASHES) * 2), f"load-{place}"
+    if not shown:
         return None
     with style(name):
         figure = Figure(figsize=(7.4, 3.6))
         axes = figure.add_axes((0.11, 0.15, 0.62, 0.78))
         axes.grid(axis="y")
-        descriptions = [_rates(axes, v, i) for i, v in enumerate(drawn)]
+        descriptions = [_rates(axes, v, i) for i, v in enumerate(shown)]
         axes.set_yscale("log")
         _log_ticks(axes.yaxis)
         axes.set_xlabel("requests per second")
         axes.set_ylabel("p95 until the last token, ms")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), labelcolor=INK)
         svg = inline(figure, name, f"Latency under load on {target}", "; ".join(descriptions))
-    few = f"{len(drawn)} of {len(loaded)} variants are drawn." if len(drawn) < len(loaded) else ""
+    few = f"{len(shown)} of {len(loaded)} variants are drawn." if len(shown) < len(loaded) else ""
     return Picture(svg, few)
 
 

@@ -161,8 +161,8 @@ def render_page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignO
     Raises:
         UserError: a score record of a recommended variant cannot be read.
     """
-    templates, drawn = environment(), figures(gate, run)
-    drawn["behaviour"] = tables.behaviour_cells(gate) or tables.task_rows(gate)
+    templates, pictures = environment(), figures(gate, run)
+    pictures["behaviour"] = tables.behaviour_cells(gate) or tables.task_rows(gate)
     style, script = (Markup((TEMPLATES / name).read_text("utf-8")) for name in ("style.css", "table.js"))
     return templates.get_template("report.html.j2").render(
         gate=gate,
@@ -173,7 +173,7 @@ def render_page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignO
         signoffs=signoffs,
         begin=Markup(BEGIN),
         end=Markup(END),
-        sections={name: title for name, title in SECTIONS.items() if drawn.get(name, True)},
+        sections={name: title for name, title in SECTIONS.items() if pictures.get(name, True)},
         arms=tables.ARMS,
         slices=[VALIDATION, *tables.shifted(gate)],
         footnote=tables.FOOTNOTE,
@@ -184,7 +184,7 @@ def render_page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignO
         behaviour_titles=tables.BEHAVIOUR,
         tasks=tables.task_rows(gate),
         task_arms=tables.task_arms(gate),
-        figures=drawn,
+        figures=pictures,
         documents=documents(gate, run),
         card=lineage.card(run, gate),
         lineage=lineage.nodes(run, gate),

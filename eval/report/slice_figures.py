@@ -1,4 +1,4 @@
-"""Where the gain is kept: by slice from gate.json, and document by document from the score records."""
+"""Where the gain is retained: by slice from gate.json, and document by document from the score records."""
 
 import math
 from collections.abc import Iterable
@@ -53,26 +53,26 @@ def _slice_panel(axes: Axes, gate: GateFile, name: str, shares: list[tuple[KeptS
 
 def slices(gate: GateFile) -> Picture:
     """The share of the gain that every variant retains on every slice, one panel per slice."""
-    drawn = select_variants(by_recipe(gate), SHOWN)
-    by_slice = {VALIDATION: [(v.kept_share, part_verdict(v, "retention")) for v in drawn]}
+    shown = select_variants(by_recipe(gate), SHOWN)
+    by_slice = {VALIDATION: [(v.kept_share, part_verdict(v, "retention")) for v in shown]}
     for name in (one for one in gate.documents if one != VALIDATION):
-        by_slice[name] = [(v.slices[name].kept_share, v.slices[name].verdict or "") for v in drawn]
+        by_slice[name] = [(v.slices[name].kept_share, v.slices[name].verdict or "") for v in shown]
     down = math.ceil(len(by_slice) / ACROSS)
     ends = _axis(share for shares in by_slice.values() for share, _ in shares)
     with style("slices"):
-        figure = Figure(figsize=(9, down * (0.75 + 0.26 * len(drawn)) + 0.1), layout="constrained")
+        figure = Figure(figsize=(9, down * (0.75 + 0.26 * len(shown)) + 0.1), layout="constrained")
         grid = figure.subplots(down, ACROSS, squeeze=False, sharey=True).ravel()
         for axes, (name, shares) in zip(grid, by_slice.items(), strict=False):
             _slice_panel(axes, gate, name, shares)
             axes.set_xlim(*ends)
             axes.tick_params(length=0, labelcolor=INK, axis="y")
-        grid[0].set_yticks(range(len(drawn)), [v.recipe for v in drawn])
+        grid[0].set_yticks(range(len(shown)), [v.recipe for v in shown])
         for axes in grid[len(by_slice) :]:
             axes.set_visible(False)
         figure.supxlabel("share of the teacher's gain", fontsize=10, color=MUTED)
         description = "; ".join(
             f"{name}: "
-            + ", ".join(f"{v.recipe} {fixed(s.point, 2)}" for v, (s, _) in zip(drawn, shares, strict=True))
+            + ", ".join(f"{v.recipe} {fixed(s.point, 2)}" for v, (s, _) in zip(shown, shares, strict=True))
             for name, shares in by_slice.items()
         )
         svg = inline(figure, "slices", "Share of the teacher's gain retained on every slice", description)
@@ -81,26 +81,26 @@ def slices(gate: GateFile) -> Picture:
 
 @dataclass(frozen=True)
 class Documents:
-    """Gains of the documents of one slice in bits per byte, [C] each, the least kept gain first."""
+    """Gains of the documents of one slice in bits per byte, [C] each, the least gain of the variant first."""
 
     slice: str
     ids: list[str]
-    kept: Array  # of the variant over its control, mean over the seeds
+    variant: Array  # of the variant over its control, mean over the seeds
     teacher: Array  # of T1 over T0
 
     @property
     def better(self) -> int:
         """How many documents the variant predicts better than its control does."""
-        return int((self.kept > 0).sum())
+        return int((self.variant > 0).sum())
 
     @property
     def weakest(self) -> list[tuple[str, float]]:
-        return [(self.ids[i], float(self.kept[i])) for i in range(min(WEAKEST, len(self.ids)))]
+        return [(self.ids[i], float(self.variant[i])) for i in range(min(WEAKEST, len(self.ids)))]
 
     @property
     def quartiles(self) -> list[float]:
-        """Least, first quartile, median, third quartile and greatest kept gain."""
-        return [float(q) for q in np.quantile(self.kept, [0, 0.25, 0.5, 0.75, 1])]
+        """Least, first quartile, median, third quartile and greatest gain of the variant."""
+        return [float(q) for q in np.quantile(self.variant, [0, 0.25, 0.5, 0.75, 1])]
 
 
 def _mean_bits(run: Path, gate: GateFile, arm: str, recipe: str) -> tuple[Score, Array]:
@@ -133,12 +133,14 @@ def _per_byte(run: Path, gate: GateFile, better: tuple[str, str], worse: tuple[s
 
 def documents(run: Path, gate: GateFile, recipe: str, teacher: dict | None = None) -> list[Documents]:
     """Gains document by document, slice by slice; the figures rest on the records that the gate read."""
-    kept = _per_byte(run, gate, ("S1", recipe), ("S0", recipe))
+    variant = _per_byte(run, gate, ("S1", recipe), ("S0", recipe))
     teacher = teacher or teacher_gains(run, gate)
     sections = []
     for name in gate.documents:
-        ids = sorted((i for slice_name, i in kept if slice_name == name), key=lambda i: (kept[name, i], i))
-        values = (np.array([gain[name, i] for i in ids]) for gain in (kept, teacher))
+        ids = sorted(
+            (i for slice_name, i in variant if slice_name == name), key=lambda i: (variant[name, i], i)
+        )
+        values = (np.array([gain[name, i] for i in ids]) for gain in (variant, teacher))
         sections.append(Documents(name, ids, *values))
     return sections
 
@@ -155,14 +157,14 @@ def chosen(gate: GateFile) -> list[str]:
 
 
 def _document_panel(axes: Axes, documents: Documents) -> None:
-    """Documents by their kept gain; behind each the teacher's gain on the same one."""
+    """Documents by the gain of the variant; behind each the teacher's gain on the same one."""
     size = len(documents.ids)
     few = np.unique(np.linspace(0, size - 1, min(size, DOTS)).round().astype(int))
     rank = (few + 0.5) / size * 100
     axes.axhline(0, color=MUTED, linewidth=1)
-    axes.vlines(rank, documents.kept[few], documents.teacher[few], color=GRID, linewidth=1, zorder=1)
+    axes.vlines(rank, documents.variant[few], documents.teacher[few], color=GRID, linewidth=1, zorder=1)
     axes.plot(rank, documents.teacher[few], "o", color=SOFT, markersize=3.2, zorder=2, label="teacher")
-    axes.plot(rank, documents.kept[few], "o", color=SERIES, markersize=3.2, zorder=3, label="variant")
+    axes.plot(rank, documents.variant[few], "o", color=SERIES, markersize=3.2, zorder=3, label="variant")
     axes.set_title(
         f"{documents.slice}: {documents.better} of {size} gain", loc="left", fontsize=10, color=INK
     )
@@ -171,7 +173,7 @@ def _document_panel(axes: Axes, documents: Documents) -> None:
 
 
 def strips(by_slice: list[Documents], recipe: str, place: int = 0) -> Markup:
-    """Kept gain of every document, sorted, one panel per slice."""
+    """The gain of the variant on every document, sorted, one panel per slice."""
     down, name = math.ceil(len(by_slice) / ACROSS), f"documents-{place}"
     with style(name):
         figure = Figure(figsize=(9, 2.5 * down), layout="constrained")
@@ -180,7 +182,7 @@ def strips(by_slice: list[Documents], recipe: str, place: int = 0) -> Markup:
             _document_panel(axes, one)
         for axes in grid[len(by_slice) :]:
             axes.set_visible(False)
-        figure.supxlabel("documents, from the least kept gain to the greatest, %", fontsize=10, color=MUTED)
+        figure.supxlabel("documents, from the least gain to the greatest, %", fontsize=10, color=MUTED)
         figure.supylabel("gain, bits/byte", fontsize=10, color=MUTED)
         grid[0].legend(loc="upper left", labelcolor=INK, handletextpad=0.1)
         description = "; ".join(

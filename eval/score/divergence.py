@@ -178,7 +178,7 @@ def record_agreement(run: Path, study: Study, folder: Path, report: Report = lam
         report(0.7)
         reruns = measure_noise(engine, subject.engine, documents, context)
     except UserError as error:
-        raise UserError(f"comparing {folder}: {error.thing}", error.found, error.fix) from error
+        raise UserError(f"comparing {folder}: {error.thing}", error.problem, error.fix) from error
     record = Agreement(
         **subject.model_dump(),
         data=read_manifest(data).hash,

@@ -95,7 +95,7 @@ def score_folder(
             engine.borrowed, data, tokenizer, study.data.context, kind=kind, batch_tokens=size, report=report
         )
     except UserError as error:
-        raise UserError(f"scoring {folder}: {error.thing}", error.found, error.fix) from error
+        raise UserError(f"scoring {folder}: {error.thing}", error.problem, error.fix) from error
     record = Score(
         **subject.model_dump(),
         kind=kind,

@@ -37,7 +37,7 @@ def score_tasks(
                 engine = engine or load_engine(subject.engine, folder)
                 samples = run_task(task, engine, study.data.context, scoring_tokens(engine))
         except UserError as error:
-            raise UserError(f"task {name!r} of {folder}: {error.thing}", error.found, error.fix) from error
+            raise UserError(f"task {name!r} of {folder}: {error.thing}", error.problem, error.fix) from error
         record = TaskScore(
             **subject.model_dump(),
             task=name,

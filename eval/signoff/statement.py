@@ -34,35 +34,35 @@ TAG = re.compile(
 )
 
 
-class Said(BaseModel):
+class ForwardCompatible(BaseModel):
     """Fields that a later version may add are ignored, as the in-toto specification asks."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 
 
-class Waiver(Said):
+class Waiver(ForwardCompatible):
     """Why something that did not pass may be shipped all the same, and until which day (UTC, inclusive)."""
 
     reason: str = Field(min_length=1)
     expires: date
 
 
-class Policy(Said):
+class Policy(ForwardCompatible):
     name: str  # as the study or the command names it
     sha256: str  # of the file
     hash: str  # of its values, as in gate.json
 
 
-class Digest(Said):
+class Digest(ForwardCompatible):
     sha256: str
 
 
-class Subject(Said):
+class Subject(ForwardCompatible):
     name: str  # path below the run folder
     digest: Digest
 
 
-class Predicate(Said):
+class Predicate(ForwardCompatible):
     """Who signed what, and the hash of everything that it rests on."""
 
     by: str = Field(min_length=1)
@@ -83,7 +83,7 @@ class Predicate(Said):
     files: dict[str, str]  # path below the run folder -> sha256; see `signed_digest`
 
 
-class Statement(Said):
+class Statement(ForwardCompatible):
     type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     subject: list[Subject]
     predicate_type: Literal["https://absorb.example/signoff/v1"] = Field(alias="predicateType")
@@ -150,7 +150,7 @@ def list_signoffs(run: Path, today: date | None = None) -> list[SignOff]:
         try:
             statement, key = read_statement(path)
         except UserError as error:
-            list_signoffs.append(SignOff(path, None, "", str(error.found)))
+            list_signoffs.append(SignOff(path, None, "", str(error.problem)))
             continue
         predicate = statement.predicate
         problem = expired(predicate.waiver, today)

@@ -146,7 +146,7 @@ def problems(
     try:
         statement, _ = read_statement(path, trusted)
     except UserError as error:
-        return None, [str(error.found)]
+        return None, [str(error.problem)]
     predicate = statement.predicate
     problem_texts = [*_files(statement, run), *_artifacts(predicate, run)]
     problem_texts += [*_collect_problems(_policy(predicate)), *_collect_problems(_gate(predicate, run))]
@@ -190,7 +190,7 @@ def _artifacts(predicate: Predicate, run: Path) -> Iterator[str]:
         try:
             verify_artifact(folder)
         except UserError as error:
-            yield f"{error.thing}: {error.found}"
+            yield f"{error.thing}: {error.problem}"
 
 
 def _policy(predicate: Predicate) -> Iterator[str]:

@@ -46,7 +46,7 @@ def components(z: ArrayLike) -> Components:
     return Components(float(estimates.seeds), float(estimates.documents), float(estimates.residual))
 
 
-def drawn_components(z: ArrayLike, draws: int, seed: int) -> Components:
+def sample_components(z: ArrayLike, draws: int, seed: int) -> Components:
     """[draws] variances that the pilot table [S, C] leaves possible.
 
     Generalised pivotal quantities (Weerahandi 1993; for crossed designs Burdick, Borror and Montgomery

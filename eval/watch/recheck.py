@@ -80,10 +80,10 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
 
 
 def restated(release: Path, contract: Contract, target: str, predicate: Predicate) -> dict[str, Any]:
-    """The contract with what it says of a target drawn again from the signed evidence."""
+    """The contract with what it says of a target built again from the signed evidence."""
     gate, study = read_gate(release / "evidence"), load_study(release / "evidence" / "study.yaml")
     signed_target, row = contract.targets[target], row_of(gate, predicate.recipe, predicate.target)
-    drawn = signed_target.model_copy(
+    current = signed_target.model_copy(
         update={
             **predicate.model_dump(include={"recipe", "verdict", "reason"}),
             "waiver": predicate.waiver,
@@ -109,7 +109,7 @@ def restated(release: Path, contract: Contract, target: str, predicate: Predicat
             "alpha": gate.budget["alpha"],
             "data": gate.provenance.data,
             "config": gate.provenance.config,
-            "targets": {**contract.targets, predicate.target: drawn},
+            "targets": {**contract.targets, predicate.target: current},
             "inputs": contract.inputs.model_copy(update=limits),
         }
     )
@@ -273,7 +273,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--release", required=True, help="a folder that `eval.release` made")
     parser.add_argument("--data", required=True, help="new documents, JSONL")
     parser.add_argument("--target", help="of which the artifact is checked (default: the first)")
-    parser.add_argument("--slice", default=VALIDATION, help="whose promise is checked (default: validation)")
+    parser.add_argument("--slice", default=VALIDATION, help="whose contract is checked (default: validation)")
     parser.add_argument("--public", help="the signer's public key: only this one is trusted")
     add_json(parser)
     return parser

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from eval.core.gate_file import Estimate
-from eval.release.contract_file import Bits, Gain, Of, Promise, over_documents
+from eval.release.contract_file import Bits, Gain, Of, Saving, over_documents
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict, cluster_bounds, t_quantile
 
 Array = NDArray[np.float64]
@@ -23,9 +23,9 @@ class Finding:
     name: str
     before: Estimate
     now: Estimate
-    change: Estimate  # two-sided 95 %, documents of then and now drawn apart
+    change: Estimate  # two-sided 95 %, documents of then and now sampled apart
     floor: float | None = None
-    verdict: Verdict | None = None  # of the promise; null where nothing was promised
+    verdict: Verdict | None = None  # null where the contract has no floor
     reason: str = ""
 
     @property
@@ -38,7 +38,7 @@ class Finding:
 
 
 def change(before: ArrayLike, now: ArrayLike, level: float = 0.95) -> Estimate:
-    """Difference of two means over documents that were drawn apart (Welch 1947)."""
+    """Difference of two means over documents that were sampled apart (Welch 1947)."""
     a, b = np.asarray(before, float), np.asarray(now, float)
     point = float(b.mean() - a.mean())
     if min(len(a), len(b)) < 2:
@@ -51,7 +51,7 @@ def change(before: ArrayLike, now: ArrayLike, level: float = 0.95) -> Estimate:
     return Estimate(point=point, low=point - half, high=point + half)
 
 
-def promised(name: str, before: Array, now: Array, floor: float | None, alpha: float) -> Finding:
+def check_saving(name: str, before: Array, now: Array, floor: float | None, alpha: float) -> Finding:
     """What is saved, held against its floor with one-sided bounds over documents."""
     base = Finding(name, over_documents(before), over_documents(now), change(before, now), floor)
     if floor is None:
@@ -78,15 +78,15 @@ def findings(gain: Gain, before: Bits, now: Bits, alpha: float) -> list[Finding]
         for of in ("release", "control", "fallback")
         for a, b in [(before.level(of), now.level(of))]
     ]
-    floors: dict[Of, Promise] = {"control": gain.over_control, "fallback": gain.over_fallback}
+    savings: dict[Of, Saving] = {"control": gain.over_control, "fallback": gain.over_fallback}
     return levels + [
-        promised(f"saved over the {of}", before.over(of), now.over(of), promise.floor, alpha)
-        for of, promise in floors.items()
+        check_saving(f"saved over the {of}", before.over(of), now.over(of), saving.floor, alpha)
+        for of, saving in savings.items()
     ]
 
 
 def verdict(findings: list[Finding]) -> Verdict:
-    """Every promise must hold; one that is broken decides."""
+    """Every floor must hold; one that is missed decides."""
     verdicts = [finding.verdict for finding in findings if finding.verdict]
     return FAIL if FAIL in verdicts else INCONCLUSIVE if INCONCLUSIVE in verdicts else PASS
 

@@ -69,7 +69,7 @@ def test_the_first_error_ends_the_rest_whole(tmp_path):
     jobs = [Job("bad", refuse), Job("after", note, (tmp_path, "after"), after=("bad",))]
     with pytest.raises(UserError) as caught:
         run_jobs("work", jobs, workers=2)
-    assert (caught.value.thing, caught.value.found, caught.value.fix) == ("thing", "found", "fix")
+    assert (caught.value.thing, caught.value.problem, caught.value.fix) == ("thing", "found", "fix")
     assert not (tmp_path / "log").exists()
 
 

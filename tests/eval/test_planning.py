@@ -12,9 +12,9 @@ from eval.stats.power import (
     Components,
     components,
     documents_for,
-    drawn_components,
     effect_for,
     power,
+    sample_components,
     seeds_for,
 )
 from tests.eval.run_builder import Run
@@ -91,7 +91,7 @@ def test_what_a_pilot_leaves_open_holds_the_truth(rng):
     true, held = power(truth, 0.4, s, c, 0.05), 0
     for i in range(300):
         z = crossed(rng, 1, s, c, 0.2, np.sqrt(0.5), np.sqrt(0.5), mean=0.4)[0]
-        low, high = np.quantile(power(drawn_components(z, 400, i), 0.4, s, c, 0.05), [0.1, 0.9])
+        low, high = np.quantile(power(sample_components(z, 400, i), 0.4, s, c, 0.05), [0.1, 0.9])
         held += low <= true <= high
     assert 0.72 <= held / 300 <= 0.9
 

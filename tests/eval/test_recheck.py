@@ -12,7 +12,7 @@ from scipy import stats
 from eval.core.artifacts import Key, build_artifact
 from eval.core.errors import UserError
 from eval.core.gate_file import Estimate, KeptShare
-from eval.release.contract_file import Bits, Gain, Promise, read_contract
+from eval.release.contract_file import Bits, Gain, Saving, read_contract
 from eval.signoff.keys import new_key, public_key
 from eval.stats.drift import QUESTIONS, drifts, surprise
 from eval.watch.recheck import checked, read_new, recheck
@@ -25,15 +25,15 @@ NOTHING = Estimate(point=0.0, low=None, high=None)
 
 
 def gain(control=0.05, fallback=0.1):
-    def promise(floor):
-        return Promise(floor=floor, measured=NOTHING)
+    def saving(floor):
+        return Saving(floor=floor, measured=NOTHING)
 
     return Gain(
         asked_share=0.5,
         kept_share=KeptShare(),
         teacher_gain=NOTHING,
-        over_control=promise(control),
-        over_fallback=promise(fallback),
+        over_control=saving(control),
+        over_fallback=saving(fallback),
     )
 
 

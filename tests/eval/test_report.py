@@ -334,7 +334,7 @@ def test_documents_are_those_of_the_records(demo):
         return np.mean([np.divide(r["documents"]["bits"], r["documents"]["bytes"]) for r in records], axis=0)
 
     saved = (bits("S0", "int8") - bits("S1", "int8"))[: SLICES["validation"]]
-    np.testing.assert_allclose(spreads["validation"].kept, np.sort(saved), atol=1e-12)
+    np.testing.assert_allclose(spreads["validation"].variant, np.sort(saved), atol=1e-12)
     assert spreads["validation"].better == (saved > 0).sum()
     teacher = (bits("T0", "plain") - bits("T1", "plain"))[: SLICES["validation"]]
     np.testing.assert_allclose(spreads["validation"].teacher, teacher[np.argsort(saved)], atol=1e-12)

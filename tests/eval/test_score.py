@@ -195,7 +195,7 @@ def test_a_bad_model_is_refused_and_nothing_is_written(tmp_path, fill, message):
 def test_a_worker_s_error_reaches_its_parent_whole():
     error = pickle.loads(pickle.dumps(UserError("model x", "nan", "look at it")))
     assert str(error) == "model x: nan; look at it"
-    assert (error.thing, error.found, error.fix) == ("model x", "nan", "look at it")
+    assert (error.thing, error.problem, error.fix) == ("model x", "nan", "look at it")
 
 
 def test_empty_documents_and_slices_are_refused(tmp_path, model, words):
