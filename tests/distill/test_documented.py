@@ -17,6 +17,7 @@ ENTRY = "accelerate launch distill/train.py "
 TEXT = (ROOT / "docs" / "distillation.md").read_text().replace("\\\n", " ")
 COMMANDS = [line.split("  #")[0] for line in TEXT.splitlines() if line.startswith(ENTRY)]
 NEEDS_CUDA = ("qlora", "quantization")
+SLOW = [pytest.param(command, marks=pytest.mark.slow) for command in COMMANDS[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_the_documents_show_the_commands():
     assert len(COMMANDS) > 15
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [COMMANDS[0], *SLOW])
 def test_the_command_runs(small, command):
     words = shlex.split(command.removeprefix(ENTRY))
     assert words[:2] == ["--config", "configs/studies/small.yaml"]

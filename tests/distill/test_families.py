@@ -50,6 +50,8 @@ FAMILIES = {
         "moe_intermediate_size": 32,
     },
 }
+FAST = ("llama", "gemma2", "gpt2", "qwen3_moe")  # each of another kind
+EVERY = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in FAMILIES]
 ROWS = [
     Row("d", "x", i, [0, *torch.randint(1, 300, (12,), generator=torch.Generator().manual_seed(i)).tolist()])
     for i in range(4)
@@ -80,7 +82,7 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_family_is_distilled_exported_and_loaded_again(family, tokenizer, tmp_path):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **FAMILIES[family])

@@ -157,6 +157,7 @@ def test_curves_of_every_run_are_logged_with_bits_per_byte_where_asked(trained, 
     assert [e.step for e in events.Scalars("validation_bits_per_byte")] == [2, 4]
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_models(trained, tmp_path):
     """Sums run in another order there, so the curves agree to rounding, not to the bit."""
     study, path, _ = trained
