@@ -3,7 +3,6 @@
 python -m compress.run --study runs/default
 """
 
-import argparse
 import shutil
 
 from compress.build import TrainedStudent, Variant, build_variants, is_built, scratch_folder
@@ -11,7 +10,7 @@ from compress.publish import publish_variant
 from compress.recipe import load_recipes
 from eval.core.artifacts import is_done, verify_artifact
 from eval.core.checks import CONTROL, STUDENT
-from eval.core.commands import study_from_command
+from eval.core.commands import new_parser, study_from_command
 from eval.core.errors import EXIT_PASS, UserError, entry
 from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.study import Study
@@ -62,13 +61,13 @@ def make_variants(study: Study) -> int:
 
 @entry
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m compress.run", description=__doc__)
+    parser = new_parser(__doc__)
     study, _ = study_from_command(parser, stages=("variant",))
     if not study.folder.is_dir():
         raise UserError(
             f"run folder {study.folder}",
             "missing",
-            "train the students first: accelerate launch distill/train.py --config STUDY",
+            "train the students first: python distill/train.py --config STUDY",
         )
     with lock_folder(study.folder):
         count = make_variants(study)

@@ -4,7 +4,6 @@
 CPU: `torchrun --nproc_per_node 2 distill/train.py --config STUDY`. Finished artifacts are kept.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from eval.core.checks import check_plan
-from eval.core.commands import start_log, study_from_command
+from eval.core.commands import new_parser, start_log, study_from_command
 from eval.core.errors import UserError, entry
 from eval.core.study import make_run_folder
 
@@ -41,7 +40,7 @@ def check_processes() -> None:
 @entry
 def main() -> None:
     check_processes()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     study, args = study_from_command(parser, trained=False, stages=TRAINED)
     check_plan(study)

@@ -30,6 +30,7 @@ MODULES = {
     "release": "eval.release",
     "recheck": "eval.watch.recheck",
 }
+ALIASES = {"watch": "recheck"}
 FLOW = {
     "train": "bases, teachers with and without the method, students S1, S0 and CE",
     "compress": "every recipe for S1 and S0 of every seed",
@@ -57,7 +58,7 @@ class Step(NamedTuple):
 
     command: str
     done: bool
-    state: str
+    state: str = ""
     missing: str = ""
 
 
@@ -65,10 +66,10 @@ def find_run(study: str | None) -> Path | None:
     """The run folder asked for, the one that one stands in, or the newest below runs/."""
     if study is not None:
         run = Path(study)
-        if run.is_file():
+        if not run.is_dir():
             from eval.core.study import load_study
 
-            run = load_study(run).folder
+            run = load_study(study).folder
         if not (run / "study.yaml").is_file():
             raise UserError(f"--study {study}", "no run folder", "give a folder that `absorb train` made")
         return run
@@ -118,9 +119,9 @@ def steps(run: Path) -> Iterator[Step]:
     yield Step("cost", not missing, state, missing)
     judged = _newer(run / "gate.json", [run / "study.yaml", *run.glob("records/*/**/*.json")])
     verdict = _read_verdict(run / "gate.json")
-    older = ", of older records" if verdict and not judged else ""
+    older = ", of records that have changed since" if verdict and not judged else ""
     yield Step("gate", judged and verdict != UNREADABLE, verdict + older)
-    yield Step("report", _newer(run / "report.html", [run / "gate.json"]), "")
+    yield Step("report", judged and _newer(run / "report.html", [run / "gate.json"]))
     signed = sorted(path.name for path in run.glob("signoff/*.json"))
     yield Step("sign", bool(signed), ", ".join(signed))
     built = sorted(path.parent.name for path in run.glob("release/*/contract.yaml"))
@@ -176,7 +177,8 @@ def show(run: Path | None) -> None:
 def main() -> None:
     words = sys.argv[1:]
     if words and not words[0].startswith("-"):
-        module = MODULES[require_one_of("absorb: command", words[0], list(MODULES))]
+        module = MODULES[require_one_of("absorb: command", ALIASES.get(words[0], words[0]), list(MODULES))]
+        os.environ["ABSORB_TYPED"] = f"absorb {words[0]}"
         os.execv(sys.executable, [sys.executable, "-m", module, *words[1:]])
     listed = "\n".join(f"  {name:<10} python -m {module}" for name, module in MODULES.items())
     parser = argparse.ArgumentParser(

@@ -9,16 +9,21 @@ bash scripts/setup.sh
 source .venv/bin/activate
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 
+step() { # a mistake ends in 3, which is no verdict, and Ctrl-C in 130
+    local code=0
+    "$@" || code=$?
+    ((code == 0)) || exit $((code == 130 ? 130 : 3))
+}
+
 todo=0
 python scripts/finished.py --study "$study" || todo=$? # 0 all done, 1 something to do, 3 a bad study
 ((todo < 2)) || exit 3
 if ((todo)); then
     # Bases, teachers, and the students S1, S0 and CE.
-    accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-        distill/train.py --config "$study" || exit 3
-    python -m compress.run --study "$study" || exit 3           # recipes x {S1, S0} x seeds
-    python -m eval.score --study "$study" || exit 3             # quality of every model, in new processes
-    python -m eval.cost --study "$study" --target cpu || exit 3 # latency, memory and size, in fresh processes
+    step python distill/train.py --config "$study"
+    step python -m compress.run --study "$study"           # recipes x {S1, S0} x seeds
+    step python -m eval.score --study "$study"             # quality of every model, in new processes
+    step python -m eval.cost --study "$study" --target cpu # latency, memory and size, in fresh processes
     python scripts/finished.py --study "$study" --mark
 fi
 verdict=0

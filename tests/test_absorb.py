@@ -12,6 +12,7 @@ import pytest
 from eval.cli import FLOW, MODULES, SIDE_COMMANDS
 from eval.core.budget import Budget, Limit, Target
 from eval.core.commands import LOG, describe_fields
+from eval.core.errors import UserError
 from eval.core.sections import Corruption, Source, Task
 from eval.core.study import RecipeFile, Study, load_study, make_run_folder, save_study
 from tests.helpers import ROOT, run
@@ -62,7 +63,7 @@ def test_in_a_run_it_shows_what_is_done_and_the_next_command(tmp_path):
     os.utime(study.folder / "gate.json", (0, 0))
     shown = absorb("--study", study.folder).stdout
     assert "· absorb gate" in shown
-    assert "[FAIL: too slow, of older records]" in shown
+    assert "[FAIL: too slow, of records that have changed since]" in shown
 
 
 def write_files(folder, names):
@@ -104,6 +105,49 @@ def test_a_folder_that_is_no_run_and_an_unknown_command_are_refused(tmp_path):
     done = absorb("gat")
     assert done.returncode == 3
     assert "did you mean 'gate'?" in done.stderr
+
+
+def study_run(folder):
+    """A run folder of the tiny study, as training starts it."""
+    study = load_study("tiny", ["--runs", str(folder / "runs")])
+    save_study(study) if make_run_folder(study) else None
+    (study.folder / "data").mkdir()
+    return study
+
+
+def test_a_study_is_named_by_file_folder_or_name_and_inside_its_run_by_nothing(tmp_path, monkeypatch):
+    study = study_run(tmp_path)
+    assert load_study("tiny").name == "tiny"
+    monkeypatch.chdir(study.folder)
+    assert load_study(None).folder == study.folder
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--study: missing; give a study's YAML file or a run folder"):
+        load_study(None)
+    with pytest.raises(UserError, match="no such file or folder; did you mean 'runs/tiny'"):
+        load_study("runs/tny")
+    with pytest.raises(UserError, match="no such file or folder; did you mean 'tiny'"):
+        load_study("tiniy")
+    with pytest.raises(UserError, match=r"no study\.yaml; give a folder that"):
+        load_study(tmp_path)
+
+
+def test_a_command_speaks_of_itself_as_it_was_typed_and_finds_the_run_it_is_in(tmp_path):
+    study = study_run(tmp_path)
+    done = absorb("gate", "--help")
+    assert done.stdout.startswith("usage: absorb gate ")
+    assert done.stdout.index("options:") < done.stdout.index("keys of the study")
+    assert run("-m", "eval.gate", "--help").stdout.startswith("usage: python -m eval.gate ")
+    assert absorb("watch", "--help").stdout.startswith("usage: absorb watch ")
+    done = absorb("gate", cwd=study.folder)
+    assert (done.returncode, "no score record" in done.stderr) == (3, True), done.stderr
+    done = absorb("power", "--study", study.folder, "--among", "0")
+    assert done.stderr == (
+        "error: absorb power: argument --among: found '0', expected a whole number, 1 or more; "
+        "--help lists what it takes\n"
+    )
+    for flag in ("--gain", "--share"):
+        done = absorb("power", "--study", study.folder, flag, "-1")
+        assert f"argument {flag}: found '-1', expected a number above 0" in done.stderr
 
 
 def test_help_needs_no_heavy_library():

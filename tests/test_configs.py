@@ -64,7 +64,7 @@ def raw():
     [
         (["--trian.steps", "5"], r"unknown key trian: 'trian'; did you mean 'train'"),
         (["--train.optimizer.momentun", "1"], r"train\.optimizer\.momentun.*did you mean 'momentum'"),
-        (["--train.loss.weight", "1.5"], r"train\.loss\.weight: 1\.5; .*less than or equal to 1"),
+        (["--train.loss.weight", "1.5"], r"train\.loss\.weight: 1\.5; .*at most 1"),
         (["--train.rows", "4", "--train.accumulate", "3"], "multiple of accumulate"),
         (["--data.context", "many"], r"data\.context: 'many'"),
         (["train.steps", "5"], "overrides look like"),
@@ -85,7 +85,7 @@ def test_errors_name_the_place_the_value_and_the_fix(words, message):
     ("key", "value", "message"),
     [
         *(("train.optimizer.lr", value, "expected a finite number") for value in (".inf", ".nan", "1e999")),
-        ("train.optimizer.lr", "inf", "should be a finite number"),
+        ("train.optimizer.lr", "inf", "expected a finite number"),
         ("train.optimizer.lr", "true", "expected a number, not true or false"),
         ("train.optimizer.weight_decay", ".inf", "finite"),
         ("train.optimizer.betas", "[5, .nan]", "finite"),
@@ -93,7 +93,7 @@ def test_errors_name_the_place_the_value_and_the_fix(words, message):
         ("train.loss.temperature", ".inf", "finite"),
         ("train.clip", ".inf", "finite"),
         ("base.architecture.rope_theta", ".inf", "finite"),
-        ("base.vocab_size", "16777217", "less than or equal to 16777216"),
+        ("base.vocab_size", "16777217", "at most 16777216"),
         ("seeds", "[true, false]", "not true or false"),
         ("seeds", "[4294967296]", "less than 4294967296"),
         ("workers", "true", "not true or false"),
@@ -120,10 +120,10 @@ def test_a_name_that_becomes_a_file_name_stays_inside_the_run(tmp_path, name):
     source, task = [{"kind": "pydoc"}], {"kind": "f1", "path": "a.jsonl"}
     for key, content in (("shifted", {name: source}), ("tasks", {name: task})):
         path = write_yaml(tmp_path / "own.yaml", extends="tiny", name="own", data={key: content})
-        with pytest.raises(UserError, match=rf"own\.yaml: data\.{key}\..*should"):
+        with pytest.raises(UserError, match=rf"own\.yaml: data\.{key}\..*expected"):
             load_study(path)
     budget = read_yaml(ROOT / "configs" / "budgets" / "tiny.yaml", "budgets")
-    with pytest.raises(UserError, match=r"targets\..*should"):
+    with pytest.raises(UserError, match=r"targets\..*expected"):
         validate_config(Budget, {**budget, "targets": {name: {"device": "cpu"}}}, "tiny")
 
 
@@ -200,7 +200,7 @@ def test_later_stages_refuse_models_of_two_settings(settled):
     changed = load_study(settled.folder, ["--train.optimizer.lr", "0.5"])
     save_study(changed)
     save_study(changed)  # gone on with, and stopped again
-    with pytest.raises(UserError, match="its models are of both; run `accelerate launch"):
+    with pytest.raises(UserError, match="its models are of both; run `python distill"):
         check_trained(changed)
     mark_trained(changed)
     check_trained(changed)
@@ -215,7 +215,7 @@ def test_later_stages_refuse_other_settings(settled):
     ):
         check_trained(changed)
     check_trained(load_study(settled.folder, ["--recipes", "[int8]", "--workers", "1"]))
-    with pytest.raises(UserError, match=r"no study\.yaml; run `accelerate launch"):
+    with pytest.raises(UserError, match=r"no study\.yaml; run `python distill"):
         check_trained(changed.model_copy(update={"name": "unknown"}))
 
 
@@ -337,3 +337,31 @@ def test_the_document_of_all_keys_is_as_written_by_its_script():
     assert (ROOT / "docs" / "config.md").read_text() == config_docs(), (
         "run python scripts/write_config_docs.py"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--seeds", "[0, 0]"], "tiny.yaml: seeds are [0, 0]; give each seed once"),
+        (["--workers", "many"], "tiny.yaml: workers: 'many'; expected a whole number"),
+        (["--workers", "0"], "tiny.yaml: workers: 0; expected more than 0"),
+        (["--seeds", "0"], "tiny.yaml: seeds: 0; expected a list, such as [0, 1]"),
+        (["--ce_arm", "7"], "tiny.yaml: ce_arm: 7; expected true or false"),
+        (["--train", "7"], "tiny.yaml: train: 7; expected keys with values, such as {key: value}"),
+    ],
+)
+def test_what_is_wrong_with_a_key_is_said_in_our_words_and_no_more(words, text):
+    with pytest.raises(UserError) as caught:
+        load_study("tiny", words)
+    assert str(caught.value).endswith(text)
+
+
+def test_paths_in_a_study_are_from_the_file_that_names_them(tmp_path, monkeypatch):
+    (tmp_path / "budget.yaml").write_text("extends: tiny\nname: own\n")
+    (tmp_path / "first.yaml").write_text("extends: tiny\nname: first\nbudget: budget.yaml\n")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "second.yaml").write_text("extends: ../first.yaml\nname: second\n")
+    for name in ("first.yaml", "below/second.yaml"):
+        assert load_budget(load_study(tmp_path / name)).name == "own"
+    monkeypatch.chdir(tmp_path)
+    assert load_budget(load_study("tiny", ["--budget", "budget.yaml"])).name == "own"

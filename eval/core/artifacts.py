@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from eval.core.config import ROOT, normalize
+from eval.core.config import ROOT
 from eval.core.errors import UserError, require_one_of
+from eval.core.syntax import normalize
 
 MANIFEST = "manifest.json"
 

@@ -133,6 +133,12 @@ class Budget(Frozen):
             raise ValueError("give exactly one of `g` (a share) and `delta_min` (bits per byte)")
         return self
 
+    @model_validator(mode="after")
+    def a_target_is_required(self) -> Self:
+        if not any(target.required for target in self.targets.values()):
+            raise ValueError("targets: no required target; set required: true on one")
+        return self
+
 
 def load_budget(study: Study, name: str | None = None) -> Budget:
     """The study's budget, or the one named."""

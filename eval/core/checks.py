@@ -241,14 +241,12 @@ def find_positions(first: Documents, other: Documents) -> list[int]:
 
 
 def check_budget(budget: Budget, recipes: list[str], slices: list[str]) -> None:
-    """Every slice and variant that the budget names is there, and some target is required."""
+    """Every slice and variant that the budget names is there."""
     for name in [VALIDATION, *budget.slices]:
         require_one_of(f"budget {budget.name!r}: slice without any scored document", name, slices)
     for target, of in [(t, limit.of) for t in budget.targets for limit in budget.targets[t].limits.values()]:
         if of is not None:
             require_one_of(f"budget {budget.name!r}: targets.{target}: variant", of, recipes)
-    if not any(target.required for target in budget.targets.values()):
-        raise UserError(f"budget {budget.name!r}", "no required target", "set required: true on one")
 
 
 def different_settings(record: CostRecord | LoadRecord, cost: Cost) -> dict[str, tuple[Any, Any]]:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ import types
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TextIO, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -21,8 +22,40 @@ from eval.core.errors import UserError
 from eval.core.study import Study, check_trained, load_study
 
 LOG = "log.txt"
+TYPED = "ABSORB_TYPED"  # environment variable: the command as it was typed, where `absorb` started it
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 CURSOR = re.compile(r"\x1b\[|\r(?!\n)")  # what draws a progress bar, and is no line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(self.prog, message, "--help lists what it takes")
+
+
+def new_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that shows `doc` as it is written, and is called after the command as it was typed."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {sys.argv[0]}"
+    name = os.environ.get(TYPED, module)
+    return _Parser(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def positive(text: str) -> float:
+    """The type of a flag that takes a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number above 0")
+    return value
+
+
+def count(text: str) -> int:
+    """The type of a flag that takes a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, 1 or more")
+    return int(text)
 
 
 def describe_fields(
@@ -87,16 +120,14 @@ def study_from_command(
     measures: bool = False,
     stages: tuple[str, ...] = (),
 ) -> tuple[Study, argparse.Namespace]:
-    """Parses `--study` (a YAML file or a run folder), the parser's own flags and overrides of its keys.
+    """Parses `--study` (see `find_study`), the parser's own flags and overrides of its keys.
 
     Args:
         trained: the settings must be those that made the run folder.
         measures: the command also takes `--json FILE`, for `write_json`.
         stages: the command makes artifacts of these and takes `--accept-old`.
     """
-    parser.add_argument(
-        "--config", "--study", dest="study", required=True, help="a study's YAML file, or a run folder"
-    )
+    add_study(parser, required=trained is False)
     if measures:
         add_json(parser)
     if stages:
@@ -113,10 +144,15 @@ def study_from_command(
     return study, known
 
 
+def add_study(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    here = "" if required else " (default: the run folder that this is called in)"
+    about = f"a study's YAML file, its name in configs/studies, or a run folder{here}"
+    parser.add_argument("--config", "--study", dest="study", metavar="STUDY", required=required, help=about)
+
+
 def add_keys_help(parser: argparse.ArgumentParser) -> None:
     """Lets `--help` list every key of a study that may be overridden."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
         parser.epilog = keys_help(Study).replace("%", "%%")
 
 

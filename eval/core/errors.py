@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -34,6 +35,42 @@ def require_one_of(thing: str, value: str, accepted: list[str]) -> str:
     near = get_close_matches(value, accepted, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(thing, repr(value), f"{hint}accepted: {', '.join(sorted(accepted))}")
+
+
+EXPECTED = {  # kind of pydantic's error -> what was expected, from its context
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text; quote it",
+    "list": "a list, such as [0, 1]",
+    "tuple": "a list, such as [0, 1]",
+    "dict": "keys with values, such as {{key: value}}",
+    "model": "keys with values, such as {{key: value}}",
+    "literal_error": "one of {expected}",
+    "enum": "one of {expected}",
+    "finite_number": "a finite number",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "a name of letters, digits and . _ -, of which the first is a letter or digit",
+}
+
+
+def expected_text(error: Any) -> str:
+    """What a validator of pydantic expected, as the fix of a `UserError`.
+
+    Args:
+        error: one of `ValidationError.errors()`.
+    """
+    kind = error["type"]
+    text = EXPECTED.get(kind) or EXPECTED.get(kind.split("_")[0])
+    if text is None:
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"expected {text.format(**error.get('ctx', {}))}"
 
 
 def entry(main: Callable[[], int | None]) -> Callable[[], None]:

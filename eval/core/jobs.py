@@ -149,6 +149,7 @@ def _run_job(pickled_job: bytes, sender: Connection) -> None:
     Sends (share, tokens) any number of times, then (result,) or a _Failure.
     """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C: the parent ends its workers
     threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, _unwind_once)
     sys.unraisablehook = _terminate_again

@@ -2,6 +2,7 @@
 
 import json
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,9 +12,12 @@ from pydantic import Field, model_validator
 from eval.core.artifacts import digest, write_text
 from eval.core.config import (
     MAX_DEPTH,
+    PATH_KEYS,
+    ROOT,
     FileName,
     Frozen,
     OneKeyLoader,
+    absolute_paths,
     check_circle,
     find_config,
     read_yaml,
@@ -60,7 +64,7 @@ class Study(Frozen):
     @model_validator(mode="after")
     def seeds_differ(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be distinct, found {self.seeds}")
+            raise ValueError(f"seeds are {self.seeds}; give each seed once")
         return self
 
     @model_validator(mode="after")
@@ -69,7 +73,8 @@ class Study(Frozen):
         for name, train in named.items():
             if train is not None and train.rows > self.data.train_rows:
                 raise ValueError(
-                    f"{name}.rows is {train.rows}, more than data.train_rows: {self.data.train_rows}"
+                    f"{name}.rows is {train.rows}, more than data.train_rows: {self.data.train_rows}; set "
+                    f"{name}.rows to at most that"
                 )
         return self
 
@@ -90,14 +95,47 @@ class Study(Frozen):
         return digest(self.model_dump(mode="json", exclude=beside))
 
 
-def load_study(where: str | Path, words: list[str] | None = None, **overrides: Any) -> Study:
+def find_study(where: str | Path | None) -> Path:
+    """A YAML file, a run folder, or the file of a bare name in configs/studies; None: the folder one is in.
+
+    Raises:
+        UserError: there is none; the nearest is named.
+    """
+    if where is None:
+        if not is_run(Path()):
+            fix = "give a study's YAML file or a run folder, or call this inside a run folder"
+            raise UserError("--study", "missing", fix)
+        return Path().resolve()
+    path = Path(where)
+    named = ROOT / "configs" / "studies" / f"{where}.yaml"
+    if path.is_dir() and not (path / "study.yaml").is_file():
+        raise UserError(f"run folder {path}", "no study.yaml", "give a folder that `absorb train` made")
+    if path.exists():
+        return path if path.name else path.resolve()  # `.` has no name
+    if path.name == str(where) and named.is_file():
+        return named
+    runs = [str(run.parent) for run in sorted(path.parent.glob("*/study.yaml"))]
+    names = [file.stem for file in sorted(named.parent.glob("*.yaml"))]
+    files = [str(file) for file in sorted(path.parent.glob("*.yaml"))]
+    near = get_close_matches(str(where), [*runs, *files, *names], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    fix = f"{hint}give a YAML file, a run folder or one of {', '.join(names)}"
+    raise UserError("study", f"{str(where)!r}, and no such file or folder", fix)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "study.yaml").is_file() and (folder / "data").is_dir()
+
+
+def load_study(where: str | Path | None, words: list[str] | None = None, **overrides: Any) -> Study:
     """The study in a YAML file, or the one that made the run folder `where`, wherever that lies now.
 
     Args:
+        where: see `find_study`.
         words: overrides as on a command line: `--train.steps 50`.
         overrides: the same as keywords, two underscores for a dot: `train__steps=50`; paths may be `Path`s.
     """
-    path = Path(where) if Path(where).name else Path(where).resolve()  # `.` has no name
+    path = find_study(where)
     raw = read_yaml(path / "study.yaml" if path.is_dir() else path)
     check_format(path, raw)
     if path.is_dir():
@@ -111,6 +149,8 @@ def load_study(where: str | Path, words: list[str] | None = None, **overrides: A
         for key, value in overrides.items()
     ]
     apply_overrides(raw, [*(words or []), *keywords])
+    for key in PATH_KEYS & raw.keys():
+        raw[key] = absolute_paths(raw[key], Path.cwd())  # of the overrides: the others are absolute
     return validate_config(Study, raw, str(path))
 
 
@@ -161,12 +201,12 @@ def check_trained(study: Study) -> None:
         UserError: there is no such run, or the first setting that differs.
     """
     if not (study.folder / "study.yaml").is_file():
-        fix = f"run `accelerate launch distill/train.py --config ...` for {study.name!r} first"
+        fix = f"run `python distill/train.py --config ...` for {study.name!r} first"
         raise UserError(f"run folder {study.folder}", "no study.yaml", fix)
     trained = load_study(study.folder)
     if (study.folder / CHANGED).is_file():
         problem = "its settings were changed, and training has not ended since: its models are of both"
-        fix = f"run `accelerate launch distill/train.py --config {study.folder}` to its end"
+        fix = f"run `python distill/train.py --config {study.folder}` to its end"
         raise UserError(f"run folder {study.folder}", problem, fix)
     if trained.hash() == study.hash():
         return

@@ -6,7 +6,6 @@ a record of another artifact, data, study, setting or device is refused, and so 
 run has a record of already, unless it is the very same.
 """
 
-import argparse
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +21,7 @@ from eval.core.checks import (
     Artifacts,
     check_device,
 )
-from eval.core.commands import add_json, start_log, write_json
+from eval.core.commands import add_json, add_study, new_parser, start_log, write_json
 from eval.core.documents import text_lines
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.jobs import lock_folder
@@ -147,8 +146,8 @@ def merge_records(run: Path, study: Study, sources: list[str]) -> list[Record]:
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--study", "--config", required=True, help="the run folder, or its study's YAML file")
+    parser = new_parser(__doc__)
+    add_study(parser)
     parser.add_argument("records", nargs="+", help="files of records, or copies of the run folder")
     add_json(parser)
     args = parser.parse_args()

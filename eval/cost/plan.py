@@ -17,7 +17,7 @@ from rich.table import Table
 from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify_artifact, write_text
 from eval.core.budget import Target, load_budget
 from eval.core.checks import Artifacts
-from eval.core.commands import add_json, add_keys_help, start_log, write_json
+from eval.core.commands import add_json, add_keys_help, add_study, new_parser, start_log, write_json
 from eval.core.config import Frozen, validate_config
 from eval.core.documents import TRAIN, boundary_id, read_documents
 from eval.core.errors import UserError, require_one_of
@@ -119,7 +119,9 @@ def find_variants(study: Study) -> list[Variant]:
     folders.append(run / f"base/s{seed}")  # a release holds it against the same limits
     complete = [path for path in folders if (path / MANIFEST).is_file()]
     if folders[0] not in complete:
-        raise UserError(f"model {folders[0]}", "not made yet", "run distill/train.py with this study first")
+        raise UserError(
+            f"model {folders[0]}", "not trained yet", f"run python distill/train.py --config {run} first"
+        )
     return [read_variant(path) for path in complete]
 
 
@@ -235,8 +237,8 @@ def plan_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
     Raises:
         UserError: there is nothing to measure, or it cannot be measured here.
     """
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--config", "--study", dest="study", help="a study's YAML file, or a run folder")
+    parser = new_parser(doc)
+    add_study(parser)
     parser.add_argument("--target", default="cpu", help="a target of the budget (default: cpu)")
     parser.add_argument("--recipe", nargs="+", help="measure these and the plain student only")
     alone = parser.add_argument_group("without a run folder")
@@ -247,8 +249,6 @@ def plan_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
     add_json(parser)
     add_keys_help(parser)
     args, overrides = parser.parse_known_args()
-    if not args.study and not args.variant:
-        raise UserError("command line", "nothing to measure", "give --study, or --variant with folders")
     plan = plan_from_folders(args, overrides) if args.variant else plan_from_run(args, overrides)
     if plan.study:
         start_log(plan.study.folder)

@@ -4,7 +4,6 @@
 Exit codes: 0 pass, 1 fail, 2 inconclusive, 3 error.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from eval.core.budget import load_budget
-from eval.core.commands import study_from_command, write_json
+from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import EXITS, entry
 from eval.core.gate_file import STYLES, GateFile, OnTestSet, Variant
 from eval.gate.decision import evaluate_gate
@@ -62,7 +61,7 @@ def print_verdict(console: Console, result: GateFile, path: Path) -> None:
 
 @entry
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.gate", description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
     study, args = study_from_command(parser, measures=True)
     folder = study.folder

@@ -9,8 +9,6 @@ gain and the share of the gain retained (kept share) are those of the pilot's un
 will pick among M variants that a target can afford plans with `--among M`: Holm asks alpha / M of the first.
 """
 
-import argparse
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from rich.table import Table
 
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import Artifacts
-from eval.core.commands import study_from_command, write_json
+from eval.core.commands import count, new_parser, positive, study_from_command, write_json
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.records import PLAIN, VALIDATION, each_score
 from eval.core.study import Study, load_study
@@ -195,23 +193,22 @@ def plan_sentence(rows: list[dict]) -> str:
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.gate.power", description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--plan", help="the study that is planned, a YAML file; default: the pilot itself")
     parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
-    parser.add_argument("--gain", type=float, help="plan for this teacher gain, bits/byte, not the pilot's")
     parser.add_argument(
-        "--share", type=float, help="plan for this true share of the gain retained, not the pilot's"
+        "--gain", type=positive, help="plan for this teacher gain, bits/byte, not the pilot's"
     )
-    parser.add_argument("--among", type=int, default=1, help="affordable variants to pick from (default: 1)")
+    parser.add_argument(
+        "--share", type=positive, help="plan for this true share of the gain retained, not the pilot's"
+    )
+    parser.add_argument(
+        "--among", type=count, default=1, help="affordable variants to pick from (default: 1)"
+    )
     study, args = study_from_command(parser, measures=True)
     folder = study.folder
     plan = load_study(args.plan) if args.plan else study
     budget = load_budget(plan, args.budget)
-    for name in ("gain", "share"):
-        if (given := getattr(args, name)) is not None and not math.isfinite(given):
-            raise UserError(f"--{name}", given, "give a finite number")
-    if args.among < 1:
-        raise UserError("--among", args.among, "give the number of variants to pick from, 1 at least")
     alpha = budget.alpha / args.among
     pilot = read_pilot(folder, study)
     rows = [plan_test(test, alpha) for test in list_tests(pilot, budget, plan, args.gain, args.share)]

@@ -7,7 +7,6 @@ fallback there. Default: the variant that the gate recommends. The opening is wr
 scored, and counted and shown ever after; another one needs a reason. Exit codes as those of the gate.
 """
 
-import argparse
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rich.text import Text
 from eval.core.artifacts import digest, read_manifest
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CE, TEACHERS, Artifacts, artifact_folder
-from eval.core.commands import study_from_command, write_json
+from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.documents import TEST, read_documents
 from eval.core.errors import EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import STYLES, GateFile, Opening
@@ -80,7 +79,7 @@ def check_teachers(evidence: Evidence) -> None:
                 raise UserError(
                     f"teacher {arm} of seed {seed}",
                     "not scored on the test documents",
-                    f"run accelerate launch distill/train.py --config {evidence.folder}: a teacher is scored "
+                    f"run python distill/train.py --config {evidence.folder}: a teacher is scored "
                     "while it is trained",
                 )
 
@@ -189,7 +188,7 @@ def print_opening(console: Console, opening: Opening, path: Path) -> None:
 
 @entry
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.gate.test_set", description=__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("--by", required=True, help="who opens them; it is written down")
     parser.add_argument("--variant", help="default: the variant that the gate recommends")
     parser.add_argument("--reason", help="why they are opened again")

@@ -6,7 +6,6 @@
 without a sign-off that verifies. docs/release.md describes the folder.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -29,7 +28,7 @@ from eval.core.artifacts import (
 )
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
-from eval.core.commands import study_from_command
+from eval.core.commands import new_parser, study_from_command
 from eval.core.documents import TRAIN, boundary_id, read_documents
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.gate_file import GateFile
@@ -314,7 +313,7 @@ def summary_lines(contract: Contract, out: Path) -> Iterator[str]:
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.release", description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--variant", nargs="+", required=True, metavar="[TARGET=]RECIPE", help="what to ship")
     parser.add_argument("--owner", required=True, help="who answers for the release")
     parser.add_argument("--public", help="the signer's public key: only this one is trusted")

@@ -5,7 +5,6 @@
 The report decides nothing: every figure and verdict is the gate's.
 """
 
-import argparse
 import shutil
 import sys
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from eval.core.artifacts import file_sha256, write_text
-from eval.core.commands import study_from_command
+from eval.core.commands import new_parser, study_from_command
 from eval.core.errors import UserError, entry
 from eval.core.gate_file import GateFile
 from eval.core.study import Study
@@ -45,7 +44,7 @@ def console() -> Console:
 
 @entry
 def main() -> None:
-    study, _ = study_from_command(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
+    study, _ = study_from_command(new_parser(__doc__))
     run = study.folder
     gate = read_gate(run)
     refuse_stale(gate, study, run, f"run `python -m eval.gate --study {run}` first")

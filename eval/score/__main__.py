@@ -5,14 +5,13 @@ Each model is loaded from its folder by its own engine, in a process that did no
 method are scored by `distill`, where they are made: only there can they be run. They are not scored on tasks.
 """
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from eval.core.artifacts import read_manifest
-from eval.core.commands import study_from_command, write_json
+from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import entry
 from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.records import VALIDATION, read_scores, read_task_scores
@@ -63,7 +62,7 @@ def group_by_recipe(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
 
 @entry
 def main() -> None:
-    study, args = study_from_command(argparse.ArgumentParser(description=__doc__), measures=True)
+    study, args = study_from_command(new_parser(__doc__), measures=True)
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
     with lock_folder(study.folder):
         done = score_run(study)

@@ -5,13 +5,11 @@ token. Beside each stands its noise: the difference of the variant from itself i
 threads. Variants that have a record of the same bytes, student, data and study are left alone.
 """
 
-import argparse
-
 from rich.console import Console
 from rich.table import Table
 
 from eval.core.artifacts import read_manifest
-from eval.core.commands import study_from_command, write_json
+from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import entry
 from eval.core.gate_file import Difference
 from eval.core.jobs import Job, lock_folder, run_jobs
@@ -63,7 +61,7 @@ def _cell(difference: Difference, factor: float, unit: str) -> str:
 
 @entry
 def main() -> None:
-    study, args = study_from_command(argparse.ArgumentParser(description=__doc__), measures=True)
+    study, args = study_from_command(new_parser(__doc__), measures=True)
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
     with lock_folder(study.folder):
         done = compare_run(study)

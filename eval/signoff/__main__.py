@@ -19,7 +19,7 @@ from rich.text import Text
 from eval.core.artifacts import MANIFEST, verify_artifact, write_text
 from eval.core.budget import load_budget
 from eval.core.checks import STUDENT
-from eval.core.commands import study_from_command, write_json
+from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import EXIT_FAIL, EXIT_PASS, UserError, entry
 from eval.core.gate_file import GateFile
 from eval.core.records import read_costs, read_scores
@@ -212,7 +212,7 @@ def verify(run: Path, trusted: "SSlibKey | None", today: date, console: Console)
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.signoff", description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--new-key", metavar="FILE", help="make a private key, and FILE.pub, and end")
     parser.add_argument("--variant", help="the recipe that is signed")
     parser.add_argument("--target", default="cpu", help="the target on which it is (default: cpu)")

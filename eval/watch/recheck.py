@@ -23,7 +23,7 @@ from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256, hash_files, read_manifest, verify_artifact
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
-from eval.core.commands import add_json, write_json
+from eval.core.commands import add_json, new_parser, write_json
 from eval.core.documents import Document, json_objects, tokens_per_batch
 from eval.core.errors import EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import STYLES
@@ -269,7 +269,7 @@ def show(console: Console, result: Result, contract: Contract, target: str, name
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.watch.recheck", description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--release", required=True, help="a folder that `eval.release` made")
     parser.add_argument("--data", required=True, help="new documents, JSONL")
     parser.add_argument("--target", help="of which the artifact is checked (default: the first)")

@@ -82,7 +82,7 @@ def test_every_pass_is_found_and_stands_in_a_stage():
         ([{"pass": "compress.recipe"}], "Pass must define `stage` and `apply`"),
         ([{"sparsity": 0.5}], "passes.0.pass: None; name one of"),
         ([{**PRUNE, "sparsty": 1}], "unknown key sparsty.*did you mean 'sparsity'"),
-        ([{**PRUNE, "sparsity": 1.5}], "passes.0: sparsity: 1.5; Input should be less than 1"),
+        ([{**PRUNE, "sparsity": 1.5}], "passes.0: sparsity: 1.5; expected less than 1"),
         ([{**PRUNE, "pattern": "2:4"}], "not both"),
         ([{"pass": "wanda", "pattern": "4:4"}], "keeps everything"),
         ([{"pass": "wanda", "pattern": "two"}], "pattern"),

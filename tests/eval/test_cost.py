@@ -144,7 +144,7 @@ def test_recipes_and_devices_choose_the_variants(prepared, capsys):
     with pytest.raises(UserError, match="--recipe: 'int9'; did you mean 'int8'"):
         choose_variants(every, ["int9"], cpu)
     shutil.rmtree(folder / "students/S1/s0")
-    with pytest.raises(UserError, match="students/S1/s0: not made yet"):
+    with pytest.raises(UserError, match="students/S1/s0: not trained yet"):
         find_variants(load_study(study))
 
 
