@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from eval.core.artifacts import library_versions, write_text
 from eval.core.config import Stored
-from eval.core.errors import UserError
+from eval.core.errors import UserError, expected_text
 
 PLAIN = "plain"  # the recipe of the uncompressed student
 TRAINING = "training documents"  # what the prompts of a cost are made of where a run folder is there
@@ -340,7 +340,7 @@ def _read(run: Path, path: Path, kind: type[R]) -> R:
         cause = error.errors()[0]
         place = ".".join(str(part) for part in cause["loc"])
         raise UserError(
-            f"record {path}", f"{place}: {cause['msg']}", "delete it and measure again"
+            f"record {path}", f"{place}: {expected_text(cause)}", "delete it and measure again"
         ) from error
     if path != record_path(run, record):
         raise UserError(f"record {path}", "its path and its content name different models", "delete it")

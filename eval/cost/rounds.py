@@ -37,7 +37,11 @@ class Probe:
         self.stderr.seek(0)
         last = (self.stderr.read().strip().splitlines() or ["no message"])[-1]
         end = f"the process ended with {self.process.wait()} ({last})"
-        raise UserError(f"measuring {self.variant.folder}", end, "fix that, or free some memory; run again")
+        raise UserError(
+            f"measuring {self.variant.folder}",
+            end,
+            "correct what it names, or free some memory; then run again",
+        )
 
     def measure(self, order: Order) -> Answer:
         """Gives the order, sleeps until it is carried out and the process has ended."""

@@ -23,7 +23,12 @@ def list_caveats(evidence: Evidence, budget: Budget) -> list[str]:
             f"{len(early)} record(s) are dated before their artifact was made, the first {early[0]}: the "
             "bytes are those that were measured, so either they were made again since, or a clock went back"
         )
-    return [*caveats, *_test_documents(evidence), *describe_accepted(evidence.folder)]
+    return [
+        *caveats,
+        *_mixed_machines(evidence),
+        *_test_documents(evidence),
+        *describe_accepted(evidence.folder),
+    ]
 
 
 def _other_budget(evidence: Evidence, budget: Budget) -> list[str]:
@@ -51,6 +56,30 @@ def _shared_teacher(evidence: Evidence) -> list[str]:
         f"{len(seeds)} seeds share {len(teachers)} teachers {treated}: how much teachers differ is seen "
         f"{len(teachers)} times only, and the bounds of its gain may be too narrow"
     ]
+
+
+def _mixed_machines(evidence: Evidence) -> list[str]:
+    """Costs in one table that were not measured on one machine with one set of libraries."""
+    caveats = []
+    for target in sorted({target for target, _ in evidence.costs}):
+        sources = [
+            record.provenance
+            for records in (evidence.costs, evidence.loads)
+            for (name, _), group in records.items()
+            if name == target
+            for record in group
+        ]
+        facts = [
+            {**source.machine.model_dump(exclude={"host", "system"}), **source.versions} for source in sources
+        ]
+        for name in sorted({key for one in facts for key in one}):
+            values = sorted({str(one.get(name, "unknown")) for one in facts})
+            if len(values) > 1:
+                caveats.append(
+                    f"costs on {target} were measured with different {name} ({', '.join(values)}): their "
+                    f"rows are not comparable; measure all again with python -m eval.cost --target {target}"
+                )
+    return caveats
 
 
 def _test_documents(evidence: Evidence) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.core.artifacts import digest, file_sha256
+from eval.core.artifacts import MANIFEST, digest, file_sha256
 from eval.core.budget import Budget
 from eval.core.checks import (
     CONTROL,
@@ -17,6 +17,7 @@ from eval.core.checks import (
     STUDENT,
     TEACHERS,
     Artifacts,
+    artifact_folder,
     check_aligned,
     check_budget,
     check_device,
@@ -167,8 +168,19 @@ class ScoreTables:
                 raise UserError(
                     f"scores of {model[0]}, recipe {model[1]!r}",
                     f"seeds {missing} are missing, the study has {self.seeds}",
-                    f"run python -m eval.score --study {self.artifacts.folder}",
+                    f"run {self._next_command(*model, missing[0])}",
                 )
+
+    def _next_command(self, arm: str, recipe: str, seed: int) -> str:
+        """The first command that a missing score waits for."""
+        run = self.artifacts.folder
+        place = artifact_folder(run, arm, seed, recipe)
+        if place is not None and (place / MANIFEST).is_file():
+            return f"python -m eval.score --study {run}"
+        student = artifact_folder(run, arm, seed, PLAIN)
+        if recipe != PLAIN and student is not None and (student / MANIFEST).is_file():
+            return f"python -m compress.run --study {run}"
+        return f"python distill/train.py --config {run}"
 
     @property
     def documents(self) -> Documents:

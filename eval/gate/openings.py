@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from eval.core.artifacts import write_text
-from eval.core.errors import UserError
+from eval.core.errors import UserError, expected_text
 from eval.core.gate_file import Look, OnTestSet, Opening
 from eval.core.records import PLAIN
 
@@ -43,7 +43,7 @@ def read_openings(run: Path) -> list[Opening]:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "top level"
             raise UserError(
-                f"opening {path}: {place}", first["msg"], "put the file back as it was"
+                f"opening {path}: {place}", expected_text(first), "put the file back as it was"
             ) from error
     scored = {
         path.parent.name

@@ -98,7 +98,7 @@ def parse_variants(run: Path, words: list[str]) -> dict[str, str]:
         signed = signed or [name for name in known if (run / FOLDER / f"{recipe}-{name}.json").is_file()]
         if not signed:
             fix = f"run python -m eval.signoff --study {run} --variant {recipe} --by NAME --key FILE"
-            raise UserError(f"release of {recipe!r}", "nobody signed it", fix)
+            raise UserError(f"release of {recipe!r}", "no sign-off in the run", fix)
         for name in signed:
             if name in recipes:
                 raise UserError("--variant", f"two recipes for {name}", "name one recipe for a target")
@@ -117,10 +117,14 @@ def verify_signoffs(run: Path, words: list[str], trusted: "SSlibKey | None", tod
         path = run / FOLDER / f"{recipe}-{target}.json"
         if not path.is_file():
             fix = f"run python -m eval.signoff --study {run} --variant {recipe} --target {target} first"
-            raise UserError(f"release of {recipe} on {target}", "nobody signed it", fix)
+            raise UserError(f"release of {recipe} on {target}", f"no sign-off {path}", fix)
         statement, problem_texts = problems(path, run, trusted, today)
         if problem_texts or statement is None:
-            raise UserError(f"sign-off {path}", problem_texts[0], "fix that, or sign again")
+            raise UserError(
+                f"sign-off {path}",
+                problem_texts[0],
+                f"put back what was signed, or run python -m eval.signoff --variant {recipe} again",
+            )
         predicates[target] = statement.predicate
         if (predicates[target].recipe, predicates[target].target) != (recipe, target):
             problem_texts = [f"speaks of {predicates[target].recipe} on {predicates[target].target}"]
@@ -269,10 +273,18 @@ def rehearse(place: Path, targets: list[str]) -> None:
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["no output"])[-1]
         exit_text = f"its loader ended with {process.returncode} ({last})"
-        raise UserError("release", exit_text, "nothing was released; fix that")
+        raise UserError(
+            "release",
+            exit_text,
+            "nothing was released; load_release.py must load it: mend the artifact or its engine",
+        )
     for target, reason in zip(targets, json.loads(process.stdout.splitlines()[-1]), strict=True):
         if reason:
-            raise UserError(f"release for {target}", reason, "nothing was released; fix that")
+            raise UserError(
+                f"release for {target}",
+                reason,
+                "nothing was released; the loader must take the variant: mend its artifact",
+            )
 
 
 def build_release(sources: ReleaseEvidence, out: Path, owner: str, released: date) -> Contract:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
 from eval.core.config import Stored
-from eval.core.errors import UserError
+from eval.core.errors import UserError, expected_text
 from eval.core.gate_file import Estimate, KeptShare
 from eval.signoff.statement import Waiver
 from eval.stats.crossed import Verdict, cluster_bounds, linearise
@@ -124,7 +124,7 @@ def read_contract(folder: Path) -> Contract:
     try:
         return Contract.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        problem = expected_text(error.errors()[0]) if isinstance(error, ValidationError) else error
         raise UserError(f"contract {path}", str(problem), "make the release again") from error
 
 

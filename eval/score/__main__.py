@@ -10,12 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from eval.core.artifacts import read_manifest
+from eval.core.artifacts import MANIFEST, read_manifest
+from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
 from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import entry
 from eval.core.jobs import Job, lock_folder, run_jobs
-from eval.core.records import VALIDATION, read_scores, read_task_scores
-from eval.core.study import Study
+from eval.core.records import PLAIN, VALIDATION, read_scores, read_task_scores
+from eval.core.study import Study, recipe_names
 from eval.engines import subject_of
 from eval.score.samples import check_tasks
 from eval.score.scoring import corpus_bits_per_byte, model_folders, score_folder, unscored_folders
@@ -38,6 +39,27 @@ def score_run(study: Study) -> int:
     ]
     run_jobs("score", jobs, study.workers)
     return done
+
+
+def missing_lines(study: Study) -> list[str]:
+    """What of the study is not there yet to be scored, with the command that makes it."""
+    run, recipes = study.folder, recipe_names(study)
+    models = [(arm, PLAIN) for arm in (FALLBACK, *study.arms)]
+    models += [(arm, recipe) for recipe in recipes[1:] for arm in (STUDENT, CONTROL)]
+    missing: dict[str, list[str]] = {}
+    for arm, recipe in models:
+        for seed in study.seeds:
+            place = artifact_folder(run, arm, seed, recipe)
+            if place is not None and not (place / MANIFEST).is_file():
+                made_by = f"distill/train.py --config {run}"
+                made_by = made_by if recipe == PLAIN else f"-m compress.run --study {run}"
+                missing.setdefault(f"python {made_by}", []).append(str(place.relative_to(run)))
+    return [
+        f"not there yet: {places[0]} and {len(places) - 1} more; run {command}"
+        if len(places) > 1
+        else f"not there yet: {places[0]}; run {command}"
+        for command, places in missing.items()
+    ]
 
 
 def _label(folder: Path) -> str:
@@ -73,6 +95,8 @@ def main() -> None:
     if study.data.tasks:
         Console().print(score_table("mean task scores, higher is better", tasks))
     print(f"scored {done} models, {len(model_folders(study.folder, study)) - done} were scored before")
+    for line in missing_lines(study):
+        print(line)
     write_json(args.json, {"bits_per_byte": group_by_recipe(bits), "tasks": group_by_recipe(tasks)})
 
 

@@ -70,6 +70,8 @@ def main() -> None:
     print(
         f"compared {done} variants, {len(variant_folders(study.folder, study)) - done} were compared before"
     )
+    if done and (study.folder / "gate.json").is_file():
+        print(f"gate.json is older than these: run python -m eval.gate --study {study.folder} again")
     write_json(args.json, agreements)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eval.core.artifacts import file_sha256
-from eval.core.errors import UserError
+from eval.core.errors import UserError, expected_text
 from eval.signoff.keys import AGAIN, envelope, from_raw, signed_by, wrapped
 from eval.stats.crossed import Verdict
 
@@ -123,7 +123,7 @@ def read_statement(path: Path, trusted: "SSlibKey | None" = None) -> tuple[State
         statement = Statement.model_validate_json(outside.payload)
         named = from_raw(statement.predicate.public_key)
     except (ValidationError, ValueError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        reason = expected_text(error.errors()[0]) if isinstance(error, ValidationError) else error
         raise UserError(f"sign-off {path}", f"no statement of this kind ({reason})", AGAIN) from error
     if not signed_by(outside, named):
         raise UserError(f"sign-off {path}", "the signature does not fit the bytes: they were changed", AGAIN)

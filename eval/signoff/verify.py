@@ -12,7 +12,7 @@ from eval.core.artifacts import MANIFEST, verify_artifact
 from eval.core.budget import Budget, Target, load_budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
 from eval.core.config import find_config
-from eval.core.errors import UserError, require_one_of
+from eval.core.errors import UserError, expected_text, require_one_of
 from eval.core.gate_file import GateFile, Variant
 from eval.core.records import PLAIN
 from eval.core.study import Study, load_study
@@ -37,7 +37,7 @@ def read_gate(run: Path) -> GateFile:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise UserError(f"{path}: {place}", first["msg"], fix) from error
+        raise UserError(f"{path}: {place}", expected_text(first), fix) from error
 
 
 def first_difference(a: Any, b: Any, place: str = "") -> str | None:

@@ -25,7 +25,7 @@ from eval.core.artifacts import MANIFEST, file_sha256, hash_files, read_manifest
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
 from eval.core.commands import add_json, new_parser, write_json
 from eval.core.documents import Document, json_objects, tokens_per_batch
-from eval.core.errors import EXITS, UserError, entry, require_one_of
+from eval.core.errors import EXITS, UserError, entry, expected_text, require_one_of
 from eval.core.gate_file import STYLES
 from eval.core.records import PLAIN, VALIDATION, Documents, read_scores
 from eval.core.study import load_study
@@ -199,7 +199,9 @@ def reference_of(release: Path) -> Reference:
     try:
         return Reference.model_validate_json(path.read_text())
     except ValidationError as error:
-        raise UserError(f"reference {path}", error.errors()[0]["msg"], "make the release again") from error
+        raise UserError(
+            f"reference {path}", expected_text(error.errors()[0]), "make the release again"
+        ) from error
 
 
 def drift_values(bits: Bits, tokens: Array, unigram: list[float]) -> dict[str, Array]:

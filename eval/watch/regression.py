@@ -106,7 +106,7 @@ def diagnosis(findings: list[Finding]) -> str:
     else:
         low, high = fallback.change.low, fallback.change.high
         between = "one document shows nothing" if low is None else f"between {low:+.3f} and {high:+.3f}"
-        world = f"the fallback shows no change ({moved}; {between})"
+        world = f"the fallback does about as well as before ({moved}; {between})"
     if broken:
         regressed = f"the method's gain has regressed ({broken[0].name}: {broken[0].reason})"
         return f"{regressed}, and {world}" if fallback.rose else f"{regressed}, while {world}"

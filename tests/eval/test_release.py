@@ -253,7 +253,7 @@ def test_a_spoiled_fallback_is_raised_only_where_it_is_needed(copy, loader):
 
 def test_nothing_is_released_unsigned_unmeasured_or_twice(released_run, release, tmp_path):
     run = released_run
-    with pytest.raises(UserError, match="nobody signed it"):
+    with pytest.raises(UserError, match="no sign-off in the run"):
         verify_signoffs(run.path, ["half"], None, DAY)
     with pytest.raises(UserError, match="not the trusted"):
         verify_signoffs(run.path, ["small"], new_key(tmp_path / "other"), DAY)
