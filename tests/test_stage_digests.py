@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from eval.core.artifacts import VERSIONS
-from eval.core.syntax import normalize
+from eval.syntax import normalize
 from scripts import stage_digests
 from scripts.stage_digests import (
     ROOTS,

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eval.core.config import ROOT
 from eval.core.errors import UserError, expected_text, require_one_of
-from eval.core.syntax import normalize
+from eval.syntax import normalize
 
 MANIFEST = "manifest.json"
 

@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(here, tmp_path, mak
     ("change", "words"),
     [
         (lambda r: r["processes"].pop(), "processes is 1, the study asks 2"),
-        (lambda r: r["processes"].clear(), "cost.processes: List should have at least 1 item"),
+        (lambda r: r["processes"].clear(), "cost.processes: expected at least 1 of them"),
         (lambda r: [p["prefill_ms"].pop() for p in r["processes"]], "requests is 2, the study asks 3"),
         (lambda r: r["processes"][1]["prefill_ms"].pop(), "requests is 2, the study asks 3"),
         (lambda r: r["processes"][1]["decode_ms"].pop(), "number of decode steps is 8, the study asks 9"),

@@ -295,7 +295,7 @@ def changed(run: Path) -> str:
     [
         (lambda run: (run / "gate.json").unlink(), "missing"),
         (lambda run: (run / "gate.json").write_text("{"), "Invalid JSON"),
-        (lambda run: (run / "gate.json").write_text('{"schema_version": 99}'), "Input should be 3"),
+        (lambda run: (run / "gate.json").write_text('{"schema_version": 99}'), "expected 3"),
         (lambda run: (run / "records/score/int8/S1-s0.json").write_text("{}"), "score/int8/S1-s0.json was"),
         (lambda run: (run / "records/score/int8/S1-s0.json").unlink(), "is absent"),
         (lambda run: (run / "records/score/int8/S1-s7.json").write_text("{}"), "was absent"),
