@@ -3,36 +3,45 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from distill.method import make_method
-from distill.models.gguf import build_tokenizer, find_gguf, read_config, read_fields
-from distill.models.load import check_architecture
+from distill.models.gguf import find_gguf, read_config
+from distill.models.load import (
+    check_architecture,
+    check_same_tokenizer,
+    named_models,
+    named_tokenizer,
+)
+from distill.teachers.alignment import Vocabulary
 from eval.core.errors import UserError
-from eval.core.sections import Base
+from eval.core.sections import NamedModel
 from eval.core.study import Study
-from eval.engines import load_tokenizer
 
 
 def check_method(study: Study) -> None:
     """Makes the method and its control, and asks each for the bases of every seed.
 
     Raises:
-        UserError: the method or its options are unknown, or it refuses the bases of the study.
+        UserError: the method or its options are unknown, it refuses the bases of the study, or it does not go
+            with the model that it is to run in.
     """
-    method = make_method(study.method)
+    method, thing = make_method(study.method), f"method {study.method.name}"
     for one in (method, method.control()):
-        for seed in study.seeds:
-            one.bases(seed, study.seeds)
+        models = max(len(one.bases(seed, study.seeds)) for seed in study.seeds)
+        if one.model == "base" and study.teacher is None:
+            problem = "compares a teacher with the student's own base, and the study names none"
+            raise UserError(thing, problem, "set teacher.path to the larger model")
+        if one.model == "teacher" and study.teacher is not None and models > 1:
+            problem = "needs several models that differ, and teacher.path is one"
+            raise UserError(thing, problem, "leave teacher out, or choose another method")
 
 
 def check_models(study: Study) -> None:
@@ -40,40 +49,66 @@ def check_models(study: Study) -> None:
 
     Raises:
         UserError: an architecture cannot be built; rows or requests are longer than a model reads; a named
-            base has no tokenizer, or one without the chat template that the data needs; it cannot be saved.
+            base has no tokenizer, or one without the chat template that the data needs; it cannot be saved;
+            a teacher or a pretrained student does not go with the base or with the method.
     """
+    named = named_models(study)
     sources = [*study.data.documents, *(s for each in study.data.shifted.values() for s in each)]
     chats = any(source.messages_column for source in sources)
     if study.base.architecture is not None:
-        config = check_architecture(study.base.architecture, "base.architecture", study.base.vocab_size)
-        if chats:
-            fix = "name an instruction-tuned base, or give a prompt column in place of messages"
-            raise UserError(
-                "data: messages_column", "the tokenizer of base.architecture has no template", fix
-            )
+        tokenizer = _read_tokenizer(named["base.tokenizer"]) if "base.tokenizer" in named else None
+        size = study.base.vocab_size if tokenizer is None else len(tokenizer)
+        config = check_architecture(study.base.architecture, "base.architecture", size)
+        source = "the tokenizer of base.architecture"
     else:
-        config, tokenizer = _saved_base(study)
-        if chats and tokenizer.chat_template is None:
-            fix = "take an instruction-tuned base, or give a prompt column in place of messages"
-            raise UserError("data: messages_column", f"{study.base.path} has no chat template", fix)
-        if chats:
-            _render_chat(tokenizer, str(study.base.path))
+        config, tokenizer = _saved(study.base, "base.path")
+        source = str(study.base.path)
+    if chats and (tokenizer is None or tokenizer.chat_template is None):
+        fix = "take an instruction-tuned base, or give a prompt column in place of messages"
+        raise UserError("data: messages_column", f"{source} has no chat template", fix)
+    if chats and tokenizer is not None:
+        _render_chat(tokenizer, source)
     _check_lengths(study, config, "base")
+    for where in ("teacher.path", "student.path"):
+        if where in named:
+            _check_beside(study, named[where], where, tokenizer)
     if study.student.architecture is not None:
         vocabulary = config.get_text_config().vocab_size
         student = check_architecture(study.student.architecture, "student.architecture", vocabulary)
         _check_lengths(study, student, "student.architecture")
 
 
-def _saved_base(study: Study) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Config and tokenizer of a named base, saved once: transformers checks a generation config only then."""
-    path = str(study.base.path)
-    if study.base.is_gguf:
-        config, generation, tokenizer = _read_gguf(find_gguf(path))
+def _check_beside(
+    study: Study, named: NamedModel, where: str, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Does a teacher, or a pretrained student, go with the tokenizer of the base and with the data?"""
+    config, own = _saved(named, where)
+    if where == "teacher.path" and study.targets.alignment == "bytes":
+        for each, whose in ((own, where), (tokenizer, "base.path")):
+            if each is not None:  # one that is trained is of bytes
+                Vocabulary(each, whose)
+    elif tokenizer is None:
+        problem = f"none: it is trained, and {named.path} has one of its own"
+        fix = f"set base.tokenizer to {named.path}, or compare over bytes (targets.alignment: bytes)"
+        raise UserError("base.tokenizer", problem, fix)
     else:
-        config, generation, tokenizer = _read_configs(study.base)
-    fix = "correct its config files in a local copy, and give that folder as base.path"
-    with tempfile.TemporaryDirectory() as folder, _refused_by_libraries(f"{path} cannot be saved again", fix):
+        check_same_tokenizer(tokenizer, own, where)
+    _check_lengths(study, config, where, requests=where == "student.path")
+
+
+def _read_tokenizer(named: NamedModel) -> PreTrainedTokenizerBase:
+    fix = "give a hub name, a folder or a .gguf file that has a tokenizer"
+    with _refused_by_libraries(f"{named.path} cannot be read", fix, "base.tokenizer"):
+        return named_tokenizer(named, "base.tokenizer")
+
+
+def _saved(named: NamedModel, where: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Config and tokenizer of a model, saved once: transformers checks a generation config only then."""
+    path = str(named.path)
+    config, generation, tokenizer = _read_configs(named, where)
+    fix = f"correct its config files in a local copy, and give that folder as {where}"
+    refused = _refused_by_libraries(f"{path} cannot be saved again", fix, where)
+    with tempfile.TemporaryDirectory() as folder, refused:
         config.save_pretrained(folder)
         generation.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -88,7 +123,7 @@ def _render_chat(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 
 
 @contextmanager
-def _refused_by_libraries(problem: str, fix: str) -> Iterator[None]:
+def _refused_by_libraries(problem: str, fix: str, where: str = "base.path") -> Iterator[None]:
     """What transformers, Jinja or the hub throw at a broken base, in one line: they share no class."""
     try:
         yield
@@ -96,24 +131,24 @@ def _refused_by_libraries(problem: str, fix: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError("base.path", f"{problem} ({cause})", fix) from error
+        raise UserError(where, f"{problem} ({cause})", fix) from error
 
 
-def _read_gguf(file: Path) -> tuple[PreTrainedConfig, GenerationConfig, PreTrainedTokenizerBase]:
-    config = read_config(file)
-    return config, GenerationConfig.from_model_config(config), build_tokenizer(read_fields(file))
-
-
-def _read_configs(base: Base) -> tuple[PreTrainedConfig, GenerationConfig, PreTrainedTokenizerBase]:
-    """Configs and tokenizer of a base in a folder or on the hub."""
-    path, is_folder = str(base.path), Path(str(base.path)).is_dir()
-    settings: dict[str, Any] = {"revision": base.revision or "main", "trust_remote_code": False}
+def _read_configs(
+    named: NamedModel, where: str
+) -> tuple[PreTrainedConfig, GenerationConfig, PreTrainedTokenizerBase]:
+    """Configs and tokenizer of a named model."""
+    path = str(named.path)
+    settings: dict[str, Any] = {"revision": named.revision or "main", "trust_remote_code": False}
     fix = "give a hub name that has safetensors, a folder or a .gguf file"
-    with _refused_by_libraries(f"{path} cannot be read", fix):
-        config = AutoConfig.from_pretrained(path, **settings)
-        tokenizer = (
-            load_tokenizer(Path(path)) if is_folder else AutoTokenizer.from_pretrained(path, **settings)
-        )
+    with _refused_by_libraries(f"{path} cannot be read", fix, where):
+        if named.is_gguf:
+            config = read_config(find_gguf(path, where))
+        else:
+            config = AutoConfig.from_pretrained(path, **settings)
+        tokenizer = named_tokenizer(named, where)
+    if named.is_gguf:
+        return config, GenerationConfig.from_model_config(config), tokenizer
     try:
         generation = GenerationConfig.from_pretrained(path, revision=settings["revision"])
     except OSError:  # it has none: the model makes its own
@@ -121,12 +156,12 @@ def _read_configs(base: Base) -> tuple[PreTrainedConfig, GenerationConfig, PreTr
     return config, generation, tokenizer
 
 
-def _check_lengths(study: Study, config: PreTrainedConfig, model: str) -> None:
+def _check_lengths(study: Study, config: PreTrainedConfig, model: str, requests: bool = True) -> None:
+    """Refuses rows, and requests to a model that is measured, that are longer than it reads."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    lengths = {
-        "data.context": study.data.context,
-        "cost.prompt_tokens + cost.new_tokens": study.cost.prompt_tokens + study.cost.new_tokens,
-    }
+    lengths = {"data.context": study.data.context}
+    if requests:
+        lengths["cost.prompt_tokens + cost.new_tokens"] = study.cost.prompt_tokens + study.cost.new_tokens
     for name, length in lengths.items():
         if positions is not None and length > positions:
             problem = f"{length} tokens, more than max_position_embeddings of {model}: {positions}"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -82,6 +82,9 @@ class Method(ABC):
     """
 
     card: ClassVar[Card]
+    model: ClassVar[Literal["teacher", "base"]] = (
+        "teacher"  # what it runs in: the study's teacher, or the base
+    )
 
     class Settings(Frozen):
         """Accepted under `method.settings`."""
@@ -107,7 +110,7 @@ class Method(ABC):
 
     @abstractmethod
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        """The teacher's distribution of every token, in the student's vocabulary, inside `attached`."""
+        """The teacher's distribution of every token, in its own vocabulary, inside `attached`."""
 
     def write(
         self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
@@ -162,6 +165,12 @@ class Plain(Method):
         return plain_output(teacher, batch=batch)
 
 
+class PlainBase(Plain):
+    """The student's own base, where the study names another teacher: the control of a method that is size."""
+
+    model = "base"
+
+
 def plain_output(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> TeacherOutput:
     """The mean of the distributions of plain models, from one forward pass of each.
 
@@ -183,6 +192,9 @@ def plain_output(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> Teach
 def check_output(output: object, batch: Batch, vocabulary: int, name: str) -> TeacherOutput:
     """Returns the output after checks of type, shape and values, for every token of the batch.
 
+    Args:
+        vocabulary: ids of the tokenizer, which the output must have; rows beyond them are padding.
+
     Raises:
         UserError: the method returned something else: no output, another shape, NaN, or not normalised.
     """
@@ -196,18 +208,19 @@ def check_output(output: object, batch: Batch, vocabulary: int, name: str) -> Te
         return replace(output, log_probs=_check_log_probs(output.log_probs, batch, vocabulary, thing))
     for hidden, head in zip(output.hidden, output.heads, strict=True):
         shape, rows = (*batch.input_ids.shape, head.weight.shape[1]), head.weight.shape[0]
-        if tuple(hidden.shape) != shape or rows != vocabulary:
+        if tuple(hidden.shape) != shape or rows < vocabulary:
             problem = f"hidden states of shape {tuple(hidden.shape)} with a head of {rows} tokens"
             raise UserError(thing, problem, f"must be {shape} = [B, T, D] and {vocabulary} tokens")
         if not bool(torch.isfinite(hidden[batch.attention_mask.bool()]).all()):
             fix = f"look at rows {', '.join(batch.ids)}"
             raise UserError(thing, "hidden states with NaN or infinity", fix)
-    return output
+    fewest = min(head.weight.shape[0] for head in output.heads)
+    return replace(output, heads=[head.cut(fewest) for head in output.heads])  # some may be padded further
 
 
 def _check_log_probs(log_probs: Tensor, batch: Batch, vocabulary: int, thing: str) -> Tensor:
     shape = (*batch.input_ids.shape, vocabulary)
-    if tuple(log_probs.shape) != shape:
+    if log_probs.shape[:-1] != shape[:-1] or log_probs.shape[-1] < vocabulary:
         raise UserError(thing, f"log_probs of shape {tuple(log_probs.shape)}", f"must be {shape} = [B, T, V]")
     if not log_probs.dtype.is_floating_point:
         raise UserError(thing, f"log_probs of type {log_probs.dtype}", "return float32 log-probabilities")

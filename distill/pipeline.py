@@ -25,11 +25,22 @@ from distill.models.load import (
     base_origin,
     check_vocabulary,
     fresh_model,
+    model_origin,
     named_model,
+    named_models,
+    named_tokenizer,
+    study_origins,
     train_tokenizer,
 )
 from distill.models.lora import TrainableModel, add_adapters, check_device
-from distill.teachers.run import TEACHERS, find_teacher_hash, teacher_groups, teacher_name
+from distill.teachers.run import (
+    TEACHER,
+    TEACHERS,
+    find_teacher_hash,
+    teacher_folder,
+    teacher_groups,
+    teacher_name,
+)
 from distill.teachers.target_source import (
     STORED_SOURCES,
     check_target_source,
@@ -59,9 +70,11 @@ from eval.engines.torch import load_model
 
 
 def make_tokenizer(study: Study) -> None:
-    """Trains the byte-level BPE of a study whose base is trained from scratch."""
+    """The tokenizer of a base that is trained from scratch: a trained byte-level BPE, or a named one."""
     folder, data = study.folder / "tokenizer", read_manifest(study.folder / "data")
-    key = make_key("tokenizer", [study.base.vocab_size, data.hash])
+    named = named_models(study).get("base.tokenizer")
+    origin = named and model_origin(named, study.folder / BASE_FILES, "base.tokenizer")
+    key = make_key("tokenizer", [origin or study.base.vocab_size, data.hash])
     if study.base.architecture is None or is_done(folder, key, study.accept_old):
         return
     facts: dict[str, Any] = {}
@@ -69,7 +82,10 @@ def make_tokenizer(study: Study) -> None:
         folder, kind="tokenizer", name="tokenizer", key=key, parents={"data": data.hash}, facts=facts
     ) as temporary:
         documents = read_documents(study.folder / "data", TRAIN)
-        tokenizer = train_tokenizer([document.text for document in documents], study.base.vocab_size)
+        if named is None:
+            tokenizer = train_tokenizer([document.text for document in documents], study.base.vocab_size)
+        else:
+            tokenizer = named_tokenizer(named, "base.tokenizer")
         tokenizer.save_pretrained(str(temporary))
         facts["ids_sha256"] = digest(token_ids(tokenizer, documents))  # compared by the jobs of bases
 
@@ -83,7 +99,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> None:
     check_models(study)
     if acc.is_main_process:
         save_study(study)
-        base_origin(study.base, study.folder / BASE_FILES)  # read once, before workers ask
+        study_origins(study)  # read once, before workers ask
         prepare(study)
         make_tokenizer(study)
     acc.wait_for_everyone()
@@ -133,6 +149,23 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
     delete_scratch(study, name)
 
 
+def make_named_teacher(study: Study, report: Progress) -> None:
+    """The pretrained model that a study names as its teacher, as a plain folder of the run."""
+    named = study.teacher
+    assert named is not None
+    origin = model_origin(named, study.folder / BASE_FILES, "teacher.path")
+    key = make_key("base", [TEACHER, origin])
+    if not is_missing(study, TEACHER, key):
+        return
+    model, tokenizer = named_model(named, origin.get("commit"), "teacher.path")
+    check_vocabulary(model, tokenizer, "teacher.path")
+    facts: dict[str, Any] = {"arm": "T", "recipe": "plain", "engine": "torch", "origin": origin}
+    parents: dict[str, str] = {}
+    with build_shared(study, TEACHER, kind="model", key=key, parents=parents, facts=facts) as folder:
+        documents = read_documents(study.folder / "data", TRAIN)
+        export(model, tokenizer, folder, model_card(study, "T", 0, parents), documents)
+
+
 def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
     """Distils one student from its own base and exports it."""
     name, base = f"students/{arm}/s{seed}", study.folder / "base" / f"s{seed}"
@@ -140,7 +173,10 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
     if (teacher_hash := find_teacher_hash(study, arm, seed)) is not None:
         parents["teacher"] = teacher_hash
     config = study.ce_train if arm == "CE" and study.ce_train else study.train
-    settings = [config.model_dump(exclude=MONITORING_ONLY), study.student.model_dump()]
+    own = study.student.model_dump(exclude={"path", "revision"})
+    start = named_models(study).get("student.path")
+    origin = model_origin(start, study.folder / BASE_FILES, "student.path") if start else {}
+    settings = [config.model_dump(exclude=MONITORING_ONLY), own, *([origin] if origin else [])]
     targets, code = target_source_inputs(study, arm, seed)
     if study.student.tuning == "qlora":
         code |= installed_versions(["bitsandbytes"])
@@ -156,7 +192,8 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
         build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as folder,
         open_target_source(study, arm, seed, tokenizer) as source,
     ):
-        student, start_facts = start_student(study, base, tokenizer, seed, config)
+        commit = origin.get("commit")
+        student, start_facts = start_student(study, base, tokenizer, seed, config, commit)
         facts |= start_facts
         facts["loss_curve"] = run_training(
             study,
@@ -180,11 +217,20 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
 
 
 def start_student(
-    study: Study, base: Path, tokenizer: PreTrainedTokenizerBase, seed: int, config: Train
+    study: Study,
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    config: Train,
+    commit: str | None = None,
 ) -> tuple[TrainableModel, dict[str, Any]]:
-    """A student before its first step, the same in all arms of a seed, and facts for its manifest."""
+    """A student before its first step, the same in all arms of a seed, and facts for its manifest.
+
+    Args:
+        commit: of a pretrained student on the hub.
+    """
     rows = training_rows(study, tokenizer) if study.student.start == "influential" else []
-    model, facts = init_student(load_model(base), tokenizer, study.student, rows, seed)
+    model, facts = init_student(load_model(base), tokenizer, study.student, rows, seed, commit)
     check_vocabulary(model, tokenizer, "the student")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     return add_adapters(model, study.student, seed, device=accelerator().device, dtype=dtype), facts
@@ -205,13 +251,17 @@ def _teacher_job_name(side: str, seeds: list[int]) -> str:
 
 
 def teacher_jobs(study: Study) -> list[Job]:
-    """One job per distinct teacher, after its bases."""
-    return [
+    """One job per distinct teacher, after its bases and the pretrained model that the study names."""
+    named = [Job(TEACHER, make_named_teacher, (study,), weight=1)] if study.teacher else []
+    return named + [
         Job(
             _teacher_job_name(side, seeds),
             make_teacher,
             (study, side, seeds, bases),
-            tuple(f"base s{s}" for s in sorted({*bases, *seeds})),
+            (
+                *(f"base s{s}" for s in sorted({*bases, *seeds})),
+                *([TEACHER] if teacher_folder(study, side, seeds[0]).name == TEACHER else []),
+            ),
             weight=5 * len(bases),
         )
         for side, groups in teacher_groups(study).items()

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 from compress.recipe import load_recipes
 from distill.data.sources import data_key
 from distill.method import make_method
-from distill.models.load import BASE_FILES, base_origin
+from distill.models.load import BASE_FILES, study_origins
 from eval.core.artifacts import digest, file_sha256, library_versions, write_text
 from eval.core.budget import load_budget
 from eval.core.checks import check_plan
@@ -52,7 +52,7 @@ def state(study: Study) -> str:
             load_budget(study).model_dump(mode="json"),
             recipes,
             data_key(study).digest,
-            base_origin(study.base, study.folder / BASE_FILES),
+            study_origins(study),
             plugins,
             {name: task_digest_or_none(task) for name, task in study.data.tasks.items()},
             library_versions(),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.losses.divergences import check_target, distillation_loss
-from distill.losses.teacher_output import Dense, Sampled, States, Target, TopK, cut_vocabulary
+from distill.losses.teacher_output import Dense, Sampled, States, Target, TopK, match_vocabulary
 from distill.models.lm_head import Head, is_half_precision
 from eval.core.sections import Loss
 
@@ -33,7 +33,8 @@ def chunked_loss(hidden: Tensor, head: Head, labels: Tensor, target: Target | No
         UserError: the divergence cannot be computed from this form of targets.
     """
     check_target(target, config)
-    target = None if target is None else cut_vocabulary(target, head.weight.shape[0])
+    if target is not None:
+        target = match_vocabulary(target, head.weight.shape[0], config.divergence)
     return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, labels, target, config)
 
 

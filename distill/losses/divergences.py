@@ -65,6 +65,20 @@ def total_variation(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher.exp() - student.exp()).abs().sum() / 2
 
 
+def sorted_distance(teacher: Tensor, student: Tensor) -> Tensor:
+    """Sum over tokens of sum_i |p_(i) - q_(i)|, the probabilities of each sorted; vocabularies may differ.
+
+    Universal logit distillation (ULD; Boizard et al. 2024, arXiv:2402.12030, eq. 5): the Wasserstein distance
+    where all tokens are equally far from each other. The shorter one is continued with zeros.
+    """
+    width = max(teacher.shape[1], student.shape[1])
+    descending = [
+        F.pad(each.exp().sort(-1, descending=True).values, (0, width - each.shape[1]))
+        for each in (teacher, student)
+    ]
+    return (descending[0] - descending[1]).abs().sum()
+
+
 # p: the teacher's log-probabilities, q: the student's
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Loss], Tensor]] = {
     "forward_kl": lambda p, q, loss: forward_kl(p, q),
@@ -73,6 +87,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Loss], Tensor]] = {
     "skew_forward_kl": lambda p, q, loss: skew_forward_kl(p, q, loss.alpha),
     "skew_reverse_kl": lambda p, q, loss: skew_reverse_kl(p, q, loss.alpha),
     "total_variation": lambda p, q, loss: total_variation(p, q),
+    "uld": lambda p, q, loss: sorted_distance(p, q),
 }
 
 

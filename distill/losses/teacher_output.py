@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distill.models.lm_head import Head
@@ -20,18 +21,20 @@ class Dense:
     """log_probs: [N, V] at T = 1, in any float dtype, normalised over V in float32.
 
     layers: [N, D] of each teacher layer in `loss.hidden.pairs`, in that order.
+    padding: ids after those of the teacher, to which it gives no probability.
     """
 
     log_probs: Tensor
     layers: tuple[Tensor, ...] = ()
+    padding: int = 0
 
     @property
     def vocabulary(self) -> int:
-        return self.log_probs.shape[1]
+        return self.log_probs.shape[1] + self.padding
 
     def logits(self, start: int, stop: int) -> Tensor:
         """[n, V] float32 log-probabilities of the tokens start to stop, up to a constant of each token."""
-        return self.log_probs[start:stop].float()
+        return _pad(self.log_probs[start:stop].float(), self.padding)
 
     def log_softmax(self, start: int, stop: int) -> Tensor:
         """[n, V] float32 log-probabilities of the tokens start to stop."""
@@ -43,21 +46,22 @@ class States:
     """The mean of the distributions that one or several heads make of their hidden states.
 
     hidden: K tensors [N, D_k]; heads: K heads over one vocabulary V. No [N, V] tensor is ever made.
-    layers: see Dense.
+    layers, padding: see Dense.
     """
 
     hidden: list[Tensor]
     heads: list[Head]
     layers: tuple[Tensor, ...] = ()
+    padding: int = 0
 
     @property
     def vocabulary(self) -> int:
-        return self.heads[0].weight.shape[0]
+        return self.heads[0].weight.shape[0] + self.padding
 
     def logits(self, start: int, stop: int) -> Tensor:
         """[n, V] float32 log-probabilities of the tokens start to stop, up to a constant of each token."""
         if len(self.heads) == 1:
-            return self.heads[0](self.hidden[0][start:stop])
+            return _pad(self.heads[0](self.hidden[0][start:stop]), self.padding)
         return self.log_softmax(start, stop)
 
     def log_softmax(self, start: int, stop: int) -> Tensor:
@@ -68,7 +72,7 @@ class States:
         for hidden, head in zip(self.hidden, self.heads, strict=True):
             log_probs = torch.log_softmax(head(hidden[start:stop]), dim=-1)
             total = torch.logaddexp(total, log_probs) if len(total) else log_probs
-        return total - math.log(len(self.heads))
+        return _pad(total - math.log(len(self.heads)), self.padding)
 
 
 @dataclass(frozen=True)
@@ -106,18 +110,43 @@ class TopK:
         return TopK(self.ids[start:stop], self.log_probs[start:stop])
 
 
+@dataclass(frozen=True)
+class Aligned:
+    """What a teacher with another tokenizer says of its own M valid tokens, and how they fit the student's N.
+
+    A piece is a stretch of text with an end of a token before and after it in both tokenizations.
+    """
+
+    target: Dense | States
+    labels: Tensor  # [M] the teacher's tokens
+    own: Tensor  # [N] int64, the piece of each of the student's tokens; ascending, -1: of none
+    its: Tensor  # [M] the same of the teacher's
+    pieces: int
+    shared_own: Tensor  # [K] ids of the student's tokens that the teacher has too
+    shared_its: Tensor  # [K] their ids in the teacher
+    tokens: int  # ids of the teacher's tokenizer; further rows are padding
+
+
 Target = Dense | States | Sampled | TopK
-Teacher = Callable[[Batch], Target]
+Teacher = Callable[[Batch], Target | Aligned]
+NEVER = -1e4  # logit of an id that has no probability: its exponential is 0, and no product with it is NaN
 
 
-def cut_vocabulary(target: Target, vocabulary: int) -> Target:
-    """The target over the first `vocabulary` ids; the loss normalises it again.
+def _pad(logits: Tensor, padding: int) -> Tensor:
+    """[n, V + padding] logits that give the ids after V no probability."""
+    return F.pad(logits, (0, padding), value=NEVER) if padding else logits
 
-    Heads are often padded beyond the ids of the tokenizer, a teacher's more than a student's: only padding is
-    cut off.
+
+def match_vocabulary(target: Target, vocabulary: int, divergence: str = "forward_kl") -> Target:
+    """The target over the `vocabulary` ids of a student with the teacher's tokenizer.
+
+    Heads are often padded beyond the ids of the tokenizer, a teacher's more than a student's or less. Padding
+    of the teacher is cut off, and the loss normalises the rest again; to padding that only the student has,
+    the teacher gives no probability.
 
     Raises:
-        UserError: the target has fewer ids than the student, or contains an id that the student lacks.
+        UserError: the target contains an id that the student lacks; or the divergence is infinite where the
+            teacher gives no probability.
     """
     if isinstance(target, Sampled | TopK):
         largest = int(target.ids.max()) if target.ids.numel() else 0
@@ -125,11 +154,13 @@ def cut_vocabulary(target: Target, vocabulary: int) -> Target:
             problem = f"the targets contain id {largest}, but the student has {vocabulary} tokens"
             raise UserError("vocabulary", problem, "set targets.source: online, or targets.form: dense")
         return target
-    if target.vocabulary < vocabulary:
-        problem = f"the teacher has {target.vocabulary} tokens, the student {vocabulary}"
-        raise UserError("vocabulary", problem, "give the student no more tokens than its teacher")
-    if target.vocabulary == vocabulary:
-        return target
+    rows = target.vocabulary - target.padding
+    if rows < vocabulary and divergence == "reverse_kl":
+        problem = f"reverse_kl is infinite: the student has {vocabulary} rows, its teacher {rows}"
+        raise UserError("train.loss.divergence", problem, "use skew_reverse_kl")
+    padding = max(0, vocabulary - rows)
+    if rows <= vocabulary:
+        return replace(target, padding=padding)
     if isinstance(target, Dense):
-        return replace(target, log_probs=target.log_probs[:, :vocabulary])
-    return replace(target, heads=[head.cut(vocabulary) for head in target.heads])
+        return replace(target, log_probs=target.log_probs[:, :vocabulary], padding=0)
+    return replace(target, heads=[head.cut(vocabulary) for head in target.heads], padding=0)

@@ -2,10 +2,12 @@
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from eval.core.sections import NamedModel
 from eval.core.study import Study
 
 ROLES = {
     "B": "the plain base: what could be shipped instead",
+    "T": "the pretrained model that teaches in place of the base",
     "S1": "the student of the teacher that carries the method",
     "S0": "the control student, of the teacher without the method",
     "CE": "trained on the text alone, for as many steps as the students",
@@ -14,8 +16,13 @@ ROLES = {
 
 def front_matter(study: Study, arm: str, seed: int, parents: dict[str, str]) -> ModelCardData:
     """Metadata for programs: the base, the method, and the hashes of all that the model was made from."""
+    named: NamedModel = study.base
+    if arm == "T" and study.teacher is not None:
+        named = study.teacher
+    elif arm not in ("B", "T") and study.student.path is not None:
+        named = NamedModel(path=study.student.path)
     return ModelCardData(
-        base_model=study.base.path if study.base.is_on_hub else None,  # a file has no hub name
+        base_model=named.path if named.is_on_hub else None,  # a file has no hub name
         library_name="transformers",
         pipeline_tag="text-generation",
         lineage={
@@ -24,7 +31,11 @@ def front_matter(study: Study, arm: str, seed: int, parents: dict[str, str]) -> 
             "arm": arm,
             "seed": seed,
             **({"method": study.method.name} if arm == "S1" else {}),
-            **({"tuning": study.student.tuning, "start": study.student.start} if arm != "B" else {}),
+            **(
+                {"tuning": study.student.tuning, "start": study.student.start}
+                if arm not in ("B", "T")
+                else {}
+            ),
             "parents_sha256": parents,
         },
     )

@@ -28,19 +28,22 @@ CONTROL = 3  # token types of a GGUF file: 1 is normal, 3 is control
 DIGITS_APART = {"smollm": True, "gpt-2": False}  # `tokenizer.ggml.pre` -> are digits split one by one?
 
 
-def find_gguf(path: str) -> Path:
-    """The GGUF file that `base.path` names: a file, or the one in a package.
+def find_gguf(path: str, where: str = "base.path") -> Path:
+    """The GGUF file that a path in a study names: a file, or the one in a package.
+
+    Args:
+        where: its key in the study, for errors.
 
     Raises:
         UserError: the package cannot be had or brings no single GGUF file, or the file is not there.
     """
     if not path.startswith(PACKAGES):
         if not Path(path).is_file():
-            raise UserError("base.path", f"no file {path}", "give the path of a GGUF file")
+            raise UserError(where, f"no file {path}", "give the path of a GGUF file")
         return Path(path)
-    files = sorted(package_folder(path, "base.path").rglob("*.gguf"))
+    files = sorted(package_folder(path, where).rglob("*.gguf"))
     if len(files) != 1:
-        raise UserError("base.path", f"{path} has {len(files)} GGUF files", "give the path of one")
+        raise UserError(where, f"{path} has {len(files)} GGUF files", "give the path of one")
     return files[0]
 
 

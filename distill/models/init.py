@@ -1,34 +1,46 @@
-"""Student initialisation: the base, some of its layers, or random weights with its vocabulary."""
+"""Student initialisation: the base, some of its layers, another model, or random weights."""
 
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.models.layers import decoder_layers, evenly_spaced, keep_layers, most_influential
-from distill.models.load import fresh_model
+from distill.models.load import check_same_tokenizer, fresh_model, named_model
 from eval.core.documents import Row, batches, pad_id, tokens_per_batch
 from eval.core.errors import UserError
-from eval.core.sections import Student
+from eval.core.sections import NamedModel, Student
 
 ROWS = 64  # training rows on which the influence of layers is measured
 
 
 def init_student(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Student, rows: list[Row], seed: int
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Student,
+    rows: list[Row],
+    seed: int,
+    commit: str | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The student before its first step, and facts for its manifest.
 
-    Base, rows and seed decide it: all arms of a seed start from the same weights.
+    Base or named model, rows and seed decide it: all arms of a seed start from the same weights.
 
     Args:
         base: changed in place where the student keeps its layers.
         rows: training rows for the influence of layers; needed for `start: influential` only.
+        commit: of a pretrained student on the hub.
 
     Raises:
-        UserError: more layers are requested than the base has, or the family cannot drop any.
+        UserError: more layers are requested than the base has, or the family cannot drop any; a pretrained
+            student has another tokenizer.
     """
     if config.start == "base":
         return base, {}
+    if config.path is not None:
+        named = NamedModel(path=config.path, revision=config.revision)
+        student, own_tokenizer = named_model(named, commit, "student.path")
+        check_same_tokenizer(tokenizer, own_tokenizer, "student.path")
+        return student, {}
     if config.architecture is not None:
         vocabulary = base.config.get_text_config().vocab_size  # padding included, as in the teacher
         where = "student.architecture"

@@ -22,14 +22,16 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from distill.models.gguf import find_gguf, load_gguf
+from distill.models.gguf import build_tokenizer, find_gguf, load_gguf, read_fields
 from eval.core.artifacts import digest, file_sha256, installed_versions, write_text
 from eval.core.errors import UserError, require_one_of
-from eval.core.sections import Base
+from eval.core.sections import Base, NamedModel
+from eval.core.study import Study
+from eval.engines import load_tokenizer
 from eval.engines.torch import load_checkpoint
 
 BOS = "<|endoftext|>"
-BASE_FILES = "base-files.json"  # of the run folder: the hashes of a local base
+BASE_FILES = "base-files.json"  # of the run folder: the hashes of local models
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "torch_dtype")  # read, though no field of a config any more
 
 
@@ -125,48 +127,98 @@ def _refused_by_transformers(where: str, kind: str) -> Iterator[None]:
         ) from error
 
 
-def named_model(base: Base, commit: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base that a study names, on the hub, a folder or a GGUF file: no pickle is read, no code is run."""
-    assert base.path is not None
-    if base.is_gguf:
-        return load_gguf(find_gguf(base.path))
-    if Path(base.path).is_dir():
-        return load_checkpoint(Path(base.path))
-    settings = {"revision": commit or base.revision or "main", "trust_remote_code": False}
+def named_model(
+    named: NamedModel, commit: str | None = None, where: str = "base.path"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that a study names, on the hub, a folder or a GGUF file: no pickle is read, no code is run.
+
+    Args:
+        commit: the one that its revision on the hub stands for.
+        where: key of its path in the study, for errors.
+    """
+    assert named.path is not None
+    if named.is_gguf:
+        return load_gguf(find_gguf(named.path, where))
+    if Path(named.path).is_dir():
+        return load_checkpoint(Path(named.path))
+    settings = {"revision": commit or named.revision or "main", "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(named.path, **settings)
         model = AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=torch.float32, use_safetensors=True, **settings
+            named.path, dtype=torch.float32, use_safetensors=True, **settings
         )
     except (OSError, ValueError, ImportError) as error:
         fix = "give a hub name that has safetensors, or a folder"
-        raise UserError("base.path", f"{base.path} ({' '.join(str(error).split())[:200]})", fix) from error
+        raise UserError(where, f"{named.path} ({' '.join(str(error).split())[:200]})", fix) from error
     return model.eval(), tokenizer
 
 
+def named_tokenizer(named: NamedModel, where: str = "base.path") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that a study names; see `named_model`."""
+    assert named.path is not None
+    if named.is_gguf:
+        return build_tokenizer(read_fields(find_gguf(named.path, where)))
+    if Path(named.path).is_dir():
+        return load_tokenizer(Path(named.path))
+    revision = named.revision or "main"
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        named.path, revision=revision, trust_remote_code=False
+    )
+    return tokenizer
+
+
 def base_origin(base: Base, memory: Path) -> dict[str, Any]:
-    """What a base is, wherever it lies: its architecture, the content of its files or its commit on the hub.
+    """What a base is, wherever it lies: its architecture, or the origin of the model that it names.
+
+    Args:
+        memory: see `model_origin`.
+    """
+    if base.path is not None:
+        return model_origin(base, memory)
+    return {"architecture": base.architecture, "vocab_size": base.vocab_size}
+
+
+def model_origin(named: NamedModel, memory: Path, where: str = "base.path") -> dict[str, Any]:
+    """What a named model is, wherever it lies: the content of its files or its commit on the hub.
 
     Args:
         memory: a file that remembers the hashes of local files by size and time, so that each is read once.
+        where: key of its path in the study, for errors.
 
     Raises:
         UserError: the hub does not know it, or cannot be reached and nothing of it lies in the local cache.
     """
-    if base.path is None:
-        return {"architecture": base.architecture, "vocab_size": base.vocab_size}
-    if base.is_gguf:
-        return {
-            "gguf": local_hashes(find_gguf(base.path), memory).popitem()[1],
-            **installed_versions(["gguf"]),
-        }
-    if Path(base.path).is_dir():
-        return {"files": digest(local_hashes(Path(base.path), memory))}
-    return {"hub": base.path, "commit": hub_commit(base.path, base.revision or "main")}
+    assert named.path is not None
+    if named.is_gguf:
+        hashes = local_hashes(find_gguf(named.path, where), memory)
+        return {"gguf": hashes.popitem()[1], **installed_versions(["gguf"])}
+    if Path(named.path).is_dir():
+        return {"files": digest(local_hashes(Path(named.path), memory))}
+    return {"hub": named.path, "commit": hub_commit(named.path, named.revision or "main", where)}
+
+
+def named_models(study: Study) -> dict[str, NamedModel]:
+    """Key of its path in the study -> each model that is named beside the base, or gives it its tokenizer."""
+    base, student = study.base, study.student
+    named: dict[str, NamedModel] = {}
+    if base.tokenizer is not None:
+        named["base.tokenizer"] = NamedModel(path=base.tokenizer, revision=base.revision)
+    if study.teacher is not None:
+        named["teacher.path"] = study.teacher
+    if student.path is not None:
+        named["student.path"] = NamedModel(path=student.path, revision=student.revision)
+    return named
+
+
+def study_origins(study: Study) -> dict[str, dict[str, Any]]:
+    """Key in the study -> origin of the base and of all models that are named beside it."""
+    memory = study.folder / BASE_FILES
+    beside = {where: model_origin(one, memory, where) for where, one in named_models(study).items()}
+    return {"base": base_origin(study.base, memory), **beside}
 
 
 def local_hashes(base: Path, memory: Path) -> dict[str, str]:
-    """Name -> SHA-256 of the files of a local base; no model is made of hidden files and of Markdown."""
+    """Name -> SHA-256 of the files of a local model; no model is made of hidden files and of Markdown."""
     known = json.loads(memory.read_text()) if memory.is_file() else {}
     hashes, seen = {}, {}
     folder, files = (base.parent, [base]) if base.is_file() else (base, sorted(base.rglob("*")))
@@ -179,12 +231,13 @@ def local_hashes(base: Path, memory: Path) -> dict[str, str]:
         if state != [stat.st_size, stat.st_mtime_ns]:
             content = file_sha256(path)
         hashes[name.as_posix()], seen[location] = content, [[stat.st_size, stat.st_mtime_ns], content]
-    if seen != known:
-        write_text(memory, json.dumps(seen, indent=1))
+    remembered = {place: entry for place, entry in known.items() if Path(place).is_file()} | seen
+    if remembered != known:
+        write_text(memory, json.dumps(remembered, indent=1))
     return hashes
 
 
-def hub_commit(path: str, revision: str) -> str:
+def hub_commit(path: str, revision: str, where: str = "base.path") -> str:
     """The commit that a revision on the hub stands for; offline that of the snapshot in the cache."""
     if re.fullmatch("[0-9a-f]{40}", revision):
         return revision
@@ -198,7 +251,7 @@ def hub_commit(path: str, revision: str) -> str:
         if not isinstance(snapshot, str):
             fix = "give a hub name that has safetensors, or a folder"
             cause = " ".join(str(error).split())[:200]
-            raise UserError("base.path", f"{path} ({cause})", fix) from error
+            raise UserError(where, f"{path} ({cause})", fix) from error
         commit = Path(snapshot).parent.name
     assert commit is not None
     return commit
@@ -223,4 +276,7 @@ def check_same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenize
     for token, _ in sorted({**left, **right}.items(), key=lambda item: item[1]):
         if left.get(token) != right.get(token):
             problem = f"token {token!r} is id {left.get(token)} in one and {right.get(token)} in the other"
-            raise UserError(f"tokenizer of {where}", problem, "use one tokenizer for teacher and student")
+            fix = "use one tokenizer for teacher and student"
+            if where == "teacher.path":
+                fix += ", or compare them over bytes (targets.alignment: bytes)"
+            raise UserError(f"tokenizer of {where}", problem, fix)

@@ -1,6 +1,7 @@
 """A teacher that runs on this machine, with its method attached."""
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.losses.teacher_output import Target
-from distill.method import Method, check_output
+from distill.losses.teacher_output import Aligned, Dense, States, Target, match_vocabulary
+from distill.method import Method, TeacherOutput, check_output
+from distill.models.generation import stop_ids
 from distill.models.lm_head import capture_layers
 from distill.models.quantized import load_quantized
+from distill.teachers.alignment import Alignment
 from distill.trainer.distributed import shard_teacher
 from eval.core.documents import Batch, Row
 from eval.core.errors import UserError
@@ -26,40 +29,67 @@ class LocalTeacher:
     method: Method
     name: str
     model: PreTrainedModel
-    vocabulary: int
+    vocabulary: int  # rows of the model's head
     layers: tuple[int, ...] = ()  # whose hidden states the student matches
+    tokens: int = 0  # ids of its tokenizer, which a method must answer for; 0: one for each row
+    alignment: Alignment | None = None  # to rows with the teacher's tokens, where the student's are others
+
+    def _output(self, batch: Batch) -> TeacherOutput:
+        tokens = self.tokens or self.vocabulary
+        return check_output(self.method.output(self.model, batch), batch, tokens, self.name)
+
+    def _select(self, output: TeacherOutput, mask: Tensor) -> Dense | States:
+        target = match_vocabulary(output.select(mask), self.vocabulary)
+        assert isinstance(target, Dense | States)
+        return target
 
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> Tensor:
-        """[B, T, V] log-probabilities, checked."""
+        """[B, T, V] log-probabilities of a batch of the teacher's own tokens, checked."""
         batch = batch.to(self.model.device)
-        output = check_output(self.method.output(self.model, batch), batch, self.vocabulary, self.name)
-        target = output.select(torch.ones_like(batch.input_ids, dtype=torch.bool))
+        target = self._select(self._output(batch), torch.ones_like(batch.input_ids, dtype=torch.bool))
         return target.log_softmax(0, batch.input_ids.numel()).view(*batch.input_ids.shape, -1)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Target:
-        """The target of the valid tokens of a batch, with hidden states where the loss matches some.
+    def __call__(self, batch: Batch) -> Target | Aligned:
+        """The target of the valid tokens of a student's batch, with hidden states if the loss matches some.
 
         Raises:
             UserError: hidden states are to be matched, and the teacher consists of several models.
         """
+        if self.alignment is not None:
+            translation = self.alignment.translate(batch)
+            batch = translation.batch.to(self.model.device)
+            target = self._select(self._output(batch), F.pad(batch.mask, (0, 1)))
+            return self.alignment.target(replace(translation, batch=batch), target)
         batch = batch.to(self.model.device)
         with capture_layers(self.model, self.layers) as captured:
-            output = check_output(self.method.output(self.model, batch), batch, self.vocabulary, self.name)
+            output = self._output(batch)
         if self.layers and len(output.heads) > 1:
             problem = f"needs a teacher of one model, this one has {len(output.heads)}"
             raise UserError("train.loss.hidden", problem, "use another method, or leave hidden out")
         mask = F.pad(batch.mask, (0, 1))
-        return replace(output.select(mask), layers=tuple(states[mask] for states in captured))
+        return replace(self._select(output, mask), layers=tuple(states[mask] for states in captured))
 
     @torch.no_grad()
     def write(self, prompts: list[Row], generation: Generation, seed: int) -> list[list[int]]:
-        """The ids that the teacher generates after each prompt, checked.
+        """The ids that the teacher generates after each prompt, checked; moved as text if tokenizers differ.
 
         Raises:
             UserError: the method returned too many or too few ids, or ids outside the vocabulary.
         """
+        if self.alignment is None:
+            return self._write(prompts, generation, seed)
+        texts: dict[str, list[int]] = {}
+        translated = sorted(map(self.alignment.prompt, prompts), key=lambda row: len(row.tokens))
+        for _, group in groupby(translated, key=lambda row: len(row.tokens)):
+            rows = list(group)
+            for row, tokens in zip(rows, self._write(rows, generation, seed), strict=True):
+                written = self.alignment.written(tokens, stop_ids(self.model))
+                texts[row.id] = written[: generation.new_tokens]
+        return [texts[row.id] for row in prompts]
+
+    def _write(self, prompts: list[Row], generation: Generation, seed: int) -> list[list[int]]:
         texts = self.method.write(self.model, prompts, generation, seed)
         fix = f"return for each prompt 1 to {generation.new_tokens} ids from `write`"
         if len(texts) != len(prompts):

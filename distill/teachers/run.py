@@ -6,11 +6,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.data.sources import training_rows
 from distill.method import Method, MethodContext, make_method
 from distill.models.load import check_same_tokenizer
+from distill.teachers.alignment import Alignment
 from distill.teachers.local import LocalTeacher, load_teacher_model
 from distill.trainer.artifact_training import (
     build_shared,
@@ -24,25 +25,59 @@ from distill.trainer.distributed import is_sharded
 from distill.trainer.loop import Curve, accelerator
 from eval.core.artifacts import Key, digest, make_key, read_manifest
 from eval.core.jobs import Progress
-from eval.core.sections import Train
+from eval.core.sections import Targets, Train
 from eval.core.study import Study
 from eval.engines import load_tokenizer
 
 TEACHERS = {"S1": "T1", "S0": "T0"}  # a student's teacher; CE has none
+TEACHER = "teacher"  # folder of the pretrained model that a study names, beside its bases
+FORMAT = {"dtype", "quantization"}  # settings of a teacher that runs
 
 
 def teacher_groups(study: Study) -> dict[str, dict[tuple[int, ...], list[int]]]:
     """For T1 and T0: the list of bases of a teacher -> the seeds that share it.
 
-    A teacher depends only on the bases that its method lists: seeds with the same list share one teacher.
+    A teacher depends only on the bases that its method lists: seeds with the same list share one teacher. All
+    seeds share that of a study which names one, where its method fits nothing.
     """
     method = make_method(study.method)
     groups: dict[str, dict[tuple[int, ...], list[int]]] = {}
     for side, kind in (("T1", method), ("T0", method.control())):
         groups[side] = {}
+        shared = _runs_in_teacher(study, kind) and type(kind).fit is Method.fit
         for seed in study.seeds:
-            groups[side].setdefault(tuple(kind.bases(seed, study.seeds)), []).append(seed)
+            first = study.seeds[0] if shared else seed
+            groups[side].setdefault(tuple(kind.bases(first, study.seeds)), []).append(seed)
     return groups
+
+
+def _runs_in_teacher(study: Study, method: Method) -> bool:
+    return study.teacher is not None and method.model == "teacher"
+
+
+def teacher_folder(study: Study, side: str, seed: int) -> Path:
+    """The plain model that a teacher runs in: the one that the study names, or the base of a seed."""
+    if _runs_in_teacher(study, study_method(study, side)):
+        return study.folder / TEACHER
+    return study.folder / "base" / f"s{seed}"
+
+
+def has_own_tokenizer(study: Study, side: str) -> bool:
+    """True if a teacher reads other tokens than the student."""
+    return study.targets.alignment == "bytes" and _runs_in_teacher(study, study_method(study, side))
+
+
+def teacher_tokenizer(study: Study, side: str, seed: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a teacher: that of its students, unless they are compared over bytes."""
+    own = has_own_tokenizer(study, side)
+    return load_tokenizer(study.folder / TEACHER if own else study.folder / "base" / f"s{seed}")
+
+
+def teacher_targets(study: Study, side: str) -> Targets:
+    """The targets with dtype and quantization of the model that teaches."""
+    if study.teacher is None or not _runs_in_teacher(study, study_method(study, side)):
+        return study.targets
+    return study.targets.model_copy(update=study.teacher.model_dump(include=FORMAT, exclude_none=True))
 
 
 def study_method(study: Study, side: str) -> Method:
@@ -57,11 +92,12 @@ def teacher_name(side: str, seeds: list[int]) -> str:
 def _method_context(
     study: Study, name: str, folder: Path, seed: int, bases: tuple[int, ...], report: Progress
 ) -> MethodContext:
-    tokenizer = load_tokenizer(study.folder / "base" / f"s{seed}")
-    folders = {s: study.folder / "base" / f"s{s}" for s in {seed, *bases}}
-    for other, base in folders.items():
-        check_same_tokenizer(tokenizer, load_tokenizer(base), f"base s{other}")
-    key = _fit_key(study, name[:2], seed, bases)
+    side = name[:2]
+    tokenizer = teacher_tokenizer(study, side, seed)
+    folders = {s: teacher_folder(study, side, s) for s in {seed, *bases}}
+    for model in {*folders.values()}:
+        check_same_tokenizer(tokenizer, load_tokenizer(model), model.relative_to(study.folder).as_posix())
+    key = _fit_key(study, side, seed, bases)
 
     def fit(model: PreTrainedModel, rows: list, config: Train, part: str) -> Curve:
         return run_training(
@@ -81,14 +117,18 @@ def _method_context(
     return MethodContext(folder, seed, list(study.seeds), folders, tokenizer, rows, fit)
 
 
-def _teacher_parents(study: Study, bases: tuple[int, ...]) -> dict[str, str]:
-    hashes = {f"base-s{s}": read_manifest(study.folder / "base" / f"s{s}").hash for s in bases}
+def _teacher_parents(study: Study, side: str, seeds: set[int]) -> dict[str, str]:
+    """Hashes of the models that a teacher is made of, and of the data."""
+    folders = {teacher_folder(study, side, s): f"base-s{s}" for s in sorted(seeds)}
+    if study.folder / TEACHER in folders:
+        folders = {study.folder / TEACHER: TEACHER}
+    hashes = {role: read_manifest(folder).hash for folder, role in folders.items()}
     return {**hashes, "data": read_manifest(study.folder / "data").hash}
 
 
 def _fit_key(study: Study, side: str, seed: int, bases: tuple[int, ...]) -> Key:
     """All that decides a teacher and what its method fits."""
-    method, parents = study_method(study, side), _teacher_parents(study, tuple(sorted({seed, *bases})))
+    method, parents = study_method(study, side), _teacher_parents(study, side, {seed, *bases})
     fitted_on = [] if type(method).fit is Method.fit else [rows_shape(study), seed]
     return make_key("method", [method.identity, parents, fitted_on], method.code)
 
@@ -97,7 +137,7 @@ def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...]
     """The artifact of a teacher: what its method fitted, or only a manifest where it fits nothing."""
     method = study_method(study, side)
     name = f"method/{teacher_name(side, seeds)}"
-    parents = _teacher_parents(study, tuple(sorted({seeds[0], *bases})))
+    parents = _teacher_parents(study, side, {seeds[0], *bases})
     key = _fit_key(study, side, seeds[0], bases)
     if is_missing(study, name, key):
         facts = {"arm": side, "seed": seeds[0], "method": study.method.name}
@@ -116,8 +156,9 @@ def run_teacher(
     """The teacher of a group with its method attached; with `sharded`, in shards if the student is."""
     method, acc = study_method(study, side), accelerator()
     sharded = sharded and is_sharded(acc)
-    load = partial(load_teacher_model, targets=study.targets, device=acc.device, sharded=sharded)
-    model = load(study.folder / "base" / f"s{seeds[0]}")
+    targets = teacher_targets(study, side)
+    load = partial(load_teacher_model, targets=targets, device=acc.device, sharded=sharded)
+    model = load(teacher_folder(study, side, seeds[0]))
     vocabulary = model.config.get_text_config().vocab_size
     folder = study.folder / "method" / teacher_name(side, seeds)
     context = _method_context(
@@ -127,13 +168,19 @@ def run_teacher(
     with method.attached(model, context):
         pairs = study.train.loss.hidden.pairs if study.train.loss.hidden else []
         layers = tuple(teacher_layer for _, teacher_layer in pairs)
-        yield LocalTeacher(method, study.method.name, model, vocabulary, layers)
+        tokens, alignment = 1 + max(context.tokenizer.get_vocab().values()), None
+        if has_own_tokenizer(study, side):
+            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            student_tokenizer = load_tokenizer(study.folder / "base" / f"s{seeds[0]}")
+            alignment = Alignment(student_tokenizer, context.tokenizer, limit)
+        yield LocalTeacher(method, study.method.name, model, vocabulary, layers, tokens, alignment)
 
 
 def teacher_hash(study: Study, side: str, seeds: list[int]) -> str:
     """Fingerprint of a teacher: what it was made from, by which code, what was fitted and how it is run."""
     manifest = read_manifest(study.folder / "method" / teacher_name(side, seeds))
-    how = [study.targets.dtype, study.targets.quantization]
+    targets = teacher_targets(study, side)
+    how = [targets.dtype, targets.quantization]
     return digest([manifest.inputs, manifest.code, manifest.hash, how])
 
 

@@ -1,11 +1,11 @@
 """Scores of a teacher: measured where it runs, because no checkpoint contains its method."""
 
 from distill.teachers.local import LocalTeacher
+from distill.teachers.run import teacher_tokenizer
 from eval.core.artifacts import read_manifest
 from eval.core.documents import tokens_per_batch
 from eval.core.records import Score, each_score, provenance, write_record
 from eval.core.study import Study
-from eval.engines import load_tokenizer
 from eval.score.scoring import score_documents, score_kinds
 
 
@@ -13,7 +13,7 @@ def score_teacher(
     study: Study, side: str, seeds: list[int], teacher: LocalTeacher, teacher_hash: str
 ) -> None:
     """Writes one score record for each seed that shares this teacher."""
-    data, tokenizer = study.folder / "data", load_tokenizer(study.folder / "base" / f"s{seeds[0]}")
+    data, tokenizer = study.folder / "data", teacher_tokenizer(study, side, seeds[0])
     size = tokens_per_batch(len(tokenizer))
     for kind in score_kinds(study):
         documents = score_documents(

@@ -21,9 +21,11 @@ from distill.teachers.run import (
     find_teacher_hash,
     fit_method,
     run_teacher,
+    teacher_folder,
     teacher_group,
     teacher_hash,
     teacher_name,
+    teacher_targets,
 )
 from distill.teachers.scoring import is_scored, score_teacher
 from distill.teachers.texts import count_texts, read_texts, write_texts
@@ -71,6 +73,8 @@ def check_target_source(study: Study) -> None:
             "top_k": TopK(one.long(), one - 1),
         }
         check_target(examples[targets.form], loss)
+    if targets.alignment == "bytes":
+        _check_alignment(study)
     if source in STORED_SOURCES and loss.hidden is not None:
         fix = "set targets.source: online, or leave hidden out"
         raise UserError("train.loss.hidden", f"set, but {source} targets contain no hidden states", fix)
@@ -83,11 +87,31 @@ def check_target_source(study: Study) -> None:
         raise UserError("train.loss.weight", problem, "set train.loss.weight: 1")
 
 
+def _check_alignment(study: Study) -> None:
+    """What cannot be compared over bytes."""
+    sources = [*study.data.documents, *(s for each in study.data.shifted.values() for s in each)]
+    thing = "targets.alignment"
+    if study.teacher is None:
+        problem = "bytes, but the base teaches: it has the tokenizer of its students"
+        raise UserError(thing, problem, "set teacher.path, or targets.alignment: tokens")
+    if study.targets.source == "cached":
+        problem = "bytes, but a cache holds the teacher's answers for the student's tokens"
+        raise UserError(thing, problem, "set targets.source: online")
+    if study.data.packing:
+        raise UserError("data.packing", "true with targets.alignment: bytes", "set data.packing: false")
+    if study.train.loss.hidden is not None:
+        problem = "set with targets.alignment: bytes: the states stand after different tokens"
+        raise UserError("train.loss.hidden", problem, "leave hidden out")
+    if any(source.messages_column for source in sources):
+        problem = "set with targets.alignment: bytes: each tokenizer has a template of its own"
+        raise UserError("data: messages_column", problem, "give a prompt column in place of messages")
+
+
 def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ...], report: Progress) -> None:
     """Fits the method, scores the teacher for its seeds and writes its targets: what is not done yet."""
     fit_method(study, side, seeds, bases, report)
     teacher = teacher_hash(study, side, seeds)
-    name, key = f"targets/{teacher_name(side, seeds)}", _targets_key(study, teacher)
+    name, key = f"targets/{teacher_name(side, seeds)}", _targets_key(study, side, teacher)
     missing = study.targets.source in STORED_SOURCES and is_missing(study, name, key)
     scored = is_scored(study, side, seeds, teacher)
     acc = accelerator()
@@ -107,13 +131,14 @@ def _write_targets(
 ) -> None:
     """Writes the targets of all training rows: every process its share, the first joins the shards."""
     acc, scratch = accelerator(), scratch_folder(study, name, key)
-    base = study.folder / "base" / Path(name).name
+    side, seed = Path(name).parts[1:]
+    base, model = study.folder / "base" / seed, teacher_folder(study, side, int(seed[1:]))
     tokenizer = load_tokenizer(base)
     rows = training_rows(study, tokenizer)
     share: dict[str, Any] = {"process": acc.process_index, "processes": acc.num_processes, "report": report}
     facts: dict[str, Any] = {**_lineage(study, base, teacher), "method": local_teacher.method.identity}
     if study.targets.source == "cached":
-        codec = study_codec(study, base)
+        codec = study_codec(study, model)
         facts |= codec.facts
         write_shards(scratch, rows, local_teacher, codec, pad=pad_id(tokenizer), **share)
     else:
@@ -131,9 +156,9 @@ def _write_targets(
     delete_scratch(study, name)
 
 
-def study_codec(study: Study, base: Path) -> Codec:
-    """The codec of the targets of a study, for the vocabulary of a base."""
-    vocabulary = AutoConfig.from_pretrained(str(base)).get_text_config().vocab_size
+def study_codec(study: Study, model: Path) -> Codec:
+    """The codec of the targets of a study, for the vocabulary of the model that teaches."""
+    vocabulary = AutoConfig.from_pretrained(str(model)).get_text_config().vocab_size
     return make_codec(study.targets, vocabulary, study.train.loss.temperature)
 
 
@@ -147,18 +172,19 @@ def _deciding_settings(targets: Targets) -> dict[str, Any]:
     """The settings that decide the targets; those of the teacher are in the teacher's hash."""
     form = {"dense": ["form"], "sampled": ["form", "draws"], "top_k": ["form", "k"]}[targets.form]
     keys = {"cached": form, "online": [], "on_policy": ["share", "generation"], "sequence": ["generation"]}
-    return targets.model_dump(include={"source", *keys[targets.source]})
+    aligned = ["alignment"] if targets.alignment == "bytes" else []
+    return targets.model_dump(include={"source", *keys[targets.source], *aligned})
 
 
-def _targets_key(study: Study, teacher: str) -> Key:
+def _targets_key(study: Study, side: str, teacher: str) -> Key:
     sampled = study.targets.source == "cached" and study.targets.form == "sampled"
     temperature = study.train.loss.temperature if sampled else None
     inputs = [teacher, rows_shape(study), _deciding_settings(study.targets), temperature]
-    return make_key("targets", inputs, _quantizer(study))
+    return make_key("targets", inputs, _quantizer(study, side))
 
 
-def _quantizer(study: Study) -> dict[str, str]:
-    return installed_versions(["bitsandbytes"] if study.targets.quantization else [])
+def _quantizer(study: Study, side: str) -> dict[str, str]:
+    return installed_versions(["bitsandbytes"] if teacher_targets(study, side).quantization else [])
 
 
 def target_source_inputs(study: Study, arm: str, seed: int) -> tuple[Any, dict[str, str]]:
@@ -170,7 +196,7 @@ def target_source_inputs(study: Study, arm: str, seed: int) -> tuple[Any, dict[s
         return None, {}
     settings = _deciding_settings(study.targets)
     if study.targets.source not in STORED_SOURCES:
-        return settings, {**stage_code("targets"), **_quantizer(study)}
+        return settings, {**stage_code("targets"), **_quantizer(study, TEACHERS[arm])}
     _, seeds = teacher_group(study, TEACHERS[arm], seed)
     folder = study.folder / "targets" / teacher_name(TEACHERS[arm], seeds)
     return [settings, read_manifest(folder).code], {}
@@ -191,7 +217,8 @@ def open_target_source(
     base = study.folder / "base" / f"s{seeds[0]}"
     if targets.source == "cached":
         lineage = _lineage(study, base, teacher)
-        yield TargetSource(rows, CachedTeacher(folder, rows, study_codec(study, base), lineage))
+        codec = study_codec(study, teacher_folder(study, TEACHERS[arm], seeds[0]))
+        yield TargetSource(rows, CachedTeacher(folder, rows, codec, lineage))
     elif targets.source == "sequence":
         yield TargetSource(read_texts(folder, rows, _lineage(study, base, teacher), targets.generation))
     else:

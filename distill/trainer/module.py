@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.losses.chunked import chunked_loss
-from distill.losses.teacher_output import Dense, States, Target
+from distill.losses.cross_tokenizer import cross_tokenizer_loss
+from distill.losses.teacher_output import Aligned, Dense, States, Target
 from distill.models.lm_head import capture_input, check_layers, head_of, output_embedding
 from eval.core.documents import Batch
 from eval.core.errors import UserError
@@ -38,7 +39,7 @@ class DistillationModule(nn.Module):
             for width in widths
         )
 
-    def forward(self, batch: Batch, target: Target | None) -> Tensor:
+    def forward(self, batch: Batch, target: Target | Aligned | None) -> Tensor:
         """Summed loss of a batch; position p of student and teacher predicts token p + 1."""
         pairs = self.settings.loss.hidden if target is not None else None
         half = self.settings.precision == "bf16"
@@ -54,6 +55,8 @@ class DistillationModule(nn.Module):
         if half and hidden.is_cuda:
             hidden = hidden.bfloat16()  # as autocast does before a linear layer
         labels = batch.labels[batch.mask]
+        if isinstance(target, Aligned):
+            return cross_tokenizer_loss(hidden, head_of(self.model), labels, target, self.settings.loss)
         loss = chunked_loss(hidden, head_of(self.model), labels, target, self.settings.loss)
         if pairs is None:
             return loss
@@ -89,7 +92,7 @@ def state_distance(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     return (1 - F.cosine_similarity(student, teacher, dim=-1)).sum()
 
 
-def layer_widths(target: Target | None, config: Train) -> list[int]:
+def layer_widths(target: Target | Aligned | None, config: Train) -> list[int]:
     """Widths of the teacher layers to match.
 
     Raises:

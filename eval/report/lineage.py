@@ -68,15 +68,26 @@ def nodes(run: Path, gate: GateFile) -> list[Node]:
     data = Node("data", "documents", "training, validation, shifted", {"": gate.provenance.data})
     method = Node("method", method_card.get("title", gate.method), method_card.get("paper", ""))
     base = Node("B", "base B", ARMS["B"], _hashes(gate, "B"), ("data",), 1)
+    models = {side: _named_teacher(run, side) for side in ("T1", "T0")}
+    known = [digest for digest in models.values() if digest]
+    named = {"all seeds": known[0]} if known else {}
+    size = [Node("T", "pretrained teacher", "beside the base", named, (), 1)] if named else []
+    made_in = {side: "T" if digest else "B" for side, digest in models.items()}
     teachers = [
-        Node("T1", "teacher T1", ARMS["T1"], _hashes(gate, "T1"), ("B", "method"), 2),
-        Node("T0", "teacher T0", ARMS["T0"], _hashes(gate, "T0"), ("B",), 2),
+        Node("T1", "teacher T1", ARMS["T1"], _hashes(gate, "T1"), (made_in["T1"], "method"), 2),
+        Node("T0", "teacher T0", ARMS["T0"], _hashes(gate, "T0"), (made_in["T0"],), 2),
     ]
     students = [
         Node("S1", "student S1", ARMS["S1"], _hashes(gate, "S1"), ("B", "T1"), 3),
         Node("S0", "control S0", ARMS["S0"], _hashes(gate, "S0"), ("B", "T0"), 3),
     ]
-    return [method, data, base, *teachers, *students, *_variants(gate)]
+    return [method, data, base, *size, *teachers, *students, *_variants(gate)]
+
+
+def _named_teacher(run: Path, side: str) -> str | None:
+    """Hash of the pretrained model that a teacher ran in; None where it ran in the base."""
+    manifests = sorted((run / "method" / side).glob(f"s*/{MANIFEST}"))
+    return read_manifest(manifests[0].parent).parents.get("teacher") if manifests else None
 
 
 def _variants(gate: GateFile) -> list[Node]:

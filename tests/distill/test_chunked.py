@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill.losses import chunked
 from distill.losses.chunked import chunked_loss
 from distill.losses.divergences import DIVERGENCES, distillation_loss
-from distill.losses.teacher_output import Dense, Sampled, States, TopK, cut_vocabulary
+from distill.losses.teacher_output import Dense, Sampled, States, TopK, match_vocabulary
 from distill.models.lm_head import Head
 from eval.core.errors import UserError
 from eval.core.sections import Loss
@@ -156,12 +156,11 @@ def test_padding_of_the_teachers_vocabulary_costs_nothing():
     for target in (whole, Dense(whole.log_softmax(0, TOKENS))):
         loss = chunked_loss(hidden, Head(weight), torch.arange(TOKENS), target, Loss(weight=1.0))
         assert float(loss) == pytest.approx(0.0, abs=1e-4)
-    with pytest.raises(
-        UserError, match=f"vocabulary: the teacher has {VOCAB} tokens, the student {VOCAB + 11}"
-    ):
-        chunked_loss(hidden, Head(padded), torch.arange(TOKENS), States([hidden], [Head(weight)]), Loss())
+    short, config = States([hidden], [Head(weight)]), Loss(divergence="reverse_kl")
+    with pytest.raises(UserError, match=f"the student has {VOCAB + 11} rows, its teacher {VOCAB}"):
+        chunked_loss(hidden, Head(padded), torch.arange(TOKENS), short, config)
     with pytest.raises(UserError, match="the targets contain id 36, but the student has 30 tokens"):
-        cut_vocabulary(TopK(torch.tensor([[36]]), torch.zeros(1, 1)), 30)
+        match_vocabulary(TopK(torch.tensor([[36]]), torch.zeros(1, 1)), 30)
 
 
 def test_mean_of_probabilities_survives_the_improbable():

