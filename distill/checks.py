@@ -89,7 +89,9 @@ def _check_beside(
                 Vocabulary(each, whose)
     elif tokenizer is None:
         problem = f"none: it is trained, and {named.path} has one of its own"
-        fix = f"set base.tokenizer to {named.path}, or compare over bytes (targets.alignment: bytes)"
+        fix = f"set base.tokenizer to {named.path}"
+        if where == "teacher.path":
+            fix += ", or compare over bytes (targets.alignment: bytes)"
         raise UserError("base.tokenizer", problem, fix)
     else:
         check_same_tokenizer(tokenizer, own, where)

@@ -271,6 +271,7 @@ def across(tmp_path_factory):
 
 
 def longest_text(data):
+    data = data[next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0) :]
     try:
         return data.decode()
     except UnicodeDecodeError as error:
