@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from compress.recipe import Context, Pass, PassReport, Recipe, Stage
+from compress.recipe import Context, Pass, PassReport, Recipe, Stage, check_reach
 from compress.verify import MODEL, save_reference
 from distill.data.sources import training_rows
 from eval.core.artifacts import Key, digest, make_key, write_text
@@ -115,6 +115,7 @@ class VariantBuilder:
             if on_gpu and torch.cuda.is_available():  # many forward passes, and nothing that needs a CPU
                 model = model.to("cuda")
             model, pass_report = passes[-1].apply(model, self._context(passes[:-1]))
+            check_reach(pass_report)
             model = model.to("cpu") if on_gpu else model
             if key not in self.shared:
                 return model, [*reports, pass_report]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from compress.recipe import Size, Skipped
+from distill.models.layers import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def size_of(model: nn.Module) -> Size:
@@ -27,6 +33,15 @@ def stored_bytes(model: nn.Module) -> int:
 def layer_matrices(layer: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers inside a decoder layer, by name."""
     return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def decoder_weights(model: PreTrainedModel) -> dict[str, int]:
+    """Parameter -> its number of weights: all with two axes or more inside of the decoder layers.
+
+    Experts that stand in one tensor of three axes are among them, though no linear layer holds them.
+    """
+    layers = set(decoder_layers(model)[2].parameters())
+    return {name: w.numel() for name, w in model.named_parameters() if w in layers and w.ndim > 1}
 
 
 def skipped_modules(model: nn.Module, touched: set[nn.Module], reason: str) -> list[Skipped]:

@@ -23,6 +23,7 @@ from eval.core.study import Study, read_recipe
 if TYPE_CHECKING:  # heavy, and a command that has nothing to do should end at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LEAST_REACH = 0.9  # share of the weights named that a pass must go through
 PASSES = "compress.passes"  # the registry: a file each
 # module -> extra of pyproject.toml
 EXTRAS = {"optimum.intel": "openvino", "openvino": "openvino", "nncf": "openvino", "bitsandbytes": "gpu"}
@@ -44,6 +45,7 @@ class Size(Stored):
     parameters: int
     nonzeros: int
     bytes: int  # of the weights as they are stored
+    low_bit: int = 0  # of the parameters, those that are stored in 8 bits or fewer
 
 
 class Skipped(Stored):
@@ -59,10 +61,25 @@ class PassReport(Stored):
     name: str
     before: Size
     after: Size
+    named: int = 0  # weights that the name of the pass speaks of; 0: of none in particular
+    reached: int = 0  # of these, the ones that it went through
     skipped: list[Skipped] = Field(default_factory=list)
     facts: dict[str, Any] = Field(
         default_factory=dict
     )  # layers dropped, worst rounding error, loss curve ...
+
+
+def check_reach(report: PassReport) -> None:
+    """Refuses a pass that left out too much of the weights it is named after, such as the experts of an MoE.
+
+    Raises:
+        UserError: it reached less than `LEAST_REACH` of them.
+    """
+    if report.reached < LEAST_REACH * report.named:
+        left = ", ".join(f"{skip.module} ({skip.reason})" for skip in report.skipped[:3])
+        share = f"{report.reached / report.named:.0%} of the weights that it is named after"
+        fix = "leave its recipes out of this study: their names would say more than was done"
+        raise UserError(f"pass {report.name}", f"reached {share}, without {left}", fix)
 
 
 @dataclass(frozen=True)

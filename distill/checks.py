@@ -17,6 +17,7 @@ from distill.models.gguf import find_gguf, read_config
 from distill.models.load import (
     check_architecture,
     check_same_tokenizer,
+    check_unquantized,
     named_models,
     named_tokenizer,
 )
@@ -148,6 +149,7 @@ def _read_configs(
             config = read_config(find_gguf(path, where))
         else:
             config = AutoConfig.from_pretrained(path, **settings)
+            check_unquantized(config, f"{where} {path}")
         tokenizer = named_tokenizer(named, where)
     if named.is_gguf:
         return config, GenerationConfig.from_model_config(config), tokenizer

@@ -7,6 +7,7 @@ them train, and the first one writes. Artifacts that exist already, by key and b
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ from distill.trainer.logging import check_trackers
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import build_artifact, digest, installed_versions, is_done, make_key, read_manifest
 from eval.core.checks import check_plan
-from eval.core.documents import TRAIN, read_documents
+from eval.core.documents import TRAIN, read_documents, scored_slices
 from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
 from eval.core.sections import Train
 from eval.core.study import Study, make_run_folder, mark_trained, save_study
@@ -128,7 +129,9 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
         model = fresh_model(base.architecture, tokenizer, seed)
     else:
         model, tokenizer = named_model(base, origin.get("commit"))
-    check_vocabulary(model, tokenizer, name)
+    slices = scored_slices(study.folder / "data")
+    scored = (document for name in slices for document in read_documents(study.folder / "data", name))
+    check_vocabulary(model, tokenizer, name, chain(documents, scored), study.data.context)
     facts: dict[str, Any] = {"arm": "B", "seed": seed, "recipe": "plain", "engine": "torch"}
     facts["origin"] = origin
     with build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as folder:

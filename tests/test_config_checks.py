@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer, CTRLTokenizer
 
 from distill.checks import check_models
 from distill.pipeline import distil
@@ -11,6 +12,7 @@ from eval.core.checks import check_plan
 from eval.core.errors import UserError
 from eval.core.sections import Source
 from eval.core.study import load_study, make_run_folder, save_study
+from eval.engines import load_tokenizer
 from tests.helpers import run, tiny_model, tiny_study, tiny_tokenizer
 
 GENERATES = ["--targets.source", "on_policy", "--train.loss.weight", "1"]
@@ -153,6 +155,78 @@ def test_a_base_with_broken_files_is_refused_in_one_line(tmp_path, base, file, c
     study = load_study(tiny_study(tmp_path, base={"path": str(broken)}))
     study = study.model_copy(update={"data": study.data.model_copy(update={"documents": [Source(**source)]})})
     with pytest.raises(UserError, match=message):
+        check_models(study)
+
+
+def on_the_hub(folder, cache, monkeypatch):
+    """A copy of `folder` in the cache of the hub, as the name `some/base`."""
+    repository = cache / "models--some--base"
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    for module in ("huggingface_hub.constants", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(cache), raising=False)
+    return "some/base"
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+@pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "a/b", "", "a.b", 7])
+def test_a_chat_template_with_a_path_for_a_name_is_refused_before_it_is_loaded(
+    tmp_path, base, where, name, monkeypatch
+):
+    """transformers 5.5 writes a file of that name when the tokenizer is saved: CVE-2026-9856."""
+    broken = shutil.copytree(base, tmp_path / "deep" / "er" / "broken")
+    config = json.loads((broken / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": "x"}]
+    (broken / "tokenizer_config.json").write_text(json.dumps(config))
+    path = str(broken) if where == "folder" else on_the_hub(broken, tmp_path / "hub", monkeypatch)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"tokenizer of .*: a chat template named .*could be a path") as error:
+        check_models(load_study(tiny_study(tmp_path, base={"path": path})))
+    assert "\n" not in str(error.value)
+
+
+def test_chat_templates_of_plain_names_are_kept_and_a_file_of_another_name_is_refused(
+    tmp_path, base, monkeypatch
+):
+    named = shutil.copytree(base, tmp_path / "named")
+    tokenizer = AutoTokenizer.from_pretrained(named)
+    tokenizer.chat_template = {"default": "x", "tool_use-2": "y"}
+    tokenizer.save_pretrained(named)
+    assert (named / "additional_chat_templates" / "tool_use-2.jinja").is_file()
+    hub = on_the_hub(named, tmp_path / "hub", monkeypatch)
+    for path in (str(named), hub):
+        check_models(load_study(tiny_study(tmp_path, base={"path": path})))
+    (named / "additional_chat_templates" / "a b.jinja").write_text("z")
+    with pytest.raises(UserError, match="a chat template named 'a b'"):
+        load_tokenizer(named)
+
+
+def test_a_tokenizer_without_a_fast_form_is_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({t: i for i, t in enumerate(["<unk>", "a</w>", "<eos>"])})
+    )
+    (tmp_path / "merges.txt").write_text("#version\na b</w>\n\n")
+    slow = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), eos_token="<eos>")
+    tiny_model(320).save_pretrained(tmp_path / "base")
+    slow.save_pretrained(tmp_path / "base")
+    study = load_study(tiny_study(tmp_path, base={"path": str(tmp_path / "base")}))
+    with pytest.raises(
+        UserError, match=r"CTRLTokenizer has no fast form; give a base with a tokenizer\.json"
+    ):
+        check_models(study)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_base_of_quantized_weights_is_refused(tmp_path, base, tuning):
+    """4-bit weights have no gradient: `tuning: full` would train the norms alone, without a word."""
+    quantized = shutil.copytree(base, tmp_path / "quantized")
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (quantized / "config.json").write_text(json.dumps(config))
+    words = ["--student.tuning", tuning]
+    study = load_study(tiny_study(tmp_path, base={"path": str(quantized)}), words)
+    with pytest.raises(UserError, match=r"base\.path .*: its weights are quantized \(bitsandbytes\)"):
         check_models(study)
 
 

@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from distill.models import load
+from eval.core import artifacts
+from eval.core.artifacts import file_sha256
 from eval.core.study import load_study, make_run_folder
 from tests.helpers import ROOT, tiny_study
 
@@ -50,6 +52,23 @@ def test_a_run_without_changes_stays_finished(study, tmp_path, state):
     (tmp_path / "base" / "weights").touch()
     (tmp_path / "outside" / "method.py").write_text(f"{METHOD}    # a comment\n")
     assert state(study) == before, "a file that was only touched, and a comment"
+
+
+def test_no_file_of_a_run_is_read_twice_until_it_changes(study, state, monkeypatch):
+    """A run of pretrained models has a hundred gigabytes."""
+    weights = study.folder / "students" / "S1" / "s0" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("weights")
+    read = []
+    monkeypatch.setattr(artifacts, "file_sha256", lambda path: read.append(path) or file_sha256(path))
+    before = state(study)
+    assert weights in read
+    read.clear()
+    assert state(study) == before
+    assert read == []
+    weights.write_text("other weights")
+    assert state(study) != before
+    assert read == [weights]
 
 
 @pytest.mark.parametrize("name", CHANGES)

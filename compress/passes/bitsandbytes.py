@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.model_size import size_of, skipped_modules, stored_bytes
+from compress.model_size import decoder_weights, size_of, skipped_modules, stored_bytes
 from compress.quant_error import INT8_ROUNDED, NF4_GAP, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Stage
 from eval.core.config import Frozen
@@ -38,20 +38,28 @@ class BitsAndBytes(Pass):
 
         before = size_of(model)
         quantized = quantize(model, self.options.format)
-        worst, zeroed, touched = 0.0, 0, set[nn.Module]()
+        inside, reached = decoder_weights(model), 0
+        worst, zeroed, low_bit, touched = 0.0, 0, 0, set[nn.Module]()
         for name, module in quantized_layers(quantized).items():
             old, new = original_matrix(model, name), dequantize(module)
             group, bound = (BLOCK, NF4_GAP) if self.options.format == "nf4" else (None, INT8_ROUNDED)
             worst = max(worst, check_rounding(name, old, new, group, bound))
             zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
+            low_bit += old.numel()
+            reached += inside.get(f"{name}.weight", 0)
             touched.add(module)
         after = Size(
-            parameters=before.parameters, nonzeros=before.nonzeros - zeroed, bytes=stored_bytes(quantized)
+            parameters=before.parameters,
+            nonzeros=before.nonzeros - zeroed,
+            bytes=stored_bytes(quantized),
+            low_bit=low_bit,
         )
         return quantized, PassReport(
             name=self.name,
             before=before,
             after=after,
+            named=sum(inside.values()),
+            reached=reached,
             skipped=skipped_modules(quantized, touched, "left in full precision by transformers"),
             facts={"format": self.options.format, "matrices": len(touched), "worst_rounding": worst},
         )

@@ -53,12 +53,13 @@ class OpenVINO(Pass):
             originals = plain_matrices(load(ir_folder, None).model)
             result = load(ir_folder, self._compression())
         compressed = compressed_matrices(result.model)
-        worst, zeroed = 0.0, 0
+        worst, zeroed, low_bit = 0.0, 0, 0
         for name, (kind, axis, new) in compressed.items():
             old = originals[name].reshape(new.shape)
             error = check_rounding(name, old.movedim(axis, -1), new.movedim(axis, -1), None, BOUNDS[kind])
             worst = max(worst, error)
             zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
+            low_bit += new.numel()
         number_names(result.model)
         report = PassReport(
             name=self.name,
@@ -67,7 +68,10 @@ class OpenVINO(Pass):
                 parameters=before.parameters,
                 nonzeros=before.nonzeros - zeroed,
                 bytes=constant_bytes(result.model),
+                low_bit=low_bit,
             ),
+            named=0 if self.options.weights == "fp32" else sum(m.numel() for m in originals.values()),
+            reached=low_bit,
             skipped=self._skipped(set(originals) - set(compressed)),
             facts={
                 "formats": {module_name(name): compressed[name][0] for name in compressed},

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compress.calibration import Walk, calibration_rows
-from compress.model_size import layer_matrices, size_of, skipped_modules
+from compress.model_size import decoder_weights, layer_matrices, size_of, skipped_modules
 from compress.recipe import Context, Pass, PassReport, Skipped, Stage
 from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
 from eval.core.config import Frozen
@@ -40,6 +40,7 @@ class Wanda(Pass):
         before = size_of(model)
         rows = calibration_rows(context.rows, self.options.rows, context.seed)
         seen: set[nn.Module] = set()
+        reached = 0
         skipped: list[Skipped] = []
         names = {module: name for name, module in model.named_modules()}
         walk = Walk(model, rows, context.pad)
@@ -58,13 +59,21 @@ class Wanda(Pass):
                 weight = prunable[name].weight
                 weight.data *= self._mask(wanda_scores(weight, norms.to(weight.device)))
             walk.leave(i)
+            reached += sum(m.weight.numel() for m in prunable.values())
             seen |= set(matrices.values())
             context.report((i + 1) / len(walk.layers))
         if len(skipped) == len(seen):
             raise UserError("wanda", "no linear layer that it can prune", "leave the pass out of the recipe")
         skipped += skipped_modules(model, seen, "not a linear layer of the decoder")
-        after = size_of(model)
-        return model, PassReport(name=self.name, before=before, after=after, skipped=skipped)
+        named = sum(decoder_weights(model).values())
+        return model, PassReport(
+            name=self.name,
+            before=before,
+            after=size_of(model),
+            named=named,
+            reached=reached,
+            skipped=skipped,
+        )
 
     @property
     def _group(self) -> int:

@@ -54,7 +54,7 @@ def read_fields(file: Path) -> dict[str, Any]:
         UserError: the package `gguf` is missing, or this is no GGUF file.
     """
     if find_spec("gguf") is None:
-        raise UserError(f"reading {file}", "the package gguf is not installed", "install the extra `gguf`")
+        raise UserError(f"reading {file}", "the package gguf is not installed", "run `pip install '.[gguf]'`")
     from gguf import GGUFReader
 
     try:

@@ -1,9 +1,8 @@
 """Plain models: built from a config, loaded, checked against a tokenizer, exported."""
 
 import inspect
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,13 +20,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
+from transformers.utils.hub import list_repo_templates
 
 from distill.models.gguf import build_tokenizer, find_gguf, load_gguf, read_fields
-from eval.core.artifacts import digest, file_sha256, installed_versions, write_text
+from eval.core.artifacts import digest, installed_versions, remembered_hashes
+from eval.core.documents import Document, windows
 from eval.core.errors import UserError, require_one_of
 from eval.core.sections import Base, NamedModel
 from eval.core.study import Study
-from eval.engines import load_tokenizer
+from eval.engines import check_fast, check_template_names, load_tokenizer, tokens_beyond
 from eval.engines.torch import load_checkpoint
 
 BOS = "<|endoftext|>"
@@ -141,11 +143,11 @@ def named_model(
         return load_gguf(find_gguf(named.path, where))
     if Path(named.path).is_dir():
         return load_checkpoint(Path(named.path))
-    settings = {"revision": commit or named.revision or "main", "trust_remote_code": False}
+    revision = commit or named.revision or "main"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(named.path, **settings)
+        tokenizer = load_hub_tokenizer(named.path, revision)
         model = AutoModelForCausalLM.from_pretrained(
-            named.path, dtype=torch.float32, use_safetensors=True, **settings
+            named.path, dtype=torch.float32, use_safetensors=True, revision=revision, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError) as error:
         fix = "give a hub name that has safetensors, or a folder"
@@ -160,11 +162,37 @@ def named_tokenizer(named: NamedModel, where: str = "base.path") -> PreTrainedTo
         return build_tokenizer(read_fields(find_gguf(named.path, where)))
     if Path(named.path).is_dir():
         return load_tokenizer(Path(named.path))
-    revision = named.revision or "main"
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        named.path, revision=revision, trust_remote_code=False
+    return load_hub_tokenizer(named.path, named.revision or "main")
+
+
+def load_hub_tokenizer(path: str, revision: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model on the hub.
+
+    Raises:
+        UserError: it has no fast form, or a chat template whose name is none.
+        OSError: the hub cannot be reached, or has no such model.
+    """
+    thing = f"tokenizer of {path}"
+    config = cached_file(
+        path, "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
     )
+    templates = list_repo_templates(path, local_files_only=False, revision=revision)
+    check_template_names(thing, Path(config).read_bytes() if config else b"", templates)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        path, revision=revision, trust_remote_code=False
+    )
+    check_fast(thing, tokenizer)
     return tokenizer
+
+
+def check_unquantized(config: PreTrainedConfig, where: str) -> None:
+    """Refuses quantized weights: no gradient moves them, and what is exported would be no plain model."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        settings = settings if isinstance(settings, dict) else settings.to_dict()
+        kind = settings.get("quant_method", "unknown method")
+        fix = "give the model that it was made of; qlora and teacher.quantization do it by themselves"
+        raise UserError(where, f"its weights are quantized ({kind})", fix)
 
 
 def base_origin(base: Base, memory: Path) -> dict[str, Any]:
@@ -219,22 +247,10 @@ def study_origins(study: Study) -> dict[str, dict[str, Any]]:
 
 def local_hashes(base: Path, memory: Path) -> dict[str, str]:
     """Name -> SHA-256 of the files of a local model; no model is made of hidden files and of Markdown."""
-    known = json.loads(memory.read_text()) if memory.is_file() else {}
-    hashes, seen = {}, {}
-    folder, files = (base.parent, [base]) if base.is_file() else (base, sorted(base.rglob("*")))
-    for path in (file for file in files if file.is_file()):
-        name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts) or path.suffix == ".md":
-            continue
-        location, stat = str(path.resolve()), path.stat()
-        state, content = known.get(location, ([], ""))
-        if state != [stat.st_size, stat.st_mtime_ns]:
-            content = file_sha256(path)
-        hashes[name.as_posix()], seen[location] = content, [[stat.st_size, stat.st_mtime_ns], content]
-    remembered = {place: entry for place, entry in known.items() if Path(place).is_file()} | seen
-    if remembered != known:
-        write_text(memory, json.dumps(remembered, indent=1))
-    return hashes
+    folder, found = (base.parent, [base]) if base.is_file() else (base, sorted(base.rglob("*")))
+    names = {path.relative_to(folder): path for path in found if path.is_file() and path.suffix != ".md"}
+    shown = {name: path for name, path in names.items() if not any(p.startswith(".") for p in name.parts)}
+    return remembered_hashes({name.as_posix(): path for name, path in shown.items()}, memory)
 
 
 def hub_commit(path: str, revision: str, where: str = "base.path") -> str:
@@ -257,15 +273,28 @@ def hub_commit(path: str, revision: str, where: str = "base.path") -> str:
     return commit
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuses a tokenizer with ids that the model does not have."""
+def check_vocabulary(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    documents: Iterable[Document] = (),
+    context: int = 256,
+) -> None:
+    """Refuses a tokenizer with ids that the model does not have, if texts are split into them.
+
+    Args:
+        documents: what is trained on and scored: special tokens beyond the model may stay where none has one.
+        context: tokens of a row.
+    """
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"tokenizer of {where}",
-            f"has {len(tokenizer)} tokens, the model only {rows}",
-            "use the tokenizer of the model",
-        )
+    if not tokens_beyond(tokenizer, rows, f"tokenizer of {where}"):
+        return
+    for document in documents:
+        largest = max(max(row.tokens) for row in windows(tokenizer, document, context))
+        if largest >= rows:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            problem = f"{document.id!r} has the token {token!r}, id {largest}; the model has {rows} rows"
+            raise UserError(f"tokenizer of {where}", problem, "leave such documents out of the data")
 
 
 def check_same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,8 @@ def attach_adapters(model: PreTrainedModel, config: Student) -> PeftModel:
     """The model with trainable adapters; its own weights are frozen.
 
     Raises:
-        UserError: no module of that name, or it is the head, whose weight the loss reads directly.
+        UserError: no module of that name; it is the head, whose weight the loss reads directly, or its weight
+            is tied to another module, which would get the merged adapter too.
     """
     from peft import get_peft_model
 
@@ -83,11 +85,29 @@ def attach_adapters(model: PreTrainedModel, config: Student) -> PeftModel:
             # peft 0.21 requests twice the rank for fused matrices of experts, under a name that it does not
             # find: they get the rank of the study.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # refused below
             adapted = get_peft_model(model, _lora_config(model, config))
     except ValueError as error:
         raise UserError("student.modules", config.modules, " ".join(str(error).split())[:200]) from error
     check_routers(adapted, config)
+    check_ties(adapted, config)
     return adapted
+
+
+def check_ties(adapted: PeftModel, config: Student) -> None:
+    """Refuses adapters on a weight that another module shares: merged, they would change that module too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = [m for m in adapted.modules() if not isinstance(m, BaseTunerLayer)]
+    uses = Counter(id(weight) for module in modules for weight in module.parameters(recurse=False))
+    for name, module in adapted.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            weights = module.get_base_layer().parameters(recurse=False)
+            if any(uses[id(weight)] > 1 for weight in weights):
+                own = name.removeprefix("base_model.model.")
+                problem = f"{config.modules!r} includes {own}, whose weight is tied to another module"
+                fix = "leave it out, or set tuning: full: merged adapters would change the other module too"
+                raise UserError("student.modules", problem, fix)
 
 
 def check_routers(adapted: PeftModel, config: Student) -> None:

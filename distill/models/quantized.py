@@ -26,7 +26,9 @@ def load_quantized(folder: Path, kind: str, dtype: torch.dtype, device: torch.de
         UserError: bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
-        raise UserError(f"quantization {kind!r}", "bitsandbytes is not installed", "install the extra `gpu`")
+        raise UserError(
+            f"quantization {kind!r}", "bitsandbytes is not installed", "run `pip install '.[gpu]'`"
+        )
     with silenced("transformers"):
         model = AutoModelForCausalLM.from_pretrained(
             str(folder),

@@ -19,6 +19,7 @@ from eval.core.sections import Targets
 
 Columns = dict[str, np.ndarray]  # an entry per token; of "bytes", as many as the tokens need
 MAX_ENTRIES = 2**24  # entries of a float64 table
+LEAST = -65504.0  # the least number of fp16: methods mask with -1e9, which would be stored as -inf
 
 
 class Codec(ABC):
@@ -46,7 +47,10 @@ class Codec(ABC):
 
 
 class DenseCodec(Codec):
-    """Every log-probability in fp16: a probability above e^-8 has a relative error of at most 2^-9."""
+    """Every log-probability in fp16: a probability above e^-8 has a relative error of at most 2^-9.
+
+    What is less than fp16 can hold becomes its least number, a probability of 0 all the same.
+    """
 
     name = "dense"
 
@@ -61,7 +65,7 @@ class DenseCodec(Codec):
         return 2 * self.vocabulary
 
     def encode(self, log_probs: Tensor, key: str) -> Columns:
-        return {"log_probs": log_probs.half().cpu().numpy()}
+        return {"log_probs": log_probs.clamp(min=LEAST).half().cpu().numpy()}
 
     def decode(self, columns: Columns) -> Target:
         return Dense(torch.from_numpy(columns["log_probs"]))
@@ -121,9 +125,9 @@ class TopKCodec(Codec):
         return self.k * (self.id_dtype.itemsize + 2)
 
     def encode(self, log_probs: Tensor, key: str) -> Columns:
-        values, ids = (tensor.cpu().numpy() for tensor in log_probs.topk(self.k, dim=-1))
+        values, ids = (tensor.cpu().numpy() for tensor in log_probs.clamp(min=LEAST).topk(self.k, dim=-1))
         rounded = values.astype(np.float16)
-        rounded_down = np.nextafter(rounded, np.float16(-np.inf))
+        rounded_down = np.nextafter(rounded, np.float16(LEAST))
         return {
             "ids": ids.astype(self.id_dtype),
             "log_probs": np.where(rounded.astype(np.float32) > values, rounded_down, rounded),

@@ -18,7 +18,7 @@ from eval.core.artifacts import Key, build_artifact, is_done
 from eval.core.documents import Row, pad_id
 from eval.core.jobs import Progress
 from eval.core.sections import Train
-from eval.core.study import Study
+from eval.core.study import Study, flat_settings
 
 MONITORING_ONLY = {"checkpoint_every", "evaluate_every"}  # settings of `train` without effect on weights
 
@@ -74,7 +74,8 @@ def run_training(
     if config.evaluate_every and study.trackers:
         options["evaluate"] = Validation(study.folder / "data", tokenizer, study.data.context, pad)
     run, fresh = name.removeprefix("students/").replace("/", "-"), not scratch.exists()
-    with open_trackers(accelerator(), study.trackers, study.folder / "logs", run, fresh) as log:
+    about: dict[str, Any] = {"project": study.name, "config": flat_settings(study.model_dump(mode="json"))}
+    with open_trackers(accelerator(), study.trackers, study.folder / "logs", run, fresh, **about) as log:
         return train(model, rows, config, pad=pad, scratch=scratch, log=log, **options)
 
 

@@ -14,7 +14,7 @@ from distill.trainer.distributed import is_sharded
 from eval.core.errors import UserError
 from eval.engines import silenced
 
-Curve = list[tuple[int, float]]  # step, mean loss per token in nats
+Curve = list[tuple[int, float]]  # step, mean loss per token since the last point, in nats
 WEIGHTS = "model.safetensors"  # as accelerate names them
 
 

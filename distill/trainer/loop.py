@@ -37,6 +37,7 @@ Rewrite = Callable[
     [Accelerator, PreTrainedModel, int, list[Row]], list[Row]
 ]  # rows of a step -> those it learns from
 CURVE_POINTS = 100
+PROCESS_SEEDS = 1_000_003  # between the seeds of two processes; of a seed, a CPU takes the low 32 bits
 
 
 def accelerator() -> Accelerator:
@@ -199,10 +200,12 @@ class MetricsLogger:
 
     def __call__(self, step: Step, rate: float, norm: float) -> None:
         self.tokens += step.tokens
-        if step.number % max(1, step.total // CURVE_POINTS) == 0 or step.number == step.total:
-            self.curve.append((step.number, step.loss))
+        self.curve.append((step.number, step.loss))
+        apart = max(1, step.total // CURVE_POINTS)  # steps between two points
+        if step.number % apart == 0 or step.number == step.total:
+            loss = self._join(since=(step.number - 1) // apart * apart)
             if self.log is not None:
-                self.log(step.number, self._values(step.loss, rate, norm))
+                self.log(step.number, self._values(loss, rate, norm))
         every = self.config.evaluate_every
         if self.evaluate is not None and every and step.number % every == 0:
             bits_per_byte = self.evaluate()  # by every process: a sharded student needs them all
@@ -210,6 +213,16 @@ class MetricsLogger:
                 self.log(step.number, {"validation_bits_per_byte": bits_per_byte})
         if self.report is not None:
             self.report(step)
+
+    def _join(self, since: int) -> float:
+        """Makes the steps of the curve after `since` one point, and returns its loss, their mean.
+
+        Until then each stands in the curve, and so in the checkpoints.
+        """
+        steps = [point for point in self.curve if point[0] > since]
+        loss = sum(value for _, value in steps) / len(steps)
+        self.curve[-len(steps) :] = [(steps[-1][0], loss)]
+        return loss
 
     def _values(self, loss: float, rate: float, norm: float) -> dict[str, float]:
         now = time.monotonic()
@@ -272,6 +285,8 @@ def train(
     optimizers = build_optimizers(trained, config, list(plain_module.projectors.parameters()))
     plain_module.train()
     module, *optimizers = acc.prepare(plain_module, *optimizers)
+    if acc.process_index > 0:  # dropout of its own; the order of rows is that of the seed everywhere
+        torch.manual_seed(seed + PROCESS_SEEDS * acc.process_index)
     checkpoints = Checkpoints(scratch, acc)
     start, curve = checkpoints.load()
     evaluated = module if is_sharded(acc) else plain_module

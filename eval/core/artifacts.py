@@ -42,11 +42,11 @@ _MODELS = ("torch", "transformers", "tokenizers")
 VERSIONS = {
     "data": Stage(1, ()),  # and `datasets`, where a source is read by it
     "tokenizer": Stage(1, ("transformers", "tokenizers")),
-    "base": Stage(1, (*_MODELS, "accelerate")),
-    "method": Stage(1, (*_MODELS, "accelerate", "peft")),
+    "base": Stage(2, (*_MODELS, "accelerate")),
+    "method": Stage(2, (*_MODELS, "accelerate", "peft")),
     "targets": Stage(1, (*_MODELS, "peft")),
-    "student": Stage(1, (*_MODELS, "accelerate", "peft")),
-    "variant": Stage(1, _MODELS),  # and what its passes need
+    "student": Stage(2, (*_MODELS, "accelerate", "peft")),
+    "variant": Stage(2, _MODELS),  # and what its passes need
 }
 # Where the artifacts of a run lie, and what they are called in a sentence.
 FOLDERS = {"data": "documents", "tokenizer": "tokenizer", "base": "bases", "method": "teachers"}
@@ -125,6 +125,22 @@ def stage_code(stage: str) -> dict[str, str]:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def remembered_hashes(files: dict[str, Path], memory: Path) -> dict[str, str]:
+    """Name -> SHA-256 of files, each read only if its size or its time is not that in the file `memory`."""
+    known = json.loads(memory.read_text()) if memory.is_file() else {}
+    hashes, seen = {}, {}
+    for name, path in files.items():
+        location, stat = str(path.resolve()), path.stat()
+        state, content = known.get(location, ([], ""))
+        if state != [stat.st_size, stat.st_mtime_ns]:
+            content = file_sha256(path)
+        hashes[name], seen[location] = content, [[stat.st_size, stat.st_mtime_ns], content]
+    remembered = {place: entry for place, entry in known.items() if Path(place).is_file()} | seen
+    if remembered != known:
+        write_text(memory, json.dumps(remembered, indent=1))
+    return hashes
 
 
 def library_versions() -> dict[str, str]:

@@ -145,6 +145,8 @@ class Variant(Stored):
     kept_of_student: KeptShare
     guard_share: KeptShare
     chain: list[Link] = Field(default_factory=list)  # from the teacher's gain to this variant's
+    zeros: float | None = None  # share of all its weights, embeddings included, that are zero
+    low_bit: float | None = None  # share that is stored in 8 bits or fewer; null for plain, as is `zeros`
     slices: dict[str, Slice]
     scores: dict[str, Estimate]
     cost: dict[str, Number] | None

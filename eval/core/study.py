@@ -213,7 +213,7 @@ def check_trained(study: Study) -> None:
         raise UserError(f"run folder {study.folder}", problem, fix)
     if trained.hash() == study.hash():
         return
-    here, there = _flat(study.model_dump(mode="json")), _flat(trained.model_dump(mode="json"))
+    here, there = flat_settings(study.model_dump(mode="json")), flat_settings(trained.model_dump(mode="json"))
     names = [n for n in sorted({*here, *there}) if n.split(".")[0] not in UNHASHED_KEYS]
     names = [n for n in names if not n.startswith("data.tasks.")]
     name = next(n for n in names if here.get(n) != there.get(n))
@@ -224,13 +224,13 @@ def check_trained(study: Study) -> None:
     )
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat_settings(value: Any, path: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted names."""
     if not isinstance(value, dict):
         return {path: value}
     flat: dict[str, Any] = {}
     for key, inner in value.items():
-        flat |= _flat(inner, f"{path}.{key}" if path else key)
+        flat |= flat_settings(inner, f"{path}.{key}" if path else key)
     return flat
 
 

@@ -155,8 +155,11 @@ def cut_prompts(cost: Cost, model: Path, texts: list[str], thing: str) -> list[l
 
 
 def draw_prompts(cost: Cost, model: Path) -> list[list[int]]:
-    """[warmup + requests][prompt_tokens]: tokens drawn evenly from the whole vocabulary."""
-    rng, vocabulary = random.Random(0), len(load_tokenizer(model))
+    """[warmup + requests][prompt_tokens]: tokens drawn evenly from all that model and tokenizer share."""
+    from transformers import AutoConfig  # takes seconds to import: only where it is needed
+
+    rows = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config().vocab_size
+    rng, vocabulary = random.Random(0), min(rows, len(load_tokenizer(model)))
     count = cost.warmup + cost.requests
     return [[rng.randrange(vocabulary) for _ in range(cost.prompt_tokens)] for _ in range(count)]
 

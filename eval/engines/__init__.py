@@ -5,7 +5,9 @@ runs on, and `load(folder, threads, device) -> Engine`. An engine is only import
 needed, so that the peak memory and the start of a measured process are those of its own engine.
 """
 
+import json
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+TEMPLATE_NAME = "[A-Za-z0-9_-]+"  # of a chat template: transformers makes a file name of it, unchecked
 REMAKE = "delete the folder and run the command that makes it again"
 
 
@@ -41,6 +44,18 @@ class Engine(ABC):
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         return load_tokenizer(self.folder, self.vocabulary)
+
+    def check_ids(self, ids: Tensor) -> Tensor:
+        """The ids [B, T] again, if the model has a row for each.
+
+        Raises:
+            UserError: it has none for one: special tokens of a tokenizer may lie beyond the model.
+        """
+        if int(largest := ids.max()) >= self.vocabulary:
+            problem = f"token {self.tokenizer.convert_ids_to_tokens(int(largest))!r} is id {int(largest)}"
+            fix = f"leave out what holds it: the model has {self.vocabulary} rows"
+            raise UserError(f"text for {self.folder}", problem, fix)
+        return ids
 
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
@@ -114,22 +129,76 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> "PreTrainedTo
     """The tokenizer of a model folder, checked against the `vocabulary` rows of its model where given.
 
     Raises:
-        UserError: it is missing or damaged, or gives ids that the model has no row for.
+        UserError: it is missing or damaged, has no fast form or a chat template whose name is none, or gives
+            ids that the model has no row for.
     """
     from transformers import AutoTokenizer  # takes seconds to import: only where it is needed
 
     thing = f"tokenizer of {folder}"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(thing, f"no {TOKENIZER_FILES[0]}", "save the tokenizer into the folder of the model")
+        raise UserError(
+            thing, f"no {TOKENIZER_FILES[0]}", "save a fast tokenizer into the folder of the model"
+        )
+    config = folder / "tokenizer_config.json"
+    files = [path.name for path in (folder / "additional_chat_templates").glob("*.jinja")]
+    check_template_names(thing, config.read_bytes() if config.is_file() else b"", files)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise UserError(thing, f"cannot be read ({first_line(error)})", REMAKE) from error
-    largest = max(tokenizer.get_vocab().values())
-    if vocabulary is not None and largest >= vocabulary:
-        problem = f"ids up to {largest}, the model has {vocabulary} rows"
-        raise UserError(thing, problem, "replace it by the tokenizer that the model was trained with")
+    check_fast(thing, tokenizer)
+    if vocabulary is not None:
+        tokens_beyond(tokenizer, vocabulary, thing)
     return tokenizer
+
+
+def tokens_beyond(tokenizer: "PreTrainedTokenizerBase", rows: int, thing: str) -> dict[str, int]:
+    """The special tokens of a tokenizer beyond the rows of a model, such as Gemma 3's for images.
+
+    Whether any text has one of them is for those to ask who read texts.
+
+    Raises:
+        UserError: tokens that texts are split into are among them: it is the tokenizer of another model.
+    """
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    added = tokenizer.added_tokens_decoder
+    if not all(i in added and added[i].special for i in beyond.values()):
+        problem = f"ids up to {max(beyond.values())}, the model has {rows} rows"
+        raise UserError(thing, problem, "replace it by the tokenizer that the model was trained with")
+    return beyond
+
+
+def check_template_names(thing: str, config: bytes, files: list[str]) -> None:
+    """Refuses chat templates whose names could be paths, before a tokenizer is made of them.
+
+    Saving it would write a file of each name, anywhere (CVE-2026-9856, open in transformers 5.5).
+
+    Args:
+        config: the content of `tokenizer_config.json`, empty where there is none.
+        files: names of the files in `additional_chat_templates`.
+    """
+    try:
+        templates = json.loads(config or b"{}")["chat_template"]
+    except (ValueError, KeyError, TypeError):  # none, or unreadable: what loads it says so
+        templates = None
+    names: list[Any] = [file.removesuffix(".jinja") for file in files]
+    if isinstance(templates, list):
+        names += [entry.get("name") if isinstance(entry, dict) else entry for entry in templates]
+    elif isinstance(templates, dict):
+        names += templates
+    for name in names:
+        if not (isinstance(name, str) and re.fullmatch(TEMPLATE_NAME, name)):
+            fix = f"rename it in tokenizer_config.json: names of templates are {TEMPLATE_NAME}"
+            raise UserError(thing, f"a chat template named {name!r:.100}, which could be a path", fix)
+
+
+def check_fast(thing: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuses a tokenizer that runs in Python alone: scores are compared by its `tokenizer.json`."""
+    if not tokenizer.is_fast:
+        problem = f"{type(tokenizer).__name__} has no fast form"
+        raise UserError(
+            thing, problem, "give a base with a tokenizer.json, as the library tokenizers makes it"
+        )
 
 
 @contextmanager

@@ -84,10 +84,10 @@ class OpenVinoEngine(Engine):
         return self.borrowed(batch).clone()
 
     def borrowed(self, batch: Batch) -> Tensor:
-        return self._run(batch.input_ids.numpy(), batch.attention_mask.numpy(), past=0)
+        return self._run(self.check_ids(batch.input_ids).numpy(), batch.attention_mask.numpy(), past=0)
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, int]:
-        array = ids.numpy()
+        array = self.check_ids(ids).numpy()
         return self._run(array, np.ones_like(array), past=0)[:, -1].clone(), array.shape[1]
 
     def decode(self, tokens: Tensor, state: int) -> tuple[Tensor, int]:

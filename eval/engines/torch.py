@@ -121,12 +121,14 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
+        self.check_ids(batch.input_ids)
         moved = batch.to(self.device)
         return self.model(**moved.inputs, use_cache=False).logits.float()
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        output = self.model(input_ids=ids.to(self.device), use_cache=True, **self.last_only)
+        ids = self.check_ids(ids).to(self.device)
+        output = self.model(input_ids=ids, use_cache=True, **self.last_only)
         return output.logits[:, -1].float(), output.past_key_values
 
     @torch.inference_mode()

@@ -73,6 +73,7 @@ class Evidence:
     correct: dict[Model, Array]  # [S, C] of these, those held to be the likeliest; where every seed has them
     calibration: dict[Model, list[dict[str, Bins]]]  # by seed: slice -> bins; where every seed has them
     engines: dict[str, str]  # recipe -> engine
+    weights: dict[str, tuple[float, float]]  # recipe -> shares of zeros and of low-bit weights, where known
     costs: dict[tuple[str, str], list[CostRecord]]  # (target, recipe) -> records of S1, by seed
     artifacts: dict[str, str]  # arm/s<seed>/recipe -> hash
     machines: list[dict[str, object]]
@@ -231,6 +232,7 @@ def build_evidence(
         correct=tables.stacked(tables.correct),
         calibration=tables.by_seed(tables.bins),
         engines=tables.engines,
+        weights=weight_shares(artifacts, recipes),
         costs=costs,
         artifacts={f"{s.arm}/s{s.seed}/{s.recipe}": s.provenance.artifact for s in scores},
         machines=_machines(used),
@@ -240,6 +242,24 @@ def build_evidence(
         openings=read_openings(folder),
         loads=loads,
     )
+
+
+def weight_shares(artifacts: Artifacts, recipes: list[str]) -> dict[str, tuple[float, float]]:
+    """Recipe -> means over the seeds of S1's shares of weights that are zero, and that have 8 bits or fewer.
+
+    From the report of the last pass; variants of earlier versions do not say it.
+    """
+    shares = {}
+    for recipe in recipes[1:]:
+        folders = (artifact_folder(artifacts.folder, STUDENT, s, recipe) for s in artifacts.study.seeds)
+        reports = (artifacts.manifest(folder).facts.get("reports") for folder in folders if folder)
+        sizes = [every[-1]["after"] for every in reports if every]
+        if sizes and all("low_bit" in size for size in sizes):
+            whole = np.array([size["parameters"] for size in sizes], float)
+            zeros = 1 - np.array([size["nonzeros"] for size in sizes]) / whole
+            low_bit = np.array([size["low_bit"] for size in sizes]) / whole
+            shares[recipe] = float(zeros.mean()), float(low_bit.mean())
+    return shares
 
 
 def wanted_models(study: Study, recipes: list[str]) -> list[Model]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from eval.core.gate_file import GateFile, Number, Variant
 from eval.core.records import VALIDATION
-from eval.report.format import MISSING, TIMES, Cell, estimate_cell, part_verdict, shifted, significant
+from eval.report.format import MISSING, TIMES, Cell, estimate_cell, fixed, part_verdict, shifted, significant
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS
 
 RANKS = [PASS, INCONCLUSIVE, FAIL]
 ALWAYS = ("prefill_p50", "prefill_p95", "decode_p50", "decode_p95", "peak_memory", "disk")
+WEIGHTS = {"zeros": "zero weights, share", "low_bit": "low-bit weights, share"}  # where a variant says it
 WHERE_MEASURED = ("knee", "throughput", "energy")  # columns of tables in which some variant has them
 UNITS = {
     **dict.fromkeys(("peak_memory", "device_memory", "disk"), "MiB"),
@@ -64,8 +65,8 @@ def build_budget_table(gate: GateFile, variants: list[Variant] | None = None) ->
     """The rows of these variants in this order, or of all in the order of gate.json.
 
     Quality is validation bits per byte, the share of the gain retained, the guard share, then the share
-    retained on every shifted slice. Cost is the usual quantities, those that the budget limits, and those
-    that only some variants have.
+    retained on every shifted slice, and where it is known what share of the weights is zero or of few bits.
+    Cost is the usual quantities, those that the budget limits, and those that only some variants have.
     """
     limited = [name for target in gate.budget["targets"].values() for name in target.get("limits", {})]
     measured = {name for v in gate.variants for name, n in (v.cost or {}).items() if n.value is not None}
@@ -75,6 +76,7 @@ def build_budget_table(gate: GateFile, variants: list[Variant] | None = None) ->
         Column("gain_retained", "share of the gain retained"),
         Column("guard_share", "guard share"),
         *(Column(f"gain_retained_{name}", f"retained, {name}") for name in shifted(gate)),
+        *(Column(name, WEIGHTS[name]) for name in known_weights(gate)),
     ]
     return BudgetTable(
         quality,
@@ -93,7 +95,18 @@ def quality_cells(gate: GateFile, variant: Variant) -> list[Cell]:
         estimate_cell(variant.kept_share, part_verdict(variant, "retention")),
         estimate_cell(variant.guard_share, part_verdict(variant, "guard")),
         *(estimate_cell(one.kept_share, one.verdict) for one in slices),
+        *(weight_cell(getattr(variant, name)) for name in known_weights(gate)),
     ]
+
+
+def known_weights(gate: GateFile) -> list[str]:
+    """The shares of `WEIGHTS` that some variant says; those of an earlier version say none."""
+    return [name for name in WEIGHTS if any(getattr(v, name) is not None for v in gate.variants)]
+
+
+def weight_cell(share: float | None) -> Cell:
+    """A share of the weights: counted, and so without an interval."""
+    return Cell(MISSING) if share is None else Cell(fixed(share), value=share)
 
 
 def cost_cells(variant: Variant, names: list[str]) -> list[Cell]:

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.calibration import mean_loss
-from compress.passes.drop_layers import bypassed, choose_layers
+from compress.passes.drop_layers import by_influence, bypassed, choose_layers
 from distill.models.layers import decoder_layers, keep_layers
 from eval.core.documents import Row
 from eval.core.errors import UserError
@@ -115,6 +115,47 @@ def test_the_choice_is_the_best_by_brute_force():
             losses[i] = mean_loss(model, ROWS, pad=0)
     assert choose_layers(model, ROWS, pad=0, count=1) == {min(losses, key=losses.get)}
     assert choose_layers(model, ROWS, pad=0, count=3) == {1, 2, 3}
+
+
+def test_the_cost_of_choosing_grows_with_the_depth_alone():
+    """30 layers asked for 200 whole evaluations; each layer now runs a few times, whatever the depth."""
+    runs = {}
+    for depth in (12, 24):
+        model = tiny_model(64, num_hidden_layers=depth, hidden_size=16, intermediate_size=16)
+        calls = [0]
+        for layer in decoder_layers(model)[2]:
+            layer.mlp.register_forward_hook(lambda *given, calls=calls: calls.append(1))
+        dropped = choose_layers(model, ROWS, pad=0, count=depth // 4)
+        assert len(dropped) == depth // 4
+        assert not dropped & {0, depth - 1}
+        runs[depth] = sum(calls)
+    assert runs[24] <= 2 * runs[12] + 24
+    assert runs[24] <= 4 * 24
+
+
+def test_of_a_deep_model_those_without_influence_go():
+    model = tiny_model(64, num_hidden_layers=12)
+    with torch.no_grad():
+        for i in (2, 5, 9):
+            model.model.layers[i].self_attn.o_proj.weight.zero_()
+            model.model.layers[i].mlp.down_proj.weight.zero_()
+    assert choose_layers(model, ROWS, pad=0, count=3) == {2, 5, 9}
+    assert by_influence(model, ROWS, 0, 1) < {2, 5, 9}
+    for count in (1, 2, 5, 9):
+        assert len(by_influence(model, ROWS, 0, count)) == count
+
+
+def test_a_bypassed_layer_is_not_computed():
+    model = tiny_model(64, num_hidden_layers=4)
+    calls: list[int] = []
+    layer = decoder_layers(model)[2][1]
+    layer.mlp.register_forward_hook(lambda *given: calls.append(1))
+    with bypassed([layer]):
+        for _ in range(3):
+            mean_loss(model, ROWS, pad=0)
+    assert len(calls) == 1, "once, to see what it returns"
+    mean_loss(model, ROWS, pad=0)
+    assert len(calls) == 2
 
 
 def test_a_list_of_layers_is_not_guessed():

@@ -5,17 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from compress.calibration import calibration_rows, mean_loss
 from compress.model_size import size_of
-from compress.recipe import PassReport, make_pass
+from compress.recipe import PassReport, check_reach, make_pass
 from distill.data.sources import training_rows
 from eval.core.artifacts import content_hash, hash_files
 from eval.core.config import plugin_names
 from eval.core.errors import UserError
 from tests.compress.student_run import build_student_run, context_of, model_of
-from tests.helpers import tiny_model
+from tests.helpers import SHAPE, tiny_model
 
 TRAIN = {"steps": 4, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}
 CASES = {
@@ -81,6 +81,8 @@ def check_report(report, before, modules):
     assert report.after.parameters <= before.parameters
     assert 0 < report.after.nonzeros <= report.after.parameters
     assert report.after.bytes > 0
+    assert 0 <= report.after.low_bit <= report.after.parameters
+    check_reach(report)
     assert {skip.module for skip in report.skipped} <= set(modules)
     assert all(skip.reason for skip in report.skipped)
     assert PassReport.model_validate_json(report.model_dump_json()) == report
@@ -131,6 +133,30 @@ def test_wanda_against_a_plain_reference(context):
 def test_wanda_that_fits_nothing(context):
     with pytest.raises(UserError, match="no linear layer that it can prune"):
         make("wanda", {"pattern": "2:7"}).apply(model_of(context), context)
+
+
+def moe_model():
+    """Its experts stand in one tensor of three axes per layer, as transformers 5 holds them."""
+    torch.manual_seed(0)
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
+    fields = {**SHAPE, **experts, "num_hidden_layers": 2, "vocab_size": 320, "eos_token_id": 0}
+    config = AutoConfig.for_model("qwen3_moe", **fields, decoder_sparse_step=1, mlp_only_layers=[])
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("wanda", {"sparsity": 0.5}), ("bitsandbytes", {"format": "nf4"})]
+)
+def test_a_pass_that_leaves_out_the_experts_is_refused_with_the_share_that_it_reached(context, name, options):
+    """wanda50 went through 16 % of an MoE, and stood in the table under its full name."""
+    step = make(name, options)
+    _, report = step.apply(moe_model(), context)
+    assert 0 < report.reached < 0.3 * report.named
+    with pytest.raises(UserError, match=rf"pass {name}: reached \d+% .*, without .*mlp\.experts .*; leave"):
+        check_reach(report)
+    _, whole = step.apply(model_of(context), context)
+    check_reach(whole)
+    assert whole.reached == whole.named
 
 
 def test_recovery_keeps_zeros_and_ties_and_helps(context):

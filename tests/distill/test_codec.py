@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from distill.losses.divergences import DIVERGENCES, TOP_K_DIVERGENCES, distillation_loss
 from distill.models.generation import inverse_cdf, uniforms
-from distill.teachers.codec import draw_ids, pack_ids, packed_bytes, unpack_ids
+from distill.teachers.codec import draw_ids, make_codec, pack_ids, packed_bytes, unpack_ids
+from eval.core.sections import Loss, Targets
 
 
 def distribution(vocabulary, sharpness, tokens=40, seed=0):
@@ -77,6 +79,36 @@ def test_a_key_alone_decides_the_numbers():
     assert np.array_equal(uniforms("a", 3, 5), uniforms("a", 3, 5))
     assert not np.array_equal(uniforms("a", 3, 5), uniforms("b", 3, 5))
     assert np.array_equal(uniforms("a", 6, 5)[:3], uniforms("a", 3, 5))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("form", ["dense", "sampled", "top_k"])
+@pytest.mark.parametrize("masked", [-1e9, -7e4, -65519.0, float(torch.finfo(torch.float32).min)])
+def test_ids_that_a_method_masks_leave_losses_and_gradients_finite(form, name, masked):
+    """-1e9 is -inf in fp16, and 0 times -inf no number; the loss is that of the distribution without them."""
+    if name not in {"dense": DIVERGENCES, "sampled": ("forward_kl",), "top_k": TOP_K_DIVERGENCES}[form]:
+        return
+    rest = distribution(24, 2.0)
+    log_probs = torch.cat([torch.full((len(rest), 8), masked), rest], 1)
+    codec = make_codec(Targets(form=form, k=28, draws=400), 32, 1.0)
+    columns = codec.encode(log_probs, "row")
+    assert all(np.isfinite(values).all() for values in columns.values())
+    target = codec.decode(columns)
+    logits = torch.randn(len(rest), 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    loss = distillation_loss(
+        logits,
+        rest.argmax(-1) + 8,
+        getattr(target, "log_probs", target) if form == "dense" else target,
+        Loss(divergence=name, weight=0.5),
+    )
+    loss.backward()
+    assert bool(torch.isfinite(loss))
+    assert bool(torch.isfinite(logits.grad).all())
+    if name == "forward_kl":
+        student = torch.log_softmax(logits.detach(), -1)
+        kl = (rest.exp() * (rest - student[:, 8:])).sum()
+        hard = -student.gather(1, (rest.argmax(-1) + 8)[:, None]).sum()
+        assert float(loss.detach()) == pytest.approx(float(0.5 * (kl + hard)), rel=0.01)
 
 
 def test_a_large_table_is_drawn_from_in_parts(monkeypatch):

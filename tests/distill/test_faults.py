@@ -1,6 +1,7 @@
 """Full disks and folders that cannot be written: one line, the last good checkpoint whole, and on from there."""
 
 import errno
+import json
 import os
 import resource
 from contextlib import ExitStack, contextmanager
@@ -9,11 +10,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.models.export import export
 from distill.trainer.checkpoint import Checkpoints
-from distill.trainer.logging import check_trackers, open_trackers
+from distill.trainer.logging import check_trackers, make_tracker, open_trackers
 from distill.trainer.loop import train
 from eval.core.errors import UserError
 from eval.core.sections import Train
@@ -141,3 +143,54 @@ def test_curves_are_written_for_tensorboard_and_a_new_run_starts_them_anew(tmp_p
     with open_trackers(acc, [], tmp_path, "S0-s0", True) as log:
         assert log is None
     assert listed(tmp_path) == ["S1-s0"]
+
+
+PROJECT = {"project": "study", "config": {"seeds": [0, 1], "train.optimizer.lr": 0.5, "title": None}}
+
+
+@pytest.mark.parametrize("name", list(LOGGER_TYPE_TO_CLASS))
+def test_the_study_is_the_project_and_arm_and_seed_the_run_of_every_tracker(tmp_path, name):
+    """As accelerate's own classes hand it on; none of them is imported before it starts."""
+    tracker = make_tracker(name, "study", "S1-s0", tmp_path)
+    given = vars(tracker)
+    named = json.dumps({key: value for key, value in given.items() if key != "tags"}, default=str)
+    if name == "comet_ml":
+        assert given["run_name"] == "study"
+        return  # its run is named when it has started
+    assert "S1-s0" in named
+    assert name in ("tensorboard", "dvclive") or '"study"' in named, (
+        "these have a folder for each run, and no projects"
+    )
+
+
+def test_tensorboard_shows_the_settings_of_the_study_beside_the_curves(tmp_path):
+    with open_trackers(Accelerator(cpu=True), ["tensorboard"], tmp_path, "S1-s0", True, **PROJECT) as log:
+        log(1, {"loss": 1.0})
+    events = EventAccumulator(str(tmp_path / "S1-s0"))
+    events.Reload()
+    text = events.Tensors("study/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| train.optimizer.lr | 0.5 |" in text
+    assert "| seeds | [0, 1] |" in text
+
+
+def test_wandb_gets_a_project_a_run_and_the_config(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for key, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    with open_trackers(Accelerator(cpu=True), ["wandb"], tmp_path, "S1-s0", True, **PROJECT) as log:
+        assert (wandb.run.project, wandb.run.name) == ("study", "S1-s0")
+        assert dict(wandb.config) == {"seeds": "[0, 1]", "train.optimizer.lr": 0.5, "title": "null"}
+        log(1, {"loss": 1.0})
+    assert list(tmp_path.rglob("*.wandb"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of what it stands on
+def test_mlflow_gets_an_experiment_a_run_and_the_parameters(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with open_trackers(Accelerator(cpu=True), ["mlflow"], tmp_path, "S1-s0", True, **PROJECT) as log:
+        log(1, {"loss": 1.0})
+    (run,) = mlflow.search_runs(experiment_names=["study"], output_format="list")
+    assert run.info.run_name == "S1-s0"
+    assert run.data.params["train.optimizer.lr"] == "0.5"
+    assert run.data.metrics == {"loss": 1.0}

@@ -99,6 +99,47 @@ def test_processes_change_neither_loss_nor_gradient(tmp_path):
         assert norm == pytest.approx(results[0][2], rel=1e-5)
 
 
+DROPOUT = """
+import json, sys
+from pathlib import Path
+sys.path[0] = sys.argv[1]
+import torch
+from accelerate.utils import gather_object
+from distill.models.lora import add_adapters
+from distill.trainer.loop import accelerator, train
+from eval.core.documents import Row
+from eval.core.sections import Student, Train
+from tests.helpers import tiny_model
+
+acc, seen = accelerator(), []
+config = Student(tuning="lora", rank=2, dropout=0.5, modules=["q_proj"])
+student = add_adapters(tiny_model(), config, 0, device=acc.device, dtype=torch.float32)
+drop = next(m for m in student.model.modules() if isinstance(m, torch.nn.Dropout))
+drop.register_forward_hook(lambda m, args, out: seen.append((out == 0).flatten().tolist()) if m.training else None)
+same = [Row(f"d{i}", "x", 0, [0, 1, 2, 3, 4, 5, 6, 7, 8]) for i in range(4)]
+train(student.model, same, Train(rows=2, steps=2), pad=0, seed=0, teacher=None, scratch=Path(sys.argv[2]))
+every = gather_object([seen])
+if acc.is_main_process:
+    print("RESULTS", json.dumps(every))
+"""
+
+
+def test_dropout_differs_between_processes_and_that_of_the_first_is_that_of_one(tmp_path):
+    """The same mask on every process would drop the same units of all their rows."""
+    script = tmp_path / "dropout.py"
+    script.write_text(DROPOUT)
+    masks = []
+    for processes in ("1", "2"):
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script, ROOT]
+        done = run(*words, tmp_path / processes)
+        assert done.returncode == 0, done.stderr
+        line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))
+        masks += json.loads(line.removeprefix("RESULTS"))
+    alone, first, second = masks
+    assert first[0] != second[0]
+    assert first[0] == alone[0][: len(first[0])], "a single process keeps its random numbers"
+
+
 class Table(torch.nn.Module):
     """A model whose logits are parameters: the gradient of each position can be read off."""
 
@@ -197,6 +238,29 @@ def test_a_stopped_run_continues_to_the_same_weights(tmp_path, name):
     assert curve == whole_curve
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert [p.name for p in (tmp_path / "parts").iterdir()] == ["step-6"]
+
+
+def test_a_point_of_the_curve_is_the_mean_of_the_steps_since_the_last_one(tmp_path, monkeypatch):
+    """Also where a run was stopped between two points; logs say the same."""
+    monkeypatch.setattr("distill.trainer.loop.CURVE_POINTS", 2)
+    config, losses, logged = Train(rows=4, steps=7, checkpoint_every=2), {}, {}
+
+    def report(step):
+        losses[step.number] = step.loss
+        if step.number == 5 and not stopped:
+            stopped.append(True)
+            raise Stopped
+
+    stopped: list[bool] = []
+    how = {"pad": 0, "seed": 1, "teacher": row_teacher, "scratch": tmp_path, "report": report}
+    how["log"] = lambda step, values: logged.update({step: values["loss"]})
+    with pytest.raises(Stopped):
+        train(tiny_model(), rows(), config, **how)
+    curve = train(tiny_model(seed=9), rows(), config, **how)
+    means = {
+        end: sum(losses[i] for i in some) / len(some) for end, *some in ((3, 1, 2, 3), (6, 4, 5, 6), (7, 7))
+    }
+    assert dict(curve) == logged == pytest.approx(means)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tmp_path):

@@ -189,6 +189,22 @@ def test_adapters_start_as_nothing_are_all_that_is_trained_and_merge_to_what_was
     assert torch.equal(whole.model.embed_tokens.weight, plain.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["q_proj", "model.embed_tokens"]])
+def test_an_adapter_on_a_tied_embedding_is_refused_and_on_one_of_its_own_exported(tmp_path, modules):
+    """peft merges it into the shared weight: the head that was trained would not be the one in the file."""
+    config = Student(tuning="lora", rank=4, modules=modules)
+    with pytest.raises(UserError, match=r"includes model\.embed_tokens, whose weight is tied .*tuning: full"):
+        add_adapters(tiny_model(), config, 0, **CPU)
+    adapted = add_adapters(tiny_model(tie_word_embeddings=False), config, 0, **CPU)
+    settings = Train(steps=4, rows=4, optimizer=Optimizer(lr=0.01))
+    train(adapted.model, ROWS, settings, pad=0, seed=0, teacher=None, scratch=tmp_path / "run")
+    trained = logits(adapted.model)
+    adapted.merged().save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    torch.testing.assert_close(logits(loaded), trained, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(trained, logits(tiny_model(tie_word_embeddings=False)), atol=1e-2)
+
+
 class Stopped(Exception):
     pass
 

@@ -6,14 +6,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.pipeline import make_base, make_student
+from distill.pipeline import distil, make_base, make_student
 from eval.core.artifacts import read_manifest, verify_artifact
+from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.core.records import each_score, read_scores
 from eval.core.study import load_study
+from eval.cost.plan import draw_prompts
+from eval.engines import load_engine
 from tests.helpers import ROOT, SHAPE, launch, run, tiny_model, tiny_study, tiny_tokenizer
 
 MODELS = ["base/s0", "base/s1", *(f"students/{arm}/s{seed}" for arm in ("S1", "S0", "CE") for seed in (0, 1))]
@@ -205,6 +209,38 @@ def test_base_alone_then_an_override(tmp_path):
     assert read_manifest(study.folder / "base" / "s0").facts["loss_curve"][-1][0] == 3
     assert yaml.safe_load((study.folder / "study.yaml").read_text())["base"]["train"]["steps"] == 3
     assert not (study.folder / "students").exists()
+
+
+@pytest.mark.parametrize("split", [None, "train", "validation", "far"])
+def test_special_tokens_beyond_the_model_are_refused_where_a_document_has_one(tmp_path, split):
+    """As Gemma 3's token for images: no row of the embedding is its own, and no text needs it."""
+    folder, tokenizer = tmp_path / "my-base", tiny_tokenizer()
+    tiny_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    study = load_study(tiny_study(tmp_path, seeds=[0], base={"path": str(folder)}, workers=1))
+    distil(study, until="data")
+    if split is not None:
+        file = study.folder / "data" / f"{split}.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines[-1]["text"] += "<image>"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(
+            UserError, match=rf"'{lines[-1]['id']}' has the token '<image>', id 320; .* 320 r"
+        ):
+            make_base(study, 0, lambda share, tokens=0: None)
+        return
+    make_base(study, 0, lambda share, tokens=0: None)
+    engine = load_engine("torch", study.folder / "base" / "s0")
+    assert engine.tokenizer("<image>")["input_ids"] == [320]
+    row = Row("d", "x", 0, [0, 5, 320])
+    for call in (
+        lambda: engine.logits(collate([row], 0)),
+        lambda: engine.prefill(torch.tensor([row.tokens])),
+    ):
+        with pytest.raises(UserError, match="token '<image>' is id 320; leave out"):
+            call()
+    assert max(max(ids) for ids in draw_prompts(study.cost, engine.folder)) < 320
 
 
 def one_line(done):
