@@ -88,6 +88,6 @@ def test_another_commit_of_the_base_is_something_to_do(study, state, monkeypatch
     study = study.model_copy(update={"base": study.base.model_copy(update={"path": "owner/model"})})
     states = set()
     for commit in ("a" * 40, "b" * 40):
-        monkeypatch.setattr(load, "hub_commit", lambda path, revision, commit=commit: commit)
+        monkeypatch.setattr(load, "hub_commit", lambda *where, commit=commit: commit)
         states.add(state(study))
     assert len(states) == 2
