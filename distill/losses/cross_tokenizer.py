@@ -1,17 +1,18 @@
 """Losses against a teacher with another tokenizer, over the pieces of text that both cut out.
 
-A piece ends at the same byte in both tokenizations, and no shorter one does. Where it is one token for each,
-the two distributions before it are compared over the tokens that both vocabularies have, and all others as
-one more; where it is several tokens for one of them, the likelihood of the piece is compared with that of
-anything else, as in approximate likelihood matching (Minixhofer, Vulic and Ponti 2025, arXiv:2503.20083).
-With one tokenizer every piece is a token that both have: then it is the loss of equal tokenizers. `uld`
-compares the sorted probabilities before every piece (Boizard et al. 2024, arXiv:2402.12030), whatever they
-belong to.
+A piece ends at the same byte in both tokenizations, and no shorter one does. Before each, the two
+distributions of the next token are compared over the tokens that both vocabularies have; any other token
+counts as the longest of these that it begins with. Where a piece is several tokens for one of them, its
+likelihood is compared with that of anything else too, as in approximate likelihood matching (Minixhofer,
+Vulic and Ponti 2025, arXiv:2503.20083). With one tokenizer every piece is a token that both have: then it is
+the loss of equal tokenizers. `uld` compares sorted probabilities instead (Boizard et al. 2024,
+arXiv:2402.12030).
 """
 
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,11 +23,12 @@ from distill.models.lm_head import Head
 from eval.core.errors import UserError
 from eval.core.sections import Loss
 
+TINY = 1e-38  # a probability whose logarithm float32 has
 LEAST = -1e-6  # log-likelihood of a piece that is taken for certain: what is left must have a logarithm
 
 
 def cross_tokenizer_loss(hidden: Tensor, head: Head, labels: Tensor, target: Aligned, config: Loss) -> Tensor:
-    """(1 - w) CE + w T^2 D, summed: CE over the student's tokens, D over the pieces, one term each.
+    """(1 - w) CE + w T^2 D, summed: CE over the student's tokens, D over the pieces.
 
     Its logits exist chunk by chunk, and are computed a second time for the gradient.
 
@@ -40,10 +42,7 @@ def cross_tokenizer_loss(hidden: Tensor, head: Head, labels: Tensor, target: Ali
     buckets = _Buckets(target, head.weight.shape[0], config)
     own, its = target.own, target.its
     single = (_sizes(own, target.pieces) == 1) & (_sizes(its, target.pieces) == 1)
-    if config.divergence == "uld":
-        places, partners = _firsts(own, target.pieces), _firsts(its, target.pieces)
-    else:
-        places, partners = _members(own, single), _members(its, single)
+    places, partners = _firsts(own, target.pieces), _firsts(its, target.pieces)
     at_one, at_t, soft = [], [], torch.zeros((), device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for start, stop in chunk_bounds(
@@ -67,13 +66,18 @@ def cross_tokenizer_loss(hidden: Tensor, head: Head, labels: Tensor, target: Ali
 
 
 class _Buckets:
-    """What both tokenizers can say of a token: the ids that they share, and all others as one."""
+    """What both tokenizers can say of the next token: the ids that they share, and the rest."""
 
     def __init__(self, target: Aligned, vocabulary: int, config: Loss) -> None:
         self.target, self.config = target, config
-        self.own_rest = _others(target.shared_own, vocabulary)
-        self.its_rest = _others(target.shared_its, target.tokens)
-        if config.divergence == "reverse_kl" and len(self.own_rest) and not len(self.its_rest):
+        count = len(target.shared_own)
+        padding = torch.full((vocabulary,), count, device=target.own_events.device)
+        self.own_events = torch.cat([target.own_events, padding])[:vocabulary]
+        self.own_others = _others(target.shared_own, vocabulary)
+        self.its_others = _others(target.shared_its, target.tokens)
+        self.own_has_rest = bool((self.own_events == count).any())
+        its_has_rest = bool((target.its_events == count).any())
+        if config.divergence == "reverse_kl" and self.own_has_rest and not its_has_rest:
             problem = "reverse_kl is infinite: the student has tokens that its teacher lacks"
             raise UserError("train.loss.divergence", problem, "use skew_reverse_kl")
 
@@ -104,26 +108,36 @@ class _Buckets:
     def shared(self, its: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """[n, K] or [n, K + 1] log-probabilities of teacher and student, each normalised.
 
-        A student that has the shared ids alone cannot say anything else: its teacher is taken over these.
+        A student without a rest cannot say anything else: its teacher is taken over what both have.
         """
-        kept, own_kept = its[:, self.target.shared_its], own[:, self.target.shared_own]
-        if not len(self.own_rest):
-            return torch.log_softmax(kept, -1), own_kept
-        rest = torch.full_like(kept[:, :1], NEVER)
-        if len(self.its_rest):
-            rest = its[:, self.its_rest].logsumexp(-1, keepdim=True)
-        own_rest = own[:, self.own_rest].logsumexp(-1, keepdim=True)
-        return torch.cat([kept, rest], 1), torch.cat([own_kept, own_rest], 1)
+        target = self.target
+        its = _gathered(its, target.shared_its, self.its_others, target.its_events)
+        own = _gathered(own, target.shared_own, self.own_others, self.own_events)
+        return (its, own) if self.own_has_rest else (torch.log_softmax(its[:, :-1], -1), own[:, :-1])
 
 
-def _piece_divergence(labelled: Tensor, target: Aligned, several: Tensor, config: Loss) -> Tensor:
-    """Summed divergence between the likelihoods of pieces of several tokens: this piece, or anything else.
+def _gathered(log_probs: Tensor, shared: Tensor, others: Tensor, events: Tensor) -> Tensor:
+    """[n, K + 1] log-probabilities of the K shared ids, each with others that begin with it; then the rest.
+
+    Args:
+        log_probs: [n, V].
+        events: [V] for each id the place of its shared id, or K.
+    """
+    kept = F.pad(log_probs[:, shared], (0, 1), value=NEVER)
+    if not len(others):
+        return kept
+    joined = torch.zeros_like(kept).index_add(1, events[others], log_probs[:, others].exp())
+    return torch.logaddexp(kept, joined.clamp(min=TINY).log())
+
+
+def _piece_divergence(labelled: Tensor, target: Aligned, wanted: Tensor, config: Loss) -> Tensor:
+    """Summed divergence between the likelihoods of some pieces: this one, or anything else.
 
     Args:
         labelled: [N] log-probabilities of the student's tokens at temperature T.
-        several: [P] bool, True for these pieces.
+        wanted: [P] bool, True for these pieces.
     """
-    places, tokens = _members(target.own, several), _members(target.its, several)
+    places, tokens = _members(target.own, wanted), _members(target.its, wanted)
     own = labelled.new_zeros(target.pieces).index_add(0, target.own[places], labelled[places])
     its = torch.zeros_like(own)
     with torch.no_grad():
@@ -132,7 +146,7 @@ def _piece_divergence(labelled: Tensor, target: Aligned, several: Tensor, config
             logits = _rows(target.target, some).logits(0, len(some))[:, : target.tokens]
             log_probs = at_temperature(logits, config.temperature).gather(1, target.labels[some, None])[:, 0]
             its = its.index_add(0, target.its[some], log_probs)
-    return DIVERGENCES[config.divergence](_or_else(its[several]), _or_else(own[several]), config)
+    return DIVERGENCES[config.divergence](_or_else(its[wanted]), _or_else(own[wanted]), config)
 
 
 def _or_else(log_likelihood: Tensor) -> Tensor:

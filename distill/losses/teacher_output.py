@@ -124,6 +124,10 @@ class Aligned:
     pieces: int
     shared_own: Tensor  # [K] ids of the student's tokens that the teacher has too
     shared_its: Tensor  # [K] their ids in the teacher
+    own_events: (
+        Tensor  # [V] for each of the student's ids the place of the longest shared one that it begins with
+    )
+    its_events: Tensor  # [tokens] the same of the teacher's; K: it begins with none
     tokens: int  # ids of the teacher's tokenizer; further rows are padding
 
 

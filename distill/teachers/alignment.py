@@ -79,6 +79,21 @@ class Vocabulary:
                 ends.append(at)
         return ids, ends, start
 
+    def events(self, shared: list[int], places: dict[bytes, int]) -> Tensor:
+        """[size] for each token the place of the longest shared one that it begins with; len(shared): none.
+
+        Args:
+            shared: ids of the shared tokens, in the order of their places.
+            places: name of a shared token -> its place.
+        """
+        events = torch.full((self.size,), len(shared))
+        for i, text in enumerate(self.text):
+            if text != NO_TEXT:
+                prefixes = (text[:end] for end in range(len(text), 0, -1))
+                events[i] = next((places[one] for one in prefixes if one in places), len(shared))
+        events[torch.tensor(shared, dtype=torch.int64)] = torch.arange(len(shared))
+        return events
+
     @cached_property
     def by_name(self) -> dict[tuple[bytes, int], int]:
         """Name of a token, and how many before it bear the same, -> id."""
@@ -165,6 +180,10 @@ class Alignment:
             if (its := self.teacher.by_name.get(n)) is not None
         ]
         self.shared = torch.tensor(sorted(pairs)).reshape(-1, 2).T  # [2, K]
+        own, its = self.shared.tolist()
+        places = {self.student.names[i]: place for place, i in reversed(list(enumerate(own)))}
+        self.own_events = self.student.events(own, places)
+        self.its_events = self.teacher.events(its, places)
 
     def row(self, tokens: list[int], given: int) -> tuple[list[int], int, list[int], list[int], int]:
         """One row: the teacher's tokens, how many are given; the pieces of predicted tokens, and how many."""
@@ -222,4 +241,7 @@ class Alignment:
         device = translation.batch.input_ids.device
         labels = translation.batch.labels[translation.batch.mask]
         own, its, shared = (each.to(device) for each in (translation.own, translation.its, self.shared))
-        return Aligned(target, labels, own, its, translation.pieces, shared[0], shared[1], self.teacher.size)
+        events = self.own_events.to(device), self.its_events.to(device)
+        return Aligned(
+            target, labels, own, its, translation.pieces, shared[0], shared[1], *events, self.teacher.size
+        )
