@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.core.gate_file import STYLES, GateFile, Variant
-from eval.report.budget_table import BudgetTable, Row, build_budget_table
+from eval.report.budget_table import WEIGHTS, BudgetTable, Row, build_budget_table
 from eval.report.format import (
     FOOTNOTE,
     MISSING,
@@ -30,6 +30,12 @@ def upper_bounds(cells: list[Cell]) -> str:
     return f"≤ {' / '.join(bounds)}"
 
 
+def weight_lines(variant: Variant) -> list[str]:
+    """The shares of zero and of low-bit weights, where they are any."""
+    shares = {"zeros": variant.zeros, "low-bit": variant.low_bit}
+    return [f"{share:.0%} {name}" for name, share in shares.items() if share and share >= 0.01]
+
+
 def table_row(table: BudgetTable, row: Row) -> list[Text]:
     """The cells of one row in fewer columns: two percentiles share one, and so do the slices."""
     v, quality = row.variant, row.quality
@@ -38,10 +44,14 @@ def table_row(table: BudgetTable, row: Row) -> list[Text]:
         pairs = [row.costs[0:2], row.costs[2:4]]
         costs = [f"{p50.main} / {p95.main}\n{upper_bounds([p50, p95])}" for p50, p95 in pairs]
         costs += [cell.main for cell in row.costs[4:6]]
-    names = [Text(f"{v.recipe}{' *' if v.recommended else ''}\n{v.engine}"), Text(v.target)]
+    name = [f"{v.recipe}{' *' if v.recommended else ''}", v.engine, *weight_lines(v)]
+    names = [Text("\n".join(name)), Text(v.target)]
     spans = ["\n".join([cell.main, *cell.notes]) for cell in quality[:3]]
-    titles = [column.title.removeprefix("retained, ") for column in table.quality[3:]]
-    slices = [f"{title} {cell.verdict or MISSING}" for title, cell in zip(titles, quality[3:], strict=True)]
+    slices = [
+        f"{column.title.removeprefix('retained, ')} {cell.verdict or MISSING}"
+        for column, cell in zip(table.quality[3:], quality[3:], strict=True)
+        if column.name not in WEIGHTS
+    ]
     verdict = Text(v.verdict, style=STYLES[v.verdict])
     return [*names, verdict, *(Text(text) for text in [*spans, "\n".join(slices), *costs])]
 
