@@ -225,11 +225,9 @@ def test_the_files_that_the_architecture_names_are_there():
 def test_the_python_of_the_documents_runs(tiny, tmp_path):
     """As printed but for the place of its run; the verdict is that of the run that is there."""
     _, folder, _ = tiny
-    code = (ROOT / "docs" / "python.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace("runs/notebook", str(tmp_path)).replace(
-        "# verdict = judge(run)", f"verdict = judge({str(folder)!r})"
-    )
-    code = code.replace("# print(verdict", "print(verdict")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    code = "".join(blocks).replace("runs/notebook", str(tmp_path)).replace("runs/tiny", str(folder))
     body = "\n".join(f"    {line}" for line in code.splitlines())
     (tmp_path / "notebook.py").write_text(f"if __name__ == '__main__':\n{body}\n")
     done = run(tmp_path / "notebook.py", PYTHONPATH=str(ROOT))

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, Union, get_args, get_origin, get_type_hints
 
@@ -233,6 +234,7 @@ class _LogFile(logging.FileHandler):
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
         self.setFormatter(logging.Formatter("%(asctime)s %(process)d %(message)s"))
         self.terminal = terminal
+        self.start_in_worker = partial(start_log, path.parent, worker=True)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Replaces the method that prints to `sys.stderr`, which is copied to this log: it would recurse."""
@@ -262,10 +264,13 @@ def _warn_of_log(path: Path, error: BaseException | None, terminal: TextIO) -> N
         print(f"warning: {path}: {cause}; this command goes on without its log", file=terminal, flush=True)
 
 
-def start_log(folder: Path) -> None:
+def start_log(folder: Path, worker: bool = False) -> None:
     """From now on every line that this process prints goes to `log.txt` of the run folder too, with its time.
 
     Tracebacks that the terminal does not show go there through the logger `absorb`.
+
+    Args:
+        worker: this process has no command line of its own.
     """
     log = logging.getLogger("absorb")
     if log.handlers or not folder.is_dir():
@@ -277,5 +282,6 @@ def start_log(folder: Path) -> None:
         return
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.info("$ %s", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    if not worker:
+        log.info("$ %s", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     sys.stdout, sys.stderr = _Copied(sys.stdout, log), _Copied(sys.stderr, log)

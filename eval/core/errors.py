@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -73,6 +74,17 @@ def expected_text(error: Any) -> str:
     return f"expected {text.format(**error.get('ctx', {}))}"
 
 
+STOPPED = "stopped; the same command goes on where it was"
+
+
+def _show_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Ctrl-C while a command imports its libraries is one line too; Python then ends with 130."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(STOPPED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def entry(main: Callable[[], int | None]) -> Callable[[], None]:
     """Wraps a command: bad input and failing disks end in one line on stderr and exit code 3."""
 
@@ -83,7 +95,7 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
             if sys.stdout is not None:
                 sys.stdout.flush()
         except KeyboardInterrupt:
-            print("stopped; the same command continues where it was", file=sys.stderr)
+            print(STOPPED, file=sys.stderr)
             code = 130
         except SystemExit as error:  # argparse ends with 2, which is the code of a verdict
             if isinstance(error.code, str):
@@ -112,3 +124,13 @@ def _report_error(error: Exception) -> None:
         log.error("".join(traceback.format_exception(error)))
         text += f"; the traceback is in {getattr(log.handlers[0], 'baseFilename', 'the log')}"
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _is_command() -> bool:
+    """Is this process one of our own commands, not a notebook or a script that imports us?"""
+    path = getattr(sys.modules.get("__main__"), "__file__", None)
+    return path is not None and Path(path).resolve().is_relative_to(Path(__file__).resolve().parents[2])
+
+
+if _is_command():
+    sys.excepthook = _show_uncaught

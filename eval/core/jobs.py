@@ -1,7 +1,6 @@
 """Jobs with dependencies, run side by side in one-thread processes, with progress and time left.
 
-On a few cores, one-thread processes side by side finish independent work sooner than one process with
-many threads; and one thread adds up in one order, so that a result does not depend on the schedule.
+One thread adds up in one order: a result does not depend on the schedule.
 """
 
 import fcntl
@@ -35,6 +34,7 @@ from eval.core.errors import UserError
 
 HEAVY = ["transformers.modeling_utils"]  # imported once, by the process from which all workers are forked
 GRACE = 20.0  # seconds that a worker has to end in, before it is killed
+_SIGTERM_CODE = 128 + signal.SIGTERM
 REPORT_INTERVAL = 0.2  # seconds between two reports of a worker
 Report = Callable[[float], None]  # takes the share of the job that is done, 0 to 1
 
@@ -103,9 +103,6 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-_SIGTERM_CODE = 128 + signal.SIGTERM
-
-
 class _Terminated(SystemExit):
     """The parent has sent SIGTERM to its worker."""
 
@@ -143,7 +140,7 @@ class _Reporter:
             self.unsent_tokens = 0
 
 
-def _run_job(pickled_job: bytes, sender: Connection) -> None:
+def _run_job(pickled: bytes, sender: Connection) -> None:
     """A worker's life: one thread, one job, and an end with its parent's (kill -9 leaves no orphan).
 
     Sends (share, tokens) any number of times, then (result,) or a _Failure.
@@ -154,7 +151,9 @@ def _run_job(pickled_job: bytes, sender: Connection) -> None:
     signal.signal(signal.SIGTERM, _unwind_once)
     sys.unraisablehook = _terminate_again
     try:
-        job = pickle.loads(pickled_job)  # here, so that a failing import is an error of the job
+        start_log, job = pickle.loads(pickled)  # here, so that a failing import is an error of the job
+        if start_log is not None:
+            start_log()
         message = pickle.dumps((job.run(*job.args, _Reporter(sender)),))
     except _Terminated:
         raise
@@ -176,7 +175,10 @@ class _Worker:
     @classmethod
     def start(cls, context: BaseContext, job: Job) -> "_Worker":
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run_job, args=(pickle.dumps(job), sender))  # type: ignore[attr-defined]
+        handler = next(iter(logging.getLogger("absorb").handlers), None)
+        start_log = getattr(handler, "start_in_worker", None)
+        parts = pickle.dumps((start_log, job)), sender
+        process = context.Process(target=_run_job, args=parts)  # type: ignore[attr-defined]
         process.start()
         sender.close()  # the worker's is the only one now: its death ends the pipe
         return cls(job, process, receiver)
@@ -206,9 +208,8 @@ class _Worker:
     def _death(self, title: str) -> UserError:
         """Says how the worker ended without a result."""
         self.process.join(GRACE)
-        code = self.process.exitcode
+        code, fix = self.process.exitcode, "free some memory or give --workers 1; run again to continue"
         if code is None or code < 0 or code == _SIGTERM_CODE:
-            fix = "free some memory or give --workers 1; run again to continue"
             return UserError(f"a worker of {title}", "was killed", fix)
         problem = f"its process ended with exit code {code} and no result"
         return UserError(f"job {self.job.name}", problem, "see its output above; run again to continue")
@@ -368,10 +369,9 @@ def _assert_importable(job: Job) -> None:
 
 
 def _context() -> BaseContext:
-    """Fresh processes; where forking is safe, from one that has imported the heavy libraries.
+    """Fresh processes; where forking is safe, from one that has imported heavy libraries, and none of ours.
 
-    That one looks for modules in the current folder first, so it imports none of ours; and its socket below
-    the folder for temporary files must have a name of at most 107 bytes.
+    Its socket below the folder for temporary files must have a name of at most 107 bytes.
     """
     if sys.platform != "linux" or len(tempfile.gettempdir()) > 70:
         return multiprocessing.get_context("spawn")

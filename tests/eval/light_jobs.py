@@ -3,3 +3,7 @@
 
 def double(number, report):
     return 2 * number
+
+
+def say(report):
+    print("said by a worker")

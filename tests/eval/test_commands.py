@@ -3,8 +3,11 @@
 import argparse
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -124,3 +127,42 @@ write_json(args.json, {})
             subprocess.run(words, cwd=ROOT, stdout=out, check=True)
         text = (tmp_path / "out.txt").read_text()
     assert text == "judged\n{}\n"
+
+
+WORKER = """
+from pathlib import Path
+import sys
+from eval.core.commands import start_log
+from eval.core.jobs import Job, run_jobs
+from tests.eval.light_jobs import say
+if __name__ == "__main__":
+    start_log(Path(sys.argv[1]))
+    run_jobs("work", [Job("a", say)], workers=1)
+"""
+
+
+def test_what_a_worker_prints_is_in_the_log_of_the_run(tmp_path):
+    (tmp_path / "script.py").write_text(WORKER)
+    done = run(tmp_path / "script.py", tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert "said by a worker" in done.stdout
+    assert re.search(r"^\S+ \S+ \d+ said by a worker$", (tmp_path / "log.txt").read_text(), re.MULTILINE)
+
+
+def test_an_interrupt_is_one_line_at_any_moment(tmp_path):
+    for delay in (0.5, 3.0):
+        words = [sys.executable, "distill/train.py", "--config", "tiny", "--runs", str(tmp_path)]
+        process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the command's processes
+        _, text = process.communicate(timeout=60)
+        assert process.returncode in (130, -signal.SIGINT)
+        assert text.splitlines()[-1] == "stopped; the same command goes on where it was"
+        assert "Traceback" not in text

@@ -13,6 +13,7 @@ from eval.core.artifacts import file_sha256
 from eval.core.config import ROOT
 from eval.core.errors import UserError
 from eval.core.gate_file import GateFile
+from eval.gate.decision import judge
 from eval.report.__main__ import refuse_stale
 from eval.stats.multiplicity import holm
 from tests.eval.run_builder import GAINS, HOST, Run, change_score, copy_run, edit, row
@@ -372,3 +373,19 @@ def test_the_documentation_names_every_field():
     names = fields(GateFile.model_json_schema())
     assert {"holm_p", "bootstrap_low", "needs", "machines"} <= names
     assert not [name for name in names if not re.search(rf"\b{name}\b", text)]
+
+
+def test_costs_of_another_library_or_processor_are_a_note(toy_folder, tmp_path):
+    run = copy_run(toy_folder, tmp_path)
+    assert not [note for note in judge(run.path).notes if "measured with different" in note]
+
+    def elsewhere(record):
+        record["provenance"]["machine"]["cpu"] = "another"
+        record["provenance"]["versions"]["torch"] = "0.1"
+
+    edit(run.path / "records/cost/cpu/int8/S1-s0.json", elsewhere)
+    notes = [note for note in judge(run.path).notes if "measured with different" in note]
+    assert [note.split(" (")[0] for note in notes] == [
+        "costs on cpu were measured with different cpu",
+        "costs on cpu were measured with different torch",
+    ]
