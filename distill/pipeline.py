@@ -5,9 +5,9 @@ them train, and the first one writes. Artifacts that exist already, by key and b
 """
 
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ from distill.trainer.logging import check_trackers
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import build_artifact, digest, installed_versions, is_done, make_key, read_manifest
 from eval.core.checks import check_plan
-from eval.core.documents import TRAIN, read_documents, scored_slices
+from eval.core.documents import TRAIN, Document, read_documents, scored_slices
 from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
 from eval.core.sections import Train
 from eval.core.study import Study, make_run_folder, mark_trained, save_study
@@ -106,6 +106,13 @@ def prepare_inputs(study: Study, acc: Accelerator) -> None:
     acc.wait_for_everyone()
 
 
+def used_documents(study: Study) -> Iterator[Document]:
+    """All that is trained on or scored, the test documents aside."""
+    data = study.folder / "data"
+    for name in (TRAIN, *scored_slices(data)):
+        yield from read_documents(data, name)
+
+
 def make_base(study: Study, seed: int, report: Progress) -> None:
     """The plain base of a seed: trained from scratch, fine-tuned, or used as it is."""
     name, base = f"base/s{seed}", study.base
@@ -129,9 +136,7 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
         model = fresh_model(base.architecture, tokenizer, seed)
     else:
         model, tokenizer = named_model(base, origin.get("commit"))
-    slices = scored_slices(study.folder / "data")
-    scored = (document for name in slices for document in read_documents(study.folder / "data", name))
-    check_vocabulary(model, tokenizer, name, chain(documents, scored), study.data.context)
+    check_vocabulary(model, tokenizer, name, used_documents(study), study.data.context)
     facts: dict[str, Any] = {"arm": "B", "seed": seed, "recipe": "plain", "engine": "torch"}
     facts["origin"] = origin
     with build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as folder:
@@ -161,7 +166,7 @@ def make_named_teacher(study: Study, report: Progress) -> None:
     if not is_missing(study, TEACHER, key):
         return
     model, tokenizer = named_model(named, origin.get("commit"), "teacher.path")
-    check_vocabulary(model, tokenizer, "teacher.path")
+    check_vocabulary(model, tokenizer, "teacher.path", used_documents(study), study.data.context)
     facts: dict[str, Any] = {"arm": "T", "recipe": "plain", "engine": "torch", "origin": origin}
     parents: dict[str, str] = {}
     with build_shared(study, TEACHER, kind="model", key=key, parents=parents, facts=facts) as folder:
@@ -234,7 +239,7 @@ def start_student(
     """
     rows = training_rows(study, tokenizer) if study.student.start == "influential" else []
     model, facts = init_student(load_model(base), tokenizer, study.student, rows, seed, commit)
-    check_vocabulary(model, tokenizer, "the student")
+    check_vocabulary(model, tokenizer, "the student", used_documents(study), study.data.context)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     return add_adapters(model, study.student, seed, device=accelerator().device, dtype=dtype), facts
 

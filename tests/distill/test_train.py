@@ -10,7 +10,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.pipeline import distil, make_base, make_student
+from distill.pipeline import distil, make_base, make_named_teacher, make_student
 from eval.core.artifacts import read_manifest, verify_artifact
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
@@ -241,6 +241,31 @@ def test_special_tokens_beyond_the_model_are_refused_where_a_document_has_one(tm
         with pytest.raises(UserError, match="token '<image>' is id 320; leave out"):
             call()
     assert max(max(ids) for ids in draw_prompts(study.cost, engine.folder)) < 320
+
+
+def test_a_teacher_too_must_have_a_row_for_every_token_of_the_documents(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    for name, rows in (("base", 321), ("teacher", 320)):
+        tiny_model(rows).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    base, teacher = {"path": str(tmp_path / "base")}, {"path": str(tmp_path / "teacher")}
+    path = tiny_study(tmp_path, seeds=[0], base=base, teacher=teacher, method={"name": "larger_teacher"})
+    study = load_study(path)
+    distil(study, until="data")
+    make_base(study, 0, lambda share, tokens=0: None)
+    make_named_teacher(study, lambda share, tokens=0: None)
+    shutil.rmtree(study.folder / "base")
+    shutil.rmtree(study.folder / "teacher")
+    file = study.folder / "data" / "train.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[3]["text"] = "<image>" + lines[3]["text"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_base(study, 0, lambda share, tokens=0: None)
+    with pytest.raises(
+        UserError, match=rf"tokenizer of teacher\.path: '{lines[3]['id']}' has the token '<im"
+    ):
+        make_named_teacher(study, lambda share, tokens=0: None)
 
 
 def one_line(done):
