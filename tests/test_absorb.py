@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.cli import FLOW, MODULES, SIDE_COMMANDS
+from eval.cli import FLOW, MODULES, SIDE_COMMANDS, Step, next_command
 from eval.core.budget import Budget, Limit, Target
 from eval.core.commands import LOG, describe_fields
 from eval.core.errors import UserError
@@ -123,10 +123,12 @@ def test_a_study_is_named_by_file_folder_or_name_and_inside_its_run_by_nothing(t
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--study: missing; give a study's YAML file or a run folder"):
         load_study(None)
-    with pytest.raises(UserError, match="no such file or folder; did you mean 'runs/tiny'"):
+    with pytest.raises(UserError, match="'runs/tny': no such file or folder; did you mean 'runs/tiny'"):
         load_study("runs/tny")
-    with pytest.raises(UserError, match="no such file or folder; did you mean 'tiny'"):
+    with pytest.raises(UserError, match="'tiniy': no such file or folder; did you mean 'tiny'"):
         load_study("tiniy")
+    with pytest.raises(UserError, match="a run folder or one of default, harmful, "):
+        load_study("configs/none")
     with pytest.raises(UserError, match=r"no study\.yaml; give a folder that"):
         load_study(tmp_path)
 
@@ -281,3 +283,10 @@ main()
     assert lines[1].endswith(" PASS: shipped")
     assert "bar" not in text
     assert "Traceback (most recent call last)" in text
+
+
+def test_after_a_verdict_that_does_not_pass_the_next_command_is_an_honest_one():
+    state = "INCONCLUSIVE: too few seeds"
+    assert next_command(Path("runs/x"), Step("sign", False, missing=state)).startswith("absorb power --study")
+    assert "sign" not in next_command(Path("runs/x"), Step("sign", False, missing="FAIL: too slow"))
+    assert next_command(Path("runs/x"), Step("sign", False)).startswith("absorb sign --study runs/x")

@@ -110,7 +110,8 @@ def find_study(where: str | Path | None) -> Path:
             raise UserError("--study", "missing", fix)
         return Path().resolve()
     path = Path(where)
-    named = ROOT / "configs" / "studies" / f"{where}.yaml"
+    studies = ROOT / "configs" / "studies"
+    named = studies / f"{where}.yaml"
     if path.is_dir() and not (path / "study.yaml").is_file():
         raise UserError(f"run folder {path}", "no study.yaml", "give a folder that `absorb train` made")
     if path.exists():
@@ -118,12 +119,12 @@ def find_study(where: str | Path | None) -> Path:
     if path.name == str(where) and named.is_file():
         return named
     runs = [str(run.parent) for run in sorted(path.parent.glob("*/study.yaml"))]
-    names = [file.stem for file in sorted(named.parent.glob("*.yaml"))]
+    names = [file.stem for file in sorted(studies.glob("*.yaml"))]
     files = [str(file) for file in sorted(path.parent.glob("*.yaml"))]
     near = get_close_matches(str(where), [*runs, *files, *names], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     fix = f"{hint}give a YAML file, a run folder or one of {', '.join(names)}"
-    raise UserError("study", f"{str(where)!r}, and no such file or folder", fix)
+    raise UserError("study", f"{str(where)!r}: no such file or folder", fix)
 
 
 def is_run(folder: Path) -> bool:
