@@ -12,9 +12,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distill.method import make_method
+from distill.method import Method, make_method
 from distill.models.gguf import find_gguf, read_config
 from distill.models.load import (
+    architecture_config,
     check_architecture,
     check_same_tokenizer,
     check_unquantized,
@@ -25,6 +26,7 @@ from distill.teachers.alignment import Vocabulary
 from eval.core.errors import UserError
 from eval.core.sections import NamedModel
 from eval.core.study import Study
+from eval.engines import load_tokenizer
 
 
 def check_method(study: Study) -> None:
@@ -77,6 +79,30 @@ def check_models(study: Study) -> None:
         vocabulary = config.get_text_config().vocab_size
         student = check_architecture(study.student.architecture, "student.architecture", vocabulary)
         _check_lengths(study, student, "student.architecture")
+
+
+def check_text_in_front(study: Study) -> None:
+    """Counts what a teacher reads before each row: it needs the tokenizer, which may just have been trained.
+
+    Raises:
+        UserError: with data.context it is longer than the model that teaches reads.
+    """
+    method, base = make_method(study.method), study.base
+    if type(method).tokens_in_front is Method.tokens_in_front:
+        return
+    if study.teacher is not None and method.model == "teacher":
+        config, _, tokenizer = _read_configs(study.teacher, "teacher.path")
+    elif base.architecture is None:
+        config, _, tokenizer = _read_configs(base, "base.path")
+    else:
+        config = architecture_config(base.architecture, "base.architecture", base.vocab_size)
+        tokenizer = load_tokenizer(study.folder / "tokenizer")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    front = method.tokens_in_front(tokenizer)
+    if positions is not None and front + study.data.context > positions:
+        problem = f"{front} tokens in front of rows of data.context = {study.data.context}, more than the "
+        fix = f"shorten the text to at most {positions - study.data.context} tokens, or lower data.context"
+        raise UserError("method", f"{problem}max_position_embeddings of its model: {positions}", fix)
 
 
 def _check_beside(

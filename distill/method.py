@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.losses.teacher_output import Dense, States
 from distill.models.generation import sample_texts, stop_ids
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
+from distill.models.prefix import Prefix, hidden_after
 from distill.trainer.loop import Curve
 from eval.core.artifacts import plugin_code
 from eval.core.config import Frozen, plugin_class, validate_config
@@ -135,6 +136,10 @@ class Method(ABC):
 
         return sample_texts(next_log_probs, prompts, generation, seed, stop_ids(teacher))
 
+    def tokens_in_front(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Tokens that the teacher reads before each row; with data.context they must fit into the model."""
+        return 0
+
     def control(self) -> "Method":
         """The method of T0: the same base, budget and data without the idea under test."""
         return Plain(Frozen())
@@ -187,6 +192,22 @@ def plain_output(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> Teach
         hidden.append(captured[0])
         heads.append(head_of(model).detach(captured[0].dtype))
     return TeacherOutput(hidden=hidden, heads=heads)
+
+
+def prefixed_output(
+    model: PreTrainedModel, batch: Batch, prefix: Prefix | Sequence[Prefix | None]
+) -> TeacherOutput:
+    """The distributions of a plain model after tokens that stand in front of every row.
+
+    Args:
+        prefix: what `read_prefix` returned for this model; or one for each row, None where nothing stands.
+
+    Raises:
+        UserError: the output embedding of the model is no plain linear layer.
+    """
+    prefixes = [prefix] * len(batch.ids) if isinstance(prefix, Prefix) else prefix
+    hidden = hidden_after(model, batch, prefixes)
+    return TeacherOutput(hidden=[hidden], heads=[head_of(model).detach(hidden.dtype)])
 
 
 def check_output(output: object, batch: Batch, vocabulary: int, name: str) -> TeacherOutput:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from distill.checks import check_method, check_models
+from distill.checks import check_method, check_models, check_text_in_front
 from distill.data.sources import prepare, training_rows
 from distill.method import make_method
 from distill.models.card import model_card
@@ -103,6 +103,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> None:
         study_origins(study)  # read once, before workers ask
         prepare(study)
         make_tokenizer(study)
+        check_text_in_front(study)
     acc.wait_for_everyone()
 
 

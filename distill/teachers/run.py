@@ -38,13 +38,14 @@ def teacher_groups(study: Study) -> dict[str, dict[tuple[int, ...], list[int]]]:
     """For T1 and T0: the list of bases of a teacher -> the seeds that share it.
 
     A teacher depends only on the bases that its method lists: seeds with the same list share one teacher. All
-    seeds share that of a study which names one, where its method fits nothing.
+    seeds share that of a model which is not trained, base or teacher, where its method fits nothing.
     """
     method = make_method(study.method)
     groups: dict[str, dict[tuple[int, ...], list[int]]] = {}
     for side, kind in (("T1", method), ("T0", method.control())):
         groups[side] = {}
-        shared = _runs_in_teacher(study, kind) and type(kind).fit is Method.fit
+        given = _runs_in_teacher(study, kind) or study.base.train is None
+        shared = given and type(kind).fit is Method.fit
         for seed in study.seeds:
             first = study.seeds[0] if shared else seed
             groups[side].setdefault(tuple(kind.bases(first, study.seeds)), []).append(seed)
@@ -171,6 +172,7 @@ def run_teacher(
         tokens, alignment = 1 + max(context.tokenizer.get_vocab().values()), None
         if has_own_tokenizer(study, side):
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            limit = None if limit is None else limit - method.tokens_in_front(context.tokenizer)
             student_tokenizer = load_tokenizer(study.folder / "base" / f"s{seeds[0]}")
             alignment = Alignment(student_tokenizer, context.tokenizer, limit)
         yield LocalTeacher(method, study.method.name, model, vocabulary, layers, tokens, alignment)

@@ -26,6 +26,7 @@ from eval.engines.torch import load_model
 from tests.helpers import WORDS, text, tiny_model, tiny_tokenizer
 
 SETTINGS = {
+    "context": {"text": text("code", 99, 8), "domains": {"prose": {"text": text("prose", 99, 6)}}},
     "ensemble": {"members": 2},
     "experts": {"rank": 2, "train": {"rows": 4, "steps": 6, "optimizer": {"lr": 0.01}}},
     "harmful": {},

@@ -1,0 +1,114 @@
+"""A text in front of every row: run once, its keys and values reused by every batch."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from distill.models.lm_head import capture_input, output_embedding
+from eval.core.documents import Batch
+
+REUSABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # keys and values that grow, and that nothing overwrites
+PROBE = 4  # tokens after the prefix on which reuse is compared with the whole text
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Tokens in front of a row, and what a model keeps of them."""
+
+    ids: Tensor  # [P] int64
+    cache: (
+        DynamicCache | None
+    )  # of one row; None: reuse is not exact in this family, so they run with each row
+
+    def expanded(self, rows: int) -> DynamicCache:
+        """The cache for so many rows: views, which a forward pass extends without changing the original."""
+        assert self.cache is not None
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in cache.layers:
+            layer.keys = layer.keys.expand(rows, -1, -1, -1)
+            layer.values = layer.values.expand(rows, -1, -1, -1)
+        return cache
+
+
+@torch.no_grad()
+def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
+    """Runs a model over the tokens in front of every row, once.
+
+    Reuse is tried on a few tokens: a family whose states are not keys and values alone (state spaces), or
+    whose answers differ from those of the whole text, runs the whole text with every row instead.
+    """
+    tokens = torch.tensor(list(ids), dtype=torch.int64, device=model.device)
+    with capture_input(output_embedding(model)):
+        cache = getattr(model(input_ids=tokens[None], use_cache=True), "past_key_values", None)
+    whole = Prefix(tokens, None)
+    if not isinstance(cache, DynamicCache) or any(type(layer) not in REUSABLE for layer in cache.layers):
+        return whole
+    reused, probe = Prefix(tokens, cache), tokens[:PROBE].expand(2, -1)
+    mask = torch.ones_like(probe)
+    mask[1, 1:] = 0  # a row of one token, padded
+    answers = [_run(model, probe, mask, prefix)[mask.bool()].float() for prefix in (reused, whole)]
+    error = float((answers[0] - answers[1]).norm() / answers[1].norm())
+    return reused if error <= 8 * max(float(torch.finfo(model.dtype).eps), 1e-4) else whole
+
+
+def hidden_after(model: PreTrainedModel, batch: Batch, prefixes: Sequence[Prefix | None]) -> Tensor:
+    """[B, T, D] last hidden states of a batch, each row after the tokens of its prefix.
+
+    Equal to those of the whole text up to rounding. A packed row's documents come after the prefix each.
+
+    Args:
+        prefixes: one for each row; None: nothing stands in front.
+    """
+    first = prefixes[0]
+    if batch.positions is None and all(prefix is first for prefix in prefixes):
+        return _run(model, batch.input_ids, batch.attention_mask, first)
+    parts: dict[int, list[tuple[int, int, int]]] = {}
+    for row, start, end in _parts(batch):
+        parts.setdefault(id(prefixes[row]), []).append((row, start, end))
+    hidden: Tensor | None = None
+    for group in parts.values():
+        length = max(end - start for _, start, end in group)
+        ids = batch.input_ids.new_zeros(len(group), length)
+        mask = torch.zeros_like(ids)
+        for i, (row, start, end) in enumerate(group):
+            ids[i, : end - start] = batch.input_ids[row, start:end]
+            mask[i, : end - start] = 1
+        states = _run(model, ids, mask, prefixes[group[0][0]])
+        if hidden is None:
+            hidden = states.new_zeros(*batch.input_ids.shape, states.shape[-1])
+        for i, (row, start, end) in enumerate(group):
+            hidden[row, start:end] = states[i, : end - start]
+    assert hidden is not None
+    return hidden
+
+
+def _parts(batch: Batch) -> list[tuple[int, int, int]]:
+    """(row, start, end) of every document in a batch."""
+    parts = []
+    for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
+        starts = [0]
+        if batch.positions is not None:
+            starts = (batch.positions[row, :length] == 0).nonzero()[:, 0].tolist()
+        parts += [(row, start, end) for start, end in zip(starts, [*starts[1:], length], strict=True)]
+    return parts
+
+
+def _run(model: PreTrainedModel, ids: Tensor, mask: Tensor, prefix: Prefix | None) -> Tensor:
+    """[B, T, D] last hidden states of rows of `ids` [B, T] that are padded on the right."""
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    size = 0 if prefix is None else len(prefix.ids)
+    if prefix is not None:
+        inputs["attention_mask"] = torch.cat([mask.new_ones(len(ids), size), mask], dim=1)
+        if prefix.cache is None:
+            inputs["input_ids"] = torch.cat([prefix.ids.expand(len(ids), -1), ids], dim=1)
+        else:
+            inputs["past_key_values"] = prefix.expanded(len(ids))
+    with capture_input(output_embedding(model)) as captured:
+        model(**inputs, use_cache="past_key_values" in inputs)
+    return captured[0][:, -ids.shape[1] :]
