@@ -69,6 +69,12 @@ class Context(Method):
             None, description="the wrong text; none: each domain gets the text of the next one"
         )
 
+        @model_validator(mode="after")
+        def one_text(self) -> Self:
+            if self.text is not None and self.file is not None:
+                raise ValueError("give at most one of `text` and `file`")
+            return self
+
     def __init__(self, settings: Frozen, wrong: bool = False) -> None:
         super().__init__(settings)
         self._wrong = wrong  # whether it is its own control
