@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from distill.checks import check_method, check_models, check_text_in_front
-from distill.data.sources import prepare, training_rows
+from distill.data.sources import training_rows
+from distill.data.split import prepare
 from distill.method import make_method
 from distill.models.card import model_card
 from distill.models.export import check_ids, export, token_ids
@@ -62,7 +63,7 @@ from distill.trainer.logging import check_trackers
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import build_artifact, digest, installed_versions, is_done, make_key, read_manifest
 from eval.core.checks import check_plan
-from eval.core.documents import TRAIN, Document, read_documents, scored_slices
+from eval.core.documents import TRAIN, Document, describe_data, read_documents, scored_slices
 from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
 from eval.core.sections import Train
 from eval.core.study import Study, make_run_folder, mark_trained, save_study
@@ -101,7 +102,8 @@ def prepare_inputs(study: Study, acc: Accelerator) -> None:
     if acc.is_main_process:
         save_study(study)
         study_origins(study)  # read once, before workers ask
-        prepare(study)
+        for line in describe_data(prepare(study).facts):
+            print(line, flush=True)
         make_tokenizer(study)
         check_text_in_front(study)
     acc.wait_for_everyone()

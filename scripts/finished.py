@@ -12,7 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from compress.recipe import load_recipes
-from distill.data.sources import data_key
+from distill.data.split import data_key
 from distill.method import make_method
 from distill.models.load import BASE_FILES, study_origins
 from eval.core.artifacts import digest, file_sha256, library_versions, remembered_hashes, write_text

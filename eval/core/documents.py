@@ -31,7 +31,9 @@ class Document:
     id: str
     domain: str
     text: str  # what is learned and scored
-    prompt: str | list[dict[str, str]] = ""  # turns: {"role": ..., "content": ...}
+    prompt: str | list[dict[str, Any]] = ""  # turns: {"role": ..., "content": ...}
+    group: str = ""  # of documents that are on one side of a split, such as those of an author
+    origin: str = ""  # where it was found, for messages: a file, and the row in it
 
     @property
     def bytes(self) -> int:
@@ -116,7 +118,17 @@ def read_documents(data: Path, split: str) -> list[Document]:
         raise UserError(f"slice {split!r}", f"no {path}", f"slices of this data: {known}")
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    return [Document(row["id"], row["domain"], row["text"], row.get("prompt", "")) for row in rows]
+    return [
+        Document(
+            row["id"],
+            row["domain"],
+            row["text"],
+            row.get("prompt", ""),
+            row.get("group", row["id"]),
+            row.get("origin", ""),
+        )
+        for row in rows
+    ]
 
 
 def text_lines(path: Path, thing: str, fix: str) -> Iterator[Line]:
@@ -160,6 +172,25 @@ def scored_slices(data: Path) -> list[str]:
     """Validation first, then the shifted slices; the training and the test documents are left out."""
     names = sorted(p.stem for p in data.glob("*.jsonl") if p.stem not in (TRAIN, VALIDATION, TEST))
     return [VALIDATION, *names]
+
+
+def describe_data(facts: dict[str, Any]) -> list[str]:
+    """What the manifest of a data artifact says of its sources, in sentences; of earlier versions nothing."""
+    lines = []
+    for name, rows in facts.get("rows", {}).items():
+        reasons = facts["left_out"].get(name, {})
+        ordered = sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))
+        listed = ", ".join(f"{count} {reason}" for reason, count in ordered)
+        line = (
+            f"{'data' if name == 'documents' else name}: {rows - sum(reasons.values())} of {rows} rows used"
+        )
+        lines.append(f"{line}; left out: {listed}" if listed else line)
+    if "near_duplicates" in facts:
+        lines.append(f"near-duplicates: {facts['near_duplicates']} documents, each on the side of its like")
+    if any(count < facts[f"{name}_documents"] for name, count in facts.get("groups", {}).items()):
+        parts = [f"{facts[f'{n}_documents']} {n} documents in {c}" for n, c in facts["groups"].items()]
+        lines.append(f"groups: {', '.join(parts)}")
+    return lines
 
 
 def boundary_id(tokenizer) -> int:

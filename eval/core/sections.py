@@ -5,55 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from eval.core.config import FileName, Frozen
+from eval.core.config import PACKAGES, FileName, Frozen, Source
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
-PACKAGES = ("package:", "pypi:", "npm:")  # how a path begins that names a package, not a folder or a file
-
-
-class Source(Frozen):
-    """Where documents come from."""
-
-    kind: Literal["folder", "dataset", "pydoc"] = Field(
-        description="`folder`: files below `path`; `dataset`: rows of a data set; `pydoc`: help of modules"
-    )
-    path: str = Field(
-        "",
-        description="folder: directory, `stdlib`, or a package: `package:NAME` (installed), "
-        "`pypi:NAME==VERSION` or `npm:NAME@VERSION` (fetched once); dataset: hub id, json, parquet or text",
-    )
-    include: list[str] = Field(["**/*.py"], description="glob patterns of the files of a folder")
-    exclude: list[str] = Field(
-        [], description="shell patterns against /the/path/below/the/root, of files to leave out"
-    )
-    data_files: str | None = Field(None, description="the files of a data set of kind json, parquet or text")
-    config: str | None = Field(None, description="name of the data set's configuration")
-    split: str = Field("train", description="split of the data set")
-    revision: str | None = Field(None, description="commit, tag or branch of a data set on the hub")
-    text_column: str = Field("text", description="column that holds the text")
-    prompt_column: str | None = Field(
-        None, description="column with given context: only the text after it is learned and scored"
-    )
-    messages_column: str | None = Field(
-        None,
-        description="column with chats, laid out by the tokenizer's template; the last answer is the text",
-    )
-    streaming: bool = Field(False, description="read only as many rows of a data set as `documents` asks for")
-    domain_column: str | None = Field(None, description="column that names the domain of each row")
-    domain: str | None = Field(
-        None, description="one domain for all documents; a folder's default is the top folder of each file"
-    )
-    documents: int | None = Field(
-        None,
-        gt=0,
-        description="at most so many documents: of a folder the first by hash, of a data set the first rows",
-    )
-
-    @model_validator(mode="after")
-    def stream_ends(self) -> Self:
-        if self.streaming and self.documents is None:
-            raise ValueError("`streaming` needs `documents`: how many to take")
-        return self
 
 
 class Corruption(Frozen):
@@ -83,7 +37,7 @@ class Task(Frozen):
 
 
 class Data(Frozen):
-    """Documents: split by the hash of their id into training, validation and test ones."""
+    """Documents: split by the hash of their content, or of their id, into training, validation and test."""
 
     documents: list[Source] = Field(
         min_length=1, description="where documents come from; all sources together are split"
@@ -97,6 +51,16 @@ class Data(Frozen):
         [], description="slices made of damaged validation documents, only ever scored"
     )
     tasks: dict[FileName, Task] = Field({}, description="name -> prompts with answers, only ever scored")
+    max_dropped: float = Field(
+        0.2, ge=0, le=1, description="share of rows that may be left out because they cannot be used"
+    )
+    min_bytes: int = Field(1, gt=0, description="shorter documents are left out")
+    near_duplicates: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="similarity of words, such as 0.8, from which documents are on one side of the split",
+    )
     scored_bytes: int = Field(4096, gt=0, description="bytes to which a scored document is cut")
     context: int = Field(256, gt=1, description="tokens per row, in training and in scoring")
     train_rows: int = Field(400, gt=0, description="rows of `context` tokens to train on")

@@ -18,6 +18,7 @@ from eval.core.errors import UserError, entry
 from eval.core.gate_file import GateFile
 from eval.core.study import Study
 from eval.report.budget_table import build_budget_table, csv_text
+from eval.report.format import data_lines
 from eval.report.markdown import render_markdown
 from eval.report.terminal import print_report
 from eval.signoff.statement import list_signoffs
@@ -49,13 +50,14 @@ def main() -> None:
     gate = read_gate(run)
     refuse_stale(gate, study, run, f"run `python -m eval.gate --study {run}` first")
     signatures = list_signoffs(run, datetime.now(UTC).date())
+    data = data_lines(run, gate)
     from eval.report.html import render_page  # matplotlib: what is refused should be refused fast
 
     html = render_page(gate, run, (run / "study.yaml").read_text(encoding="utf-8"), signatures)
-    write_text(run / "table.md", render_markdown(gate, signatures))
+    write_text(run / "table.md", render_markdown(gate, signatures, data))
     write_text(run / "table.csv", csv_text(build_budget_table(gate)))
     write_text(run / "report.html", html)
-    print_report(gate, signatures, console())
+    print_report(gate, signatures, console(), data)
     print(run / "report.html", flush=True)
 
 

@@ -3,7 +3,10 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+from eval.core.artifacts import MANIFEST, read_manifest
+from eval.core.documents import describe_data
 from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Variant
 from eval.core.records import VALIDATION
 from eval.signoff.statement import SignOff
@@ -192,6 +195,14 @@ def several(names: list[str], most: int = 6) -> str:
     """Names in a row; the last ones are only counted where there are many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def data_lines(run: Path, gate: GateFile) -> list[str]:
+    """What of the sources was used and left out; nothing where the run's data are not those judged."""
+    if not (run / "data" / MANIFEST).is_file():
+        return []
+    manifest = read_manifest(run / "data")
+    return describe_data(manifest.facts) if manifest.hash == gate.provenance.data else []
 
 
 def test_set_line(gate: GateFile) -> str:

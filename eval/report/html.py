@@ -170,6 +170,7 @@ def render_page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignO
         study_yaml=study_yaml,
         headline=headline(gate),
         test_set=tables.test_set_line(gate),
+        data_lines=tables.data_lines(run, gate),
         signoffs=signoffs,
         begin=Markup(BEGIN),
         end=Markup(END),

@@ -1,6 +1,7 @@
 """table.md: gate.json as Markdown, in step with the page and the terminal."""
 
 import re
+from collections.abc import Iterable
 
 from eval.core.gate_file import GateFile
 from eval.core.records import VALIDATION
@@ -97,15 +98,15 @@ def behaviour_tables(gate: GateFile) -> list[str]:
     return sections + (["### Tasks, mean score", markdown_table(heads, scores)] if scores else [])
 
 
-def caveats_and_signoffs(gate: GateFile, signoffs: list[SignOff]) -> str:
-    """Test documents, what the verdict is conditional on, and the sign-offs between their marks."""
-    lines = [test_set_line(gate), *(f"Note: {note}." for note in gate.notes)]
+def caveats_and_signoffs(gate: GateFile, signoffs: list[SignOff], data: Iterable[str] = ()) -> str:
+    """What was read, the test documents, what the verdict is conditional on, the sign-offs in their marks."""
+    lines = [*(f"{line}." for line in data), test_set_line(gate), *(f"Note: {note}." for note in gate.notes)]
     signatures = "".join(f"- {escape(signoff_text(one))}\n" for one in signoffs)
     shown = f"{BEGIN}\n{signatures}{END}"
     return "\n\n".join([*(escape(line) for line in lines if line), shown])
 
 
-def render_markdown(gate: GateFile, signoffs: list[SignOff]) -> str:
+def render_markdown(gate: GateFile, signoffs: list[SignOff], data: Iterable[str] = ()) -> str:
     """table.md: the verdict, then quality (no figure of time), then cost and the verdicts it decides."""
     table = build_budget_table(gate)
     how = "".join(f"- {escape(f'{names}: {how}')}\n" for names, how in measuring_commands(gate).items())
@@ -113,7 +114,7 @@ def render_markdown(gate: GateFile, signoffs: list[SignOff]) -> str:
         f"# {escape(gate.title or gate.study)}",
         f"**{gate.verdict}**: {escape(gate.reason)}",
         f"Recommended: {escape(recommended_text(gate))}.",
-        caveats_and_signoffs(gate, signoffs),
+        caveats_and_signoffs(gate, signoffs, data),
         "## Quality",
         "Bits per byte, lower is better; intervals in brackets. Depends on the scores alone.",
         gains(gate),

@@ -1,6 +1,6 @@
 """The verdict and the budget table as a terminal shows them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich import box
 from rich.console import Console, JustifyMethod
@@ -81,7 +81,7 @@ def lines_below(gate: GateFile, variants: list[Variant]) -> Iterator[str]:
         yield f"to measure {names}: {how}"
 
 
-def print_report(gate: GateFile, signoffs: list[SignOff], console: Console) -> None:
+def print_report(gate: GateFile, signoffs: list[SignOff], console: Console, data: Iterable[str] = ()) -> None:
     """Prints the budget table, its reasons and, last, the verdict."""
     variants = select_variants(gate.variants, ROWS)
     console.print(rich_table(gate, build_budget_table(gate, variants)))
@@ -89,6 +89,7 @@ def print_report(gate: GateFile, signoffs: list[SignOff], console: Console) -> N
         console.print(Text(line))
     console.print(Text(f"* recommended ({recommended_text(gate)}). {FOOTNOTE}", style="dim"))
     for line in (
+        *data,
         test_set_line(gate),
         *(f"note: {note}" for note in gate.notes),
         *map(signoff_text, signoffs),

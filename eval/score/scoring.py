@@ -18,7 +18,7 @@ from eval.metrics.likelihood import BATCH_TOKENS, Likelihoods, Predict, likeliho
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COLUMNS = ("id", "slice", "bytes", "tokens", "bits", "correct")
+COLUMNS = ("id", "group", "slice", "bytes", "tokens", "bits", "correct")
 
 
 def model_folders(run: Path, study: Study) -> list[Path]:
@@ -57,6 +57,7 @@ def score_documents(
             )
         result = likelihoods(predict, documents, tokenizer, context, batch_tokens)
         columns["id"] += [document.id for document in documents]
+        columns["group"] += [document.group or document.id for document in documents]
         columns["slice"] += [name] * len(documents)
         columns["bytes"] += [document.bytes for document in documents]
         columns["tokens"] += result.tokens

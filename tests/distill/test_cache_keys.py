@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 
 from compress.recipe import load_recipe
-from distill.data.sources import data_key
+from distill.data.split import data_key
 from distill.models import load
 from distill.models.load import base_origin, hub_commit
 from distill.teachers.run import find_teacher_hash, fit_method
@@ -71,10 +71,11 @@ def test_a_key_has_the_versions_of_its_stage_and_of_the_libraries_it_depends_on(
 def test_data_depends_on_the_library_that_reads_a_source_and_on_no_other(installed, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n')
-    local = {"kind": "dataset", "path": "json", "data_files": str(rows)}
+    local = {"kind": "dataset", "path": "parquet", "data_files": str(rows)}
     hub = {"kind": "dataset", "path": "someone/texts"}
     folder = {"kind": "folder", "path": str(tmp_path), "include": ["*.jsonl"]}
-    sources = {"local": local, "hub": hub, "folder": folder}
+    read_here = {**local, "path": "json"}
+    sources = {"local": local, "hub": hub, "folder": folder, "read here": read_here}
     path = tiny_study(tmp_path)
     studies = {
         name: load_study(path, data__documents=[source], data__shifted={}) for name, source in sources.items()

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from transformers import OPTConfig, OPTForCausalLM
 
 from distill.data.packing import check_packing
-from distill.data.sources import fingerprint, prepare, read_source, training_rows
+from distill.data.sources import fingerprint, read_source, training_rows
+from distill.data.split import prepare
 from eval.core.artifacts import read_manifest
 from eval.core.documents import TEST, TRAIN, VALIDATION, Document, read_documents, scored_slices, texts
 from eval.core.errors import UserError
@@ -40,6 +41,7 @@ def test_splits_are_disjoint_complete_and_decided_by_hash(study):
     assert len(set(ids)) == 40
     by_hash = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())
     assert [d.id for d in splits[VALIDATION]] == by_hash[:6]
+    assert {d.id for d in splits[TEST]} == set(by_hash[-2:])
     assert all(d.bytes <= study.data.scored_bytes for d in splits[VALIDATION])
     row = json.loads((data / "validation.jsonl").read_text().splitlines()[0])
     assert row["sha256"] == hashlib.sha256(row["text"].encode()).hexdigest()
@@ -65,6 +67,7 @@ def test_a_text_seen_twice_is_kept_once(tmp_path):
     corpus.write_text("\n".join([*lines, json.dumps(copy)]) + "\n")
     facts = prepare(load_study(path)).facts
     assert facts["train_documents"] + facts["validation_documents"] + facts["test_documents"] == 40
+    assert facts["left_out"] == {"documents": {"a copy of another": 1}}
 
 
 def test_folders_are_read_by_pattern_in_hash_order(tmp_path):
@@ -75,14 +78,14 @@ def test_folders_are_read_by_pattern_in_hash_order(tmp_path):
     (tmp_path / "binary.py").write_bytes(b"\xff\xfe\x00")
     source = Source(kind="folder", path=str(tmp_path), include=["**/*.py"], exclude=["*/test/*"])
     documents = list(read_source(source))
-    assert [(d.id, d.domain) for d in documents] == [(f"{tmp_path.name}/a/one.py", "a")]
+    assert [(d.origin, d.domain) for d in documents] == [(f"{tmp_path.name}/a/one.py", "a")]
 
 
 def test_standard_library_packages_and_topics_are_sources():
     stdlib = Source(kind="folder", path="stdlib", include=["*.py"], documents=3)
     assert len(list(read_source(stdlib))) == 3
     package = Source(kind="folder", path="package:transformers", include=["*.py"], documents=2)
-    assert [d.id.split("/")[0] for d in read_source(package)] == ["package:transformers"] * 2
+    assert [d.origin.split("/")[0] for d in read_source(package)] == ["package:transformers"] * 2
     topics = list(read_source(Source(kind="pydoc", documents=4)))
     assert len({d.id for d in topics}) == 4
 
@@ -166,21 +169,15 @@ def test_bad_sources_are_refused(tmp_path, change, message):
     assert not (study.folder / "data").exists()
 
 
-def test_an_empty_document_and_a_wrong_column_are_refused(tmp_path):
+def test_a_wrong_column_is_refused(tmp_path):
     path = tiny_study(tmp_path)
-    with (tmp_path / "corpus.jsonl").open("a") as out:
-        out.write(json.dumps({"id": "hollow", "domain": "code", "text": "  "}) + "\n")
-    with pytest.raises(
-        UserError, match=r"document .*:hollow: expected a text, found '  '; remove empty documents"
-    ):
-        prepare(load_study(path))
     source = {
         "kind": "dataset",
         "path": "json",
         "data_files": str(tmp_path / "corpus.jsonl"),
         "text_column": "body",
     }
-    with pytest.raises(UserError, match=r"no column 'body'; choose among id, domain, text"):
+    with pytest.raises(UserError, match=r"40 no column 'body'; .*columns of its first row: id, domain, text"):
         prepare(changed(path, "data", documents=[source]))
 
 
@@ -199,6 +196,9 @@ def test_manifest_counts_the_documents(study):
         "validation_documents": 6,
         "test_documents": 2,
         "far_documents": 8,
+        "rows": {"documents": 40, "far": 8},
+        "left_out": {},
+        "groups": {"validation": 6, "test": 2, "train": 32},
     }
 
 
@@ -226,13 +226,13 @@ def test_a_prompt_column_is_kept_apart_and_an_answer_is_not_cut(tmp_path):
     ("turns", "message"),
     [
         ([{"role": "user", "content": "stone"}, {"role": "assistant", "content": "river"}], None),
-        ([{"role": "assistant", "content": "river"}], "turns with role and content"),
+        ([{"role": "assistant", "content": "river"}], "nothing before the answer"),
         (
             [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
-            "the last one by the assistant",
+            "no answer at the end",
         ),
-        ([{"role": "user", "content": " "}, {"role": "assistant", "content": "b"}], "remove empty documents"),
-        ("no turns", "turns with role and content"),
+        ([{"role": "user", "content": " "}, {"role": "assistant", "content": "b"}], "an empty turn"),
+        ("no turns", "no turns of a role and its text"),
     ],
 )
 def test_a_chat_is_its_turns_and_its_last_answer(tmp_path, turns, message):
@@ -254,7 +254,7 @@ def test_a_stream_is_read_as_far_as_it_is_asked_for(tmp_path):
 
 
 def test_packed_rows_are_full_and_a_model_that_mixes_their_parts_is_refused(tmp_path):
-    study = changed(tiny_study(tmp_path), "data", packing=True, context=512, train_rows=4)
+    study = changed(tiny_study(tmp_path), "data", packing=True, context=512, train_rows=8)
     prepare(study)
     rows = training_rows(study, tiny_tokenizer())
     assert any(row.packed for row in rows)

@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.data.sources import prepare
+from distill.data.split import prepare
 from distill.models.card import model_card
 from distill.models.init import init_student
 from distill.models.layers import block_influence, decoder_layers, evenly_spaced, most_influential

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from distill.data.sources import prepare
+from distill.data.split import prepare
 from eval.core.documents import Document, read_documents, scored_slices
 from eval.core.errors import UserError
 from eval.core.sections import Corruption

@@ -1,0 +1,173 @@
+"""One row of a source as a document: a text, an answer after a prompt, or the last answer of a chat."""
+
+import hashlib
+import json
+from string import Formatter
+from typing import Any, NamedTuple
+
+from distill.data.files import MARK, UNDECODABLE, Found, Unusable
+from eval.core.documents import Document
+from eval.core.sections import Source
+
+SPEAKERS = {  # of ShareGPT's form, by the roles of OpenAI's
+    "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+CALLS = ("tool_calls", "tool_call_id", "name")  # parts of a turn that a template may read too
+ID_DIGITS = 16  # of a SHA-256, in hexadecimal: two of 10 million documents share them once in 400,000 corpora
+NO_TEXT, NO_PROMPT, NOT_A_TEXT = "no text", "no prompt", "not a text"
+NO_TURNS, EMPTY_TURN = "no turns of a role and its text", "an empty turn"
+NO_ANSWER, NO_QUESTION = "no answer at the end", "nothing before the answer"
+Turn = dict[str, Any]
+
+
+class Raw(NamedTuple):
+    """A row as it was found."""
+
+    origin: str  # the file and its line, or whatever else names it to a reader
+    row: Found
+    domain: str
+    group: str = ""
+
+
+def sha256(text: str) -> str:
+    """In hexadecimal: also the sort key of an order that is fixed and no better than chance."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_hash(text: str, prompt: str | list[Turn] = "") -> str:
+    """SHA-256 of a text with its prompt."""
+    return sha256(json.dumps([prompt, text]) if prompt else text)
+
+
+def make_document(source: Source, raw: Raw) -> Document:
+    """The document of a row; its id is the start of the hash of its content, or its `id_column`.
+
+    Raises:
+        Unusable: with the reason.
+    """
+    row = raw.row
+    if isinstance(row, Unusable):
+        raise row
+    for column in required_columns(source):
+        if column not in row:
+            raise Unusable(f"no column {column!r}")
+    prompt: str | list[Turn] = ""
+    if source.messages_column:
+        prompt, text = split_chat(row[source.messages_column])
+    else:
+        text = require_text(row[source.text_column], NO_TEXT)
+        if source.prompt_column:
+            prompt = require_text(row[source.prompt_column], NO_PROMPT)
+        elif source.prompt_template:
+            prompt = require_text(fill(source.prompt_template, row), NO_PROMPT)
+    check_characters(json.dumps([prompt, text], ensure_ascii=False) if prompt else text)
+    domain = raw.domain if source.domain_column is None else _as_name(row[source.domain_column]) or "none"
+    group = raw.group if source.group_column is None else _as_name(row[source.group_column])
+    name = _as_name(row[source.id_column]) if source.id_column else ""
+    name = name or content_hash(text, prompt)[:ID_DIGITS]
+    return Document(name, domain, text, prompt, group=group or name, origin=raw.origin)
+
+
+def required_columns(source: Source) -> list[str]:
+    """Columns without which no document can be made of a row of `source`."""
+    columns = [source.messages_column or source.text_column, source.prompt_column, source.domain_column]
+    columns += [source.group_column, source.id_column, *template_columns(source.prompt_template or "")]
+    return [column for column in columns if column]
+
+
+def template_columns(template: str) -> list[str]:
+    """Names in braces; `{{` stands for a brace."""
+    return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+
+
+def fill(template: str, row: dict[str, Any]) -> str:
+    """The template with columns of the row in place of their names; null is an empty text."""
+    parts = (
+        (text, "" if name is None or row[name] is None else str(row[name]))
+        for text, name, _, _ in Formatter().parse(template)
+    )
+    return "".join(text + value for text, value in parts)
+
+
+def _as_name(value: Any) -> str:
+    """A text, a number or a list as a name; null is none."""
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
+
+
+def require_text(text: Any, reason: str) -> str:
+    """`text`, where it is one and not blank; else `Unusable(reason)`."""
+    if text is not None and not isinstance(text, str):
+        raise Unusable(NOT_A_TEXT)
+    if text is None or not text.strip():
+        raise Unusable(reason)
+    return text
+
+
+def check_characters(text: str) -> None:
+    """Refuses what was read in the wrong encoding: bytes left over, lone surrogates, NUL characters."""
+    if MARK in text or "\0" in text or not _is_encodable(text):
+        raise Unusable(UNDECODABLE)
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def split_chat(messages: Any) -> tuple[list[Turn], str]:
+    """The turns before the last answer, and that answer.
+
+    Turns are of OpenAI's form, with `role` and `content`, or of ShareGPT's, with `from` and `value`. A system
+    turn without a text says nothing and is left out.
+
+    Raises:
+        Unusable: there are no such turns, the last one is no answer, or a turn is empty.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise Unusable(NO_TURNS)
+    turns = [turn for message in messages if (turn := _turn(message)) is not None]
+    if not turns or turns[-1]["role"] != "assistant" or "tool_calls" in turns[-1]:
+        raise Unusable(NO_ANSWER)
+    if len(turns) < 2:
+        raise Unusable(NO_QUESTION)
+    return turns[:-1], turns[-1]["content"]
+
+
+def _turn(message: Any) -> Turn | None:
+    """One turn with `role` and `content`; None for a system turn without a text."""
+    if not isinstance(message, dict):
+        raise Unusable(NO_TURNS)
+    role, content = message.get("role"), message.get("content")
+    if "role" not in message:
+        role, content = SPEAKERS.get(str(message.get("from")).lower()), message.get("value")
+    if not isinstance(role, str):
+        raise Unusable(NO_TURNS)
+    turn: Turn = {"role": role, "content": _content(content)}
+    turn |= {key: message[key] for key in CALLS if message.get(key)}
+    if turn["content"].strip() or turn.get("tool_calls"):
+        return turn
+    if turn["role"] == "system":
+        return None
+    raise Unusable(EMPTY_TURN)
+
+
+def _content(content: Any) -> str:
+    """The text of a turn: a text, null, or a list of parts that are texts."""
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(parts):
+            return "".join(texts)
+    if not isinstance(content, str):
+        raise Unusable(NOT_A_TEXT)
+    return content

@@ -1,0 +1,255 @@
+"""The data artifact: documents of all sources, split by the hash of their ids and written once.
+
+The lowest hashes are validation, the highest are test, all between are training: a new document moves at most
+one other, and none between validation and test. A group of documents is ranked, and moves, as one.
+"""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Self
+
+from scipy.cluster.hierarchy import DisjointSet
+
+from distill.data.near_duplicates import NearDuplicates
+from distill.data.parse import content_hash, sha256
+from distill.data.sources import fingerprint, libraries, list_reasons, read_source
+from eval.core.artifacts import (
+    Key,
+    Manifest,
+    build_artifact,
+    installed_versions,
+    is_done,
+    make_key,
+    read_manifest,
+)
+from eval.core.documents import TEST, TRAIN, VALIDATION, Document
+from eval.core.errors import UserError
+from eval.core.sections import Data, Source
+from eval.core.study import Study
+from eval.score.corruptions import damaged_slices
+
+LATER = {"context", "train_rows", "packing", "loss_on", "end_of_text", "tasks"}  # what rows are made by
+GROUP_SHARE = 8  # a group gives at most this part of a split, so that a split has groups enough to speak of
+COPY, SHORT, NEAR = "a copy of another", "shorter than data.min_bytes", "nearly a training document"
+MORE = "more of a group in validation or test"
+
+
+@dataclass(slots=True)
+class Entry:
+    """What is remembered of a document while it lies on disk."""
+
+    id: str
+    group: str
+    place: int  # of its first byte
+
+
+class Spool:
+    """Documents on disk, until it is known where each goes: of a corpus only the index is in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 closed by __exit__
+        self._end = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, document: Document) -> Entry:
+        place = self._end
+        self._file.seek(place)
+        self._end += self._file.write(json.dumps(asdict(document)).encode() + b"\n")
+        return Entry(document.id, document.group, place)
+
+    def read(self, entry: Entry) -> Document:
+        """The document of an entry, in the group that the entry has now."""
+        self._file.seek(entry.place)
+        document = Document(**json.loads(self._file.readline()))
+        return replace(document, group=entry.group)
+
+
+@dataclass
+class Pool:
+    """Documents of some sources, and what of them was left out."""
+
+    entries: list[Entry]
+    left_out: Counter[str]
+
+    @property
+    def rows(self) -> int:
+        return len(self.entries) + self.left_out.total()
+
+
+class Reader:
+    """Reads sources one after another, and knows what it has seen: a copy in two splits would leak."""
+
+    def __init__(self, data: Data, spool: Spool) -> None:
+        self.data, self.spool = data, spool
+        self._seen = set[bytes]()
+        self._near = None if data.near_duplicates is None else NearDuplicates(data.near_duplicates)
+        self.pairs: list[tuple[str, str]] = []  # ids of documents to split that are nearly the same
+
+    def read(self, where: str, sources: list[Source], splits: bool) -> Pool:
+        """Documents of `sources`, to be split or else only scored: then no near-duplicates of the former.
+
+        Raises:
+            UserError: two have one id, or more than `data.max_dropped` cannot be used.
+        """
+        pool, ids = Pool([], Counter()), set[str]()
+        for document in self._usable(sources, pool.left_out, splits):
+            if document.id in ids:
+                first = next(entry for entry in pool.entries if entry.id == document.id)
+                rows = f"{self.spool.read(first).origin} and {document.origin}"
+                fix = "give each its own id, or name no id_column: then the content is the id"
+                raise UserError(where, f"two documents have the id {document.id!r}: {rows}", fix)
+            ids.add(document.id)
+            pool.entries.append(self.spool.add(document))
+        share = pool.left_out.total() / max(1, pool.rows)
+        if share > self.data.max_dropped:
+            problem = f"{share:.0%} of {pool.rows} rows cannot be used: {list_reasons(pool.left_out)}"
+            fix = f"clean them, or raise data.max_dropped (now {self.data.max_dropped:g})"
+            raise UserError(where, problem, fix)
+        return pool
+
+    def _usable(self, sources: list[Source], left_out: Counter[str], splits: bool) -> Iterator[Document]:
+        for document in (d for source in sources for d in read_source(source, left_out)):
+            content = bytes.fromhex(content_hash(document.text, document.prompt))
+            if content in self._seen:
+                left_out[COPY] += 1
+            elif document.bytes < self.data.min_bytes:
+                left_out[SHORT] += 1
+            elif self._near is not None and not splits and self._near.find(document):
+                left_out[NEAR] += 1
+            else:
+                self._seen.add(content)
+                if self._near is not None and splits:
+                    self.pairs += [(document.id, other) for other in self._near.add(document)]
+                yield document
+
+
+def join_groups(entries: list[Entry], pairs: list[tuple[str, str]]) -> None:
+    """Gives groups that share near-duplicates one name, in place: that of the lowest hash among them."""
+    if not pairs:
+        return
+    group_of = {entry.id: entry.group for entry in entries}
+    joined: DisjointSet = DisjointSet({group_of[name] for pair in pairs for name in pair})
+    for one, other in pairs:
+        joined.merge(group_of[one], group_of[other])
+    names = {group: min(subset, key=sha256) for subset in joined.subsets() for group in subset}
+    for entry in entries:
+        entry.group = names.get(entry.group, entry.group)
+
+
+def split_entries(entries: list[Entry], data: Data) -> tuple[dict[str, list[Entry]], int]:
+    """Entries by split, and how many were left out because their group had given enough to another split.
+
+    Raises:
+        UserError: there are too few documents, or too few groups of them.
+    """
+    entries = sorted(entries, key=lambda entry: (sha256(entry.group), sha256(entry.id)))
+    needed = f"need more than {data.validation} for validation + {data.test} for test"
+    if len(entries) <= data.validation + data.test:
+        fix = "add documents, or lower data.validation or data.test"
+        raise UserError("data", f"{len(entries)} documents, {needed}", fix)
+    groups = [list(group) for _, group in groupby(entries, key=lambda entry: entry.group)]
+    splits: dict[str, list[Entry]] = {}
+    for name, count, place in ((VALIDATION, data.validation, 0), (TEST, data.test, -1)):
+        splits[name] = []
+        while groups and len(splits[name]) < count:
+            most = min(max(1, count // GROUP_SHARE), count - len(splits[name]))
+            splits[name] += groups.pop(place)[:most]
+    if not groups:
+        problem = f"{len({entry.group for entry in entries})} groups of {len(entries)} documents, {needed}"
+        most_of = max(1, data.validation // GROUP_SHARE)
+        problem += f", of which a group gives at most {most_of}"
+        raise UserError("data", problem, "group documents more finely, or lower data.validation or data.test")
+    splits[TRAIN] = [entry for group in groups for entry in group]
+    return splits, len(entries) - sum(map(len, splits.values()))
+
+
+def write_documents(path: Path, documents: Iterator[Document]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        for d in documents:
+            row: dict[str, Any] = {"id": d.id, "group": d.group, "domain": d.domain, "origin": d.origin}
+            row |= {"bytes": d.bytes, "sha256": content_hash(d.text, d.prompt), "text": d.text}
+            out.write(json.dumps(row | ({"prompt": d.prompt} if d.prompt else {}), ensure_ascii=False) + "\n")
+
+
+def _truncate(document: Document, limit: int) -> Document:
+    """The first `limit` bytes in whole characters; an answer to a prompt is not cut."""
+    if document.prompt:
+        return document
+    return replace(document, text=document.text.encode()[:limit].decode(errors="ignore"))
+
+
+def write_splits(study: Study, spool: Spool, folder: Path) -> dict[str, Any]:
+    """Reads all sources, and writes every split and slice into `folder`; returns the facts of the manifest.
+
+    Raises:
+        UserError: too few documents, two with one id, too many rows that cannot be used, or an empty or
+            wrongly named slice.
+    """
+    data, reader = study.data, Reader(study.data, spool)
+    pools = {"documents": reader.read("data.documents", data.documents, splits=True)}
+    join_groups(pools["documents"].entries, reader.pairs)
+    splits, more = split_entries(pools["documents"].entries, data)
+    counts = {name: len({entry.group for entry in splits[name]}) for name in splits}
+    for name, sources in data.shifted.items():
+        if name in splits:
+            raise UserError(f"data.shifted.{name}", "this name is reserved", "give the slice another name")
+        pools[name] = reader.read(f"slice {name!r}", sources, splits=False)
+        if not pools[name].entries:
+            problem = "no documents, or all are copies of others"
+            raise UserError(f"slice {name!r}", problem, "fix its source")
+    for name, pool in pools.items():
+        splits |= {name: pool.entries} if name != "documents" else {}
+    scored = {
+        name: [_truncate(spool.read(entry), data.scored_bytes) for entry in entries]
+        for name, entries in splits.items()
+        if name != TRAIN
+    }
+    write_documents(folder / f"{TRAIN}.jsonl", map(spool.read, splits[TRAIN]))
+    scored |= damaged_slices(scored[VALIDATION], data.corruptions, splits)
+    for name, documents in scored.items():
+        write_documents(folder / f"{name}.jsonl", iter(documents))
+    facts: dict[str, Any] = {f"{name}_documents": len(entries) for name, entries in splits.items()}
+    facts |= {f"{name}_documents": len(documents) for name, documents in scored.items()}
+    facts["rows"] = {name: pool.rows for name, pool in pools.items()}
+    facts["left_out"] = {name: dict(pool.left_out) for name, pool in pools.items() if pool.left_out}
+    facts["groups"] = counts
+    if more:
+        facts["left_out"].setdefault("documents", {})[MORE] = more
+    if data.near_duplicates is not None:
+        facts["near_duplicates"] = len({name for pair in reader.pairs for name in pair})
+    return facts
+
+
+def data_key(study: Study) -> Key:
+    """Key of the data artifact: the settings, the present state of the sources, and what reads data sets."""
+    sources = [*study.data.documents, *(s for group in study.data.shifted.values() for s in group)]
+    settings = study.data.model_dump(mode="json", exclude=LATER)
+    names = {name for source in sources for name in libraries(source)}
+    names |= {"datasketch"} if study.data.near_duplicates is not None else set()
+    fingerprints = [fingerprint(source) for source in sources]
+    return make_key("data", [settings, fingerprints], installed_versions(sorted(names)))
+
+
+def prepare(study: Study) -> Manifest:
+    """Writes the data artifact of a study, unless it is there already."""
+    folder, key = study.folder / "data", data_key(study)
+    if is_done(folder, key, study.accept_old):
+        return read_manifest(folder)
+    facts: dict[str, Any] = {}
+    with (
+        build_artifact(folder, kind="data", name="data", key=key, parents={}, facts=facts) as temporary,
+        Spool(temporary.parent) as spool,
+    ):
+        facts |= write_splits(study, spool, temporary)
+    return read_manifest(folder)

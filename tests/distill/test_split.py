@@ -1,0 +1,189 @@
+"""The split: by content, stable, with groups and near-duplicates on one side; what is left out is counted."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from distill.data.split import prepare
+from eval.core.documents import TEST, TRAIN, VALIDATION, describe_data, read_documents
+from eval.core.errors import UserError
+from eval.core.study import load_study
+from tests.helpers import text, tiny_study
+
+SPLITS = (VALIDATION, TEST, TRAIN)
+
+
+def prepared(folder, rows, lines=None, **data):
+    """The sides of every text of a study over `rows`, and the facts of its manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = tiny_study(folder)
+    content = lines if lines is not None else [json.dumps(row) for row in rows]
+    (folder / "rows.jsonl").write_text("".join(line + "\n" for line in content))
+    source = {"kind": "dataset", "path": "json", "data_files": str(folder / "rows.jsonl")}
+    source |= {key: data.pop(key) for key in list(data) if key.endswith("_column")}
+    settings = {"documents": [source], "shifted": {}, "scored_bytes": 10**6, **data}
+    study = load_study(path, **{f"data__{key}": value for key, value in settings.items()})
+    facts = prepare(study).facts
+    sides = {}
+    for split in SPLITS:
+        for document in read_documents(study.folder / "data", split):
+            assert document.text not in sides
+            sides[document.text] = split
+    return sides, facts
+
+
+def texts(number, words=40):
+    return [{"text": text("prose", i, words)} for i in range(number)]
+
+
+def test_a_row_on_top_moves_at_most_one_other_and_none_between_validation_and_test(tmp_path):
+    rows, moved = texts(60), []
+    before, _ = prepared(tmp_path / "before", rows, validation=12, test=8)
+    for i in range(8):
+        new = {"text": text("code", i)}
+        after, _ = prepared(tmp_path / f"after{i}", [new, *rows], validation=12, test=8)
+        moves = {(side, after[one]) for one, side in before.items() if after[one] != side}
+        assert len([one for one, side in before.items() if after[one] != side]) == (
+            after[new["text"]] != TRAIN
+        )
+        assert not {(VALIDATION, TEST), (TEST, VALIDATION)} & moves
+        moved += moves
+    assert moved, "no new row fell into validation or test: the test asked nothing"
+
+
+def test_order_names_and_folders_of_files_change_nothing_but_origins(tmp_path):
+    rows = texts(30)
+    for place, parts in {"one": (rows, []), "two": (rows[11:], rows[:11])}.items():
+        for folder, part in zip(("a", "b"), parts, strict=True):
+            (tmp_path / place / folder).mkdir(parents=True)
+            lines = "".join(json.dumps(row) + "\n" for row in part)
+            (tmp_path / place / folder / "rows.jsonl").write_text(lines)
+    found = []
+    for place, files in {
+        "one": str(tmp_path / "one/a/*.jsonl"),
+        "two": [str(tmp_path / "two/a/rows.jsonl"), str(tmp_path / "two/?/*.jsonl")],
+    }.items():
+        source = {"kind": "dataset", "path": "json", "data_files": files}
+        study = load_study(tiny_study(tmp_path / place), data__documents=[source], data__shifted={})
+        prepare(study)
+        found.append({s: {d.id for d in read_documents(study.folder / "data", s)} for s in SPLITS})
+        origins = {d.origin for s in SPLITS for d in read_documents(study.folder / "data", s)}
+    assert found[0] == found[1]
+    assert all(len(name) == 16 for names in found[0].values() for name in names)
+    assert origins == {
+        *(f"a/rows.jsonl:{i}" for i in range(1, 20)),
+        *(f"b/rows.jsonl:{i}" for i in range(1, 12)),
+    }
+
+
+def test_an_id_column_names_documents_and_must_tell_them_apart(tmp_path):
+    rows = [{"key": i, **row} for i, row in enumerate(texts(20))]
+    study = tmp_path / "x"
+    sides, _ = prepared(study, rows, id_column="key")
+    changed = [{**row, "text": row["text"] + "more"} for row in rows]
+    later, _ = prepared(tmp_path / "y", changed, id_column="key")
+    assert {one + "more": side for one, side in sides.items()} == later, "a new edition stays on its side"
+    with pytest.raises(UserError, match=r"two documents have the id '3': rows\.jsonl:4 and rows\.jsonl:21"):
+        prepared(tmp_path / "z", [*rows, {"key": 3, "text": "another"}], id_column="key")
+
+
+def test_a_group_is_on_one_side_and_gives_a_split_no_more_than_a_part(tmp_path):
+    rows = [{"who": f"author{i // 5}", **row} for i, row in enumerate(texts(200))]
+    who = {row["text"]: row["who"] for row in rows}
+    sides, facts = prepared(tmp_path, rows, group_column="who", validation=24, test=16, max_dropped=0)
+    names = {split: {who[one] for one, side in sides.items() if side == split} for split in SPLITS}
+    assert not names[VALIDATION] & names[TEST]
+    assert not names[TRAIN] & (names[VALIDATION] | names[TEST])
+    assert facts["validation_documents"] == 24
+    assert facts["groups"] == {split: len(names[split]) for split in SPLITS}
+    assert facts["groups"][VALIDATION] == facts["groups"][TEST] == 8
+    left_out = 8 * (5 - 3) + 8 * (5 - 2)
+    assert facts["left_out"] == {"documents": {"more of a group in validation or test": left_out}}
+    assert facts["train_documents"] == 200 - 24 - 16 - left_out
+    (line,) = [line for line in describe_data(facts) if line.startswith("groups")]
+    assert "24 validation documents in 8" in line
+    rows = [{**row, "who": f"author{i // 20}"} for i, row in enumerate(rows)]
+    with pytest.raises(UserError, match="10 groups of 200 documents, need more than 60 for validation"):
+        prepared(tmp_path / "few", rows, group_column="who", validation=60, test=40)
+
+
+def test_the_group_goes_into_the_artifact(tmp_path):
+    rows = [{"who": None if i % 2 else "ada", **row} for i, row in enumerate(texts(30))]
+    prepared(tmp_path, rows, group_column="who", validation=6, test=2)
+    study = load_study(tmp_path / "study.yaml")
+    documents = [d for split in SPLITS for d in read_documents(study.folder / "data", split)]
+    assert {d.group for d in documents} == {"ada", *(d.id for d in documents if d.group != "ada")}
+
+
+def test_near_duplicates_are_on_one_side_and_not_in_a_shifted_slice(tmp_path):
+    rows = [{"text": f"{body}\n{ending}"} for body in (text("prose", i, 200) + text("code", i, 200) for i in range(40))
+            for ending in ("the end", "the very end")]  # fmt: skip
+    near = tmp_path / "near.jsonl"
+    near.write_text(
+        json.dumps({"text": rows[0]["text"] + "of it"}) + "\n" + json.dumps({"text": "quite another"}) + "\n"
+    )
+    source = {"kind": "dataset", "path": "json", "data_files": str(near)}
+    data = {"validation": 10, "test": 6, "shifted": {"far": [source]}, "max_dropped": 0.5}
+    sides, facts = prepared(tmp_path / "on", rows, near_duplicates=0.8, **data)
+    side_of = [
+        (sides.get(one["text"]), sides.get(other["text"]))
+        for one, other in zip(rows[::2], rows[1::2], strict=True)
+    ]
+    assert all(one == other or None in (one, other) for one, other in side_of)
+    assert facts["near_duplicates"] == 80
+    assert facts["groups"] == {"validation": 10, "test": 6, "train": 24}
+    assert facts["left_out"]["far"] == {"nearly a training document": 1}
+    sides, facts = prepared(tmp_path / "off", rows, **data)
+    assert any(
+        sides[one["text"]] != sides[other["text"]] for one, other in zip(rows[::2], rows[1::2], strict=True)
+    )
+
+
+BROKEN = {
+    '{"text": "  "}': "no text",
+    '{"text": null}': "no text",
+    '{"text": 7}': "not a text",
+    '{"other": "x"}': "no column 'text'",
+    "{": "not a JSON object",
+    "[1]": "not a JSON object",
+    '{"text": "\\ud800"}': "not decodable",
+    '{"text": "a\\u0000b"}': "not decodable",
+    '{"text": "tiny"}': "shorter than data.min_bytes",
+}  # fmt: skip
+
+
+def test_what_cannot_be_used_is_left_out_by_reason_up_to_a_share(tmp_path):
+    good = [json.dumps(row) for row in texts(60)]
+    lines = [*good[:30], *BROKEN, good[0], *good[30:]]
+    _, facts = prepared(tmp_path, [], lines, min_bytes=5)
+    reasons = [*BROKEN.values(), "a copy of another"]
+    assert facts["left_out"] == {"documents": {reason: reasons.count(reason) for reason in reasons}}
+    assert facts["rows"] == {"documents": 70}
+    (line,) = describe_data(facts)
+    assert line.startswith(
+        "data: 60 of 70 rows used; left out: 2 no text, 2 not a JSON object, 2 not decodable, 1 a copy"
+    )
+    with pytest.raises(
+        UserError, match=r"data\.documents: 14% of 70 rows cannot be used: 2 no text.* data\.max_dropped"
+    ):
+        prepared(tmp_path / "strict", [], lines, min_bytes=5, max_dropped=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoding": "klingon"}, "unknown encoding: klingon; give a name that Python knows"),
+        ({"encoding": "base64"}, "is not a text encoding"),
+        ({"prompt_column": "a", "messages_column": "b"}, "give one of `prompt_column` and `messages_column`"),
+        ({"prompt_template": "no column"}, "expected columns in braces"),
+        ({"prompt_template": "{a.b!r}"}, "expected columns in braces"),
+        ({"kind": "folder", "group_column": "who"}, "`kind: folder` has no columns"),
+        ({"group_by_folder": True}, "a data set has `group_column`"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused(change, message):
+    from eval.core.sections import Source
+
+    with pytest.raises(ValidationError, match=message):
+        Source(**{"kind": "dataset", "path": "json", **change})
