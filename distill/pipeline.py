@@ -35,6 +35,7 @@ from distill.models.load import (
     train_tokenizer,
 )
 from distill.models.lora import TrainableModel, add_adapters, check_device
+from distill.models.precision import settle_precision
 from distill.teachers.run import (
     TEACHER,
     TEACHERS,
@@ -92,13 +93,14 @@ def make_tokenizer(study: Study) -> None:
         facts["ids_sha256"] = digest(token_ids(tokenizer, documents))  # compared by the jobs of bases
 
 
-def prepare_inputs(study: Study, acc: Accelerator) -> None:
-    """Checks the study, then writes its config, data and tokenizer in the first process."""
+def prepare_inputs(study: Study, acc: Accelerator) -> Study:
+    """Checks the study, settles it, then writes its config, data and tokenizer in the first process."""
     check_trackers(study.trackers)
     check_device(study.student, acc.device)
     check_target_source(study)
     check_method(study)
     check_models(study)
+    study = settle_precision(study, acc)
     if acc.is_main_process:
         save_study(study)
         study_origins(study)  # read once, before workers ask
@@ -107,6 +109,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> None:
         make_tokenizer(study)
         check_text_in_front(study)
     acc.wait_for_everyone()
+    return study
 
 
 def used_documents(study: Study) -> Iterator[Document]:
@@ -142,6 +145,8 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
     check_vocabulary(model, tokenizer, name, used_documents(study), study.data.context)
     facts: dict[str, Any] = {"arm": "B", "seed": seed, "recipe": "plain", "engine": "torch"}
     facts["origin"] = origin
+    if base.train is not None:
+        facts["precision"] = base.train.precision
     with build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as folder:
         if base.train is not None:
             facts["loss_curve"] = run_training(
@@ -196,6 +201,7 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
         return
     tokenizer = load_tokenizer(base)
     facts: dict[str, Any] = {"arm": arm, "seed": seed, "recipe": "plain", "engine": "torch"}
+    facts["precision"] = config.precision
     method_card = asdict(make_method(study.method).card) if arm in TEACHERS else None
     if method_card is not None:
         facts["method"] = method_card
@@ -350,7 +356,7 @@ def train_study(study: Study, until: str) -> Path:
     """`distil` of a study that `check_plan` accepted."""
     acc = accelerator()
     with lock_folder(make_run_folder(study)) if acc.is_main_process else nullcontext():
-        prepare_inputs(study, acc)
+        study = prepare_inputs(study, acc)
         run_all(study, jobs_until(study, until), until)
         if acc.is_main_process:
             if until == "teachers":

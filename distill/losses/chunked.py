@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.losses.divergences import check_target, distillation_loss
 from distill.losses.teacher_output import Dense, Sampled, States, Target, TopK, match_vocabulary
-from distill.models.lm_head import Head, is_half_precision
+from distill.models.lm_head import Head, half_product, is_half_precision
 from eval.core.sections import Loss
 
 CHUNK_BYTES = 2**26  # float32 logits of one chunk: large enough for matrix products at full speed
@@ -44,21 +44,24 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         head, labels, target, config = rest
-        head, total = head.detach(hidden.dtype), torch.zeros((), device=hidden.device)
+        total, centred = torch.zeros((), device=hidden.device), hidden.detach()
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
+            if is_half_precision(hidden) and not hidden.is_cuda and len(hidden):
+                head, centred = head.centred(centred)
+            head = head.detach(hidden.dtype)
             for start, stop in chunk_bounds(len(hidden), CHUNK_BYTES, len(weight)):
                 states = hidden[start:stop]
-                logits = head.product(states)
+                logits = head.product(centred[start:stop])
                 chunk_target = slice_target(target, start, stop)
                 total += _head_loss_(logits, head, labels[start:stop], chunk_target, config)
                 if hidden_grad is not None:
-                    hidden_grad[start:stop] = _matmul_float32(logits, head.weight)
+                    hidden_grad[start:stop] = _product(logits, head.weight)
                 if weight_grad is not None and is_half_precision(states):
-                    weight_grad += _matmul_float32(logits.mT, states)
+                    weight_grad += _product(logits.mT, states)
                 elif weight_grad is not None:
                     weight_grad.addmm_(logits.mT, states.float())
                 if bias_grad is not None:
@@ -88,10 +91,10 @@ def slice_target(target: Target | Tensor | None, start: int, stop: int) -> Tenso
     return None if target is None else target.slice(start, stop)
 
 
-def _matmul_float32(one: Tensor, other: Tensor) -> Tensor:
-    """float32 product of a float32 matrix with another, on a GPU computed in the dtype of the other."""
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """Product of a float32 matrix with another, computed in the dtype of the other, accumulated in float32."""
     if is_half_precision(other):
-        return torch.mm(one.to(other.dtype), other, out_dtype=torch.float32)
+        return half_product(one.to(other.dtype), other)
     return torch.mm(one, other.float())
 
 

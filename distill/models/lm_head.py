@@ -23,22 +23,31 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  
 
 
 def is_half_precision(tensor: Tensor) -> bool:
-    """True if products with a tensor are computed in half precision: on a GPU, if it has that dtype."""
-    return tensor.is_cuda and tensor.dtype != torch.float32
+    """True if a tensor has 16 bits a number, so that products with it are computed from 16 bits."""
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def half_product(one: Tensor, other: Tensor) -> Tensor:
+    """Product [n, m] of 16-bit matrices, accumulated in float32; on a CPU its result is rounded to 16 bits."""
+    if one.is_cuda:
+        return torch.mm(one, other, out_dtype=torch.float32)
+    return torch.mm(one, other)  # torch has no product there that returns another dtype
 
 
 @dataclass(frozen=True)
 class Head:
     """logits = cap * tanh(scale * (hidden W^T + b) / cap), float32; no cap: scale * (hidden W^T + b).
 
-    On a GPU the product is computed in the dtype of the hidden states, on a CPU in float32. It is accumulated
-    and returned in float32 either way: logits rounded to bf16 change the gradient by 4 to 23 %.
+    On a GPU the product is computed in the dtype of the weight, on a CPU in float32, and returned in float32
+    either way. A CPU rounds the result of a 16-bit product, and logits rounded to bf16 change the gradient by
+    2 to 23 %: only a head that is `centred`, which leaves less to round, makes it there.
     """
 
     weight: Tensor  # [V, D]
     bias: Tensor | None = None  # [V]
     scale: float = 1.0
     cap: float | None = None
+    rounded: bool = False  # products with a 16-bit weight are of 16 bits on a CPU too
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[n, V] float32 logits of hidden states [n, D]."""
@@ -48,10 +57,11 @@ class Head:
 
     def product(self, hidden: Tensor) -> Tensor:
         """[n, V] float32 hidden W^T + b of hidden states [n, D]."""
-        if is_half_precision(hidden):
-            logits = torch.mm(hidden, self.weight.to(hidden.dtype).mT, out_dtype=torch.float32)
-            return logits if self.bias is None else logits + self.bias
-        return F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        bias = None if self.bias is None else self.bias.float()
+        if is_half_precision(self.weight) and (self.weight.is_cuda or self.rounded):
+            logits = half_product(hidden.to(self.weight.dtype), self.weight.mT)
+            return logits.float() if bias is None else logits + bias
+        return F.linear(hidden.float(), self.weight.float(), bias)
 
     def scale_and_cap_(self, product: Tensor) -> Tensor | None:
         """Turns a product [n, V] into logits in place; returns the derivative, None if it is `scale`."""
@@ -71,9 +81,19 @@ class Head:
 
     def detach(self, hidden_dtype: torch.dtype) -> "Head":
         """The head with detached weights, converted once to the dtype of products with hidden states."""
-        product_dtype = hidden_dtype if self.weight.is_cuda else torch.float32
+        dtype = hidden_dtype if self.weight.is_cuda or self.rounded else torch.float32
         bias = None if self.bias is None else self.bias.detach().float()
-        return replace(self, weight=self.weight.detach().to(product_dtype), bias=bias)
+        return replace(self, weight=self.weight.detach().to(dtype), bias=bias)
+
+    def centred(self, hidden: Tensor) -> tuple["Head", Tensor]:
+        """A head and hidden states [n, D], less their mean, with the same logits but for rounding.
+
+        The product of weight and mean, in float32, becomes a part of the bias. So a CPU has less to round:
+        with SmolLM2-135M the gradient from bf16 products is 0.7 % off, and not 1.5 %.
+        """
+        mean = hidden.float().mean(0)
+        offset = F.linear(mean, self.weight.float(), None if self.bias is None else self.bias.float())
+        return replace(self, bias=offset, rounded=True), (hidden.float() - mean).to(hidden.dtype)
 
 
 def output_embedding(model: PreTrainedModel) -> nn.Linear:

@@ -137,6 +137,7 @@ def _write_targets(
     rows = training_rows(study, tokenizer)
     share: dict[str, Any] = {"process": acc.process_index, "processes": acc.num_processes, "report": report}
     facts: dict[str, Any] = {**_lineage(study, base, teacher), "method": local_teacher.method.identity}
+    facts["dtype"] = study.targets.dtype
     if study.targets.source == "cached":
         codec = study_codec(study, model)
         facts |= codec.facts

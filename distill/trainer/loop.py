@@ -112,7 +112,7 @@ def build_optimizers(
         optimizers = []
     groups = [group for group in groups if group["params"]]
     if groups:
-        optimizers.append(AdamW(groups, lr=rest_lr, betas=settings.betas))
+        optimizers.append(AdamW(groups, lr=rest_lr, betas=settings.betas, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -276,6 +276,9 @@ def train(
             not go together.
     """
     acc = accelerator()
+    if config.precision == "auto":
+        fix = "give fp32 or bf16: only a study settles it, when its training starts"
+        raise UserError("precision of this training", "auto", fix)
     steps = total_steps(config, len(rows))
     order = row_order(len(rows), steps, config.rows, seed)
     prepare_sharding(acc, config, model)

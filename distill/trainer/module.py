@@ -52,7 +52,7 @@ class DistillationModule(nn.Module):
             output = self.run_model(**inputs)
         positions = F.pad(batch.mask, (0, 1)).flatten().nonzero()[:, 0]
         hidden = select_positions(captured[0], positions)
-        if half and hidden.is_cuda:
+        if half:
             hidden = hidden.bfloat16()  # as autocast does before a linear layer
         labels = batch.labels[batch.mask]
         if isinstance(target, Aligned):

@@ -125,8 +125,10 @@ class Train(Frozen):
     accumulate: int = Field(1, gt=0, description="micro-batches per step; divides `rows`")
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="number format of the forward pass; losses and weights stay in fp32"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "fp32",
+        description="number format of the products; losses and weights stay in fp32. `auto`: bf16 where it is "
+        "faster, measured once for a run",
     )
     compile: bool = Field(False, description="compile the model with torch.compile")
     warmup: float = Field(
@@ -175,8 +177,8 @@ class Targets(Frozen):
     )
     draws: int = Field(50, gt=0, description="sampled ids per token, for `form: sampled`")
     k: int = Field(64, gt=0, description="likeliest ids per token, for `form: top_k`")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="number format of a teacher that runs"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32", description="number format of a teacher that runs; `auto`: as for `train.precision`"
     )
     quantization: Literal["int8", "nf4"] | None = Field(
         None, description="weights of a teacher that runs; CUDA only"

@@ -28,6 +28,7 @@ from eval.core.records import PLAIN
 from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Teacher, Train
 
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
+PRECISION = "precision.json"  # lies in a run folder: what `auto` means there, measured at its start
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
 # No model depends on these.
 UNHASHED_KEYS = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers"}
@@ -155,7 +156,48 @@ def load_study(where: str | Path | None, words: list[str] | None = None, **overr
     apply_overrides(raw, [*(words or []), *keywords])
     for key in PATH_KEYS & raw.keys():
         raw[key] = absolute_paths(raw[key], Path.cwd())  # of the overrides: the others are absolute
-    return validate_config(Study, raw, str(path))
+    return settled(validate_config(Study, raw, str(path)))
+
+
+def settled(study: Study) -> Study:
+    """The study with `auto` replaced by what its run folder chose, if it has chosen.
+
+    Raises:
+        UserError: the file with the choice is damaged.
+    """
+    file = study.folder / PRECISION
+    if not file.is_file() or not has_auto(study):
+        return study
+    try:
+        precision = json.loads(file.read_text(encoding="utf-8"))["precision"]
+        dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    except (ValueError, KeyError, TypeError) as error:
+        fix = "delete it: the next training measures again"
+        raise UserError(str(file), "holds no precision: fp32 or bf16", fix) from error
+    raw = _without_auto(study.model_dump(mode="json"), {"precision": precision, "dtype": dtype})
+    return validate_config(Study, raw, str(file)).model_copy(update={"accept_old": study.accept_old})
+
+
+def has_auto(study: Study) -> bool:
+    """True if a precision or a dtype of the study, or of its method's settings, is still `auto`."""
+    raw = study.model_dump(mode="json")
+    return raw != _without_auto(raw, {"precision": "", "dtype": ""})
+
+
+def _without_auto(value: Any, choice: dict[str, str]) -> Any:
+    """`value` with every `auto` under a key of `choice` replaced; an architecture is not ours to change."""
+    if isinstance(value, list):
+        return [_without_auto(one, choice) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: inner
+        if key == "architecture"
+        else choice[key]
+        if inner == "auto" and key in choice
+        else _without_auto(inner, choice)
+        for key, inner in value.items()
+    }
 
 
 def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:

@@ -1,5 +1,7 @@
 """The chunked loss against the plain one: value and gradient, every form of target, every kind of head."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,12 +103,42 @@ def test_same_value_and_gradient_for_every_objective(name, weight, temperature):
         agree(both(HEADS["all"], targets(temperature)[form], config))
 
 
+def relative_error(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["labels", "states", "sampled"])
-def test_half_precision_weights_have_float32_logits(form):
-    """Narrow weights and states, as they are, against the same in float32: only the gradient is rounded."""
-    narrow = both(HEADS["all"], targets()[form], Loss(), torch.bfloat16)
-    agree(narrow, atol=1e-3, rtol=2**-7)
-    assert float(narrow[1][0]) == pytest.approx(float(narrow[0][0]), rel=1e-6)
+def test_half_precision_has_the_value_and_gradient_of_float32(form, dtype):
+    """16-bit states, far from zero as a model's are, and weights, against the same numbers in float32."""
+    target, labels = targets()[form], torch.arange(TOKENS) % VOCAB
+    hidden = (noise(TOKENS, WIDTH) + 10 * noise(WIDTH, seed=9)).to(dtype)
+    narrow = [hidden, noise(VOCAB, WIDTH, seed=1).to(dtype), noise(VOCAB, seed=3).to(dtype)]
+    results = []
+    for leaves in (narrow, [leaf.float() for leaf in narrow]):
+        states, weight, bias = (leaf.clone().requires_grad_() for leaf in leaves)
+        loss = chunked_loss(states, Head(weight, bias, 1.5, 3.0), labels, target, Loss())
+        results.append((loss.detach(), torch.autograd.grad(loss / 7, [states, weight, bias])))
+    (value, gradients), (wanted, exact) = results
+    assert value.dtype == torch.float32
+    assert float(value) == pytest.approx(float(wanted), rel=2e-3)
+    for gradient, leaf, right in zip(gradients, narrow, exact, strict=True):
+        assert gradient.dtype == leaf.dtype
+        assert relative_error(gradient.float(), right) < 2 * torch.finfo(dtype).eps
+
+
+def test_a_centred_head_leaves_a_cpu_less_to_round():
+    """The same logits; of what a product in bf16 rounds, the part that all tokens share is left out."""
+    hidden, head = noise(TOKENS, WIDTH) + 10 * noise(WIDTH, seed=9), Head(noise(VOCAB, WIDTH, seed=1))
+    exact = head(hidden)
+    moved, centred = head.centred(hidden)
+    torch.testing.assert_close(moved(centred), exact)
+    hidden, head = hidden.bfloat16(), replace(head, weight=head.weight.bfloat16())
+    exact = head(hidden)
+    moved, centred = head.centred(hidden)
+    better, plain = moved(centred), replace(head, rounded=True)(hidden)
+    assert better.dtype == plain.dtype == torch.float32
+    assert relative_error(better, exact) < 0.5 * relative_error(plain, exact)
 
 
 def test_tied_weights_get_the_sum_of_both_gradients():

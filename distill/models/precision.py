@@ -1,0 +1,88 @@
+"""`precision: auto`: bf16 or float32, whichever this machine multiplies faster at the model's own shapes."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoConfig, PreTrainedConfig
+
+from distill.models.gguf import find_gguf, read_config
+from distill.models.load import architecture_config
+from eval.core.artifacts import write_text
+from eval.core.sections import Base
+from eval.core.study import PRECISION, Study, has_auto, settled
+
+SECONDS = 1.0  # of the whole measurement, at most; one product of each kind is made even so
+FASTER = 1.3  # times the speed of float32 that bf16 must have: casts cost something too
+FLOP = 1e9  # of one product, at most
+
+
+def settle_precision(study: Study, acc: Accelerator) -> Study:
+    """The study with `auto` replaced: by what the run folder chose before, or by a measurement now.
+
+    One choice holds for all arms of a run, wherever it is continued: S1 and S0 never differ by it.
+    """
+    if not has_auto(study):
+        return study
+    file = study.folder / PRECISION
+    if acc.is_main_process and not file.is_file():
+        config = _base_config(study.base).get_text_config()
+        width = config.hidden_size
+        inner = getattr(config, "intermediate_size", None) or 4 * width
+        speeds = measure_products(study.data.context, width, inner, acc.device)
+        chosen = "bf16" if speeds["bf16"] >= FASTER * speeds["fp32"] else "fp32"
+        write_text(file, json.dumps({"precision": chosen, "gflops": speeds, "product": [width, inner]}))
+        print(
+            f"auto: {chosen} (products of width {width} by {inner} on {acc.device.type}: "
+            f"{speeds['bf16']:,.0f} GFLOP/s in bf16, {speeds['fp32']:,.0f} in float32)",
+            file=sys.stderr,
+        )
+    acc.wait_for_everyone()
+    return settled(study)
+
+
+def measure_products(tokens: int, width: int, inner: int, device: torch.device) -> dict[str, float]:
+    """GFLOP/s of [tokens, width] x [width, inner] in bf16 and in float32, in turn; one thread on a CPU."""
+    tokens = max(16, min(tokens, int(FLOP / (2 * width * inner))))
+    left, right = torch.randn(tokens, width, device=device), torch.randn(inner, width, device=device)
+    products: dict[str, Callable[[], torch.Tensor]] = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        products[name] = lambda one=left.to(dtype), other=right.to(dtype): one @ other.mT
+    best = dict.fromkeys(products, float("inf"))
+    threads, end = torch.get_num_threads(), time.perf_counter() + SECONDS
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as the workers that train
+    try:
+        for timed in (False, True):  # the first round warms up
+            while True:
+                for name, product in products.items():
+                    seconds = _seconds(product, device)
+                    best[name] = min(best[name], seconds) if timed else best[name]
+                if not timed or time.perf_counter() >= end:
+                    break
+    finally:
+        torch.set_num_threads(threads)
+    return {name: round(2 * tokens * width * inner / seconds / 1e9, 1) for name, seconds in best.items()}
+
+
+def _seconds(product: Callable[[], torch.Tensor], device: torch.device) -> float:
+    start = time.perf_counter()
+    product()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _base_config(base: Base) -> PreTrainedConfig:
+    """The transformers config of a base that `check_models` accepted."""
+    if base.architecture is not None:
+        return architecture_config(base.architecture, "base.architecture", base.vocab_size)
+    assert base.path is not None
+    if base.is_gguf:
+        return read_config(find_gguf(base.path))
+    settings = {} if Path(base.path).is_dir() else {"revision": base.revision or "main"}
+    return AutoConfig.from_pretrained(base.path, trust_remote_code=False, **settings)
