@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from distill.losses.teacher_output import Teacher
 from distill.method import Plain
@@ -111,20 +111,18 @@ class Bare:
 
 
 class Ours:
-    """One step after the other as `distill.trainer.loop.train` makes them."""
+    """One step after the other as `distill.trainer.loop.train` makes them; the rows are gone round."""
 
     def __init__(
-        self, vocabulary: int, config: Train, student: tuple[int, int], teacher: Teacher | None
+        self, student: PreTrainedModel, rows: list[Row], config: Train, teacher: Teacher | None
     ) -> None:
-        self.acc, self.config, self.teacher = accelerator(), config, teacher
-        self.rows = pool(vocabulary)
-        trained = model(student, vocabulary, 1)
-        plain = DistillationModule(trained, config).train()
-        self.learner, *self.optimizers = self.acc.prepare(plain, *build_optimizers(trained, config))
+        self.acc, self.config, self.teacher, self.rows = accelerator(), config, teacher, rows
+        plain = DistillationModule(student, config).train()
+        self.learner, *self.optimizers = self.acc.prepare(plain, *build_optimizers(student, config))
 
     def __call__(self, number: int) -> None:
-        start = number * ROWS % POOL
-        rows = self.rows[start : start + ROWS]
+        start = number * self.config.rows % len(self.rows)
+        rows = self.rows[start : start + self.config.rows]
         set_learning_rate(self.optimizers, 1.0)
         check_finite(step_loss(self.learner, rows, self.teacher, self.config, self.acc, 0), number, rows)
         self.acc.clip_grad_norm_(self.learner.parameters(), self.config.clip)
@@ -139,9 +137,9 @@ def local_teacher(vocabulary: int, shape: tuple[int, int] = TEACHER) -> LocalTea
 
 
 @contextmanager
-def cached(teacher: LocalTeacher, vocabulary: int, draws: int = 50) -> Iterator[CachedTeacher]:
-    """The teacher's draws for the pool, in a real cache on disk."""
-    form, rows = make_codec(Targets(form="sampled", draws=draws), vocabulary, 1.0), pool(vocabulary)
+def cached(teacher: LocalTeacher, rows: list[Row], draws: int = 50) -> Iterator[CachedTeacher]:
+    """The teacher's draws for some rows, in a real cache on disk."""
+    form = make_codec(Targets(form="sampled", draws=draws), teacher.vocabulary, 1.0)
     with TemporaryDirectory() as name:
         top = Path(name)
         write_shards(top / "shards", rows, teacher, form, pad=0, report=lambda share: None)
@@ -155,15 +153,15 @@ def cached(teacher: LocalTeacher, vocabulary: int, draws: int = 50) -> Iterator[
 def step_rows(vocabulary: int, rounds: int) -> list[Result]:
     """The whole step over its parts; the step from a cache over CE steps, the bare one and our own."""
     config = Train(rows=ROWS)
-    teacher = local_teacher(vocabulary)
-    with cached(teacher, vocabulary) as cached_teacher:
+    teacher, rows = local_teacher(vocabulary), pool(vocabulary)
+    with cached(teacher, rows) as cached_teacher:
         seconds = in_turn(
             {
-                "whole": Ours(vocabulary, config, STUDENT, teacher),
+                "whole": Ours(model(STUDENT, vocabulary, 1), rows, config, teacher),
                 "parts": Bare(vocabulary, config, STUDENT, teacher.model),
-                "cached": Ours(vocabulary, config, STUDENT, cached_teacher),
+                "cached": Ours(model(STUDENT, vocabulary, 1), rows, config, cached_teacher),
                 "ce": Bare(vocabulary, config, STUDENT, None),
-                "our ce": Ours(vocabulary, config, STUDENT, None),
+                "our ce": Ours(model(STUDENT, vocabulary, 1), rows, config, None),
             },
             rounds,
         )
@@ -184,7 +182,7 @@ def worker(rank: int, size: int, threads: int, port: int, steps: int, pipe: Any)
         where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in where.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    ours = Ours(2000, Train(rows=ROWS), STUDENT, local_teacher(2000))
+    ours = Ours(model(STUDENT, 2000, 1), pool(2000), Train(rows=ROWS), local_teacher(2000))
     while pipe.recv():
         start = time.perf_counter()
         for number in range(steps):
@@ -234,7 +232,7 @@ def utilisation_rows(rounds: int) -> list[Result]:
     peak = 2 * 8192**3 / statistics.median(in_turn({"product": lambda n: side @ side}, 20)["product"])
     for compiled in (False, True):
         config = Train(rows=ROWS, precision="bf16", compile=compiled)
-        ours = Ours(vocabulary, config, LARGE, teacher)
+        ours = Ours(model(LARGE, vocabulary, 1), pool(vocabulary), config, teacher)
         seconds = statistics.median(in_turn({"step": ours}, rounds)["step"])
         weights = sum(p.numel() for p in ours.learner.parameters()) - vocabulary * LARGE[0]
         flop = 8 * weights + 16 * LARGE[1] * LARGE[0] * CONTEXT
