@@ -1,9 +1,9 @@
 """`python scripts/bench_smollm2.py [--json FILE]`: a training step of SmolLM2-135M, bf16 against float32.
 
-A step of S1 from cached targets (50 draws a token) on rows of 512 tokens of Python's own sources. Both run in
-one process, in turn, on as many threads as OMP_NUM_THREADS says (default: all cores); a round of both gives one
-ratio of tokens per second, and the median is printed with its 95 % interval. What bf16 is held against is the
-step as it was before precisions could be chosen: float32 throughout, AdamW weight by weight.
+A step of S1 from cached targets (50 draws a token) on rows of 512 tokens of Python's own sources. Both run
+in one process, in turn, on as many threads as OMP_NUM_THREADS says (default: all cores). A round of both gives
+one ratio of tokens per second; the median is printed with its 95 % interval. bf16 is held against the step as
+it was before precisions could be chosen: float32 throughout, AdamW weight by weight.
 """
 
 import argparse
@@ -70,7 +70,9 @@ def measure(rows_per_step: int, context: int, rounds: int) -> Result:
         }
         del teacher, model
         seconds = in_turn(runs, rounds)
-    what = f"SmolLM2-135M, S1 from a cache, {rows_per_step} rows of {context}: bf16 / fp32 as before, tokens/s"
+    what = (
+        f"SmolLM2-135M, S1 from a cache, {rows_per_step} rows of {context}: bf16 / fp32 as before, tokens/s"
+    )
     row = ratio_row(what, seconds["before"], seconds["bf16"], LIMIT, at_least=True)
     tokens = rows_per_step * (context - 1)
     return {

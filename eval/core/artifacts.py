@@ -42,10 +42,10 @@ _MODELS = ("torch", "transformers", "tokenizers")
 VERSIONS = {
     "data": Stage(2, ()),  # and `datasets` or `datasketch`, where they are used
     "tokenizer": Stage(1, ("transformers", "tokenizers")),
-    "base": Stage(2, (*_MODELS, "accelerate")),
-    "method": Stage(2, (*_MODELS, "accelerate", "peft")),
+    "base": Stage(3, (*_MODELS, "accelerate")),
+    "method": Stage(3, (*_MODELS, "accelerate", "peft")),
     "targets": Stage(1, (*_MODELS, "peft")),
-    "student": Stage(2, (*_MODELS, "accelerate", "peft")),
+    "student": Stage(3, (*_MODELS, "accelerate", "peft")),
     "variant": Stage(2, _MODELS),  # and what its passes need
 }
 # Where the artifacts of a run lie, and what they are called in a sentence.

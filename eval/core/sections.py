@@ -127,8 +127,8 @@ class Train(Frozen):
     loss: Loss = Loss()
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "fp32",
-        description="number format of the products; losses and weights stay in fp32. `auto`: bf16 where it is "
-        "faster, measured once for a run",
+        description="number format of the products; losses and weights stay in fp32. `auto`: bf16 where it "
+        "is faster, measured once for a run",
     )
     compile: bool = Field(False, description="compile the model with torch.compile")
     warmup: float = Field(

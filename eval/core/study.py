@@ -170,18 +170,16 @@ def settled(study: Study) -> Study:
         return study
     try:
         precision = json.loads(file.read_text(encoding="utf-8"))["precision"]
-        dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+        choice = {"precision": precision, "dtype": {"fp32": "float32", "bf16": "bfloat16"}[precision]}
     except (ValueError, KeyError, TypeError) as error:
-        fix = "delete it: the next training measures again"
-        raise UserError(str(file), "holds no precision: fp32 or bf16", fix) from error
-    raw = _without_auto(study.model_dump(mode="json"), {"precision": precision, "dtype": dtype})
+            raise UserError(str(file), "holds no precision: fp32 or bf16", fix) from error
+    raw = _without_auto(study.model_dump(mode="json"), choice)
     return validate_config(Study, raw, str(file)).model_copy(update={"accept_old": study.accept_old})
 
 
 def has_auto(study: Study) -> bool:
     """True if a precision or a dtype of the study, or of its method's settings, is still `auto`."""
-    raw = study.model_dump(mode="json")
-    return raw != _without_auto(raw, {"precision": "", "dtype": ""})
+    return (raw := study.model_dump(mode="json")) != _without_auto(raw, {"precision": "", "dtype": ""})
 
 
 def _without_auto(value: Any, choice: dict[str, str]) -> Any:

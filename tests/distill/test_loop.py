@@ -212,10 +212,14 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_a_stopped_run_continues_to_the_same_weights(tmp_path, name):
+@pytest.mark.parametrize(("name", "precision"), [("muon", "fp32"), ("adamw", "fp32"), ("adamw", "bf16")])
+def test_a_stopped_run_continues_to_the_same_weights(tmp_path, name, precision):
     config = Train(
-        rows=4, steps=7, checkpoint_every=2, optimizer=Optimizer(name=name, lr=0.02, weight_decay=0.1)
+        rows=4,
+        steps=7,
+        checkpoint_every=2,
+        optimizer=Optimizer(name=name, lr=0.02, weight_decay=0.1),
+        precision=precision,
     )
 
     def finish(folder, stop_at):
