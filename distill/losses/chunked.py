@@ -92,7 +92,7 @@ def slice_target(target: Target | Tensor | None, start: int, stop: int) -> Tenso
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:
-    """Product of a float32 matrix with another, computed in the dtype of the other, accumulated in float32."""
+    """Product of a float32 matrix with another, in the dtype of the other, accumulated in float32."""
     if is_half_precision(other):
         return half_product(one.to(other.dtype), other)
     return torch.mm(one, other.float())

@@ -28,7 +28,7 @@ def is_half_precision(tensor: Tensor) -> bool:
 
 
 def half_product(one: Tensor, other: Tensor) -> Tensor:
-    """Product [n, m] of 16-bit matrices, accumulated in float32; on a CPU its result is rounded to 16 bits."""
+    """Product [n, m] of 16-bit matrices, summed in float32; on a CPU its result is rounded to 16 bits."""
     if one.is_cuda:
         return torch.mm(one, other, out_dtype=torch.float32)
     return torch.mm(one, other)  # torch has no product there that returns another dtype
