@@ -1,9 +1,9 @@
 """`python scripts/bench_smollm2.py [--json FILE]`: a training step of SmolLM2-135M, bf16 against float32.
 
-A step of S1 from cached targets, on
-rows of 512 tokens of Python's own sources, 50 draws a token. Both run
-one ratio of tokens per second; the median is printed with its 95 % interval. bf16 is held against the step as
-it was before precisions could be chosen: float32 throughout, AdamW weight by weight.
+A step of S1 from cached targets, 50 draws a token, on rows of 512 tokens of Python's own sources. Both run in
+one process, in turn, on as many threads as OMP_NUM_THREADS says (default: all cores). A round of both gives
+one ratio of tokens per second; the median is printed with its 95 % interval. bf16 is held against the step
+as it was before precisions could be chosen: float32 throughout, AdamW weight by weight.
 """
 
 import argparse
