@@ -172,7 +172,8 @@ def settled(study: Study) -> Study:
         precision = json.loads(file.read_text(encoding="utf-8"))["precision"]
         choice = {"precision": precision, "dtype": {"fp32": "float32", "bf16": "bfloat16"}[precision]}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(str(file), "holds no precision: fp32 or bf16", fix) from error
+        problem, fix = "holds no precision: fp32 or bf16", "delete it: the next training measures again"
+        raise UserError(str(file), problem, fix) from error
     raw = _without_auto(study.model_dump(mode="json"), choice)
     return validate_config(Study, raw, str(file)).model_copy(update={"accept_old": study.accept_old})
 

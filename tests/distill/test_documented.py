@@ -61,8 +61,8 @@ def test_the_command_runs(small, command):
     make_run_folder(study)
     if any(word in command for word in NEEDS_CUDA):
         with pytest.raises(UserError, match="CUDA"):
-            prepare_inputs(study, accelerator())
+            study = prepare_inputs(study, accelerator())
         return
-    prepare_inputs(study, accelerator())
+    study = prepare_inputs(study, accelerator())
     run_in_turn("train", jobs_until(study, stage), quiet=True)
     verify_artifact(study.folder / ("students/S1/s0" if stage == "students" else "targets/T1/s0"))

@@ -41,7 +41,7 @@ def cached(tmp_path_factory):
     path, threads = tiny_study(tmp_path_factory.mktemp("cached"), ce_arm=False), torch.get_num_threads()
     study = load_study(path, SAMPLED)
     torch.set_num_threads(1)
-    prepare_inputs(study, accelerator())
+    study = prepare_inputs(study, accelerator())
     run_in_turn("cache", [*base_jobs(study), *teacher_jobs(study)], quiet=True)
     torch.set_num_threads(threads)
     assert not (study.folder / "students").exists()
