@@ -10,7 +10,9 @@ import argparse
 import os
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -64,7 +66,7 @@ def measure(rows_per_step: int, context: int, rounds: int) -> Result:
     config = Train(rows=rows_per_step, precision="bf16", optimizer=Optimizer(lr=1e-5))
     students = [load_gguf(find_gguf(BASE))[0] for _ in range(2)]
     with cached(teacher, rows) as cached_teacher:
-        runs = {
+        runs: dict[str, Callable[[int], Any]] = {
             "before": Before(students[0], rows, config, cached_teacher),
             "bf16": Ours(students[1], rows, config, cached_teacher),
         }
