@@ -18,7 +18,7 @@ import torch
 
 from compress.recipe import Context, Pass, PassReport, Recipe, Stage, check_reach
 from compress.verify import MODEL, save_reference
-from distill.data.sources import training_rows
+from distill.data.rows import training_rows
 from eval.core.artifacts import Key, digest, make_key, write_text
 from eval.core.documents import pad_id
 from eval.core.study import Study
@@ -36,7 +36,7 @@ class TrainedStudent:
     folder: Path
     hash: str  # of its artifact
     data: str  # hash of the data artifact
-    rows: tuple[int, int]  # context and number of training rows
+    rows: tuple[int, int | str]  # context and number of training rows
 
     @property
     def identity(self) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ LEAST_ALLOWED = 1e-3  # nats between two computations of one log-probability
 ERRORS_ALLOWED = 16  # times what float32 leaves open on this very model
 
 
-def calibration_rows(rows: list[Row], count: int, seed: int) -> list[Row]:
+def calibration_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """At most `count` of the rows, chosen by `seed` alone."""
     return random.Random(seed).sample(rows, min(count, len(rows)))
 
@@ -35,7 +35,7 @@ def log_probs(model: Any, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: Any, rows: list[Row], pad: int) -> float:
+def mean_loss(model: Any, rows: Sequence[Row], pad: int) -> float:
     """Mean cross-entropy per token, in nats.
 
     Raises:
@@ -66,7 +66,7 @@ class Walk:
     cost as many as there are layers.
     """
 
-    def __init__(self, model: Any, rows: list[Row], pad: int) -> None:
+    def __init__(self, model: Any, rows: Sequence[Row], pad: int) -> None:
         self.model, self.layers = model, decoder_layers(model)[2]
         self._inputs: list[tuple[Batch, Any]] = [(b.to(model.device), None) for b in batches(rows, pad)]
 
@@ -190,6 +190,6 @@ def allowed_difference(error: float) -> float:
     return max(LEAST_ALLOWED, ERRORS_ALLOWED * error)
 
 
-def check_batch(rows: list[Row], pad: int) -> Batch:
+def check_batch(rows: Sequence[Row], pad: int) -> Batch:
     """The fixed batch of training rows on which a model and its saved copy are compared; none is packed."""
     return collate([replace(row, tokens=row.tokens[: row.parts[0][0]], packed=()) for row in rows[:4]], pad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, reduce
@@ -88,7 +88,7 @@ class Context:
 
     parent: PreTrainedModel  # the uncompressed student
     tokenizer: PreTrainedTokenizerBase
-    rows: list[Row]  # training rows; validation documents are never seen by a pass
+    rows: Sequence[Row]  # training rows; validation documents are never seen by a pass
     pad: int
     seed: int
     scratch: Path  # a folder shared by every pass that gets this very model: name files by your options

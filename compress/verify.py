@@ -1,6 +1,7 @@
 """Verifies a built variant: reloaded by its standard format, it must answer as it did in memory."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ MAX_KL = 1e-6  # nats per token, mean: what log-probabilities `LEAST_ALLOWED` ap
 
 
 def save_reference(
-    folder: Path, model: Any, tokenizer: Any, rows: list[Row], pad: int, parent: PreTrainedModel
+    folder: Path, model: Any, tokenizer: Any, rows: Sequence[Row], pad: int, parent: PreTrainedModel
 ) -> None:
     """Writes the answers of the model in memory, and texts with their token ids, into `folder`.
 

@@ -67,8 +67,8 @@ class MethodContext:
     seeds: list[int]  # of the study
     bases: dict[int, Path]  # seed -> folder of the plain base
     tokenizer: PreTrainedTokenizerBase
-    rows: Callable[[], list[Row]]
-    train: Callable[[PreTrainedModel, list[Row], Train, str], Curve]  # model, rows, settings, name
+    rows: Callable[[], Sequence[Row]]  # each is read when it is asked for
+    train: Callable[[PreTrainedModel, Sequence[Row], Train, str], Curve]  # model, rows, settings, name
     load: Callable[[Path], PreTrainedModel] = load_model  # a running teacher: in the dtype of `targets`
 
     def load_base(self, seed: int) -> PreTrainedModel:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from distill.checks import check_method, check_models, check_text_in_front
-from distill.data.sources import training_rows
+from distill.data.rows import describe_rows, rows_taken, training_rows
 from distill.data.split import prepare
+from distill.data.tokens import make_tokens
 from distill.method import make_method
 from distill.models.card import model_card
-from distill.models.export import check_ids, export, token_ids
+from distill.models.export import DOCUMENTS, check_ids, export, token_ids
 from distill.models.init import init_student
 from distill.models.load import (
     BASE_FILES,
@@ -64,7 +66,7 @@ from distill.trainer.logging import check_trackers
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import build_artifact, digest, installed_versions, is_done, make_key, read_manifest
 from eval.core.checks import check_plan
-from eval.core.documents import TRAIN, Document, describe_data, read_documents, scored_slices
+from eval.core.documents import TRAIN, Document, describe_data, scored_slices, stream_documents
 from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
 from eval.core.sections import Train
 from eval.core.study import Study, make_run_folder, mark_trained, save_study
@@ -84,13 +86,28 @@ def make_tokenizer(study: Study) -> None:
     with build_artifact(
         folder, kind="tokenizer", name="tokenizer", key=key, parents={"data": data.hash}, facts=facts
     ) as temporary:
-        documents = read_documents(study.folder / "data", TRAIN)
         if named is None:
-            tokenizer = train_tokenizer([document.text for document in documents], study.base.vocab_size)
+            texts = (document.text for document in stream_documents(study.folder / "data", TRAIN))
+            tokenizer = train_tokenizer(texts, study.base.vocab_size)
         else:
             tokenizer = named_tokenizer(named, "base.tokenizer")
         tokenizer.save_pretrained(str(temporary))
-        facts["ids_sha256"] = digest(token_ids(tokenizer, documents))  # compared by the jobs of bases
+        facts["ids_sha256"] = digest(token_ids(tokenizer, first_documents(study)))  # for the jobs of bases
+
+
+def first_documents(study: Study) -> list[Document]:
+    """The training documents on which saved tokenizers are tried."""
+    return list(islice(stream_documents(study.folder / "data", TRAIN), DOCUMENTS))
+
+
+def make_training_rows(study: Study) -> None:
+    """Makes the training documents tokens, once for all jobs, and says how many of their rows are taken."""
+    if study.base.architecture:
+        tokenizer = load_tokenizer(study.folder / "tokenizer")
+    else:
+        tokenizer = named_tokenizer(study.base)
+    make_tokens(study, tokenizer)
+    print(describe_rows(rows_taken(study, tokenizer)), file=sys.stderr)
 
 
 def prepare_inputs(study: Study, acc: Accelerator) -> Study:
@@ -108,6 +125,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> Study:
             print(line, flush=True)
         make_tokenizer(study)
         check_text_in_front(study)
+        make_training_rows(study)
     acc.wait_for_everyone()
     return study
 
@@ -116,7 +134,7 @@ def used_documents(study: Study) -> Iterator[Document]:
     """All that is trained on or scored, the test documents aside."""
     data = study.folder / "data"
     for name in (TRAIN, *scored_slices(data)):
-        yield from read_documents(data, name)
+        yield from stream_documents(data, name)
 
 
 def make_base(study: Study, seed: int, report: Progress) -> None:
@@ -132,7 +150,7 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
     key = make_key("base", [origin, training, shape, parents, seed if base.train else None])
     if not is_missing(study, name, key):
         return
-    documents, verified = read_documents(study.folder / "data", TRAIN), None
+    documents, verified = first_documents(study), None
     if base.architecture:
         trained = study.folder / "tokenizer"
         tokenizer = load_tokenizer(trained)
@@ -149,6 +167,7 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
         facts["precision"] = base.train.precision
     with build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as folder:
         if base.train is not None:
+            facts["training_rows"] = rows_taken(study, tokenizer)
             facts["loss_curve"] = run_training(
                 study,
                 name,
@@ -178,8 +197,7 @@ def make_named_teacher(study: Study, report: Progress) -> None:
     facts: dict[str, Any] = {"arm": "T", "recipe": "plain", "engine": "torch", "origin": origin}
     parents: dict[str, str] = {}
     with build_shared(study, TEACHER, kind="model", key=key, parents=parents, facts=facts) as folder:
-        documents = read_documents(study.folder / "data", TRAIN)
-        export(model, tokenizer, folder, model_card(study, "T", 0, parents), documents)
+        export(model, tokenizer, folder, model_card(study, "T", 0, parents), first_documents(study))
 
 
 def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
@@ -212,6 +230,7 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
         commit = origin.get("commit")
         student, start_facts = start_student(study, base, tokenizer, seed, config, commit)
         facts |= start_facts
+        facts["training_rows"] = rows_taken(study, tokenizer)
         facts["loss_curve"] = run_training(
             study,
             name,
@@ -225,11 +244,8 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
             rewrite=source.rewrite,
             report=step_progress(report, 0.9),
         )
-        documents, card = (
-            read_documents(study.folder / "data", TRAIN),
-            model_card(study, arm, seed, parents, method_card),
-        )
-        export(student.merged(), tokenizer, folder, card, documents, base)
+        card = model_card(study, arm, seed, parents, method_card)
+        export(student.merged(), tokenizer, folder, card, first_documents(study), base)
     delete_scratch(study, name)
 
 

@@ -1,5 +1,6 @@
 """A check that a model keeps the documents of a packed row apart."""
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -12,7 +13,7 @@ MAX_DIFFERENCE = 1e-3  # of the largest logit: above rounding in bf16, far below
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel, rows: list[Row], pad: int) -> None:
+def check_packing(model: PreTrainedModel, rows: Sequence[Row], pad: int) -> None:
     """Refuses a model in which the documents of a packed row see each other; tried on the first packed row.
 
     Most families accept positions that restart for a new document; some (ALiBi, state spaces, OPT) do not.

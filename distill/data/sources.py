@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from glob import glob
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,10 @@ from distill.data.files import FORMATS, Unusable, read_rows, read_text
 from distill.data.parse import Raw, make_document, required_columns, sha256
 from distill.packages import package_folder
 from eval.core.artifacts import digest
-from eval.core.documents import TRAIN, Document, Row, pack, read_documents, windows
+from eval.core.documents import Document
 from eval.core.errors import UserError
 from eval.core.sections import PACKAGES, Source
-from eval.core.study import Study
 
-ROWS_PER_DOCUMENT = 4  # at first; more only where all documents have been used
 PACKAGED = (*FORMATS, "parquet", "arrow")  # names of formats: a folder of such a name is another thing
 
 
@@ -224,26 +221,3 @@ def _require_files(source: Source) -> list[Path]:
         if not _local_files(source.model_copy(update={"data_files": pattern})):
             raise UserError("data source", f"no file {pattern!r}", "fix data_files")
     return _local_files(source)
-
-
-def _candidate_rows(study: Study, tokenizer) -> Iterator[Row]:
-    """Rows of the training documents, in the order of hashes: first a few of each, then the rest."""
-    rest = list[Row]()
-    for document in read_documents(study.folder / "data", TRAIN):
-        if not document.text.strip():
-            raise UserError(f"document {document.id!r}", "empty", "remove empty documents")
-        rows = sorted(windows(tokenizer, document, study.data.context), key=lambda r: sha256(r.id))
-        rows = [row for row in rows if row.predicted]
-        yield from rows[:ROWS_PER_DOCUMENT]
-        rest += rows[ROWS_PER_DOCUMENT:]
-    yield from sorted(rest, key=lambda r: sha256(r.id))
-
-
-def training_rows(study: Study, tokenizer) -> list[Row]:
-    """`data.train_rows` rows, spread over the training documents by hash; packed where the study says so."""
-    stream, wanted = _candidate_rows(study, tokenizer), study.data.train_rows
-    rows = list(islice(pack(stream, study.data.context) if study.data.packing else stream, wanted))
-    if len(rows) < wanted:
-        problem = f"{wanted}, but the training documents have {len(rows)} rows"
-        raise UserError("data.train_rows", problem, "lower it, or add documents")
-    return rows

@@ -1,7 +1,7 @@
 """One LoRA adapter per domain, routed by the domain of the document."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from distill.method import Card, Method, MethodContext, TeacherOutput, plain_output
 from eval.core.artifacts import write_text
 from eval.core.config import Frozen
-from eval.core.documents import Batch, Row
+from eval.core.documents import Batch, ChosenRows, Row
 from eval.core.errors import UserError
 from eval.core.sections import Optimizer, Train
 
@@ -44,10 +44,13 @@ class Experts(Method):
         """One adapter of the same rank, trained on the same rows for the same steps."""
         return Experts(self.settings.model_copy(update={"routed": False}))
 
-    def _groups(self, rows: list[Row]) -> dict[str, list[Row]]:
+    def _groups(self, rows: Sequence[Row]) -> dict[str, ChosenRows]:
         """Domain -> the rows its adapter is trained on."""
-        domains = self.settings.domains or sorted({row.domain for row in rows})
-        groups = {d: [row for row in rows if row.domain == d] for d in domains}
+        places: dict[str, list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(row.domain, []).append(place)
+        domains = self.settings.domains or sorted(places)
+        groups = {domain: ChosenRows(rows, places.get(domain, [])) for domain in domains}
         if len(groups) < max(2, len(domains)):
             problem = f"needs two or more different domains, found {domains}"
             raise UserError("method experts", problem, "fix `domains`, or the domains of the data")
@@ -55,9 +58,11 @@ class Experts(Method):
             if len(group) < self.settings.train.rows:
                 problem = f"needs {self.settings.train.rows} rows or more, has {len(group)}"
                 raise UserError(f"domain {name!r}", problem, "give it more rows, or leave it out")
-        return groups if self.settings.routed else {ALL: [row for g in groups.values() for row in g]}
+        if self.settings.routed:
+            return groups
+        return {ALL: ChosenRows(rows, [place for group in groups.values() for place in group.places])}
 
-    def _budget(self, rows: list[Row]) -> Train:
+    def _budget(self, rows: Sequence[Row]) -> Train:
         """With `train.steps`, the control's single adapter gets as many steps as all experts together."""
         train = self.settings.train
         if self.settings.routed or train.steps is None:

@@ -5,7 +5,7 @@ its batch nor on the number of processes, and an interrupted run continues to th
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
@@ -41,7 +41,7 @@ def inverse_cdf(probabilities: Tensor, points: Tensor) -> Tensor:
     return torch.minimum(ids, last)
 
 
-def make_prompts(rows: list[Row], generation: Generation) -> list[Row]:
+def make_prompts(rows: Sequence[Row], generation: Generation) -> list[Row]:
     """The prompt in each row: that of its document if it has one, else its first tokens.
 
     Raises:

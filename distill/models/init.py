@@ -1,5 +1,6 @@
 """Student initialisation: the base, some of its layers, another model, or random weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ def init_student(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: Student,
-    rows: list[Row],
+    rows: Sequence[Row],
     seed: int,
     commit: str | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:

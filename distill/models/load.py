@@ -37,7 +37,7 @@ BASE_FILES = "base-files.json"  # of the run folder: the hashes of local models
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "torch_dtype")  # read, though no field of a config any more
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE: it encodes every text, so that bits per byte are always defined."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

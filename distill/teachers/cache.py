@@ -6,7 +6,7 @@ training rows alone, neither on the number of processes nor on where a run was i
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,10 +30,11 @@ REBUILD = "delete the folder and run again"
 
 def row_key(row: Row) -> str:
     """Hash of a row: its id, its tokens and which of them are predicted."""
-    return digest({**vars(row), "id": row.id})
+    fields = {name: value for name, value in vars(row).items() if name != "skipped" or value}
+    return digest({**fields, "id": row.id})
 
 
-def shard_batches(rows: list[Row], pad: int, codec: Codec) -> Iterator[list[Batch]]:
+def shard_batches(rows: Sequence[Row], pad: int, codec: Codec) -> Iterator[list[Batch]]:
     """The batches of each shard, decided by rows and codec alone."""
     total = sum(row.predicted for row in rows)
     wanted = max(SHARD_TOKENS, total // SHARDS)  # few files, and little to repeat after an interruption
@@ -90,7 +91,7 @@ def write_missing_shards(
 
 def write_shards(
     folder: Path,
-    rows: list[Row],
+    rows: Sequence[Row],
     teacher: Teacher,
     codec: Codec,
     *,
@@ -164,7 +165,7 @@ class CachedTeacher:
             row with these tokens.
     """
 
-    def __init__(self, folder: Path, rows: list[Row], codec: Codec, lineage: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, rows: Sequence[Row], codec: Codec, lineage: dict[str, Any]) -> None:
         check_lineage(folder, verify_artifact(folder), lineage | codec.facts)
         self.codec = codec
         self.files = [safe_open(p, framework="numpy") for p in sorted(folder.glob("shard-*.safetensors"))]

@@ -1,6 +1,6 @@
 """The teachers of a study: which seeds share one, fitting its method, opening it, its hash."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.data.sources import training_rows
+from distill.data.rows import training_rows
 from distill.method import Method, MethodContext, make_method
 from distill.models.load import check_same_tokenizer
 from distill.teachers.alignment import Alignment
@@ -24,6 +24,7 @@ from distill.trainer.artifact_training import (
 from distill.trainer.distributed import is_sharded
 from distill.trainer.loop import Curve, accelerator
 from eval.core.artifacts import Key, digest, make_key, read_manifest
+from eval.core.documents import Row
 from eval.core.jobs import Progress
 from eval.core.sections import Targets, Train
 from eval.core.study import Study
@@ -100,7 +101,7 @@ def _method_context(
         check_same_tokenizer(tokenizer, load_tokenizer(model), model.relative_to(study.folder).as_posix())
     key = _fit_key(study, side, seed, bases)
 
-    def fit(model: PreTrainedModel, rows: list, config: Train, part: str) -> Curve:
+    def fit(model: PreTrainedModel, rows: Sequence[Row], config: Train, part: str) -> Curve:
         return run_training(
             study,
             f"{name}/{part}",

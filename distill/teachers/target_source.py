@@ -1,6 +1,6 @@
 """Where a student's targets come from: the target cache, a running teacher, or generated texts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from distill.data.sources import training_rows
+from distill.data.rows import training_rows
 from distill.losses.divergences import check_target
 from distill.losses.teacher_output import Sampled, Target, Teacher, TopK
 from distill.teachers.cache import CachedTeacher, link_shards, write_shards
@@ -54,7 +54,7 @@ GENERATED_SOURCES = ("on_policy", "sequence")  # the student learns from generat
 class TargetSource:
     """Training input of one student: rows, its teacher if any, and what rewrites the rows of a step."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     teacher: Teacher | None = None
     rewrite: OnPolicy | None = None
 

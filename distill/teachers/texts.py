@@ -1,7 +1,7 @@
 """Texts that a teacher generates after the first tokens of training rows, on disk in shards."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ Write = Callable[[list[Row], Generation], list[list[int]]]  # prompts of one len
 
 def write_texts(
     folder: Path,
-    rows: list[Row],
+    rows: Sequence[Row],
     write: Write,
     generation: Generation,
     *,
@@ -65,7 +65,9 @@ def count_texts(folder: Path) -> int:
     return sum(len(text["tokens"]) - 1 - text["given"] for text in _read_lines(folder))
 
 
-def read_texts(folder: Path, rows: list[Row], lineage: dict[str, str], generation: Generation) -> list[Row]:
+def read_texts(
+    folder: Path, rows: Sequence[Row], lineage: dict[str, str], generation: Generation
+) -> list[Row]:
     """The rows with the texts of a teacher, one for each training row.
 
     Raises:

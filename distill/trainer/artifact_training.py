@@ -1,7 +1,7 @@
 """Training of one artifact: whether it is missing, writing it complete, resuming its training."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,7 +45,9 @@ def build_shared(study: Study, name: str, **manifest: Any) -> Iterator[Path]:
 
 def rows_shape(study: Study) -> list[Any]:
     """The settings that decide the training rows, beside data and tokenizer."""
-    return [study.data.context, study.data.train_rows, study.data.packing]
+    data = study.data
+    beside = [data.loss_on, data.end_of_text]
+    return [data.context, data.train_rows, data.packing, *([] if beside == ["last", False] else beside)]
 
 
 def scratch_folder(study: Study, name: str, key: Key) -> Path:
@@ -58,7 +60,7 @@ def run_training(
     name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[Row],
+    rows: Sequence[Row],
     config: Train,
     *,
     key: Key,
@@ -70,7 +72,8 @@ def run_training(
         options: further arguments of `loop.train`.
     """
     pad, scratch = pad_id(tokenizer), scratch_folder(study, name, key)
-    check_packing(model, rows, pad)
+    if study.data.packing:
+        check_packing(model, rows, pad)
     if config.evaluate_every and study.trackers:
         options["evaluate"] = Validation(study.folder / "data", tokenizer, study.data.context, pad)
     run, fresh = name.removeprefix("students/").replace("/", "-"), not scratch.exists()

@@ -244,7 +244,7 @@ def build_module(
 
 def train(
     model: PreTrainedModel,
-    rows: list[Row],
+    rows: Sequence[Row],
     config: Train,
     *,
     pad: int,

@@ -42,15 +42,16 @@ _MODELS = ("torch", "transformers", "tokenizers")
 VERSIONS = {
     "data": Stage(2, ()),  # and `datasets` or `datasketch`, where they are used
     "tokenizer": Stage(1, ("transformers", "tokenizers")),
+    "tokens": Stage(1, ("transformers", "tokenizers")),
     "base": Stage(3, (*_MODELS, "accelerate")),
     "method": Stage(3, (*_MODELS, "accelerate", "peft")),
-    "targets": Stage(1, (*_MODELS, "peft")),
+    "targets": Stage(2, (*_MODELS, "peft")),
     "student": Stage(3, (*_MODELS, "accelerate", "peft")),
-    "variant": Stage(2, _MODELS),  # and what its passes need
+    "variant": Stage(3, _MODELS),  # and what its passes need
 }
 # Where the artifacts of a run lie, and what they are called in a sentence.
 FOLDERS = {"data": "documents", "tokenizer": "tokenizer", "base": "bases", "method": "teachers"}
-FOLDERS |= {name: name for name in ("targets", "students", "variants")}
+FOLDERS |= {name: name for name in ("tokens", "targets", "students", "variants")}
 VERSIONED = (*_MODELS, "peft", "accelerate", "bitsandbytes", "optimum-intel", "openvino", "nncf")
 
 

@@ -63,7 +63,15 @@ class Data(Frozen):
     )
     scored_bytes: int = Field(4096, gt=0, description="bytes to which a scored document is cut")
     context: int = Field(256, gt=1, description="tokens per row, in training and in scoring")
-    train_rows: int = Field(400, gt=0, description="rows of `context` tokens to train on")
+    train_rows: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
+        400, description="rows of `context` tokens to train on, or `all` that the training documents have"
+    )
+    loss_on: Literal["last", "all"] = Field(
+        "last", description="answers of a chat that are learned; scored is the last one alone"
+    )
+    end_of_text: bool = Field(
+        False, description="learn EOS after each document without a prompt; after an answer it always is"
+    )
     packing: bool = Field(False, description="several documents to a row, none of which sees another")
 
 

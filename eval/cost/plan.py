@@ -4,7 +4,7 @@ import argparse
 import itertools
 import random
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from eval.core.budget import Target, load_budget
 from eval.core.checks import Artifacts
 from eval.core.commands import add_json, add_keys_help, add_study, new_parser, start_log, write_json
 from eval.core.config import Frozen, validate_config
-from eval.core.documents import TRAIN, boundary_id, read_documents
+from eval.core.documents import TRAIN, boundary_id, stream_documents
 from eval.core.errors import UserError, require_one_of
 from eval.core.jobs import lock_folder
 from eval.core.records import PLAIN, TRAINING, CostRecord, LoadRecord, Provenance, provenance, write_record
@@ -142,7 +142,7 @@ def choose_variants(variants: list[Variant], recipes: list[str] | None, target: 
     return chosen
 
 
-def cut_prompts(cost: Cost, model: Path, texts: list[str], thing: str) -> list[list[int]]:
+def cut_prompts(cost: Cost, model: Path, texts: Iterable[str], thing: str) -> list[list[int]]:
     """[warmup + requests][prompt_tokens]: the tokens of the texts, again from the first when they end."""
     tokenizer = load_tokenizer(model)
     tokens = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
@@ -172,7 +172,7 @@ def plan_from_run(args: argparse.Namespace, overrides: list[str]) -> CostPlan:
     target = targets[require_one_of("--target", args.target, list(targets))]
     require_device(args.target, target.device)
     variants = choose_variants(find_variants(study), args.recipe, target)
-    texts = [document.text for document in read_documents(study.folder / "data", TRAIN)]
+    texts = (document.text for document in stream_documents(study.folder / "data", TRAIN))
     return CostPlan(
         target=args.target,
         device=target.device,

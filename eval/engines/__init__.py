@@ -57,6 +57,11 @@ class Engine(ABC):
             raise UserError(f"text for {self.folder}", problem, fix)
         return ids
 
+    @cached_property
+    def end_ids(self) -> set[int]:
+        """Ids that end a text: that of the tokenizer, and those that a generation config lists."""
+        return end_ids(self.folder, self.tokenizer)
+
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
         """[B, T, V] float32: position p scores the token at p + 1."""
@@ -199,6 +204,15 @@ def check_fast(thing: str, tokenizer: "PreTrainedTokenizerBase") -> None:
         raise UserError(
             thing, problem, "give a base with a tokenizer.json, as the library tokenizers makes it"
         )
+
+
+def end_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Ids that end a text: that of the tokenizer, and those that a generation config lists."""
+    named, file = [tokenizer.eos_token_id], folder / "generation_config.json"
+    if file.is_file():
+        value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        named += value if isinstance(value, list) else [value]
+    return {token for token in named if token is not None}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from eval.core.artifacts import (
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
 from eval.core.commands import new_parser, study_from_command
-from eval.core.documents import TRAIN, boundary_id, read_documents
+from eval.core.documents import TRAIN, boundary_id, stream_documents
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.gate_file import GateFile
 from eval.core.records import PLAIN, read_scores, record_path
@@ -39,7 +40,7 @@ from eval.gate.evidence import Evidence, collect_evidence
 from eval.release.card import card
 from eval.release.contract import build_contract, inputs, lineage, shipped
 from eval.release.contract_file import CONTRACT, Contract, Signature, Target, contract_text
-from eval.release.golden_answers import build_golden_answers
+from eval.release.golden_answers import CANDIDATES, build_golden_answers
 from eval.release.reference import reference
 from eval.signoff.keys import from_raw, public_key
 from eval.signoff.statement import FOLDER, Predicate
@@ -160,7 +161,7 @@ class ReleaseFolder:
         """What the loader must know of an artifact: where it lies, its engine, and how to try it out."""
         if name not in self.parts:
             engine = subject_of(read_manifest(self.place / name)).engine
-            documents = read_documents(self.sources.run / "data", TRAIN)
+            documents = list(islice(stream_documents(self.sources.run / "data", TRAIN), CANDIDATES))
             loaded = load_engine(engine, self.place / name)
             answers = build_golden_answers(loaded, documents, self.sources.study.data.context)
             self.parts[name] = {

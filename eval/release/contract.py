@@ -9,7 +9,7 @@ from pathlib import Path
 from eval.core.artifacts import read_manifest
 from eval.core.budget import Budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, Artifacts
-from eval.core.documents import TRAIN, read_documents
+from eval.core.documents import TRAIN, stream_documents
 from eval.core.errors import UserError
 from eval.core.gate_file import GateFile, Part, Variant
 from eval.core.records import PLAIN, VALIDATION, read_costs, read_loads
@@ -128,7 +128,7 @@ def shipped(
 
 
 def inputs(run: Path, study: Study, vocabulary: int, boundary: int) -> Inputs:
-    domains = Counter(document.domain for document in read_documents(run / "data", TRAIN))
+    domains = Counter(document.domain for document in stream_documents(run / "data", TRAIN))
     return Inputs(
         context_tokens=study.data.context,
         scored_bytes=study.data.scored_bytes,

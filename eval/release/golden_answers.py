@@ -31,7 +31,7 @@ def continue_prompt(engine: Engine, ids: list[int]) -> list[int]:
     """Up to `TOKENS` greedy tokens after a prompt, none after the first that is no clear choice."""
     logits, state = engine.prefill(torch.tensor([ids]))
     tokens: list[int] = []
-    while (token := clear_choice(logits[0])) is not None and token != engine.tokenizer.eos_token_id:
+    while (token := clear_choice(logits[0])) is not None and token not in engine.end_ids:
         tokens.append(token)
         if len(tokens) == TOKENS:
             break

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from eval.core.config import Stored
-from eval.core.documents import TRAIN, Document, read_documents
+from eval.core.documents import TRAIN, Document, read_documents, stream_documents
 from eval.stats.drift import surprise
 
 
@@ -23,7 +23,7 @@ def token_ids(tokenizer, document: Document) -> list[int]:
 def reference(data: Path, slices: list[str], tokenizer) -> Reference:
     """Of the slices of a data artifact that are documents of their own."""
     counts: Counter[int] = Counter()
-    for document in read_documents(data, TRAIN):
+    for document in stream_documents(data, TRAIN):
         counts.update(token_ids(tokenizer, document))
     size = len(tokenizer)
     whole = [name for name in slices if (data / f"{name}.jsonl").is_file()]

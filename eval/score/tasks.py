@@ -117,15 +117,15 @@ def generate(
 
 
 def greedy(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """The likeliest continuations of prompts of one length, each up to the end-of-text token."""
-    vocabulary, end = len(engine.tokenizer), engine.tokenizer.eos_token_id
+    """The likeliest continuations of prompts of one length, each up to a token that ends a text."""
+    vocabulary, ends = len(engine.tokenizer), engine.end_ids
     logits, state = engine.prefill(torch.tensor(prompts))
     continuations: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     for step in range(new_tokens):
         tokens = likeliest_tokens(logits[:, :vocabulary].contiguous())
         for i, token in enumerate(tokens.tolist()):
-            ended[i] = ended[i] or token == end
+            ended[i] = ended[i] or token in ends
             if not ended[i]:
                 continuations[i].append(token)
         if all(ended) or step + 1 == new_tokens:

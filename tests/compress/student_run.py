@@ -12,7 +12,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from compress.recipe import Context
-from distill.data.sources import training_rows
+from distill.data.rows import training_rows
 from distill.data.split import prepare
 from distill.trainer.loop import train
 from eval.core.sections import Train

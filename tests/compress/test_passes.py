@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from compress.calibration import calibration_rows, mean_loss
 from compress.model_size import size_of
 from compress.recipe import PassReport, check_reach, make_pass
-from distill.data.sources import training_rows
+from distill.data.rows import training_rows
 from eval.core.artifacts import content_hash, hash_files
 from eval.core.config import plugin_names
 from eval.core.errors import UserError

@@ -10,10 +10,12 @@ from pydantic import ValidationError
 from transformers import OPTConfig, OPTForCausalLM
 
 from distill.data.packing import check_packing
-from distill.data.sources import fingerprint, read_source, training_rows
+from distill.data.rows import training_rows
+from distill.data.sources import fingerprint, read_source
 from distill.data.split import prepare
 from eval.core.artifacts import read_manifest
-from eval.core.documents import TEST, TRAIN, VALIDATION, Document, read_documents, scored_slices, texts
+from eval.core.documents import TEST, TRAIN, VALIDATION, Document, read_documents, scored_slices
+from eval.core.documents.encoding import lay_out
 from eval.core.errors import UserError
 from eval.core.sections import Source
 from eval.core.study import load_study
@@ -274,7 +276,7 @@ def test_a_template_that_prints_the_day_gives_the_same_rows_tomorrow(monkeypatch
         "{{ strftime_now('%d %b %Y') }}{% for turn in messages %}{{ turn['content'] }};{% endfor %}"
     )
     turns = [{"role": "user", "content": "hello"}]
-    assert texts(tokenizer, Document("a", "x", "there", turns)) == ("26 Jul 2024hello;", "there;")
+    assert lay_out(tokenizer, Document("a", "x", "there", turns)) == ("26 Jul 2024hello;there;", [(17, None)])
 
 
 def test_what_a_local_source_holds_is_noticed(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from distill.data.sources import training_rows
+from distill.data.rows import training_rows
 from distill.pipeline import base_jobs, make_student, prepare_inputs, teacher_jobs
 from distill.teachers import run as teachers
 from distill.teachers.local import LocalTeacher, load_teacher_model

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from eval.core.documents import Document, Row, boundary_id, collate, pack, windows
+from eval.core.documents import Document, Row, boundary_id, collate, join_rows, pack, windows
+from eval.core.documents.encoding import Learned
 from eval.core.errors import UserError
 from eval.metrics.likelihood import document_bits
 from tests.helpers import text, tiny_model, tiny_tokenizer
@@ -31,25 +32,26 @@ def logits(model, rows):
 
 
 @pytest.mark.parametrize("context", [8, 16, 33, 4096])
-@pytest.mark.parametrize("prompt", ["a quiet morning ", text("prose", 3)])
+@pytest.mark.parametrize("prompt", ["a quiet morning\n", "a quiet morning ", text("prose", 3)])
 def test_each_token_of_the_text_is_predicted_once_and_none_of_the_prompt(words, prompt, context):
+    """But a token that begins in the prompt and ends in the text: it cannot be given."""
     rows = windows(words, Document("d", "prose", text("code", 1), prompt), context)
     batch = collate(rows, 0)
-    assert words.decode(batch.labels[batch.mask]) == text("code", 1)
+    predicted = words.decode(batch.labels[batch.mask])
+    assert predicted == prompt[len(prompt.rstrip(" ")) :] + text("code", 1)
     assert int(batch.mask.sum()) == sum(row.predicted for row in rows)
     assert batch.input_ids.shape[1] <= context
     assert all(row.tokens[0] == boundary_id(words) for row in rows)
-    whole = [boundary_id(words), *words(prompt)["input_ids"], *words(text("code", 1))["input_ids"]]
-    assert (
-        rows[0].tokens[1 : 1 + rows[0].given]
-        == whole[1:][: len(words(prompt)["input_ids"])][-rows[0].given :]
-    )
-    if len(whole) <= context:
-        assert [row.tokens for row in rows] == [whole]
+    whole = words(prompt + text("code", 1))["input_ids"]
+    assert batch.labels[batch.mask].tolist() == whole[-int(batch.mask.sum()) :]
+    given = whole[: -int(batch.mask.sum())]
+    assert rows[0].tokens[1 : 1 + rows[0].given] == given[-rows[0].given :]
+    if len(whole) < context:
+        assert [row.tokens for row in rows] == [[boundary_id(words), *whole]]
 
 
 def test_the_score_of_an_answer_is_that_of_its_tokens_after_the_prompt(words, model):
-    document = Document("d", "prose", "they walked", "the old trees ")
+    document = Document("d", "prose", " they walked", "the old trees")
     predict = lambda batch: model(**batch.inputs, use_cache=False).logits  # noqa: E731
     bits, tokens = document_bits(predict, [document], words, 64)
     given = [boundary_id(words), *words(document.prompt)["input_ids"]]
@@ -65,8 +67,82 @@ def test_a_chat_is_read_through_the_template_and_its_last_answer_is_predicted(wo
     words.chat_template = CHAT
     (row,) = windows(words, Document("d", "x", "stone", ASKED), 64)
     batch = collate([row], 0)
-    assert words.decode(row.tokens[1:]) == "<user>the river\n<assistant>stone\n"
+    assert words.decode(row.tokens) == "<user>the river\n<assistant>stone\n", "and nothing in front"
     assert words.decode(batch.labels[batch.mask]) == "stone\n"
+
+
+TALK = [
+    {"role": "user", "content": "the river"},
+    {"role": "assistant", "content": "old trees"},
+    {"role": "user", "content": "while rain fell"},
+]
+
+
+@pytest.mark.parametrize("context", [8, 11, 64])
+def test_every_answer_of_a_chat_is_learned_or_the_last_one(context):
+    words = tiny_tokenizer()
+    words.chat_template = CHAT
+    chat = Document("d", "x", "quiet morning", TALK)
+
+    def learned(turns):
+        rows = windows(words, chat, context, Learned(turns))
+        batch = collate(rows, 0)
+        assert all(len(row.tokens) <= context for row in rows)
+        assert int(batch.mask.sum()) == sum(row.predicted for row in rows)
+        return words.decode(batch.labels[batch.mask])
+
+    assert learned("last") == "quiet morning\n"
+    assert learned("all") == "old trees\nquiet morning\n"
+    (whole,) = windows(words, chat, 4096, Learned("all"))
+    assert words.decode(whole.tokens) == (
+        "<user>the river\n<assistant>old trees\n<user>while rain fell\n<assistant>quiet morning\n"
+    )
+    joined = join_rows([whole, whole])
+    assert joined.predicted == 2 * whole.predicted
+    batch = collate([joined], 0)
+    assert words.decode(batch.labels[batch.mask]) == "old trees\nquiet morning\n" * 2
+
+
+def test_the_end_is_learned_after_an_answer_and_where_asked_after_a_document():
+    words = tiny_tokenizer()
+    end = words.eos_token_id
+    ends = Learned(end_of_answer=True)
+    answer, text_alone = Document("d", "x", "stone", "the river"), Document("d", "x", "stone")
+
+    def last(document, learned):
+        (row,) = windows(words, document, 64, learned)
+        assert row.predicted == len(row.tokens) - 1 - row.given
+        return row.tokens[-1]
+
+    assert last(answer, ends) == end
+    assert last(answer, Learned()) != end, "scored is the text alone"
+    assert last(text_alone, ends) != end
+    assert last(text_alone, Learned(end_of_text=True)) == end
+    chat = Document("d", "x", "stone", ASKED)
+    words.chat_template = CHAT
+    assert last(chat, ends) == end
+    words.chat_template = CHAT.replace("}}\n{% endfor %}", "}}<|endoftext|>{% endfor %}")
+    (row,) = windows(words, chat, 64, ends)
+    assert row.tokens[-2:].count(end) == 1, "the template has written one"
+
+
+def test_a_special_token_that_a_text_spells_out_is_text():
+    words = tiny_tokenizer()
+    spelled, end = "stone <|endoftext|> river", words.eos_token_id
+    words.chat_template = CHAT.replace("}}\n{% endfor %}", "}}<|endoftext|>\n{% endfor %}")
+    for document in (
+        Document("d", "x", spelled),
+        Document("d", "x", spelled, "the <|endoftext|>"),
+        Document("d", "x", spelled, [{"role": "user", "content": "the <|endoftext|>"}]),
+    ):
+        (row,) = windows(words, document, 200)
+        batch = collate([row], 0)
+        ids = batch.labels[batch.mask].tolist()
+        tail = [end, *words("\n")["input_ids"]] if isinstance(document.prompt, list) else []
+        assert words.decode(ids[: len(ids) - len(tail)]) == spelled
+        assert ids[len(ids) - len(tail) :] == tail
+        assert ids.count(end) == len(tail[:1])
+        assert row.tokens[1:].count(end) == 2 * len(tail[:1])
 
 
 def test_a_chat_without_a_template_or_with_one_that_rewrites_is_refused():

@@ -20,7 +20,8 @@ from eval.engines import load_engine
 from eval.release.__main__ import build_release, parse_variants, summary_lines, verify_signoffs
 from eval.release.card import card
 from eval.release.contract_file import Contract, contract_text, read_contract
-from eval.release.golden_answers import build_golden_answers, clear_choice
+from eval.release.golden_answers import build_golden_answers, clear_choice, continue_prompt
+from eval.score.tasks import greedy
 from eval.signoff.keys import new_key
 from eval.signoff.statement import Waiver
 from eval.signoff.verify import read_gate
@@ -305,3 +306,21 @@ def test_both_engines_of_the_loader_agree(loader, checkpoint, openvino_folder):
     np.testing.assert_allclose(theirs.logits(ids), ours.logits(ids), atol=1e-4)
     assert theirs.generate(ids, 6) == ours.generate(ids, 6)
     assert theirs.generate("import yield", 6) == ours.generate(ids, 6), "the state of one prompt is not kept"
+
+
+def test_every_end_that_a_generation_config_lists_ends_a_text(loader, checkpoint, tmp_path):
+    """In tasks, in golden answers and in the loader."""
+    copy = tmp_path / "model"
+    shutil.copytree(checkpoint, copy)
+    ids = loader.TorchModel(checkpoint, "cpu", 0).encode("import yield")
+    expected = greedy(load_engine("torch", checkpoint), [ids], 6)[0]
+    end = expected[3]
+    config = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [0, end]}))
+    engine, cut = load_engine("torch", copy), expected[: expected.index(end)]
+    assert engine.end_ids == {0, end}
+    assert greedy(engine, [ids], 6) == [cut]
+    assert loader.TorchModel(copy, "cpu", 0).generate(ids, 6) == cut
+    sure = continue_prompt(engine, ids)
+    assert end not in sure
+    assert expected[: len(sure)] == sure

@@ -48,8 +48,9 @@ class Info:
 class Model(ABC):
     """A causal language model with one way in: token ids that start with the boundary token."""
 
-    def __init__(self, raw: Any, tokenizer: Any, boundary: int) -> None:
-        self.raw, self.tokenizer, self.boundary = raw, tokenizer, boundary
+    def __init__(self, raw: Any, folder: Path, boundary: int) -> None:
+        self.raw, self.tokenizer, self.boundary = raw, tokenizer_of(folder), boundary
+        self.ends = end_ids(folder, self.tokenizer)
 
     @abstractmethod
     def logits(self, ids: list[int]) -> np.ndarray:
@@ -60,11 +61,11 @@ class Model(ABC):
         return [self.boundary, *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
     def generate(self, prompt: str | list[int], new_tokens: int = 32) -> list[int]:
-        """The likeliest tokens after a prompt, one by one; ends before an end-of-text token."""
+        """The likeliest tokens after a prompt, one by one; ends before a token that ends a text."""
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         new_ids: list[int] = []
         row = self._read(ids, first=True)
-        while len(new_ids) < new_tokens and (token := int(row.argmax())) != self.tokenizer.eos_token_id:
+        while len(new_ids) < new_tokens and (token := int(row.argmax())) not in self.ends:
             new_ids.append(token)
             if len(new_ids) < new_tokens:
                 row = self._read([token], first=False)
@@ -89,7 +90,7 @@ class TorchModel(Model):
             local_files_only=True,
             device_map={"": device} if quantized else None,
         )
-        super().__init__((model if quantized else model.to(device)).eval(), tokenizer_of(folder), boundary)
+        super().__init__((model if quantized else model.to(device)).eval(), folder, boundary)
         self.past: Any = None
 
     def logits(self, ids: list[int]) -> np.ndarray:
@@ -114,7 +115,7 @@ class OpenVinoModel(Model):
 
         settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}  # as it was measured
         compiled = openvino.Core().compile_model(folder / "openvino_model.xml", device.upper(), settings)
-        super().__init__(compiled.create_infer_request(), tokenizer_of(folder), boundary)
+        super().__init__(compiled.create_infer_request(), folder, boundary)
         self.inputs = {name for port in compiled.inputs for name in port.get_names()}
         self.length = 0
 
@@ -146,6 +147,15 @@ def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def end_ids(folder: Path, tokenizer: Any) -> set[int]:
+    """Ids that end a text: that of the tokenizer, and those that a generation config lists."""
+    named, file = [tokenizer.eos_token_id], folder / "generation_config.json"
+    if file.is_file():
+        value = read_json(file).get("eos_token_id")
+        named += value if isinstance(value, list) else [value]
+    return {token for token in named if token is not None}
 
 
 def read_json(path: Path) -> dict[str, Any]:

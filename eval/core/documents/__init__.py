@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
+from eval.core.documents.encoding import SCORED, Learned, Span, boundary_id, encode, window_tokens, windows_of
 from eval.core.errors import UserError
 from eval.core.records import VALIDATION
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TRAIN, TEST = "train", "test"
-DAY = datetime(2024, 7, 26)  # for chat templates that print one: rows must be the same tomorrow
 
 
 Line = tuple[str, int, str]  # "FILE, line N", its number N, its text
@@ -50,6 +50,7 @@ class Row:
     tokens: list[int]
     given: int = 0  # so many tokens after the boundary are context and not predicted
     packed: tuple[tuple[int, int], ...] = ()  # of several rows in one: their lengths and what is given
+    skipped: tuple[Span, ...] = ()  # places of further tokens that are context: what is said between answers
 
     @property
     def id(self) -> str:
@@ -64,7 +65,34 @@ class Row:
     @property
     def predicted(self) -> int:
         """Number of tokens that are learned or scored."""
-        return sum(length - 1 - given for length, given in self.parts)
+        read = sum(end - start for start, end in self.skipped)
+        return sum(length - 1 - given for length, given in self.parts) - read
+
+
+class ChosenRows(Sequence[Row]):
+    """Rows at some places of others, each read when it is asked for."""
+
+    def __init__(self, rows: Sequence[Row], places: Sequence[int]) -> None:
+        self.rows, self.places = rows, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> ChosenRows: ...
+    def __getitem__(self, place: int | slice) -> Row | ChosenRows:
+        if isinstance(place, slice):
+            return ChosenRows(self.rows, self.places[place])
+        return self.rows[self.places[place]]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -112,23 +140,30 @@ class Batch:
 
 def read_documents(data: Path, split: str) -> list[Document]:
     """Documents of one split or slice of the data artifact `data`, in the order of its file."""
+    return list(stream_documents(data, split))
+
+
+def stream_documents(data: Path, split: str) -> Iterator[Document]:
+    """The same one by one: training documents may be more than fit into memory."""
     path = data / f"{split}.jsonl"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in data.glob("*.jsonl"))) or "none"
         raise UserError(f"slice {split!r}", f"no {path}", f"slices of this data: {known}")
     with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [
-        Document(
-            row["id"],
-            row["domain"],
-            row["text"],
-            row.get("prompt", ""),
-            row.get("group", row["id"]),
-            row.get("origin", ""),
-        )
-        for row in rows
-    ]
+        yield from map(parse_document, lines)
+
+
+def parse_document(line: str | bytes) -> Document:
+    """The document in a line of a split's file."""
+    row = json.loads(line)
+    return Document(
+        row["id"],
+        row["domain"],
+        row["text"],
+        row.get("prompt", ""),
+        row.get("group", row["id"]),
+        row.get("origin", ""),
+    )
 
 
 def text_lines(path: Path, thing: str, fix: str) -> Iterator[Line]:
@@ -193,88 +228,76 @@ def describe_data(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def boundary_id(tokenizer) -> int:
-    """The token that every row starts with: BOS, or EOS where a tokenizer has no BOS."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise UserError("tokenizer", "neither BOS nor EOS token", "set one of the two in its config")
-
-
 def pad_id(tokenizer) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else boundary_id(tokenizer)
 
 
-def texts(tokenizer, document: Document) -> tuple[str, str]:
-    """Prompt and text as the model reads them: a chat goes through the tokenizer's own template.
-
-    The text of a chat is its last answer with what the template writes after it, such as an end of turn.
-    """
-    if isinstance(document.prompt, str):
-        return document.prompt, document.text
-    if tokenizer.chat_template is None:
-        fix = "take an instruction-tuned base, or give a prompt column in place of messages"
-        raise UserError(f"document {document.id!r}", "a chat, and the tokenizer has no chat template", fix)
-    answer = {"role": "assistant", "content": document.text}
-    turns = [*document.prompt, answer]
-    read = partial(tokenizer.apply_chat_template, tokenize=False, strftime_now=DAY.strftime)
-    before, whole = read(document.prompt, add_generation_prompt=True), read(turns)
-    if not whole.startswith(before):
-        problem = f"the chat template rewrites what came before {answer['content'][:20]!r}"
-        raise UserError(f"document {document.id!r}", problem, "give a prompt column in place of messages")
-    return before, whole[len(before) :]
-
-
-def windows(tokenizer, document: Document, context: int) -> list[Row]:
-    """Rows that predict each token of the text once; nothing is dropped.
-
-    A row of a document with a prompt starts with what came just before its share of the text, in at most
-    half of its places.
-    """
-    prompt, text = texts(tokenizer, document)
-    before, tokens = (
-        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (prompt, text)
-    )
-    if not tokens:
-        raise UserError(f"document {document.id!r}", "no tokens", "drop empty documents")
-    first = boundary_id(tokenizer)
-    before = before[1:] if before[:1] == [first] else before
-    given = min(len(before), (context - 1) // 2)
-    if len(before) + len(tokens) < context:
-        given = len(before)
-    every, step = before + tokens, context - 1 - given
+def windows(tokenizer, document: Document, context: int, learned: Learned = SCORED) -> list[Row]:
+    """Rows that predict each token of the text once; see `eval.core.documents.encoding`."""
+    (encoding,) = encode(tokenizer, [document], learned)
     return [
-        Row(document.id, document.domain, i, [first, *every[start - given : start + step]], given)
-        for i, start in enumerate(range(len(before), len(every), step))
+        Row(document.id, document.domain, i, tokens, given, skipped=skipped)
+        for i, window in enumerate(windows_of(encoding, context))
+        for tokens, given, skipped in [window_tokens(encoding, window)]
     ]
 
 
-def pack(rows: Iterable[Row], context: int) -> Iterator[Row]:
-    """Rows of one domain laid end to end while they fit; of two that do not, the fuller one goes out.
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Which items go together into bins of a capacity: best-fit-decreasing (Ding et al. 2024).
+
+    The longest item first, each into the fullest bin that has room for it. Items of a bin, and bins by their
+    first item, are in the order of `lengths`, which alone decides the result. See arXiv:2404.10830.
+
+    Args:
+        lengths: of the items, each at most `capacity`.
+    """
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room that is left
+    rooms = 0  # bit r is set where there is a bin with room r
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length, large = lengths[item], rooms >> lengths[item]
+        room = length + (large & -large).bit_length() - 1 if large else capacity
+        if large:
+            chosen = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            chosen = len(bins)
+            bins.append([])
+        bins[chosen].append(item)
+        with_room[room - length].append(chosen)
+        rooms |= 1 << (room - length)
+    return sorted(map(sorted, bins))
+
+
+def pack(rows: Sequence[Row], context: int) -> list[Row]:
+    """Rows of one domain laid end to end, so that rows of `context` tokens are full.
 
     Each part keeps its boundary token, its positions and its attention to itself.
     """
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        group = groups.setdefault(row.domain, [])
-        length = sum(len(r.tokens) for r in group)
-        if length + len(row.tokens) <= context:
-            group.append(row)
-        elif len(row.tokens) >= length:
-            yield row
-        else:
-            yield _joined(group)
-            groups[row.domain] = [row]
-    yield from (_joined(group) for group in groups.values() if group)
+    domains: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        domains.setdefault(row.domain, []).append(i)
+    bins = [
+        [places[i] for i in items]
+        for places in domains.values()
+        for items in best_fit([len(rows[i].tokens) for i in places], context)
+    ]
+    return [join_rows([rows[i] for i in places]) for places in sorted(bins)]
 
 
-def _joined(rows: list[Row]) -> Row:
+def join_rows(rows: list[Row]) -> Row:
+    """Rows laid end to end in one."""
     if len(rows) == 1:
         return rows[0]
     first = rows[0]
     tokens = [token for row in rows for token in row.tokens]
     parts = tuple((len(row.tokens), row.given) for row in rows)
-    return Row(first.document, first.domain, first.index, tokens, packed=parts)
+    starts = accumulate((size for size, _ in parts), initial=0)
+    skipped = tuple(
+        (start + a, start + b) for row, start in zip(rows, starts, strict=False) for a, b in row.skipped
+    )
+    return Row(first.document, first.domain, first.index, tokens, packed=parts, skipped=skipped)
 
 
 def collate(rows: list[Row], pad: int) -> Batch:
@@ -294,6 +317,8 @@ def collate(rows: list[Row], pad: int) -> Batch:
             given[i, start : start + 1 + context] = True
             positions[i, start : start + size] = torch.arange(size)
             start += size
+        for first, end in row.skipped:
+            given[i, first:end] = True
         positions[i, start:] = torch.arange(length - start)
     names = [r.id for r in rows], [r.document for r in rows], [r.domain for r in rows]
     packed = any(row.packed for row in rows)
@@ -306,9 +331,15 @@ def tokens_per_batch(vocabulary: int) -> int:
 
 
 def batches(rows: Iterable[Row], pad: int, batch_tokens: int = 4096) -> Iterator[Batch]:
-    """Batches of rows of like length, the longest first, each of at most `batch_tokens` padded tokens."""
+    """Batches of rows of like length, the longest first, each of at most `batch_tokens` padded tokens.
+
+    Of rows that are read when they are asked for, no more than a batch is held.
+    """
     batch: list[Row] = []
-    for row in sorted(rows, key=lambda r: (-len(r.tokens), r.id)):
+    every = rows if isinstance(rows, Sequence) else list(rows)
+    keys = [(-len(row.tokens), row.id) for row in every]
+    for place in sorted(range(len(every)), key=keys.__getitem__):
+        row = every[place]
         if batch and len(batch[0].tokens) * (len(batch) + 1) > batch_tokens:
             yield collate(batch, pad)
             batch = []

@@ -1,0 +1,286 @@
+"""Training documents as tokens, made once: an artifact that every job and every process maps into memory.
+
+`ids.bin` has the tokens of all documents laid end to end, `rows.npy` where each row lies in them, `order.npy`
+the order in which rows are taken (of packed ones, `ends.npy` where the parts of each end), `skipped.npy`
+spans of tokens that are only read, and `documents.npy`, `names.bin` and `domains.json` the documents' names.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from eval.core.artifacts import Key, build_artifact, digest, is_done, make_key, read_manifest, write_text
+from eval.core.documents import TRAIN, Document, best_fit, parse_document
+from eval.core.documents.encoding import Encoding, Learned, encode, windows_of
+from eval.core.errors import UserError
+from eval.core.jobs import Job, Progress, run_jobs
+from eval.core.study import Study
+
+ROWS_PER_DOCUMENT = 4  # at first; more only where all documents have been used
+LEAST_SHARE, MOST_SHARE, SHARES = 2**22, 2**25, 16  # bytes of documents for one process; about so many
+BATCH = 2**20  # of them at a time
+ROW = np.dtype(
+    [
+        ("document", "<u4"),
+        ("index", "<u4"),  # of the window in its document
+        ("start", "<u8"),  # in ids.bin
+        ("size", "<u4"),
+        ("given", "<u4"),
+        ("front", "<i4"),  # the token in front; -1: the first one of the row
+        ("predicted", "<u4"),
+    ]
+)
+DOCUMENT = np.dtype([("name_end", "<u8"), ("domain", "<u4")])
+NO_FRONT = -1
+
+
+class Share(NamedTuple):
+    """A part of the training documents, for one process: whole lines of their file."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+def learned_of(study: Study) -> Learned:
+    """What is learned of a training document."""
+    return Learned(study.data.loss_on, end_of_answer=True, end_of_text=study.data.end_of_text)
+
+
+def tokens_folder(study: Study, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Where the tokens of a tokenizer lie: each has its own."""
+    return study.folder / "tokens" / fingerprint(tokenizer)[:12]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of all that decides the ids of a text or a chat, wherever the tokenizer lies."""
+    content: Any = tokenizer.get_vocab()
+    if tokenizer.is_fast:
+        saved = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = [saved[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return digest([content, ends, tokenizer.chat_template])
+
+
+def tokens_key(study: Study, tokenizer: PreTrainedTokenizerBase) -> Key:
+    data = study.data
+    settings = [data.context, data.packing, vars(learned_of(study))]
+    return make_key("tokens", [read_manifest(study.folder / "data").hash, fingerprint(tokenizer), settings])
+
+
+def make_tokens(study: Study, tokenizer: PreTrainedTokenizerBase, *, verify: bool = True) -> Path:
+    """The folder with the tokens of the training documents, made by as many processes as there are cores.
+
+    Other processes that ask for it meanwhile wait. A stop loses at most the shares that were being made.
+
+    Args:
+        verify: check the hashes of finished work, which reads all of it; else its key and sizes alone.
+
+    Raises:
+        UserError: a document is empty, has no tokens or cannot be laid out.
+    """
+    folder, key = tokens_folder(study, tokenizer), tokens_key(study, tokenizer)
+    if not verify and _is_whole(folder, key):
+        return folder
+    with _turn(folder.parent):
+        if is_done(folder, key, study.accept_old):
+            return folder
+        scratch = study.folder / "scratch" / f"tokens-{folder.name}" / key.digest[:16]
+        scratch.mkdir(parents=True, exist_ok=True)
+        shares = list(_shares(study.folder / "data" / f"{TRAIN}.jsonl"))
+        _make_shares(study, tokenizer, shares, scratch)
+        parents, facts = {"data": read_manifest(study.folder / "data").hash}, dict[str, Any]()
+        name = f"tokens/{folder.name}"
+        with build_artifact(folder, kind="tokens", name=name, key=key, parents=parents, facts=facts) as new:
+            facts |= _join(study, scratch, len(shares), new) | {"type": id_type(tokenizer)}
+        shutil.rmtree(scratch.parent, ignore_errors=True)
+    return folder
+
+
+def _is_whole(folder: Path, key: Key) -> bool:
+    if not (folder / "manifest.json").is_file() or (manifest := read_manifest(folder)).key != key.digest:
+        return False
+    sizes = {name: (folder / name).stat().st_size for name in manifest.files if (folder / name).is_file()}
+    return sizes == {name: entry.bytes for name, entry in manifest.files.items()}
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """One process at a time; the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _shares(path: Path) -> Iterator[Share]:
+    """Shares of whole lines, decided by the file alone: what was made of them before a stop counts."""
+    size, start = path.stat().st_size, 0
+    length = min(MOST_SHARE, max(LEAST_SHARE, size // SHARES))
+    with path.open("rb") as lines:
+        while start < size:
+            lines.seek(min(start + length, size))
+            lines.readline()
+            yield Share(path, start, stop := lines.tell())
+            start = stop
+
+
+def _make_shares(
+    study: Study, tokenizer: PreTrainedTokenizerBase, shares: list[Share], scratch: Path
+) -> None:
+    """Writes what is missing of the shares; a single one is not worth a process of its own."""
+    missing = [i for i in range(len(shares)) if not (scratch / f"{i}.npz").is_file()]
+    settings = tokenizer, study.data.context, learned_of(study)
+    if len(shares) == 1:
+        for i in missing:
+            _write_share(*settings, shares[i], scratch / str(i), lambda share, tokens=0: None)
+        return
+    jobs = [Job(f"share {i}", _write_share, (*settings, shares[i], scratch / str(i))) for i in missing]
+    run_jobs("tokens", jobs, len(os.sched_getaffinity(0)))
+
+
+def _write_share(
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    learned: Learned,
+    share: Share,
+    target: Path,
+    report: Progress,
+) -> None:
+    """Writes `TARGET.ids` and, whole or not at all and last, `TARGET.npz`."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    kind = id_type(tokenizer)
+    tables = _Tables(context)
+    with share.path.open("rb") as lines, target.with_suffix(".ids").open("wb") as out:
+        lines.seek(share.start)
+        while (place := lines.tell()) < share.stop:
+            some = lines.readlines(
+                min(BATCH, share.stop - place) - 1
+            )  # it ends with what is longer than that
+            documents = [parse_document(line) for line in some]
+            _check_not_empty(documents)
+            for document, encoding in zip(documents, encode(tokenizer, documents, learned), strict=True):
+                tables.add(document.id, document.domain, encoding)
+                out.write(np.array(encoding.ids, dtype=kind).tobytes())
+            report((lines.tell() - share.start) / (share.stop - share.start), 0)
+    temporary = target.with_suffix(".tmp.npz")
+    np.savez(temporary, **tables.arrays())
+    temporary.replace(target.with_suffix(".npz"))
+
+
+def _check_not_empty(documents: list[Document]) -> None:
+    for document in documents:
+        if not document.text.strip():
+            raise UserError(f"document {document.id!r}", "empty", "remove empty documents")
+
+
+def id_type(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The type of ids on disk: the smallest that holds them all."""
+    return "<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4"
+
+
+class _Tables:
+    """What is noted of the documents of a share: names, domains, rows, and how each row sorts."""
+
+    def __init__(self, context: int) -> None:
+        self.context, self.length = context, 0
+        self.names, self.domains = list[bytes](), list[str]()
+        self.rows = list[tuple[int, ...]]()
+        self.ranks, self.hashes = list[int](), list[int]()
+        self.skipped = list[tuple[int, int]]()  # spans of ids that are only read
+
+    def add(self, name: str, domain: str, encoding: Encoding) -> None:
+        """Notes a document whose tokens start where those of the last one end."""
+        number, start, skipped = len(self.names), self.length, encoding.skipped
+        self.names.append(name.encode())
+        self.domains.append(domain)
+        self.length += len(encoding.ids)
+        self.skipped += [(start + first, start + end) for first, end in skipped]
+        front, bare = (NO_FRONT, 1) if encoding.front is None else (encoding.front, 0)
+        found = []
+        for i, (first, stop, given) in enumerate(windows_of(encoding, self.context)):
+            least = first + given + bare
+            predicted = stop - least - sum(max(0, min(b, stop) - max(a, least)) for a, b in skipped)
+            if predicted:
+                row = (number, i, start + first, stop - first, given, front, predicted)
+                found.append((sha256(f"{name}#{i}".encode()).digest()[:8], row))
+        found.sort(key=lambda pair: pair[0])
+        self.rows += [row for _, row in found]
+        self.ranks += range(len(found))
+        self.hashes += [int.from_bytes(key, "big") for key, _ in found]
+
+    def arrays(self) -> dict[str, Any]:
+        return {
+            "rows": np.array(self.rows, dtype=ROW),
+            "ranks": np.array(self.ranks, dtype=np.int64),
+            "hashes": np.array(self.hashes, dtype=np.uint64),
+            "skipped": np.array(self.skipped, dtype=np.int64).reshape(-1, 2),
+            "names": np.frombuffer(b"".join(self.names), dtype=np.uint8),
+            "name_sizes": np.array([len(name) for name in self.names], dtype=np.int64),
+            "domains": np.array(self.domains),
+            "length": np.array(self.length),
+        }
+
+
+def _join(study: Study, scratch: Path, count: int, folder: Path) -> dict[str, Any]:
+    """Lays the shares end to end in a folder; returns facts for its manifest."""
+    parts = [np.load(scratch / f"{i}.npz") for i in range(count)]
+    with (folder / "ids.bin").open("wb") as out:
+        for i in range(count):
+            with (scratch / f"{i}.ids").open("rb") as share:
+                shutil.copyfileobj(share, out, 2**22)
+    columns = {name: [part[name] for part in parts] for name in parts[0].files}
+    length = documents = 0
+    for i, rows in enumerate(columns["rows"]):
+        rows["document"] += documents
+        rows["start"] += length
+        columns["skipped"][i] += length
+        length, documents = length + int(columns["length"][i]), documents + len(columns["name_sizes"][i])
+    joined = {name: np.concatenate(column) for name, column in columns.items() if name != "length"}
+    domains, domain = np.unique(joined["domains"], return_inverse=True)
+    table = np.zeros(documents, dtype=DOCUMENT)
+    table["name_end"], table["domain"] = np.cumsum(joined["name_sizes"]), domain
+    rows, order = joined["rows"], _order(joined["ranks"], joined["hashes"])
+    if study.data.packing:
+        order, ends = _pack(rows, order, domain, study.data.context)
+        np.save(folder / "ends.npy", ends)
+    if len(joined["skipped"]):
+        np.save(folder / "skipped.npy", joined["skipped"])
+    for name, array in (("rows", rows), ("order", order), ("documents", table)):
+        np.save(folder / f"{name}.npy", array)
+    joined["names"].tofile(folder / "names.bin")
+    write_text(folder / "domains.json", json.dumps(domains.tolist(), ensure_ascii=False))
+    packed = len(ends) if study.data.packing else len(rows)
+    return {"documents": documents, "rows": packed, "tokens": int(rows["predicted"].sum())}
+
+
+def _order(ranks: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """The order in which rows are taken: a few of each document in turn, then the rest by hash."""
+    first, rest = np.flatnonzero(ranks < ROWS_PER_DOCUMENT), np.flatnonzero(ranks >= ROWS_PER_DOCUMENT)
+    return np.concatenate([first, rest[np.argsort(hashes[rest], kind="stable")]])
+
+
+def _pack(
+    rows: np.ndarray, order: np.ndarray, domain: np.ndarray, context: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The parts of packed rows, taken in the order of their first parts, and where each row ends."""
+    lengths = (rows["size"] + (rows["front"] != NO_FRONT))[order]
+    domains = domain[rows["document"][order]]
+    bins = [
+        [int(places[i]) for i in items]
+        for name in np.unique(domains)
+        for places in [np.flatnonzero(domains == name)]
+        for items in best_fit(lengths[places].tolist(), context)
+    ]
+    bins.sort()
+    ends = np.cumsum([len(items) for items in bins])
+    return order[np.fromiter((i for items in bins for i in items), dtype=np.int64)], ends
