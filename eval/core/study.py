@@ -75,10 +75,9 @@ class Study(Frozen):
     def rows_suffice(self) -> Self:
         named = {"train": self.train, "ce_train": self.ce_train, "base.train": self.base.train}
         for name, train in named.items():
-            wanted = self.data.train_rows
-            if train is not None and wanted != "all" and train.rows > wanted:
+            if train is not None and self.data.train_rows != "all" and train.rows > self.data.train_rows:
                 raise ValueError(
-                    f"{name}.rows is {train.rows}, more than data.train_rows: {wanted}; set "
+                    f"{name}.rows is {train.rows}, more than data.train_rows: {self.data.train_rows}; set "
                     f"{name}.rows to at most that"
                 )
         return self
