@@ -172,6 +172,7 @@ def plan_from_run(args: argparse.Namespace, overrides: list[str]) -> CostPlan:
     target = targets[require_one_of("--target", args.target, list(targets))]
     require_device(args.target, target.device)
     variants = choose_variants(find_variants(study), args.recipe, target)
+    verify_variants(variants)
     texts = (document.text for document in stream_documents(study.folder / "data", TRAIN))
     return CostPlan(
         target=args.target,
@@ -208,6 +209,7 @@ def plan_from_folders(args: argparse.Namespace, overrides: list[str]) -> CostPla
         require_one_of(
             f"device of {variant.folder}", args.device, list(engine_module(variant.subject.engine).DEVICES)
         )
+    verify_variants(variants)
     prompts, source = draw_prompts(cost, variants[0].folder), RANDOM
     if args.text:
         text = Path(args.text)
@@ -223,6 +225,12 @@ def plan_from_folders(args: argparse.Namespace, overrides: list[str]) -> CostPla
         config=config,
         record=Path(args.record),
     )
+
+
+def verify_variants(variants: list[Variant]) -> None:
+    """Refuses a variant whose files are not those of its manifest, before anything of it is read."""
+    for variant in variants:
+        verify_artifact(variant.folder)
 
 
 def require_device(target: str, device: str) -> None:
@@ -255,8 +263,6 @@ def plan_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
     plan = plan_from_folders(args, overrides) if args.variant else plan_from_run(args, overrides)
     if plan.study:
         start_log(plan.study.folder)
-    for variant in plan.variants:
-        verify_artifact(variant.folder)
     return plan, args.json
 
 

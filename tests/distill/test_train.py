@@ -288,7 +288,7 @@ def one_line(done):
         (["--train.steps"], "give a value after it"),
         (["--method.name", "ensembel"], "method.name: 'ensembel'; did you mean 'ensemble'?"),
         (["--method.settings.members", "1"], "method.settings: members: 1; expected more than 1"),
-        (["--seeds", "[0, 0]"], "seeds must be distinct"),
+        (["--seeds", "[0, 0]"], "seeds are [0, 0]; give each seed once"),
         (["--base.path", "x"], "exactly one of `path`"),
         (["--student.tuning", "qlora"], "student.tuning: qlora needs CUDA, the device is cpu"),
         (["--student.start", "every"], "`layers` says how many"),
