@@ -88,11 +88,12 @@ def test_a_teacher_writes_texts_and_not_ids(across):
         run_teacher(study, "T1", [0], (0,)) as teacher,
     ):
         for row in source.rows[:8]:
-            prompt = Row(row.document, row.domain, row.index, row.tokens[:6], 5)
+            own = row.given + 1  # fewer than six where a text is shorter
+            prompt = Row(row.document, row.domain, row.index, row.tokens[:own], row.given)
             wrote = teacher._write([teacher.alignment.prompt(prompt)], study.targets.generation, 0)[0]
             written = longest_text(vocabulary.joined(wrote))  # a teacher that knows nothing writes any bytes
-            assert row.tokens[6:] == (tokenizer(written)["input_ids"][:8] or [tokenizer.eos_token_id])
-            lengths.add(len(row.tokens) - 6)
+            assert row.tokens[own:] == (tokenizer(written)["input_ids"][:8] or [tokenizer.eos_token_id])
+            lengths.add(len(row.tokens) - own)
     assert source.teacher is None
     assert len(lengths) > 1
 

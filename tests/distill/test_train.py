@@ -213,19 +213,25 @@ def test_base_alone_then_an_override(tmp_path):
     assert not (study.folder / "students").exists()
 
 
+# A text that spells out a special token is text: only a template writes such tokens.
+TEMPLATE = "{% for turn in messages %}{{ '<image>' if turn.role == 'user' }}{{ turn.content }}{% endfor %}"
+PICTURE = [{"role": "user", "content": "What is this?"}]
+
+
 @pytest.mark.parametrize("split", [None, "train", "validation", "far"])
 def test_special_tokens_beyond_the_model_are_refused_where_a_document_has_one(tmp_path, split):
     """As Gemma 3's token for images: no row of the embedding is its own, and no text needs it."""
     folder, tokenizer = tmp_path / "my-base", tiny_tokenizer()
     tiny_model(len(tokenizer)).save_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     study = load_study(tiny_study(tmp_path, seeds=[0], base={"path": str(folder)}, workers=1))
     distil(study, until="data")
     if split is not None:
         file = study.folder / "data" / f"{split}.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        lines[-1]["text"] += "<image>"
+        lines[-1]["prompt"] = PICTURE
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         with pytest.raises(
             UserError, match=rf"'{lines[-1]['id']}' has the token '<image>', id 320; .* 320 r"
@@ -248,6 +254,7 @@ def test_special_tokens_beyond_the_model_are_refused_where_a_document_has_one(tm
 def test_a_teacher_too_must_have_a_row_for_every_token_of_the_documents(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = TEMPLATE
     for name, rows in (("base", 321), ("teacher", 320)):
         tiny_model(rows).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -261,7 +268,7 @@ def test_a_teacher_too_must_have_a_row_for_every_token_of_the_documents(tmp_path
     shutil.rmtree(study.folder / "teacher")
     file = study.folder / "data" / "train.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    lines[3]["text"] = "<image>" + lines[3]["text"]
+    lines[3]["prompt"] = PICTURE
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     make_base(study, 0, lambda share, tokens=0: None)
     with pytest.raises(
