@@ -185,6 +185,7 @@ def test_stages_are_named_and_answered_with_the_nearest():
         parse_stages("studnet", VERSIONS)
 
 
+@pytest.mark.slow
 def test_accept_old_keeps_the_students_of_another_version(tmp_path, monkeypatch):
     """Through the real command, with the base of a copied folder: only the student that is not accepted is new."""
     folder, tokenizer = tmp_path / "my-base", tiny_tokenizer()
