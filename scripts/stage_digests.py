@@ -45,7 +45,6 @@ EXCLUDED_MODULES = {
     *("eval.core.artifacts", "eval.core.commands", "eval.core.errors", "eval.core.jobs", "eval.core.study"),
     *(
         "eval.core.sections",
-        "eval.core.source",
         "eval.core.config",
         "eval.core.records",
         "eval.core.budget",

@@ -35,7 +35,7 @@ class Unusable(Exception):
         return str(self.args[0])
 
 
-Found = dict[str, Any] | Unusable  # a row, or why there is none
+RawRow = dict[str, Any] | Unusable  # a row, or why there is none
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -131,7 +131,7 @@ def text_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
         raise _broken(path, error) from error
 
 
-def _json_rows(path: Path, encoding: str) -> Iterator[tuple[int, Found]]:
+def _json_rows(path: Path, encoding: str) -> Iterator[tuple[int, RawRow]]:
     """Lines of one JSON object each, or one JSON list of objects."""
     lines = text_lines(path, encoding)
     first = next(lines, None)
@@ -149,18 +149,18 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[int, Found]]:
         yield number, _parse_line(line)
 
 
-def _parse_line(line: str) -> Found:
+def _parse_line(line: str) -> RawRow:
     try:
         return _require_object(json.loads(line))
     except (ValueError, RecursionError):
         return Unusable(UNDECODABLE if MARK in line else NO_JSON)
 
 
-def _require_object(row: Any) -> Found:
+def _require_object(row: Any) -> RawRow:
     return row if isinstance(row, dict) else Unusable(NO_JSON)
 
 
-def _csv_rows(path: Path, encoding: str) -> Iterator[tuple[int, Found]]:
+def _csv_rows(path: Path, encoding: str) -> Iterator[tuple[int, RawRow]]:
     """Rows below a line of column names; the number is that of the row."""
     csv.field_size_limit(sys.maxsize)
     try:
@@ -174,20 +174,20 @@ def _csv_rows(path: Path, encoding: str) -> Iterator[tuple[int, Found]]:
         raise _broken(path, error) from error
 
 
-def _line_rows(path: Path, encoding: str) -> Iterator[tuple[int, Found]]:
+def _line_rows(path: Path, encoding: str) -> Iterator[tuple[int, RawRow]]:
     """Every line is a text, without its end."""
     for number, line in text_lines(path, encoding):
         yield number, {"text": line.removesuffix("\n").removesuffix("\r")}
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Found]]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, RawRow]]]] = {
     "json": _json_rows,
     "csv": _csv_rows,
     "text": _line_rows,
 }
 
 
-def read_rows(path: Path, kind: str, encoding: str) -> Iterator[tuple[int, Found]]:
+def read_rows(path: Path, kind: str, encoding: str) -> Iterator[tuple[int, RawRow]]:
     """Number and content of every row of a file of one of `FORMATS`; a broken row is an `Unusable`.
 
     Raises:

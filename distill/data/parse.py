@@ -5,7 +5,7 @@ import json
 from string import Formatter
 from typing import Any, NamedTuple
 
-from distill.data.files import MARK, UNDECODABLE, Found, Unusable
+from distill.data.files import MARK, UNDECODABLE, RawRow, Unusable
 from eval.core.documents import Document
 from eval.core.sections import Source
 
@@ -27,7 +27,7 @@ class Raw(NamedTuple):
     """A row as it was found."""
 
     origin: str  # the file and its line, or whatever else names it to a reader
-    row: Found
+    row: RawRow
     domain: str
     group: str = ""
 

@@ -91,8 +91,8 @@ def _from_dataset(source: Source) -> Iterator[Raw]:
     above = os.path.commonpath([path.absolute().parent for path in files])
     for path in files:
         name = path.absolute().relative_to(above).as_posix()
-        for number, found in read_rows(path, source.path, source.encoding):
-            yield Raw(f"{name}:{number}", found, domain)
+        for number, content in read_rows(path, source.path, source.encoding):
+            yield Raw(f"{name}:{number}", content, domain)
 
 
 def _load_rows(source: Source) -> Iterator[dict[str, Any]]:

@@ -206,17 +206,17 @@ class _Tables:
         self.length += len(encoding.ids)
         self.skipped += [(start + first, start + end) for first, end in skipped]
         front, bare = (NO_FRONT, 1) if encoding.front is None else (encoding.front, 0)
-        found = []
+        ranked = []
         for i, (first, stop, given) in enumerate(windows_of(encoding, self.context)):
             least = first + given + bare
             predicted = stop - least - sum(max(0, min(b, stop) - max(a, least)) for a, b in skipped)
             if predicted:
                 row = (number, i, start + first, stop - first, given, front, predicted)
-                found.append((sha256(f"{name}#{i}".encode()).digest()[:8], row))
-        found.sort(key=lambda pair: pair[0])
-        self.rows += [row for _, row in found]
-        self.ranks += range(len(found))
-        self.hashes += [int.from_bytes(key, "big") for key, _ in found]
+                ranked.append((sha256(f"{name}#{i}".encode()).digest()[:8], row))
+        ranked.sort(key=lambda pair: pair[0])
+        self.rows += [row for _, row in ranked]
+        self.ranks += range(len(ranked))
+        self.hashes += [int.from_bytes(key, "big") for key, _ in ranked]
 
     def arrays(self) -> dict[str, Any]:
         return {

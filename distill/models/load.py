@@ -247,8 +247,8 @@ def study_origins(study: Study) -> dict[str, dict[str, Any]]:
 
 def local_hashes(base: Path, memory: Path) -> dict[str, str]:
     """Name -> SHA-256 of the files of a local model; no model is made of hidden files and of Markdown."""
-    folder, found = (base.parent, [base]) if base.is_file() else (base, sorted(base.rglob("*")))
-    names = {path.relative_to(folder): path for path in found if path.is_file() and path.suffix != ".md"}
+    folder, paths = (base.parent, [base]) if base.is_file() else (base, sorted(base.rglob("*")))
+    names = {path.relative_to(folder): path for path in paths if path.is_file() and path.suffix != ".md"}
     shown = {name: path for name, path in names.items() if not any(p.startswith(".") for p in name.parts)}
     return remembered_hashes({name.as_posix(): path for name, path in shown.items()}, memory)
 

@@ -55,7 +55,8 @@ class LocalTeacher:
         """The target of the valid tokens of a student's batch, with hidden states if the loss matches some.
 
         Raises:
-            UserError: hidden states are to be matched, and the teacher consists of several models.
+            UserError: hidden states are to be matched, and the teacher consists of several models, or its
+                method runs the model over other tokens than those of the rows.
         """
         if self.alignment is not None:
             translation = self.alignment.translate(batch)
@@ -68,6 +69,12 @@ class LocalTeacher:
         if self.layers and len(output.heads) > 1:
             problem = f"needs a teacher of one model, this one has {len(output.heads)}"
             raise UserError("train.loss.hidden", problem, "use another method, or leave hidden out")
+        shape = batch.input_ids.shape
+        if other := [tuple(states.shape[:2]) for states in captured if states.shape[:2] != shape]:
+            problem = (
+                f"rows of {tuple(shape)} tokens, but method {self.name!r} runs its model over {other[0]}"
+            )
+            raise UserError("train.loss.hidden", problem, "set data.packing: false, or leave hidden out")
         mask = F.pad(batch.mask, (0, 1))
         return replace(self._select(output, mask), layers=tuple(states[mask] for states in captured))
 

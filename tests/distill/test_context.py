@@ -7,11 +7,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.checks import check_text_in_front
-from distill.method import MethodContext, make_method, prefixed_output
+from distill.method import MethodContext, Plain, make_method, prefixed_output
 from distill.models.export import export
 from distill.models.prefix import hidden_after, read_prefix
+from distill.teachers.local import LocalTeacher
 from distill.teachers.run import teacher_groups
-from eval.core.documents import Row, collate
+from eval.core.config import Frozen
+from eval.core.documents import Row, collate, join_rows
 from eval.core.errors import UserError
 from eval.core.sections import MethodChoice
 from eval.core.study import load_study
@@ -58,10 +60,10 @@ def test_a_row_after_a_prefix_is_the_row_in_the_whole_text(name):
     with torch.no_grad():
         for _ in range(2):  # the first pass leaves the keys and values as they were
             logits = logits_after(prefixed_output(model, collate(rows, 0), prefix))
-    for row, found in zip(rows, logits, strict=True):
+    for row, read in zip(rows, logits, strict=True):
         wanted = whole_logits(model, row.tokens)
         scale = float(wanted.abs().max())
-        torch.testing.assert_close(found[: len(row.tokens)], wanted, atol=1e-5 * scale, rtol=0)
+        torch.testing.assert_close(read[: len(row.tokens)], wanted, atol=1e-5 * scale, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
@@ -80,6 +82,22 @@ def test_each_document_of_a_packed_row_and_each_domain_has_its_own_prefix(name):
     short = whole_logits(model, rows[1].tokens, PREFIX[:7])
     torch.testing.assert_close(head(hidden[1, :9]), short, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(plain[0], alone[0], atol=1e-6, rtol=1e-6)
+
+
+def test_hidden_states_of_other_tokens_than_the_rows_are_refused():
+    """Documents of a packed row are run apart: their states would stand at places of other tokens."""
+    model, row = family("llama"), some_rows()[0]
+
+    class InFront(Plain):
+        def output(self, teacher, batch):
+            return prefixed_output(teacher, batch, read)
+
+    read = read_prefix(model, PREFIX)
+    teacher = LocalTeacher(InFront(Frozen()), "in front", model, 320, layers=(1,))
+    assert teacher(collate([row], 0)).layers[0].shape == (12, model.config.hidden_size)
+    packed = join_rows([row, Row("e", "x", 0, row.tokens)])
+    with pytest.raises(UserError, match=r"rows of \(1, 26\) tokens, but method 'in front' .* over \(2, 13\)"):
+        teacher(collate([packed], 0))
 
 
 def test_a_family_that_forgets_what_came_before_runs_the_whole_text(monkeypatch):

@@ -81,18 +81,22 @@ if acc.is_main_process:
 """
 
 
-def test_processes_change_neither_loss_nor_gradient(tmp_path):
-    """Two gloo processes, whose shares of the step have different numbers of tokens, against one."""
-    script = tmp_path / "step.py"
-    script.write_text(SCRIPT)
-    results = []
+def results_of_one_and_two(program, folder):
+    """What a program prints as RESULTS in one process, then in two; its arguments: the root, a scratch folder."""
+    script, results = folder / "program.py", []
+    script.write_text(program)
     for processes in ("1", "2"):
-        done = run(
-            "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script, str(ROOT)
-        )
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script, ROOT]
+        done = run(*words, folder / processes)
         assert done.returncode == 0, done.stderr
         line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))
         results += json.loads(line.removeprefix("RESULTS"))
+    return results
+
+
+def test_processes_change_neither_loss_nor_gradient(tmp_path):
+    """Two gloo processes, whose shares of the step have different numbers of tokens, against one."""
+    results = results_of_one_and_two(SCRIPT, tmp_path)
     assert [processes for processes, _, _ in results] == [1, 1, 2, 2]
     for _, loss, norm in results[1:]:
         assert loss == pytest.approx(results[0][1], rel=1e-6)
@@ -126,16 +130,7 @@ if acc.is_main_process:
 
 def test_dropout_differs_between_processes_and_that_of_the_first_is_that_of_one(tmp_path):
     """The same mask on every process would drop the same units of all their rows."""
-    script = tmp_path / "dropout.py"
-    script.write_text(DROPOUT)
-    masks = []
-    for processes in ("1", "2"):
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script, ROOT]
-        done = run(*words, tmp_path / processes)
-        assert done.returncode == 0, done.stderr
-        line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))
-        masks += json.loads(line.removeprefix("RESULTS"))
-    alone, first, second = masks
+    alone, first, second = results_of_one_and_two(DROPOUT, tmp_path)
     assert first[0] != second[0]
     assert first[0] == alone[0][: len(first[0])], "a single process keeps its random numbers"
 
