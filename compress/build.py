@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from compress.model_size import cast_weights
 from compress.recipe import Context, Pass, PassReport, Recipe, Stage, check_reach
 from compress.verify import MODEL, save_reference
 from distill.data.rows import training_rows
@@ -80,6 +81,8 @@ def build_variants(study: Study, variants: list[Variant], report: Callable[[floa
         for i, variant in enumerate(variants):
             builder.report = partial(lambda i, share: report((i + share) / len(variants)), i)
             model, reports = builder.apply_passes(variant.recipe.passes)
+            if variant.recipe.passes[-1].stage < Stage.PRECISION:
+                model = cast_weights(model, builder.dtype)
             _save_built(build_folder(study, variant), model, builder, reports)
 
 
@@ -87,9 +90,10 @@ class VariantBuilder:
     """Applies recipes to one student; passes at the start that several recipes share run once."""
 
     def __init__(self, study: Study, variants: list[Variant]) -> None:
-        from eval.engines.torch import load_checkpoint
+        from eval.engines.torch import load_checkpoint, stored_dtype
 
         self.student = variants[0].student
+        self.dtype = stored_dtype(self.student.folder)
         self.parent, self.tokenizer = load_checkpoint(self.student.folder)
         self.rows = training_rows(study, self.tokenizer)
         self.pad = pad_id(self.tokenizer)
@@ -127,7 +131,9 @@ class VariantBuilder:
         scratch = self.scratch / "work" / self._key(before)[:16]
         scratch.mkdir(parents=True, exist_ok=True)
         seed = self.student.seed
-        return Context(self.parent, self.tokenizer, self.rows, self.pad, seed, scratch, self.report)
+        return Context(
+            self.parent, self.tokenizer, self.rows, self.pad, seed, scratch, self.report, self.dtype
+        )
 
 
 def _save_built(folder: Path, model: Any, builder: VariantBuilder, reports: list[PassReport]) -> None:

@@ -1,4 +1,4 @@
-"""Where the matrices of a transformers model are, and how large it is."""
+"""Where the matrices of a transformers model are, how large it is, and its weights in another format."""
 
 from __future__ import annotations
 
@@ -14,20 +14,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def size_of(model: nn.Module) -> Size:
-    """Size of a model in a plain floating-point format."""
+def size_of(model: nn.Module, dtype: torch.dtype | None = None) -> Size:
+    """Size of a model in a plain floating-point format, stored in `dtype`; none: as it is in memory."""
     weights = list(model.parameters())  # each tied weight once
     return Size(
         parameters=sum(w.numel() for w in weights),
         nonzeros=sum(int(torch.count_nonzero(w)) for w in weights),
-        bytes=stored_bytes(model),
+        bytes=stored_bytes(model, dtype),
     )
 
 
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors of the state dict; tied ones once."""
+def stored_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the tensors of the state dict, those of floating point in `dtype`; tied ones once."""
+
+    def size(tensor: torch.Tensor) -> int:
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.numel() * wanted.itemsize
+
     tensors = [t for t in model.state_dict().values() if isinstance(t, torch.Tensor)]
-    return sum({(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}.values())
+    return sum({(t.data_ptr(), t.numel()): size(t) for t in tensors}.values())
 
 
 def layer_matrices(layer: nn.Module) -> dict[str, nn.Linear]:
@@ -52,3 +57,16 @@ def skipped_modules(model: nn.Module, touched: set[nn.Module], reason: str) -> l
         if module not in touched and any(w.ndim > 1 for w in module.parameters(recurse=False))
     ]
     return [Skipped(module=name, reason=reason) for name in held]
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights in `dtype`, changed in place; tied ones stay tied.
+
+    Unlike `model.to`, it leaves alone what a checkpoint does not hold, such as the frequencies of rotary
+    positions: reloaded, they are float32.
+    """
+    stored = model.state_dict().keys()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in stored and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model

@@ -21,6 +21,7 @@ from eval.core.errors import UserError
 from eval.core.study import Study, read_recipe
 
 if TYPE_CHECKING:  # heavy, and a command that has nothing to do should end at once
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LEAST_REACH = 0.9  # share of the weights named that a pass must go through
@@ -93,6 +94,7 @@ class Context:
     seed: int
     scratch: Path  # a folder shared by every pass that gets this very model: name files by your options
     report: Callable[[float], None]  # takes the share of this pass that is done, 0 to 1
+    dtype: torch.dtype  # in which the student is stored and served; here it is computed in float32
 
 
 class Pass(ABC):

@@ -33,7 +33,8 @@ def save_reference(
     """Writes the answers of the model in memory, and texts with their token ids, into `folder`.
 
     Args:
-        parent: the student in float32, whose rounding error says how near two computations can be.
+        parent: the student in float32, whose rounding error says how near two computations can be; that of
+            the model itself does too, where it is computed in 16 bits.
 
     Raises:
         UserError: an answer is not finite.
@@ -44,12 +45,15 @@ def save_reference(
         raise UserError(
             f"variant {folder.parent}", "log-probabilities that are not finite", "choose a milder recipe"
         )
+    error = rounding_error(parent, batch)
+    if isinstance(model, PreTrainedModel) and model.dtype in (torch.bfloat16, torch.float16):
+        error = max(error, rounding_error(model, batch))
     texts = tokenizer.batch_decode([row.tokens[1:] for row in rows[:TEXTS]])
     tensors = {
         "log_probs": reference,
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
-        "allowed": torch.tensor(allowed_difference(rounding_error(parent, batch)), dtype=torch.float64),
+        "allowed": torch.tensor(allowed_difference(error), dtype=torch.float64),
     }
     ids = tokenizer(texts)["input_ids"]
     save_file(tensors, folder / REFERENCE, {"texts": json.dumps(texts), "ids": json.dumps(ids)})

@@ -30,6 +30,7 @@ from distill.models.load import (
     check_vocabulary,
     fresh_model,
     model_origin,
+    named_dtype,
     named_model,
     named_models,
     named_tokenizer,
@@ -71,7 +72,7 @@ from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
 from eval.core.sections import Train
 from eval.core.study import Study, make_run_folder, mark_trained, save_study
 from eval.engines import load_tokenizer
-from eval.engines.torch import load_model
+from eval.engines.torch import load_model, stored_dtype
 
 
 def make_tokenizer(study: Study) -> None:
@@ -157,9 +158,10 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
         if sha256 := read_manifest(trained).facts.get("ids_sha256"):  # earlier versions wrote none
             check_ids(tokenizer, documents, sha256, trained)
             verified = trained
-        model = fresh_model(base.architecture, tokenizer, seed)
+        model, dtype = fresh_model(base.architecture, tokenizer, seed), torch.float32
     else:
         model, tokenizer = named_model(base, origin.get("commit"))
+        dtype = named_dtype(base, origin.get("commit"))
     check_vocabulary(model, tokenizer, name, used_documents(study), study.data.context)
     facts: dict[str, Any] = {"arm": "B", "seed": seed, "recipe": "plain", "engine": "torch"}
     facts["origin"] = origin
@@ -180,7 +182,8 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
                 teacher=None,
                 report=step_progress(report, 0.9),
             )
-        export(model, tokenizer, folder, model_card(study, "B", seed, parents), documents, verified)
+        card = model_card(study, "B", seed, parents)
+        export(model, tokenizer, folder, card, documents, verified, dtype)
     delete_scratch(study, name)
 
 
@@ -197,7 +200,8 @@ def make_named_teacher(study: Study, report: Progress) -> None:
     facts: dict[str, Any] = {"arm": "T", "recipe": "plain", "engine": "torch", "origin": origin}
     parents: dict[str, str] = {}
     with build_shared(study, TEACHER, kind="model", key=key, parents=parents, facts=facts) as folder:
-        export(model, tokenizer, folder, model_card(study, "T", 0, parents), first_documents(study))
+        card, dtype = model_card(study, "T", 0, parents), named_dtype(named, origin.get("commit"))
+        export(model, tokenizer, folder, card, first_documents(study), dtype=dtype)
 
 
 def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
@@ -245,7 +249,8 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
             report=step_progress(report, 0.9),
         )
         card = model_card(study, arm, seed, parents, method_card)
-        export(student.merged(), tokenizer, folder, card, first_documents(study), base)
+        dtype = named_dtype(start, origin.get("commit")) if start else stored_dtype(base)
+        export(student.merged(), tokenizer, folder, card, first_documents(study), base, dtype)
     delete_scratch(study, name)
 
 

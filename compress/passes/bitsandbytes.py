@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.model_size import decoder_weights, size_of, skipped_modules, stored_bytes
+from compress.model_size import cast_weights, decoder_weights, size_of, skipped_modules, stored_bytes
 from compress.quant_error import INT8_ROUNDED, NF4_GAP, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Stage
 from eval.core.config import Frozen
@@ -36,13 +36,15 @@ class BitsAndBytes(Pass):
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
         from distill.models.quantized import dequantize, quantized_layers
 
-        before = size_of(model)
+        before = size_of(model, context.dtype)
+        model = cast_weights(model, context.dtype)
         quantized = quantize(model, self.options.format)
         inside, reached = decoder_weights(model), 0
         worst, zeroed, low_bit, touched = 0.0, 0, 0, set[nn.Module]()
         for name, module in quantized_layers(quantized).items():
             old, new = original_matrix(model, name), dequantize(module)
-            group, bound = (BLOCK, NF4_GAP) if self.options.format == "nf4" else (None, INT8_ROUNDED)
+            nf4_bound = NF4_GAP + torch.finfo(model.dtype).eps / 2  # restored in the model's own dtype
+            group, bound = (BLOCK, nf4_bound) if self.options.format == "nf4" else (None, INT8_ROUNDED)
             worst = max(worst, check_rounding(name, old, new, group, bound))
             zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
             low_bit += old.numel()
@@ -76,11 +78,11 @@ def quantize(model: PreTrainedModel, kind: str) -> PreTrainedModel:
 
     from distill.models.quantized import quantization_config, quantized_layers
 
-    config = quantization_config(kind, torch.float32)
+    config = quantization_config(kind, model.dtype)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         quantized = AutoModelForCausalLM.from_pretrained(
-            Path(folder), quantization_config=config, dtype=torch.float32, local_files_only=True
+            Path(folder), quantization_config=config, dtype=model.dtype, local_files_only=True
         )
     for name in quantized_layers(quantized):
         shape = tuple(original_matrix(model, name).shape)

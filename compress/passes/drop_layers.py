@@ -40,7 +40,7 @@ class DropLayers(Pass):
         rows: int = Field(32, gt=0)  # training rows that decide
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
-        before = size_of(model)
+        before = size_of(model, context.dtype)
         depth = len(decoder_layers(model)[2])
         rows = calibration_rows(context.rows, self.options.rows, context.seed)
         count = max(1, round(self.options.share * depth))
@@ -53,7 +53,10 @@ class DropLayers(Pass):
         dropped = choose_layers(model, rows, context.pad, count)
         keep_layers(model, [i for i in range(depth) if i not in dropped])
         return model, PassReport(
-            name=self.name, before=before, after=size_of(model), facts={"dropped_layers": sorted(dropped)}
+            name=self.name,
+            before=before,
+            after=size_of(model, context.dtype),
+            facts={"dropped_layers": sorted(dropped)},
         )
 
 

@@ -45,7 +45,7 @@ class OpenVINO(Pass):
         group_size: int = Field(32, gt=0)  # of int4: inputs of a row that share one scale
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[Any, PassReport]:
-        before = size_of(model)
+        before = size_of(model, context.dtype)
         ir_folder = context.scratch / "openvino-fp32"
         with conversion():
             if not ir_folder.is_dir():

@@ -35,7 +35,7 @@ class Recover(Pass):
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
         from distill.trainer.loop import train
 
-        before = size_of(model)
+        before = size_of(model, context.dtype)
         zeros = zero_masks(model)
         curve = train(
             model,
@@ -51,7 +51,9 @@ class Recover(Pass):
         model.to("cpu")
         context.parent.to("cpu")
         facts = {"loss_curve": [[step, loss] for step, loss in curve]}
-        return model, PassReport(name=self.name, before=before, after=size_of(model), facts=facts)
+        return model, PassReport(
+            name=self.name, before=before, after=size_of(model, context.dtype), facts=facts
+        )
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ class Wanda(Pass):
             return self
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
-        before = size_of(model)
+        before = size_of(model, context.dtype)
         rows = calibration_rows(context.rows, self.options.rows, context.seed)
         seen: set[nn.Module] = set()
         reached = 0
@@ -69,7 +69,7 @@ class Wanda(Pass):
         return model, PassReport(
             name=self.name,
             before=before,
-            after=size_of(model),
+            after=size_of(model, context.dtype),
             named=named,
             reached=reached,
             skipped=skipped,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,17 +31,19 @@ def export(
     card: str,
     documents: list[Document],
     verified: Path | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Writes a plain transformers checkpoint, which loads without this project.
 
     Args:
         documents: on which the saved tokenizer must give the ids of `tokenizer`; without any it is not tried.
         verified: a folder whose tokenizer was read back before: the same files need no second reading.
+        dtype: of the weights in the folder; the model is served in it.
 
     Raises:
         UserError: it cannot be written (full disk, no permission), or its tokenizer reads back as another.
     """
-    model = model.to("cpu")
+    model = model.to("cpu", dtype)
     model.config.use_cache = True
     try:
         with silenced("transformers"):

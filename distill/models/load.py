@@ -30,7 +30,7 @@ from eval.core.errors import UserError, require_one_of
 from eval.core.sections import Base, NamedModel
 from eval.core.study import Study
 from eval.engines import check_fast, check_template_names, load_tokenizer, tokens_beyond
-from eval.engines.torch import load_checkpoint
+from eval.engines.torch import load_checkpoint, stored_dtype
 
 BOS = "<|endoftext|>"
 BASE_FILES = "base-files.json"  # of the run folder: the hashes of local models
@@ -153,6 +153,21 @@ def named_model(
         fix = "give a hub name that has safetensors, or a folder"
         raise UserError(where, f"{named.path} ({' '.join(str(error).split())[:200]})", fix) from error
     return model.eval(), tokenizer
+
+
+def named_dtype(named: NamedModel, commit: str | None = None) -> torch.dtype:
+    """The number format of the weights of a named model: its students are stored and served in it.
+
+    A GGUF file has none of these: what is read from it is float32.
+    """
+    assert named.path is not None
+    if named.is_gguf:
+        return torch.float32
+    if Path(named.path).is_dir():
+        return stored_dtype(Path(named.path))
+    config = cached_file(named.path, "config.json", revision=commit or named.revision or "main")
+    assert config is not None
+    return stored_dtype(Path(config).parent)
 
 
 def named_tokenizer(named: NamedModel, where: str = "base.path") -> PreTrainedTokenizerBase:

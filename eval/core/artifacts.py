@@ -43,11 +43,11 @@ VERSIONS = {
     "data": Stage(2, ()),  # and `datasets` or `datasketch`, where they are used
     "tokenizer": Stage(1, ("transformers", "tokenizers")),
     "tokens": Stage(1, ("transformers", "tokenizers")),
-    "base": Stage(3, (*_MODELS, "accelerate")),
+    "base": Stage(4, (*_MODELS, "accelerate")),
     "method": Stage(3, (*_MODELS, "accelerate", "peft")),
     "targets": Stage(2, (*_MODELS, "peft")),
-    "student": Stage(3, (*_MODELS, "accelerate", "peft")),
-    "variant": Stage(3, _MODELS),  # and what its passes need
+    "student": Stage(4, (*_MODELS, "accelerate", "peft")),
+    "variant": Stage(4, _MODELS),  # and what its passes need
 }
 # Where the artifacts of a run lie, and what they are called in a sentence.
 FOLDERS = {"data": "documents", "tokenizer": "tokenizer", "base": "bases", "method": "teachers"}

@@ -15,6 +15,7 @@ from eval.core.errors import UserError, require_one_of
 from eval.engines import REMAKE, Engine, first_line, load_tokenizer, silence, silenced
 
 DEVICES = ("cpu", "cuda")
+DTYPES = ["float32", "bfloat16", "float16"]  # in which models are computed
 silence("bitsandbytes")  # int8 layers log a line when they are called, where `silenced` would cost time
 
 
@@ -35,9 +36,12 @@ def load_checkpoint(
     return model, load_tokenizer(folder, embedding_rows(model))
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
-    """The model alone, on `device`; see `load_checkpoint`."""
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = torch.float32, device: str = "cpu"
+) -> PreTrainedModel:
+    """The model alone, on `device`, in `dtype` or, without one, as it is stored; see `load_checkpoint`."""
     quantized = check_folder(folder)
+    dtype = dtype or stored_dtype(folder)
     try:
         with silenced("transformers"):
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -59,6 +63,22 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
                 f"model {folder}", problem, "save model and config together with save_pretrained()"
             )
     return (model if quantized else model.to(device)).eval()
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The number format of the weights in a folder, as its config.json says; none said: float32.
+
+    Raises:
+        UserError: it is none that models are computed in.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parts = (config, config.get("text_config") or {})
+    keys = ("dtype", "torch_dtype")  # the second one: before transformers 5
+    names = [part.get(key) for part in parts for key in keys]
+    name = next((str(name) for name in names if name), "float32").removeprefix("torch.")
+    require_one_of(f"dtype in {folder / 'config.json'}", name, DTYPES)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -110,10 +130,10 @@ def check_weights(folder: Path) -> None:
 
 
 class TorchEngine(Engine):
-    """A transformers model in float32; the state is its `past_key_values`."""
+    """A transformers model in the number format that it is stored in; the state is its `past_key_values`."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        self.model = load_model(folder, device=device)
+        self.model = load_model(folder, dtype=None, device=device)
         self.device = torch.device(device)
         parameters = inspect.signature(self.model.forward).parameters
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}

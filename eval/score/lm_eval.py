@@ -41,7 +41,7 @@ def run_lm_eval(task: Task, engine: str, folder: Path, batch_size: int = 8) -> t
         raise UserError(f"task lm_eval:{path}", "lm-evaluation-harness has no such task", fix)
     results = simple_evaluate(
         model=CLASSES[engine],
-        model_args={"pretrained": str(folder), "dtype": "float32"},
+        model_args={"pretrained": str(folder), "dtype": "auto"},
         tasks=[name],
         task_manager=manager,
         device="cpu",

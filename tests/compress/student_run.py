@@ -64,7 +64,7 @@ def context_of(study: Study, scratch: Path) -> Context:
     scratch.mkdir(parents=True, exist_ok=True)
     parent, tokenizer = load_checkpoint(study.folder / "students" / "S1" / f"s{study.seeds[0]}")
     rows = training_rows(study, tokenizer)
-    return Context(parent, tokenizer, rows, 0, study.seeds[0], scratch, lambda share: None)
+    return Context(parent, tokenizer, rows, 0, study.seeds[0], scratch, lambda share: None, torch.float32)
 
 
 def model_of(context: Context) -> PreTrainedModel:

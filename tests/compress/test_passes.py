@@ -22,6 +22,7 @@ CASES = {
     "drop_layers": [{"share": 0.25}, {"share": 0.5}],
     "wanda": [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.9, "rows": 1}],
     "recover": [{"train": TRAIN}],
+    "cast": [{"dtype": "bfloat16"}, {"dtype": "float16"}],
     "bitsandbytes": [{"format": "nf4"}, {"format": "int8"}],
     "openvino": [{"weights": "int8"}, {"weights": "int4"}, {"weights": "fp32"}],
 }

@@ -78,13 +78,12 @@ class Model(ABC):
 
 class TorchModel(Model):
     def __init__(self, folder: Path, device: str, boundary: int) -> None:
-        import torch
         from transformers import AutoModelForCausalLM
 
         quantized = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype="auto",
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
