@@ -1,5 +1,6 @@
 """One contract for every method found: fit, attach, output, detach; and what is particular to each."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -28,6 +29,7 @@ from tests.helpers import WORDS, text, tiny_model, tiny_tokenizer
 SETTINGS = {
     "context": {"text": text("code", 99, 8), "domains": {"prose": {"text": text("prose", 99, 6)}}},
     "ensemble": {"members": 2},
+    "examples": {"count": 2, "tokens": 12},
     "experts": {"rank": 2, "train": {"rows": 4, "steps": 6, "optimizer": {"lr": 0.01}}},
     "harmful": {},
     "larger_teacher": {},
@@ -168,6 +170,38 @@ def test_an_ensemble_of_one_model_is_refused(context, tokenizer, tmp_path):
         method.attached(load_model(same), twice),
     ):
         pass
+
+
+def test_examples_stand_in_front_of_all_documents_but_those_quoted(context, rows):
+    """Against the whole text, row by row; another seed quotes other documents."""
+    method = make_method(MethodChoice(name="examples", settings=SETTINGS["examples"]))
+    method.fit(replace(context, seed=1))
+    other = (context.folder / "passages.json").read_text()
+    method.fit(context)
+    assert (context.folder / "passages.json").read_text() != other
+    passages = json.loads((context.folder / "passages.json").read_text())
+    quoted = [passage["document"] for passage in passages]
+    assert len(set(quoted)) == 2
+    assert all(len(passage["tokens"]) == 12 for passage in passages)
+    front = [token for passage in passages for token in (0, *passage["tokens"])]
+    teacher = load_model(context.bases[0])
+    chosen = [
+        next(r for r in rows if r.document == quoted[0]),
+        next(r for r in rows if r.document not in quoted),
+    ]
+    with torch.no_grad(), method.attached(teacher, context):
+        said = answer(method, teacher, collate(chosen, 0))
+        for i, (row, before) in enumerate(zip(chosen, ([], front), strict=True)):
+            logits = teacher(torch.tensor([[*before, *row.tokens]])).logits[0, len(before) :]
+            torch.testing.assert_close(
+                said[i, : len(row.tokens)], torch.log_softmax(logits, -1), atol=1e-4, rtol=1e-4
+            )
+
+
+def test_too_few_documents_for_examples_are_refused(context):
+    method = make_method(MethodChoice(name="examples", settings={"count": 99, "tokens": 12}))
+    with pytest.raises(UserError, match=r"12 training documents have a row of 12 tokens, 99 are needed"):
+        method.fit(context)
 
 
 def test_experts_are_routed_by_domain(context, rows):
