@@ -48,14 +48,16 @@ def _files(source: Source) -> list[Path]:
         raise UserError(
             "data source", f"include {source.include} of {source.path!r}: {error}", fix
         ) from error
-    included = [
-        p for p in matches if not any(fnmatch(f"/{p.as_posix()}", pattern) for pattern in source.exclude)
-    ]
-    files = [p for p in included if (root / p).is_file()]
+    files = [p for p in matches if not _is_excluded(p, source) and (root / p).is_file()]
     if not files:
         problem = f"no file in {source.path!r} matches {source.include}"
         raise UserError("data source", problem, "fix path, include or exclude")
     return sorted(files, key=lambda p: sha256(p.as_posix()))
+
+
+def _is_excluded(path: Path, source: Source) -> bool:
+    names = path.as_posix(), f"/{path.as_posix()}"  # so that `*/test/*` means one at the top as well
+    return any(fnmatch(name, pattern) for name in names for pattern in source.exclude)
 
 
 def _from_folder(source: Source) -> Iterator[Raw]:

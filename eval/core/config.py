@@ -305,7 +305,7 @@ class Source(Frozen):
     )
     include: list[str] = Field(["**/*.py"], description="glob patterns of the files of a folder")
     exclude: list[str] = Field(
-        [], description="shell patterns against /the/path/below/the/root, of files to leave out"
+        [], description="shell patterns of files to leave out, such as `a/*.txt` or `*/test/*`, below `path`"
     )
     data_files: str | list[str] | None = Field(
         None, description="files, or patterns of them, of a data set of kind json, csv, text or parquet"

@@ -83,6 +83,15 @@ def test_folders_are_read_by_pattern_in_hash_order(tmp_path):
     assert [(d.origin, d.domain) for d in documents] == [(f"{tmp_path.name}/a/one.py", "a")]
 
 
+@pytest.mark.parametrize("pattern", ["a/b*", "/a/b*", "*/b*"])
+def test_files_are_left_out_by_their_path_with_or_without_a_slash_in_front(tmp_path, pattern):
+    (tmp_path / "a").mkdir()
+    for name in ("a/one.py", "a/b.py"):
+        (tmp_path / name).write_text(f"{name}\n")
+    source = Source(kind="folder", path=str(tmp_path), include=["**/*.py"], exclude=[pattern])
+    assert [d.origin for d in read_source(source)] == [f"{tmp_path.name}/a/one.py"]
+
+
 def test_standard_library_packages_and_topics_are_sources():
     stdlib = Source(kind="folder", path="stdlib", include=["*.py"], documents=3)
     assert len(list(read_source(stdlib))) == 3
