@@ -229,7 +229,7 @@ def test_a_study_is_frozen_and_its_hash_covers_what_decides_the_models():
 
 def test_wrong_names_and_broken_files_are_refused(tmp_path):
     with pytest.raises(
-        UserError, match=r"budgets config: 'defalt'; no such file; known by name: default, tiny"
+        UserError, match=r"budgets config: 'defalt'; no such file; known by name: default, smollm2, tiny"
     ):
         find_config("budgets", "defalt")
     broken = tmp_path / "broken.yaml"
