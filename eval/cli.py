@@ -91,8 +91,10 @@ def _newer(path: Path, sources: list[Path]) -> bool:
 
 
 def steps(run: Path) -> Iterator[Step]:
-    """What is done in a run, by the files that each command leaves; their hashes are not looked at."""
+    """What is done in a run, by the files that each command leaves; of costs their settings and bytes too."""
     from eval.core.budget import load_budget  # pydantic takes a moment: help needs none of it
+    from eval.core.checks import Artifacts, is_measured
+    from eval.core.records import read_costs
     from eval.core.study import CHANGED, load_study, recipe_names
 
     study = load_study(run)
@@ -107,15 +109,18 @@ def steps(run: Path) -> Iterator[Step]:
     done, state = _count(run, [f"records/score/{r}/{arm}-s{seed}.json" for r, arm, seed in models])
     yield Step("score", done, f"{state} models")
     targets = {name: target for name, target in load_budget(study).targets.items() if target.required}
-    measured = {}
+    artifacts, costs, measured = Artifacts(run, study), read_costs(run), {}
     for name, target in targets.items():
         measurable = [("plain", arm) for arm in ("S1", "B")]
         if target.device == "cpu":  # elsewhere not every engine runs
             measurable += [(recipe, "S1") for recipe in recipes]
-        files = [f"records/cost/{name}/{recipe}/{arm}-s{seeds[0]}.json" for recipe, arm in measurable]
-        measured[name] = _count(run, files)
-    missing = next((name for name, (done, _) in measured.items() if not done), "")
-    state = ", ".join(f"{name}: {state} variants" for name, (_, state) in measured.items())
+        wanted = [(recipe, artifacts.hash_of(arm, seeds[0], recipe)) for recipe, arm in measurable]
+        measured[name] = artifacts.rounds(costs, name, wanted)
+    missing = next((name for name, rounds in measured.items() if not is_measured(rounds)), "")
+    counts = {
+        name: f"{len(rounds) - rounds.count(None)} of {len(rounds)}" for name, rounds in measured.items()
+    }
+    state = ", ".join(f"{name}: {count} variants" for name, count in counts.items())
     yield Step("cost", not missing, state, missing)
     judged = _newer(run / "gate.json", [run / "study.yaml", *run.glob("records/*/**/*.json")])
     verdict = _read_verdict(run / "gate.json")

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from eval.cli import FLOW, MODULES, SIDE_COMMANDS, Step, next_command
+from eval.core.artifacts import read_manifest
 from eval.core.budget import Budget, Limit, Target
 from eval.core.commands import LOG, describe_fields
 from eval.core.errors import UserError
+from eval.core.records import read_costs, write_record
 from eval.core.sections import Corruption, Source, Task
 from eval.core.study import RecipeFile, Study, load_study, make_run_folder, save_study
+from tests.eval.run_builder import Run, edit, put
 from tests.helpers import ROOT, run
 
 
@@ -44,8 +47,7 @@ def test_in_a_run_it_shows_what_is_done_and_the_next_command(tmp_path):
         assert "next: absorb train --config" in done.stdout
     for arm in study.arms:
         for seed in study.seeds:
-            (study.folder / "students" / arm / f"s{seed}").mkdir(parents=True)
-            (study.folder / "students" / arm / f"s{seed}" / "manifest.json").write_text("{}")
+            put(study.folder, f"students/{arm}/s{seed}", lambda folder: (folder / "model").write_text(""))
     done = absorb("--study", study.folder)
     assert "✔ absorb train" in done.stdout
     assert f"next: absorb compress --study {study.folder}" in done.stdout
@@ -66,36 +68,28 @@ def test_in_a_run_it_shows_what_is_done_and_the_next_command(tmp_path):
     assert "[FAIL: too slow, of records that have changed since]" in shown
 
 
-def write_files(folder, names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("{}")
-
-
 def test_costs_are_done_when_every_variant_of_every_required_target_is_measured(tmp_path):
-    edge = {"device": "cpu", "required": True, "limits": {"disk": {"at_most": 1.0, "of": "plain"}}}
-    budget = tmp_path / "own.yaml"
-    budget.write_text(json.dumps({"extends": "tiny", "name": "own", "targets": {"edge": edge}}))
-    changes = {"runs": str(tmp_path / "runs"), "recipes": ["int8"], "seeds": [0], "budget": str(budget)}
-    path = tmp_path / "mine.yaml"
-    path.write_text(json.dumps({"extends": "tiny", "name": "mine", **changes}))
-    study = load_study(path)
-    save_study(study) if make_run_folder(study) else None
-    pairs = [("int8", "S1"), ("int8", "S0"), *(("plain", arm) for arm in ("B", "T0", "T1", *study.arms))]
-    write_files(study.folder, [f"students/{arm}/s0/manifest.json" for arm in study.arms])
-    write_files(study.folder, [f"variants/{r}/{arm}/s0/manifest.json" for r, arm in pairs if r == "int8"])
-    write_files(study.folder, [f"records/score/{r}/{arm}-s0.json" for r, arm in pairs])
-    costs = [f"{r}/{arm}-s0.json" for r, arm in (("plain", "S1"), ("plain", "B"), ("int8", "S1"))]
-    write_files(study.folder, [f"records/cost/cpu/{costs[0]}"])
-    shown = absorb("--study", path).stdout
-    assert "[cpu: 1 of 3 variants, edge: 0 of 3 variants]" in shown
-    assert f"next: absorb cost --study {study.folder} --target cpu" in shown
-    write_files(study.folder, [f"records/cost/cpu/{name}" for name in costs])
-    assert f"next: absorb cost --study {study.folder} --target edge" in absorb("--study", path).stdout
-    write_files(study.folder, [f"records/cost/edge/{name}" for name in costs])
-    shown = absorb("--study", path).stdout
-    assert "✔ absorb cost" in shown
-    assert f"next: absorb gate --study {study.folder}" in shown
+    one = Run(tmp_path)
+    one.budget["targets"]["edge"] = one.budget["targets"]["cpu"]
+    one.make()
+    shown = absorb("--study", one.path).stdout
+    variants = len(one.recipes) + 2
+    assert f"[cpu: {variants - 1} of {variants} variants, edge: 0 of {variants} variants]" in shown, "no base"
+    assert f"next: absorb cost --study {one.path} --target cpu" in shown
+    base = read_manifest(one.path / "base/s0").hash
+    for target in ("cpu", "edge"):
+        for recipe in ("plain", *one.recipes):
+            one.cost(recipe, 1.0, target)
+        record = next(r for r in read_costs(one.path) if (r.recipe, r.target) == ("plain", target))
+        source = record.provenance.model_copy(update={"artifact": base})
+        write_record(one.path, record.model_copy(update={"arm": "B", "provenance": source}))
+        shown = absorb("--study", one.path).stdout
+        assert ("✔ absorb cost" in shown) == (target == "edge")
+    assert f"next: absorb gate --study {one.path}" in shown
+    path = one.path / "records/cost/edge/plain/S1-s0.json"
+    edit(path, lambda record: record["provenance"].update(artifact="0" * 64))
+    shown = absorb("--study", one.path).stdout
+    assert f"edge: {variants - 1} of {variants} variants]" in shown, "of other bytes"
 
 
 def test_a_folder_that_is_no_run_and_an_unknown_command_are_refused(tmp_path):
@@ -290,3 +284,12 @@ def test_after_a_verdict_that_does_not_pass_the_next_command_is_an_honest_one():
     assert next_command(Path("runs/x"), Step("sign", False, missing=state)).startswith("absorb power --study")
     assert "sign" not in next_command(Path("runs/x"), Step("sign", False, missing="FAIL: too slow"))
     assert next_command(Path("runs/x"), Step("sign", False)).startswith("absorb sign --study runs/x")
+
+
+@pytest.mark.parametrize("command", MODULES)
+def test_help_and_mistakes_need_no_torch(command):
+    """A second and more of imports comes after the command line was read."""
+    script = "import importlib, sys; importlib.import_module(sys.argv[1]); print('torch' in sys.modules)"
+    module = MODULES[command]
+    entry = f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module
+    assert run("-c", script, entry).stdout == "False\n"

@@ -33,7 +33,10 @@ def base(tmp_path_factory):
             ["--budget", "default"],
             r"budget 'default': slice without any scored document: 'near'; accepted: far",
         ),
-        (["--budget", "defalt"], r"budgets config: 'defalt'; no such file; known by name: default, smollm2, tiny"),
+        (
+            ["--budget", "defalt"],
+            r"budgets config: 'defalt'; no such file; known by name: default, smollm2, tiny",
+        ),
         (["--recipes", "[int9]"], r"recipes config: 'int9'; no such file"),
         (["--recipes", "[int8, int8]"], r"name: 'int8'; another recipe has it"),
         (

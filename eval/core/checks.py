@@ -4,7 +4,7 @@ Everything that does not fit is refused by name, with both values: a verdict ove
 things would look like any other.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +68,11 @@ class Artifacts:
             self._read[place] = read_manifest(place)
         return self._read[place]
 
+    def hash_of(self, arm: str, seed: int, recipe: str) -> str | None:
+        """That of a base, student or variant; None where none is there yet."""
+        place = artifact_folder(self.folder, arm, seed, recipe)
+        return self.manifest(place).hash if place and (place / MANIFEST).is_file() else None
+
     def differences(self, record: AnyRecord) -> dict[str, tuple[Any, Any]]:
         """Name -> (as the record was measured, as it would be now), for all that differs.
 
@@ -93,6 +98,24 @@ class Artifacts:
             place = artifact_folder(self.folder, record.arm, record.seed, record.recipe)
             if (place is None or (place / MANIFEST).is_file()) and not self.differences(record):
                 yield record
+
+    def rounds(
+        self,
+        records: Iterable[CostRecord | LoadRecord],
+        target: str,
+        variants: Iterable[tuple[str, str | None]],
+    ) -> list[str | None]:
+        """When each variant was measured on a target, where its record is current (see `is_measured`).
+
+        Args:
+            variants: recipe and hash of each; None: it is not there yet.
+        """
+        times = {
+            (record.recipe, record.provenance.artifact): record.provenance.time
+            for record in self.current(records)
+            if record.target == target
+        }
+        return [None if hash is None else times.get((recipe, hash)) for recipe, hash in variants]
 
     def check(self, record: Record, where: str | None = None) -> None:
         """The record was measured as it would be now (see `differences`), after its artifact was made.
@@ -300,3 +323,8 @@ def check_plan(study: Study) -> None:
     if study.targets.source in ("on_policy", "sequence") and written >= context:
         problem = f"{written}, and rows have {context} tokens (data.context)"
         raise UserError("targets.generation.prompt_tokens", problem, f"set it to less than {context}")
+
+
+def is_measured(rounds: Sequence[str | None]) -> bool:
+    """True if every variant has a current record, all of them of the same rounds; see `Artifacts.rounds`."""
+    return len({*rounds}) == 1 and None not in rounds

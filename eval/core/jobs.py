@@ -25,7 +25,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -35,7 +34,7 @@ from eval.core.errors import UserError
 HEAVY = ["transformers.modeling_utils"]  # imported once, by the process from which all workers are forked
 GRACE = 20.0  # seconds that a worker has to end in, before it is killed
 _SIGTERM_CODE = 128 + signal.SIGTERM
-REPORT_INTERVAL = 0.2  # seconds between two reports of a worker
+REPORT_INTERVAL = 0.2  # s, of a worker
 Report = Callable[[float], None]  # takes the share of the job that is done, 0 to 1
 
 
@@ -141,10 +140,12 @@ class _Reporter:
 
 
 def _run_job(pickled: bytes, sender: Connection) -> None:
-    """A worker's life: one thread, one job, and an end with its parent's (kill -9 leaves no orphan).
+    """Runs one job on one thread, and ends when its parent does (kill -9 leaves no orphan).
 
     Sends (share, tokens) any number of times, then (result,) or a _Failure.
     """
+    import torch  # takes a second: not for the help of commands
+
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C: the parent ends its workers
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -369,10 +370,8 @@ def _assert_importable(job: Job) -> None:
 
 
 def _context() -> BaseContext:
-    """Fresh processes; where forking is safe, from one that has imported heavy libraries, and none of ours.
-
-    Its socket below the folder for temporary files must have a name of at most 107 bytes.
-    """
+    """Fresh processes; where forking is safe, from one that has imported heavy libraries, and none of ours."""
+    # The name of its socket, below the folder for temporary files, has at most 107 bytes.
     if sys.platform != "linux" or len(tempfile.gettempdir()) > 70:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -20,9 +20,9 @@ from eval.core.gate_file import Number
 from eval.core.records import LoadRecord, Server, read_loads
 from eval.core.sections import Load
 from eval.cost.estimates import summarize_load
+from eval.cost.orders import OpenLoop, Order
 from eval.cost.plan import CostPlan, Variant, measure_from_command
 from eval.cost.rounds import make_order, run_in_rounds
-from eval.cost.worker import OpenLoop, Order
 from eval.stats.queueing import knee
 
 SHARES = (0.5, 0.8, 0.95, 1.1)  # of the knee, where no rates are stated

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify_artifact, write_text
 from eval.core.budget import Target, load_budget
-from eval.core.checks import Artifacts
+from eval.core.checks import Artifacts, is_measured
 from eval.core.commands import add_json, add_keys_help, add_study, new_parser, start_log, write_json
 from eval.core.config import Frozen, validate_config
 from eval.core.documents import TRAIN, boundary_id, stream_documents
@@ -98,6 +97,8 @@ class CostPlan:
 
 def describe_device(device: str) -> tuple[str, str | None]:
     """Name and driver of the device that was measured on."""
+    import torch
+
     if device == "cpu":
         return "cpu", None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -235,6 +236,8 @@ def verify_variants(variants: list[Variant]) -> None:
 
 def require_device(target: str, device: str) -> None:
     """Refuses a target whose device this machine does not have."""
+    import torch
+
     if device == "cuda" and not torch.cuda.is_available():
         fix = "run this command on a machine that has one, on a copy of the run folder"
         raise UserError(f"target {target!r}", "no CUDA device here", fix)
@@ -266,17 +269,12 @@ def plan_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
     return plan, args.json
 
 
-def is_measured(
+def are_measured(
     records: Sequence[CostRecord | LoadRecord], study: Study, target: str, variants: Sequence[Variant]
 ) -> bool:
     """True if every variant has a record of its bytes and these settings, all of them of the same rounds."""
-    times = {
-        (record.recipe, record.provenance.artifact): record.provenance.time
-        for record in Artifacts(study.folder, study).current(records)
-        if record.target == target
-    }
-    rounds = {times.get((variant.recipe, variant.manifest.hash)) for variant in variants}
-    return len(rounds) == 1 and None not in rounds
+    wanted = [(variant.recipe, variant.manifest.hash) for variant in variants]
+    return is_measured(Artifacts(study.folder, study).rounds(records, target, wanted))
 
 
 def measure_from_command(
@@ -294,7 +292,7 @@ def measure_from_command(
     plan, json_path = plan_from_command(doc, record)
     study, records = plan.study, list[R]()
     with lock_folder(study.folder) if study else nullcontext():
-        if study and is_measured(read(study.folder), study, plan.target, plan.variants):
+        if study and are_measured(read(study.folder), study, plan.target, plan.variants):
             print(f"{len(plan.variants)} variants were measured before on {plan.target}")
         else:
             records = measure(plan)

@@ -12,8 +12,8 @@ from typing import IO
 from eval.core.config import ROOT
 from eval.core.errors import UserError
 from eval.core.jobs import Job, Report, run_in_turn
+from eval.cost.orders import Answer, Order
 from eval.cost.plan import CostPlan, Variant
-from eval.cost.worker import Answer, Order
 
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 

@@ -17,45 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.core.config import Frozen
 from eval.core.errors import UserError
 from eval.core.records import Arrivals, Batched, Energy, Process, Server
 from eval.cost.meters import Meter, device_memory, open_meter
+from eval.cost.orders import Answer, Order
 from eval.engines import Engine, engine_module, load_engine
 from eval.stats.queueing import poisson
 
 LEAST = 10  # requests whose service is measured, however long they take
 PATIENCE = 2  # times the duration of the arrivals: what was not served by then never is
-
-
-class OpenLoop(Frozen):
-    """Requests that arrive whether or not the one before is done."""
-
-    rates: list[float]  # per second
-    seconds: float  # of arrivals, at each rate; and of requests back to back, before them
-    seed: int  # of the arrivals: that of the round
-
-
-class Order(Frozen):
-    """What to measure: the cost of single requests and batches, or an open loop."""
-
-    engine: str
-    folder: str
-    device: str
-    threads: int
-    prompts: list[list[int]]  # one request each; all of one length
-    warmup: int  # so many of the first requests are not counted
-    new_tokens: int
-    batch_sizes: list[int]  # ascending
-    load: OpenLoop | None = None
-
-
-class Answer(Frozen):
-    """Ready (no field), measured, or failed."""
-
-    process: Process | None = None
-    server: Server | None = None
-    error: tuple[str, str, str] | None = None  # thing, problem, fix
 
 
 Synchronize = Callable[[], None]  # waits until the device has done what it was given

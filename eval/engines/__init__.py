@@ -5,6 +5,8 @@ runs on, and `load(folder, threads, device) -> Engine`. An engine is only import
 needed, so that the peak memory and the start of a measured process are those of its own engine.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import re
@@ -17,7 +19,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
 from eval.core.artifacts import Manifest
 from eval.core.config import plugin_module
@@ -26,6 +27,7 @@ from eval.core.errors import UserError, require_one_of
 from eval.core.records import AnyRecord
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -42,7 +44,7 @@ class Engine(ABC):
         self.folder, self.vocabulary = folder, vocabulary
 
     @cached_property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.folder, self.vocabulary)
 
     def check_ids(self, ids: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def load_engine(name: str, folder: Path, threads: int = 1, device: str = "cpu") 
     return engine
 
 
-def load_tokenizer(folder: Path, vocabulary: int | None = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: Path, vocabulary: int | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, checked against the `vocabulary` rows of its model where given.
 
     Raises:
@@ -157,7 +159,7 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> "PreTrainedTo
     return tokenizer
 
 
-def tokens_beyond(tokenizer: "PreTrainedTokenizerBase", rows: int, thing: str) -> dict[str, int]:
+def tokens_beyond(tokenizer: PreTrainedTokenizerBase, rows: int, thing: str) -> dict[str, int]:
     """The special tokens of a tokenizer beyond the rows of a model, such as Gemma 3's for images.
 
     Whether any text has one of them is for those to ask who read texts.
@@ -197,7 +199,7 @@ def check_template_names(thing: str, config: bytes, files: list[str]) -> None:
             raise UserError(thing, f"a chat template named {name!r:.100}, which could be a path", fix)
 
 
-def check_fast(thing: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_fast(thing: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer that runs in Python alone: scores are compared by its `tokenizer.json`."""
     if not tokenizer.is_fast:
         problem = f"{type(tokenizer).__name__} has no fast form"
@@ -206,7 +208,7 @@ def check_fast(thing: str, tokenizer: "PreTrainedTokenizerBase") -> None:
         )
 
 
-def end_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+def end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that end a text: that of the tokenizer, and those that a generation config lists."""
     named, file = [tokenizer.eos_token_id], folder / "generation_config.json"
     if file.is_file():

@@ -15,7 +15,7 @@ from eval.core.sections import Task
 from eval.gate.evidence import Evidence
 from eval.gate.quality import LEVEL, estimate
 from eval.metrics.functions import calibration_error
-from eval.score.divergence import document_tokens, estimate_agreement
+from eval.score.agreement_records import document_tokens, estimate_agreement
 from eval.score.samples import task_digest_or_none
 from eval.stats.crossed import cluster_bounds, linearise
 

@@ -39,7 +39,6 @@ from eval.gate.quality import (
     kept_gain,
     retention_part,
 )
-from eval.score.scoring import score_folder
 
 
 def models_to_score(study: Study, recipe: str) -> list[Model]:
@@ -124,6 +123,8 @@ def next_opening(
 
 
 def _score(run: Path, study: Study, folder: Path, report: Report) -> None:
+    from eval.score.scoring import score_folder  # torch takes a second to import: not for --help
+
     score_folder(run, study, folder, report, kind="test")
 
 

@@ -1,12 +1,16 @@
 """Golden answers: how a released model must continue some prompts, so that a loader can recognise it."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from eval.core.config import Stored
 from eval.core.documents import Document, boundary_id
 from eval.core.errors import UserError
 from eval.engines import Engine
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Between the first and the second token, as a share of the logits' range: other vector units round a sum
 # otherwise, which must never look like another model.
@@ -29,6 +33,8 @@ def clear_choice(logits: Tensor) -> int | None:
 
 def continue_prompt(engine: Engine, ids: list[int]) -> list[int]:
     """Up to `TOKENS` greedy tokens after a prompt, none after the first that is no clear choice."""
+    import torch
+
     logits, state = engine.prefill(torch.tensor([ids]))
     tokens: list[int] = []
     while (token := clear_choice(logits[0])) is not None and token not in engine.end_ids:

@@ -19,14 +19,15 @@ from eval.core.records import PLAIN, VALIDATION, read_scores, read_task_scores
 from eval.core.study import Study, recipe_names
 from eval.engines import subject_of
 from eval.score.samples import check_tasks
-from eval.score.scoring import corpus_bits_per_byte, model_folders, score_folder, unscored_folders
-from eval.score.task_scores import mean_task_scores, score_tasks, unscored_tasks
 
 Rows = dict[tuple[str, str], dict[str, float]]  # (recipe, arm) -> column -> value
 
 
 def score_run(study: Study) -> int:
     """Scores what has no record yet; returns how many models were scored on documents."""
+    from eval.score.scoring import score_folder, unscored_folders  # torch takes a second: not for --help
+    from eval.score.task_scores import score_tasks, unscored_tasks
+
     run = study.folder
     check_tasks(study.data.tasks)
     jobs = [
@@ -85,6 +86,9 @@ def group_by_recipe(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
 @entry
 def main() -> None:
     study, args = study_from_command(new_parser(__doc__), measures=True)
+    from eval.score.scoring import corpus_bits_per_byte, model_folders
+    from eval.score.task_scores import mean_task_scores
+
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
     with lock_folder(study.folder):
         done = score_run(study)

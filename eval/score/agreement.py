@@ -16,13 +16,15 @@ from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.records import read_agreements
 from eval.core.study import Study, recipe_names
 from eval.engines import subject_of
-from eval.score.divergence import estimate_agreement, record_agreement, uncompared_variants, variant_folders
+from eval.score.agreement_records import estimate_agreement, uncompared_variants, variant_folders
 
 Agreements = dict[str, dict[str, Difference]]  # recipe -> flips, kl
 
 
 def compare_run(study: Study) -> int:
     """Compares the variants that have no record yet; returns how many."""
+    from eval.score.divergence import record_agreement  # torch takes a second to import: not for --help
+
     run = study.folder
     jobs = [
         Job(subject_of(read_manifest(folder)).label, record_agreement, (run, study, folder))

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-import torch
-
 from eval.core.documents import Row, batches, boundary_id
 from eval.core.errors import UserError
 from eval.core.records import SampleScores
@@ -41,6 +39,8 @@ def run_task(task: Task, engine: Engine, context: int, batch_tokens: int) -> Sam
 
 def choose(samples: list[Sample], engine: Engine, context: int, batch_tokens: int) -> SampleScores:
     """Scores the choice of the highest log-likelihood after the prompt: per byte, and raw."""
+    import torch
+
     tokenizer, log_likelihoods = engine.tokenizer, dict[str, float]()
     rows = [
         row for i, sample in enumerate(samples) for row in choice_rows(tokenizer, sample, str(i), context)
@@ -118,6 +118,8 @@ def generate(
 
 def greedy(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """The likeliest continuations of prompts of one length, each up to a token that ends a text."""
+    import torch
+
     vocabulary, ends = len(engine.tokenizer), engine.end_ids
     logits, state = engine.prefill(torch.tensor(prompts))
     continuations: list[list[int]] = [[] for _ in prompts]

@@ -30,7 +30,6 @@ from eval.core.gate_file import STYLES
 from eval.core.records import PLAIN, VALIDATION, Documents, read_scores
 from eval.core.study import load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
-from eval.metrics.likelihood import BATCH_TOKENS, document_bits
 from eval.release.contract import costs_of, gain
 from eval.release.contract_file import Bits, Contract, Signature, Target, read_contract
 from eval.release.reference import Reference, token_ids
@@ -171,6 +170,8 @@ class Scored:
 
 
 def scored(folder: Path, documents: list[Document], context: int) -> Scored:
+    from eval.metrics.likelihood import BATCH_TOKENS, document_bits  # torch: not for --help
+
     engine = load_engine(subject_of(read_manifest(folder)).engine, folder)
     size = min(BATCH_TOKENS, tokens_per_batch(engine.vocabulary))
     bits, tokens = document_bits(engine.logits, documents, engine.tokenizer, context, size)

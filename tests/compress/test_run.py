@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.build import build_folder, build_variants
+from compress.pipeline import pending_variants
 from compress.publish import publish_variant
-from compress.run import pending_variants
 from compress.verify import verify_reload
 from eval.core.artifacts import hash_files, read_manifest, verify_artifact
 from eval.core.errors import UserError

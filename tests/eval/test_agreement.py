@@ -12,16 +12,15 @@ from eval.core.errors import UserError
 from eval.core.records import Agreement, Rerun, provenance, read_agreements, write_record
 from eval.core.study import load_study
 from eval.engines import load_engine
+from eval.score.agreement_records import estimate_agreement, uncompared_variants
 from eval.score.divergence import (
     document_divergences,
-    estimate_agreement,
     flips_and_kl,
     kl_divergence,
     measure_noise,
     predict_in_other_batches,
     predict_with_other_threads,
     record_agreement,
-    uncompared_variants,
 )
 from tests.eval.run_builder import CONTEXT, facts, fake_run, put, torch_model
 from tests.helpers import run, text, tiny_model

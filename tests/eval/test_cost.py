@@ -17,10 +17,10 @@ from eval.cost.__main__ import main
 from eval.cost.estimates import estimate_quantity, list_quantities
 from eval.cost.plan import (
     RANDOM,
+    are_measured,
     choose_variants,
     draw_prompts,
     find_variants,
-    is_measured,
     plan_from_folders,
     plan_from_run,
 )
@@ -118,16 +118,16 @@ def check_numbers(record):
 def check_what_counts_as_done(study, folder, int8):
     """Other rounds, other bytes or other settings: measured again."""
     wanted = find_variants(study)
-    assert is_measured(read_costs(study.folder), study, "cpu", wanted)
-    assert not is_measured(read_costs(study.folder), study, "gpu", wanted)
+    assert are_measured(read_costs(study.folder), study, "cpu", wanted)
+    assert not are_measured(read_costs(study.folder), study, "gpu", wanted)
     for update in ({"requests": 4}, {"batch_sizes": [1]}, {"threads": 2}, {"warmup": 2}):
         changed = study.model_copy(update={"cost": study.cost.model_copy(update=update)})
-        assert not is_measured(read_costs(changed.folder), changed, "cpu", wanted)
+        assert not are_measured(read_costs(changed.folder), changed, "cpu", wanted)
     for update in ({"time": "2020-01-01T00:00:00+00:00"}, {"artifact": "0" * 64}):
         source = int8.provenance.model_copy(update=update)
         write_record(folder, int8.model_copy(update={"provenance": source}))
-        assert not is_measured(read_costs(study.folder), study, "cpu", wanted)
-        assert is_measured(read_costs(study.folder), study, "cpu", wanted[:1])
+        assert not are_measured(read_costs(study.folder), study, "cpu", wanted)
+        assert are_measured(read_costs(study.folder), study, "cpu", wanted[:1])
 
 
 def test_recipes_and_devices_choose_the_variants(prepared, capsys):

@@ -18,7 +18,7 @@ from eval.core.sections import Load
 from eval.core.study import load_study
 from eval.cost.estimates import estimate_knees, summarize_load
 from eval.cost.load import build_table, choose_rates, rates_from_knee
-from eval.cost.plan import find_variants, is_measured, plan_from_run
+from eval.cost.plan import are_measured, find_variants, plan_from_run
 from eval.cost.worker import serve_arrivals
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
@@ -210,10 +210,10 @@ def test_a_folder_measured_elsewhere_comes_home(tmp_path):
     check_what_was_served(load_record)
     settled = load_study(study)
     wanted = find_variants(settled)[:1]
-    assert is_measured(read_loads(settled.folder), settled, "cpu", wanted)
-    assert not is_measured(read_loads(settled.folder), settled, "gpu", wanted)
+    assert are_measured(read_loads(settled.folder), settled, "cpu", wanted)
+    assert not are_measured(read_loads(settled.folder), settled, "gpu", wanted)
     for words in (["--cost.load.seconds", "3"], ["--cost.load.rates", "[4.0]"], ["--cost.threads", "2"]):
-        assert not is_measured(
+        assert not are_measured(
             read_loads(load_study(study, words).folder), load_study(study, words), "cpu", wanted
         )
 
