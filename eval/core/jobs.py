@@ -370,7 +370,7 @@ def _assert_importable(job: Job) -> None:
 
 
 def _context() -> BaseContext:
-    """Fresh processes; where forking is safe, from one that has imported heavy libraries, and none of ours."""
+    """Fresh processes; where forking is safe, from one that has imported heavy libraries and none of ours."""
     # The name of its socket, below the folder for temporary files, has at most 107 bytes.
     if sys.platform != "linux" or len(tempfile.gettempdir()) > 70:
         return multiprocessing.get_context("spawn")
