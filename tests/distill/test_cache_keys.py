@@ -227,6 +227,7 @@ def test_accept_old_keeps_the_students_of_another_version(tmp_path, monkeypatch)
     assert "did you mean 'student'" in run(*command, "--accept-old", "studnet").stderr
 
 
+@pytest.mark.slow
 def test_accept_old_keeps_variants(tmp_path):
     study = build_student_run(tmp_path, ["wanda50"], layers=2)
     command = ("-m", "compress.run", "--study", study.folder)

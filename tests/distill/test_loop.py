@@ -94,6 +94,7 @@ def results_of_one_and_two(program, folder):
     return results
 
 
+@pytest.mark.slow
 def test_processes_change_neither_loss_nor_gradient(tmp_path):
     """Two gloo processes, whose shares of the step have different numbers of tokens, against one."""
     results = results_of_one_and_two(SCRIPT, tmp_path)

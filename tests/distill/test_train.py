@@ -178,6 +178,7 @@ def test_two_processes_train_the_same_models(trained, tmp_path):
         assert one[-1][1] == pytest.approx(two[-1][1], rel=2e-2)
 
 
+@pytest.mark.slow
 def test_a_base_may_be_a_folder_and_targets_online(tmp_path):
     """The path that a hub name takes too: a plain checkpoint, fine-tuned into members."""
     folder, tokenizer = tmp_path / "my-base", tiny_tokenizer()

@@ -85,9 +85,10 @@ def recheck(request, folder):
             command("eval.cost", "tiny"),
             lambda r: {one["recipe"]: len(one["processes"]) for one in r} == {"plain": 2, "wanda50": 2},
         ),
-        (
+        pytest.param(
             command("eval.cost.load", "tiny", "--recipe", "plain"),
             lambda r: r[0]["processes"][0]["rates"][0]["rate"] == 30,
+            marks=pytest.mark.slow,
         ),
         (merge, lambda r: r[0] == r[1]),
         (command("eval.gate.power", "toy"), lambda r: r["tests"][0]["power"]["value"] > 0),
