@@ -29,7 +29,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import yaml
 
-from eval.core.commands import add_json, write_json
+from eval.core.commands import add_json, positive, write_json
 from eval.core.config import ROOT
 from eval.core.errors import entry
 from eval.core.records import machine
@@ -203,7 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--megabytes", type=float, nargs="+", default=[25.0, 50.0, 100.0])
+    parser.add_argument("--megabytes", type=positive, nargs="+", default=[25.0, 50.0, 100.0])
     parser.add_argument("--role", help=argparse.SUPPRESS)
     parser.add_argument("--study", type=Path, help=argparse.SUPPRESS)
     add_json(parser)

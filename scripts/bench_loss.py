@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from distill.losses.chunked import chunked_loss
 from distill.losses.teacher_output import States
 from distill.models.lm_head import Head
+from eval.core.commands import count
 from eval.core.errors import UserError, entry
 from eval.core.sections import Loss
 from eval.stats.quantiles import quantile_bounds
@@ -163,8 +164,8 @@ def loss_time_row(vocabulary: int, requested: int, rounds: int) -> Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("chunked", "plain"), help="which loss")
-    parser.add_argument("vocabulary", type=int, help="size of the vocabulary")
-    parser.add_argument("tokens", type=int, help="tokens with a loss")
+    parser.add_argument("vocabulary", type=count, help="size of the vocabulary")
+    parser.add_argument("tokens", type=count, help="tokens with a loss")
     args = parser.parse_args()
     print(extra_bytes(args.kind, args.vocabulary, args.tokens))
 

@@ -26,7 +26,7 @@ from distill.losses.teacher_output import Teacher
 from distill.method import Plain
 from distill.models.gguf import find_gguf, load_gguf
 from distill.teachers.local import LocalTeacher
-from eval.core.commands import add_json, write_json
+from eval.core.commands import add_json, count, write_json
 from eval.core.config import Frozen
 from eval.core.documents import Row
 from eval.core.errors import entry
@@ -88,9 +88,9 @@ def measure(rows_per_step: int, context: int, rounds: int) -> Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_json(parser)
-    parser.add_argument("--rows", type=int, default=2, help="rows a step")
-    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens a row")
-    parser.add_argument("--rounds", type=int, default=6, help="rounds that count; two more warm up")
+    parser.add_argument("--rows", type=count, default=2, help="rows a step")
+    parser.add_argument("--context", type=count, default=CONTEXT, help="tokens a row")
+    parser.add_argument("--rounds", type=count, default=6, help="rounds that count; two more warm up")
     args = parser.parse_args()
     facts = {"device": machine().cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
     row = measure(args.rows, args.context, args.rounds)

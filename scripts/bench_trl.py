@@ -307,6 +307,8 @@ def main() -> None:
     for name, kind in (("side", str), ("folder", Path), ("vocabulary", int), ("steps", int)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if min(args.threads, args.starts, args.rounds) < 1:
+        parser.error("--threads, --starts and --rounds are 1 or more")
     if not (args.side or args.trl_python):
         parser.error("--trl-python is needed")
     (work if args.side else compare)(args)

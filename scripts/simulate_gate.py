@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.special import stdtrit
 
-from eval.core.commands import add_json, write_json
+from eval.core.commands import add_json, count, write_json
 from eval.core.errors import entry
 from eval.gate.decision import join_verdicts
 from eval.gate.quality import RESOLUTION, mean_part
@@ -253,7 +253,7 @@ def build_table(title: str, rows: list[dict[str, object]]) -> Table:
 @entry
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.simulate_gate", description=__doc__)
-    parser.add_argument("--draws", type=int, default=20_000, help="simulated studies per figure")
+    parser.add_argument("--draws", type=count, default=20_000, help="simulated studies per figure")
     add_json(parser)
     args = parser.parse_args()
     result = simulate(args.draws)

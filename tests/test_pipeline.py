@@ -113,6 +113,24 @@ def test_killed_at_random_moments_it_ends_in_the_same_table(tiny, tmp_path):
     assert not list(again.rglob("*.tmp"))
 
 
+def test_ctrl_c_ends_it_in_one_line_and_130(tiny, tmp_path):
+    copy = tmp_path / "study.yaml"
+    copy.write_text(yaml.safe_dump({**yaml.safe_load(tiny[0].read_text()), "runs": str(tmp_path / "runs")}))
+    process = subprocess.Popen(
+        ["bash", "scripts/pipeline.sh", str(copy)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not (tmp_path / "runs/tiny/data/manifest.json").is_file():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    time.sleep(2.0)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in shown
+    assert shown.splitlines()[-1] == "stopped; the same command goes on where it was"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

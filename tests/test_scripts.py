@@ -27,3 +27,15 @@ def test_a_script_runs_as_a_file_and_as_a_module(name, tmp_path):
         out, error_text = process.communicate(timeout=300)
         assert process.returncode == 0, error_text
         assert "usage:" in out
+
+
+def test_numbers_that_make_no_sense_are_refused(tmp_path):
+    for path in {*(ROOT / "scripts").glob("*.py")} - {
+        ROOT / "scripts" / "bench_trl.py"
+    }:  # another Python too
+        assert "type=int" not in (text := path.read_text()), f"{path}: take `count` of eval.core.commands"
+        assert "type=float" not in text, f"{path}: take `positive` of eval.core.commands"
+    words = [sys.executable, str(ROOT / "scripts" / "simulate_gate.py"), "--draws", "0"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "found '0', expected a whole number, 1 or more" in done.stderr
