@@ -13,6 +13,7 @@ from distill.method import Card, Method, MethodContext, Plain, TeacherOutput, pr
 from distill.models.prefix import read_prefix
 from eval.core.config import Frozen
 from eval.core.documents import Batch, boundary_id
+from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError
 
 OTHERS = ""  # the key of the text for rows of every domain that has none of its own
@@ -120,8 +121,7 @@ class Context(Method):
         """
 
         def encode(text: str) -> list[int]:
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return ids[: self.settings.max_tokens]
+            return text_ids(tokenizer, text)[: self.settings.max_tokens]
 
         first, ids = boundary_id(tokenizer), {}
         for name, (text, wrong) in self.texts.items():

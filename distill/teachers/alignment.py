@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.losses.teacher_output import Aligned, Dense, States
 from eval.core.documents import Batch, Row, boundary_id, collate, pad_id
+from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError
 
 END = b"\xff\xfe\xff"  # stands for the end of a text, and is in none: it is no UTF-8
@@ -44,8 +45,7 @@ class Vocabulary:
             )
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return text_ids(self.tokenizer, text)
 
     def joined(self, ids: list[int]) -> bytes:
         return b"".join(self.text[i] if i < self.size else NO_TEXT for i in ids)

@@ -45,7 +45,7 @@ VERSIONS = {
     "tokens": Stage(1, ("transformers", "tokenizers")),
     "base": Stage(4, (*_MODELS, "accelerate")),
     "method": Stage(3, (*_MODELS, "accelerate", "peft")),
-    "targets": Stage(2, (*_MODELS, "peft")),
+    "targets": Stage(3, (*_MODELS, "peft")),
     "student": Stage(4, (*_MODELS, "accelerate", "peft")),
     "variant": Stage(4, _MODELS),  # and what its passes need
 }

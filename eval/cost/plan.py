@@ -19,6 +19,7 @@ from eval.core.checks import Artifacts, is_measured
 from eval.core.commands import add_json, add_keys_help, add_study, new_parser, start_log, write_json
 from eval.core.config import Frozen, validate_config
 from eval.core.documents import TRAIN, boundary_id, stream_documents
+from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError, require_one_of
 from eval.core.jobs import lock_folder
 from eval.core.records import PLAIN, TRAINING, CostRecord, LoadRecord, Provenance, provenance, write_record
@@ -146,7 +147,7 @@ def choose_variants(variants: list[Variant], recipes: list[str] | None, target: 
 def cut_prompts(cost: Cost, model: Path, texts: Iterable[str], thing: str) -> list[list[int]]:
     """[warmup + requests][prompt_tokens]: the tokens of the texts, again from the first when they end."""
     tokenizer = load_tokenizer(model)
-    tokens = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
+    tokens = (text_ids(tokenizer, text) for text in texts)
     stream = itertools.cycle(itertools.chain.from_iterable(tokens))
     body, count = cost.prompt_tokens - 1, cost.warmup + cost.requests
     prompts = [[boundary_id(tokenizer), *itertools.islice(stream, body)] for _ in range(count)]

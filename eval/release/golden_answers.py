@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from eval.core.config import Stored
 from eval.core.documents import Document, boundary_id
+from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError
 from eval.engines import Engine
 
@@ -54,8 +55,7 @@ def build_golden_answers(engine: Engine, documents: list[Document], context: int
     tokenizer, answers = engine.tokenizer, []
     for document in documents[:CANDIDATES]:
         text = document.text[:CHARACTERS]
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [boundary_id(tokenizer), *ids]
+        ids = [boundary_id(tokenizer), *text_ids(tokenizer, text)]
         if len(ids) + TOKENS <= context and (expected := continue_prompt(engine, ids)):
             answers.append(GoldenAnswer(text=text, ids=ids, expected=expected))
     if not answers:

@@ -4,7 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 from eval.core.config import Stored
-from eval.core.documents import TRAIN, Document, read_documents, stream_documents
+from eval.core.documents import TRAIN, read_documents, stream_documents
+from eval.core.documents.encoding import text_ids
 from eval.stats.drift import surprise
 
 
@@ -16,19 +17,15 @@ class Reference(Stored):
     unigram: dict[str, list[float]]  # slice -> bits per token of each document
 
 
-def token_ids(tokenizer, document: Document) -> list[int]:
-    return tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def reference(data: Path, slices: list[str], tokenizer) -> Reference:
     """Of the slices of a data artifact that are documents of their own."""
     counts: Counter[int] = Counter()
     for document in stream_documents(data, TRAIN):
-        counts.update(token_ids(tokenizer, document))
+        counts.update(text_ids(tokenizer, document.text))
     size = len(tokenizer)
     whole = [name for name in slices if (data / f"{name}.jsonl").is_file()]
     unigram = {
-        name: [surprise(counts, size, token_ids(tokenizer, d)) for d in read_documents(data, name)]
+        name: [surprise(counts, size, text_ids(tokenizer, d.text)) for d in read_documents(data, name)]
         for name in whole
     }
     return Reference(counts=dict(counts), vocabulary=size, unigram=unigram)

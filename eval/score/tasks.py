@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from eval.core.documents import Row, batches, boundary_id
+from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError
 from eval.core.records import SampleScores
 from eval.core.sections import Task
@@ -75,7 +76,11 @@ def choice_rows(
         )
     for i, choice in enumerate(sample.choices):
         encoded = tokenizer(
-            sample.prompt + choice, add_special_tokens=False, verbose=False, return_offsets_mapping=True
+            sample.prompt + choice,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            verbose=False,
+            return_offsets_mapping=True,
         )
         given = sum(end <= len(sample.prompt) for _, end in encoded["offset_mapping"])
         tokens, size = encoded["input_ids"], len(encoded["input_ids"]) - given
@@ -102,8 +107,7 @@ def generate(
     prompts = []
     for sample in samples:
         check_fits(sample, f"new_tokens is {new_tokens}", new_tokens, context)
-        tokens = tokenizer(sample.prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        prompts.append([boundary_id(tokenizer), *tokens[-prompt_tokens:]])
+        prompts.append([boundary_id(tokenizer), *text_ids(tokenizer, sample.prompt)[-prompt_tokens:]])
     outputs = [""] * len(samples)
     order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))
     for length, group in groupby(order, key=lambda i: len(prompts[i])):

@@ -25,6 +25,7 @@ from eval.core.artifacts import MANIFEST, file_sha256, hash_files, read_manifest
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
 from eval.core.commands import add_json, new_parser, write_json
 from eval.core.documents import Document, json_objects, tokens_per_batch
+from eval.core.documents.encoding import text_ids
 from eval.core.errors import EXITS, UserError, entry, expected_text, require_one_of
 from eval.core.gate_file import STYLES
 from eval.core.records import PLAIN, VALIDATION, Documents, read_scores
@@ -32,7 +33,7 @@ from eval.core.study import load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.release.contract import costs_of, gain
 from eval.release.contract_file import Bits, Contract, Signature, Target, read_contract
-from eval.release.reference import Reference, token_ids
+from eval.release.reference import Reference
 from eval.report.format import estimate_cell, fixed, significant
 from eval.signoff.keys import from_raw, public_key
 from eval.signoff.statement import FOLDER, Predicate, expired, read_statement
@@ -229,7 +230,9 @@ def recheck(release: Path, contract: Contract, target: str, name: str, documents
     now = Bits(ours.bits, control.bits, base.bits, size)
     before, tokens = released(release, contract, shipped, name)
     tokenizer = load_tokenizer(release / "fallback")
-    unigram = [surprise(reference.counts, reference.vocabulary, token_ids(tokenizer, d)) for d in documents]
+    unigram = [
+        surprise(reference.counts, reference.vocabulary, text_ids(tokenizer, d.text)) for d in documents
+    ]
     drift = drifts(
         drift_values(before, tokens, reference.unigram[name]), drift_values(now, base.tokens, unigram)
     )

@@ -1,12 +1,24 @@
 """Prompts, chats and packed rows: what is predicted, what is only read, and who sees whom."""
 
+import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import pytest
 import torch
 
+from distill.method import make_method
+from distill.teachers.alignment import Vocabulary
+from eval.core.artifacts import write_text
 from eval.core.documents import Document, Row, boundary_id, collate, join_rows, pack, windows
-from eval.core.documents.encoding import Learned
+from eval.core.documents.encoding import Learned, text_ids
 from eval.core.errors import UserError
+from eval.core.sections import Cost, MethodChoice
+from eval.cost.plan import cut_prompts
 from eval.metrics.likelihood import document_bits
+from eval.release.reference import reference
+from eval.score.samples import Sample
+from eval.score.tasks import choice_rows
 from tests.helpers import text, tiny_model, tiny_tokenizer
 
 CHAT = (
@@ -14,6 +26,13 @@ CHAT = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 ASKED = [{"role": "user", "content": "the river"}]
+
+
+def plugin_of(file):
+    spec = spec_from_file_location(file.stem, file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +162,30 @@ def test_a_special_token_that_a_text_spells_out_is_text():
         assert ids[len(ids) - len(tail) :] == tail
         assert ids.count(end) == len(tail[:1])
         assert row.tokens[1:].count(end) == 2 * len(tail[:1])
+
+
+def test_whatever_reads_a_text_reads_spelled_out_special_tokens_as_text(tmp_path):
+    words = tiny_tokenizer()
+    words.save_pretrained(tmp_path)
+    spelled, end = "stone <|endoftext|> river", words.eos_token_id
+    loader = plugin_of(Path("eval/release/templates/load_release.py"))
+    served = type("Served", (loader.TorchModel,), {"__init__": loader.Model.__init__})(None, tmp_path, end)
+    method = make_method(MethodChoice(name="context", settings={"text": spelled, "control": "none"}))
+    (choice,) = choice_rows(words, Sample("0", spelled, [], [" sea"]), "0", 200)
+    write_text(tmp_path / "train.jsonl", json.dumps({"id": "d", "domain": "x", "text": spelled}) + "\n")
+    read = {
+        "text_ids": text_ids(words, spelled),
+        "release reference": list(reference(tmp_path, [], words).counts),
+        "prompts of a cost": cut_prompts(Cost(prompt_tokens=60), tmp_path, [spelled], "text")[0][1:],
+        "loader of a release": served.encode(spelled)[1:],
+        "context method": method.tokens(words)[""][1:],
+        "choices of a task": choice.tokens[1:],
+        "comparison over bytes": Vocabulary(words, "teacher.path").encode(spelled),
+    }
+    assert words.decode(read["text_ids"]) == spelled
+    for name, ids in read.items():
+        assert end not in ids, f"{name} reads a token that ends a text"
+        assert set(ids) >= set(read["text_ids"]), name
 
 
 def test_a_chat_without_a_template_or_with_one_that_rewrites_is_refused():

@@ -10,7 +10,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from eval.core.documents.encoding import SCORED, Learned, Span, boundary_id, encode, window_tokens, windows_of
+from eval.core.documents.encoding import (
+    SCORED,
+    Learned,
+    Span,
+    boundary_id,
+    encode,
+    window_tokens,
+    windows_of,
+)
 from eval.core.errors import UserError
 from eval.core.records import VALIDATION
 

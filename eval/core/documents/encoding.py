@@ -68,6 +68,12 @@ def boundary_id(tokenizer) -> int:
     raise UserError("tokenizer", "neither BOS nor EOS token", "set one of the two in its config")
 
 
+def text_ids(tokenizer, text: str) -> list[int]:
+    """The tokens of a text alone; a special token that it spells out is text: templates write those."""
+    read = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return read["input_ids"]
+
+
 def encode(tokenizer, documents: Sequence[Readable], learned: Learned = SCORED) -> list[Encoding]:
     """The tokens of documents. Special tokens that a text spells out are text, those of a template tokens.
 

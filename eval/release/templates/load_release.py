@@ -57,8 +57,9 @@ class Model(ABC):
         """[T, V] float32 for the token ids [T]: row p scores the token at p + 1."""
 
     def encode(self, text: str) -> list[int]:
-        """The boundary token and the tokens of a text, as they were in training."""
-        return [self.boundary, *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        """The boundary token and the tokens of a text, as in training: special tokens in it are text."""
+        read = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return [self.boundary, *read["input_ids"]]
 
     def generate(self, prompt: str | list[int], new_tokens: int = 32) -> list[int]:
         """The likeliest tokens after a prompt, one by one; ends before a token that ends a text."""
