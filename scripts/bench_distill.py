@@ -38,8 +38,9 @@ from distill.method import Plain
 from distill.teachers.cache import CachedTeacher, link_shards, write_shards
 from distill.teachers.codec import make_codec
 from distill.teachers.local import LocalTeacher
-from distill.trainer.loop import accelerator, build_optimizers, check_finite, set_learning_rate, step_loss
+from distill.trainer.loop import accelerator, check_finite, step_loss
 from distill.trainer.module import DistillationModule
+from distill.trainer.optimizers import build_optimizers, set_learning_rate
 from eval.core.artifacts import Key, build_artifact
 from eval.core.commands import add_json, write_json
 from eval.core.config import Frozen

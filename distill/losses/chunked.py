@@ -35,7 +35,10 @@ def chunked_loss(hidden: Tensor, head: Head, labels: Tensor, target: Target | No
     check_target(target, config)
     if target is not None:
         target = match_vocabulary(target, head.weight.shape[0], config.divergence)
-    return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, labels, target, config)
+    weight, bias = head.weight, head.bias
+    if not torch.is_grad_enabled():  # autograd would still ask for the gradient of the head
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    return _ChunkedLoss.apply(hidden, weight, bias, head, labels, target, config)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
 
 from distill.losses.teacher_output import Teacher
@@ -29,6 +28,7 @@ from distill.trainer.distributed import (
 )
 from distill.trainer.logging import Log
 from distill.trainer.module import DistillationModule, layer_widths
+from distill.trainer.optimizers import build_optimizers, learning_rate_factor, set_learning_rate
 from eval.core.documents import Batch, Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Train
@@ -74,49 +74,6 @@ def row_order(rows: int, steps: int, per_step: int, seed: int) -> list[list[int]
         stream += torch.randperm(rows, generator=generator).tolist()
         epoch += 1
     return [stream[i * per_step : (i + 1) * per_step] for i in range(steps)]
-
-
-def learning_rate_factor(step: int, steps: int, config: Train) -> float:
-    """Factor on the learning rate at `step` (from 0): linear warm-up, flat, linear decay to zero."""
-    up = (step + 1) / max(1.0, config.warmup * steps)
-    down = (steps - step) / max(1.0, config.decay * steps)
-    return min(1.0, up, down)
-
-
-def _is_hidden_matrix(name: str, parameter: nn.Parameter, shared: set[int]) -> bool:
-    return parameter.ndim == 2 and id(parameter) not in shared and "embed" not in name
-
-
-def build_optimizers(
-    model: PreTrainedModel, config: Train, projectors: Sequence[nn.Parameter] = ()
-) -> list[Optimizer]:
-    """Muon for the hidden matrices and AdamW for the rest, or AdamW for all; no decay on vectors."""
-    settings = config.optimizer
-    rest_lr = settings.lr_rest or settings.lr
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    ends += [module for module in model.modules() if isinstance(module, nn.Embedding)]  # positions too
-    shared = {id(p) for end in ends if end is not None for p in end.parameters()}
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for n, p in named if _is_hidden_matrix(n, p, shared)]
-    others = [p for n, p in named if not _is_hidden_matrix(n, p, shared)]
-    decay = settings.weight_decay
-    groups = [
-        {"params": [*(p for p in others if p.ndim > 1), *projectors], "lr": rest_lr, "weight_decay": decay},
-        {"params": [p for p in others if p.ndim < 2], "lr": rest_lr, "weight_decay": 0.0},
-    ]
-    if settings.name == "muon" and hidden:
-        muon = Muon(hidden, lr=settings.lr, momentum=settings.momentum, weight_decay=decay)
-        optimizers: list[Optimizer] = [muon]
-    else:
-        groups.append({"params": hidden, "lr": settings.lr, "weight_decay": decay})
-        optimizers = []
-    groups = [group for group in groups if group["params"]]
-    if groups:
-        optimizers.append(AdamW(groups, lr=rest_lr, betas=settings.betas, fused=True))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
 
 
 def batch_loss(module: nn.Module, batch: Batch, teacher: Teacher | None) -> Tensor:
@@ -165,12 +122,6 @@ def check_finite(value: float, step: int, rows: list[Row], what: str = "loss") -
         names = ", ".join(row.id for row in rows)
         fix = f"lower the learning rate, or look at rows {names}"
         raise UserError(f"{what} at step {step + 1}", f"{value}, must be finite", fix)
-
-
-def set_learning_rate(optimizers: Sequence[Optimizer], factor: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
 
 
 class Step(NamedTuple):
@@ -231,6 +182,23 @@ class MetricsLogger:
         return {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
 
 
+def set_memory_and_attention(model: PreTrainedModel, config: Train) -> None:
+    """Turns on what `config` asks of the model's own forward pass.
+
+    Raises:
+        UserError: the family has no such attention, or cannot compute its activations again.
+    """
+    try:
+        if config.attention != "auto":
+            model.set_attn_implementation(config.attention)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except (ValueError, ImportError) as error:
+        problem = f"{type(model).__name__}: {' '.join(str(error).split())[:200]}"
+        fix = "leave train.attention or train.gradient_checkpointing out"
+        raise UserError("train", problem, fix) from error
+
+
 @torch.no_grad()
 def build_module(
     model: PreTrainedModel, row: Row, config: Train, teacher: Teacher | None, pad: int
@@ -284,6 +252,7 @@ def train(
     prepare_sharding(acc, config, model)
     torch.manual_seed(seed)
     trained = deepcopy(model) if is_sharded(acc) else model  # sharding changes a model for good
+    set_memory_and_attention(trained, config)
     plain_module = build_module(trained, rows[order[0][0]], config, teacher, pad)
     optimizers = build_optimizers(trained, config, list(plain_module.projectors.parameters()))
     plain_module.train()
@@ -316,6 +285,8 @@ def train(
             checkpoints.save(done.number, curve)
     if is_sharded(acc):
         gather_weights(acc, module, model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
     model.eval()
     acc.free_memory()
     return curve

@@ -139,11 +139,24 @@ class Train(Frozen):
         "is faster, measured once for a run",
     )
     compile: bool = Field(False, description="compile the model with torch.compile")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="how attention is computed, by its name in transformers; `auto`: as it chooses"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, a third more time"
+    )
     warmup: float = Field(
         0.05, ge=0, le=1, description="share of the steps in which the learning rate rises linearly"
     )
+    schedule: Literal["wsd", "cosine"] = Field(
+        "wsd",
+        description="of the learning rate: flat, then `decay`; or half a cosine wave to zero",
+    )
     decay: float = Field(
-        0.3, ge=0, le=1, description="share of the steps, the last ones, in which it falls linearly to zero"
+        0.3,
+        ge=0,
+        le=1,
+        description="share of the steps, the last ones, in which `wsd` falls to zero",
     )
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     checkpoint_every: int = Field(100, gt=0, description="steps between checkpoints")

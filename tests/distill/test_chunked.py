@@ -162,6 +162,28 @@ def test_a_frozen_head_costs_no_gradient_of_its_own():
     assert head.weight.grad is None
 
 
+def test_without_gradients_none_of_the_head_is_made():
+    """As in validation during training: for a large vocabulary it is larger than all the rest."""
+
+    class Gradients(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.zeros_like.default and out.shape == (VOCAB, WIDTH):
+                self.made += 1
+            return out
+
+    hidden, weight = noise(TOKENS, WIDTH).requires_grad_(), noise(VOCAB, WIDTH, seed=1).requires_grad_()
+    values = []
+    for wanted in (1, 0):
+        with Gradients() as gradients, torch.set_grad_enabled(bool(wanted)):
+            loss = chunked_loss(hidden, Head(weight), torch.arange(TOKENS), None, Loss())
+        values.append(float(loss.detach()))
+        assert gradients.made == wanted
+    assert values[0] == values[1]
+
+
 @pytest.mark.parametrize("form", ["labels", "states", "sampled"])
 def test_no_tensor_of_all_tokens_and_all_ids_is_made(form):
     class Largest(TorchDispatchMode):

@@ -5,18 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2MoeConfig, get_cosine_schedule_with_warmup
 
 from distill.losses.teacher_output import Dense
 from distill.trainer.loop import (
     accelerator,
     batch_loss,
-    learning_rate_factor,
     row_order,
+    set_memory_and_attention,
     step_loss,
     train,
 )
 from distill.trainer.module import DistillationModule
+from distill.trainer.optimizers import build_optimizers, learning_rate_factor
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Optimizer, Train
@@ -202,6 +204,104 @@ def test_schedule_warms_up_stays_and_decays_to_zero():
     assert factors[0] == pytest.approx(0.1)
     assert factors[10:50] == [1.0] * 40
     assert factors[-1] == pytest.approx(1 / 50)
+
+
+def test_the_cosine_is_that_of_transformers_after_a_warm_up_that_starts_above_zero():
+    config, weight = Train(warmup=0.1, schedule="cosine"), torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=10, num_training_steps=100)
+    for step in range(100):
+        wanted = optimizer.param_groups[0]["lr"]
+        factor = learning_rate_factor(step, 100, config)
+        assert factor == pytest.approx(wanted if step >= 10 else wanted + 0.1)
+        optimizer.step()
+        schedule.step()
+
+
+def names_of_groups(model, **optimizer):
+    """(optimizer, rate, decay) -> names of its weights."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    optimizers = build_optimizers(model, Train(optimizer=Optimizer(weight_decay=0.1, **optimizer)))
+    return {
+        (type(o).__name__, group["lr"], group["weight_decay"]): {names[id(p)] for p in group["params"]}
+        for o in optimizers
+        for group in o.param_groups
+    }
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_routers_experts_and_ends_go_to_their_group(name):
+    config = Qwen2MoeConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
+        shared_expert_intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        num_experts=6, num_experts_per_tok=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    groups = names_of_groups(model, name=name, lr=0.02, lr_rest=0.001)
+    experts = {n for n, p in model.named_parameters() if p.ndim == 3}
+    router = {n for n, p in model.named_parameters() if p.ndim == 2 and p.shape[0] == 6}
+    assert experts
+    assert len(router) == 1
+    rest = groups[("AdamW", 0.001, 0.1)]
+    assert {"model.embed_tokens.weight", "lm_head.weight"} | router <= rest
+    assert all(p.ndim < 2 for n, p in model.named_parameters() if n in groups[("AdamW", 0.001, 0.0)])
+    matrices = groups[("Muon" if name == "muon" else "AdamW", 0.02, 0.1)]
+    assert "model.layers.0.self_attn.q_proj.weight" in matrices
+    assert (experts <= rest) if name == "muon" else (experts <= matrices)
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+
+
+def test_adapters_are_matrices_whatever_their_rank():
+    """Also of a rank that is the number of experts of the model."""
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=6, target_modules="all-linear"))
+    adapted.config.num_experts = 6
+    groups = names_of_groups(adapted, name="adamw", lr=0.02, lr_rest=0.001)
+    assert set(groups) == {("AdamW", 0.02, 0.1)}
+    assert len(groups[("AdamW", 0.02, 0.1)]) == sum(p.requires_grad for p in adapted.parameters())
+
+
+@pytest.mark.parametrize("teacher", [None, row_teacher])
+def test_activations_computed_again_give_the_same_weights(tmp_path, teacher):
+    weights = []
+    for again in (False, True):
+        config = Train(rows=4, steps=4, gradient_checkpointing=again, optimizer=Optimizer(lr=0.01))
+        model = tiny_model()
+        train(model, rows(), config, pad=0, seed=0, teacher=teacher, scratch=tmp_path / str(again))
+        assert not model.is_gradient_checkpointing
+        weights.append(model.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_activations_are_not_kept_between_layers(tmp_path):
+    """Counted in tensors that autograd saves: with checkpointing only the inputs of layers are."""
+    kept = []
+    for again in (False, True):
+        model, sizes = tiny_model(), []
+        config = Train(rows=4, gradient_checkpointing=again)
+        set_memory_and_attention(model, config)
+        module = DistillationModule(model, config).train()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            batch_loss(module, collate(rows(4), 0), None)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 3
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_computed_as_asked(tmp_path, attention):
+    model = tiny_model()
+    train(
+        model, rows(), Train(rows=4, steps=1, attention=attention), pad=0, seed=0, teacher=None, scratch=tmp_path
+    )  # fmt: skip
+    assert model.config._attn_implementation == attention
+
+
+def test_attention_that_is_not_there_is_refused(tmp_path):
+    config = Train(rows=4, steps=1, attention="flash_attention_2")
+    with pytest.raises(UserError, match=r"train: LlamaForCausalLM: .*leave train.attention"):
+        train(tiny_model(), rows(), config, pad=0, seed=0, teacher=None, scratch=tmp_path)
 
 
 class Stopped(Exception):

@@ -18,7 +18,8 @@ from distill.teachers.target_source import (
     open_target_source,
     target_source_inputs,
 )
-from distill.trainer.loop import accelerator, build_optimizers
+from distill.trainer.loop import accelerator
+from distill.trainer.optimizers import build_optimizers
 from distill.trainer.rollout import OnPolicy
 from eval.core.artifacts import read_manifest
 from eval.core.documents import collate
