@@ -56,8 +56,7 @@ def check_models(study: Study) -> None:
             a teacher or a pretrained student does not go with the base or with the method.
     """
     named = named_models(study)
-    sources = [*study.data.documents, *(s for each in study.data.shifted.values() for s in each)]
-    chats = any(source.messages_column for source in sources)
+    chats = has_chats(study)
     if study.base.architecture is not None:
         tokenizer = _read_tokenizer(named["base.tokenizer"]) if "base.tokenizer" in named else None
         size = study.base.vocab_size if tokenizer is None else len(tokenizer)
@@ -79,6 +78,22 @@ def check_models(study: Study) -> None:
         vocabulary = config.get_text_config().vocab_size
         student = check_architecture(study.student.architecture, "student.architecture", vocabulary)
         _check_lengths(study, student, "student.architecture")
+
+
+def chat_tokenizers(study: Study) -> list[PreTrainedTokenizerBase]:
+    """Those whose templates lay out the chats of a study, if it has some; `check_models` has read them."""
+    if not has_chats(study):
+        return []
+    from_name = study.base if study.base.architecture is None else named_models(study)["base.tokenizer"]
+    found = [named_tokenizer(from_name)]
+    if study.teacher is not None and study.targets.alignment == "bytes":
+        found.append(named_tokenizer(study.teacher, "teacher.path"))
+    return found
+
+
+def has_chats(study: Study) -> bool:
+    sources = [*study.data.documents, *(s for each in study.data.shifted.values() for s in each)]
+    return any(source.messages_column for source in sources)
 
 
 def check_text_in_front(study: Study) -> None:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from distill.checks import check_method, check_models, check_text_in_front
+from distill.checks import chat_tokenizers, check_method, check_models, check_text_in_front
 from distill.data.rows import describe_rows, rows_taken, training_rows
 from distill.data.split import prepare
 from distill.data.tokens import make_tokens
@@ -122,7 +122,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> Study:
     if acc.is_main_process:
         save_study(study)
         study_origins(study)  # read once, before workers ask
-        for line in describe_data(prepare(study).facts):
+        for line in describe_data(prepare(study, chat_tokenizers(study)).facts):
             print(line, flush=True)
         make_tokenizer(study)
         check_text_in_front(study)

@@ -17,6 +17,7 @@ SPEAKERS = {  # of ShareGPT's form, by the roles of OpenAI's
 }
 CALLS = ("tool_calls", "tool_call_id", "name")  # parts of a turn that a template may read too
 ID_DIGITS = 16  # of a SHA-256, in hexadecimal: two of 10 million documents share them once in 400,000 corpora
+EMPTY_FILE = "an empty file"  # it holds nothing that could be used
 NO_TEXT, NO_PROMPT, NOT_A_TEXT = "no text", "no prompt", "not a text"
 NO_TURNS, EMPTY_TURN = "no turns of a role and its text", "an empty turn"
 NO_ANSWER, NO_QUESTION = "no answer at the end", "nothing before the answer"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.data.files import FORMATS, Unusable, read_rows, read_text
-from distill.data.parse import Raw, make_document, required_columns, sha256
+from distill.data.parse import EMPTY_FILE, Raw, make_document, required_columns, sha256
 from distill.packages import package_folder
 from eval.core.artifacts import digest
 from eval.core.documents import Document
@@ -67,7 +67,8 @@ def _from_folder(source: Source) -> Iterator[Raw]:
         group = f"{name}/{top}" if source.group_by_folder else ""
         row: dict[str, Any] | Unusable
         try:
-            row = {source.text_column: read_text(root / path, source.encoding)}
+            text = read_text(root / path, source.encoding)
+            row = {source.text_column: text} if text.strip() else Unusable(EMPTY_FILE)
         except Unusable as unusable:
             row = unusable
         yield Raw(f"{name}/{path.as_posix()}", row, source.domain or top, group)
@@ -164,9 +165,13 @@ def read_source(source: Source, left_out: Counter[str] | None = None) -> Iterato
         left_out.update(reasons)
     if not used and reasons:
         problem = f"no row can be used: {list_reasons(reasons)}"
-        name = f"{source.kind} {source.path} {' '.join(source.patterns)}".strip()
         fix = f"clean it, or fix its settings; columns of its first row: {', '.join(columns) or 'none'}"
-        raise UserError(f"data source {name}", problem, fix)
+        raise UserError(f"data source {source_name(source)}", problem, fix)
+
+
+def source_name(source: Source) -> str:
+    """What people recognise a source by."""
+    return f"{source.kind} {source.path} {' '.join(source.patterns)}".strip()
 
 
 def list_reasons(reasons: dict[str, int]) -> str:

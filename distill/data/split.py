@@ -7,17 +7,18 @@ one other, and none between validation and test. A group of documents is ranked,
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
 from scipy.cluster.hierarchy import DisjointSet
+from transformers import PreTrainedTokenizerBase
 
 from distill.data.near_duplicates import NearDuplicates
-from distill.data.parse import content_hash, sha256
-from distill.data.sources import fingerprint, libraries, list_reasons, read_source
+from distill.data.parse import EMPTY_FILE, content_hash, sha256
+from distill.data.sources import fingerprint, libraries, list_reasons, read_source, source_name
 from eval.core.artifacts import (
     Key,
     Manifest,
@@ -28,6 +29,7 @@ from eval.core.artifacts import (
     read_manifest,
 )
 from eval.core.documents import TEST, TRAIN, VALIDATION, Document
+from eval.core.documents.encoding import ChatRefused, lay_out
 from eval.core.errors import UserError
 from eval.core.sections import Data, Source
 from eval.core.study import Study
@@ -81,6 +83,7 @@ class Pool:
 
     entries: list[Entry]
     left_out: Counter[str]
+    empty_files: int = 0
 
     @property
     def rows(self) -> int:
@@ -90,8 +93,8 @@ class Pool:
 class Reader:
     """Reads sources one after another, and knows what it has seen: a copy in two splits would leak."""
 
-    def __init__(self, data: Data, spool: Spool) -> None:
-        self.data, self.spool = data, spool
+    def __init__(self, data: Data, spool: Spool, tokenizers: Sequence[PreTrainedTokenizerBase] = ()) -> None:
+        self.data, self.spool, self.tokenizers = data, spool, tokenizers
         self._seen = set[bytes]()
         self._near = None if data.near_duplicates is None else NearDuplicates(data.near_duplicates)
         self.pairs: list[tuple[str, str]] = []  # ids of documents to split that are nearly the same
@@ -100,31 +103,53 @@ class Reader:
         """Documents of `sources`, to be split or else only scored: then no near-duplicates of the former.
 
         Raises:
-            UserError: two have one id, or more than `data.max_dropped` cannot be used.
+            UserError: two have one id, or more than `data.max_dropped` of a source cannot be used.
         """
         pool, ids = Pool([], Counter()), set[str]()
-        for document in self._usable(sources, pool.left_out, splits):
-            if document.id in ids:
-                first = next(entry for entry in pool.entries if entry.id == document.id)
-                rows = f"{self.spool.read(first).origin} and {document.origin}"
-                fix = "give each its own id, or name no id_column: then the content is the id"
-                raise UserError(where, f"two documents have the id {document.id!r}: {rows}", fix)
-            ids.add(document.id)
-            pool.entries.append(self.spool.add(document))
-        share = pool.left_out.total() / max(1, pool.rows)
-        if share > self.data.max_dropped:
-            problem = f"{share:.0%} of {pool.rows} rows cannot be used: {list_reasons(pool.left_out)}"
-            fix = f"clean them, or raise data.max_dropped (now {self.data.max_dropped:g})"
-            raise UserError(where, problem, fix)
+        for source in sources:
+            part = Pool([], Counter())
+            for document in self._usable(source, part.left_out, splits):
+                if document.id in ids:
+                    entries = [*pool.entries, *part.entries]
+                    first = next(entry for entry in entries if entry.id == document.id)
+                    rows = f"{self.spool.read(first).origin} and {document.origin}"
+                    fix = "give each its own id, or name no id_column: then the content is the id"
+                    raise UserError(where, f"two documents have the id {document.id!r}: {rows}", fix)
+                ids.add(document.id)
+                part.entries.append(self.spool.add(document))
+            pool.empty_files += part.left_out.pop(EMPTY_FILE, 0)
+            self._check_dropped(f"{where}, {source_name(source)}" if len(sources) > 1 else where, part)
+            pool.entries += part.entries
+            pool.left_out += part.left_out
         return pool
 
-    def _usable(self, sources: list[Source], left_out: Counter[str], splits: bool) -> Iterator[Document]:
-        for document in (d for source in sources for d in read_source(source, left_out)):
+    def _check_dropped(self, where: str, part: Pool) -> None:
+        share = part.left_out.total() / max(1, part.rows)
+        if share > self.data.max_dropped:
+            problem = f"{share:.0%} of {part.rows} rows cannot be used: {list_reasons(part.left_out)}"
+            fix = f"clean them, or raise data.max_dropped (now {self.data.max_dropped:g})"
+            raise UserError(where, problem, fix)
+
+    def _refusal(self, document: Document) -> str:
+        """Why a tokenizer's template does not lay out a chat; empty where all do."""
+        if isinstance(document.prompt, str):
+            return ""
+        for tokenizer in self.tokenizers:
+            try:
+                lay_out(tokenizer, document, self.data.loss_on)
+            except ChatRefused as error:
+                return str(error.problem)
+        return ""
+
+    def _usable(self, source: Source, left_out: Counter[str], splits: bool) -> Iterator[Document]:
+        for document in read_source(source, left_out):
             content = bytes.fromhex(content_hash(document.text, document.prompt))
             if content in self._seen:
                 left_out[COPY] += 1
             elif document.bytes < self.data.min_bytes:
                 left_out[SHORT] += 1
+            elif refusal := self._refusal(document):
+                left_out[refusal] += 1
             elif self._near is not None and not splits and self._near.find(document):
                 left_out[NEAR] += 1
             else:
@@ -189,14 +214,16 @@ def _truncate(document: Document, limit: int) -> Document:
     return replace(document, text=document.text.encode()[:limit].decode(errors="ignore"))
 
 
-def write_splits(study: Study, spool: Spool, folder: Path) -> dict[str, Any]:
+def write_splits(
+    study: Study, spool: Spool, folder: Path, tokenizers: Sequence[PreTrainedTokenizerBase] = ()
+) -> dict[str, Any]:
     """Reads all sources, and writes every split and slice into `folder`; returns the facts of the manifest.
 
     Raises:
         UserError: too few documents, two with one id, too many rows that cannot be used, or an empty or
             wrongly named slice.
     """
-    data, reader = study.data, Reader(study.data, spool)
+    data, reader = study.data, Reader(study.data, spool, tokenizers)
     pools = {"documents": reader.read("data.documents", data.documents, splits=True)}
     join_groups(pools["documents"].entries, reader.pairs)
     splits, more = split_entries(pools["documents"].entries, data)
@@ -223,6 +250,8 @@ def write_splits(study: Study, spool: Spool, folder: Path) -> dict[str, Any]:
     facts |= {f"{name}_documents": len(documents) for name, documents in scored.items()}
     facts["rows"] = {name: pool.rows for name, pool in pools.items()}
     facts["left_out"] = {name: dict(pool.left_out) for name, pool in pools.items() if pool.left_out}
+    if empty := {name: pool.empty_files for name, pool in pools.items() if pool.empty_files}:
+        facts["empty_files"] = empty
     facts["groups"] = counts
     if more:
         facts["left_out"].setdefault("documents", {})[MORE] = more
@@ -231,19 +260,28 @@ def write_splits(study: Study, spool: Spool, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def data_key(study: Study) -> Key:
-    """Key of the data artifact: the settings, the present state of the sources, and what reads data sets."""
+def data_key(study: Study, tokenizers: Sequence[PreTrainedTokenizerBase] = ()) -> Key:
+    """Key of the data artifact: the settings, the present state of the sources, and what reads data sets.
+
+    Where there are chats, also their templates, and which of their answers are learned.
+    """
     sources = [*study.data.documents, *(s for group in study.data.shifted.values() for s in group)]
     settings = study.data.model_dump(mode="json", exclude=LATER)
     names = {name for source in sources for name in libraries(source)}
     names |= {"datasketch"} if study.data.near_duplicates is not None else set()
     fingerprints = [fingerprint(source) for source in sources]
-    return make_key("data", [settings, fingerprints], installed_versions(sorted(names)))
+    chats = [[one.chat_template, one.special_tokens_map, study.data.loss_on] for one in tokenizers]
+    parts = [settings, fingerprints, *([chats] if chats else [])]
+    return make_key("data", parts, installed_versions(sorted(names)))
 
 
-def prepare(study: Study) -> Manifest:
-    """Writes the data artifact of a study, unless it is there already."""
-    folder, key = study.folder / "data", data_key(study)
+def prepare(study: Study, tokenizers: Sequence[PreTrainedTokenizerBase] = ()) -> Manifest:
+    """Writes the data artifact of a study, unless it is there already.
+
+    Args:
+        tokenizers: chats that the template of one of them does not lay out are left out, and counted.
+    """
+    folder, key = study.folder / "data", data_key(study, tokenizers)
     if is_done(folder, key, study.accept_old):
         return read_manifest(folder)
     facts: dict[str, Any] = {}
@@ -251,5 +289,5 @@ def prepare(study: Study) -> Manifest:
         build_artifact(folder, kind="data", name="data", key=key, parents={}, facts=facts) as temporary,
         Spool(temporary.parent) as spool,
     ):
-        facts |= write_splits(study, spool, temporary)
+        facts |= write_splits(study, spool, temporary, tokenizers)
     return read_manifest(folder)

@@ -52,7 +52,11 @@ class Data(Frozen):
     )
     tasks: dict[FileName, Task] = Field({}, description="name -> prompts with answers, only ever scored")
     max_dropped: float = Field(
-        0.2, ge=0, le=1, description="share of rows that may be left out because they cannot be used"
+        0.2,
+        ge=0,
+        le=1,
+        description="share of the rows of a source that may be left out because they cannot be used; empty "
+        "files do not count",
     )
     min_bytes: int = Field(1, gt=0, description="shorter documents are left out")
     near_duplicates: float | None = Field(

@@ -6,10 +6,11 @@ import pytest
 from pydantic import ValidationError
 
 from distill.data.split import prepare
+from distill.pipeline import distil
 from eval.core.documents import TEST, TRAIN, VALIDATION, describe_data, read_documents
 from eval.core.errors import UserError
 from eval.core.study import load_study
-from tests.helpers import text, tiny_study
+from tests.helpers import text, tiny_model, tiny_study, tiny_tokenizer
 
 SPLITS = (VALIDATION, TEST, TRAIN)
 
@@ -187,3 +188,62 @@ def test_settings_that_do_not_fit_are_refused(change, message):
 
     with pytest.raises(ValidationError, match=message):
         Source(**{"kind": "dataset", "path": "json", **change})
+
+
+def test_a_share_of_each_source_must_be_usable(tmp_path):
+    good, bad = texts(60), [{"text": " "}, {"text": "a stone"}]
+    sources = []
+    for name, rows in (("good", good), ("bad", bad)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append({"kind": "dataset", "path": "json", "data_files": str(path)})
+    study = load_study(tiny_study(tmp_path), data__documents=sources, data__shifted={})
+    with pytest.raises(UserError, match=r"data\.documents, dataset json .*bad\.jsonl: 50% of 2 rows cannot"):
+        prepare(study)
+    facts = prepare(load_study(study.folder.parents[1] / "study.yaml", **{
+        "data__documents": sources, "data__shifted": {}, "data__max_dropped": 0.5}
+    )).facts  # fmt: skip
+    assert facts["left_out"] == {"documents": {"no text": 1}}
+
+
+def test_empty_files_are_counted_apart_and_refuse_nothing(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for i, row in enumerate(texts(20)):
+        (folder / f"{i}.py").write_text(row["text"])
+        (folder / f"__init{i}__.py").write_text("" if i % 2 else " \n\t")
+    source = {"kind": "folder", "path": str(folder)}
+    facts = prepare(load_study(tiny_study(tmp_path), data__documents=[source], data__shifted={})).facts
+    assert (facts["rows"], facts["left_out"]) == ({"documents": 20}, {})
+    assert facts["empty_files"] == {"documents": 20}
+    assert describe_data(facts)[0] == "data: 20 of 20 rows used; beside them 20 empty files"
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_chats_that_the_template_refuses_are_counted(tmp_path, capsys):
+    words = tiny_tokenizer()
+    words.chat_template = STRICT
+    base = tmp_path / "model"
+    tiny_model(len(words)).save_pretrained(base)
+    words.save_pretrained(base)
+    chats = [
+        [{"role": "user", "content": text("prose", i, 9)}, {"role": "assistant", "content": text("code", i)}]
+        for i in range(30)
+    ]
+    for i in (3, 7):
+        chats[i].insert(0, {"role": "system", "content": "Be brief."})
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"chat": chat}) + "\n" for chat in chats))
+    source = {"kind": "dataset", "path": "json", "data_files": str(path), "messages_column": "chat"}
+    settings = {"data__documents": [source], "base": {"path": str(base)}, "method": {"name": "placebo"}}
+    file, reason = tiny_study(tmp_path), "the chat template raises: System role not supported"
+    distil(load_study(file, **settings), "data")
+    assert f"data: 28 of 30 rows used; left out: 2 {reason}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"7% of 30 rows cannot be used: 2 {reason}; clean them"):
+        distil(load_study(file, **settings, data__max_dropped=0.01), "data")

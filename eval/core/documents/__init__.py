@@ -227,7 +227,9 @@ def describe_data(facts: dict[str, Any]) -> list[str]:
         line = (
             f"{'data' if name == 'documents' else name}: {rows - sum(reasons.values())} of {rows} rows used"
         )
-        lines.append(f"{line}; left out: {listed}" if listed else line)
+        line = f"{line}; left out: {listed}" if listed else line
+        empty = facts.get("empty_files", {}).get(name, 0)
+        lines.append(f"{line}; beside them {empty} empty files" if empty else line)
     if "near_duplicates" in facts:
         lines.append(f"near-duplicates: {facts['near_duplicates']} documents, each on the side of its like")
     if any(count < facts[f"{name}_documents"] for name, count in facts.get("groups", {}).items()):

@@ -43,6 +43,10 @@ class Learned:
 SCORED = Learned()
 
 
+class ChatRefused(UserError):
+    """A chat that a template does not lay out; `problem` is one for all that fail alike."""
+
+
 class Encoding(NamedTuple):
     """The tokens of a document."""
 
@@ -229,7 +233,8 @@ def lay_out(
         change: is applied to every turn before.
 
     Raises:
-        UserError: there is no template, or it writes what came before an answer otherwise once it is there.
+        UserError: there is no template.
+        ChatRefused: it fails, or writes what came before an answer otherwise once it is there.
     """
     thing = f"document {document.id!r}"
     if tokenizer.chat_template is None:
@@ -237,7 +242,7 @@ def lay_out(
         raise UserError(thing, "a chat, and the tokenizer has no chat template", fix)
     assert not isinstance(document.prompt, str)
     chat = change([*document.prompt, {"role": "assistant", "content": document.text}])
-    read = partial(tokenizer.apply_chat_template, tokenize=False, strftime_now=DAY.strftime)
+    read = partial(_write_chat, tokenizer, thing)
     whole, last = read(chat), len(chat) - 1
     chosen = [i for i in range(1, last) if turns == "all" and chat[i]["role"] == "assistant"]
     answers: Answers = []
@@ -245,7 +250,16 @@ def lay_out(
         before = read(chat[:i], add_generation_prompt=True)
         through = whole if i == last else read(chat[: i + 1])
         if not whole.startswith(before) or not whole.startswith(through):
-            problem = f"the chat template rewrites what came before {chat[i]['content'][:20]!r}"
-            raise UserError(thing, problem, "give a prompt column in place of messages")
+            problem = "the chat template rewrites what came before an answer"
+            raise ChatRefused(thing, problem, "give a prompt column in place of messages")
         answers.append((len(before), None if i == last else len(through)))
     return whole, answers
+
+
+def _write_chat(tokenizer, thing: str, chat: list[dict[str, Any]], **settings: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, strftime_now=DAY.strftime, **settings)
+    except Exception as error:  # a template is a program of others: it may raise anything
+        cause = " ".join(str(error).split())[:120] or type(error).__name__
+        fix = "leave the chat out, or take a base whose template accepts it"
+        raise ChatRefused(thing, f"the chat template raises: {cause}", fix) from error
