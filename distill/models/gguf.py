@@ -5,8 +5,9 @@ is read back: 383 tokens of SmolLM2 become 574. So the tokenizer is built here.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def read_config(file: Path) -> PreTrainedConfig:
 def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model, its weights taken off their quantization grid as float32, and its tokenizer."""
     tokenizer = build_tokenizer(read_fields(file))
-    with _refused_by_transformers(file), silenced("transformers"):
+    bar = redirect_stderr(StringIO())  # its own, which transformers' switch for bars does not reach
+    with _refused_by_transformers(file), silenced("transformers"), bar:
         model = AutoModelForCausalLM.from_pretrained(
             str(file.parent), gguf_file=file.name, dtype=torch.float32
         )

@@ -78,7 +78,7 @@ def write_gguf(file, model, tokenizer, *, pre="gpt-2", kind="gpt2", architecture
     return file
 
 
-def test_a_model_read_from_gguf_answers_as_the_one_it_was_written_from(tmp_path):
+def test_a_model_read_from_gguf_answers_as_the_one_it_was_written_from(tmp_path, capsys):
     model, tokenizer = tiny_model(num_key_value_heads=2), tiny_tokenizer()
     read, read_tokenizer = load_gguf(write_gguf(tmp_path / "m.gguf", model, tokenizer))
     ids = torch.tensor([tokenizer(SLICE)["input_ids"][:100]])
@@ -87,6 +87,7 @@ def test_a_model_read_from_gguf_answers_as_the_one_it_was_written_from(tmp_path)
     assert read_tokenizer(SLICE)["input_ids"] == tokenizer(SLICE)["input_ids"]
     assert read_tokenizer.decode(read_tokenizer(SLICE)["input_ids"]) == SLICE
     assert read_tokenizer("<|endoftext|>")["input_ids"] == [0]
+    assert capsys.readouterr().err == "", "no bar of a library"
 
 
 def test_smollm_splits_digits_one_by_one(tmp_path):
