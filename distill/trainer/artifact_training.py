@@ -75,7 +75,8 @@ def run_training(
     if study.data.packing:
         check_packing(model, rows, pad)
     if config.evaluate_every and study.trackers:
-        options["evaluate"] = Validation(study.folder / "data", tokenizer, study.data.context, pad)
+        data, context = study.folder / "data", study.data.context
+        options["evaluate"] = Validation(data, tokenizer, context, pad, accelerator())
     run, fresh = name.removeprefix("students/").replace("/", "-"), not scratch.exists()
     about: dict[str, Any] = {"project": study.name, "config": flat_settings(study.model_dump(mode="json"))}
     with open_trackers(accelerator(), study.trackers, study.folder / "logs", run, fresh, **about) as log:

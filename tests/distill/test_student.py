@@ -23,6 +23,7 @@ from eval.core.errors import UserError
 from eval.core.sections import Optimizer, Student, Train
 from eval.core.study import load_study
 from eval.score.scoring import score_documents
+from tests.distill.test_loop import results_of_one_and_two
 from tests.helpers import SHAPE, tiny_model, tiny_study, tiny_tokenizer
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -277,6 +278,34 @@ def test_bits_per_byte_of_training_are_those_of_scoring(study, tokenizer):
     selected = [i for i, name in enumerate(scored.slice) if name == "validation"]
     expected = sum(scored.bits[i] for i in selected) / sum(scored.bytes[i] for i in selected)
     assert measured == pytest.approx(expected, rel=1e-5)
+
+
+SHARED = """
+import json, sys
+from pathlib import Path
+sys.path[0] = sys.argv[1]
+from distill.trainer.evaluate import Validation
+from distill.trainer.loop import accelerator
+from distill.trainer.module import DistillationModule
+from eval.core.sections import Train
+from tests.helpers import tiny_model, tiny_tokenizer
+
+acc, tokenizer, seen = accelerator(), tiny_tokenizer(), []
+module = DistillationModule(tiny_model(len(tokenizer)), Train(rows=4))
+module.register_forward_hook(lambda *args: seen.append(1))
+validation = Validation(Path("DATA"), tokenizer, 32, 0, acc)
+bits = validation(module)
+if acc.is_main_process:
+    print("RESULTS", json.dumps([[bits, len(seen), len(validation.batches)]]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_evaluation_and_find_the_same_number(study, tmp_path):
+    program = SHARED.replace("DATA", str(study.folder / "data"))
+    (alone, batches, whole), (shared, first, _) = results_of_one_and_two(program, tmp_path)
+    assert shared == alone
+    assert (batches, first) == (whole, -(-whole // 2))
 
 
 def test_evaluation_and_logs_leave_the_run_as_it_is(study, tokenizer, tmp_path):
