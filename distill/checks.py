@@ -92,8 +92,7 @@ def chat_tokenizers(study: Study) -> list[PreTrainedTokenizerBase]:
 
 
 def has_chats(study: Study) -> bool:
-    sources = [*study.data.documents, *(s for each in study.data.shifted.values() for s in each)]
-    return any(source.messages_column for source in sources)
+    return any(source.messages_column for source in study.data.sources)
 
 
 def check_text_in_front(study: Study) -> None:

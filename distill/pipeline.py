@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from distill.checks import chat_tokenizers, check_method, check_models, check_text_in_front
-from distill.data.rows import describe_rows, rows_taken, training_rows
+from distill.data.rows import describe_rows, distilled_split, rows_taken, training_rows
 from distill.data.split import prepare
 from distill.data.tokens import make_tokens
 from distill.method import make_method
@@ -107,8 +107,9 @@ def make_training_rows(study: Study) -> None:
         tokenizer = load_tokenizer(study.folder / "tokenizer")
     else:
         tokenizer = named_tokenizer(study.base)
-    make_tokens(study, tokenizer)
-    print(describe_rows(rows_taken(study, tokenizer)), file=sys.stderr)
+    for split in dict.fromkeys((TRAIN, distilled_split(study))):
+        make_tokens(study, tokenizer, split)
+        print(describe_rows(rows_taken(study, tokenizer, split), split), file=sys.stderr)
 
 
 def prepare_inputs(study: Study, acc: Accelerator) -> Study:
@@ -134,7 +135,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> Study:
 def used_documents(study: Study) -> Iterator[Document]:
     """All that is trained on or scored, the test documents aside."""
     data = study.folder / "data"
-    for name in (TRAIN, *scored_slices(data)):
+    for name in dict.fromkeys((TRAIN, distilled_split(study), *scored_slices(data))):
         yield from stream_documents(data, name)
 
 
@@ -234,7 +235,8 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
         commit = origin.get("commit")
         student, start_facts = start_student(study, base, tokenizer, seed, config, commit)
         facts |= start_facts
-        facts["training_rows"] = rows_taken(study, tokenizer)
+        split = distilled_split(study) if arm in TEACHERS else TRAIN
+        facts["training_rows"] = rows_taken(study, tokenizer, split)
         facts["loss_curve"] = run_training(
             study,
             name,

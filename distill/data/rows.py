@@ -3,14 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from distill.data.tokens import NO_FRONT, make_tokens
 from eval.core.artifacts import read_manifest
-from eval.core.documents import ChosenRows, Row, join_rows
+from eval.core.documents import TRAIN, TRANSFER, ChosenRows, Row, join_rows
 from eval.core.errors import UserError
 from eval.core.study import Study
 
@@ -25,7 +25,8 @@ class TokenMap(Sequence[Row]):
         self.order = np.load(folder / "order.npy", mmap_mode="r")
         self.documents = np.load(folder / "documents.npy", mmap_mode="r")
         self.domains: list[str] = json.loads((folder / "domains.json").read_text(encoding="utf-8"))
-        ends, skipped = folder / "ends.npy", folder / "skipped.npy"
+        ends, skipped, sources = (folder / f"{name}.npy" for name in ("ends", "skipped", "sources"))
+        self.sources = np.load(sources, mmap_mode="r") if sources.is_file() else None  # of each document
         self.ends = np.load(ends, mmap_mode="r") if ends.is_file() else None  # of the parts of packed rows
         self.skipped = np.load(skipped, mmap_mode="r") if skipped.is_file() else None  # [K, 2] spans of ids
 
@@ -73,44 +74,64 @@ class TokenMap(Sequence[Row]):
         """Number of tokens that rows predict."""
         return int(self.table["predicted"][self.numbers(start, stop)].sum())
 
+    def tokens_by_source(self, start: int, stop: int) -> list[int]:
+        """The same of each source; empty where sources have no weights."""
+        if self.sources is None:
+            return []
+        numbers = self.numbers(start, stop)
+        sources = self.sources[self.table["document"][numbers]]
+        return np.bincount(sources, self.table["predicted"][numbers]).astype(int).tolist()
 
-def training_rows(study: Study, tokenizer: PreTrainedTokenizerBase) -> ChosenRows:
-    """`data.train_rows` rows, spread over the training documents by hash; packed where the study says so.
+
+def distilled_split(study: Study) -> str:
+    """The documents on which students learn from their teachers."""
+    return TRANSFER if study.data.transfer else TRAIN
+
+
+def training_rows(study: Study, tokenizer: PreTrainedTokenizerBase, split: str = TRAIN) -> ChosenRows:
+    """`data.train_rows` rows, spread over the documents of a split by hash; packed where the study says so.
 
     Each is read from the map when it is asked for: the list of them holds no tokens.
 
     Raises:
         UserError: the documents have fewer.
     """
-    tokens = TokenMap(make_tokens(study, tokenizer, verify=False))
-    return tokens[: _count(study, tokens)]
+    tokens = TokenMap(make_tokens(study, tokenizer, split, verify=False))
+    return tokens[: _count(study, tokens, split)]
 
 
-def _count(study: Study, tokens: TokenMap) -> int:
+def _count(study: Study, tokens: TokenMap, split: str) -> int:
     wanted = study.data.train_rows
     if wanted == "all":
         return len(tokens)
     if wanted > len(tokens):
-        problem = f"{wanted}, but the training documents have {len(tokens)} rows"
+        whose = "the training documents have" if split == TRAIN else "data.transfer has"
+        whose = "the mixture by data weights has" if tokens.sources is not None else whose
+        problem = f"{wanted}, but {whose} {len(tokens)} rows"
         raise UserError("data.train_rows", problem, "lower it, give `all`, or add documents")
     return wanted
 
 
-def rows_taken(study: Study, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """How many rows and predicted tokens a study takes of those that its training documents have."""
-    tokens = TokenMap(make_tokens(study, tokenizer, verify=False))
-    taken, every = _count(study, tokens), len(tokens)
+def rows_taken(study: Study, tokenizer: PreTrainedTokenizerBase, split: str = TRAIN) -> dict[str, Any]:
+    """How many rows and predicted tokens a study takes of those that the documents of a split have."""
+    tokens = TokenMap(make_tokens(study, tokenizer, split, verify=False))
+    taken, every = _count(study, tokens, split), len(tokens)
+    by_source = tokens.tokens_by_source(0, taken)
     return {
         "rows": taken,
         "of_rows": every,
         "tokens": tokens.predicted(0, taken),
         "of_tokens": tokens.predicted(0, every),
+        **({"tokens_by_source": by_source} if by_source else {}),
     }
 
 
-def describe_rows(taken: dict[str, int]) -> str:
+def describe_rows(taken: dict[str, Any], split: str = TRAIN) -> str:
     """The same in a line."""
+    shares = [f"{tokens / taken['tokens']:.1%}" for tokens in taken.get("tokens_by_source", [])]
+    mixture = f"; by source {', '.join(shares)} of the tokens" if shares else ""
+    name = "training" if split == TRAIN else split
     return (
-        f"training rows: {taken['rows']:,} of {taken['of_rows']:,}, with {taken['tokens']:,} of "
-        f"{taken['of_tokens']:,} tokens ({taken['tokens'] / taken['of_tokens']:.1%})"
+        f"{name} rows: {taken['rows']:,} of {taken['of_rows']:,}, with {taken['tokens']:,} of "
+        f"{taken['of_tokens']:,} tokens ({taken['tokens'] / taken['of_tokens']:.1%}){mixture}"
     )

@@ -7,7 +7,7 @@ one other, and none between validation and test. A group of documents is ranked,
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +28,7 @@ from eval.core.artifacts import (
     make_key,
     read_manifest,
 )
-from eval.core.documents import TEST, TRAIN, VALIDATION, Document
+from eval.core.documents import TEST, TRAIN, TRANSFER, VALIDATION, Document
 from eval.core.documents.encoding import ChatRefused, lay_out
 from eval.core.errors import UserError
 from eval.core.sections import Data, Source
@@ -39,6 +39,7 @@ LATER = {"context", "train_rows", "packing", "loss_on", "end_of_text", "tasks"} 
 GROUP_SHARE = 8  # a group gives at most this part of a split, so that a split has groups enough to speak of
 COPY, SHORT, NEAR = "a copy of another", "shorter than data.min_bytes", "nearly a training document"
 MORE = "more of a group in validation or test"
+NEAR_SCORED = "nearly a scored document"
 
 
 @dataclass(slots=True)
@@ -91,12 +92,28 @@ class Pool:
 
 
 class Reader:
-    """Reads sources one after another, and knows what it has seen: a copy in two splits would leak."""
+    """Reads sources one after another, and knows what it has seen: a copy in two splits would leak.
 
-    def __init__(self, data: Data, spool: Spool, tokenizers: Sequence[PreTrainedTokenizerBase] = ()) -> None:
+    Args:
+        held_out: documents that are scored: neither they nor what is of their groups is read.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        spool: Spool,
+        tokenizers: Sequence[PreTrainedTokenizerBase] = (),
+        held_out: Iterable[Document] = (),
+    ) -> None:
         self.data, self.spool, self.tokenizers = data, spool, tokenizers
-        self._seen = set[bytes]()
+        self._seen, self._groups = set[bytes](), set[str]()
         self._near = None if data.near_duplicates is None else NearDuplicates(data.near_duplicates)
+        self._near_reason = NEAR_SCORED if held_out else NEAR
+        for document in held_out:
+            self._seen.add(_content(document))
+            self._groups.add(document.group)
+            if self._near is not None:
+                self._near.add(document)
         self.pairs: list[tuple[str, str]] = []  # ids of documents to split that are nearly the same
 
     def read(self, where: str, sources: list[Source], splits: bool) -> Pool:
@@ -106,7 +123,7 @@ class Reader:
             UserError: two have one id, or more than `data.max_dropped` of a source cannot be used.
         """
         pool, ids = Pool([], Counter()), set[str]()
-        for source in sources:
+        for number, source in enumerate(sources):
             part = Pool([], Counter())
             for document in self._usable(source, part.left_out, splits):
                 if document.id in ids:
@@ -116,7 +133,7 @@ class Reader:
                     fix = "give each its own id, or name no id_column: then the content is the id"
                     raise UserError(where, f"two documents have the id {document.id!r}: {rows}", fix)
                 ids.add(document.id)
-                part.entries.append(self.spool.add(document))
+                part.entries.append(self.spool.add(replace(document, source=number)))
             pool.empty_files += part.left_out.pop(EMPTY_FILE, 0)
             self._check_dropped(f"{where}, {source_name(source)}" if len(sources) > 1 else where, part)
             pool.entries += part.entries
@@ -143,7 +160,7 @@ class Reader:
 
     def _usable(self, source: Source, left_out: Counter[str], splits: bool) -> Iterator[Document]:
         for document in read_source(source, left_out):
-            content = bytes.fromhex(content_hash(document.text, document.prompt))
+            content = _content(document)
             if content in self._seen:
                 left_out[COPY] += 1
             elif document.bytes < self.data.min_bytes:
@@ -151,12 +168,18 @@ class Reader:
             elif refusal := self._refusal(document):
                 left_out[refusal] += 1
             elif self._near is not None and not splits and self._near.find(document):
-                left_out[NEAR] += 1
+                left_out[self._near_reason] += 1
+            elif document.group in self._groups:
+                left_out[MORE] += 1
             else:
                 self._seen.add(content)
                 if self._near is not None and splits:
                     self.pairs += [(document.id, other) for other in self._near.add(document)]
                 yield document
+
+
+def _content(document: Document) -> bytes:
+    return bytes.fromhex(content_hash(document.text, document.prompt))
 
 
 def join_groups(entries: list[Entry], pairs: list[tuple[str, str]]) -> None:
@@ -199,10 +222,11 @@ def split_entries(entries: list[Entry], data: Data) -> tuple[dict[str, list[Entr
     return splits, len(entries) - sum(map(len, splits.values()))
 
 
-def write_documents(path: Path, documents: Iterator[Document]) -> None:
+def write_documents(path: Path, documents: Iterator[Document], with_source: bool = False) -> None:
     with path.open("w", encoding="utf-8") as out:
         for d in documents:
             row: dict[str, Any] = {"id": d.id, "group": d.group, "domain": d.domain, "origin": d.origin}
+            row |= {"source": d.source} if with_source else {}
             row |= {"bytes": d.bytes, "sha256": content_hash(d.text, d.prompt), "text": d.text}
             out.write(json.dumps(row | ({"prompt": d.prompt} if d.prompt else {}), ensure_ascii=False) + "\n")
 
@@ -212,6 +236,25 @@ def _truncate(document: Document, limit: int) -> Document:
     if document.prompt:
         return document
     return replace(document, text=document.text.encode()[:limit].decode(errors="ignore"))
+
+
+def _write_trained_on(data: Data, spool: Spool, splits: dict[str, list[Entry]], folder: Path) -> None:
+    for name, sources in ((TRAIN, data.documents), (TRANSFER, data.transfer)):
+        if name in splits:
+            weighted = any(source.weight for source in sources)
+            write_documents(folder / f"{name}.jsonl", map(spool.read, splits[name]), weighted)
+
+
+def _read_shifted(reader: Reader) -> dict[str, Pool]:
+    pools: dict[str, Pool] = {}
+    for name, sources in reader.data.shifted.items():
+        if name in (TRAIN, VALIDATION, TEST, TRANSFER):
+            raise UserError(f"data.shifted.{name}", "this name is reserved", "give the slice another name")
+        pools[name] = reader.read(f"slice {name!r}", sources, splits=False)
+        if not pools[name].entries:
+            problem = "no documents, or all are copies of others"
+            raise UserError(f"slice {name!r}", problem, "fix its source")
+    return pools
 
 
 def write_splits(
@@ -228,13 +271,7 @@ def write_splits(
     join_groups(pools["documents"].entries, reader.pairs)
     splits, more = split_entries(pools["documents"].entries, data)
     counts = {name: len({entry.group for entry in splits[name]}) for name in splits}
-    for name, sources in data.shifted.items():
-        if name in splits:
-            raise UserError(f"data.shifted.{name}", "this name is reserved", "give the slice another name")
-        pools[name] = reader.read(f"slice {name!r}", sources, splits=False)
-        if not pools[name].entries:
-            problem = "no documents, or all are copies of others"
-            raise UserError(f"slice {name!r}", problem, "fix its source")
+    pools |= _read_shifted(reader)
     for name, pool in pools.items():
         splits |= {name: pool.entries} if name != "documents" else {}
     scored = {
@@ -242,7 +279,14 @@ def write_splits(
         for name, entries in splits.items()
         if name != TRAIN
     }
-    write_documents(folder / f"{TRAIN}.jsonl", map(spool.read, splits[TRAIN]))
+    if data.transfer:
+        held_out = [spool.read(e) for name, entries in splits.items() if name != TRAIN for e in entries]
+        transfer = Reader(data, spool, tokenizers, held_out)
+        pools[TRANSFER] = transfer.read("data.transfer", data.transfer, splits=False)
+        splits[TRANSFER] = pools[TRANSFER].entries
+        if not splits[TRANSFER]:
+            raise UserError("data.transfer", "no documents, or all are scored ones", "fix its sources")
+    _write_trained_on(data, spool, splits, folder)
     scored |= damaged_slices(scored[VALIDATION], data.corruptions, splits)
     for name, documents in scored.items():
         write_documents(folder / f"{name}.jsonl", iter(documents))
@@ -265,7 +309,7 @@ def data_key(study: Study, tokenizers: Sequence[PreTrainedTokenizerBase] = ()) -
 
     Where there are chats, also their templates, and which of their answers are learned.
     """
-    sources = [*study.data.documents, *(s for group in study.data.shifted.values() for s in group)]
+    sources = study.data.sources
     settings = study.data.model_dump(mode="json", exclude=LATER)
     names = {name for source in sources for name in libraries(source)}
     names |= {"datasketch"} if study.data.near_duplicates is not None else set()

@@ -2,7 +2,8 @@
 
 `ids.bin` has the tokens of all documents laid end to end, `rows.npy` where each row lies in them, `order.npy`
 the order in which rows are taken (of packed ones, `ends.npy` where the parts of each end), `skipped.npy`
-spans of tokens that are only read, and `documents.npy`, `names.bin` and `domains.json` the documents' names.
+spans of tokens that are only read, `sources.npy` the source of each document where sources have weights, and
+`documents.npy`, `names.bin` and `domains.json` the documents' names.
 """
 
 import fcntl
@@ -18,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from distill.data.mixture import mix_rows
 from eval.core.artifacts import Key, build_artifact, digest, is_done, make_key, read_manifest, write_text
-from eval.core.documents import TRAIN, Document, best_fit, parse_document
+from eval.core.documents import TRAIN, TRANSFER, Document, best_fit, parse_document
 from eval.core.documents.encoding import Encoding, Learned, encode, windows_of
 from eval.core.errors import UserError
 from eval.core.jobs import Job, Progress, run_jobs
@@ -56,9 +58,16 @@ def learned_of(study: Study) -> Learned:
     return Learned(study.data.loss_on, end_of_answer=True, end_of_text=study.data.end_of_text)
 
 
-def tokens_folder(study: Study, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Where the tokens of a tokenizer lie: each has its own."""
-    return study.folder / "tokens" / fingerprint(tokenizer)[:12]
+def tokens_folder(study: Study, tokenizer: PreTrainedTokenizerBase, split: str = TRAIN) -> Path:
+    """Where the tokens of a tokenizer lie: each has its own, and so has the transfer corpus."""
+    more = "" if split == TRAIN else f"-{split}"
+    return study.folder / "tokens" / f"{fingerprint(tokenizer)[:12]}{more}"
+
+
+def source_weights(study: Study, split: str) -> list[float]:
+    """Of the sources of a split; empty where they have none."""
+    sources = study.data.transfer if split == TRANSFER else study.data.documents
+    return [source.weight for source in sources if source.weight is not None]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -71,14 +80,18 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest([content, ends, tokenizer.chat_template])
 
 
-def tokens_key(study: Study, tokenizer: PreTrainedTokenizerBase) -> Key:
-    data = study.data
+def tokens_key(study: Study, tokenizer: PreTrainedTokenizerBase, split: str = TRAIN) -> Key:
+    data, weights = study.data, source_weights(study, split)
     settings = [data.context, data.packing, vars(learned_of(study))]
+    settings += [split] if split != TRAIN else []
+    settings += [weights, data.mixture_seed] if weights else []
     return make_key("tokens", [read_manifest(study.folder / "data").hash, fingerprint(tokenizer), settings])
 
 
-def make_tokens(study: Study, tokenizer: PreTrainedTokenizerBase, *, verify: bool = True) -> Path:
-    """The folder with the tokens of the training documents, made by as many processes as there are cores.
+def make_tokens(
+    study: Study, tokenizer: PreTrainedTokenizerBase, split: str = TRAIN, *, verify: bool = True
+) -> Path:
+    """The folder with the tokens of the documents of a split, made by as many processes as there are cores.
 
     Other processes that ask for it meanwhile wait. A stop loses at most the shares that were being made.
 
@@ -88,7 +101,7 @@ def make_tokens(study: Study, tokenizer: PreTrainedTokenizerBase, *, verify: boo
     Raises:
         UserError: a document is empty, has no tokens or cannot be laid out.
     """
-    folder, key = tokens_folder(study, tokenizer), tokens_key(study, tokenizer)
+    folder, key = tokens_folder(study, tokenizer, split), tokens_key(study, tokenizer, split)
     if not verify and _is_whole(folder, key):
         return folder
     with _turn(folder.parent):
@@ -96,12 +109,12 @@ def make_tokens(study: Study, tokenizer: PreTrainedTokenizerBase, *, verify: boo
             return folder
         scratch = study.folder / "scratch" / f"tokens-{folder.name}" / key.digest[:16]
         scratch.mkdir(parents=True, exist_ok=True)
-        shares = list(_shares(study.folder / "data" / f"{TRAIN}.jsonl"))
+        shares = list(_shares(study.folder / "data" / f"{split}.jsonl"))
         _make_shares(study, tokenizer, shares, scratch)
         parents, facts = {"data": read_manifest(study.folder / "data").hash}, dict[str, Any]()
         name = f"tokens/{folder.name}"
         with build_artifact(folder, kind="tokens", name=name, key=key, parents=parents, facts=facts) as new:
-            facts |= _join(study, scratch, len(shares), new) | {"type": id_type(tokenizer)}
+            facts |= _join(study, split, scratch, len(shares), new) | {"type": id_type(tokenizer)}
         shutil.rmtree(scratch.parent, ignore_errors=True)
     return folder
 
@@ -169,7 +182,7 @@ def _write_share(
             documents = [parse_document(line) for line in some]
             _check_not_empty(documents)
             for document, encoding in zip(documents, encode(tokenizer, documents, learned), strict=True):
-                tables.add(document.id, document.domain, encoding)
+                tables.add(document, encoding)
                 out.write(np.array(encoding.ids, dtype=kind).tobytes())
             report((lines.tell() - share.start) / (share.stop - share.start), 0)
     temporary = target.with_suffix(".tmp.npz")
@@ -193,16 +206,17 @@ class _Tables:
 
     def __init__(self, context: int) -> None:
         self.context, self.length = context, 0
-        self.names, self.domains = list[bytes](), list[str]()
+        self.names, self.domains, self.sources = list[bytes](), list[str](), list[int]()
         self.rows = list[tuple[int, ...]]()
         self.ranks, self.hashes = list[int](), list[int]()
         self.skipped = list[tuple[int, int]]()  # spans of ids that are only read
 
-    def add(self, name: str, domain: str, encoding: Encoding) -> None:
+    def add(self, document: Document, encoding: Encoding) -> None:
         """Notes a document whose tokens start where those of the last one end."""
         number, start, skipped = len(self.names), self.length, encoding.skipped
-        self.names.append(name.encode())
-        self.domains.append(domain)
+        self.names.append(document.id.encode())
+        self.domains.append(document.domain)
+        self.sources.append(document.source)
         self.length += len(encoding.ids)
         self.skipped += [(start + first, start + end) for first, end in skipped]
         front, bare = (NO_FRONT, 1) if encoding.front is None else (encoding.front, 0)
@@ -212,7 +226,7 @@ class _Tables:
             predicted = stop - least - sum(max(0, min(b, stop) - max(a, least)) for a, b in skipped)
             if predicted:
                 row = (number, i, start + first, stop - first, given, front, predicted)
-                ranked.append((sha256(f"{name}#{i}".encode()).digest()[:8], row))
+                ranked.append((sha256(f"{document.id}#{i}".encode()).digest()[:8], row))
         ranked.sort(key=lambda pair: pair[0])
         self.rows += [row for _, row in ranked]
         self.ranks += range(len(ranked))
@@ -227,11 +241,12 @@ class _Tables:
             "names": np.frombuffer(b"".join(self.names), dtype=np.uint8),
             "name_sizes": np.array([len(name) for name in self.names], dtype=np.int64),
             "domains": np.array(self.domains),
+            "sources": np.array(self.sources, dtype=np.uint16),
             "length": np.array(self.length),
         }
 
 
-def _join(study: Study, scratch: Path, count: int, folder: Path) -> dict[str, Any]:
+def _join(study: Study, split: str, scratch: Path, count: int, folder: Path) -> dict[str, Any]:
     """Lays the shares end to end in a folder; returns facts for its manifest."""
     parts = [np.load(scratch / f"{i}.npz") for i in range(count)]
     with (folder / "ids.bin").open("wb") as out:
@@ -250,6 +265,10 @@ def _join(study: Study, scratch: Path, count: int, folder: Path) -> dict[str, An
     table = np.zeros(documents, dtype=DOCUMENT)
     table["name_end"], table["domain"] = np.cumsum(joined["name_sizes"]), domain
     rows, order = joined["rows"], _order(joined["ranks"], joined["hashes"])
+    if weights := source_weights(study, split):
+        sources, tokens = joined["sources"][rows["document"]], rows["predicted"]
+        order = mix_rows(order, sources, tokens, weights, study.data.mixture_seed)
+        np.save(folder / "sources.npy", joined["sources"])
     if study.data.packing:
         order, ends = _pack(rows, order, domain, study.data.context)
         np.save(folder / "ends.npy", ends)
@@ -259,8 +278,8 @@ def _join(study: Study, scratch: Path, count: int, folder: Path) -> dict[str, An
         np.save(folder / f"{name}.npy", array)
     joined["names"].tofile(folder / "names.bin")
     write_text(folder / "domains.json", json.dumps(domains.tolist(), ensure_ascii=False))
-    packed = len(ends) if study.data.packing else len(rows)
-    return {"documents": documents, "rows": packed, "tokens": int(rows["predicted"].sum())}
+    packed = len(ends) if study.data.packing else len(order)
+    return {"documents": documents, "rows": packed, "tokens": int(rows["predicted"][order].sum())}
 
 
 def _order(ranks: np.ndarray, hashes: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from distill.data.rows import training_rows
+from distill.data.rows import distilled_split, training_rows
 from distill.losses.divergences import check_target
 from distill.losses.teacher_output import Sampled, Target, Teacher, TopK
 from distill.teachers.cache import CachedTeacher, link_shards, write_shards
@@ -89,7 +89,6 @@ def check_target_source(study: Study) -> None:
 
 def _check_alignment(study: Study) -> None:
     """What cannot be compared over bytes."""
-    sources = [*study.data.documents, *(s for each in study.data.shifted.values() for s in each)]
     thing = "targets.alignment"
     if study.teacher is None:
         problem = "bytes, but the base teaches: it has the tokenizer of its students"
@@ -102,7 +101,7 @@ def _check_alignment(study: Study) -> None:
     if study.train.loss.hidden is not None:
         problem = "set with targets.alignment: bytes: the states stand after different tokens"
         raise UserError("train.loss.hidden", problem, "leave hidden out")
-    if any(source.messages_column for source in sources):
+    if any(source.messages_column for source in study.data.sources):
         problem = "set with targets.alignment: bytes: each tokenizer has a template of its own"
         raise UserError("data: messages_column", problem, "give a prompt column in place of messages")
 
@@ -134,7 +133,7 @@ def _write_targets(
     side, seed = Path(name).parts[1:]
     base, model = study.folder / "base" / seed, teacher_folder(study, side, int(seed[1:]))
     tokenizer = load_tokenizer(base)
-    rows = training_rows(study, tokenizer)
+    rows = training_rows(study, tokenizer, distilled_split(study))
     share: dict[str, Any] = {"process": acc.process_index, "processes": acc.num_processes, "report": report}
     facts: dict[str, Any] = {**_lineage(study, base, teacher), "method": local_teacher.method.identity}
     facts["dtype"] = study.targets.dtype
@@ -208,11 +207,11 @@ def open_target_source(
     study: Study, arm: str, seed: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[TargetSource]:
     """The training input of a student: rows alone, or rows and its teacher."""
-    rows, targets = training_rows(study, tokenizer), study.targets
-    teacher = find_teacher_hash(study, arm, seed)
+    targets, teacher = study.targets, find_teacher_hash(study, arm, seed)
     if teacher is None:
-        yield TargetSource(rows)
+        yield TargetSource(training_rows(study, tokenizer))
         return
+    rows = training_rows(study, tokenizer, distilled_split(study))
     bases, seeds = teacher_group(study, TEACHERS[arm], seed)
     folder = study.folder / "targets" / teacher_name(TEACHERS[arm], seeds)
     base = study.folder / "base" / f"s{seeds[0]}"

@@ -342,6 +342,12 @@ class Source(Frozen):
     domain: str | None = Field(
         None, description="one domain for all documents; a folder's default is the top folder of each file"
     )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="share of the training tokens, relative to the other sources; rows are drawn by it, none "
+        "twice, until a source has no more",
+    )
     documents: int | None = Field(
         None,
         gt=0,

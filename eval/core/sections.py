@@ -42,6 +42,12 @@ class Data(Frozen):
     documents: list[Source] = Field(
         min_length=1, description="where documents come from; all sources together are split"
     )
+    transfer: list[Source] = Field(
+        [],
+        description="what students learn from their teachers on, in place of `documents`: text without "
+        "answers will do; bases, methods and CE train on `documents`",
+    )
+    mixture_seed: int = Field(0, ge=0, description="of the draws of sources that have a `weight`")
     shifted: dict[FileName, list[Source]] = Field(
         {}, description="slice name -> sources of documents that are only ever scored"
     )
@@ -77,6 +83,20 @@ class Data(Frozen):
         False, description="learn EOS after each document without a prompt; after an answer it always is"
     )
     packing: bool = Field(False, description="several documents to a row, none of which sees another")
+
+    @model_validator(mode="after")
+    def weights_fit(self) -> Self:
+        for name in ("documents", "transfer"):
+            if len({source.weight is None for source in getattr(self, name)}) > 1:
+                raise ValueError(f"give every source of `{name}` a `weight`, or none")
+        if any(source.weight for sources in self.shifted.values() for source in sources):
+            raise ValueError("a source of `shifted` is only scored: it has no `weight`")
+        return self
+
+    @property
+    def sources(self) -> list[Source]:
+        """All of them: of documents, of the transfer corpus, of shifted slices."""
+        return [*self.documents, *self.transfer, *(s for group in self.shifted.values() for s in group)]
 
 
 class Optimizer(Frozen):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TRAIN, TEST = "train", "test"
+TRANSFER = "transfer"  # documents that students learn from their teachers on, where there are such
 
 
 Line = tuple[str, int, str]  # "FILE, line N", its number N, its text
@@ -42,6 +43,7 @@ class Document:
     prompt: str | list[dict[str, Any]] = ""  # turns: {"role": ..., "content": ...}
     group: str = ""  # of documents that are on one side of a split, such as those of an author
     origin: str = ""  # where it was found, for messages: a file, and the row in it
+    source: int = 0  # number of the source that it is of, where sources have weights
 
     @property
     def bytes(self) -> int:
@@ -171,6 +173,7 @@ def parse_document(line: str | bytes) -> Document:
         row.get("prompt", ""),
         row.get("group", row["id"]),
         row.get("origin", ""),
+        row.get("source", 0),
     )
 
 
@@ -212,8 +215,8 @@ def json_objects(path: Path, thing: str, fix: str) -> Iterator[tuple[str, int, d
 
 
 def scored_slices(data: Path) -> list[str]:
-    """Validation first, then the shifted slices; the training and the test documents are left out."""
-    names = sorted(p.stem for p in data.glob("*.jsonl") if p.stem not in (TRAIN, VALIDATION, TEST))
+    """Validation first, then the shifted slices; those trained on and the test documents are left out."""
+    names = sorted(p.stem for p in data.glob("*.jsonl") if p.stem not in (TRAIN, VALIDATION, TEST, TRANSFER))
     return [VALIDATION, *names]
 
 
