@@ -34,7 +34,7 @@ from eval.core.errors import entry
 from eval.core.sections import Source
 from eval.engines import load_engine
 from eval.engines.torch import TorchEngine
-from eval.score.scoring import score_documents, scoring_tokens
+from eval.score.scoring import score_documents
 
 CONTEXT, DOCUMENTS, BYTES, VOCABULARY = 256, 16, 3072, 1024  # as the default study scores
 SHAPES = {"1M": (128, 320, 4), "2M": (192, 512, 4)}  # weights: hidden, intermediate, layers
@@ -117,7 +117,7 @@ def row(name: str, model: str, data: Path, folder: Path) -> dict[str, Any]:
     engine = load_engine(name, folder)
     documents = read_documents(data, VALIDATION)
     rows = [row for document in documents for row in windows(engine.tokenizer, document, CONTEXT)]
-    tokens, size = sum(len(row.tokens) for row in rows), scoring_tokens(engine)
+    tokens, size = sum(len(row.tokens) for row in rows), engine.scoring_tokens
     runs: dict[Any, Callable[[], Any]] = {
         size: partial(run_bare, engine, list(batches(rows, 0, size))) for size in SIZES
     }

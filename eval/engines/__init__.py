@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eval.core.artifacts import Manifest
 from eval.core.config import plugin_module
-from eval.core.documents import Batch
+from eval.core.documents import Batch, tokens_per_batch
 from eval.core.errors import UserError, require_one_of
 from eval.core.records import AnyRecord
 
@@ -42,6 +42,11 @@ class Engine(ABC):
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
         self.folder, self.vocabulary = folder, vocabulary
+
+    @property
+    def scoring_tokens(self) -> int:
+        """Padded tokens per batch that suit the engine and the memory of its logits."""
+        return min(self.batch_tokens, tokens_per_batch(self.vocabulary))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -120,13 +125,13 @@ def engine_module(name: str) -> ModuleType:
 
 
 def load_engine(name: str, folder: Path, threads: int = 1, device: str = "cpu") -> Engine:
-    """Loads `folder` on `device` (cpu or cuda) with so many CPU threads, which hold for this process.
+    """Loads `folder` on `device` (cpu, cuda, cuda:1) with so many CPU threads, which hold for this process.
 
     Raises:
         UserError: the engine is unknown, does not run on the device, or cannot load the folder.
     """
     module = engine_module(name)
-    require_one_of(f"device of engine {name!r}", device, list(module.DEVICES))
+    require_one_of(f"device of engine {name!r}", device.split(":", maxsplit=1)[0], list(module.DEVICES))
     engine = module.load(Path(folder), threads, device)
     assert isinstance(engine, Engine)
     return engine

@@ -15,6 +15,10 @@ from eval.core.errors import UserError, require_one_of
 from eval.engines import REMAKE, Engine, first_line, load_tokenizer, silence, silenced
 
 DEVICES = ("cpu", "cuda")
+CUDA_TOKENS = 2**15  # padded, per forward pass on a GPU, at most
+COPIES = (
+    8  # float32 scores of a batch that may be in its memory at once, with room for the model's own states
+)
 DTYPES = ["float32", "bfloat16", "float16"]  # in which models are computed
 silence("bitsandbytes")  # int8 layers log a line when they are called, where `silenced` would cost time
 
@@ -139,6 +143,14 @@ class TorchEngine(Engine):
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         super().__init__(folder, embedding_rows(self.model))
 
+    @property
+    def scoring_tokens(self) -> int:
+        """On a GPU as many as its free memory holds the scores of, several times over: they are copied."""
+        if self.device.type == "cpu":
+            return super().scoring_tokens
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, min(CUDA_TOKENS, free // (COPIES * 4 * self.vocabulary)))
+
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         self.check_ids(batch.input_ids)
@@ -160,9 +172,9 @@ class TorchEngine(Engine):
 
 def load(folder: Path, threads: int, device: str) -> Engine:
     torch.set_num_threads(threads)
-    if device == "cuda" and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
-            "device 'cuda'",
+            f"device {device!r}",
             "this machine has no CUDA device",
             "run this on one that has, or on the device cpu",
         )

@@ -20,6 +20,7 @@ BATCH_TOKENS = 1024  # padded; more of them are no faster on a CPU, and slower o
 BINS = 15  # of equal width over [0, 1], as Guo et al. (2017) take them
 CACHED_SLICES = 8  # so many keep their batches
 PIECE = 2**18  # entries of one softmax: 1 MiB, half of the L2 cache of a core
+GPU_PIECE = 2**28  # where there is no such cache, and every piece has to be started
 
 _BATCHES: dict[str, list[Batch]] = {}
 
@@ -131,7 +132,8 @@ def require_finite(documents: list[Document], values: Tensor) -> None:
 
 def predict_tokens(scores: Tensor, batch: Batch) -> TokenPredictions:
     """The predictions in logits or log-probabilities [B, T, V] of the tokens under the batch's mask."""
-    parts, size = list(split_scores(scores, batch, PIECE)), rows_per_piece(scores.shape[2], PIECE)
+    entries = PIECE if scores.device.type == "cpu" else GPU_PIECE
+    parts, size = list(split_scores(scores, batch, entries)), rows_per_piece(scores.shape[2], entries)
     if len(parts) == 1:  # the usual case, and cutting is slow where a model is small
         return _predict_tokens(parts[0], *batch.targets)
     places, labels = batch.targets

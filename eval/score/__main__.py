@@ -18,12 +18,13 @@ from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.records import PLAIN, VALIDATION, read_scores, read_task_scores
 from eval.core.study import Study, recipe_names
 from eval.engines import subject_of
+from eval.score.devices import add_device, deal_out, find_devices
 from eval.score.samples import check_tasks
 
 Rows = dict[tuple[str, str], dict[str, float]]  # (recipe, arm) -> column -> value
 
 
-def score_run(study: Study) -> int:
+def score_run(study: Study, device: str = "auto") -> int:
     """Scores what has no record yet; returns how many models were scored on documents."""
     from eval.score.scoring import score_folder, unscored_folders  # torch takes a second: not for --help
     from eval.score.task_scores import score_tasks, unscored_tasks
@@ -38,7 +39,7 @@ def score_run(study: Study) -> int:
         Job(f"{_label(folder)} tasks", score_tasks, (run, study, folder, names))
         for folder, names in unscored_tasks(run, study).items()
     ]
-    run_jobs("score", jobs, study.workers)
+    run_jobs("score", *deal_out(jobs, find_devices(device), study.workers))
     return done
 
 
@@ -85,13 +86,15 @@ def group_by_recipe(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
 
 @entry
 def main() -> None:
-    study, args = study_from_command(new_parser(__doc__), measures=True)
+    parser = new_parser(__doc__)
+    add_device(parser)
+    study, args = study_from_command(parser, measures=True)
     from eval.score.scoring import corpus_bits_per_byte, model_folders
     from eval.score.task_scores import mean_task_scores
 
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
     with lock_folder(study.folder):
-        done = score_run(study)
+        done = score_run(study, args.device)
     bits = corpus_bits_per_byte(read_scores(study.folder))
     tasks = mean_task_scores(read_task_scores(study.folder)) if study.data.tasks else {}
     if done:

@@ -17,11 +17,12 @@ from eval.core.records import read_agreements
 from eval.core.study import Study, recipe_names
 from eval.engines import subject_of
 from eval.score.agreement_records import estimate_agreement, uncompared_variants, variant_folders
+from eval.score.devices import add_device, deal_out, find_devices
 
 Agreements = dict[str, dict[str, Difference]]  # recipe -> flips, kl
 
 
-def compare_run(study: Study) -> int:
+def compare_run(study: Study, device: str = "auto") -> int:
     """Compares the variants that have no record yet; returns how many."""
     from eval.score.divergence import record_agreement  # torch takes a second to import: not for --help
 
@@ -30,7 +31,7 @@ def compare_run(study: Study) -> int:
         Job(subject_of(read_manifest(folder)).label, record_agreement, (run, study, folder))
         for folder in uncompared_variants(run, study)
     ]
-    run_jobs("agreement", jobs, study.workers)
+    run_jobs("agreement", *deal_out(jobs, find_devices(device), study.workers))
     return len(jobs)
 
 
@@ -63,10 +64,12 @@ def _cell(difference: Difference, factor: float, unit: str) -> str:
 
 @entry
 def main() -> None:
-    study, args = study_from_command(new_parser(__doc__), measures=True)
+    parser = new_parser(__doc__)
+    add_device(parser)
+    study, args = study_from_command(parser, measures=True)
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
     with lock_folder(study.folder):
-        done = compare_run(study)
+        done = compare_run(study, args.device)
     agreements = estimate_agreements(study)
     Console().print(agreement_table(agreements))
     print(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eval.core.artifacts import read_manifest, verify_artifact
-from eval.core.documents import Batch, Document, read_documents, tokens_per_batch
+from eval.core.documents import Batch, Document, read_documents
 from eval.core.errors import UserError
 from eval.core.jobs import Report
 from eval.core.records import (
@@ -24,6 +24,7 @@ from eval.core.study import Study
 from eval.engines import Engine, load_engine, subject_of
 from eval.metrics.likelihood import Predict, likeliest_tokens, prepare_batches, require_finite, split_scores
 from eval.score.agreement_records import student_folder
+from eval.score.devices import CPU, device_name, settle_device
 
 PIECE = 2**16  # entries of one comparison: its dozen intermediates stay in a core's cache
 RERUN_DOCUMENTS = 4  # so many give the noise floor
@@ -41,7 +42,7 @@ class DocumentDivergences(NamedTuple):
 @torch.no_grad()
 def flips_and_kl(one: Tensor, other: Tensor, batch: Batch) -> Tensor:
     """[2, N] for the tokens under the mask: 1 where the likeliest differ, and KL(one || other) in bits."""
-    parts = []
+    parts, other = [], other.to(one.device)
     for left, right in zip(split_scores(one, batch, PIECE), split_scores(other, batch, PIECE), strict=True):
         flips = likeliest_tokens(left) != likeliest_tokens(right)
         bits = kl_divergence(left.log_softmax(-1), right.log_softmax(-1)) / math.log(2)
@@ -73,8 +74,7 @@ def document_divergences(
     place = {document.id: i for i, document in enumerate(documents)}
     sums = torch.zeros(2, len(place), dtype=torch.float64)
     tokens = torch.zeros(len(place), dtype=torch.int64)
-    size = min(engine.batch_tokens, tokens_per_batch(engine.vocabulary))
-    for batch in prepare_batches(documents, engine.tokenizer, context, size):
+    for batch in prepare_batches(documents, engine.tokenizer, context, engine.scoring_tokens):
         counts = batch.mask.sum(1)
         where = torch.tensor([place[name] for name in batch.documents]).repeat_interleave(counts)
         sums.index_add_(1, where, flips_and_kl(one(batch), other(batch), batch).double().cpu())
@@ -131,12 +131,13 @@ def predict_with_other_threads(name: str, folder: Path) -> Predict:
     return predict
 
 
-def measure_noise(engine: Engine, name: str, documents: list[Document], context: int) -> dict[str, Rerun]:
-    """The engine against itself, in batches of another size and with other threads."""
-    others = {
-        "batch": predict_in_other_batches(engine),
-        "threads": predict_with_other_threads(name, engine.folder),
-    }
+def measure_noise(
+    engine: Engine, name: str, documents: list[Document], context: int, device: str = CPU
+) -> dict[str, Rerun]:
+    """The engine against itself, in batches of another size and, on a CPU, with other threads."""
+    others = {"batch": predict_in_other_batches(engine)}
+    if device == CPU:
+        others["threads"] = predict_with_other_threads(name, engine.folder)
     reruns = {}
     for change, predict in others.items():
         columns = document_divergences(engine.logits, predict, engine, documents[:RERUN_DOCUMENTS], context)
@@ -146,8 +147,12 @@ def measure_noise(engine: Engine, name: str, documents: list[Document], context:
     return reruns
 
 
-def record_agreement(run: Path, study: Study, folder: Path, report: Report = lambda share: None) -> Agreement:
-    """Compares the variant in `folder` with its student on one CPU thread, and writes the record.
+def record_agreement(
+    run: Path, study: Study, folder: Path, report: Report = lambda share: None, device: str = CPU
+) -> Agreement:
+    """Compares the variant in `folder` with its student, and writes the record.
+
+    Both run on one CPU thread, or on one GPU where the engines of both do.
 
     Raises:
         UserError: an artifact is damaged, the two have different vocabularies, or one is not finite.
@@ -156,8 +161,10 @@ def record_agreement(run: Path, study: Study, folder: Path, report: Report = lam
     subject = subject_of(manifest)
     parent, data = student_folder(run, subject), run / "data"
     student = verify_artifact(parent)
-    student_engine = load_engine(subject_of(student).engine, parent)
-    engine = load_engine(subject.engine, folder)
+    engines = [subject_of(student).engine, subject.engine]
+    device = settle_device(engines, device, subject.label)
+    student_engine = load_engine(engines[0], parent, device=device)
+    engine = load_engine(engines[1], folder, device=device)
     if student_engine.vocabulary != engine.vocabulary:
         raise UserError(
             f"variant {folder}",
@@ -168,7 +175,7 @@ def record_agreement(run: Path, study: Study, folder: Path, report: Report = lam
     try:
         columns = document_divergences(student_engine.logits, engine.logits, engine, documents, context)
         report(0.7)
-        reruns = measure_noise(engine, subject.engine, documents, context)
+        reruns = measure_noise(engine, subject.engine, documents, context, device)
     except UserError as error:
         raise UserError(f"comparing {folder}: {error.thing}", error.problem, error.fix) from error
     record = Agreement(
@@ -178,7 +185,7 @@ def record_agreement(run: Path, study: Study, folder: Path, report: Report = lam
         id=[document.id for document in documents],
         **columns._asdict(),
         reruns=reruns,
-        provenance=provenance(manifest.hash, study.hash()),
+        provenance=provenance(manifest.hash, study.hash(), device_name(device)),
     )
     write_record(run, record)
     return record

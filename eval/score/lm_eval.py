@@ -17,11 +17,12 @@ from eval.engines import silenced
 from eval.score.samples import check_lm_eval_installed, is_file, lm_eval_name
 
 CLASSES = {"torch": "hf", "openvino": "openvino"}  # engine -> the harness's name for it
+BATCH = 8  # rows on a CPU; on a GPU as many as the harness finds that fit
 PREFERRED = ("acc_norm", "acc", "exact_match", "f1")
 
 
 @silenced("lm_eval")
-def run_lm_eval(task: Task, engine: str, folder: Path, batch_size: int = 8) -> tuple[SampleScores, str]:
+def run_lm_eval(task: Task, engine: str, folder: Path, device: str = "cpu") -> tuple[SampleScores, str]:
     """Scores of the model in `folder`, one per sample, and the name of their metric.
 
     Raises:
@@ -44,8 +45,8 @@ def run_lm_eval(task: Task, engine: str, folder: Path, batch_size: int = 8) -> t
         model_args={"pretrained": str(folder), "dtype": "auto"},
         tasks=[name],
         task_manager=manager,
-        device="cpu",
-        batch_size=batch_size,
+        device=device,
+        batch_size=BATCH if device == "cpu" else "auto",
         limit=task.limit,
         bootstrap_iters=0,
         log_samples=True,

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 from eval.core.artifacts import MANIFEST, read_manifest, verify_artifact
 from eval.core.checks import CONTROL, STUDENT, Artifacts
-from eval.core.documents import TEST, Document, read_documents, scored_slices, tokens_per_batch
+from eval.core.documents import TEST, Document, read_documents, scored_slices
 from eval.core.errors import UserError
 from eval.core.jobs import Report
 from eval.core.records import Bins, Documents, Kind, Score, each_score, provenance, write_record
 from eval.core.study import Study, recipe_names
-from eval.engines import Engine, load_engine, subject_of, subject_of_record
+from eval.engines import load_engine, subject_of, subject_of_record
 from eval.metrics.functions import bits_per_byte
 from eval.metrics.likelihood import BATCH_TOKENS, Likelihoods, Predict, likelihoods
+from eval.score.devices import CPU, device_name, settle_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,29 +69,30 @@ def score_documents(
     return Documents(**columns, calibration=calibration)
 
 
-def scoring_tokens(engine: Engine) -> int:
-    """Padded tokens per batch that suit an engine and the memory of its logits."""
-    return min(engine.batch_tokens, tokens_per_batch(engine.vocabulary))
-
-
 def score_kinds(study: Study) -> list[Kind]:
     """The kinds of score that a teacher needs: it can only run where it is trained, so the test comes now."""
     return ["score", "test"] if study.data.test else ["score"]
 
 
 def score_folder(
-    run: Path, study: Study, folder: Path, report: Report = lambda share: None, kind: Kind = "score"
+    run: Path,
+    study: Study,
+    folder: Path,
+    report: Report = lambda share: None,
+    kind: Kind = "score",
+    device: str = CPU,
 ) -> None:
-    """Scores the artifact `folder` of a run on one CPU thread, by its own engine, and writes the record.
+    """Scores the artifact `folder` of a run on one CPU thread or a GPU, by its own engine; writes the record.
 
     Raises:
         UserError: the artifact is damaged, cannot be loaded, or gives a likelihood that is not finite.
     """
     manifest = verify_artifact(folder)
     subject = subject_of(manifest)
-    engine = load_engine(subject.engine, folder)
+    device = settle_device([subject.engine], device, subject.label)
+    engine = load_engine(subject.engine, folder, device=device)
     tokenizer, data = engine.tokenizer, run / "data"
-    size = scoring_tokens(engine)
+    size = engine.scoring_tokens
     try:
         documents = score_documents(
             engine.borrowed, data, tokenizer, study.data.context, kind=kind, batch_tokens=size, report=report
@@ -102,27 +104,31 @@ def score_folder(
         kind=kind,
         data=read_manifest(data).hash,
         documents=documents,
-        provenance=provenance(manifest.hash, study.hash()),
+        provenance=provenance(manifest.hash, study.hash(), device_name(device)),
     )
     write_record(run, record)
 
 
 def score(
-    folder: str | Path, texts: Sequence[str | Document], context: int = 256, engine: str = "torch"
+    folder: str | Path,
+    texts: Sequence[str | Document],
+    context: int = 256,
+    engine: str = "torch",
+    device: str = CPU,
 ) -> Likelihoods:
     """Bits, predicted and correct tokens of each text under the model in `folder`; writes nothing.
 
     Args:
         folder: a model in the standard format of `engine`: a transformers folder for `torch`.
         context: tokens per window, the boundary token included.
+        device: cpu, or cuda where the engine runs on it.
 
     Raises:
         UserError: the model cannot be loaded, or a text is empty or has no finite likelihood.
     """
     documents = [Document(str(i), "", one) if isinstance(one, str) else one for i, one in enumerate(texts)]
-    loaded = load_engine(engine, Path(folder))
-    size = scoring_tokens(loaded)
-    return likelihoods(loaded.borrowed, documents, loaded.tokenizer, context, size)
+    loaded = load_engine(engine, Path(folder), device=device)
+    return likelihoods(loaded.borrowed, documents, loaded.tokenizer, context, loaded.scoring_tokens)
 
 
 def unscored_folders(run: Path, study: Study) -> list[Path]:

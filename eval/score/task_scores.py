@@ -10,14 +10,20 @@ from eval.core.jobs import Report
 from eval.core.records import TaskScore, provenance, read_task_scores, write_record
 from eval.core.study import Study
 from eval.engines import Engine, load_engine, subject_of, subject_of_record
+from eval.score.devices import CPU, device_name, settle_device
 from eval.score.lm_eval import run_lm_eval
 from eval.score.samples import task_digest
-from eval.score.scoring import model_folders, scoring_tokens
+from eval.score.scoring import model_folders
 from eval.score.tasks import run_task
 
 
 def score_tasks(
-    run: Path, study: Study, folder: Path, names: list[str], report: Report = lambda share: None
+    run: Path,
+    study: Study,
+    folder: Path,
+    names: list[str],
+    report: Report = lambda share: None,
+    device: str = CPU,
 ) -> None:
     """Scores the artifact `folder` on the tasks `names` of a study, and writes a record of each.
 
@@ -26,16 +32,17 @@ def score_tasks(
     """
     manifest = verify_artifact(folder)
     subject = subject_of(manifest)
+    device = settle_device([subject.engine], device, f"{subject.label} tasks")
     engine: Engine | None = None
     for done, name in enumerate(names, start=1):
         task = study.data.tasks[name]
         metric: str = task.kind
         try:
             if task.kind == "lm_eval":
-                samples, metric = run_lm_eval(task, subject.engine, folder)
+                samples, metric = run_lm_eval(task, subject.engine, folder, device)
             else:
-                engine = engine or load_engine(subject.engine, folder)
-                samples = run_task(task, engine, study.data.context, scoring_tokens(engine))
+                engine = engine or load_engine(subject.engine, folder, device=device)
+                samples = run_task(task, engine, study.data.context, engine.scoring_tokens)
         except UserError as error:
             raise UserError(f"task {name!r} of {folder}: {error.thing}", error.problem, error.fix) from error
         record = TaskScore(
@@ -44,7 +51,7 @@ def score_tasks(
             source=task_digest(task),
             metric=metric,
             samples=samples,
-            provenance=provenance(manifest.hash, study.hash()),
+            provenance=provenance(manifest.hash, study.hash(), device_name(device)),
         )
         write_record(run, record)
         report(done / len(names))
