@@ -19,6 +19,7 @@ from eval.core.sections import Loss
 
 CHUNK_BYTES = 2**26  # float32 logits of one chunk: large enough for matrix products at full speed
 BLOCK_BYTES = 2**20  # float32 logits of one block on a CPU: they stay in a core's cache meanwhile
+SUM_BYTES = 2**23  # float32 gradients of the head's rows that a CPU sums at a time, for the same reason
 
 
 def chunked_loss(hidden: Tensor, head: Head, labels: Tensor, target: Target | None, config: Loss) -> Tensor:
@@ -56,19 +57,17 @@ class _ChunkedLoss(torch.autograd.Function):
             if is_half_precision(hidden) and not hidden.is_cuda and len(hidden):
                 head, centred = head.centred(centred)
             head = head.detach(hidden.dtype)
-            for start, stop in chunk_bounds(len(hidden), CHUNK_BYTES, len(weight)):
-                states = hidden[start:stop]
+            size = 2 * CHUNK_BYTES if head.rounded else CHUNK_BYTES  # rounded products have 16 bits
+            for start, stop in chunk_bounds(len(hidden), size, len(weight)):
                 logits = head.product(centred[start:stop])
                 chunk_target = slice_target(target, start, stop)
                 total += _head_loss_(logits, head, labels[start:stop], chunk_target, config)
                 if hidden_grad is not None:
                     hidden_grad[start:stop] = _product(logits, head.weight)
-                if weight_grad is not None and is_half_precision(states):
-                    weight_grad += _product(logits.mT, states)
-                elif weight_grad is not None:
-                    weight_grad.addmm_(logits.mT, states.float())
+                if weight_grad is not None:
+                    _add_product_(weight_grad, logits.mT, hidden[start:stop])
                 if bias_grad is not None:
-                    bias_grad += logits.sum(0)
+                    bias_grad += logits.sum(0, dtype=torch.float32)
         ctx.gradients = [hidden_grad, weight_grad, bias_grad]
         return total
 
@@ -95,10 +94,24 @@ def slice_target(target: Target | Tensor | None, start: int, stop: int) -> Tenso
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:
-    """Product of a float32 matrix with another, in the dtype of the other, accumulated in float32."""
+    """Product of a matrix with another, in the dtype of the other, accumulated in float32."""
     if is_half_precision(other):
         return half_product(one.to(other.dtype), other)
     return torch.mm(one, other.float())
+
+
+def _add_product_(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Adds a product [V, D] in the dtype of `other` to a float32 `total`, on a CPU by blocks of its rows.
+
+    So a product of 16 bits is widened within the cache, and never exists as a whole.
+    """
+    if not is_half_precision(other):
+        total.addmm_(one, other.float())
+        return
+    one = one.to(other.dtype)
+    size = SUM_BYTES if not total.is_cuda else 4 * total.numel()
+    for start, stop in chunk_bounds(len(total), size, total.shape[1]):
+        total[start:stop] += half_product(one[start:stop], other)
 
 
 def _head_loss_(
@@ -106,18 +119,21 @@ def _head_loss_(
 ) -> Tensor:
     """Summed loss of a head's products [n, V] before scale and cap; they become the gradient of the loss.
 
-    On a CPU block by block, so that one block stays in the cache while it is worked on.
+    On a CPU block by block, so that one block stays in the cache while it is worked on, in float32 whatever
+    the dtype of the products.
     """
     size = CHUNK_BYTES if products.is_cuda else BLOCK_BYTES
     loss = torch.zeros((), device=products.device)
     for start, stop in chunk_bounds(len(products), size, products.shape[1]):
-        logits = products[start:stop]
+        logits = head.widened(products[start:stop])
         slope = head.scale_and_cap_(logits)
         loss += loss_and_gradient_(logits, labels[start:stop], slice_target(target, start, stop), config)
         if slope is not None:
             logits *= slope
         elif head.scale != 1:
             logits *= head.scale
+        if head.rounded:
+            products[start:stop] = logits
     return loss
 
 

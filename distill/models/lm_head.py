@@ -51,17 +51,25 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[n, V] float32 logits of hidden states [n, D]."""
-        logits = self.product(hidden)
+        logits = self.widened(self.product(hidden))
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def product(self, hidden: Tensor) -> Tensor:
-        """[n, V] float32 hidden W^T + b of hidden states [n, D]."""
+        """[n, V] float32 hidden W^T + b of hidden states [n, D]; of a `rounded` head without b, 16 bits."""
+        if self.rounded:
+            return half_product(hidden.to(self.weight.dtype), self.weight.mT)
         bias = None if self.bias is None else self.bias.float()
-        if is_half_precision(self.weight) and (self.weight.is_cuda or self.rounded):
+        if is_half_precision(self.weight) and self.weight.is_cuda:
             logits = half_product(hidden.to(self.weight.dtype), self.weight.mT)
             return logits.float() if bias is None else logits + bias
         return F.linear(hidden.float(), self.weight.float(), bias)
+
+    def widened(self, product: Tensor) -> Tensor:
+        """[n, V] float32 hidden W^T + b of a `product`."""
+        if not self.rounded:
+            return product
+        return product.float() if self.bias is None else product + self.bias.float()
 
     def scale_and_cap_(self, product: Tensor) -> Tensor | None:
         """Turns a product [n, V] into logits in place; returns the derivative, None if it is `scale`."""

@@ -22,6 +22,7 @@ def small(monkeypatch):
     """Chunks of 5 tokens and blocks of 2, so that neither divides what it is a part of."""
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 5 * 4 * VOCAB)
     monkeypatch.setattr(chunked, "BLOCK_BYTES", 2 * 4 * VOCAB)
+    monkeypatch.setattr(chunked, "SUM_BYTES", 3 * 4 * WIDTH)
 
 
 def noise(*shape, seed=0):
