@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.losses.teacher_output import Dense, States
-from distill.models.generation import sample_texts, stop_ids
+from distill.models.generation import generate_texts, sample_texts, stop_ids
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
 from distill.models.prefix import Prefix, hidden_after
 from distill.trainer.loop import Curve
@@ -118,9 +118,10 @@ class Method(ABC):
     ) -> list[list[int]]:
         """The token ids that the teacher generates after each prompt, inside `attached`.
 
-        This default samples from `output` token by token, for any method. Without key-value cache,
-        its time grows with the square of the length. A method that votes or reranks overrides it, and samples
-        other texts with another seed.
+        This default samples from `output` token by token, for any method. Without key-value cache, its time
+        grows with the square of the length; where `output` is a forward pass of the teacher alone,
+        `plain_texts` writes the same with one. A method that votes or reranks overrides it, and samples other
+        texts with another seed.
 
         Args:
             prompts: rows of one length; each text depends on its prompt and the seed alone.
@@ -169,6 +170,11 @@ class Plain(Method):
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_output(teacher, batch=batch)
 
+    def write(
+        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
+    ) -> list[list[int]]:
+        return plain_texts(teacher, prompts, generation, seed)
+
 
 class PlainBase(Plain):
     """The student's own base, where the study names another teacher: the control of a method that is size."""
@@ -192,6 +198,13 @@ def plain_output(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> Teach
         hidden.append(captured[0])
         heads.append(head_of(model).detach(captured[0].dtype))
     return TeacherOutput(hidden=hidden, heads=heads)
+
+
+def plain_texts(
+    teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
+) -> list[list[int]]:
+    """What `Method.write` samples where `output` is `plain_output(teacher)`, with a key-value cache."""
+    return generate_texts(teacher, prompts, generation, seed, pad=0)
 
 
 def prefixed_output(

@@ -2,9 +2,10 @@
 
 from transformers import PreTrainedModel
 
-from distill.method import Card, Method, PlainBase, TeacherOutput, plain_output
+from distill.method import Card, Method, PlainBase, TeacherOutput, plain_output, plain_texts
 from eval.core.config import Frozen
-from eval.core.documents import Batch
+from eval.core.documents import Batch, Row
+from eval.core.sections import Generation
 
 
 class LargerTeacher(Method):
@@ -20,6 +21,11 @@ class LargerTeacher(Method):
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_output(teacher, batch=batch)
+
+    def write(
+        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
+    ) -> list[list[int]]:
+        return plain_texts(teacher, prompts, generation, seed)
 
     def control(self) -> Method:
         return PlainBase(Frozen())

@@ -2,8 +2,9 @@
 
 from transformers import PreTrainedModel
 
-from distill.method import Card, Method, TeacherOutput, plain_output
-from eval.core.documents import Batch
+from distill.method import Card, Method, TeacherOutput, plain_output, plain_texts
+from eval.core.documents import Batch, Row
+from eval.core.sections import Generation
 
 
 class Placebo(Method):
@@ -17,3 +18,8 @@ class Placebo(Method):
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_output(teacher, batch=batch)
+
+    def write(
+        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
+    ) -> list[list[int]]:
+        return plain_texts(teacher, prompts, generation, seed)

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from distill.losses.teacher_output import Dense
-from distill.method import Frozen, Plain
+from distill.method import Frozen, Method, Plain, make_method
 from distill.models.generation import (
     choose_tokens,
     generate_texts,
@@ -23,7 +23,7 @@ from distill.trainer.rollout import OnPolicy
 from eval.core.artifacts import Key, build_artifact
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
-from eval.core.sections import Generation, Train
+from eval.core.sections import Generation, MethodChoice, Train
 from tests.helpers import tiny_model
 
 GENERATION = Generation(prompt_tokens=5, new_tokens=7)
@@ -238,3 +238,13 @@ def test_points_belong_to_row_and_seed():
     assert not torch.equal(one, two)
     assert torch.equal(uniform_points(rows(3)[1:2], GENERATION, "a")[0], two)
     assert json.dumps(two.tolist()) != json.dumps(uniform_points(rows(2), GENERATION, "b")[1].tolist())
+
+
+@pytest.mark.parametrize("name", ["placebo", "larger_teacher"])
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_p": 0.8}])
+def test_a_teacher_of_one_forward_pass_writes_with_a_cache_what_it_writes_without(name, changes):
+    method, model = make_method(MethodChoice(name=name)), tiny_model()
+    generation, prompts = GENERATION.model_copy(update=changes), make_prompts(rows(), GENERATION)
+    for one in (method, method.control()):
+        assert one.write(model, prompts, generation, 3) == Method.write(one, model, prompts, generation, 3)
+        assert type(one).write is not Method.write
