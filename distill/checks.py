@@ -45,6 +45,10 @@ def check_method(study: Study) -> None:
         if one.model == "teacher" and study.teacher is not None and models > 1:
             problem = "needs several models that differ, and teacher.path is one"
             raise UserError(thing, problem, "leave teacher out, or choose another method")
+        server = study.teacher is not None and study.teacher.server is not None
+        if server and one.model == "teacher" and not one.only_prompt:
+            problem = "changes the model or its output, and a server takes a prompt alone"
+            raise UserError(thing, problem, "use context or larger_teacher, or teacher.path")
 
 
 def check_models(study: Study) -> None:
@@ -102,9 +106,11 @@ def check_text_in_front(study: Study) -> None:
         UserError: with data.context it is longer than the model that teaches reads.
     """
     method, base = make_method(study.method), study.base
-    if type(method).tokens_in_front is Method.tokens_in_front:
+    if Method.in_front is type(method).in_front and type(method).tokens_in_front is Method.tokens_in_front:
         return
     if study.teacher is not None and method.model == "teacher":
+        if study.teacher.server is not None:
+            return  # it says itself what is too long
         config, _, tokenizer = _read_configs(study.teacher, "teacher.path")
     elif base.architecture is None:
         config, _, tokenizer = _read_configs(base, "base.path")

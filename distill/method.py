@@ -86,6 +86,7 @@ class Method(ABC):
     model: ClassVar[Literal["teacher", "base"]] = (
         "teacher"  # what it runs in: the study's teacher, or the base
     )
+    only_prompt: ClassVar[bool] = False  # True: `in_front` is all it does, so that a server can carry it
 
     class Settings(Frozen):
         """Accepted under `method.settings`."""
@@ -137,9 +138,16 @@ class Method(ABC):
 
         return sample_texts(next_log_probs, prompts, generation, seed, stop_ids(teacher))
 
+    def in_front(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+        """Domain -> ids that stand before each of its rows; the name "" is for every domain without its own.
+
+        With data.context they must fit into the model.
+        """
+        return {}
+
     def tokens_in_front(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Tokens that the teacher reads before each row; with data.context they must fit into the model."""
-        return 0
+        """The most tokens that the teacher reads before a row."""
+        return max(map(len, self.in_front(tokenizer).values()), default=0)
 
     def control(self) -> "Method":
         """The method of T0: the same base, budget and data without the idea under test."""
@@ -166,6 +174,7 @@ class Plain(Method):
         touches="nothing",
         limits="none",
     )
+    only_prompt = True
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_output(teacher, batch=batch)

@@ -35,6 +35,7 @@ from distill.models.load import (
     named_models,
     named_tokenizer,
     study_origins,
+    study_tokenizer,
     train_tokenizer,
 )
 from distill.models.lora import TrainableModel, add_adapters, check_device
@@ -43,6 +44,7 @@ from distill.teachers.run import (
     TEACHER,
     TEACHERS,
     find_teacher_hash,
+    make_server_teacher,
     teacher_folder,
     teacher_groups,
     teacher_name,
@@ -67,7 +69,13 @@ from distill.trainer.logging import check_trackers
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import build_artifact, digest, installed_versions, is_done, make_key, read_manifest
 from eval.core.checks import check_plan
-from eval.core.documents import TRAIN, Document, describe_data, scored_slices, stream_documents
+from eval.core.documents import (
+    TRAIN,
+    Document,
+    describe_data,
+    scored_slices,
+    stream_documents,
+)
 from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
 from eval.core.sections import Train
 from eval.core.study import Study, make_run_folder, mark_trained, save_study
@@ -103,10 +111,7 @@ def first_documents(study: Study) -> list[Document]:
 
 def make_training_rows(study: Study) -> None:
     """Makes the training documents tokens, once for all jobs, and says how many of their rows are taken."""
-    if study.base.architecture:
-        tokenizer = load_tokenizer(study.folder / "tokenizer")
-    else:
-        tokenizer = named_tokenizer(study.base)
+    tokenizer = study_tokenizer(study)
     for split in dict.fromkeys((TRAIN, distilled_split(study))):
         make_tokens(study, tokenizer, split)
         print(describe_rows(rows_taken(study, tokenizer, split), split), file=sys.stderr)
@@ -129,6 +134,8 @@ def prepare_inputs(study: Study, acc: Accelerator) -> Study:
         check_text_in_front(study)
         make_training_rows(study)
     acc.wait_for_everyone()
+    if study.teacher is not None and study.teacher.server is not None:
+        make_server_teacher(study, study_tokenizer(study), study.teacher.server)
     return study
 
 
@@ -192,6 +199,8 @@ def make_named_teacher(study: Study, report: Progress) -> None:
     """The pretrained model that a study names as its teacher, as a plain folder of the run."""
     named = study.teacher
     assert named is not None
+    if named.server is not None:  # asked when the run began
+        return
     origin = model_origin(named, study.folder / BASE_FILES, "teacher.path")
     key = make_key("base", [TEACHER, origin])
     if not is_missing(study, TEACHER, key):

@@ -45,6 +45,7 @@ EXCLUDED_MODULES = {
     *("eval.core.artifacts", "eval.core.commands", "eval.core.errors", "eval.core.jobs", "eval.core.study"),
     *(
         "eval.core.sections",
+        "eval.core.sections.models",
         "eval.core.config",
         "eval.core.records",
         "eval.core.budget",

@@ -15,9 +15,10 @@ from distill.data.files import FORMATS, Unusable, read_rows, read_text
 from distill.data.parse import EMPTY_FILE, Raw, make_document, required_columns, sha256
 from distill.packages import package_folder
 from eval.core.artifacts import digest
+from eval.core.config import PACKAGES
 from eval.core.documents import Document
 from eval.core.errors import UserError
-from eval.core.sections import PACKAGES, Source
+from eval.core.sections import Source
 
 PACKAGED = (*FORMATS, "parquet", "arrow")  # names of formats: a folder of such a name is another thing
 

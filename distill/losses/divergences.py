@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.losses.teacher_output import Sampled, Target, TopK
+from distill.losses.teacher_output import NEVER, Sampled, Target, TopK
 from eval.core.errors import UserError
 from eval.core.sections import Loss
 
@@ -109,10 +109,16 @@ def sampled_kl(target: Sampled, student: Tensor) -> Tensor:
 
 
 def top_k_buckets(target: TopK, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N, k + 1] of teacher and student: the k ids, and all other ids as one bucket."""
-    tail = (1 - target.log_probs.exp().sum(-1, keepdim=True)).clamp(min=MIN_TAIL).log()
+    """Log-probabilities [N, k + 1] of teacher and student: the k ids, and all other ids as one bucket.
+
+    An unused entry is a bucket of probability 0 on both sides, which adds nothing to any divergence.
+    """
+    unused = target.log_probs == -torch.inf
+    teacher = target.log_probs.masked_fill(unused, NEVER)
+    tail = (1 - teacher.exp().sum(-1, keepdim=True)).clamp(min=MIN_TAIL).log()
     student_tail = student.scatter(1, target.ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([target.log_probs, tail], 1), torch.cat([student.gather(1, target.ids), student_tail], 1)
+    own = student.gather(1, target.ids).masked_fill(unused, NEVER)
+    return torch.cat([teacher, tail], 1), torch.cat([own, student_tail], 1)
 
 
 def divergence(logits: Tensor, target: Tensor | Sampled | TopK, config: Loss) -> Tensor:

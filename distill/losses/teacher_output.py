@@ -99,7 +99,8 @@ class Sampled:
 class TopK:
     """The k most likely ids; the rest of the probability is one more bucket, the tail.
 
-    ids: [N, k] int64; log_probs: [N, k] float32 at T = 1.
+    ids: [N, k] int64; log_probs: [N, k] float32 at T = 1, -inf where an entry is unused: a teacher that named
+    fewer ids. The id of such an entry is that of another one of its token.
     """
 
     ids: Tensor

@@ -55,6 +55,8 @@ class Context(Method):
         "text in front teaches some style, so that the control has another text of the same length",
     )
 
+    only_prompt = True
+
     class Settings(Frozen):
         text: str | None = Field(None, min_length=1, description="stands in front of every row")
         file: Path | None = Field(None, description="a UTF-8 file that holds this text")
@@ -114,7 +116,7 @@ class Context(Method):
         """The same base after another text of as many tokens; with `control: none` after nothing."""
         return Plain(Frozen()) if self.settings.control == "none" else Context(self.settings, wrong=True)
 
-    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    def in_front(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
         """Domain -> the ids in front of its rows: the boundary token, then the text.
 
         A wrong text is cut to the length of the right one, or repeated up to it.
@@ -132,12 +134,9 @@ class Context(Method):
             ids[name] = [first, *right]
         return ids
 
-    def tokens_in_front(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        return max(len(ids) for ids in self.tokens(tokenizer).values())
-
     @contextmanager
     def attached(self, teacher: PreTrainedModel, context: MethodContext) -> Iterator[None]:
-        ids = self.tokens(context.tokenizer)
+        ids = self.in_front(context.tokenizer)
         self._prefixes = {name: read_prefix(teacher, tokens) for name, tokens in ids.items()}
         try:
             yield

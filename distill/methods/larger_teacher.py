@@ -18,6 +18,7 @@ class LargerTeacher(Method):
         limits="the control teacher is the student's own base: the gain is that of size, with all that comes "
         "with it (more text, other text, instruction tuning)",
     )
+    only_prompt = True
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_output(teacher, batch=batch)

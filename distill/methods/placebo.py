@@ -15,6 +15,7 @@ class Placebo(Method):
         touches="nothing",
         limits="only for tests of the gate",
     )
+    only_prompt = True
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_output(teacher, batch=batch)

@@ -59,6 +59,11 @@ This is {ROLES[arm]} in the study `{study.name}`. It is a plain causal language 
 `transformers.AutoModelForCausalLM.from_pretrained`. What it was made of stands above; the hash of every file
 stands in `manifest.json`.
 """
+    if method is not None and study.teacher is not None:
+        named, server = study.teacher, study.teacher.server
+        text += f"""
+- teacher of the study: {named.path if server is None else f"{server.model}, behind a server"}
+"""
     if method is not None:
         text += f"""
 - method of the study: {method["title"]} ({method["paper"]})

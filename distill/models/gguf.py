@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from distill.packages import package_folder
+from eval.core.config import PACKAGES
 from eval.core.errors import UserError, require_one_of
-from eval.core.sections import PACKAGES
 from eval.engines import silenced
 
 CONTROL = 3  # token types of a GGUF file: 1 is normal, 3 is control

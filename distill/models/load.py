@@ -240,13 +240,19 @@ def model_origin(named: NamedModel, memory: Path, where: str = "base.path") -> d
     return {"hub": named.path, "commit": hub_commit(named.path, named.revision or "main", where)}
 
 
+def study_tokenizer(study: Study) -> PreTrainedTokenizerBase:
+    """The tokenizer of the bases, before there are any."""
+    trained = study.folder / "tokenizer"
+    return load_tokenizer(trained) if study.base.architecture else named_tokenizer(study.base)
+
+
 def named_models(study: Study) -> dict[str, NamedModel]:
     """Key of its path in the study -> each model that is named beside the base, or gives it its tokenizer."""
     base, student = study.base, study.student
     named: dict[str, NamedModel] = {}
     if base.tokenizer is not None:
         named["base.tokenizer"] = NamedModel(path=base.tokenizer, revision=base.revision)
-    if study.teacher is not None:
+    if study.teacher is not None and study.teacher.path is not None:
         named["teacher.path"] = study.teacher
     if student.path is not None:
         named["student.path"] = NamedModel(path=student.path, revision=student.revision)

@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from distill.losses.teacher_output import Dense, States, Target, Teacher
-from distill.teachers.codec import Codec, Columns
+from distill.losses.teacher_output import Dense, States, Target, Teacher, TopK
+from distill.teachers.codec import Codec, Columns, TopKCodec
 from eval.core.artifacts import Manifest, digest, verify_artifact
 from eval.core.documents import Batch, Row, batches, tokens_per_batch
 from eval.core.errors import UserError
@@ -34,14 +34,16 @@ def row_key(row: Row) -> str:
     return digest({**fields, "id": row.id})
 
 
-def shard_batches(rows: Sequence[Row], pad: int, codec: Codec) -> Iterator[list[Batch]]:
-    """The batches of each shard, decided by rows and codec alone."""
+def shard_batches(
+    rows: Sequence[Row], pad: int, codec: Codec, batch_tokens: int | None = None
+) -> Iterator[list[Batch]]:
+    """The batches of each shard, decided by rows, codec and padded tokens of a batch alone."""
     total = sum(row.predicted for row in rows)
     wanted = max(SHARD_TOKENS, total // SHARDS)  # few files, and little to repeat after an interruption
     limit = min(wanted, SHARD_BYTES // codec.max_bytes())
     shard: list[Batch] = []
     tokens = 0
-    for batch in batches(rows, pad, tokens_per_batch(codec.vocabulary)):
+    for batch in batches(rows, pad, batch_tokens or tokens_per_batch(codec.vocabulary)):
         shard.append(batch)
         tokens += int(batch.mask.sum())
         if tokens >= limit:
@@ -54,9 +56,14 @@ def shard_batches(rows: Sequence[Row], pad: int, codec: Codec) -> Iterator[list[
 def _encode_rows(batch: Batch, keys: dict[str, str], teacher: Teacher, codec: Codec) -> Iterator[Columns]:
     """The columns of each row of a batch, with its key and its numbers of tokens and bytes."""
     target, start = teacher(batch), 0
-    assert isinstance(target, Dense | States), "only a running teacher is written to the cache"
+    assert isinstance(target, Dense | States | TopK), "only a teacher that answers is written to the cache"
     for name, tokens in zip(batch.ids, batch.mask.sum(1).tolist(), strict=True):
-        columns = codec.encode(target.log_softmax(start, start + tokens), keys[name])
+        if isinstance(target, TopK):
+            assert isinstance(codec, TopKCodec), "a teacher that names ids is kept as such"
+            part = target.slice(start, start + tokens)
+            columns = codec.encode_top_k(part.ids.numpy(), part.log_probs.numpy())
+        else:
+            columns = codec.encode(target.log_softmax(start, start + tokens), keys[name])
         key = np.frombuffer(bytes.fromhex(keys[name])[:KEY_BYTES], dtype=np.uint8)[None]
         size = np.array([[tokens, len(columns.get("bytes", ()))]], dtype=np.int64)
         yield {**columns, "row": key, "size": size}
@@ -97,6 +104,8 @@ def write_shards(
     *,
     pad: int,
     report: Callable[[float], None],
+    batch_tokens: int | None = None,
+    written: Callable[[Batch], None] = lambda batch: None,
     process: int = 0,
     processes: int = 1,
 ) -> None:
@@ -104,7 +113,9 @@ def write_shards(
 
     Args:
         folder: shared by all processes; shards of an interrupted run are not written again.
-        teacher: returns complete distributions (Dense or States).
+        teacher: returns complete distributions (Dense or States), or TopK for a codec of that form.
+        batch_tokens: padded tokens that the teacher is asked for at a time; none: by the vocabulary.
+        written: called with every batch of a shard that has been written.
 
     Raises:
         UserError: not enough disk space.
@@ -123,8 +134,10 @@ def write_shards(
             done += len(batch.ids)
             report(min(1.0, processes * done / len(rows)))
         save_file({name: np.concatenate([row[name] for row in encoded]) for name in encoded[0]}, path)
+        for batch in shard:
+            written(batch)
 
-    shards = shard_batches(rows, pad, codec)
+    shards = shard_batches(rows, pad, codec, batch_tokens)
     write_missing_shards(folder, "safetensors", shards, write_shard, process, processes)
 
 

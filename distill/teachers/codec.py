@@ -126,6 +126,13 @@ class TopKCodec(Codec):
 
     def encode(self, log_probs: Tensor, key: str) -> Columns:
         values, ids = (tensor.cpu().numpy() for tensor in log_probs.clamp(min=LEAST).topk(self.k, dim=-1))
+        return self.encode_top_k(ids, values)
+
+    def encode_top_k(self, ids: np.ndarray, values: np.ndarray) -> Columns:
+        """Columns of n tokens whose k likeliest ids [n, k] and log-probabilities [n, k] float32 are known.
+
+        An unused entry, -inf, stays one.
+        """
         rounded = values.astype(np.float16)
         rounded_down = np.nextafter(rounded, np.float16(LEAST))
         return {

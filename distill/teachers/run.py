@@ -1,18 +1,22 @@
 """The teachers of a study: which seeds share one, fitting its method, opening it, its hash."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.data.rows import training_rows
+from distill.data.rows import distilled_split, training_rows
 from distill.method import Method, MethodContext, make_method
 from distill.models.load import check_same_tokenizer
 from distill.teachers.alignment import Alignment
+from distill.teachers.answers import AnsweringTeacher
 from distill.teachers.local import LocalTeacher, load_teacher_model
+from distill.teachers.server import ServerTeacher, check_server
 from distill.trainer.artifact_training import (
     build_shared,
     delete_scratch,
@@ -24,13 +28,15 @@ from distill.trainer.artifact_training import (
 from distill.trainer.distributed import is_sharded
 from distill.trainer.loop import Curve, accelerator
 from eval.core.artifacts import Key, digest, make_key, read_manifest
-from eval.core.documents import Row
+from eval.core.documents import Row, collate, pad_id
 from eval.core.jobs import Progress
 from eval.core.sections import Targets, Train
+from eval.core.sections.models import SERVER_ACCESS, Server
 from eval.core.study import Study
 from eval.engines import load_tokenizer
 
 TEACHERS = {"S1": "T1", "S0": "T0"}  # a student's teacher; CE has none
+ASKED_ROWS = 3  # training rows on which a server is tried
 TEACHER = "teacher"  # folder of the pretrained model that a study names, beside its bases
 FORMAT = {"dtype", "quantization"}  # settings of a teacher that runs
 
@@ -62,6 +68,17 @@ def teacher_folder(study: Study, side: str, seed: int) -> Path:
     if _runs_in_teacher(study, study_method(study, side)):
         return study.folder / TEACHER
     return study.folder / "base" / f"s{seed}"
+
+
+def is_behind_server(study: Study, side: str) -> bool:
+    """True if a teacher is asked over the network."""
+    server = study.teacher is not None and study.teacher.server is not None
+    return server and _runs_in_teacher(study, study_method(study, side))
+
+
+def answers_name(side: str, seeds: list[int]) -> str:
+    """Name of the unfinished work that holds answers of a server."""
+    return f"answers/{teacher_name(side, seeds)}"
 
 
 def has_own_tokenizer(study: Study, side: str) -> bool:
@@ -151,11 +168,47 @@ def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...]
         delete_scratch(study, teacher_name(side, seeds))
 
 
+def make_server_teacher(study: Study, tokenizer: PreTrainedTokenizerBase, server: Server) -> None:
+    """What a run knows of its teacher behind a server, which is asked for a few rows, once."""
+    answers = server.model_dump(exclude=SERVER_ACCESS)
+    key = make_key("base", [TEACHER, answers, digest(tokenizer.get_vocab())])
+    if not is_missing(study, TEACHER, key):
+        return
+    if accelerator().is_main_process:
+        batch = collate(
+            list(islice(training_rows(study, tokenizer, distilled_split(study)), ASKED_ROWS)),
+            pad_id(tokenizer),
+        )
+        check_server(server, tokenizer, study.targets.k, batch)
+    facts: dict[str, Any] = {"arm": "T", "origin": answers}
+    with build_shared(study, TEACHER, kind="teacher", key=key, parents={}, facts=facts):
+        pass
+
+
 @contextmanager
 def run_teacher(
     study: Study, side: str, seeds: list[int], bases: tuple[int, ...], sharded: bool = False
-) -> Iterator[LocalTeacher]:
+) -> Iterator[LocalTeacher | AnsweringTeacher]:
     """The teacher of a group with its method attached; with `sharded`, in shards if the student is."""
+    if study.teacher is not None and study.teacher.server is not None and is_behind_server(study, side):
+        tokenizer, place = (
+            teacher_tokenizer(study, side, seeds[0]),
+            answers_name(side, seeds).replace("/", "-"),
+        )
+        kept = study.folder / "scratch" / place / teacher_hash(study, side, seeds)[:16]
+        server = study.teacher.server, study_method(study, side), tokenizer, study.targets.k
+        with closing(ServerTeacher(*server, kept)) as teacher:
+            yield teacher
+        return
+    with run_local_teacher(study, side, seeds, bases, sharded) as local:
+        yield local
+
+
+@contextmanager
+def run_local_teacher(
+    study: Study, side: str, seeds: list[int], bases: tuple[int, ...], sharded: bool = False
+) -> Iterator[LocalTeacher]:
+    """The same, of one that runs here."""
     method, acc = study_method(study, side), accelerator()
     sharded = sharded and is_sharded(acc)
     targets = teacher_targets(study, side)

@@ -1,5 +1,6 @@
 """Scores of a teacher: measured where it runs, because no checkpoint contains its method."""
 
+from distill.teachers.answers import AnsweringTeacher
 from distill.teachers.local import LocalTeacher
 from distill.teachers.run import teacher_tokenizer
 from eval.core.artifacts import read_manifest
@@ -10,7 +11,11 @@ from eval.score.scoring import score_documents, score_kinds
 
 
 def score_teacher(
-    study: Study, side: str, seeds: list[int], teacher: LocalTeacher, teacher_hash: str
+    study: Study,
+    side: str,
+    seeds: list[int],
+    teacher: LocalTeacher | AnsweringTeacher,
+    teacher_hash: str,
 ) -> None:
     """Writes one score record for each seed that shares this teacher."""
     data, tokenizer = study.folder / "data", teacher_tokenizer(study, side, seeds[0])

@@ -13,11 +13,13 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from distill.data.rows import distilled_split, training_rows
 from distill.losses.divergences import check_target
 from distill.losses.teacher_output import Sampled, Target, Teacher, TopK
+from distill.teachers.answers import AnsweringTeacher
 from distill.teachers.cache import CachedTeacher, link_shards, write_shards
 from distill.teachers.codec import Codec, make_codec
 from distill.teachers.local import LocalTeacher
 from distill.teachers.run import (
     TEACHERS,
+    answers_name,
     find_teacher_hash,
     fit_method,
     run_teacher,
@@ -47,6 +49,7 @@ from eval.core.study import Study
 from eval.engines import load_tokenizer
 
 STORED_SOURCES = ("cached", "sequence")  # targets on disk: no teacher runs while a student trains
+ASKED_TOKENS = 2**14  # padded, of the rows that a server is asked for at a time
 GENERATED_SOURCES = ("on_policy", "sequence")  # the student learns from generated rows
 
 
@@ -73,6 +76,8 @@ def check_target_source(study: Study) -> None:
             "top_k": TopK(one.long(), one - 1),
         }
         check_target(examples[targets.form], loss)
+    if study.teacher is not None and study.teacher.server is not None:
+        _check_server_targets(study)
     if targets.alignment == "bytes":
         _check_alignment(study)
     if source in STORED_SOURCES and loss.hidden is not None:
@@ -85,6 +90,18 @@ def check_target_source(study: Study) -> None:
     if source == "on_policy" and loss.weight < 1:
         problem = f"{loss.weight}, but with on_policy the student generates the labels itself"
         raise UserError("train.loss.weight", problem, "set train.loss.weight: 1")
+
+
+def _check_server_targets(study: Study) -> None:
+    """What a server cannot say: it names the likeliest ids of every token of a row, once."""
+    targets = study.targets
+    for name, expected in {"source": "cached", "form": "top_k", "alignment": "tokens"}.items():
+        if (found := getattr(targets, name)) != expected:
+            problem = f"{found}, but teacher.server names the likeliest ids of the student's tokens"
+            raise UserError(f"targets.{name}", problem, f"set it to {expected}")
+    if study.data.packing:
+        problem = "true, but a server reads every row by itself"
+        raise UserError("data.packing", problem, "set data.packing: false")
 
 
 def _check_alignment(study: Study) -> None:
@@ -117,16 +134,22 @@ def make_teacher(study: Study, side: str, seeds: list[int], bases: tuple[int, ..
     acc.wait_for_everyone()  # all have checked before the first one writes
     if scored and not missing:
         return
-    with run_teacher(study, side, seeds, bases) as local_teacher:
+    with run_teacher(study, side, seeds, bases) as running:
         if missing:
-            _write_targets(study, name, key, local_teacher, teacher, report)
+            _write_targets(study, name, key, running, teacher, report)
         if not scored and acc.is_main_process:
-            score_teacher(study, side, seeds, local_teacher, teacher)
+            score_teacher(study, side, seeds, running, teacher)
     acc.wait_for_everyone()
+    delete_scratch(study, answers_name(side, seeds))
 
 
 def _write_targets(
-    study: Study, name: str, key: Key, local_teacher: LocalTeacher, teacher: str, report: Progress
+    study: Study,
+    name: str,
+    key: Key,
+    running: LocalTeacher | AnsweringTeacher,
+    teacher: str,
+    report: Progress,
 ) -> None:
     """Writes the targets of all training rows: every process its share, the first joins the shards."""
     acc, scratch = accelerator(), scratch_folder(study, name, key)
@@ -135,17 +158,19 @@ def _write_targets(
     tokenizer = load_tokenizer(base)
     rows = training_rows(study, tokenizer, distilled_split(study))
     share: dict[str, Any] = {"process": acc.process_index, "processes": acc.num_processes, "report": report}
-    facts: dict[str, Any] = {**_lineage(study, base, teacher), "method": local_teacher.method.identity}
+    facts: dict[str, Any] = {**_lineage(study, base, teacher), "method": running.method.identity}
     facts["dtype"] = study.targets.dtype
     if study.targets.source == "cached":
-        codec = study_codec(study, model)
+        codec = study_codec(study, model, tokenizer)
         facts |= codec.facts
-        write_shards(scratch, rows, local_teacher, codec, pad=pad_id(tokenizer), **share)
+        if isinstance(running, AnsweringTeacher):
+            share |= {"batch_tokens": ASKED_TOKENS, "written": running.written}
+        write_shards(scratch, rows, running, codec, pad=pad_id(tokenizer), **share)
     else:
         generation = study.targets.generation
         facts |= {"form": "texts", "generation": generation.model_dump()}
-        max_tokens, context = tokens_per_batch(local_teacher.vocabulary), study.data.context
-        write = partial(local_teacher.write, seed=0)
+        max_tokens, context = tokens_per_batch(running.vocabulary), study.data.context
+        write = partial(running.write, seed=0)
         write_texts(scratch, rows, write, generation, context=context, max_tokens=max_tokens, **share)
     acc.wait_for_everyone()
     tokens = sum(row.predicted for row in rows) if study.targets.source == "cached" else count_texts(scratch)
@@ -156,9 +181,16 @@ def _write_targets(
     delete_scratch(study, name)
 
 
-def study_codec(study: Study, model: Path) -> Codec:
-    """The codec of the targets of a study, for the vocabulary of the model that teaches."""
-    vocabulary = AutoConfig.from_pretrained(str(model)).get_text_config().vocab_size
+def study_codec(study: Study, model: Path, tokenizer: PreTrainedTokenizerBase) -> Codec:
+    """The codec of the targets of a study, for the vocabulary of the model that teaches.
+
+    Args:
+        model: folder of the teacher; where it holds no model, the teacher knows the ids of the tokenizer.
+    """
+    if (model / "config.json").is_file():
+        vocabulary = AutoConfig.from_pretrained(str(model)).get_text_config().vocab_size
+    else:
+        vocabulary = 1 + max(tokenizer.get_vocab().values())
     return make_codec(study.targets, vocabulary, study.train.loss.temperature)
 
 
@@ -217,7 +249,7 @@ def open_target_source(
     base = study.folder / "base" / f"s{seeds[0]}"
     if targets.source == "cached":
         lineage = _lineage(study, base, teacher)
-        codec = study_codec(study, teacher_folder(study, TEACHERS[arm], seeds[0]))
+        codec = study_codec(study, teacher_folder(study, TEACHERS[arm], seeds[0]), tokenizer)
         yield TargetSource(rows, CachedTeacher(folder, rows, codec, lineage))
     elif targets.source == "sequence":
         yield TargetSource(read_texts(folder, rows, _lineage(study, base, teacher), targets.generation))

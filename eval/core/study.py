@@ -25,7 +25,8 @@ from eval.core.config import (
 )
 from eval.core.errors import UserError
 from eval.core.records import PLAIN
-from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Teacher, Train
+from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Train
+from eval.core.sections.models import ACCESS_KEYS, SERVER_ACCESS, Teacher
 
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
 PRECISION = "precision.json"  # lies in a run folder: what `auto` means there, measured at its start
@@ -45,9 +46,7 @@ class Study(Frozen):
     )
     data: Data
     base: Base
-    teacher: Teacher | None = Field(
-        None, description="a pretrained model that teaches in place of the base; none: the base teaches"
-    )
+    teacher: Teacher | None = Field(None, description="what teaches in place of the base; none: the base")
     method: MethodChoice
     train: Train = Field(description="how teachers and students are trained")
     targets: Targets = Targets()
@@ -93,7 +92,7 @@ class Study(Frozen):
 
     def hash(self) -> str:
         """Digest of what decides the models and their scores; recipes and budgets may come and go."""
-        beside: dict[str, Any] = dict.fromkeys(UNHASHED_KEYS, True)
+        beside: dict[str, Any] = {**dict.fromkeys(UNHASHED_KEYS, True), "teacher": {"server": SERVER_ACCESS}}
         watched = {"checkpoint_every", "evaluate_every"}
         beside |= {"train": watched, "ce_train": watched, "base": {"train": watched}, "data": {"tasks"}}
         return digest(self.model_dump(mode="json", exclude=beside))
@@ -257,7 +256,7 @@ def check_trained(study: Study) -> None:
         return
     here, there = flat_settings(study.model_dump(mode="json")), flat_settings(trained.model_dump(mode="json"))
     names = [n for n in sorted({*here, *there}) if n.split(".")[0] not in UNHASHED_KEYS]
-    names = [n for n in names if not n.startswith("data.tasks.")]
+    names = [n for n in names if not n.startswith(("data.tasks.", *ACCESS_KEYS))]
     name = next(n for n in names if here.get(n) != there.get(n))
     raise UserError(
         f"{name} of run {study.folder}",

