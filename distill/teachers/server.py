@@ -91,13 +91,12 @@ class Client:
 
     def _message(self, response: httpx.Response) -> str:
         """What the server says of an error, in one line, without the key."""
-        text = response.text
         try:
             body = response.json()
-            text = body["error"]["message"] if "error" in body else body["message"]
-        except (ValueError, KeyError, TypeError):
-            pass
-        return self._clean(str(text))
+            text = str(body["error"]["message"] if "error" in body else body["message"])
+        except (ValueError, KeyError, TypeError):  # it says it otherwise
+            text = response.text
+        return self._clean(text)
 
     def _clean(self, text: str) -> str:
         text = " ".join(text.split())
@@ -107,13 +106,11 @@ class Client:
 def _retry_after(response: httpx.Response) -> float:
     """Seconds that a server asks to wait, as a number or as a date; 0: it does not ask."""
     value = response.headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
+    if value.isdecimal():
+        return float(value)
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError):  # no date either
         return 0.0
 
 
