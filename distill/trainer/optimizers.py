@@ -20,7 +20,7 @@ def build_optimizers(
 
     Hidden matrices, at `lr`, are those inside the layers, LoRA's A and B among them, and experts that stand
     in one tensor of three axes; of these Muon takes the ones of two axes, as torch's does. The rest, at
-    `lr_rest`, are embeddings, head, routers (a row per expert), projectors, norms and biases.
+    `lr_rest`, are embeddings, head, routers (a row per expert, or one row that is a gate), projectors, norms and biases.
     """
     settings = config.optimizer
     rest_lr = settings.lr_rest or settings.lr
@@ -55,7 +55,7 @@ def split_weights(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.P
     hidden, others = list[nn.Parameter](), list[nn.Parameter]()
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            is_router = weight.ndim == 2 and weight.shape[0] in experts and ".lora_" not in name
+            is_router = weight.ndim == 2 and weight.shape[0] in {1, *experts} and ".lora_" not in name
             is_hidden = weight.ndim in (2, 3) and id(weight) not in shared and "embed" not in name
             (hidden if is_hidden and not is_router else others).append(weight)
     return hidden, others
