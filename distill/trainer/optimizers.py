@@ -20,7 +20,7 @@ def build_optimizers(
 
     Hidden matrices, at `lr`, are those inside the layers, LoRA's A and B among them, and experts that stand
     in one tensor of three axes; of these Muon takes the ones of two axes, as torch's does. The rest, at
-    `lr_rest`, are embeddings, head, routers (a row per expert), gates of one row, projectors, norms and biases.
+    `lr_rest`, are embeddings, head, routers (a row per expert), gates of one row, projectors, norms, biases.
     """
     settings = config.optimizer
     rest_lr = settings.lr_rest or settings.lr
