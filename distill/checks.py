@@ -89,10 +89,10 @@ def chat_tokenizers(study: Study) -> list[PreTrainedTokenizerBase]:
     if not has_chats(study):
         return []
     from_name = study.base if study.base.architecture is None else named_models(study)["base.tokenizer"]
-    found = [named_tokenizer(from_name)]
+    tokenizers = [named_tokenizer(from_name)]
     if study.teacher is not None and study.targets.alignment == "bytes":
-        found.append(named_tokenizer(study.teacher, "teacher.path"))
-    return found
+        tokenizers.append(named_tokenizer(study.teacher, "teacher.path"))
+    return tokenizers
 
 
 def has_chats(study: Study) -> bool:

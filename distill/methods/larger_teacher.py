@@ -1,14 +1,10 @@
 """The method is size: a larger pretrained model teaches, and the student's own base is its control."""
 
-from transformers import PreTrainedModel
-
-from distill.method import Card, Method, PlainBase, TeacherOutput, plain_output, plain_texts
+from distill.method import Card, Method, Plain, PlainBase
 from eval.core.config import Frozen
-from eval.core.documents import Batch, Row
-from eval.core.sections import Generation
 
 
-class LargerTeacher(Method):
+class LargerTeacher(Plain):
     card = Card(
         title="Larger teacher",
         paper="Hinton, Vinyals and Dean 2015, arXiv:1503.02531; of language models: Sanh et al. 2019, "
@@ -18,15 +14,6 @@ class LargerTeacher(Method):
         limits="the control teacher is the student's own base: the gain is that of size, with all that comes "
         "with it (more text, other text, instruction tuning)",
     )
-    only_prompt = True
-
-    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        return plain_output(teacher, batch=batch)
-
-    def write(
-        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
-    ) -> list[list[int]]:
-        return plain_texts(teacher, prompts, generation, seed)
 
     def control(self) -> Method:
         return PlainBase(Frozen())

@@ -226,8 +226,8 @@ class ServerTeacher(AnsweringTeacher):
             body |= {"echo": True, "logprobs": self.k, "return_tokens_as_token_ids": True}
         else:
             body |= {"prompt_logprobs": self.k}
-        found = self.client.ask("POST", "completions", body)
-        choices = found.get("choices") if isinstance(found, dict) else None
+        answer = self.client.ask("POST", "completions", body)
+        choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or len(choices) != len(prompts):
             count = len(choices) if isinstance(choices, list) else "no"
             fix = "set teacher.server.batch: 1, or take another server"
