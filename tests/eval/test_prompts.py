@@ -178,7 +178,7 @@ def test_whatever_reads_a_text_reads_spelled_out_special_tokens_as_text(tmp_path
         "release reference": list(reference(tmp_path, [], words).counts),
         "prompts of a cost": cut_prompts(Cost(prompt_tokens=60), tmp_path, [spelled], "text")[0][1:],
         "loader of a release": served.encode(spelled)[1:],
-        "context method": method.tokens(words)[""][1:],
+        "context method": method.in_front(words)[""][1:],
         "choices of a task": choice.tokens[1:],
         "comparison over bytes": Vocabulary(words, "teacher.path").encode(spelled),
     }
