@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.losses.teacher_output import Dense, States
 from distill.models.generation import generate_texts, sample_texts, stop_ids
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
-from distill.models.prefix import Prefix, hidden_after
+from distill.models.prefix import Prefix, hidden_after, read_prefix
 from distill.trainer.loop import Curve
 from eval.core.artifacts import plugin_code
 from eval.core.config import Frozen, plugin_class, validate_config
@@ -25,6 +25,7 @@ from eval.core.sections import Generation, MethodChoice, Train
 from eval.engines.torch import load_model
 
 METHODS = "distill.methods"  # the registry: a file each
+OTHERS = ""  # the name of what stands in front of rows of every domain that has nothing of its own
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ class TeacherOutput:
         if self.log_probs is not None:
             return Dense(self.log_probs[mask])
         return States([hidden[mask] for hidden in self.hidden], list(self.heads))
+
+    def dense(self) -> Tensor:
+        """[B, T, V] float32 log-probabilities of every position."""
+        if self.log_probs is not None:
+            return self.log_probs.float()
+        shape = self.hidden[0].shape[:2]
+        states = States([hidden.flatten(0, 1) for hidden in self.hidden], list(self.heads))
+        return states.log_softmax(0, shape.numel()).unflatten(0, shape)
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class Method(ABC):
 
     def __init__(self, settings: Frozen) -> None:
         self.settings: Any = settings
+        self.parts: Any = None
 
     def bases(self, seed: int, seeds: list[int]) -> list[int]:
         """Seeds of the plain bases from which the teacher of `seed` is built.
@@ -105,10 +115,26 @@ class Method(ABC):
         """Trains or builds the parts of the method, and writes them into `context.folder`."""
         return None
 
+    @property
+    def fits(self) -> bool:
+        """True if `fit` makes something: each seed then has a teacher of its own."""
+        return type(self).fit is not Method.fit
+
+    def load_parts(self, teacher: PreTrainedModel, context: MethodContext) -> Any:
+        """What `output` needs beside the teacher, as `self.parts`: other models, texts in front, a memory."""
+        return None
+
     @contextmanager
     def attached(self, teacher: PreTrainedModel, context: MethodContext) -> Iterator[None]:
-        """The method is active inside; on exit the teacher is bit-identical to before."""
-        yield
+        """The method is active inside; on exit the teacher is bit-identical to before.
+
+        This default holds `load_parts` in `self.parts`; a method that changes the teacher overrides it.
+        """
+        self.parts = self.load_parts(teacher, context)
+        try:
+            yield
+        finally:
+            self.parts = None
 
     @abstractmethod
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
@@ -139,7 +165,7 @@ class Method(ABC):
         return sample_texts(next_log_probs, prompts, generation, seed, stop_ids(teacher))
 
     def in_front(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-        """Domain -> ids that stand before each of its rows; the name "" is for every domain without its own.
+        """Domain -> ids that stand before each of its rows; the name OTHERS is for domains without their own.
 
         With data.context they must fit into the model.
         """
@@ -183,6 +209,22 @@ class Plain(Method):
         self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
     ) -> list[list[int]]:
         return plain_texts(teacher, prompts, generation, seed)
+
+
+class InFront(Method):
+    """The plain teacher after tokens that stand in front of each row: a subclass defines `card`, `in_front`.
+
+    They are run once, and their keys and values reused.
+    """
+
+    only_prompt = True
+
+    def load_parts(self, teacher: PreTrainedModel, context: MethodContext) -> dict[str, Prefix]:
+        return {name: read_prefix(teacher, ids) for name, ids in self.in_front(context.tokenizer).items()}
+
+    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
+        others = self.parts.get(OTHERS)
+        return prefixed_output(teacher, batch, [self.parts.get(name, others) for name in batch.domains])
 
 
 class PlainBase(Plain):

@@ -27,14 +27,15 @@ CONFIGS = sorted((ROOT / "configs").rglob("*"))
 
 
 def test_every_config_is_read():
-    seen = {"studies": 0, "recipes": 0, "budgets": 0, "accelerate": 0}
+    seen = {"studies": 0, "methods": 0, "recipes": 0, "budgets": 0, "accelerate": 0}
     for path in (p for p in CONFIGS if p.is_file()):
         assert path.suffix == ".yaml", f"{path}: configs/ holds YAML alone"
         kind = path.parent.name
         seen[kind] += 1
-        if kind == "studies":
+        if kind in ("studies", "methods"):
             study = load_study(path)
             assert study.name == path.stem
+            assert kind == "studies" or study.method.name == path.stem
             make_method(study.method)
             assert load_budget(study).targets
             assert [load_recipe(name) for name in study.recipes]
@@ -46,11 +47,14 @@ def test_every_config_is_read():
             assert settings.distributed_type == LAUNCHED[path.stem]
         else:
             assert validate_config(Budget, read_yaml(path, "budgets"), str(path)).name == path.stem
-    assert seen == {"studies": 6, "recipes": 9, "budgets": 3, "accelerate": 3}
+    assert seen == {"studies": 6, "methods": 1, "recipes": 9, "budgets": 3, "accelerate": 3}
 
 
 def test_mandatory_slices_of_a_studys_budget_are_slices_of_its_data():
-    for path in (ROOT / "configs" / "studies").glob("*.yaml"):
+    for path in [
+        *(ROOT / "configs" / "studies").glob("*.yaml"),
+        *(ROOT / "configs" / "methods").glob("*.yaml"),
+    ]:
         study = load_study(path)
         assert set(load_budget(study).slices) <= set(study.data.shifted)
 

@@ -1,50 +1,19 @@
 """Privileged text in front of every row: the teacher reads it, the student never does."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from distill.method import Card, Method, MethodContext, Plain, TeacherOutput, prefixed_output
-from distill.models.prefix import read_prefix
+from distill.method import OTHERS, Card, InFront, Method, Plain
+from distill.models.prefix import Text, front_ids
 from eval.core.config import Frozen
-from eval.core.documents import Batch, boundary_id
-from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError
 
-OTHERS = ""  # the key of the text for rows of every domain that has none of its own
 
-
-class Text(Frozen):
-    """A text, or the file that holds it."""
-
-    text: str | None = Field(None, min_length=1, description="the text itself")
-    file: Path | None = Field(None, description="a UTF-8 file that holds the text")
-
-    @model_validator(mode="after")
-    def one_origin(self) -> Self:
-        if (self.text is None) == (self.file is None):
-            raise ValueError("give exactly one of `text` and `file`")
-        return self
-
-    def read(self) -> str:
-        if self.file is None:
-            return str(self.text)
-        fix = "give a UTF-8 text that is not empty"
-        try:
-            text = self.file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError("method.settings: file", f"{self.file} cannot be read ({error})", fix) from error
-        if not text:
-            raise UserError("method.settings: file", f"{self.file} is empty", fix)
-        return text
-
-
-class Context(Method):
+class Context(InFront):
     card = Card(
         title="Text in front",
         paper="context distillation: Askell et al. 2021, arXiv:2112.00861; Snell, Klein and Zhong 2022, "
@@ -54,8 +23,6 @@ class Context(Method):
         limits="a student keeps what the text says about all rows, not what must be looked up in it; any "
         "text in front teaches some style, so that the control has another text of the same length",
     )
-
-    only_prompt = True
 
     class Settings(Frozen):
         text: str | None = Field(None, min_length=1, description="stands in front of every row")
@@ -122,27 +89,11 @@ class Context(Method):
         A wrong text is cut to the length of the right one, or repeated up to it.
         """
 
-        def encode(text: str) -> list[int]:
-            return text_ids(tokenizer, text)[: self.settings.max_tokens]
-
-        first, ids = boundary_id(tokenizer), {}
+        ids, most = {}, self.settings.max_tokens
         for name, (text, wrong) in self.texts.items():
-            right = encode(text)
+            right = front_ids(tokenizer, text, most)
             if self._wrong:
-                other = encode(wrong)
-                right = (other * (1 + len(right) // len(other)))[: len(right)]
-            ids[name] = [first, *right]
+                first, *other = front_ids(tokenizer, wrong, most)
+                right = [first, *(other * (1 + len(right) // len(other)))[: len(right) - 1]]
+            ids[name] = right
         return ids
-
-    @contextmanager
-    def attached(self, teacher: PreTrainedModel, context: MethodContext) -> Iterator[None]:
-        ids = self.in_front(context.tokenizer)
-        self._prefixes = {name: read_prefix(teacher, tokens) for name, tokens in ids.items()}
-        try:
-            yield
-        finally:
-            del self._prefixes
-
-    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        others = self._prefixes.get(OTHERS)
-        return prefixed_output(teacher, batch, [self._prefixes.get(name, others) for name in batch.domains])

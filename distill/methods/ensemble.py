@@ -1,8 +1,5 @@
 """K plain models trained independently; their probabilities are averaged."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from pydantic import Field
 from transformers import PreTrainedModel
@@ -39,20 +36,16 @@ class Ensemble(Method):
         start = ring.index(seed)
         return sorted((ring * 2)[start : start + self.settings.members])
 
-    @contextmanager
-    def attached(self, teacher: PreTrainedModel, context: MethodContext) -> Iterator[None]:
+    def load_parts(self, teacher: PreTrainedModel, context: MethodContext) -> list[PreTrainedModel]:
         others = [seed for seed in self.bases(context.seed, context.seeds) if seed != context.seed]
-        self._others = [context.load_base(seed).to(teacher.device) for seed in others]
-        if _same_weights(teacher, self._others[0]):
+        models = [context.load_base(seed).to(teacher.device) for seed in others]
+        if _same_weights(teacher, models[0]):
             raise UserError(
                 "method ensemble",
                 "needs different members, found two with the same weights",
                 "set `base.train`, so that each member is trained",
             )
-        try:
-            yield
-        finally:
-            del self._others
+        return models
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        return plain_output(teacher, *self._others, batch=batch)
+        return plain_output(teacher, *self.parts, batch=batch)

@@ -2,14 +2,12 @@
 
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.method import Card, Method, MethodContext, TeacherOutput, prefixed_output
-from distill.models.prefix import read_prefix
+from distill.models.prefix import Prefix, read_prefix
 from eval.core.artifacts import write_text
 from eval.core.config import Frozen
 from eval.core.documents import Batch, boundary_id
@@ -58,18 +56,15 @@ class Examples(Method):
     def tokens_in_front(self, tokenizer: PreTrainedTokenizerBase) -> int:
         return self.settings.count * (1 + self.settings.tokens)
 
-    @contextmanager
-    def attached(self, teacher: PreTrainedModel, context: MethodContext) -> Iterator[None]:
+    def load_parts(self, teacher: PreTrainedModel, context: MethodContext) -> tuple[set[str], Prefix]:
+        """The documents that are quoted, and the passages."""
         passages = json.loads((context.folder / PASSAGES).read_text(encoding="utf-8"))
         first = boundary_id(context.tokenizer)
-        self._quoted = {passage["document"] for passage in passages}
         ids = [token for passage in passages for token in (first, *passage["tokens"])]
-        self._prefix = read_prefix(teacher, ids)
-        try:
-            yield
-        finally:
-            del self._prefix, self._quoted
+        return {passage["document"] for passage in passages}, read_prefix(teacher, ids)
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        quoted = [document in self._quoted for document in batch.documents]
-        return prefixed_output(teacher, batch, [None if each else self._prefix for each in quoted])
+        quoted, prefix = self.parts
+        return prefixed_output(
+            teacher, batch, [None if document in quoted else prefix for document in batch.documents]
+        )

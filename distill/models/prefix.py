@@ -3,17 +3,53 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from distill.models.lm_head import capture_input, output_embedding
-from eval.core.documents import Batch
+from eval.core.config import Frozen
+from eval.core.documents import Batch, boundary_id
+from eval.core.documents.encoding import text_ids
+from eval.core.errors import UserError
 
 REUSABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # keys and values that grow, and that nothing overwrites
 PROBE = 4  # tokens after the prefix on which reuse is compared with the whole text
+
+
+class Text(Frozen):
+    """A text, or the file that holds it."""
+
+    text: str | None = Field(None, min_length=1, description="the text itself")
+    file: Path | None = Field(None, description="a UTF-8 file that holds the text")
+
+    @model_validator(mode="after")
+    def one_origin(self) -> Self:
+        if (self.text is None) == (self.file is None):
+            raise ValueError("give exactly one of `text` and `file`")
+        return self
+
+    def read(self) -> str:
+        if self.file is None:
+            return str(self.text)
+        fix = "give a UTF-8 text that is not empty"
+        try:
+            text = self.file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError("method.settings: file", f"{self.file} cannot be read ({error})", fix) from error
+        if not text:
+            raise UserError("method.settings: file", f"{self.file} is empty", fix)
+        return text
+
+
+def front_ids(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> list[int]:
+    """The boundary token, then the tokens of a text, at most so many of them."""
+    return [boundary_id(tokenizer), *text_ids(tokenizer, text)[:most]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,7 +52,7 @@ def teacher_groups(study: Study) -> dict[str, dict[tuple[int, ...], list[int]]]:
     for side, kind in (("T1", method), ("T0", method.control())):
         groups[side] = {}
         given = _runs_in_teacher(study, kind) or study.base.train is None
-        shared = given and type(kind).fit is Method.fit
+        shared = given and not kind.fits
         for seed in study.seeds:
             first = study.seeds[0] if shared else seed
             groups[side].setdefault(tuple(kind.bases(first, study.seeds)), []).append(seed)
@@ -148,7 +148,7 @@ def _teacher_parents(study: Study, side: str, seeds: set[int]) -> dict[str, str]
 def _fit_key(study: Study, side: str, seed: int, bases: tuple[int, ...]) -> Key:
     """All that decides a teacher and what its method fits."""
     method, parents = study_method(study, side), _teacher_parents(study, side, {seed, *bases})
-    fitted_on = [] if type(method).fit is Method.fit else [rows_shape(study), seed]
+    fitted_on = [rows_shape(study), seed] if method.fits else []
     return make_key("method", [method.identity, parents, fitted_on], method.code)
 
 
@@ -161,7 +161,7 @@ def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...]
     if is_missing(study, name, key):
         facts = {"arm": side, "seed": seeds[0], "method": study.method.name}
         with build_shared(study, name, kind="method", key=key, parents=parents, facts=facts) as temporary:
-            if type(method).fit is not Method.fit:
+            if method.fits:
                 method.fit(
                     _method_context(study, teacher_name(side, seeds), temporary, seeds[0], bases, report)
                 )

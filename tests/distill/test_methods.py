@@ -12,90 +12,71 @@ from distill.method import (
     MethodContext,
     TeacherOutput,
     check_output,
-    make_method,
     method_class,
 )
-from distill.models.export import export
 from distill.models.lm_head import Head
-from distill.trainer.loop import train
 from eval.core.artifacts import plugin_code
 from eval.core.config import plugin_names
-from eval.core.documents import Document, collate, windows
+from eval.core.documents import collate
 from eval.core.errors import UserError
-from eval.core.sections import MethodChoice
 from eval.engines.torch import load_model
-from tests.helpers import WORDS, text, tiny_model, tiny_tokenizer
+from tests.distill.conftest import method_context
+from tests.distill.method_helpers import answer, make, mixed
+from tests.helpers import text
 
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SETTINGS = {
     "context": {"text": text("code", 99, 8), "domains": {"prose": {"text": text("prose", 99, 6)}}},
     "ensemble": {"members": 2},
     "examples": {"count": 2, "tokens": 12},
     "experts": {"rank": 2, "train": {"rows": 4, "steps": 6, "optimizer": {"lr": 0.01}}},
+    "guidance": {
+        "terms": [
+            {"weight": 1.5, "prompt": {"text": text("code", 99, 8)}},
+            {"weight": 0.2},
+            {
+                "weight": -0.7,
+                "architecture": {"model_type": "llama", **SMALL},
+                "train": {"rows": 4, "steps": 6},
+            },
+        ],
+        "plausible": 0.05,
+    },
     "harmful": {},
     "larger_teacher": {},
     "placebo": {},
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def rows(tokenizer):
-    documents = [Document(f"{d}-{i}", d, text(d, i, 60)) for i in range(6) for d in WORDS]
-    return [row for document in documents for row in windows(tokenizer, document, 32)]
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("bases")
-    for seed in (0, 1):
-        export(tiny_model(seed=seed), tokenizer, folder / f"s{seed}", "a card", [])
-    return {seed: folder / f"s{seed}" for seed in (0, 1)}
-
-
-@pytest.fixture
-def context(tmp_path, tokenizer, rows, bases):
-    folder = tmp_path / "fitted"
-    folder.mkdir()
-
-    def fit(model, some, config, name):
-        return train(model, some, config, pad=0, seed=0, teacher=None, scratch=tmp_path / "scratch" / name)
-
-    return MethodContext(folder, 0, [0, 1], bases, tokenizer, lambda: rows, fit)
-
-
-def mixed(rows):
-    """A batch of both domains and of unequal lengths."""
-    chosen = [
-        rows[0],
-        next(r for r in rows if r.domain != rows[0].domain),
-        min(rows, key=lambda r: len(r.tokens)),
-    ]
-    return collate(chosen, 0)
-
-
-def answer(method, teacher, batch):
-    """[B, T, V] log-probabilities, checked."""
-    output = check_output(method.output(teacher, batch), batch, 320, "method")
-    everywhere = torch.ones_like(batch.input_ids, dtype=torch.bool)
-    return output.select(everywhere).log_softmax(0, everywhere.numel()).view(*everywhere.shape, 320)
-
-
 def test_every_method_is_under_contract():
     assert plugin_names("distill.methods") == sorted(SETTINGS)
 
 
-@pytest.mark.parametrize("side", ["method", "control"])
-@pytest.mark.parametrize("name", plugin_names("distill.methods"))
-def test_contract(name, side, context, rows):
-    method = make_method(MethodChoice(name=name, settings=SETTINGS[name]))
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory, tokenizer, rows, bases):
+    """Name and side -> a fresh method and the context that it was fitted in, once for all tests."""
+    contexts = {}
+
+    def find(name, side):
+        method = make(name, **SETTINGS[name])
+        method = method if side == "method" else method.control()
+        if (name, side) not in contexts:
+            contexts[name, side] = method_context(tmp_path_factory.mktemp(name), tokenizer, rows, bases)
+            method.fit(contexts[name, side])
+            assert method.fits == any(contexts[name, side].folder.iterdir())
+        return method, contexts[name, side]
+
+    return find
+
+
+EVERY = [(name, side) for name in plugin_names("distill.methods") for side in ("method", "control")]
+
+
+@pytest.mark.parametrize(("name", "side"), EVERY)
+def test_contract(name, side, fitted, rows):
+    method, context = fitted(name, side)
     assert isinstance(method.card, Card)
     assert all(vars(method.card).values())
-    method = method if side == "method" else method.control()
-    method.fit(context)
     teacher = load_model(context.bases[0])
     before = {n: p.clone() for n, p in teacher.state_dict().items()}
     flags, modules = [p.requires_grad for p in teacher.parameters()], [n for n, _ in teacher.named_modules()]
@@ -114,33 +95,34 @@ def test_contract(name, side, context, rows):
         assert all(torch.equal(after[n], before[n]) for n in before), "bit-identical on exit"
         assert [p.requires_grad for p in teacher.parameters()] == flags
         assert [n for n, _ in teacher.named_modules()] == modules
+        method, _ = fitted(name, side)
+        with method.attached(teacher, context):
+            assert torch.equal(answer(method, teacher, batch), first), "rebuilt from its folder alone"
 
 
-@pytest.mark.parametrize("name", plugin_names("distill.methods"))
-def test_a_teacher_is_rebuilt_from_its_folder_alone(name, context, rows):
-    batch = mixed(rows)
-    answers = []
-    make_method(MethodChoice(name=name, settings=SETTINGS[name])).fit(context)
-    for _ in range(2):
-        method, teacher = (
-            make_method(MethodChoice(name=name, settings=SETTINGS[name])),
-            load_model(context.bases[0]),
-        )
-        with torch.no_grad(), method.attached(teacher, context):
-            answers.append(answer(method, teacher, batch))
-    assert torch.equal(*answers)
+@pytest.mark.parametrize(("name", "side"), EVERY)
+def test_no_token_is_predicted_from_itself_or_a_later_one(name, side, fitted, rows):
+    """Another token at one place changes no prediction before it."""
+    method, context = fitted(name, side)
+    teacher, row = load_model(context.bases[0]), rows[1]
+    with torch.no_grad(), method.attached(teacher, context):
+        said = answer(method, teacher, collate([row], 0))[0]
+        for place in (2, len(row.tokens) // 2, len(row.tokens) - 1):
+            other = [(token + 7) % 320 if i >= place else token for i, token in enumerate(row.tokens)]
+            changed = answer(method, teacher, collate([replace(row, tokens=other)], 0))[0]
+            torch.testing.assert_close(changed[:place], said[:place], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", plugin_names("distill.methods"))
 def test_unknown_settings_are_refused(name):
     with pytest.raises(UserError, match=r"method\.settings: unknown key membersz"):
-        make_method(MethodChoice(name=name, settings={"membersz": 3}))
+        make(name, **SETTINGS[name], membersz=3)
 
 
 def test_ensemble_averages_probabilities(context, rows):
     batch = mixed(rows)
     method, teacher = (
-        make_method(MethodChoice(name="ensemble", settings={"members": 2})),
+        make("ensemble", members=2),
         load_model(context.bases[0]),
     )
     with torch.no_grad(), method.attached(teacher, context):
@@ -154,14 +136,14 @@ def test_ensemble_averages_probabilities(context, rows):
 
 
 def test_seeds_share_an_ensemble_of_all_of_them():
-    method = make_method(MethodChoice(name="ensemble", settings={"members": 3}))
+    method = make("ensemble", members=3)
     assert [method.bases(s, [0, 1, 2]) for s in (0, 1, 2)] == [[0, 1, 2]] * 3
     assert [method.bases(s, [5, 7]) for s in (5, 7)] == [[0, 5, 7]] * 2
     assert [method.bases(s, [0, 1, 2, 3]) for s in (0, 3)] == [[0, 1, 2], [0, 1, 3]]
 
 
 def test_an_ensemble_of_one_model_is_refused(context, tokenizer, tmp_path):
-    method, same = make_method(MethodChoice(name="ensemble", settings={"members": 2})), context.bases[0]
+    method, same = make("ensemble", members=2), context.bases[0]
     twice = MethodContext(
         context.folder, 0, [0, 1], {0: same, 1: same}, tokenizer, context.rows, context.train
     )
@@ -174,7 +156,7 @@ def test_an_ensemble_of_one_model_is_refused(context, tokenizer, tmp_path):
 
 def test_examples_stand_in_front_of_all_documents_but_those_quoted(context, rows):
     """Against the whole text, row by row; another seed quotes other documents."""
-    method = make_method(MethodChoice(name="examples", settings=SETTINGS["examples"]))
+    method = make("examples", **SETTINGS["examples"])
     method.fit(replace(context, seed=1))
     other = (context.folder / "passages.json").read_text()
     method.fit(context)
@@ -199,13 +181,13 @@ def test_examples_stand_in_front_of_all_documents_but_those_quoted(context, rows
 
 
 def test_too_few_documents_for_examples_are_refused(context):
-    method = make_method(MethodChoice(name="examples", settings={"count": 99, "tokens": 12}))
+    method = make("examples", count=99, tokens=12)
     with pytest.raises(UserError, match=r"12 training documents have a row of 12 tokens, 99 are needed"):
         method.fit(context)
 
 
 def test_experts_are_routed_by_domain(context, rows):
-    method = make_method(MethodChoice(name="experts", settings=SETTINGS["experts"]))
+    method = make("experts", **SETTINGS["experts"])
     method.fit(context)
     teacher = load_model(context.bases[0])
     row = next(r for r in rows if r.domain == "code")
@@ -224,7 +206,7 @@ def test_a_domain_may_have_any_name(context, rows):
     """Hub data sets name domains with a slash, and peft has a meaning of its own for `default`."""
     named = {"code": "en/wiki", "prose": "default"}
     given = replace(context, rows=lambda: [replace(row, domain=named[row.domain]) for row in rows])
-    method = make_method(MethodChoice(name="experts", settings=SETTINGS["experts"]))
+    method = make("experts", **SETTINGS["experts"])
     method.fit(given)
     row = next(r for r in rows if r.domain == "code")
     batch = collate([row, row, row], 0)

@@ -163,7 +163,7 @@ def test_a_teacher_runs_in_bfloat16_where_it_shall(cached):
         with run_teacher(some, "T1", seeds, bases) as live:
             answers.append(live.log_probs(collate(rows[:2], 0)))
             if some is study:
-                assert {p.dtype for m in (live.model, *live.method._others) for p in m.parameters()} == {
+                assert {p.dtype for m in (live.model, *live.method.parts) for p in m.parameters()} == {
                     torch.bfloat16
                 }
     narrow, wide = answers
