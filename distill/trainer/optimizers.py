@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
+from distill.trainer.muon import Muon
 from eval.core.sections import Train
 
 # How families call the number of their experts: a router has a row for each.
@@ -19,7 +21,7 @@ def build_optimizers(
     """Muon for the hidden matrices and AdamW for the rest, or AdamW for all; no decay on vectors.
 
     Hidden matrices, at `lr`, are those inside the layers, LoRA's A and B among them, and experts that stand
-    in one tensor of three axes; of these Muon takes the ones of two axes, as torch's does. The rest, at
+    in one tensor of three axes; Muon multiplies them in the precision of the training. The rest, at
     `lr_rest`, are embeddings, head, routers (a row per expert), gates of one row, projectors, norms, biases.
     """
     settings = config.optimizer
@@ -27,10 +29,10 @@ def build_optimizers(
     hidden, others = split_weights(model)
     decay = settings.weight_decay
     optimizers: list[Optimizer] = []
-    if settings.name == "muon" and (matrices := [p for p in hidden if p.ndim == 2]):
-        optimizers.append(Muon(matrices, lr=settings.lr, momentum=settings.momentum, weight_decay=decay))
-    if settings.name == "muon":  # the rates of the two are of different size
-        hidden, others = [], [*others, *(p for p in hidden if p.ndim != 2)]
+    if settings.name == "muon" and hidden:
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        optimizers.append(Muon(hidden, settings.lr, settings.momentum, decay, dtype))
+        hidden = []  # the rates of the two are of different size
     groups = [
         {"params": [*(p for p in others if p.ndim > 1), *projectors], "lr": rest_lr, "weight_decay": decay},
         {"params": [p for p in others if p.ndim < 2], "lr": rest_lr, "weight_decay": 0.0},

@@ -43,10 +43,10 @@ VERSIONS = {
     "data": Stage(3, ()),  # and `datasets` or `datasketch`, where they are used
     "tokenizer": Stage(1, ("transformers", "tokenizers")),
     "tokens": Stage(1, ("transformers", "tokenizers")),
-    "base": Stage(5, (*_MODELS, "accelerate")),
-    "method": Stage(4, (*_MODELS, "accelerate", "peft")),
+    "base": Stage(6, (*_MODELS, "accelerate")),
+    "method": Stage(5, (*_MODELS, "accelerate", "peft")),
     "targets": Stage(3, (*_MODELS, "peft")),
-    "student": Stage(5, (*_MODELS, "accelerate", "peft")),
+    "student": Stage(6, (*_MODELS, "accelerate", "peft")),
     "variant": Stage(4, _MODELS),  # and what its passes need
 }
 # Where the artifacts of a run lie, and what they are called in a sentence.
