@@ -44,6 +44,7 @@ SETTINGS = {
     },
     "harmful": {},
     "larger_teacher": {},
+    "memory": {"neighbours": 5, "temperature": 3.0, "cache_share": 0.1, "flatness": 0.05},
     "placebo": {},
 }
 
