@@ -118,11 +118,12 @@ class Memory(Method):
     def load_parts(self, teacher: PreTrainedModel, context: MethodContext) -> Datastore | None:
         if not self.fits:
             return None
-        arrays = [
+        keys, values, places = (
             torch.from_numpy(np.load(context.folder / name)).to(teacher.device)
             for name in (KEYS, VALUES, PLACES)
-        ]
-        return Datastore(*arrays, json.loads((context.folder / DOCUMENTS).read_text(encoding="utf-8")))
+        )
+        documents = json.loads((context.folder / DOCUMENTS).read_text(encoding="utf-8"))
+        return Datastore(keys, values, places, documents)
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         """Tokens of the row's own document are never found in the datastore."""
