@@ -56,7 +56,7 @@ def front_ids(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = 
 class Prefix:
     """Tokens in front of a row, and what a model keeps of them."""
 
-    ids: Tensor  # [P] int64
+    ids: Tensor  # [P] int64; without a cache also [B, P], of each row its own
     cache: (
         DynamicCache | None
     )  # of one row; None: reuse is not exact in this family, so they run with each row
@@ -138,7 +138,7 @@ def _parts(batch: Batch) -> list[tuple[int, int, int]]:
 def _run(model: PreTrainedModel, ids: Tensor, mask: Tensor, prefix: Prefix | None) -> Tensor:
     """[B, T, D] last hidden states of rows of `ids` [B, T] that are padded on the right."""
     inputs = {"input_ids": ids, "attention_mask": mask}
-    size = 0 if prefix is None else len(prefix.ids)
+    size = 0 if prefix is None else prefix.ids.shape[-1]
     if prefix is not None:
         inputs["attention_mask"] = torch.cat([mask.new_ones(len(ids), size), mask], dim=1)
         if prefix.cache is None:

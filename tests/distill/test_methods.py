@@ -46,6 +46,7 @@ SETTINGS = {
     "larger_teacher": {},
     "memory": {"neighbours": 5, "temperature": 3.0, "cache_share": 0.1, "flatness": 0.05},
     "placebo": {},
+    "retrieval": {"count": 2, "tokens": 6, "query": 5, "stride": 8},
 }
 
 
