@@ -13,29 +13,39 @@ INT4_STEP = 1 / 8 + HALVES
 INT8_ROUNDED = 0.5 / 127 + HALVES  # levels -127..127 of a weight first rounded to float16: half a step
 NF4_GAP = (1.0 - 0.6961928) / 2  # half of the widest gap of NF4 (Dettmers et al. 2023, appendix E)
 SLACK = 1.001  # float32 arithmetic
+# Below its normal numbers a float16 is rounded by up to 2^-25, whatever its size: so is the scale of tiny
+# weights, which up to 128 levels multiply, or 8.
+HALF_SUBNORMAL = 2.0**-25
+INT8_SUBNORMAL, INT4_SUBNORMAL = (128 + 1) * HALF_SUBNORMAL, (8 + 1) * HALF_SUBNORMAL
 
 
-def worst_error(original: Tensor, restored: Tensor, group: int | None) -> float:
+def worst_error(original: Tensor, restored: Tensor, group: int | None, least: float = 0.0) -> float:
     """Largest |original - restored| of [O, I], each by the largest |original| of its group.
 
     Groups are `group` neighbouring inputs of a row, or whole rows. A group of zeros must stay zero: any
     error there counts as infinite, and so does a value that is not finite.
+
+    Args:
+        least: what the smallest numbers of the format leave open in other groups; only more than it counts.
     """
     assert original.shape == restored.shape, f"{tuple(original.shape)} and {tuple(restored.shape)}"
     width = group or original.shape[-1]
     old, new = (t.detach().float().cpu().reshape(-1, width) for t in (original, restored))
     error, scale = (old - new).abs().amax(dim=1), old.abs().amax(dim=1)
-    ratio = torch.where(error == 0, 0.0, error / scale)
+    beyond = (error - least * (scale > 0)).clamp(min=0)
+    ratio = torch.where(beyond == 0, 0.0, beyond / scale)
     return float(torch.nan_to_num(ratio, nan=torch.inf, posinf=torch.inf).max())
 
 
-def check_rounding(name: str, original: Tensor, restored: Tensor, group: int | None, bound: float) -> float:
-    """The worst error of one matrix.
+def check_rounding(
+    name: str, original: Tensor, restored: Tensor, group: int | None, bound: float, least: float = 0.0
+) -> float:
+    """The worst error of one matrix, by the largest weight of its group; see `worst_error`.
 
     Raises:
         UserError: it is above `bound`: the library that quantized it computes something else here.
     """
-    worst = worst_error(original, restored, group)
+    worst = worst_error(original, restored, group, least)
     if worst > bound * SLACK:
         raise UserError(
             f"quantized matrix {name} {tuple(original.shape)}",

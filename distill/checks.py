@@ -1,12 +1,14 @@
 """What can be known about the method and the models of a study before the first one is trained."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -22,11 +24,21 @@ from distill.models.load import (
     named_models,
     named_tokenizer,
 )
+from distill.models.lora import check_device
 from distill.teachers.alignment import Vocabulary
+from distill.teachers.target_source import check_target_source
+from distill.trainer.loop import check_train, set_memory_and_attention
 from eval.core.errors import UserError
-from eval.core.sections import NamedModel
+from eval.core.sections import NamedModel, Train
 from eval.core.study import Study
 from eval.engines import load_tokenizer
+
+
+def check_plugins_and_models(study: Study) -> None:
+    """All that can be known of a study on any machine; see the three checks."""
+    check_target_source(study)
+    check_method(study)
+    check_models(study)
 
 
 def check_method(study: Study) -> None:
@@ -51,13 +63,35 @@ def check_method(study: Study) -> None:
             raise UserError(thing, problem, "use context or larger_teacher, or teacher.path")
 
 
+def check_training(study: Study, device: torch.device) -> None:
+    """Refuses a study that cannot be trained on this machine; its precision is settled.
+
+    Raises:
+        UserError: QLoRA or TF32 without CUDA, an optimizer whose library is not installed.
+    """
+    check_device(study.student, device)
+    for where, settings in {**_base_training(study), **_student_training(study)}.items():
+        check_train(settings, device, where)
+
+
+def _base_training(study: Study) -> dict[str, Train]:
+    """Key in the study -> how its base is trained, if it is."""
+    return {"base.train": study.base.train} if study.base.train else {}
+
+
+def _student_training(study: Study) -> dict[str, Train]:
+    """Key in the study -> how students are trained."""
+    return {"train": study.train, **({"ce_train": study.ce_train} if study.ce_train else {})}
+
+
 def check_models(study: Study) -> None:
     """Builds, reads and saves what a study names, all but the weights.
 
     Raises:
         UserError: an architecture cannot be built; rows or requests are longer than a model reads; a named
             base has no tokenizer, or one without the chat template that the data needs; it cannot be saved;
-            a teacher or a pretrained student does not go with the base or with the method.
+            a teacher or a pretrained student does not go with the base or with the method; a family has no
+            such attention as it is to be trained with.
     """
     named = named_models(study)
     chats = has_chats(study)
@@ -75,13 +109,27 @@ def check_models(study: Study) -> None:
     if chats and tokenizer is not None:
         _render_chat(tokenizer, source)
     _check_lengths(study, config, "base")
+    student = config
     for where in ("teacher.path", "student.path"):
         if where in named:
-            _check_beside(study, named[where], where, tokenizer)
+            beside = _check_beside(study, named[where], where, tokenizer)
+            student = beside if where == "student.path" else student
     if study.student.architecture is not None:
         vocabulary = config.get_text_config().vocab_size
         student = check_architecture(study.student.architecture, "student.architecture", vocabulary)
         _check_lengths(study, student, "student.architecture")
+    _check_attention(config, _base_training(study))
+    _check_attention(student, _student_training(study))
+
+
+def _check_attention(config: PreTrainedConfig, trainings: Mapping[str, Train]) -> None:
+    """Sets up a model without memory as it is to be trained."""
+    asked = {w: t for w, t in trainings.items() if t.attention != "auto" or t.gradient_checkpointing}
+    if asked:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for where, settings in asked.items():
+            set_memory_and_attention(model, settings, where)
 
 
 def chat_tokenizers(study: Study) -> list[PreTrainedTokenizerBase]:
@@ -127,8 +175,8 @@ def check_text_in_front(study: Study) -> None:
 
 def _check_beside(
     study: Study, named: NamedModel, where: str, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
-    """Does a teacher, or a pretrained student, go with the tokenizer of the base and with the data?"""
+) -> PreTrainedConfig:
+    """The config of a teacher or pretrained student that goes with the base's tokenizer and the data."""
     config, own = _saved(named, where)
     if where == "teacher.path" and study.targets.alignment == "bytes":
         for each, whose in ((own, where), (tokenizer, "base.path")):
@@ -143,6 +191,7 @@ def _check_beside(
     else:
         check_same_tokenizer(tokenizer, own, where)
     _check_lengths(study, config, where, requests=where == "student.path")
+    return config
 
 
 def _read_tokenizer(named: NamedModel) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from distill.checks import chat_tokenizers, check_method, check_models, check_text_in_front
+from distill.checks import chat_tokenizers, check_plugins_and_models, check_text_in_front, check_training
 from distill.data.rows import describe_rows, distilled_split, rows_taken, training_rows
 from distill.data.split import prepare
 from distill.data.tokens import make_tokens
@@ -38,7 +38,7 @@ from distill.models.load import (
     study_tokenizer,
     train_tokenizer,
 )
-from distill.models.lora import TrainableModel, add_adapters, check_device
+from distill.models.lora import TrainableModel, add_adapters
 from distill.models.precision import settle_precision
 from distill.teachers.run import (
     TEACHER,
@@ -51,7 +51,6 @@ from distill.teachers.run import (
 )
 from distill.teachers.target_source import (
     STORED_SOURCES,
-    check_target_source,
     make_teacher,
     open_target_source,
     target_source_inputs,
@@ -120,11 +119,9 @@ def make_training_rows(study: Study) -> None:
 def prepare_inputs(study: Study, acc: Accelerator) -> Study:
     """Checks the study, settles it, then writes its config, data and tokenizer in the first process."""
     check_trackers(study.trackers)
-    check_device(study.student, acc.device)
-    check_target_source(study)
-    check_method(study)
-    check_models(study)
+    check_plugins_and_models(study)
     study = settle_precision(study, acc)
+    check_training(study, acc.device)
     if acc.is_main_process:
         save_study(study)
         study_origins(study)  # read once, before workers ask

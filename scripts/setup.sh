@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Makes .venv from requirements.lock, unless it is there and of this very lock.
+# Makes .venv from requirements.lock, unless it is there and of this very lock. A link to one is used as it is:
+# it belongs to another folder, and installing this one there would turn that one's commands here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 mark=.venv/.lock-installed
-if ! cat requirements.lock pyproject.toml | cmp -s - "$mark"; then
+if [[ ! -L .venv ]] && ! cat requirements.lock pyproject.toml | cmp -s - "$mark"; then
     python="${PYTHON:-python3}"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         { echo "error: $("$python" --version) found; Python 3.11 or newer is needed (set PYTHON)" >&2; exit 3; }

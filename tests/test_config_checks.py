@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from transformers import AutoTokenizer, CTRLTokenizer
 
 from distill.checks import check_models
@@ -218,6 +219,31 @@ def test_a_tokenizer_without_a_fast_form_is_refused(tmp_path):
         UserError, match=r"CTRLTokenizer has no fast form; give a base with a tokenizer\.json"
     ):
         check_models(study)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--base.train.attention", "flash_attention_2"], r"base\.train: LlamaForCausalLM: .*leave base\.train\."),
+        (["--train.attention", "flash_attention_2"], r"train: LlamaForCausalLM: .*leave train\.attention"),
+        (["--student.start", "fresh", "--student.architecture.model_type", "bloom", "--train.attention", "sdpa"],
+         r"train: BloomForCausalLM: it stays with eager attention; leave train\.attention"),
+    ],
+)  # fmt: skip
+def test_attention_that_a_family_has_not_is_refused_before_the_base_is_trained(tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        check_models(load_study(tiny_study(tmp_path), words))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+@pytest.mark.parametrize("where", ["train", "base.train", "ce_train"])
+def test_tf32_without_cuda_is_refused_before_anything_is_made(tmp_path, where):
+    study = load_study(tiny_study(tmp_path), [f"--{where}.precision", "tf32", f"--{where}.rows", "4"])
+    with pytest.raises(
+        UserError, match=rf"^{where}\.precision: tf32 needs CUDA, the device is cpu; take fp32"
+    ):
+        distil(study)
+    assert [path.name for path in study.folder.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.model_size import cast_weights, decoder_weights, size_of, skipped_modules, stored_bytes
-from compress.quant_error import INT8_ROUNDED, NF4_GAP, check_rounding
+from compress.quant_error import HALF_SUBNORMAL, INT8_ROUNDED, NF4_GAP, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Stage
 from eval.core.config import Frozen
 from eval.core.errors import UserError
@@ -45,7 +45,7 @@ class BitsAndBytes(Pass):
             old, new = original_matrix(model, name), dequantize(module)
             nf4_bound = NF4_GAP + torch.finfo(model.dtype).eps / 2  # restored in the model's own dtype
             group, bound = (BLOCK, nf4_bound) if self.options.format == "nf4" else (None, INT8_ROUNDED)
-            worst = max(worst, check_rounding(name, old, new, group, bound))
+            worst = max(worst, check_rounding(name, old, new, group, bound, HALF_SUBNORMAL))
             zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
             low_bit += old.numel()
             reached += inside.get(f"{name}.weight", 0)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compress.calibration import allowed_difference, check_batch, log_probs, rounding_error
 from compress.model_size import size_of
-from compress.quant_error import INT4_STEP, INT8_STEP, check_rounding
+from compress.quant_error import INT4_STEP, INT4_SUBNORMAL, INT8_STEP, INT8_SUBNORMAL, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Skipped, Stage
 from eval.core.config import Frozen
 from eval.core.errors import UserError
@@ -31,7 +31,8 @@ from eval.engines import silenced
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BOUNDS = {"i8": INT8_STEP, "u8": INT8_STEP, "i4": INT4_STEP, "u4": INT4_STEP}  # element type -> largest error
+INT8, INT4 = (INT8_STEP, INT8_SUBNORMAL), (INT4_STEP, INT4_SUBNORMAL)
+BOUNDS = {"i8": INT8, "u8": INT8, "i4": INT4, "u4": INT4}  # element type -> largest error, of tiny weights
 
 
 class OpenVINO(Pass):
@@ -56,7 +57,7 @@ class OpenVINO(Pass):
         worst, zeroed, low_bit = 0.0, 0, 0
         for name, (kind, axis, new) in compressed.items():
             old = originals[name].reshape(new.shape)
-            error = check_rounding(name, old.movedim(axis, -1), new.movedim(axis, -1), None, BOUNDS[kind])
+            error = check_rounding(name, old.movedim(axis, -1), new.movedim(axis, -1), None, *BOUNDS[kind])
             worst = max(worst, error)
             zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
             low_bit += new.numel()

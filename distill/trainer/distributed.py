@@ -30,14 +30,14 @@ def prepare_sharding(acc: Accelerator, config: Train, model: PreTrainedModel) ->
     """Refuses what cannot be trained in shards, and configures what DeepSpeed does in place of the loop.
 
     Raises:
-        UserError: Muon, which needs whole matrices; FSDP 1; a quantized student.
+        UserError: Muon or moments of 8 bits, which need whole matrices; FSDP 1; a quantized student.
     """
     if not is_sharded(acc):
         return
     kind = acc.distributed_type.value
-    if config.optimizer.name == "muon":
+    if (name := config.optimizer.name) != "adamw":
         fix = "set train.optimizer.name (and base.train's) to adamw, with a suitable learning rate"
-        raise UserError("optimizer.name", f"muon needs whole matrices, which {kind} splits", fix)
+        raise UserError("optimizer.name", f"{name} needs whole matrices, which {kind} splits", fix)
     if acc.distributed_type == DistributedType.FSDP and not acc.is_fsdp2:
         raise UserError("accelerate config", "FSDP 1, only FSDP 2 is supported", "set fsdp_version: 2")
     if not all(p.is_floating_point() for p in model.parameters()):

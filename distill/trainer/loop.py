@@ -27,11 +27,17 @@ from distill.trainer.distributed import (
     prepare_sharding,
 )
 from distill.trainer.logging import Log
-from distill.trainer.module import DistillationModule, layer_widths
-from distill.trainer.optimizers import build_optimizers, learning_rate_factor, set_learning_rate
+from distill.trainer.module import DistillationModule, float32_products, layer_widths
+from distill.trainer.optimizers import (
+    build_optimizers,
+    check_bitsandbytes,
+    learning_rate_factor,
+    set_learning_rate,
+)
 from eval.core.documents import Batch, Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Train
+from eval.engines import silenced
 
 Rewrite = Callable[
     [Accelerator, PreTrainedModel, int, list[Row]], list[Row]
@@ -111,7 +117,8 @@ def step_loss(
         acc.sync_gradients = i == len(micro_batches) - 1
         with nullcontext() if acc.sync_gradients else acc.no_sync(module):
             loss = batch_loss(module, batch, teacher) / tokens
-            acc.backward(loss * acc.num_processes)
+            with float32_products(config.precision):
+                acc.backward(loss * acc.num_processes)
         total += loss.detach()
     return float(acc.reduce(total, reduction="sum"))
 
@@ -182,21 +189,45 @@ class MetricsLogger:
         return {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
 
 
-def set_memory_and_attention(model: PreTrainedModel, config: Train) -> None:
+def check_train(config: Train, device: torch.device, where: str = "train") -> None:
+    """Refuses what cannot be trained with here, whatever the model.
+
+    Args:
+        where: key of the settings in the study, for errors.
+
+    Raises:
+        UserError: `auto`, which only a study settles; TF32 without CUDA; 8 bits without bitsandbytes.
+    """
+    if config.precision == "auto":
+        fix = "give fp32, tf32 or bf16: only a study settles it, when its training starts"
+        raise UserError(f"{where}.precision", "auto", fix)
+    if config.precision == "tf32" and device.type != "cuda":
+        raise UserError(f"{where}.precision", f"tf32 needs CUDA, the device is {device.type}", "take fp32")
+    if config.optimizer.name == "adamw_8bit":
+        check_bitsandbytes(where)
+
+
+def set_memory_and_attention(model: PreTrainedModel, config: Train, where: str = "train") -> None:
     """Turns on what `config` asks of the model's own forward pass.
+
+    Args:
+        where: key of `config` in the study, for errors.
 
     Raises:
         UserError: the family has no such attention, or cannot compute its activations again.
     """
     try:
         if config.attention != "auto":
-            model.set_attn_implementation(config.attention)
+            with silenced("transformers"):
+                model.set_attn_implementation(config.attention)
+            if (used := model.config._attn_implementation) != config.attention:
+                raise ValueError(f"it stays with {used} attention")
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except (ValueError, ImportError) as error:
         problem = f"{type(model).__name__}: {' '.join(str(error).split())[:200]}"
-        fix = "leave train.attention or train.gradient_checkpointing out"
-        raise UserError("train", problem, fix) from error
+        fix = f"leave {where}.attention or {where}.gradient_checkpointing out"
+        raise UserError(where, problem, fix) from error
 
 
 @torch.no_grad()
@@ -244,9 +275,7 @@ def train(
             not go together.
     """
     acc = accelerator()
-    if config.precision == "auto":
-        fix = "give fp32 or bf16: only a study settles it, when its training starts"
-        raise UserError("precision of this training", "auto", fix)
+    check_train(config, acc.device)
     steps = total_steps(config, len(rows))
     order = row_order(len(rows), steps, config.rows, seed)
     prepare_sharding(acc, config, model)

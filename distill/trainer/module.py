@@ -1,6 +1,7 @@
 """The student in training: its loss on a batch, and projectors of hidden states, which are not exported."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,18 @@ from distill.models.lm_head import capture_input, check_layers, head_of, output_
 from eval.core.documents import Batch
 from eval.core.errors import UserError
 from eval.core.sections import Hidden, Train
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Inside, CUDA multiplies float32 matrices in TF32 (10 bits after the point) if `precision` says so."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if precision == "tf32" else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class DistillationModule(nn.Module):
@@ -41,6 +54,10 @@ class DistillationModule(nn.Module):
 
     def forward(self, batch: Batch, target: Target | Aligned | None) -> Tensor:
         """Summed loss of a batch; position p of student and teacher predicts token p + 1."""
+        with float32_products(self.settings.precision):
+            return self._loss(batch, target)
+
+    def _loss(self, batch: Batch, target: Target | Aligned | None) -> Tensor:
         pairs = self.settings.loss.hidden if target is not None else None
         half = self.settings.precision == "bf16"
         inputs = {**batch.inputs, "use_cache": False, **({"output_hidden_states": True} if pairs else {})}

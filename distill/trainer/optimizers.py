@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -9,34 +11,46 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from distill.trainer.muon import Muon
+from eval.core.errors import UserError
 from eval.core.sections import Train
 
-# How families call the number of their experts: a router has a row for each.
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# How families call a module that weights experts, or the one that all tokens share.
+ROUTERS = {"router", "gate", "router_gate", "shared_expert_gate"}
+
+
+class Weights(NamedTuple):
+    """The weights to train, by what they are."""
+
+    matrices: list[nn.Parameter]  # inside the layers; LoRA's A and B; all experts of a layer in one tensor
+    others: list[nn.Parameter]  # embeddings, head, routers, convolutions, tables
+    vectors: list[nn.Parameter]  # norms and biases: they do not decay
 
 
 def build_optimizers(
     model: PreTrainedModel, config: Train, projectors: Sequence[nn.Parameter] = ()
 ) -> list[Optimizer]:
-    """Muon for the hidden matrices and AdamW for the rest, or AdamW for all; no decay on vectors.
+    """Muon, or AdamW with a state of 8 bits, for the matrices inside the layers at `lr`, AdamW for the rest.
 
-    Hidden matrices, at `lr`, are those inside the layers, LoRA's A and B among them, and experts that stand
-    in one tensor of three axes; Muon multiplies them in the precision of the training. The rest, at
-    `lr_rest`, are embeddings, head, routers (a row per expert), gates of one row, projectors, norms, biases.
+    The rest learns at `lr_rest`: embeddings, head, routers, projectors, norms and biases. With `adamw` all is
+    AdamW's. Experts that stand in one tensor are matrices too: Muon takes each for itself, and multiplies in
+    the precision of the training.
     """
-    settings = config.optimizer
-    rest_lr = settings.lr_rest or settings.lr
-    hidden, others = split_weights(model)
-    decay = settings.weight_decay
+    settings, weights = config.optimizer, split_weights(model)
+    rest_lr, decay = settings.lr_rest or settings.lr, settings.weight_decay
     optimizers: list[Optimizer] = []
-    if settings.name == "muon" and hidden:
+    how: dict[str, Any] = {"lr": settings.lr, "weight_decay": decay}
+    if settings.name == "muon" and weights.matrices:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        optimizers.append(Muon(hidden, settings.lr, settings.momentum, decay, dtype))
-        hidden = []  # the rates of the two are of different size
+        optimizers.append(Muon(weights.matrices, momentum=settings.momentum, dtype=dtype, **how))
+    if settings.name == "adamw_8bit" and weights.matrices:
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizers.append(AdamW8bit(weights.matrices, betas=settings.betas, **how))
+    inside = weights.matrices if settings.name == "adamw" else []
     groups = [
-        {"params": [*(p for p in others if p.ndim > 1), *projectors], "lr": rest_lr, "weight_decay": decay},
-        {"params": [p for p in others if p.ndim < 2], "lr": rest_lr, "weight_decay": 0.0},
-        {"params": hidden, "lr": settings.lr, "weight_decay": decay},
+        {"params": [*weights.others, *projectors], "lr": rest_lr, "weight_decay": decay},
+        {"params": weights.vectors, "lr": rest_lr, "weight_decay": 0.0},
+        {"params": inside, "lr": settings.lr, "weight_decay": decay},
     ]
     groups = [group for group in groups if group["params"]]
     if groups:
@@ -47,20 +61,32 @@ def build_optimizers(
     return optimizers
 
 
-def split_weights(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The weights to train: hidden matrices, and the rest; see `build_optimizers`."""
+def check_bitsandbytes(where: str = "train") -> None:
+    """Refuses an optimizer of 8 bits where its library is missing."""
+    if find_spec("bitsandbytes") is None:
+        fix = "install the extra: pip install '.[gpu]', or take adamw"
+        raise UserError(f"{where}.optimizer.name", "adamw_8bit needs bitsandbytes, not installed", fix)
+
+
+def split_weights(model: PreTrainedModel) -> Weights:
+    """The weights to train, by the module that holds each: see `Weights`."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     ends += [module for module in model.modules() if isinstance(module, nn.Embedding)]  # positions too
-    shared = {id(p) for end in ends if end is not None for p in end.parameters()}
-    text_config = model.config.get_text_config()
-    experts = {count for name in EXPERT_COUNTS if (count := getattr(text_config, name, None))}
-    hidden, others = list[nn.Parameter](), list[nn.Parameter]()
+    apart = ends + [module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)]
+    shared = {id(p) for module in apart if module is not None for p in module.parameters()}
+    weights = Weights([], [], [])
     for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            is_router = weight.ndim == 2 and weight.shape[0] in {1, *experts} and ".lora_" not in name
-            is_hidden = weight.ndim in (2, 3) and id(weight) not in shared and "embed" not in name
-            (hidden if is_hidden and not is_router else others).append(weight)
-    return hidden, others
+        if not weight.requires_grad:
+            continue
+        path = name.split(".")
+        if weight.ndim < 2 or path[-1].endswith("bias"):  # that of every expert is a row
+            weights.vectors.append(weight)
+        elif id(weight) in shared or "embed" in name or (ROUTERS.intersection(path) and ".lora_" not in name):
+            weights.others.append(weight)
+        else:  # the decay rates of a state space are a table, called otherwise
+            is_matrix = weight.ndim == 3 or (weight.ndim == 2 and path[-1] == "weight")
+            (weights.matrices if is_matrix else weights.others).append(weight)
+    return weights
 
 
 def learning_rate_factor(step: int, steps: int, config: Train) -> float:

@@ -217,6 +217,22 @@ def test_matrices_that_are_stored_the_other_way_round(context, tmp_path, weights
     assert other.facts["matrices"] == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("openvino", {"weights": "int8"}), ("bitsandbytes", {"format": "int8"})],
+)
+def test_rows_of_tiny_weights_pass(context, tmp_path, name, options):
+    """The embedding of a padding token starts at zero and is moved by rounding alone: its scale is subnormal."""
+    model = model_of(context)
+    with torch.no_grad():
+        for i, size in enumerate((1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)):
+            for weight in (model.get_input_embeddings().weight, model.model.layers[0].mlp.gate_proj.weight):
+                weight[i] *= size / weight[i].abs().max()
+    work = replace(context, parent=copy.deepcopy(model), scratch=tmp_path / "tiny")
+    _, report = make(name, options).apply(model, work)
+    assert 0 < report.facts["worst_rounding"] < 0.2
+
+
 def test_an_export_that_answers_otherwise_is_refused(context, tmp_path):
     """What reaches the exporter is another model than the one at hand: the IR must not pass."""
     model = model_of(context)

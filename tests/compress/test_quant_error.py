@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from compress.quant_error import INT4_STEP, INT8_STEP, NF4_GAP, check_rounding, worst_error
+from compress.quant_error import (
+    INT4_STEP,
+    INT4_SUBNORMAL,
+    INT8_STEP,
+    INT8_SUBNORMAL,
+    NF4_GAP,
+    check_rounding,
+    worst_error,
+)
 from eval.core.errors import UserError
 
 
@@ -22,6 +30,27 @@ def test_bounds_hold_and_are_near(bits, bound, seed):
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(seed))
     worst = check_rounding("w", weight, quantized(weight, bits, 32), 32, bound)
     assert bound / 3 < worst
+
+
+@pytest.mark.parametrize(
+    ("bits", "bound", "least"), [(8, INT8_STEP, INT8_SUBNORMAL), (4, INT4_STEP, INT4_SUBNORMAL)]
+)
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-7, 1e-9])
+def test_tiny_weights_are_allowed_what_a_float16_scale_leaves_open(bits, bound, least, size):
+    """The row of a padding token after training: its scale is subnormal in float16, or zero."""
+    weight = size * torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    top = 2 ** (bits - 1)
+    scale = weight.abs().amax(dim=1, keepdim=True) / top
+    levels = (weight / scale).round().clamp(-top, top - 1)
+    restored = levels * scale.half().float()
+    check_rounding("w", weight, restored, None, bound, least)
+    if size < 1e-5:
+        with pytest.raises(UserError, match="round-trip error"):
+            check_rounding("w", weight, restored, None, bound)
+    with pytest.raises(UserError, match="round-trip error"):
+        check_rounding(
+            "w", weight, restored + 2 * (least + bound * float(weight.abs().max())), None, bound, least
+        )
 
 
 def test_a_shift_by_one_group_is_refused():
@@ -46,6 +75,7 @@ def test_zeros_must_stay_zero(damage):
     assert worst_error(torch.zeros(2, 8), restored, None) == 0
     restored[1, 3] = damage
     assert worst_error(torch.zeros(2, 8), restored, None) == float("inf")
+    assert worst_error(torch.zeros(2, 8), restored, None, least=1.0) == float("inf")
 
 
 def test_the_widest_gap_of_nf4():

@@ -9,6 +9,7 @@ from distill.models.export import export
 from distill.models.layers import decoder_layers, keep_layers
 from distill.models.lora import add_adapters
 from distill.trainer.loop import train
+from distill.trainer.optimizers import split_weights
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Optimizer, Student, Train
@@ -49,6 +50,55 @@ FAMILIES = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
     },
+}
+MOE = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
+STATE_SPACE = {
+    "mamba_d_state": 4,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
+}
+# Family -> fields, with as many experts as a matrix beside them has rows, what of a layer is no matrix, and the
+# tensors that hold the matrices of all experts of a layer.
+EXPERTS = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+MIXTURES = {
+    "qwen2_moe": (
+        {**MOE, "num_experts": 32, "shared_expert_intermediate_size": 32},
+        {"mlp.gate.weight", "mlp.shared_expert_gate.weight"},
+        EXPERTS,
+    ),
+    "qwen3_moe": ({**MOE, "head_dim": 16, "num_experts": 32}, {"mlp.gate.weight"}, EXPERTS),
+    "mixtral": ({**MOE, "num_local_experts": 32}, {"mlp.gate.weight"}, EXPERTS),
+    "olmoe": ({**MOE, "num_experts": 32}, {"mlp.gate.weight"}, EXPERTS),
+    "phimoe": ({**MOE, "num_local_experts": 32}, {"mlp.router.weight"}, EXPERTS),
+    "gpt_oss": (
+        {**SLIDING, "num_experts_per_tok": 2, "num_local_experts": 32},
+        {"mlp.router.weight"},
+        EXPERTS,
+    ),
+    "granitemoe": (
+        {**MOE, "num_local_experts": 32},
+        {"block_sparse_moe.router.layer.weight"},
+        {"block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"},
+    ),
+    "deepseek_v3": (
+        {**MOE, **LATENT, "n_routed_experts": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        {"mlp.gate.weight"},
+        EXPERTS,
+    ),
+    "jamba": (
+        {**MOE, **STATE_SPACE, "num_experts": 32, "attn_layer_period": 2, "attn_layer_offset": 1},
+        {"feed_forward.router.weight", "mamba.A_log", "mamba.conv1d.weight"},
+        {"feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"},
+    ),
 }
 FAST = ("llama", "gemma2", "gpt2", "qwen3_moe")  # each of another kind
 EVERY = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in FAMILIES]
@@ -102,6 +152,23 @@ def test_a_family_is_distilled_exported_and_loaded_again(family, tokenizer, tmp_
     loaded, _ = load_checkpoint(tmp_path / "out")
     assert type(loaded) is type(plain)
     torch.testing.assert_close(logits(loaded), logits(plain), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *(name for name in MIXTURES if name not in FAMILIES)])
+def test_routers_and_experts_are_known_by_what_they_are(family):
+    fields, apart, experts = MIXTURES.get(family, (FAMILIES.get(family), set(), set()))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    found = [{names[id(weight)] for weight in group} for group in split_weights(model)]
+    assert sum(map(len, found)) == len(names), "each once"
+    inside = [{n.split(".", 3)[3] for n in group if ".layers." in n or ".h." in n} for group in found]
+    matrices, others, vectors = inside
+    assert len(matrices - experts) >= 4
+    assert all(name.endswith(".weight") for name in matrices - experts)
+    assert matrices >= experts
+    assert others == apart
+    assert all("norm" in name or "ln_" in name or not name.endswith("weight") for name in vectors)
 
 
 def test_a_family_whose_layers_have_places_of_their_own_is_refused(tmp_path):

@@ -5,23 +5,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2MoeConfig, get_cosine_schedule_with_warmup
+from transformers import LlamaConfig
 
 from distill.losses.teacher_output import Dense
+from distill.models.lora import add_adapters
 from distill.trainer.loop import (
     accelerator,
     batch_loss,
+    check_train,
     row_order,
     set_memory_and_attention,
     step_loss,
     train,
 )
 from distill.trainer.module import DistillationModule
-from distill.trainer.optimizers import build_optimizers, learning_rate_factor
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
-from eval.core.sections import Optimizer, Train
+from eval.core.sections import Optimizer, Student, Train
 from tests.helpers import ROOT, run, tiny_model
 
 
@@ -198,66 +198,16 @@ def test_every_epoch_is_a_permutation_and_the_seed_decides():
     assert row_order(12, 6, 4, seed=3) == row_order(12, 6, 4, seed=3) != row_order(12, 6, 4, seed=4)
 
 
-def test_schedule_warms_up_stays_and_decays_to_zero():
-    config = Train(warmup=0.1, decay=0.5)
-    factors = [learning_rate_factor(step, 100, config) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1)
-    assert factors[10:50] == [1.0] * 40
-    assert factors[-1] == pytest.approx(1 / 50)
-
-
-def test_the_cosine_is_that_of_transformers_after_a_warm_up_that_starts_above_zero():
-    config, weight = Train(warmup=0.1, schedule="cosine"), torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=10, num_training_steps=100)
-    for step in range(100):
-        wanted = optimizer.param_groups[0]["lr"]
-        factor = learning_rate_factor(step, 100, config)
-        assert factor == pytest.approx(wanted if step >= 10 else wanted + 0.1)
-        optimizer.step()
-        schedule.step()
-
-
-def names_of_groups(model, **optimizer):
-    """(optimizer, rate, decay) -> names of its weights."""
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    optimizers = build_optimizers(model, Train(optimizer=Optimizer(weight_decay=0.1, **optimizer)))
-    return {
-        (type(o).__name__, group["lr"], group["weight_decay"]): {names[id(p)] for p in group["params"]}
-        for o in optimizers
-        for group in o.param_groups
-    }
-
-
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_routers_experts_and_ends_go_to_their_group(name):
-    config = Qwen2MoeConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
-        shared_expert_intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
-        num_experts=6, num_experts_per_tok=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    groups = names_of_groups(model, name=name, lr=0.02, lr_rest=0.001)
-    experts = {n for n, p in model.named_parameters() if p.ndim == 3}
-    router = {n for n, p in model.named_parameters() if p.ndim == 2 and p.shape[0] in (1, 6)}
-    assert experts
-    assert len(router) == 2, "of the experts, and the gate of the shared one"
-    rest = groups[("AdamW", 0.001, 0.1)]
-    assert {"model.embed_tokens.weight", "lm_head.weight"} | router <= rest
-    assert all(p.ndim < 2 for n, p in model.named_parameters() if n in groups[("AdamW", 0.001, 0.0)])
-    matrices = groups[("Muon" if name == "muon" else "AdamW", 0.02, 0.1)]
-    assert "model.layers.0.self_attn.q_proj.weight" in matrices
-    assert experts <= matrices
-    assert sum(map(len, groups.values())) == len(list(model.parameters()))
-
-
-def test_adapters_are_matrices_whatever_their_rank():
-    """Also of a rank that is the number of experts of the model."""
-    adapted = get_peft_model(tiny_model(), LoraConfig(r=6, target_modules="all-linear"))
-    adapted.config.num_experts = 6
-    groups = names_of_groups(adapted, name="adamw", lr=0.02, lr_rest=0.001)
-    assert set(groups) == {("AdamW", 0.02, 0.1)}
-    assert len(groups[("AdamW", 0.02, 0.1)]) == sum(p.requires_grad for p in adapted.parameters())
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"precision": "tf32"}, "train.precision: tf32 needs CUDA, the device is cpu; take fp32"),
+        ({"precision": "auto"}, "train.precision: auto; give fp32, tf32 or bf16"),
+    ],
+)
+def test_what_cannot_be_trained_with_here_is_refused(tmp_path, settings, error):
+    with pytest.raises(UserError, match=error):
+        check_train(Train(**settings), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("teacher", [None, row_teacher])
@@ -308,7 +258,40 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize(("name", "precision"), [("muon", "fp32"), ("adamw", "fp32"), ("adamw", "bf16")])
+def with_dropout():
+    """A student whose adapters drop units; of the model itself, because the loop trains that."""
+    config = Student(tuning="lora", rank=2, dropout=0.5)
+    return add_adapters(tiny_model(), config, 0, device=torch.device("cpu"), dtype=torch.float32).model
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_dropout_with_activations_computed_again_and_a_stop(tmp_path, again):
+    """The units that are dropped are the same ones when a layer is computed again, and after a restart."""
+    weights = []
+    for folder, checkpointing, stop_at in (("kept", False, None), ("other", True, 3 if again else None)):
+        config = Train(rows=4, steps=5, checkpoint_every=2, gradient_checkpointing=checkpointing)
+        how = {"pad": 0, "seed": 1, "teacher": row_teacher, "scratch": tmp_path / folder}
+
+        def report(step, stop_at=stop_at):
+            if step.number == stop_at:
+                raise Stopped
+
+        model = with_dropout()
+        try:
+            train(model, rows(), config, report=report, **how)
+        except Stopped:
+            model = with_dropout()
+            train(model, rows(), config, **how)
+        weights.append(model.state_dict())
+    assert any("lora_B" in name and weight.any() for name, weight in weights[0].items())
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("muon", "fp32"), ("adamw", "fp32"), ("adamw", "bf16"), ("adamw_8bit", "fp32")],
+)
 def test_a_stopped_run_continues_to_the_same_weights(tmp_path, name, precision):
     config = Train(
         rows=4,

@@ -57,7 +57,7 @@ def test_auto_in_the_settings_of_a_method_is_settled_too(tmp_path):
 
 def test_auto_outside_of_a_study_is_refused(tmp_path):
     rows = [Row("d", "code", 0, [0, 1, 2])]
-    with pytest.raises(UserError, match="precision of this training: auto"):
+    with pytest.raises(UserError, match="precision: auto; give fp32, tf32 or bf16"):
         train(
             tiny_model(),
             rows,

@@ -102,8 +102,10 @@ class Data(Frozen):
 class Optimizer(Frozen):
     """Muon for the matrices (Jordan et al. 2024) with AdamW for the rest, or AdamW for all."""
 
-    name: Literal["muon", "adamw"] = Field(
-        "adamw", description="`muon` for the matrices with AdamW for the rest, or `adamw` for all"
+    name: Literal["muon", "adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="`muon` for the matrices inside the layers, or `adamw_8bit` (bitsandbytes: moments of 8 "
+        "bits), with AdamW for the rest; or `adamw` for all",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the matrices")
     lr_rest: float | None = Field(
@@ -157,10 +159,10 @@ class Train(Frozen):
     accumulate: int = Field(1, gt=0, description="micro-batches per step; divides `rows`")
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         "fp32",
-        description="number format of the products; losses and weights stay in fp32. `auto`: bf16 where it "
-        "is faster, measured once for a run",
+        description="number format of the products; losses and weights stay in fp32. `tf32`: CUDA only. "
+        "`auto`: bf16 where it is faster, measured once for a run",
     )
     compile: bool = Field(False, description="compile the model with torch.compile")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
