@@ -42,7 +42,8 @@ def mean_loss(model: Any, rows: Sequence[Row], pad: int) -> float:
         UserError: it is not finite.
     """
     total, tokens = 0.0, 0
-    for cpu_batch in batches(rows, pad, tokens_per_batch(model.config.get_text_config().vocab_size)):
+    size = tokens_per_batch(model.config.get_text_config().vocab_size, model.device)
+    for cpu_batch in batches(rows, pad, size):
         batch = cpu_batch.to(model.device)
         logits = model(**batch.inputs, use_cache=False).logits
         total += float(

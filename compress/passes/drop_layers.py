@@ -83,7 +83,7 @@ def by_loss(model: PreTrainedModel, rows: list, pad: int, count: int) -> set[int
 def by_influence(model: PreTrainedModel, rows: list, pad: int, count: int) -> set[int]:
     """Those of least block influence, in at most `ROUNDS` rounds: each measures it without those gone."""
     layers = decoder_layers(model)[2]
-    size = tokens_per_batch(model.config.get_text_config().vocab_size)
+    size = tokens_per_batch(model.config.get_text_config().vocab_size, model.device)
     inputs, dropped, rounds = list(batches(rows, pad, size)), set[int](), min(ROUNDS, count)
     for done in range(rounds):
         with bypassed([layers[i] for i in dropped]):

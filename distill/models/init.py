@@ -53,7 +53,7 @@ def init_student(
     if config.start == "every":
         layers = evenly_spaced(count, wanted)
     else:
-        size = tokens_per_batch(base.config.get_text_config().vocab_size)
+        size = tokens_per_batch(base.config.get_text_config().vocab_size, base.device)
         layers = most_influential(base, list(batches(rows[:ROWS], pad_id(tokenizer), size)), wanted)
     keep_layers(base, layers)
     return base, {"kept_layers": layers}

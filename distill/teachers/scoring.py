@@ -3,6 +3,7 @@
 from distill.teachers.answers import AnsweringTeacher
 from distill.teachers.local import LocalTeacher
 from distill.teachers.run import teacher_tokenizer
+from distill.trainer.loop import accelerator
 from eval.core.artifacts import read_manifest
 from eval.core.documents import tokens_per_batch
 from eval.core.records import Score, each_score, provenance, write_record
@@ -19,7 +20,7 @@ def score_teacher(
 ) -> None:
     """Writes one score record for each seed that shares this teacher."""
     data, tokenizer = study.folder / "data", teacher_tokenizer(study, side, seeds[0])
-    size = tokens_per_batch(len(tokenizer))
+    size = tokens_per_batch(len(tokenizer), accelerator().device)
     for kind in score_kinds(study):
         documents = score_documents(
             teacher.log_probs, data, tokenizer, study.data.context, kind=kind, batch_tokens=size

@@ -40,7 +40,15 @@ from distill.trainer.artifact_training import (
 )
 from distill.trainer.loop import accelerator
 from distill.trainer.rollout import OnPolicy
-from eval.core.artifacts import Key, digest, installed_versions, make_key, read_manifest, stage_code
+from eval.core.artifacts import (
+    Key,
+    digest,
+    installed_versions,
+    make_key,
+    read_manifest,
+    stage_code,
+    write_text,
+)
 from eval.core.documents import Row, pad_id, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.jobs import Progress
@@ -163,13 +171,14 @@ def _write_targets(
     if study.targets.source == "cached":
         codec = study_codec(study, model, tokenizer)
         facts |= codec.facts
+        share["batch_tokens"] = batch_tokens(scratch, codec.vocabulary)
         if isinstance(running, AnsweringTeacher):
             share |= {"batch_tokens": ASKED_TOKENS, "written": running.written}
         write_shards(scratch, rows, running, codec, pad=pad_id(tokenizer), **share)
     else:
         generation = study.targets.generation
         facts |= {"form": "texts", "generation": generation.model_dump()}
-        max_tokens, context = tokens_per_batch(running.vocabulary), study.data.context
+        max_tokens, context = batch_tokens(scratch, running.vocabulary), study.data.context
         write = partial(running.write, seed=0)
         write_texts(scratch, rows, write, generation, context=context, max_tokens=max_tokens, **share)
     acc.wait_for_everyone()
@@ -179,6 +188,19 @@ def _write_targets(
         if acc.is_main_process:
             facts |= link_shards(scratch, temporary, tokens)
     delete_scratch(study, name)
+
+
+def batch_tokens(scratch: Path, vocabulary: int) -> int:
+    """Padded tokens per batch by the memory that is free at the start of unfinished work.
+
+    All processes, and what goes on after a stop, lay out the same batches.
+    """
+    acc, file = accelerator(), scratch / "batch-tokens"
+    if acc.is_main_process and not file.is_file():
+        scratch.mkdir(parents=True, exist_ok=True)
+        write_text(file, str(tokens_per_batch(vocabulary, acc.device)))
+    acc.wait_for_everyone()
+    return int(file.read_text())
 
 
 def study_codec(study: Study, model: Path, tokenizer: PreTrainedTokenizerBase) -> Codec:

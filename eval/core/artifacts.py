@@ -45,9 +45,9 @@ VERSIONS = {
     "tokens": Stage(1, ("transformers", "tokenizers")),
     "base": Stage(6, (*_MODELS, "accelerate")),
     "method": Stage(5, (*_MODELS, "accelerate", "peft")),
-    "targets": Stage(3, (*_MODELS, "peft")),
+    "targets": Stage(4, (*_MODELS, "peft")),
     "student": Stage(6, (*_MODELS, "accelerate", "peft")),
-    "variant": Stage(4, _MODELS),  # and what its passes need
+    "variant": Stage(5, _MODELS),  # and what its passes need
 }
 # Where the artifacts of a run lie, and what they are called in a sentence.
 FOLDERS = {"data": "documents", "tokenizer": "tokenizer", "base": "bases", "method": "teachers"}

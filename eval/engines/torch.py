@@ -10,15 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.core.documents import Batch
+from eval.core.documents import Batch, tokens_per_batch
 from eval.core.errors import UserError, require_one_of
 from eval.engines import REMAKE, Engine, first_line, load_tokenizer, silence, silenced
 
 DEVICES = ("cpu", "cuda")
-CUDA_TOKENS = 2**15  # padded, per forward pass on a GPU, at most
-COPIES = (
-    8  # float32 scores of a batch that may be in its memory at once, with room for the model's own states
-)
 DTYPES = ["float32", "bfloat16", "float16"]  # in which models are computed
 silence("bitsandbytes")  # int8 layers log a line when they are called, where `silenced` would cost time
 
@@ -145,11 +141,10 @@ class TorchEngine(Engine):
 
     @property
     def scoring_tokens(self) -> int:
-        """On a GPU as many as its free memory holds the scores of, several times over: they are copied."""
+        """On a GPU as many as its memory holds."""
         if self.device.type == "cpu":
             return super().scoring_tokens
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return max(1, min(CUDA_TOKENS, free // (COPIES * 4 * self.vocabulary)))
+        return tokens_per_batch(self.vocabulary, self.device)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:

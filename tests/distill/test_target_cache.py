@@ -9,6 +9,7 @@ from distill.losses.divergences import distillation_loss
 from distill.losses.teacher_output import Dense, Sampled, TopK
 from distill.teachers.cache import CachedTeacher, link_shards, shard_batches, write_shards
 from distill.teachers.codec import make_codec
+from distill.teachers.target_source import batch_tokens
 from eval.core.artifacts import Key, build_artifact, read_manifest
 from eval.core.documents import Row, batches, collate
 from eval.core.errors import UserError
@@ -125,6 +126,14 @@ def test_at_most_80_bytes_per_token_at_50_draws(tmp_path, vocabulary, sharpness)
 
 def shard_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.glob("shard-*")}
+
+
+def test_what_goes_on_after_a_stop_has_batches_of_the_same_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.teachers.target_source.tokens_per_batch", lambda vocabulary, device: 64)
+    assert batch_tokens(tmp_path / "parts", 320) == 64
+    monkeypatch.setattr("distill.teachers.target_source.tokens_per_batch", lambda vocabulary, device: 128)
+    assert batch_tokens(tmp_path / "parts", 320) == 64, "other memory is free now"
+    assert batch_tokens(tmp_path / "other", 320) == 128
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -1,5 +1,6 @@
 """Documents and the rows of tokens that every stage makes of them."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,10 @@ from eval.core.documents import (
     batches,
     boundary_id,
     collate,
+    free_bytes,
     read_documents,
     scored_slices,
+    tokens_per_batch,
     windows,
 )
 from eval.core.errors import UserError
@@ -81,3 +84,25 @@ def test_slices_are_read_by_name(tmp_path):
     assert first.bytes == len(first.text.encode())
     with pytest.raises(UserError, match=r"slice 'near': .*slices of this data: far, test, train, validation"):
         read_documents(tmp_path / "data", "near")
+
+
+@pytest.mark.parametrize(
+    ("free", "vocabulary", "tokens"),
+    [
+        (2**34, 1024, 4096),
+        (2**34, 49_152, 512),
+        (2**33, 49_152, 256),
+        (2**33, 151_936, 64),
+        (2**20, 151_936, 1),
+    ],
+)
+def test_free_memory_decides_how_large_a_batch_is(monkeypatch, free, vocabulary, tokens):
+    """On a CPU a sixteenth of it holds eight times the logits."""
+    monkeypatch.setattr("eval.core.documents.free_bytes", lambda device: free)
+    assert tokens_per_batch(vocabulary) == tokens
+    assert tokens == 1 or 8 * 4 * vocabulary * tokens <= free / 16
+
+
+def test_the_free_memory_of_this_machine():
+    assert 2**20 < free_bytes() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert tokens_per_batch(2**16).bit_count() == 1

@@ -10,6 +10,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import psutil
+
 from eval.core.documents.encoding import (
     SCORED,
     Learned,
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+CPU_TOKENS, CUDA_TOKENS = 2**12, 2**15  # padded, per forward pass, at most
+COPIES, CPU_SHARE = 8, 16  # see `tokens_per_batch`
 TRAIN, TEST = "train", "test"
 TRANSFER = "transfer"  # documents that students learn from their teachers on, where there are such
 
@@ -338,9 +342,25 @@ def collate(rows: list[Row], pad: int) -> Batch:
     return Batch(*names, ids, mask, given, positions if packed else None)
 
 
-def tokens_per_batch(vocabulary: int) -> int:
-    """Padded tokens per batch whose logits take at most 128 MiB in float32, and no more than help a CPU."""
-    return min(4096, max(1, 2**25 // vocabulary))
+def tokens_per_batch(vocabulary: int, device: torch.device | str = "cpu") -> int:
+    """Padded tokens per batch: as many as the free memory of a device has room for the logits of, [T, V].
+
+    In float32, and `COPIES` times over: they are copied. A CPU gives a `CPU_SHARE` of what is free, because
+    several processes run on it. It is a power of two, so that it is mostly the same, and no more than help.
+    """
+    share, most = (CPU_SHARE, CPU_TOKENS) if str(device) == "cpu" else (1, CUDA_TOKENS)
+    fits = free_bytes(device) // share // (COPIES * 4 * vocabulary)
+    return min(most, 1 << max(0, fits.bit_length() - 1))
+
+
+def free_bytes(device: torch.device | str = "cpu") -> int:
+    """Memory that a process can still have: of this machine, or of a GPU."""
+    if str(device) == "cpu":
+        return int(psutil.virtual_memory().available)
+    import torch  # seconds to import
+
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held
 
 
 def batches(rows: Iterable[Row], pad: int, batch_tokens: int = 4096) -> Iterator[Batch]:
