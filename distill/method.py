@@ -22,9 +22,11 @@ from eval.core.config import Frozen, plugin_class, validate_config
 from eval.core.documents import Batch, Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Generation, MethodChoice, Train
+from eval.engines import silenced
 from eval.engines.torch import load_model
 
 METHODS = "distill.methods"  # the registry: a file each
+MODEL = "model"  # folder of a teacher that is a model of its own
 OTHERS = ""  # the name of what stands in front of rows of every domain that has nothing of its own
 
 
@@ -225,6 +227,37 @@ class InFront(Method):
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         others = self.parts.get(OTHERS)
         return prefixed_output(teacher, batch, [self.parts.get(name, others) for name in batch.domains])
+
+
+class Retrained(Method):
+    """A teacher that is a model of its own: what `start` gives, trained on the training rows by `fit`.
+
+    A subclass defines `card`, and `start` where that is not the base; its settings have `train`.
+    """
+
+    class Settings(Frozen):
+        train: Train
+
+    def start(self, context: MethodContext) -> PreTrainedModel:
+        """The model before it is trained."""
+        return context.load_base(context.seed)
+
+    def fit(self, context: MethodContext) -> None:
+        model = self.start(context)
+        context.train(model, context.rows(), self.settings.train, MODEL)
+        with silenced("transformers"):
+            model.save_pretrained(str(context.folder / MODEL))
+
+    def load_parts(self, teacher: PreTrainedModel, context: MethodContext) -> PreTrainedModel:
+        return context.load(context.folder / MODEL).to(teacher.device)
+
+    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
+        return plain_output(self.parts, batch=batch)
+
+    def write(
+        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
+    ) -> list[list[int]]:
+        return plain_texts(self.parts, prompts, generation, seed)
 
 
 class PlainBase(Plain):

@@ -26,6 +26,7 @@ from eval.core.config import Frozen
 from eval.core.documents import Batch, ChosenRows, Row
 from eval.core.errors import UserError
 from eval.core.sections import NamedModel, Train
+from eval.engines import silenced
 
 
 class Term(NamedModel):
@@ -129,7 +130,8 @@ class Guidance(Method):
             if term.train is not None:
                 model, rows = self._start(place, context), _rows_of(context.rows(), term.domains)
                 context.train(model, rows, term.train, f"term{place}")
-                model.save_pretrained(context.folder / f"term{place}")
+                with silenced("transformers"):
+                    model.save_pretrained(context.folder / f"term{place}")
 
     def _start(self, place: int, context: MethodContext) -> PreTrainedModel:
         """The model of a term before it is trained: fresh, named, or the one that the teacher is."""

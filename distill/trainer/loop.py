@@ -283,7 +283,7 @@ def train(
     trained = deepcopy(model) if is_sharded(acc) else model  # sharding changes a model for good
     set_memory_and_attention(trained, config)
     plain_module = build_module(trained, rows[order[0][0]], config, teacher, pad)
-    optimizers = build_optimizers(trained, config, list(plain_module.projectors.parameters()))
+    optimizers = build_optimizers(trained, config, plain_module.own_weights)
     plain_module.train()
     module, *optimizers = acc.prepare(plain_module, *optimizers)
     if acc.process_index > 0:  # dropout of its own; the order of rows is that of the seed everywhere

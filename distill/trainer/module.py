@@ -1,4 +1,4 @@
-"""The student in training: its loss on a batch, and projectors of hidden states, which are not exported."""
+"""A model in training: its loss on a batch, and projectors and further heads, which are not exported."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +30,22 @@ def float32_products(precision: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+class FutureHead(nn.Module):
+    """The state from which a later token is predicted, from the last one [n, D]: at first the same.
+
+    A residual block, as in Medusa (Cai et al. 2024, arXiv:2401.10774).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block = nn.Linear(width, width)
+        nn.init.zeros_(self.block.weight)
+        nn.init.zeros_(self.block.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + F.silu(self.block(hidden))
+
+
 class DistillationModule(nn.Module):
     """The module that accelerate wraps: its forward returns the loss.
 
@@ -51,6 +67,13 @@ class DistillationModule(nn.Module):
             nn.Linear(own_width, width, bias=False) if width != own_width else nn.Identity()
             for width in widths
         )
+        ahead = config.future.tokens if config.future else 0
+        self.future_heads = nn.ModuleList(FutureHead(own_width) for _ in range(ahead))
+
+    @property
+    def own_weights(self) -> list[nn.Parameter]:
+        """Those that are trained beside the model's, and not exported with it."""
+        return [*self.projectors.parameters(), *self.future_heads.parameters()]
 
     def forward(self, batch: Batch, target: Target | Aligned | None) -> Tensor:
         """Summed loss of a batch; position p of student and teacher predicts token p + 1."""
@@ -73,11 +96,38 @@ class DistillationModule(nn.Module):
             hidden = hidden.bfloat16()  # as autocast does before a linear layer
         labels = batch.labels[batch.mask]
         if isinstance(target, Aligned):
-            return cross_tokenizer_loss(hidden, head_of(self.model), labels, target, self.settings.loss)
-        loss = chunked_loss(hidden, head_of(self.model), labels, target, self.settings.loss)
+            loss = cross_tokenizer_loss(hidden, head_of(self.model), labels, target, self.settings.loss)
+        else:
+            loss = chunked_loss(hidden, head_of(self.model), labels, target, self.settings.loss)
+        if self.settings.future and self.training:
+            loss = loss + self.settings.future.weight * self.future_loss(captured[0], batch)
         if pairs is None:
             return loss
+        assert not isinstance(target, Aligned)
         return loss + pairs.weight * self.hidden_loss(output.hidden_states, positions, target, pairs)
+
+    def future_loss(self, states: Tensor, batch: Batch) -> Tensor:
+        """Summed cross-entropy of the tokens after the next one, over the heads: head k predicts p + 1 + k.
+
+        Multi-token prediction (Gloeckle et al. 2024, arXiv:2404.19737), through the model's own head.
+
+        Args:
+            states: [B, T, D] last hidden states.
+        """
+        total = states.new_zeros((), dtype=torch.float32)
+        for ahead, head in enumerate(self.future_heads, start=1):
+            mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+            size = max(0, mask.shape[1] - 1 - ahead)
+            mask[:, :size] = batch.mask[:, ahead:]
+            if batch.positions is not None:  # of one document
+                mask[:, :size] &= batch.positions[:, 1 + ahead :] == batch.positions[:, :size] + 1 + ahead
+            places = mask.flatten().nonzero()[:, 0]
+            hidden = head(select_positions(states, places))
+            if self.settings.precision == "bf16":
+                hidden = hidden.bfloat16()
+            labels = batch.input_ids.flatten()[places + 1 + ahead]
+            total = total + chunked_loss(hidden, head_of(self.model), labels, None, self.settings.loss)
+        return total
 
     def hidden_loss(
         self, states: Sequence[Tensor], positions: Tensor, target: Target | None, config: Hidden

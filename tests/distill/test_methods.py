@@ -26,6 +26,7 @@ from tests.helpers import text
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SETTINGS = {
+    "attention": {"config": {"rms_norm_eps": 1e-5}, "train": {"rows": 4, "steps": 3}},
     "context": {"text": text("code", 99, 8), "domains": {"prose": {"text": text("prose", 99, 6)}}},
     "ensemble": {"members": 2},
     "examples": {"count": 2, "tokens": 12},
@@ -43,8 +44,10 @@ SETTINGS = {
         "plausible": 0.05,
     },
     "harmful": {},
+    "heads": {"train": {"rows": 4, "steps": 3, "future": {"tokens": 1}}},
     "larger_teacher": {},
     "memory": {"neighbours": 5, "temperature": 3.0, "cache_share": 0.1, "flatness": 0.05},
+    "mixture": {"train": {"rows": 4, "steps": 3}},
     "placebo": {},
     "retrieval": {"count": 2, "tokens": 6, "query": 5, "stride": 8},
 }

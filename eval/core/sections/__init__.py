@@ -150,6 +150,13 @@ class Loss(Frozen):
     hidden: Hidden | None = None
 
 
+class Future(Frozen):
+    """Further heads that predict the tokens after the next one, in training alone: they are not exported."""
+
+    tokens: int = Field(1, gt=0, description="how many tokens further ahead are predicted, by a head each")
+    weight: float = Field(0.3, gt=0, description="factor of their cross-entropy in the loss")
+
+
 class Train(Frozen):
     """How one model is trained."""
 
@@ -159,6 +166,7 @@ class Train(Frozen):
     accumulate: int = Field(1, gt=0, description="micro-batches per step; divides `rows`")
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
+    future: Future | None = None
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         "fp32",
         description="number format of the products; losses and weights stay in fp32. `tf32`: CUDA only. "
