@@ -5,6 +5,8 @@ import shutil
 from compress.build import TrainedStudent, Variant, build_variants, is_built, scratch_folder
 from compress.publish import publish_variant
 from compress.recipe import load_recipes
+from distill.models.precision import settle_precision
+from distill.trainer.loop import accelerator
 from eval.core.artifacts import is_done, verify_artifact
 from eval.core.checks import CONTROL, STUDENT
 from eval.core.jobs import Job, run_jobs
@@ -38,6 +40,7 @@ def pending_variants(study: Study) -> list[Variant]:
 
 def make_variants(study: Study) -> int:
     """Builds, verifies and publishes the variants that are pending; returns how many."""
+    settle_precision(study, accelerator())  # of a recipe that came after the training
     variants = pending_variants(study)
     groups: dict[TrainedStudent, list[Variant]] = {}
     for variant in variants:

@@ -18,6 +18,7 @@ from eval.core.artifacts import installed_versions, plugin_code, stage_code
 from eval.core.config import Frozen, Stored, plugin_class, plugin_names, validate_config
 from eval.core.documents import Row
 from eval.core.errors import UserError
+from eval.core.sections.precision import Choice, read_choice, replace_auto
 from eval.core.study import Study, read_recipe
 
 if TYPE_CHECKING:  # heavy, and a command that has nothing to do should end at once
@@ -213,21 +214,26 @@ def check_order(passes: list[Pass], where: str) -> None:
             )
 
 
-def load_recipe(name: str) -> Recipe:
+def load_recipe(name: str, choice: Choice | None = None) -> Recipe:
     """A recipe of configs/recipes by name, or from the path of a YAML file.
+
+    Args:
+        choice: what `auto` is in the run, if that is known.
 
     Raises:
         UserError: names the file, the key and what is accepted.
     """
     path, raw = read_recipe(name)
-    passes = [make_pass(entry, f"{path}: passes.{i}") for i, entry in enumerate(raw.passes)]
+    entries = replace_auto(raw.passes, choice or {})
+    passes = [make_pass(entry, f"{path}: passes.{i}") for i, entry in enumerate(entries)]
     check_order(passes, str(path))
     return Recipe(raw.name, raw.target, tuple(passes))
 
 
 def load_recipes(study: Study) -> list[Recipe]:
-    """The recipes of a study, in its order; their names differ."""
-    recipes = [load_recipe(name) for name in study.recipes]
+    """The recipes of a study, in its order, with what its run chose for `auto`; their names differ."""
+    choice = read_choice(study.folder)
+    recipes = [load_recipe(name, choice) for name in study.recipes]
     names = [recipe.name for recipe in recipes]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError("recipes", f"{min(twice)!r} twice", "give each recipe a name of its own")

@@ -15,7 +15,8 @@ from distill.models.gguf import find_gguf, read_config
 from distill.models.load import architecture_config
 from eval.core.artifacts import write_text
 from eval.core.sections import Base
-from eval.core.study import PRECISION, Study, has_auto, settled
+from eval.core.sections.precision import PRECISION
+from eval.core.study import Study, asks_for_auto, settled
 
 SECONDS = 1.0  # of the whole measurement, at most; one product of each kind is made even so
 FASTER = 1.3  # times the speed of float32 that bf16 must have: casts cost something too
@@ -25,9 +26,10 @@ FLOP = 1e9  # of one product, at most
 def settle_precision(study: Study, acc: Accelerator) -> Study:
     """The study with `auto` replaced: by what the run folder chose before, or by a measurement now.
 
-    One choice holds for all arms of a run, wherever it is continued: S1 and S0 never differ by it.
+    One choice holds for all arms of a run, wherever it is continued, and for the recovery of their variants:
+    S1 and S0 never differ by it.
     """
-    if not has_auto(study):
+    if not asks_for_auto(study):
         return study
     file = study.folder / PRECISION
     if acc.is_main_process and not file.is_file():

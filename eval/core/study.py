@@ -27,9 +27,9 @@ from eval.core.errors import UserError
 from eval.core.records import PLAIN
 from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Train
 from eval.core.sections.models import ACCESS_KEYS, SERVER_ACCESS, Teacher
+from eval.core.sections.precision import PRECISION, has_auto, read_choice, replace_auto
 
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
-PRECISION = "precision.json"  # lies in a run folder: what `auto` means there, measured at its start
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
 # No model depends on these.
 UNHASHED_KEYS = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers"}
@@ -159,43 +159,18 @@ def load_study(where: str | Path | None, words: list[str] | None = None, **overr
 
 
 def settled(study: Study) -> Study:
-    """The study with `auto` replaced by what its run folder chose, if it has chosen.
-
-    Raises:
-        UserError: the file with the choice is damaged.
-    """
-    file = study.folder / PRECISION
-    if not file.is_file() or not has_auto(study):
+    """The study with `auto` replaced by what its run folder chose, if it has chosen."""
+    raw = study.model_dump(mode="json")
+    if not has_auto(raw) or (choice := read_choice(study.folder)) is None:
         return study
-    try:
-        precision = json.loads(file.read_text(encoding="utf-8"))["precision"]
-        choice = {"precision": precision, "dtype": {"fp32": "float32", "bf16": "bfloat16"}[precision]}
-    except (ValueError, KeyError, TypeError) as error:
-        problem, fix = "holds no precision: fp32 or bf16", "delete it: the next training measures again"
-        raise UserError(str(file), problem, fix) from error
-    raw = _without_auto(study.model_dump(mode="json"), choice)
-    return validate_config(Study, raw, str(file)).model_copy(update={"accept_old": study.accept_old})
+    settings = validate_config(Study, replace_auto(raw, choice), str(study.folder / PRECISION))
+    return settings.model_copy(update={"accept_old": study.accept_old})
 
 
-def has_auto(study: Study) -> bool:
-    """True if a precision or a dtype of the study, or of its method's settings, is still `auto`."""
-    return (raw := study.model_dump(mode="json")) != _without_auto(raw, {"precision": "", "dtype": ""})
-
-
-def _without_auto(value: Any, choice: dict[str, str]) -> Any:
-    """`value` with every `auto` under a key of `choice` replaced; an architecture is not ours to change."""
-    if isinstance(value, list):
-        return [_without_auto(one, choice) for one in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: inner
-        if key == "architecture"
-        else choice[key]
-        if inner == "auto" and key in choice
-        else _without_auto(inner, choice)
-        for key, inner in value.items()
-    }
+def asks_for_auto(study: Study) -> bool:
+    """True if a setting of the study, of its method or of its recipes is `auto`."""
+    passes = [read_recipe(name)[1].passes for name in study.recipes]
+    return has_auto([study.model_dump(mode="json"), passes])
 
 
 def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:

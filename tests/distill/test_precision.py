@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.recipe import load_recipes
 from distill.models import precision
 from distill.models.gguf import find_gguf, load_gguf
 from distill.models.precision import measure_products, settle_precision
@@ -14,7 +15,9 @@ from distill.trainer.module import DistillationModule
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Train
-from eval.core.study import PRECISION, has_auto, load_study, make_run_folder
+from eval.core.sections.precision import PRECISION
+from eval.core.study import asks_for_auto, load_study, make_run_folder
+from tests.compress.student_run import recipe_file
 from tests.helpers import tiny_model, tiny_study
 
 AUTO = ["--train.precision", "auto", "--targets.dtype", "auto", "--base.train.precision", "auto"]
@@ -32,11 +35,11 @@ def test_auto_is_measured_once_and_kept(tmp_path, monkeypatch, capsys, bf16, cho
     monkeypatch.setattr(precision, "measure_products", measure)
     path = tiny_study(tmp_path)
     study = load_study(path, AUTO)
-    assert has_auto(study)
+    assert asks_for_auto(study)
     make_run_folder(study)
     for start in (study, load_study(path, AUTO)):
         now = settle_precision(start, accelerator())
-        assert not has_auto(now)
+        assert not asks_for_auto(now)
         assert now.train.precision == now.base.train.precision == chosen
         assert now.targets.dtype == {"fp32": "float32", "bf16": "bfloat16"}[chosen]
     assert len(measured) == 1
@@ -53,6 +56,20 @@ def test_auto_in_the_settings_of_a_method_is_settled_too(tmp_path):
     file.write_text("{}")
     with pytest.raises(UserError, match="delete it: the next training measures again"):
         load_study(tiny_study(tmp_path), words)
+
+
+def test_auto_in_a_recipe_is_what_the_run_chose(tmp_path, monkeypatch):
+    """Measured even where the study itself asks for nothing, and part of what a variant is."""
+    monkeypatch.setattr(precision, "measure_products", lambda *shape: {"fp32": 1.0, "bf16": 9.0})
+    recover = {"pass": "recover", "train": {"steps": 1, "precision": "auto"}}
+    study = load_study(tiny_study(tmp_path, recipes=[recipe_file(tmp_path, "own", recover)]))
+    (before,) = load_recipes(study)
+    assert before.passes[0].options.train.precision == "auto"
+    make_run_folder(study)
+    assert settle_precision(study, accelerator()) == study
+    (recipe,) = load_recipes(study)
+    assert recipe.passes[0].options.train.precision == "bf16"
+    assert recipe.settings != before.settings
 
 
 def test_auto_outside_of_a_study_is_refused(tmp_path):
