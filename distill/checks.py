@@ -49,6 +49,11 @@ def check_method(study: Study) -> None:
             with the model that it is to run in.
     """
     method, thing = make_method(study.method), f"method {study.method.name}"
+    if method.only_writes and study.targets.source != "sequence":
+        problem = (
+            f"chooses among texts, and targets.source is {study.targets.source}: nothing would be chosen"
+        )
+        raise UserError(thing, problem, "set targets.source: sequence")
     for one in (method, method.control()):
         models = max(len(one.bases(seed, study.seeds)) for seed in study.seeds)
         if one.model == "base" and study.teacher is None:

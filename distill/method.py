@@ -98,6 +98,7 @@ class Method(ABC):
         "teacher"  # what it runs in: the study's teacher, or the base
     )
     only_prompt: ClassVar[bool] = False  # True: `in_front` is all it does, so that a server can carry it
+    only_writes: ClassVar[bool] = False  # True: `write` is all it does: it needs targets.source: sequence
 
     class Settings(Frozen):
         """Accepted under `method.settings`."""
@@ -285,10 +286,20 @@ def plain_output(*models: PreTrainedModel, batch: Batch, **inputs: Any) -> Teach
 
 
 def plain_texts(
-    teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
+    teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: object
 ) -> list[list[int]]:
     """What `Method.write` samples where `output` is `plain_output(teacher)`, with a key-value cache."""
     return generate_texts(teacher, prompts, generation, seed, pad=0)
+
+
+def candidates(write: Callable[[object], list[list[int]]], seed: object, count: int) -> list[list[list[int]]]:
+    """For each prompt `count` texts to choose from; the first is the one of `seed` itself.
+
+    Args:
+        write: seed -> a text for each prompt.
+    """
+    drawn = [write(f"{seed} {number}" if number else seed) for number in range(count)]
+    return [list(texts) for texts in zip(*drawn, strict=True)]
 
 
 def prefixed_output(

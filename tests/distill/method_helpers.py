@@ -26,3 +26,8 @@ def answer(method, teacher, batch):
     output = check_output(method.output(teacher, batch), batch, 320, "method")
     everywhere = torch.ones_like(batch.input_ids, dtype=torch.bool)
     return output.select(everywhere).log_softmax(0, everywhere.numel()).view(*everywhere.shape, 320)
+
+
+def count_of_e(prompt, text):
+    """A verifier's score of a text."""
+    return text.count("e") + prompt.count("\0")

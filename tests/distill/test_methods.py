@@ -49,6 +49,7 @@ SETTINGS = {
     "memory": {"neighbours": 5, "temperature": 3.0, "cache_share": 0.1, "flatness": 0.05},
     "mixture": {"train": {"rows": 4, "steps": 3}},
     "placebo": {},
+    "voting": {"samples": 3, "answer": "distill.methods.voting.last_word"},
     "retrieval": {"count": 2, "tokens": 6, "query": 5, "stride": 8},
 }
 

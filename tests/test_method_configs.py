@@ -1,0 +1,51 @@
+"""Every study of configs/methods at tiny size, up to its teachers and what they say, by the real command."""
+
+import pytest
+import yaml
+
+from eval.core.artifacts import verify_artifact
+from eval.core.config import ROOT
+from eval.core.records import each_score
+from tests.helpers import launch, write_corpus
+
+NAMES = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml"))
+ARCHITECTURE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_study_of_a_method_ends_with_scored_teachers_and_targets(name, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", documents=24)
+    source = {"kind": "dataset", "path": "json", "data_files": str(corpus), "domain_column": "domain"}
+    study = {
+        "extends": str(ROOT / "configs" / "methods" / f"{name}.yaml"),
+        "name": name,
+        "runs": str(tmp_path / "runs"),
+        "seeds": [0],
+        "data": {
+            "documents": [source],
+            "shifted": {"near": None, "far": None},
+            "validation": 4,
+            "test": 2,
+            "scored_bytes": 200,
+            "context": 96,
+            "train_rows": 16,
+        },
+        "base": {"architecture": ARCHITECTURE, "vocab_size": 300, "train": {"epochs": 1}},
+        "trackers": [],
+        "budget": "tiny",
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    done = launch(tmp_path / "study.yaml", "--until", "teachers")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / name
+    for side in ("T1", "T0"):
+        assert verify_artifact(run / "targets" / side / "s0").facts["tokens"] > 100
+    scores = {record.arm: sum(record.documents.bits) for record in each_score(run)}
+    assert (scores["T1"] != scores["T0"]) == (name != "voting")
