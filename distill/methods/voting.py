@@ -47,10 +47,10 @@ class Voting(Plain):
         title="Voting",
         paper="self-consistency: Wang et al. 2022, arXiv:2203.11171; best of n: Stiennon et al. 2020, "
         "arXiv:2009.01325; distilled: Yu et al. 2024, arXiv:2407.06023",
-        claim="the text whose answer most of several agree on, or that a verifier prefers, is right more often",
+        claim="the text whose answer most of several give, or that a verifier prefers, is right more often",
         touches="the texts that the teacher writes, not its probabilities",
-        limits="a gain of texts shows in tasks, not in bits per byte: both teachers have the same scores, and "
-        "the gate cannot see it",
+        limits="a gain of texts shows in tasks, not in bits per byte: both teachers have the same scores, "
+        "and the gate cannot see it",
     )
     only_prompt = False
     only_writes = True
@@ -59,8 +59,8 @@ class Voting(Plain):
         samples: int = Field(8, gt=1, description="texts for each prompt; the first is that of the control")
         answer: str | None = Field(
             None,
-            description="`package.module.function`: text -> its answer, or None if it has none; taught is the "
-            "first text with the answer that most of them give",
+            description="`package.module.function`: text -> its answer, or None if it has none; taught is "
+            "the first text with the answer that most of them give",
         )
         score: str | None = Field(
             None,
