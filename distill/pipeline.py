@@ -51,6 +51,7 @@ from distill.teachers.run import (
 )
 from distill.teachers.target_source import (
     STORED_SOURCES,
+    learned_split,
     make_teacher,
     open_target_source,
     target_source_inputs,
@@ -241,8 +242,7 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
         commit = origin.get("commit")
         student, start_facts = start_student(study, base, tokenizer, seed, config, commit)
         facts |= start_facts
-        split = distilled_split(study) if arm in TEACHERS else TRAIN
-        facts["training_rows"] = rows_taken(study, tokenizer, split)
+        facts["training_rows"] = rows_taken(study, tokenizer, learned_split(study, arm))
         facts["loss_curve"] = run_training(
             study,
             name,

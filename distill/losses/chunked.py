@@ -142,11 +142,15 @@ def loss_and_gradient_(
 ) -> Tensor:
     """`divergences.distillation_loss` of float32 logits [n, V], which become its gradient.
 
-    The gradients of cross-entropy and of the forward KL are written out, the others are left to autograd.
+    The gradients of cross-entropy, of the forward KL and of the policy gradient are written out, the others
+    are left to autograd.
     """
     weight, temperature = config.weight, config.temperature
     if target is None or weight == 0:
         return _soft_cross_entropy_(logits, labels[:, None], torch.ones_like(logits[:, :1]))
+    if config.divergence == "policy_gradient":
+        assert isinstance(target, Tensor)
+        return _policy_gradient_(logits, labels[:, None], target)
     if config.divergence != "forward_kl" or isinstance(target, TopK):
         with torch.enable_grad():
             leaf = logits.clone().requires_grad_()
@@ -191,6 +195,22 @@ def _cross_entropy_and_kl_(logits: Tensor, labels: Tensor, target: Tensor | Samp
     logits.scatter_add_(1, labels[:, None], torch.full_like(label, weight - 1))
     soft, hard = mean_gap + (student_sum / teacher_sum).log(), student_sum.log() - label
     return (weight * soft + (1 - weight) * hard).sum()
+
+
+def _policy_gradient_(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+    """Sum over tokens of log q(y) - log p(y), and the gradient (log q(y) - log p(y)) ([y] - q).
+
+    Args:
+        labels: [n, 1] the drawn ids y.
+        target: [n, V] log-probabilities up to a constant of each token.
+    """
+    logits -= logits.amax(-1, keepdim=True)
+    own = logits.gather(1, labels)
+    total = logits.exp_().sum(-1, keepdim=True)
+    cost = own - total.log() - target.gather(1, labels) + target.logsumexp(-1, keepdim=True)
+    logits *= -cost / total
+    logits.scatter_add_(1, labels, cost)
+    return cost.sum()
 
 
 def _soft_cross_entropy_(logits: Tensor, ids: Tensor, shares: Tensor) -> Tensor:

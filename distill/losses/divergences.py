@@ -79,7 +79,23 @@ def sorted_distance(teacher: Tensor, student: Tensor) -> Tensor:
     return (descending[0] - descending[1]).abs().sum()
 
 
-# p: the teacher's log-probabilities, q: the student's
+def policy_gradient(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens of log q(y) - log p(y) at ids y that were drawn from q: an estimate of KL(q || p).
+
+    Its gradient is that of REINFORCE, every token with an advantage of its own, log p(y) - log q(y). Over the
+    draws its mean is the gradient of KL(q || p) at this position (Gu et al. 2024, MiniLLM, arXiv:2306.08543;
+    Lu and Thinking Machines Lab 2025, On-Policy Distillation).
+
+    Args:
+        teacher, student: [N, V] log-probabilities at T = 1.
+        labels: [N] the ids y.
+    """
+    own = student.gather(1, labels[:, None])
+    cost = (own - teacher.gather(1, labels[:, None])).detach()
+    return (cost + cost * (own - own.detach())).sum()
+
+
+# p: the teacher's log-probabilities, q: the student's; policy_gradient needs the labels beside them
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Loss], Tensor]] = {
     "forward_kl": lambda p, q, loss: forward_kl(p, q),
     "reverse_kl": lambda p, q, loss: reverse_kl(p, q),
@@ -159,6 +175,9 @@ def distillation_loss(
     hard = F.nll_loss(student, labels, reduction="sum")
     if target is None or weight == 0:
         return hard
+    if config.divergence == "policy_gradient":
+        assert isinstance(target, Tensor)
+        return policy_gradient(at_temperature(target, 1), student, labels)
     at_t = student if temperature == 1 else at_temperature(student, temperature)
     return (1 - weight) * hard + weight * _divergence_at_t(at_t, target, config)
 

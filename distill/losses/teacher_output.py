@@ -160,8 +160,8 @@ def match_vocabulary(target: Target, vocabulary: int, divergence: str = "forward
             raise UserError("vocabulary", problem, "set targets.source: online, or targets.form: dense")
         return target
     rows = target.vocabulary - target.padding
-    if rows < vocabulary and divergence == "reverse_kl":
-        problem = f"reverse_kl is infinite: the student has {vocabulary} rows, its teacher {rows}"
+    if rows < vocabulary and divergence in ("reverse_kl", "policy_gradient"):
+        problem = f"{divergence} is infinite: the student has {vocabulary} rows, its teacher {rows}"
         raise UserError("train.loss.divergence", problem, "use skew_reverse_kl")
     padding = max(0, vocabulary - rows)
     if rows <= vocabulary:

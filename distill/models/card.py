@@ -12,6 +12,7 @@ ROLES = {
     "S0": "the control student, of the teacher without the method",
     "CE": "trained on the text alone, for as many steps as the students",
 }
+ON_POLICY = "trained without a teacher, on what it wrote itself, each token with the advantage 1"
 
 
 def front_matter(study: Study, arm: str, seed: int, parents: dict[str, str]) -> ModelCardData:
@@ -49,13 +50,14 @@ def model_card(
     Args:
         method: the card of the study's method, for S1 and S0.
     """
+    role = ON_POLICY if arm == "CE" and study.ce_arm == "on_policy" else ROLES[arm]
     text = f"""---
 {front_matter(study, arm, seed, parents).to_yaml()}
 ---
 
 # {study.name}: {arm}, seed {seed}
 
-This is {ROLES[arm]} in the study `{study.name}`. It is a plain causal language model: load it with
+This is {role} in the study `{study.name}`. It is a plain causal language model: load it with
 `transformers.AutoModelForCausalLM.from_pretrained`. What it was made of stands above; the hash of every file
 stands in `manifest.json`.
 """

@@ -49,7 +49,7 @@ from eval.core.artifacts import (
     stage_code,
     write_text,
 )
-from eval.core.documents import Row, pad_id, tokens_per_batch
+from eval.core.documents import TRAIN, Row, pad_id, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.jobs import Progress
 from eval.core.sections import Targets
@@ -95,9 +95,27 @@ def check_target_source(study: Study) -> None:
         fix = "set data.packing: false"
         problem = f"true, but targets.source: {source} generates texts from single documents"
         raise UserError("data.packing", problem, fix)
+    if loss.divergence == "policy_gradient":
+        _check_policy_gradient(targets)
+    if study.ce_arm == "on_policy" and source != "on_policy":
+        problem = f"on_policy, but students learn from {source} targets"
+        raise UserError("ce_arm", problem, "set targets.source: on_policy, or ce_arm: true")
     if source == "on_policy" and loss.weight < 1:
         problem = f"{loss.weight}, but with on_policy the student generates the labels itself"
         raise UserError("train.loss.weight", problem, "set train.loss.weight: 1")
+
+
+def _check_policy_gradient(targets: Targets) -> None:
+    """Is every token drawn from the student's own distribution?"""
+    expected: dict[str, Any] = {"source": "on_policy", "share": 1, "alignment": "tokens"}
+    for name, value in expected.items():
+        if (found := getattr(targets, name)) != value:
+            problem = f"{found}, but policy_gradient learns from tokens that the student drew"
+            raise UserError(f"targets.{name}", problem, f"set it to {value}")
+    for name in ("temperature", "top_p"):
+        if (found := getattr(targets.generation, name)) != 1:
+            problem = f"{found}, but policy_gradient takes draws from the student's own distribution"
+            raise UserError(f"targets.generation.{name}", problem, "set it to 1")
 
 
 def _check_server_targets(study: Study) -> None:
@@ -225,7 +243,8 @@ def _lineage(study: Study, base: Path, teacher: str) -> dict[str, str]:
 def _deciding_settings(targets: Targets) -> dict[str, Any]:
     """The settings that decide the targets; those of the teacher are in the teacher's hash."""
     form = {"dense": ["form"], "sampled": ["form", "draws"], "top_k": ["form", "k"]}[targets.form]
-    keys = {"cached": form, "online": [], "on_policy": ["share", "generation"], "sequence": ["generation"]}
+    own = ["share", "generation", *(["samples"] if targets.samples > 1 else [])]
+    keys = {"cached": form, "online": [], "on_policy": own, "sequence": ["generation"]}
     aligned = ["alignment"] if targets.alignment == "bytes" else []
     return targets.model_dump(include={"source", *keys[targets.source], *aligned})
 
@@ -246,14 +265,19 @@ def target_source_inputs(study: Study, arm: str, seed: int) -> tuple[Any, dict[s
 
     Targets on disk count by the versions that made them, so that accepted ones stay what they were.
     """
-    if arm not in TEACHERS:
-        return None, {}
     settings = _deciding_settings(study.targets)
+    if arm not in TEACHERS:
+        return (settings, stage_code("targets")) if study.ce_arm == "on_policy" else (None, {})
     if study.targets.source not in STORED_SOURCES:
         return settings, {**stage_code("targets"), **_quantizer(study, TEACHERS[arm])}
     _, seeds = teacher_group(study, TEACHERS[arm], seed)
     folder = study.folder / "targets" / teacher_name(TEACHERS[arm], seeds)
     return [settings, read_manifest(folder).code], {}
+
+
+def learned_split(study: Study, arm: str) -> str:
+    """The documents that a student learns from."""
+    return distilled_split(study) if arm in TEACHERS or study.ce_arm == "on_policy" else TRAIN
 
 
 @contextmanager
@@ -262,10 +286,12 @@ def open_target_source(
 ) -> Iterator[TargetSource]:
     """The training input of a student: rows alone, or rows and its teacher."""
     targets, teacher = study.targets, find_teacher_hash(study, arm, seed)
+    rows = training_rows(study, tokenizer, learned_split(study, arm))
+    how = targets.share, targets.generation, study.data.context, seed, pad_id(tokenizer), targets.samples
+    rewrite = OnPolicy(*how) if targets.source == "on_policy" else None
     if teacher is None:
-        yield TargetSource(training_rows(study, tokenizer))
+        yield TargetSource(rows, rewrite=rewrite if study.ce_arm == "on_policy" else None)
         return
-    rows = training_rows(study, tokenizer, distilled_split(study))
     bases, seeds = teacher_group(study, TEACHERS[arm], seed)
     folder = study.folder / "targets" / teacher_name(TEACHERS[arm], seeds)
     base = study.folder / "base" / f"s{seeds[0]}"
@@ -276,6 +302,5 @@ def open_target_source(
     elif targets.source == "sequence":
         yield TargetSource(read_texts(folder, rows, _lineage(study, base, teacher), targets.generation))
     else:
-        rewrite = OnPolicy(targets.share, targets.generation, study.data.context, seed, pad_id(tokenizer))
         with run_teacher(study, TEACHERS[arm], seeds, bases, sharded=True) as local_teacher:
-            yield TargetSource(rows, local_teacher, rewrite if targets.source == "on_policy" else None)
+            yield TargetSource(rows, local_teacher, rewrite)

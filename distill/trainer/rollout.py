@@ -24,6 +24,7 @@ class OnPolicy:
     context: int
     seed: int
     pad: int
+    samples: int = 1  # texts after every prompt, each with random numbers of its own
 
     def generates(self, step: int) -> bool:
         """True if the student generates the rows of this step: decided by seed and step alone."""
@@ -31,6 +32,8 @@ class OnPolicy:
 
     def __call__(self, acc: Accelerator, student: PreTrainedModel, step: int, rows: list[Row]) -> list[Row]:
         """The rows to learn from at a step: each process generates its share, then all exchange them.
+
+        A step that the student writes has `samples` rows for each of `rows`, next to each other.
 
         Raises:
             UserError: the student is sharded.
@@ -42,10 +45,12 @@ class OnPolicy:
             raise UserError("targets.source", "on_policy needs a whole student, this one is sharded", fix)
         prompts = make_prompts(rows, self.generation)
         own_prompts = prompts[acc.process_index :: acc.num_processes]
-        texts: dict[str, list[int]] = {}
+        texts: dict[tuple[str, int], list[int]] = {}
         for group, settings in groups_by_length(own_prompts, self.generation, self.context, MAX_TOKENS):
-            generated = generate_texts(student, group, settings, f"{self.seed} {step}", self.pad)
-            texts |= {row.id: tokens for row, tokens in zip(group, generated, strict=True)}
+            for sample in range(self.samples):
+                key = f"{self.seed} {step} {sample}" if sample else f"{self.seed} {step}"
+                generated = generate_texts(student, group, settings, key, self.pad)
+                texts |= {(row.id, sample): tokens for row, tokens in zip(group, generated, strict=True)}
         if acc.num_processes > 1:
             texts = {name: tokens for part in gather_object([texts]) for name, tokens in part.items()}
-        return [generated_row(row, texts[row.id]) for row in prompts]
+        return [generated_row(row, texts[row.id, i]) for row in prompts for i in range(self.samples)]

@@ -51,14 +51,14 @@ class Study(Frozen):
     train: Train = Field(description="how teachers and students are trained")
     targets: Targets = Targets()
     student: Student = Student()
-    ce_arm: bool = Field(True, description="also train students on the data alone (cross-entropy)")
-    ce_train: Train | None = Field(
-        None, description="how the CE arm is trained, where its best learning rate is another; none: `train`"
+    ce_arm: bool | Literal["on_policy"] = Field(
+        True,
+        description="also train students without a teacher: on the data alone (cross-entropy), or "
+        "`on_policy`: on what they write, each token of it with the advantage 1",
     )
+    ce_train: Train | None = Field(None, description="how the CE arm is trained; none: as `train` says")
     trackers: list[str] = Field(["tensorboard"], description="experiment trackers, by accelerate's names")
-    recipes: list[str] = Field(
-        [], description="compressed variants: files of configs/recipes, by name or path"
-    )
+    recipes: list[str] = Field([], description="variants: files of configs/recipes, by name or path")
     cost: Cost = Cost()
     budget: str = Field(description="limits of a release: a file of configs/budgets, by name or path")
     workers: int = Field(2, gt=0, description="one-thread processes side by side on a CPU")

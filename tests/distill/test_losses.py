@@ -62,7 +62,8 @@ def case(name, **more):
 
 
 def test_every_divergence_is_a_case():
-    assert set(CASES) == set(DIVERGENCES) == set(Loss.model_fields["divergence"].annotation.__args__)
+    names = set(Loss.model_fields["divergence"].annotation.__args__)
+    assert set(CASES) == set(DIVERGENCES) == names - {"policy_gradient"}, "which needs the drawn tokens"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])

@@ -132,10 +132,18 @@ class Loss(Frozen):
     """(1 - weight) CE + weight * divergence(teacher, student) + hidden.weight * hidden-state distance."""
 
     divergence: Literal[
-        "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "uld"
+        "forward_kl",
+        "reverse_kl",
+        "jsd",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+        "total_variation",
+        "uld",
+        "policy_gradient",
     ] = Field(
         "forward_kl",
-        description="divergence of the student from the teacher; `uld`: between their sorted probabilities",
+        description="divergence of the student from the teacher; `uld`: between their sorted probabilities; "
+        "`policy_gradient`: the reverse KL, estimated at the tokens that the student drew",
     )
     weight: float = Field(
         0.9, ge=0, le=1, description="share of the divergence; the rest is cross-entropy (CE)"
@@ -148,6 +156,12 @@ class Loss(Frozen):
         0.1, ge=0, lt=1, description="share of the other distribution in the mixture of a skew divergence"
     )
     hidden: Hidden | None = None
+
+    @model_validator(mode="after")
+    def drawn_from_the_student(self) -> Self:
+        if self.divergence == "policy_gradient" and (self.temperature, self.weight) != (1, 1):
+            raise ValueError("`policy_gradient` is at `temperature: 1` and of `weight: 1`")
+        return self
 
 
 class Future(Frozen):
@@ -244,6 +258,7 @@ class Targets(Frozen):
         le=1,
         description="share of the steps whose rows the student writes, for `source: on_policy`",
     )
+    samples: int = Field(1, gt=0, description="texts after every prompt, for `source: on_policy`")
     generation: Generation = Generation()
 
 
