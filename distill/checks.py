@@ -62,6 +62,9 @@ def check_method(study: Study) -> None:
         if one.model == "teacher" and study.teacher is not None and models > 1:
             problem = "needs several models that differ, and teacher.path is one"
             raise UserError(thing, problem, "leave teacher out, or choose another method")
+        if one.model == "teacher" and one.fits and study.teacher is not None and study.teacher.mix:
+            problem = "fits a model, and teacher.mix is several"
+            raise UserError(thing, problem, "choose a method that fits nothing, or give one teacher.path")
         server = study.teacher is not None and study.teacher.server is not None
         if server and one.model == "teacher" and not one.only_prompt:
             problem = "changes the model or its output, and a server takes a prompt alone"
@@ -115,9 +118,9 @@ def check_models(study: Study) -> None:
         _render_chat(tokenizer, source)
     _check_lengths(study, config, "base")
     student = config
-    for where in ("teacher.path", "student.path"):
-        if where in named:
-            beside = _check_beside(study, named[where], where, tokenizer)
+    for where, one in named.items():
+        if where != "base.tokenizer":
+            beside = _check_beside(study, one, where, tokenizer)
             student = beside if where == "student.path" else student
     if study.student.architecture is not None:
         vocabulary = config.get_text_config().vocab_size
@@ -161,15 +164,21 @@ def check_text_in_front(study: Study) -> None:
     method, base = make_method(study.method), study.base
     if Method.in_front is type(method).in_front and type(method).tokens_in_front is Method.tokens_in_front:
         return
-    if study.teacher is not None and method.model == "teacher":
-        if study.teacher.server is not None:
-            return  # it says itself what is too long
-        config, _, tokenizer = _read_configs(study.teacher, "teacher.path")
-    elif base.architecture is None:
-        config, _, tokenizer = _read_configs(base, "base.path")
+    if study.teacher is not None and method.model == "teacher":  # a server says itself what is too long
+        named = {where: one for where, one in named_models(study).items() if where.startswith("teacher.")}
     else:
-        config = architecture_config(base.architecture, "base.architecture", base.vocab_size)
-        tokenizer = load_tokenizer(study.folder / "tokenizer")
+        named = {} if base.architecture else {"base.path": base}
+        if base.architecture is not None:
+            config = architecture_config(base.architecture, "base.architecture", base.vocab_size)
+            _check_front(study, method, config, load_tokenizer(study.folder / "tokenizer"))
+    for where, one in named.items():
+        config, _, tokenizer = _read_configs(one, where)
+        _check_front(study, method, config, tokenizer)
+
+
+def _check_front(
+    study: Study, method: Method, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     front = method.tokens_in_front(tokenizer)
     if positions is not None and front + study.data.context > positions:
@@ -183,14 +192,15 @@ def _check_beside(
 ) -> PreTrainedConfig:
     """The config of a teacher or pretrained student that goes with the base's tokenizer and the data."""
     config, own = _saved(named, where)
-    if where == "teacher.path" and study.targets.alignment == "bytes":
+    is_teacher = where.startswith("teacher.")
+    if is_teacher and study.targets.alignment == "bytes":
         for each, whose in ((own, where), (tokenizer, "base.path")):
             if each is not None:  # one that is trained is of bytes
                 Vocabulary(each, whose)
     elif tokenizer is None:
         problem = f"none: it is trained, and {named.path} has one of its own"
         fix = f"set base.tokenizer to {named.path}"
-        if where == "teacher.path":
+        if is_teacher:
             fix += ", or compare over bytes (targets.alignment: bytes)"
         raise UserError("base.tokenizer", problem, fix)
     else:

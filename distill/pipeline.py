@@ -40,12 +40,13 @@ from distill.models.load import (
 )
 from distill.models.lora import TrainableModel, add_adapters
 from distill.models.precision import settle_precision
+from distill.teachers.mixture import check_domains
 from distill.teachers.run import (
     TEACHER,
     TEACHERS,
     find_teacher_hash,
     make_server_teacher,
-    teacher_folder,
+    needs_named_teacher,
     teacher_groups,
     teacher_name,
 )
@@ -131,6 +132,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> Study:
         make_tokenizer(study)
         check_text_in_front(study)
         make_training_rows(study)
+        check_domains(study, study_tokenizer(study))
     acc.wait_for_everyone()
     if study.teacher is not None and study.teacher.server is not None:
         make_server_teacher(study, study_tokenizer(study), study.teacher.server)
@@ -194,22 +196,21 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
 
 
 def make_named_teacher(study: Study, report: Progress) -> None:
-    """The pretrained model that a study names as its teacher, as a plain folder of the run."""
-    named = study.teacher
-    assert named is not None
-    if named.server is not None:  # asked when the run began
-        return
-    origin = model_origin(named, study.folder / BASE_FILES, "teacher.path")
-    key = make_key("base", [TEACHER, origin])
-    if not is_missing(study, TEACHER, key):
-        return
-    model, tokenizer = named_model(named, origin.get("commit"), "teacher.path")
-    check_vocabulary(model, tokenizer, "teacher.path", used_documents(study), study.data.context)
-    facts: dict[str, Any] = {"arm": "T", "recipe": "plain", "engine": "torch", "origin": origin}
-    parents: dict[str, str] = {}
-    with build_shared(study, TEACHER, kind="model", key=key, parents=parents, facts=facts) as folder:
-        card, dtype = model_card(study, "T", 0, parents), named_dtype(named, origin.get("commit"))
-        export(model, tokenizer, folder, card, first_documents(study), dtype=dtype)
+    """The pretrained models that a study names as its teachers, as plain folders of the run."""
+    named = {where: one for where, one in named_models(study).items() if where.startswith("teacher.")}
+    for where, one in named.items():
+        name = where.removesuffix(".path").replace("teacher.mix.", "teachers/")
+        origin = model_origin(one, study.folder / BASE_FILES, where)
+        key = make_key("base", [TEACHER, origin])
+        if not is_missing(study, name, key):
+            continue
+        model, tokenizer = named_model(one, origin.get("commit"), where)
+        check_vocabulary(model, tokenizer, where, used_documents(study), study.data.context)
+        facts: dict[str, Any] = {"arm": "T", "recipe": "plain", "engine": "torch", "origin": origin}
+        dtype = named_dtype(one, origin.get("commit"))
+        with build_shared(study, name, kind="model", key=key, parents={}, facts=facts) as folder:
+            card = model_card(study, "T", 0, {}, teacher=one)
+            export(model, tokenizer, folder, card, first_documents(study), dtype=dtype)
 
 
 def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
@@ -306,7 +307,7 @@ def teacher_jobs(study: Study) -> list[Job]:
             (study, side, seeds, bases),
             (
                 *(f"base s{s}" for s in sorted({*bases, *seeds})),
-                *([TEACHER] if teacher_folder(study, side, seeds[0]).name == TEACHER else []),
+                *([TEACHER] if needs_named_teacher(study, side) else []),
             ),
             weight=5 * len(bases),
         )

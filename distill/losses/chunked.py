@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.losses.divergences import check_target, distillation_loss
-from distill.losses.teacher_output import Dense, Sampled, States, Target, TopK, match_vocabulary
+from distill.losses.teacher_output import Sampled, Target, TopK, Whole, match_vocabulary
 from distill.models.lm_head import Head, half_product, is_half_precision
 from eval.core.sections import Loss
 
@@ -88,7 +88,7 @@ def slice_target(target: Target | Tensor | None, start: int, stop: int) -> Tenso
     """The target of the tokens start to stop, in the form in which a loss takes it."""
     if isinstance(target, Tensor):
         return target[start:stop]
-    if isinstance(target, Dense | States):
+    if isinstance(target, Whole):
         return target.logits(start, stop)
     return None if target is None else target.slice(start, stop)
 

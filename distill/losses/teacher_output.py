@@ -1,4 +1,4 @@
-"""Targets: a teacher's distributions of the N valid tokens of a batch, in four forms that a loss accepts.
+"""Targets: a teacher's distributions of the N valid tokens of a batch, in forms that a loss accepts.
 
 Valid tokens are those of `batch.mask`, in row-major order: entry n belongs to its n-th True.
 """
@@ -76,6 +76,45 @@ class States:
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """The weighted mean of the distributions of several teachers, of which some speak of a token.
+
+    parts: the output of each for its N_m of the N tokens, all over one vocabulary; places: which ones these
+    are, [N_m] int64, ascending; log_weights: [N_m] float32. The weights of a token sum to one.
+    """
+
+    parts: tuple[Dense | States, ...]
+    places: tuple[Tensor, ...]
+    log_weights: tuple[Tensor, ...]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.parts[0].vocabulary
+
+    @property
+    def padding(self) -> int:
+        """Ids to which no teacher gives a probability."""
+        return min(part.padding for part in self.parts)
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """[n, V] float32 log-probabilities of the tokens start to stop."""
+        return self.log_softmax(start, stop)
+
+    def log_softmax(self, start: int, stop: int) -> Tensor:
+        """[n, V] float32 log-probabilities of the tokens start to stop."""
+        device = self.places[0].device
+        total = torch.full((stop - start, self.vocabulary), -torch.inf, device=device)
+        bounds = torch.tensor([start, stop], device=device)
+        for part, places, log_weights in zip(self.parts, self.places, self.log_weights, strict=True):
+            first, last = torch.searchsorted(places, bounds).tolist()
+            if first < last:
+                rows = places[first:last] - start
+                weighted = torch.log_softmax(part.logits(first, last), -1) + log_weights[first:last, None]
+                total[rows] = torch.logaddexp(total[rows], weighted)
+        return total
+
+
+@dataclass(frozen=True)
 class Sampled:
     """Ids sampled from the teacher at `temperature`: an unbiased estimate of its distribution.
 
@@ -132,7 +171,8 @@ class Aligned:
     tokens: int  # ids of the teacher's tokenizer; further rows are padding
 
 
-Target = Dense | States | Sampled | TopK
+Whole = Dense | States | Mixed  # whole distributions
+Target = Whole | Sampled | TopK
 Teacher = Callable[[Batch], Target | Aligned]
 NEVER = -1e4  # logit of an id that has no probability: its exponential is 0, and no product with it is NaN
 
@@ -163,6 +203,9 @@ def match_vocabulary(target: Target, vocabulary: int, divergence: str = "forward
     if rows < vocabulary and divergence in ("reverse_kl", "policy_gradient"):
         problem = f"{divergence} is infinite: the student has {vocabulary} rows, its teacher {rows}"
         raise UserError("train.loss.divergence", problem, "use skew_reverse_kl")
+    if isinstance(target, Mixed):
+        parts = tuple(match_vocabulary(part, vocabulary) for part in target.parts)
+        return replace(target, parts=parts)  # type: ignore[arg-type]
     padding = max(0, vocabulary - rows)
     if rows <= vocabulary:
         return replace(target, padding=padding)

@@ -15,12 +15,12 @@ ROLES = {
 ON_POLICY = "trained without a teacher, on what it wrote itself, each token with the advantage 1"
 
 
-def front_matter(study: Study, arm: str, seed: int, parents: dict[str, str]) -> ModelCardData:
+def front_matter(
+    study: Study, arm: str, seed: int, parents: dict[str, str], teacher: NamedModel | None
+) -> ModelCardData:
     """Metadata for programs: the base, the method, and the hashes of all that the model was made from."""
-    named: NamedModel = study.base
-    if arm == "T" and study.teacher is not None:
-        named = study.teacher
-    elif arm not in ("B", "T") and study.student.path is not None:
+    named: NamedModel = teacher or study.base
+    if arm not in ("B", "T") and study.student.path is not None:
         named = NamedModel(path=study.student.path)
     return ModelCardData(
         base_model=named.path if named.is_on_hub else None,  # a file has no hub name
@@ -43,16 +43,22 @@ def front_matter(study: Study, arm: str, seed: int, parents: dict[str, str]) -> 
 
 
 def model_card(
-    study: Study, arm: str, seed: int, parents: dict[str, str], method: dict[str, str] | None = None
+    study: Study,
+    arm: str,
+    seed: int,
+    parents: dict[str, str],
+    method: dict[str, str] | None = None,
+    teacher: NamedModel | None = None,
 ) -> str:
     """README.md of one exported model: what it is, what it was made of, how to load it.
 
     Args:
         method: the card of the study's method, for S1 and S0.
+        teacher: the pretrained model that this one is, for T.
     """
     role = ON_POLICY if arm == "CE" and study.ce_arm == "on_policy" else ROLES[arm]
     text = f"""---
-{front_matter(study, arm, seed, parents).to_yaml()}
+{front_matter(study, arm, seed, parents, teacher).to_yaml()}
 ---
 
 # {study.name}: {arm}, seed {seed}
@@ -63,8 +69,9 @@ stands in `manifest.json`.
 """
     if method is not None and study.teacher is not None:
         named, server = study.teacher, study.teacher.server
+        paths = ", ".join(str(member.path) for member in named.mix) or named.path
         text += f"""
-- teacher of the study: {named.path if server is None else f"{server.model}, behind a server"}
+- teacher of the study: {paths if server is None else f"{server.model}, behind a server"}
 """
     if method is not None:
         text += f"""

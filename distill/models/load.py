@@ -254,6 +254,8 @@ def named_models(study: Study) -> dict[str, NamedModel]:
         named["base.tokenizer"] = NamedModel(path=base.tokenizer, revision=base.revision)
     if study.teacher is not None and study.teacher.path is not None:
         named["teacher.path"] = study.teacher
+    for number, member in enumerate(study.teacher.mix if study.teacher is not None else []):
+        named[f"teacher.mix.{number}.path"] = member
     if student.path is not None:
         named["student.path"] = NamedModel(path=student.path, revision=student.revision)
     return named
@@ -327,6 +329,6 @@ def check_same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenize
         if left.get(token) != right.get(token):
             problem = f"token {token!r} is id {left.get(token)} in one and {right.get(token)} in the other"
             fix = "use one tokenizer for teacher and student"
-            if where == "teacher.path":
+            if where.startswith("teacher."):
                 fix += ", or compare them over bytes (targets.alignment: bytes)"
             raise UserError(f"tokenizer of {where}", problem, fix)

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from distill.losses.teacher_output import Dense, States, Target, Teacher, TopK
+from distill.losses.teacher_output import Target, Teacher, TopK, Whole
 from distill.teachers.codec import Codec, Columns, TopKCodec
 from eval.core.artifacts import Manifest, digest, verify_artifact
 from eval.core.documents import Batch, Row, batches, tokens_per_batch
@@ -56,7 +56,7 @@ def shard_batches(
 def _encode_rows(batch: Batch, keys: dict[str, str], teacher: Teacher, codec: Codec) -> Iterator[Columns]:
     """The columns of each row of a batch, with its key and its numbers of tokens and bytes."""
     target, start = teacher(batch), 0
-    assert isinstance(target, Dense | States | TopK), "only a teacher that answers is written to the cache"
+    assert isinstance(target, Whole | TopK), "only a teacher that answers is written to the cache"
     for name, tokens in zip(batch.ids, batch.mask.sum(1).tolist(), strict=True):
         if isinstance(target, TopK):
             assert isinstance(codec, TopKCodec), "a teacher that names ids is kept as such"

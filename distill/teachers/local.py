@@ -34,6 +34,11 @@ class LocalTeacher:
     tokens: int = 0  # ids of its tokenizer, which a method must answer for; 0: one for each row
     alignment: Alignment | None = None  # to rows with the teacher's tokens, where the student's are others
 
+    @torch.no_grad()
+    def target(self, batch: Batch, mask: Tensor) -> Dense | States:
+        """What it says at the positions of `mask` [B, T] bool of a batch of its own tokens, checked."""
+        return self._select(self._output(batch), mask)
+
     def _output(self, batch: Batch) -> TeacherOutput:
         tokens = self.tokens or self.vocabulary
         return check_output(self.method.output(self.model, batch), batch, tokens, self.name)
@@ -47,7 +52,7 @@ class LocalTeacher:
     def log_probs(self, batch: Batch) -> Tensor:
         """[B, T, V] log-probabilities of a batch of the teacher's own tokens, checked."""
         batch = batch.to(self.model.device)
-        target = self._select(self._output(batch), torch.ones_like(batch.input_ids, dtype=torch.bool))
+        target = self.target(batch, torch.ones_like(batch.input_ids, dtype=torch.bool))
         return target.log_softmax(0, batch.input_ids.numel()).view(*batch.input_ids.shape, -1)
 
     @torch.no_grad()
@@ -61,7 +66,7 @@ class LocalTeacher:
         if self.alignment is not None:
             translation = self.alignment.translate(batch)
             batch = translation.batch.to(self.model.device)
-            target = self._select(self._output(batch), F.pad(batch.mask, (0, 1)))
+            target = self.target(batch, F.pad(batch.mask, (0, 1)))
             return self.alignment.target(replace(translation, batch=batch), target)
         batch = batch.to(self.model.device)
         with capture_layers(self.model, self.layers) as captured:

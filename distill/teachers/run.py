@@ -1,7 +1,7 @@
 """The teachers of a study: which seeds share one, fitting its method, opening it, its hash."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -16,6 +16,7 @@ from distill.models.load import check_same_tokenizer
 from distill.teachers.alignment import Alignment
 from distill.teachers.answers import AnsweringTeacher
 from distill.teachers.local import LocalTeacher, load_teacher_model
+from distill.teachers.mixture import MixedTeacher
 from distill.teachers.server import ServerTeacher, check_server
 from distill.trainer.artifact_training import (
     build_shared,
@@ -38,6 +39,7 @@ from eval.engines import load_tokenizer
 TEACHERS = {"S1": "T1", "S0": "T0"}  # a student's teacher; CE has none
 ASKED_ROWS = 3  # training rows on which a server is tried
 TEACHER = "teacher"  # folder of the pretrained model that a study names, beside its bases
+AnyTeacher = LocalTeacher | MixedTeacher | AnsweringTeacher
 FORMAT = {"dtype", "quantization"}  # settings of a teacher that runs
 
 
@@ -63,11 +65,17 @@ def _runs_in_teacher(study: Study, method: Method) -> bool:
     return study.teacher is not None and method.model == "teacher"
 
 
-def teacher_folder(study: Study, side: str, seed: int) -> Path:
-    """The plain model that a teacher runs in: the one that the study names, or the base of a seed."""
-    if _runs_in_teacher(study, study_method(study, side)):
-        return study.folder / TEACHER
-    return study.folder / "base" / f"s{seed}"
+def teacher_folders(study: Study, side: str, seed: int) -> list[Path]:
+    """The plain models that a teacher runs in: those that the study names, or the base of a seed."""
+    if study.teacher is None or not _runs_in_teacher(study, study_method(study, side)):
+        return [study.folder / "base" / f"s{seed}"]
+    named = [f"{TEACHER}s/{number}" for number in range(len(study.teacher.mix))]
+    return [study.folder / name for name in named or [TEACHER]]
+
+
+def needs_named_teacher(study: Study, side: str) -> bool:
+    """True if a teacher is, or runs in, what the study names as such."""
+    return _runs_in_teacher(study, study_method(study, side))
 
 
 def is_behind_server(study: Study, side: str) -> bool:
@@ -92,11 +100,12 @@ def teacher_tokenizer(study: Study, side: str, seed: int) -> PreTrainedTokenizer
     return load_tokenizer(study.folder / TEACHER if own else study.folder / "base" / f"s{seed}")
 
 
-def teacher_targets(study: Study, side: str) -> Targets:
-    """The targets with dtype and quantization of the model that teaches."""
+def teacher_targets(study: Study, side: str, number: int = 0) -> Targets:
+    """The targets with dtype and quantization of the model that teaches, or of one of several."""
     if study.teacher is None or not _runs_in_teacher(study, study_method(study, side)):
         return study.targets
-    return study.targets.model_copy(update=study.teacher.model_dump(include=FORMAT, exclude_none=True))
+    named = study.teacher.mix[number] if study.teacher.mix else study.teacher
+    return study.targets.model_copy(update=named.model_dump(include=FORMAT, exclude_none=True))
 
 
 def study_method(study: Study, side: str) -> Method:
@@ -109,11 +118,18 @@ def teacher_name(side: str, seeds: list[int]) -> str:
 
 
 def _method_context(
-    study: Study, name: str, folder: Path, seed: int, bases: tuple[int, ...], report: Progress
+    study: Study,
+    name: str,
+    folder: Path,
+    seed: int,
+    bases: tuple[int, ...],
+    report: Progress,
+    number: int = 0,
 ) -> MethodContext:
+    """Args: number: of the model, where several teach."""
     side = name[:2]
     tokenizer = teacher_tokenizer(study, side, seed)
-    folders = {s: teacher_folder(study, side, s) for s in {seed, *bases}}
+    folders = {s: teacher_folders(study, side, s)[number] for s in {seed, *bases}}
     for model in {*folders.values()}:
         check_same_tokenizer(tokenizer, load_tokenizer(model), model.relative_to(study.folder).as_posix())
     key = _fit_key(study, side, seed, bases)
@@ -138,9 +154,12 @@ def _method_context(
 
 def _teacher_parents(study: Study, side: str, seeds: set[int]) -> dict[str, str]:
     """Hashes of the models that a teacher is made of, and of the data."""
-    folders = {teacher_folder(study, side, s): f"base-s{s}" for s in sorted(seeds)}
-    if study.folder / TEACHER in folders:
-        folders = {study.folder / TEACHER: TEACHER}
+    if needs_named_teacher(study, side):
+        folders = {
+            path: path.relative_to(study.folder).as_posix() for path in teacher_folders(study, side, 0)
+        }
+    else:
+        folders = {study.folder / "base" / f"s{s}": f"base-s{s}" for s in sorted(seeds)}
     hashes = {role: read_manifest(folder).hash for folder, role in folders.items()}
     return {**hashes, "data": read_manifest(study.folder / "data").hash}
 
@@ -188,7 +207,7 @@ def make_server_teacher(study: Study, tokenizer: PreTrainedTokenizerBase, server
 @contextmanager
 def run_teacher(
     study: Study, side: str, seeds: list[int], bases: tuple[int, ...], sharded: bool = False
-) -> Iterator[LocalTeacher | AnsweringTeacher]:
+) -> Iterator[AnyTeacher]:
     """The teacher of a group with its method attached; with `sharded`, in shards if the student is."""
     if study.teacher is not None and study.teacher.server is not None and is_behind_server(study, side):
         tokenizer, place = (
@@ -200,26 +219,37 @@ def run_teacher(
         with closing(ServerTeacher(*server, kept)) as teacher:
             yield teacher
         return
-    with run_local_teacher(study, side, seeds, bases, sharded) as local:
-        yield local
+    with ExitStack() as stack:
+        count = len(teacher_folders(study, side, seeds[0]))
+        local = [
+            stack.enter_context(run_local_teacher(study, side, seeds, bases, sharded, number))
+            for number in range(count)
+        ]
+        if study.teacher is not None and needs_named_teacher(study, side) and study.teacher.mix:
+            yield MixedTeacher(local, study.teacher)
+        else:
+            yield local[0]
 
 
 @contextmanager
 def run_local_teacher(
-    study: Study, side: str, seeds: list[int], bases: tuple[int, ...], sharded: bool = False
+    study: Study,
+    side: str,
+    seeds: list[int],
+    bases: tuple[int, ...],
+    sharded: bool = False,
+    number: int = 0,
 ) -> Iterator[LocalTeacher]:
-    """The same, of one that runs here."""
+    """The same, of one that runs here; `number`: which of several."""
     method, acc = study_method(study, side), accelerator()
     sharded = sharded and is_sharded(acc)
-    targets = teacher_targets(study, side)
+    targets = teacher_targets(study, side, number)
     load = partial(load_teacher_model, targets=targets, device=acc.device, sharded=sharded)
-    model = load(teacher_folder(study, side, seeds[0]))
+    model = load(teacher_folders(study, side, seeds[0])[number])
     vocabulary = model.config.get_text_config().vocab_size
     folder = study.folder / "method" / teacher_name(side, seeds)
-    context = _method_context(
-        study, teacher_name(side, seeds), folder, seeds[0], bases, lambda share, tokens=0: None
-    )
-    context = replace(context, load=load)
+    name, quiet = teacher_name(side, seeds), lambda share, tokens=0: None
+    context = replace(_method_context(study, name, folder, seeds[0], bases, quiet, number), load=load)
     with method.attached(model, context):
         pairs = study.train.loss.hidden.pairs if study.train.loss.hidden else []
         layers = tuple(teacher_layer for _, teacher_layer in pairs)
@@ -236,7 +266,11 @@ def teacher_hash(study: Study, side: str, seeds: list[int]) -> str:
     """Fingerprint of a teacher: what it was made from, by which code, what was fitted and how it is run."""
     manifest = read_manifest(study.folder / "method" / teacher_name(side, seeds))
     targets = teacher_targets(study, side)
-    how = [targets.dtype, targets.quantization]
+    how: list[Any] = [targets.dtype, targets.quantization]
+    if study.teacher is not None and needs_named_teacher(study, side) and study.teacher.mix:
+        each = [teacher_targets(study, side, number) for number in range(len(study.teacher.mix))]
+        how = [[one.dtype, one.quantization] for one in each]
+        how += [[member.weight, sorted(member.domains)] for member in study.teacher.mix]
     return digest([manifest.inputs, manifest.code, manifest.hash, how])
 
 

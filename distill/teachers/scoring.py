@@ -1,8 +1,6 @@
 """Scores of a teacher: measured where it runs, because no checkpoint contains its method."""
 
-from distill.teachers.answers import AnsweringTeacher
-from distill.teachers.local import LocalTeacher
-from distill.teachers.run import teacher_tokenizer
+from distill.teachers.run import AnyTeacher, teacher_tokenizer
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import read_manifest
 from eval.core.documents import tokens_per_batch
@@ -15,7 +13,7 @@ def score_teacher(
     study: Study,
     side: str,
     seeds: list[int],
-    teacher: LocalTeacher | AnsweringTeacher,
+    teacher: AnyTeacher,
     teacher_hash: str,
 ) -> None:
     """Writes one score record for each seed that shares this teacher."""

@@ -16,14 +16,14 @@ from distill.losses.teacher_output import Sampled, Target, Teacher, TopK
 from distill.teachers.answers import AnsweringTeacher
 from distill.teachers.cache import CachedTeacher, link_shards, write_shards
 from distill.teachers.codec import Codec, make_codec
-from distill.teachers.local import LocalTeacher
 from distill.teachers.run import (
     TEACHERS,
+    AnyTeacher,
     answers_name,
     find_teacher_hash,
     fit_method,
     run_teacher,
-    teacher_folder,
+    teacher_folders,
     teacher_group,
     teacher_hash,
     teacher_name,
@@ -88,6 +88,9 @@ def check_target_source(study: Study) -> None:
         _check_server_targets(study)
     if targets.alignment == "bytes":
         _check_alignment(study)
+    if study.teacher is not None and study.teacher.mix and loss.hidden is not None:
+        problem = "set, but teacher.mix is several models, whose states are others"
+        raise UserError("train.loss.hidden", problem, "leave hidden out, or give one teacher.path")
     if source in STORED_SOURCES and loss.hidden is not None:
         fix = "set targets.source: online, or leave hidden out"
         raise UserError("train.loss.hidden", f"set, but {source} targets contain no hidden states", fix)
@@ -136,6 +139,9 @@ def _check_alignment(study: Study) -> None:
     if study.teacher is None:
         problem = "bytes, but the base teaches: it has the tokenizer of its students"
         raise UserError(thing, problem, "set teacher.path, or targets.alignment: tokens")
+    if study.teacher.mix:
+        problem = "bytes, but teacher.mix has one tokenizer, that of the base"
+        raise UserError(thing, problem, "set it to tokens, or give one teacher.path")
     if study.targets.source == "cached":
         problem = "bytes, but a cache holds the teacher's answers for the student's tokens"
         raise UserError(thing, problem, "set targets.source: online")
@@ -173,21 +179,21 @@ def _write_targets(
     study: Study,
     name: str,
     key: Key,
-    running: LocalTeacher | AnsweringTeacher,
+    running: AnyTeacher,
     teacher: str,
     report: Progress,
 ) -> None:
     """Writes the targets of all training rows: every process its share, the first joins the shards."""
     acc, scratch = accelerator(), scratch_folder(study, name, key)
     side, seed = Path(name).parts[1:]
-    base, model = study.folder / "base" / seed, teacher_folder(study, side, int(seed[1:]))
+    base, models = study.folder / "base" / seed, teacher_folders(study, side, int(seed[1:]))
     tokenizer = load_tokenizer(base)
     rows = training_rows(study, tokenizer, distilled_split(study))
     share: dict[str, Any] = {"process": acc.process_index, "processes": acc.num_processes, "report": report}
     facts: dict[str, Any] = {**_lineage(study, base, teacher), "method": running.method.identity}
     facts["dtype"] = study.targets.dtype
     if study.targets.source == "cached":
-        codec = study_codec(study, model, tokenizer)
+        codec = study_codec(study, models, tokenizer)
         facts |= codec.facts
         share["batch_tokens"] = batch_tokens(scratch, codec.vocabulary)
         if isinstance(running, AnsweringTeacher):
@@ -221,16 +227,17 @@ def batch_tokens(scratch: Path, vocabulary: int) -> int:
     return int(file.read_text())
 
 
-def study_codec(study: Study, model: Path, tokenizer: PreTrainedTokenizerBase) -> Codec:
-    """The codec of the targets of a study, for the vocabulary of the model that teaches.
+def study_codec(study: Study, models: list[Path], tokenizer: PreTrainedTokenizerBase) -> Codec:
+    """The codec of the targets of a study, for the vocabulary of the models that teach.
 
     Args:
-        model: folder of the teacher; where it holds no model, the teacher knows the ids of the tokenizer.
+        models: folders of the teacher; where they hold no model, it knows the ids of the tokenizer.
     """
-    if (model / "config.json").is_file():
-        vocabulary = AutoConfig.from_pretrained(str(model)).get_text_config().vocab_size
-    else:
-        vocabulary = 1 + max(tokenizer.get_vocab().values())
+    configs = [
+        AutoConfig.from_pretrained(str(model)) for model in models if (model / "config.json").is_file()
+    ]
+    rows = [config.get_text_config().vocab_size for config in configs]
+    vocabulary = max(rows, default=1 + max(tokenizer.get_vocab().values()))
     return make_codec(study.targets, vocabulary, study.train.loss.temperature)
 
 
@@ -297,7 +304,7 @@ def open_target_source(
     base = study.folder / "base" / f"s{seeds[0]}"
     if targets.source == "cached":
         lineage = _lineage(study, base, teacher)
-        codec = study_codec(study, teacher_folder(study, TEACHERS[arm], seeds[0]), tokenizer)
+        codec = study_codec(study, teacher_folders(study, TEACHERS[arm], seeds[0]), tokenizer)
         yield TargetSource(rows, CachedTeacher(folder, rows, codec, lineage))
     elif targets.source == "sequence":
         yield TargetSource(read_texts(folder, rows, _lineage(study, base, teacher), targets.generation))

@@ -226,7 +226,7 @@ def test_a_wait_that_the_server_asks_for(monkeypatch):
         ),
         (["--targets.form", "dense"], "targets.form: dense, .* set it to top_k"),
         (["--targets.source", "online"], "targets.source: online, .* set it to cached"),
-        (["--teacher.path", "some/model"], "exactly one of `path` and `server`"),
+        (["--teacher.path", "some/model"], "exactly one of `path`, `server` and `mix`"),
         (["--teacher.dtype", "bfloat16"], "a `server` decides itself"),
         (["--teacher.server.url", "http://me:secret@host/v1"], "holds no user, password or query"),
         (["--data.packing", "true"], "data.packing: true, but a server"),

@@ -62,15 +62,12 @@ SERVER_ACCESS = {"url", "api_key_env", "batch", "parallel", "timeout", "retries"
 ACCESS_KEYS = tuple(f"teacher.server.{key}" for key in sorted(SERVER_ACCESS))
 
 
-class Teacher(NamedModel):
-    """What teaches, and carries the method, in place of the base: a larger model, as a rule."""
+class TeachingModel(NamedModel):
+    """A pretrained model that teaches, and how it runs."""
 
     path: str | None = Field(
         None,
         description="as `base.path`; its tokenizer is the base's, unless `targets.alignment` is `bytes`",
-    )
-    server: Server | None = Field(
-        None, description="a model behind a server, with the tokenizer of the base, in place of `path`"
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="number format in which it runs; none: `targets.dtype`"
@@ -79,10 +76,50 @@ class Teacher(NamedModel):
         None, description="its weights, CUDA only; none: `targets.quantization`"
     )
 
+
+class Member(TeachingModel):
+    """One of several teachers."""
+
+    weight: float = Field(
+        1.0, gt=0, description="its share of the mean of their probabilities, relative to the others'"
+    )
+    domains: list[str] = Field(
+        [], description="domains of which it speaks; none: all that no other one names"
+    )
+
     @model_validator(mode="after")
-    def one_model(self) -> Self:
-        if (self.path is None) == (self.server is None):
-            raise ValueError("give exactly one of `path` and `server`")
-        if self.server is not None and (self.dtype or self.quantization or self.revision):
-            raise ValueError("a `server` decides itself how its model runs: leave out what stands beside it")
+    def has_a_model(self) -> Self:
+        if self.path is None:
+            raise ValueError("give each of `mix` a `path`")
         return self
+
+
+class Teacher(TeachingModel):
+    """What teaches, and carries the method, in place of the base: a larger model, as a rule."""
+
+    server: Server | None = Field(
+        None, description="a model behind a server, with the tokenizer of the base, in place of `path`"
+    )
+    mix: list[Member] = Field(
+        [],
+        description="several models in place of `path`: the weighted mean of their probabilities, or one "
+        "for each domain",
+    )
+
+    @model_validator(mode="after")
+    def one_origin(self) -> Self:
+        if [self.path is not None, self.server is not None, bool(self.mix)].count(True) != 1:
+            raise ValueError("give exactly one of `path`, `server` and `mix`")
+        if self.path is None and (self.dtype or self.quantization or self.revision):
+            raise ValueError(
+                "`dtype`, `quantization` and `revision` are of a `path`: a `server` decides itself how its "
+                "model runs, and each of `mix` has its own"
+            )
+        return self
+
+    def speakers(self, domain: str) -> dict[int, float]:
+        """Number in `mix` of each that speaks of a domain -> its weight; they sum to one, if any does."""
+        named = [i for i, member in enumerate(self.mix) if domain in member.domains]
+        chosen = named or [i for i, member in enumerate(self.mix) if not member.domains]
+        total = sum(self.mix[i].weight for i in chosen)
+        return {i: self.mix[i].weight / total for i in chosen}
