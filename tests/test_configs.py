@@ -350,7 +350,8 @@ def test_the_document_of_all_keys_is_as_written_by_its_script():
         (["--workers", "many"], "tiny.yaml: workers: 'many'; expected a whole number"),
         (["--workers", "0"], "tiny.yaml: workers: 0; expected more than 0"),
         (["--seeds", "0"], "tiny.yaml: seeds: 0; expected a list, such as [0, 1]"),
-        (["--ce_arm", "7"], "tiny.yaml: ce_arm: 7; expected true or false"),
+        (["--data.packing", "7"], "tiny.yaml: data.packing: 7; expected true or false"),
+        (["--ce_arm", "7"], "tiny.yaml: ce_arm: 7; expected True, False or 'on_policy'"),
         (["--train", "7"], "tiny.yaml: train: 7; expected keys with values, such as {key: value}"),
     ],
 )

@@ -51,7 +51,7 @@ class Study(Frozen):
     train: Train = Field(description="how teachers and students are trained")
     targets: Targets = Targets()
     student: Student = Student()
-    ce_arm: bool | Literal["on_policy"] = Field(
+    ce_arm: Literal[True, False, "on_policy"] = Field(
         True,
         description="also train students without a teacher: on the data alone (cross-entropy), or "
         "`on_policy`: on what they write, each token of it with the advantage 1",
