@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distill.method import Method, make_method
+from distill.method import Method, Plain, make_method
 from distill.models.gguf import find_gguf, read_config
 from distill.models.load import (
     architecture_config,
@@ -30,6 +30,7 @@ from distill.teachers.target_source import check_target_source
 from distill.trainer.loop import check_train, set_memory_and_attention
 from eval.core.errors import UserError
 from eval.core.sections import NamedModel, Train
+from eval.core.sections.models import Teacher
 from eval.core.study import Study
 from eval.engines import load_tokenizer
 
@@ -65,10 +66,24 @@ def check_method(study: Study) -> None:
         if one.model == "teacher" and one.fits and study.teacher is not None and study.teacher.mix:
             problem = "fits a model, and teacher.mix is several"
             raise UserError(thing, problem, "choose a method that fits nothing, or give one teacher.path")
+        if study.teacher is not None and study.teacher.file is not None:
+            _check_file_method(study.teacher, method, one)
         server = study.teacher is not None and study.teacher.server is not None
         if server and one.model == "teacher" and not one.only_prompt:
             problem = "changes the model or its output, and a server takes a prompt alone"
             raise UserError(thing, problem, "use context or larger_teacher, or teacher.path")
+
+
+def _check_file_method(teacher: Teacher, method: Method, one: Method) -> None:
+    """Does a method, or its control, go with answers that lie in a file?"""
+    if one.model == "teacher" and not isinstance(one, Plain):
+        problem = "changes what a teacher says, and a file holds what was said"
+        raise UserError("method", problem, "use elsewhere, with a control_file, or larger_teacher")
+    needed = method.control().model == "teacher"
+    if needed != (teacher.control_file is not None):
+        found = "none, and T0 is no base of the study" if needed else "given, and T0 is the base"
+        fix = "give what it said without the method" if needed else "leave it out, or use method elsewhere"
+        raise UserError("teacher.control_file", found, fix)
 
 
 def check_training(study: Study, device: torch.device) -> None:

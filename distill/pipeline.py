@@ -45,16 +45,16 @@ from distill.teachers.run import (
     TEACHER,
     TEACHERS,
     find_teacher_hash,
-    make_server_teacher,
+    make_answering_teacher,
     needs_named_teacher,
     teacher_groups,
     teacher_name,
 )
 from distill.teachers.target_source import (
     STORED_SOURCES,
-    learned_split,
     make_teacher,
     open_target_source,
+    rows_learned,
     target_source_inputs,
 )
 from distill.trainer.artifact_training import (
@@ -134,8 +134,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> Study:
         make_training_rows(study)
         check_domains(study, study_tokenizer(study))
     acc.wait_for_everyone()
-    if study.teacher is not None and study.teacher.server is not None:
-        make_server_teacher(study, study_tokenizer(study), study.teacher.server)
+    make_answering_teacher(study, study_tokenizer(study))
     return study
 
 
@@ -243,7 +242,7 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
         commit = origin.get("commit")
         student, start_facts = start_student(study, base, tokenizer, seed, config, commit)
         facts |= start_facts
-        facts["training_rows"] = rows_taken(study, tokenizer, learned_split(study, arm))
+        facts["training_rows"] = rows_learned(study, tokenizer, arm, seed)
         facts["loss_curve"] = run_training(
             study,
             name,
@@ -328,8 +327,9 @@ def student_jobs(study: Study) -> list[Job]:
     jobs = []
     for seed in study.seeds:
         for arm in study.arms:
-            teacher = teacher_job.get((TEACHERS.get(arm, ""), seed))
-            needs = (f"base s{seed}", *([teacher] if teacher else []))
+            asked = study.teacher is not None and study.teacher.answers  # all learn what both have answers to
+            sides = TEACHERS.values() if asked else [TEACHERS[arm]] if arm in TEACHERS else []
+            needs = (f"base s{seed}", *(teacher_job[side, seed] for side in sides))
             jobs.append(
                 Job(f"{arm} s{seed}", make_student, (study, arm, seed), needs, weight=10 * study.train.epochs)
             )
@@ -343,8 +343,8 @@ def jobs_until(study: Study, stage: str) -> list[Job]:
     return [job for name in names if (jobs := stages[name]) is not None for job in jobs(study)]
 
 
-def show_targets(study: Study) -> None:
-    """Prints one line per teacher with stored targets: their form, size and folder."""
+def show_targets(study: Study, until: str) -> None:
+    """Prints of each teacher with stored targets what is left out, and at its stage form, size and folder."""
     if study.targets.source not in STORED_SOURCES:
         return
     for side, groups in teacher_groups(study).items():
@@ -352,6 +352,10 @@ def show_targets(study: Study) -> None:
             folder = study.folder / "targets" / teacher_name(side, seeds)
             manifest = read_manifest(folder)
             facts = manifest.facts
+            for reason, count in facts.get("left_out", {}).items():
+                print(f"{side} of seeds {', '.join(map(str, seeds))}: left out {count} {reason}")
+            if until != "teachers":
+                continue
             print(
                 f"{side} of seeds {', '.join(map(str, seeds))}: {facts['form']}, {facts['tokens']} tokens, "
                 f"{facts['bytes_per_token']} bytes per token, {manifest.bytes / 2**20:.1f} MiB in {folder}"
@@ -389,8 +393,8 @@ def train_study(study: Study, until: str) -> Path:
         study = prepare_inputs(study, acc)
         run_all(study, jobs_until(study, until), until)
         if acc.is_main_process:
-            if until == "teachers":
-                show_targets(study)
+            if until in ("teachers", "students"):
+                show_targets(study, until)
             if until == "students":
                 mark_trained(study)
     return study.folder

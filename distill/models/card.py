@@ -71,7 +71,7 @@ stands in `manifest.json`.
         named, server = study.teacher, study.teacher.server
         paths = ", ".join(str(member.path) for member in named.mix) or named.path
         text += f"""
-- teacher of the study: {paths if server is None else f"{server.model}, behind a server"}
+- teacher of the study: {paths or named.file if server is None else f"{server.model}, behind a server"}
 """
     if method is not None:
         text += f"""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -73,25 +74,32 @@ def check_answer(answer: Answer, vocabulary: int, thing: str, row: str) -> None:
 class AnsweringTeacher(ABC):
     """A teacher that answers for rows with their likeliest ids; all further ids are one bucket.
 
-    Its method stands in the prompt alone.
+    Its method stands in the prompt alone, or is in the answers already.
     """
+
+    unanswered: ClassVar[str] = "rows without an answer"  # what it leaves out, for messages
 
     def __init__(self, method: Method, vocabulary: int) -> None:
         self.method, self.vocabulary = method, vocabulary
+        self.causes: dict[str, str] = {}  # row without an answer -> why, where more is known
 
     @abstractmethod
-    def answers(self, batch: Batch) -> list[Answer]:
-        """One for each row of a batch, checked."""
+    def answers(self, batch: Batch) -> list[Answer | None]:
+        """One for each row of a batch, checked; None for a row of which nothing is known."""
 
     def written(self, batch: Batch) -> None:
         """Called when what was said of a batch is on disk."""
         return None
 
     def __call__(self, batch: Batch) -> TopK:
-        """The target of the valid tokens of a batch."""
+        """The target of the valid tokens of a batch; of a row without an answer, unused entries alone."""
+        answers = self.answers(batch)
+        k = max((answer.ids.shape[1] for answer in answers if answer is not None), default=1)
         parts = [
-            (answer.ids[mask[: len(answer.ids)]], answer.log_probs[mask[: len(answer.ids)]])
-            for answer, mask in zip(self.answers(batch), batch.mask.numpy(), strict=True)
+            (np.zeros((mask.sum(), k), np.int64), np.full((mask.sum(), k), -np.inf, np.float32))
+            if answer is None
+            else (answer.ids[mask[: len(answer.ids)]], answer.log_probs[mask[: len(answer.ids)]])
+            for answer, mask in zip(answers, batch.mask.numpy(), strict=True)
         ]
         ids, log_probs = (np.concatenate(column) for column in zip(*parts, strict=True))
         return TopK(torch.from_numpy(ids), torch.from_numpy(log_probs))
@@ -101,10 +109,16 @@ class AnsweringTeacher(ABC):
 
         What they leave is spread evenly over the other ids: bits, correct tokens and confidence do not
         depend on it.
+
+        Raises:
+            UserError: a row has no answer: what is scored is the same for all.
         """
         rows, length = batch.input_ids.shape
         table = torch.full((rows, length, self.vocabulary), -float(np.log(self.vocabulary)))
         for i, answer in enumerate(self.answers(batch)):
+            if answer is None:
+                problem = f"a scored document is among the {self.unanswered}"
+                raise UserError(f"row {batch.ids[i]}", problem, "leave the document out of the data")
             n = len(answer.own)
             known = torch.zeros(n, self.vocabulary)
             labels = batch.input_ids[i, 1 : 1 + n, None]

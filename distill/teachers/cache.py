@@ -25,6 +25,7 @@ from eval.core.errors import UserError
 S = TypeVar("S")
 KEY_BYTES = 16  # stored of a row's hash
 SHARD_TOKENS, SHARD_BYTES, SHARDS = 2**14, 2**26, 512
+EMPTY: Columns = {"row": np.zeros((0, KEY_BYTES), np.uint8), "size": np.zeros((0, 2), np.int64)}
 REBUILD = "delete the folder and run again"
 
 
@@ -61,6 +62,9 @@ def _encode_rows(batch: Batch, keys: dict[str, str], teacher: Teacher, codec: Co
         if isinstance(target, TopK):
             assert isinstance(codec, TopKCodec), "a teacher that names ids is kept as such"
             part = target.slice(start, start + tokens)
+            if bool((part.log_probs == -torch.inf).all()):  # the teacher has no answer: not kept
+                start += tokens
+                continue
             columns = codec.encode_top_k(part.ids.numpy(), part.log_probs.numpy())
         else:
             columns = codec.encode(target.log_softmax(start, start + tokens), keys[name])
@@ -133,12 +137,22 @@ def write_shards(
             encoded += _encode_rows(batch, keys, teacher, codec)
             done += len(batch.ids)
             report(min(1.0, processes * done / len(rows)))
+        encoded = encoded or [EMPTY]
         save_file({name: np.concatenate([row[name] for row in encoded]) for name in encoded[0]}, path)
         for batch in shard:
             written(batch)
 
     shards = shard_batches(rows, pad, codec, batch_tokens)
     write_missing_shards(folder, "safetensors", shards, write_shard, process, processes)
+
+
+def rows_not_kept(folder: Path, rows: Sequence[Row]) -> list[Row]:
+    """The rows of which no shard in `folder` holds a target."""
+    kept: set[bytes] = set()
+    for path in folder.glob("shard-*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            kept |= {key.tobytes() for key in file.get_tensor("row")}
+    return [row for row in rows if bytes.fromhex(row_key(row))[:KEY_BYTES] not in kept]
 
 
 def link_shards(scratch: Path, artifact: Path, tokens: int) -> dict[str, float]:
@@ -181,7 +195,8 @@ class CachedTeacher:
     def __init__(self, folder: Path, rows: Sequence[Row], codec: Codec, lineage: dict[str, Any]) -> None:
         check_lineage(folder, verify_artifact(folder), lineage | codec.facts)
         self.codec = codec
-        self.files = [safe_open(p, framework="numpy") for p in sorted(folder.glob("shard-*.safetensors"))]
+        every = [safe_open(p, framework="numpy") for p in sorted(folder.glob("shard-*.safetensors"))]
+        self.files = [file for file in every if len(file.keys()) > len(EMPTY)]
         names = [name for name in self.files[0].keys() if name not in ("row", "size")]  # noqa: SIM118
         self.slices = [{name: file.get_slice(name) for name in names} for file in self.files]
         locations: dict[bytes, tuple[int, np.ndarray, np.ndarray]] = {}

@@ -1,5 +1,6 @@
 """The teachers of a study: which seeds share one, fitting its method, opening it, its hash."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from distill.method import Method, MethodContext, make_method
 from distill.models.load import check_same_tokenizer
 from distill.teachers.alignment import Alignment
 from distill.teachers.answers import AnsweringTeacher
+from distill.teachers.file import FileTeacher, make_file_teacher
 from distill.teachers.local import LocalTeacher, load_teacher_model
 from distill.teachers.mixture import MixedTeacher
 from distill.teachers.server import ServerTeacher, check_server
@@ -28,7 +30,7 @@ from distill.trainer.artifact_training import (
 )
 from distill.trainer.distributed import is_sharded
 from distill.trainer.loop import Curve, accelerator
-from eval.core.artifacts import Key, digest, make_key, read_manifest
+from eval.core.artifacts import Key, digest, make_key, read_manifest, write_text
 from eval.core.documents import Row, collate, pad_id
 from eval.core.jobs import Progress
 from eval.core.sections import Targets, Train
@@ -38,6 +40,7 @@ from eval.engines import load_tokenizer
 
 TEACHERS = {"S1": "T1", "S0": "T0"}  # a student's teacher; CE has none
 ASKED_ROWS = 3  # training rows on which a server is tried
+CONTROL_FILE = "teachers/control"  # what a run knows of `teacher.control_file`
 TEACHER = "teacher"  # folder of the pretrained model that a study names, beside its bases
 AnyTeacher = LocalTeacher | MixedTeacher | AnsweringTeacher
 FORMAT = {"dtype", "quantization"}  # settings of a teacher that runs
@@ -70,6 +73,8 @@ def teacher_folders(study: Study, side: str, seed: int) -> list[Path]:
     if study.teacher is None or not _runs_in_teacher(study, study_method(study, side)):
         return [study.folder / "base" / f"s{seed}"]
     named = [f"{TEACHER}s/{number}" for number in range(len(study.teacher.mix))]
+    if study.teacher.file is not None and side == "T0":
+        named = [CONTROL_FILE]
     return [study.folder / name for name in named or [TEACHER]]
 
 
@@ -187,8 +192,18 @@ def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...]
         delete_scratch(study, teacher_name(side, seeds))
 
 
-def make_server_teacher(study: Study, tokenizer: PreTrainedTokenizerBase, server: Server) -> None:
-    """What a run knows of its teacher behind a server, which is asked for a few rows, once."""
+def make_answering_teacher(study: Study, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What a run knows of a teacher that does not run here, before anything is trained."""
+    if study.teacher is not None and study.teacher.server is not None:
+        _make_server_teacher(study, tokenizer, study.teacher.server)
+    if study.teacher is not None and study.teacher.file is not None:
+        make_file_teacher(study, tokenizer, "teacher.file", TEACHER)
+        if study.teacher.control_file is not None:
+            make_file_teacher(study, tokenizer, "teacher.control_file", CONTROL_FILE)
+
+
+def _make_server_teacher(study: Study, tokenizer: PreTrainedTokenizerBase, server: Server) -> None:
+    """A server is asked for a few rows, once."""
     answers = server.model_dump(exclude=SERVER_ACCESS)
     key = make_key("base", [TEACHER, answers, digest(tokenizer.get_vocab())])
     if not is_missing(study, TEACHER, key):
@@ -200,8 +215,8 @@ def make_server_teacher(study: Study, tokenizer: PreTrainedTokenizerBase, server
         )
         check_server(server, tokenizer, study.targets.k, batch)
     facts: dict[str, Any] = {"arm": "T", "origin": answers}
-    with build_shared(study, TEACHER, kind="teacher", key=key, parents={}, facts=facts):
-        pass
+    with build_shared(study, TEACHER, kind="teacher", key=key, parents={}, facts=facts) as folder:
+        write_text(folder / "origin.json", json.dumps(answers, sort_keys=True))  # other ones, another hash
 
 
 @contextmanager
@@ -218,6 +233,12 @@ def run_teacher(
         server = study.teacher.server, study_method(study, side), tokenizer, study.targets.k
         with closing(ServerTeacher(*server, kept)) as teacher:
             yield teacher
+        return
+    if study.teacher is not None and study.teacher.file is not None and needs_named_teacher(study, side):
+        (folder,), tokenizer = teacher_folders(study, side, 0), teacher_tokenizer(study, side, seeds[0])
+        file = study.teacher.control_file if side == "T0" else study.teacher.file
+        vocabulary = 1 + max(tokenizer.get_vocab().values())
+        yield FileTeacher(Path(str(file)), folder, study_method(study, side), vocabulary, study.targets.k)
         return
     with ExitStack() as stack:
         count = len(teacher_folders(study, side, seeds[0]))

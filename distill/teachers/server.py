@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.method import Method, Plain
 from distill.teachers.answers import Answer, AnsweringTeacher, check_answer, likeliest
+from distill.teachers.spelling import BROKEN, BY_ID, Spelling, Unmapped, columns, spellings
 from eval.core.artifacts import digest
 from eval.core.config import Frozen
 from eval.core.documents import Batch, Row
@@ -27,7 +27,6 @@ from eval.core.sections.models import Server
 THING = "teacher.server"
 TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that another try may mend
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before the second try, and at most
-BY_ID = "token_id:"  # how a server spells a token that it was asked to name by its id
 
 
 class Refused(Exception):
@@ -131,6 +130,8 @@ class ServerTeacher(AnsweringTeacher):
         kept: folder of answers that are not on disk elsewhere yet, a file a row; None: none is kept.
     """
 
+    unanswered = "rows whose tokens the server spells so that their ids cannot be told"
+
     def __init__(
         self,
         server: Server,
@@ -142,16 +143,14 @@ class ServerTeacher(AnsweringTeacher):
         super().__init__(method, 1 + max(tokenizer.get_vocab().values()))
         self.server, self.client, self.k, self.kept = server, Client(server), k, kept
         self.front = method.in_front(tokenizer)
-        texts = [tokenizer.decode([i]) for i in range(self.vocabulary)]
-        self.texts = texts
-        counts = Counter(texts)
-        self.id_of = {text: i for i, text in enumerate(texts) if counts[text] == 1}
+        self.texts = [tokenizer.decode([i]) for i in range(self.vocabulary)]
+        self.spellings = spellings(tokenizer, self.texts)
 
     def close(self) -> None:
         self.client.http.close()
 
-    def answers(self, batch: Batch) -> list[Answer]:
-        """One for each row of a batch.
+    def answers(self, batch: Batch) -> list[Answer | None]:
+        """One for each row of a batch; None where its tokens' texts cannot be mapped back to ids.
 
         Raises:
             UserError: the server refuses a row, which is named, does not answer, or answers something else.
@@ -160,12 +159,14 @@ class ServerTeacher(AnsweringTeacher):
         for i, length in enumerate(batch.attention_mask.sum(1).tolist()):
             tokens = batch.input_ids[i, :length].tolist()
             rows.append(Row(batch.documents[i], batch.domains[i], i, tokens))
-        known = {i: answer for i, row in enumerate(rows) if (answer := self._kept(row)) is not None}
+        known: dict[int, Answer | None] = {
+            i: answer for i, row in enumerate(rows) if (answer := self._kept(row)) is not None
+        }
         missing = [i for i in range(len(rows)) if i not in known]
         groups = [missing[i : i + self.server.batch] for i in range(0, len(missing), self.server.batch)]
         names = dict(enumerate(batch.ids))
 
-        def ask(group: list[int]) -> list[Answer]:
+        def ask(group: list[int]) -> list[Answer | None]:
             return self._ask([rows[i] for i in group], [names[i] for i in group])
 
         with ThreadPoolExecutor(self.server.parallel) as threads:
@@ -196,7 +197,7 @@ class ServerTeacher(AnsweringTeacher):
         path = self._place(row)
         return Answer(**load_file(path)) if path is not None and path.is_file() else None
 
-    def _ask(self, rows: list[Row], names: list[str]) -> list[Answer]:
+    def _ask(self, rows: list[Row], names: list[str]) -> list[Answer | None]:
         """Answers for a few rows by one request, kept on disk; if refused one by one, to name the row."""
         try:
             choices = self._choices([self._prompt(row) for row in rows])
@@ -204,9 +205,14 @@ class ServerTeacher(AnsweringTeacher):
             if len(rows) > 1:
                 return [a for row, name in zip(rows, names, strict=True) for a in self._ask([row], [name])]
             raise _refusal(self.server, error, f", row {names[0]}") from error
-        answers = []
+        answers: list[Answer | None] = []
         for row, name, choice in zip(rows, names, choices, strict=True):
-            answer = self._read(row, name, choice)
+            try:
+                answer = self._read(row, name, choice)
+            except Unmapped as error:
+                self.causes[name] = str(error)
+                answers.append(None)
+                continue
             check_answer(answer, self.vocabulary, THING, name)
             if (path := self._place(row)) is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +245,7 @@ class ServerTeacher(AnsweringTeacher):
         try:
             read = self._echoed if self.server.protocol == "echo" else self._by_id
             tokens = list(read(row, name, choice))
-        except UserError:
+        except (UserError, Unmapped):
             raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             form = "prompt_logprobs" if self.server.protocol == "prompt_logprobs" else "logprobs of an echo"
@@ -269,28 +275,37 @@ class ServerTeacher(AnsweringTeacher):
     def _echoed(
         self, row: Row, name: str, choice: dict[str, Any]
     ) -> Iterator[tuple[list[int], list[float], float]]:
-        """An echo: of each token a mapping of texts, or of ids; a text of several ids belongs to the tail."""
-        said = choice["logprobs"]
+        """An echo: of each token a mapping of texts, or of ids; a text of several ids belongs to the tail.
+
+        Raises:
+            Unmapped: the texts of the row are not those of its tokens, or another text is that of no token.
+        """
+        said = columns(choice["logprobs"])
         start, end = len(self._prompt(row)) - len(row.tokens), len(self._prompt(row))
-        if len(said["tokens"]) < end:
-            raise ValueError(f"{len(said['tokens'])} tokens for a prompt of {end}")
-        columns = (said[column][start + 1 : end] for column in ("tokens", "token_logprobs", "top_logprobs"))
-        for token, text, own, entries in zip(row.tokens[1:], *columns, strict=True):
-            self._same_token(name, token, text)
-            named = {self._id(one): float(value) for one, value in entries.items()}
+        if len(said[0]) < end:
+            raise ValueError(f"{len(said[0])} tokens for a prompt of {end}")
+        texts, *rest = (column[start + 1 : end] for column in said)
+        spelling = self._spelling(row.tokens[1:], texts)
+        for token, own, entries in zip(row.tokens[1:], *rest, strict=True):
+            named = {spelling.id(one): float(value) for one, value in entries.items()}
             named[token] = float(own)
             yield *likeliest(((i, v) for i, v in named.items() if i is not None), self.k), float(own)
 
-    def _id(self, text: str) -> int | None:
-        if not text.startswith(BY_ID):
-            return self.id_of.get(text)
-        number = int(text.removeprefix(BY_ID))
-        return number if number < self.vocabulary else None  # padding is the tail's
+    def _spelling(self, tokens: list[int], texts: list[str]) -> Spelling:
+        """How a server spells tokens whose ids are known."""
+        spelled = next((one for one in self.spellings if one.fits(tokens, texts)), None)
+        if spelled is None:
+            pairs = zip(tokens, texts, strict=True)
+            token, text = next((i, t) for i, t in pairs if not self.spellings[0].fits([i], [t]))
+            raise Unmapped(
+                f"id {token} is {text!r} there, {self.texts[token]!r} in the tokenizer of the base"
+            )
+        return spelled
 
     def _same_token(self, name: str, token: int, text: str | None) -> None:
         """Refuses a server that reads another token under an id; parts of a character have no text."""
         own = self.texts[token]
-        if not text or text == f"{BY_ID}{token}" or "\ufffd" in text + own or not own:
+        if not text or text == f"{BY_ID}{token}" or BROKEN in text + own or not own:
             return
         if text.strip() != own.strip():
             problem = f"id {token} is {text!r} there, {own!r} in the tokenizer of the base"
@@ -316,4 +331,7 @@ def check_server(server: Server, tokenizer: PreTrainedTokenizerBase, k: int, bat
             raise UserError(THING, "its list of models has another form", fix) from error
         if server.model not in names:
             raise UserError(f"{THING}.model", f"{server.model!r}", f"it serves {', '.join(names) or 'none'}")
-        teacher.answers(batch)
+        if teacher.answers(batch).count(None):
+            name, cause = next(iter(teacher.causes.items()))
+            fix = "take a base with the tokenizer of the server's model"
+            raise UserError(f"{THING}, row {name}", cause, fix)

@@ -1,5 +1,6 @@
 """Where a student's targets come from: the target cache, a running teacher, or generated texts."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from distill.data.rows import distilled_split, training_rows
+from distill.data.rows import distilled_split, rows_taken, training_rows
 from distill.losses.divergences import check_target
 from distill.losses.teacher_output import Sampled, Target, Teacher, TopK
 from distill.teachers.answers import AnsweringTeacher
-from distill.teachers.cache import CachedTeacher, link_shards, write_shards
+from distill.teachers.cache import CachedTeacher, link_shards, rows_not_kept, write_shards
 from distill.teachers.codec import Codec, make_codec
 from distill.teachers.run import (
     TEACHERS,
@@ -49,7 +50,7 @@ from eval.core.artifacts import (
     stage_code,
     write_text,
 )
-from eval.core.documents import TRAIN, Row, pad_id, tokens_per_batch
+from eval.core.documents import TRAIN, ChosenRows, Row, pad_id, tokens_per_batch
 from eval.core.errors import UserError
 from eval.core.jobs import Progress
 from eval.core.sections import Targets
@@ -57,6 +58,7 @@ from eval.core.study import Study
 from eval.engines import load_tokenizer
 
 STORED_SOURCES = ("cached", "sequence")  # targets on disk: no teacher runs while a student trains
+LEFT_OUT = "left_out.json"  # of targets: the ids of rows without an answer
 ASKED_TOKENS = 2**14  # padded, of the rows that a server is asked for at a time
 GENERATED_SOURCES = ("on_policy", "sequence")  # the student learns from generated rows
 
@@ -84,8 +86,8 @@ def check_target_source(study: Study) -> None:
             "top_k": TopK(one.long(), one - 1),
         }
         check_target(examples[targets.form], loss)
-    if study.teacher is not None and study.teacher.server is not None:
-        _check_server_targets(study)
+    if study.teacher is not None and study.teacher.answers:
+        _check_answered_targets(study, "server" if study.teacher.server is not None else "file")
     if targets.alignment == "bytes":
         _check_alignment(study)
     if study.teacher is not None and study.teacher.mix and loss.hidden is not None:
@@ -121,15 +123,15 @@ def _check_policy_gradient(targets: Targets) -> None:
             raise UserError(f"targets.generation.{name}", problem, "set it to 1")
 
 
-def _check_server_targets(study: Study) -> None:
-    """What a server cannot say: it names the likeliest ids of every token of a row, once."""
+def _check_answered_targets(study: Study, kind: str) -> None:
+    """What a server or a file cannot say: it names the likeliest ids of every token of a row, once."""
     targets = study.targets
     for name, expected in {"source": "cached", "form": "top_k", "alignment": "tokens"}.items():
         if (found := getattr(targets, name)) != expected:
-            problem = f"{found}, but teacher.server names the likeliest ids of the student's tokens"
+            problem = f"{found}, but teacher.{kind} names the likeliest ids of the student's tokens"
             raise UserError(f"targets.{name}", problem, f"set it to {expected}")
     if study.data.packing:
-        problem = "true, but a server reads every row by itself"
+        problem = f"true, but a {kind} has every row by itself"
         raise UserError("data.packing", problem, "set data.packing: false")
 
 
@@ -206,12 +208,31 @@ def _write_targets(
         write = partial(running.write, seed=0)
         write_texts(scratch, rows, write, generation, context=context, max_tokens=max_tokens, **share)
     acc.wait_for_everyone()
-    tokens = sum(row.predicted for row in rows) if study.targets.source == "cached" else count_texts(scratch)
+    if study.targets.source == "cached":
+        left_out = rows_not_kept(scratch, rows) if isinstance(running, AnsweringTeacher) else []
+        _check_left_out(study, side, left_out, len(rows), running)
+        tokens = sum(row.predicted for row in rows) - sum(row.predicted for row in left_out)
+    else:
+        left_out, tokens = [], count_texts(scratch)
     parents = {"base": read_manifest(base).hash, "data": facts["data"]}
     with build_shared(study, name, kind="targets", key=key, parents=parents, facts=facts) as temporary:
         if acc.is_main_process:
             facts |= link_shards(scratch, temporary, tokens)
+        if left_out and isinstance(running, AnsweringTeacher):
+            facts["left_out"] = {running.unanswered: len(left_out)}
+            write_text(temporary / LEFT_OUT, json.dumps([row.id for row in left_out]))
     delete_scratch(study, name)
+
+
+def _check_left_out(study: Study, side: str, left_out: list[Row], rows: int, teacher: AnyTeacher) -> None:
+    """Refuses targets that lack too many rows."""
+    if left_out and (len(left_out) == rows or len(left_out) > study.data.max_dropped * rows):
+        assert isinstance(teacher, AnsweringTeacher)
+        first = left_out[0].id
+        cause = f" ({teacher.causes[first]})" if first in teacher.causes else ""
+        problem = f"{len(left_out)} of {rows} training rows are {teacher.unanswered}, such as {first}{cause}"
+        fix = f"more than data.max_dropped ({study.data.max_dropped}): ask for those rows too, or raise it"
+        raise UserError(f"targets of {side}", problem, fix)
 
 
 def batch_tokens(scratch: Path, vocabulary: int) -> int:
@@ -272,19 +293,42 @@ def target_source_inputs(study: Study, arm: str, seed: int) -> tuple[Any, dict[s
 
     Targets on disk count by the versions that made them, so that accepted ones stay what they were.
     """
-    settings = _deciding_settings(study.targets)
+    settings: Any = _deciding_settings(study.targets)
+    left_out = sorted(left_out_rows(study, arm, seed))
     if arm not in TEACHERS:
-        return (settings, stage_code("targets")) if study.ce_arm == "on_policy" else (None, {})
+        on_policy = study.ce_arm == "on_policy"
+        return (settings, stage_code("targets")) if on_policy else (left_out or None, {})
     if study.targets.source not in STORED_SOURCES:
         return settings, {**stage_code("targets"), **_quantizer(study, TEACHERS[arm])}
     _, seeds = teacher_group(study, TEACHERS[arm], seed)
     folder = study.folder / "targets" / teacher_name(TEACHERS[arm], seeds)
-    return [settings, read_manifest(folder).code], {}
+    return [settings, read_manifest(folder).code, *([left_out] if left_out else [])], {}
+
+
+def left_out_rows(study: Study, arm: str, seed: int) -> set[str]:
+    """Ids of rows that no student of a seed learns from: one of its teachers has no answer to them."""
+    if study.teacher is None or not study.teacher.answers:
+        return set()
+    if learned_split(study, arm) != distilled_split(study):
+        return set()
+    left_out: set[str] = set()
+    for side in TEACHERS.values():
+        _, seeds = teacher_group(study, side, seed)
+        file = study.folder / "targets" / teacher_name(side, seeds) / LEFT_OUT
+        left_out |= set(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else set()
+    return left_out
 
 
 def learned_split(study: Study, arm: str) -> str:
     """The documents that a student learns from."""
     return distilled_split(study) if arm in TEACHERS or study.ce_arm == "on_policy" else TRAIN
+
+
+def rows_learned(study: Study, tokenizer: PreTrainedTokenizerBase, arm: str, seed: int) -> dict[str, Any]:
+    """How many rows and tokens a student takes of how many, and how many of these rows are left out."""
+    left_out = len(left_out_rows(study, arm, seed))
+    taken = rows_taken(study, tokenizer, learned_split(study, arm))
+    return {**taken, "left_out": left_out} if left_out else taken
 
 
 @contextmanager
@@ -294,6 +338,8 @@ def open_target_source(
     """The training input of a student: rows alone, or rows and its teacher."""
     targets, teacher = study.targets, find_teacher_hash(study, arm, seed)
     rows = training_rows(study, tokenizer, learned_split(study, arm))
+    if left_out := left_out_rows(study, arm, seed):
+        rows = ChosenRows(rows, [i for i, row in enumerate(rows) if row.id not in left_out])
     how = targets.share, targets.generation, study.data.context, seed, pad_id(tokenizer), targets.samples
     rewrite = OnPolicy(*how) if targets.source == "on_policy" else None
     if teacher is None:

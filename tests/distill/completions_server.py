@@ -1,7 +1,8 @@
 """A real server of completions around a real model, in a process of its own.
 
 It speaks both forms: vLLM's `prompt_logprobs`, and `echo` with `logprobs`. Words of the path decide how it behaves:
-below `/ids/v1` an echo names tokens by their ids, below `/busy/v1` the first two requests are answered with 429, below
+below `/ids/v1` an echo names tokens by their ids, below `/content/v1` by id and text in OpenAI's
+new form, below `/odd/v1` it spells them otherwise in rows with the id 300, below `/busy/v1` the first two requests are answered with 429, below
 `/key/v1` the key is needed.
 """
 
@@ -31,6 +32,9 @@ class Server(ThreadingHTTPServer):
     def log_probs(self, ids):
         return self.model(torch.tensor([ids])).logits[0].log_softmax(-1)[:, : self.size]
 
+    def entries(self, best, logs):
+        return [{"id": i, "token": self.text(i), "logprob": float(logs[i])} for i in best.tolist()]
+
     def text(self, i):
         return self.tokenizer.decode([i])
 
@@ -41,13 +45,22 @@ class Server(ThreadingHTTPServer):
             said.append({str(i): {"logprob": float(logs[i]), "decoded_token": self.text(i)} for i in best})
         return {"prompt_logprobs": said}
 
-    def echoed(self, ids, k, as_ids):
-        name = (lambda i: f"token_id:{i}") if as_ids else self.text
+    def echoed(self, ids, k, path):
+        odd = "/odd/" in path and 300 in ids
+        name = (lambda i: f"token_id:{i}") if "/ids/" in path else lambda i: self.text(i) + "~" * odd
         logs = self.log_probs(ids)
         tops = [{name(i): float(one[i]) for i in reversed(one.topk(k).indices.tolist())} for one in logs]
         new = int(logs[-1].argmax())
         own = [None, *(float(one[i]) for one, i in zip(logs, [*ids[1:], new], strict=True))]
         tokens = [name(i) for i in [*ids, new]]
+        if "/content/" in path:
+            content = [
+                {"id": i, "token": self.text(i), "bytes": [], "logprob": value, "top_logprobs": top}
+                for i, value, top in zip(
+                    [*ids, new], own, [[], *map(self.entries, logs.topk(k).indices, logs)], strict=True
+                )
+            ]
+            return {"logprobs": {"content": content}}
         return {"logprobs": {"tokens": tokens, "token_logprobs": own, "top_logprobs": [None, *tops]}}
 
 
@@ -99,9 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             if options.count:
                 options.count.write_text(str(server.rows))
             choices = [
-                server.by_id(ids, k)
-                if "prompt_logprobs" in body
-                else server.echoed(ids, k, "/ids/" in self.path)
+                server.by_id(ids, k) if "prompt_logprobs" in body else server.echoed(ids, k, self.path)
                 for ids in body["prompt"]
             ]
             self.answer(200, {"choices": [{"index": i, **one} for i, one in enumerate(choices)][::-1]})

@@ -45,6 +45,7 @@ SETTINGS = {
     },
     "harmful": {},
     "heads": {"train": {"rows": 4, "steps": 3, "future": {"tokens": 1}}},
+    "elsewhere": {},
     "larger_teacher": {},
     "memory": {"neighbours": 5, "temperature": 3.0, "cache_share": 0.1, "flatness": 0.05},
     "mixture": {"train": {"rows": 4, "steps": 3}},

@@ -16,8 +16,10 @@ from distill.methods.context import Context
 from distill.pipeline import base_jobs, make_student, prepare_inputs, teacher_jobs
 from distill.teachers.codec import TopKCodec
 from distill.teachers.server import Client, ServerTeacher, check_server
+from distill.teachers.spelling import Unmapped, spellings
 from distill.teachers.target_source import check_target_source
 from distill.trainer.loop import accelerator
+from eval.core.artifacts import read_manifest
 from eval.core.config import Frozen
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
@@ -28,6 +30,7 @@ from eval.core.sections.models import Server
 from eval.core.study import load_study, make_run_folder
 from eval.engines.torch import load_model
 from tests.distill.completions_server import serving
+from tests.distill.test_cross_tokenizer import sentencepiece
 from tests.helpers import text, tiny_model, tiny_study, tiny_tokenizer
 
 KEY = "sk-0123456789-secret"
@@ -86,9 +89,11 @@ def exact(model, batch, front=()):
         return model(ids).logits[:, len(front) :].log_softmax(-1)
 
 
-@pytest.mark.parametrize("protocol", ["prompt_logprobs", "echo"])
-def test_a_server_says_what_its_model_says(url, large, tokenizer, batch, protocol):
-    server = how(f"{url}/ids/v1", protocol=protocol, batch=1)
+@pytest.mark.parametrize(
+    ("protocol", "place"), [("prompt_logprobs", "ids"), ("echo", "ids"), ("echo", "content")]
+)
+def test_a_server_says_what_its_model_says(url, large, tokenizer, batch, protocol, place):
+    server = how(f"{url}/{place}/v1", protocol=protocol, batch=1)
     with closing(ServerTeacher(server, Plain(Frozen()), tokenizer, 12)) as teacher:
         target, scored = teacher(batch), teacher.log_probs(batch)
     wanted = exact(load_model(large), batch)
@@ -114,6 +119,63 @@ def test_an_echo_of_texts_leaves_what_cannot_be_told_apart_to_the_tail(url, larg
     )
     assert used[:, 0].all()
     assert 0 < int((~used).sum()) < used.numel() / 2
+
+
+def test_a_row_whose_texts_do_not_say_its_ids_has_no_answer(url, tokenizer):
+    """The others are kept and read as ever; what is scored may not lack one."""
+    some = [Row("odd", "code", 0, [0, 5, 300, 9]), Row("fine", "code", 0, [0, 5, 9])]
+    server = how(f"{url}/odd/v1", protocol="echo", batch=2)
+    with closing(ServerTeacher(server, Plain(Frozen()), tokenizer, 4)) as teacher:
+        odd, fine = teacher.answers(collate(some, 0))
+        assert odd is None
+        assert fine.own.shape == (2,)
+        assert list(teacher.causes) == ["odd#0"]
+        assert "~' there, " in teacher.causes["odd#0"]
+        target = teacher(collate(some, 0))
+        assert (target.log_probs == -torch.inf).all(1).tolist() == [True] * 3 + [False] * 2
+        with pytest.raises(UserError, match="row odd#0: a scored document is among the rows whose tokens"):
+            teacher.log_probs(collate(some, 0))
+    with pytest.raises(UserError, match=r"row odd#0: id 5 is .*~' there, .* take a base with the tokenizer"):
+        check_server(server, tokenizer, 4, collate(some, 0))
+
+
+def test_a_text_is_mapped_back_exactly_or_not_at_all(tokenizer):
+    """With a tokenizer of SentencePiece, whose `decode` takes away the space that a word begins with."""
+    pieces = sentencepiece()
+    texts = [pieces.decode([i]) for i in range(1 + max(pieces.get_vocab().values()))]
+    decoded, spaced = spellings(pieces, texts)
+    tokens = pieces("the rain the", add_special_tokens=False)["input_ids"]
+    by_bytes = [pieces.convert_ids_to_tokens(i).replace("\u2581", " ") for i in tokens]
+    assert spaced.fits(tokens, by_bytes)
+    assert not decoded.fits(tokens, by_bytes)
+    assert [spaced.id(text) for text in by_bytes] == tokens
+    assert decoded.fits(tokens, [texts[i] for i in tokens])
+    same = next(i for i, text in enumerate(texts) if texts.count(text) > 1 and text)
+    assert decoded.id(texts[same]) is None, "several ids have it"
+    assert decoded.id("") is decoded.id("\ufffd") is None
+    assert spaced.id(f"token_id:{tokens[0]}") == tokens[0]
+    assert spaced.id(f"token_id:{len(texts)}") is None
+    with pytest.raises(Unmapped, match="'no such' there is no token"):
+        spaced.id("no such")
+    (plain, *_) = spellings(tokenizer, [tokenizer.decode([i]) for i in range(320)])
+    known = [i for i in range(320) if plain.id(tokenizer.decode([i])) is not None]
+    assert all(plain.id(tokenizer.decode([i])) == i for i in known)
+    assert len(known) > 150
+
+
+def test_another_version_of_a_server_is_another_teacher(tmp_path, large, url):
+    base = tmp_path / "small"
+    tiny_model(330).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    teacher, hashes = {"server": {"url": f"{url}/v1", "model": "large", "retries": 0}}, []
+    changes = {"base": {"path": str(base)}, "method": {"name": "larger_teacher"}, "seeds": [0]}
+    path = tiny_study(tmp_path, teacher=teacher, targets={"form": "top_k", "k": 6}, ce_arm=False, **changes)
+    for version in ("", "2"):
+        study = load_study(path, ["--teacher.server.version", f"'{version}'"])
+        make_run_folder(study)
+        prepare_inputs(study, accelerator())
+        hashes.append(read_manifest(study.folder / "teacher").hash)
+    assert hashes[0] != hashes[1]
 
 
 def test_a_context_method_stands_in_the_prompt(url, large, tokenizer, batch):
@@ -226,7 +288,7 @@ def test_a_wait_that_the_server_asks_for(monkeypatch):
         ),
         (["--targets.form", "dense"], "targets.form: dense, .* set it to top_k"),
         (["--targets.source", "online"], "targets.source: online, .* set it to cached"),
-        (["--teacher.path", "some/model"], "exactly one of `path`, `server` and `mix`"),
+        (["--teacher.path", "some/model"], "exactly one of `path`, `server`, `mix` and `file`"),
         (["--teacher.dtype", "bfloat16"], "a `server` decides itself"),
         (["--teacher.server.url", "http://me:secret@host/v1"], "holds no user, password or query"),
         (["--data.packing", "true"], "data.packing: true, but a server"),

@@ -254,7 +254,7 @@ def test_a_student_learns_online_from_the_teacher_of_each_domain(path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--teacher.path", "some/model"], "exactly one of `path`, `server` and `mix`"),
+        (["--teacher.path", "some/model"], "exactly one of `path`, `server`, `mix` and `file`"),
         (["--teacher.dtype", "bfloat16"], "each of `mix` has its own"),
         (["--teacher.mix", "[{weight: 2}]"], "give each of `mix` a `path`"),
         (["--method", "{name: experts}"], "method experts: fits a model, and teacher.mix is several"),

@@ -61,8 +61,8 @@ class Data(Frozen):
         0.2,
         ge=0,
         le=1,
-        description="share of the rows of a source that may be left out because they cannot be used; empty "
-        "files do not count",
+        description="share of the rows of a source that may be left out because they cannot be used, and of "
+        "training rows to which a server or a file has no answer; empty files do not count",
     )
     min_bytes: int = Field(1, gt=0, description="shorter documents are left out")
     near_duplicates: float | None = Field(

@@ -106,14 +106,28 @@ class Teacher(TeachingModel):
         "for each domain",
     )
 
+    file: str | None = Field(
+        None, description="what a teacher said of the rows, asked elsewhere: JSON Lines, in place of `path`"
+    )
+    control_file: str | None = Field(
+        None, description="the same of the teacher without the method, where that is not the base"
+    )
+
+    @property
+    def answers(self) -> bool:
+        """True if it does not run here: it may have no answer for a row."""
+        return self.server is not None or self.file is not None
+
     @model_validator(mode="after")
     def one_origin(self) -> Self:
-        if [self.path is not None, self.server is not None, bool(self.mix)].count(True) != 1:
-            raise ValueError("give exactly one of `path`, `server` and `mix`")
+        if [bool(each) for each in (self.path, self.server, self.mix, self.file)].count(True) != 1:
+            raise ValueError("give exactly one of `path`, `server`, `mix` and `file`")
+        if self.control_file is not None and self.file is None:
+            raise ValueError("`control_file` is beside a `file`")
         if self.path is None and (self.dtype or self.quantization or self.revision):
             raise ValueError(
                 "`dtype`, `quantization` and `revision` are of a `path`: a `server` decides itself how its "
-                "model runs, and each of `mix` has its own"
+                "model runs, a `file` holds what was said, and each of `mix` has its own"
             )
         return self
 
