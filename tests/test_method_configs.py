@@ -21,16 +21,17 @@ ARCHITECTURE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_study_of_a_method_ends_with_scored_teachers_and_targets(name, tmp_path):
-    corpus = write_corpus(tmp_path / "corpus.jsonl", documents=24)
-    source = {"kind": "dataset", "path": "json", "data_files": str(corpus), "domain_column": "domain"}
+    source = {"kind": "dataset", "path": "json", "domain_column": "domain"}
+    corpora = [write_corpus(tmp_path / f"corpus{size}.jsonl", documents=size) for size in (24, 4)]
+    learned, far = ([{**source, "data_files": str(corpus)}] for corpus in corpora)
     study = {
         "extends": str(ROOT / "configs" / "methods" / f"{name}.yaml"),
         "name": name,
         "runs": str(tmp_path / "runs"),
         "seeds": [0],
         "data": {
-            "documents": [source],
-            "shifted": {"near": None, "far": None},
+            "documents": learned,
+            "shifted": {"near": None, "far": far},
             "validation": 4,
             "test": 2,
             "scored_bytes": 200,
