@@ -22,7 +22,8 @@ ARCHITECTURE = {
 @pytest.mark.parametrize("name", NAMES)
 def test_a_study_of_a_method_ends_with_scored_teachers_and_targets(name, tmp_path):
     source = {"kind": "dataset", "path": "json", "domain_column": "domain"}
-    corpora = [write_corpus(tmp_path / f"corpus{size}.jsonl", documents=size) for size in (24, 4)]
+    sizes = ((24, 120), (4, 60))  # documents, words of each: other texts
+    corpora = [write_corpus(tmp_path / f"corpus{size}.jsonl", size, words) for size, words in sizes]
     learned, far = ([{**source, "data_files": str(corpus)}] for corpus in corpora)
     study = {
         "extends": str(ROOT / "configs" / "methods" / f"{name}.yaml"),
