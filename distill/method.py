@@ -236,6 +236,8 @@ class Retrained(Method):
     A subclass defines `card`, and `start` where that is not the base; its settings have `train`.
     """
 
+    card = Card("The base, trained longer", "none", "none: a control", "the weights", "none")
+
     class Settings(Frozen):
         train: Train
 

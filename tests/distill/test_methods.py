@@ -142,6 +142,30 @@ def test_ensemble_averages_probabilities(context, rows):
     torch.testing.assert_close(output[valid].double(), wanted[valid], atol=1e-5, rtol=1e-5)
 
 
+def test_the_controls_of_an_ensemble_have_its_budget_or_its_mean_weights(context, rows):
+    train = {"rows": 4, "steps": 3, "optimizer": {"lr": 0.01}}
+    longer = make("ensemble", members=3, control="longer", train=train).control()
+    assert (longer.settings.train.steps, longer.bases(0, [0, 1])) == (6, [0])
+    longer.fit(context)
+    by_hand = context.load_base(0)
+    context.train(by_hand, rows, longer.settings.train, "by hand")
+    kept = load_model(context.folder / "model").state_dict()
+    assert all(torch.equal(weight, kept[name]) for name, weight in by_hand.state_dict().items())
+    soup, teacher, batch = (
+        make("ensemble", members=2, control="average").control(),
+        context.load_base(0),
+        mixed(rows),
+    )
+    with torch.no_grad(), soup.attached(teacher, context):
+        said = answer(soup, teacher, batch)
+        one, other = (context.load_base(seed).state_dict() for seed in (0, 1))
+        teacher.load_state_dict({name: (one[name] + other[name]) / 2 for name in one})
+        wanted = teacher(**batch.inputs).logits.log_softmax(-1)
+    torch.testing.assert_close(said, wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="`train` is given for `control: longer`"):
+        make("ensemble", control="longer")
+
+
 def test_seeds_share_an_ensemble_of_all_of_them():
     method = make("ensemble", members=3)
     assert [method.bases(s, [0, 1, 2]) for s in (0, 1, 2)] == [[0, 1, 2]] * 3
