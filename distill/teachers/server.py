@@ -55,13 +55,15 @@ class Client:
         self.http = httpx.Client(timeout=server.timeout, headers=headers)
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON that the server answers.
+        """The JSON that the server answers; a path with a slash in front is not below `/v1`.
 
         Raises:
             Refused: it refuses.
             UserError: it does not answer, or answers no JSON.
         """
-        url, tries = f"{self.server.url.rstrip('/')}/{path}", self.server.retries + 1
+        start = self.server.url.rstrip("/")
+        url = f"{start.removesuffix('/v1')}{path}" if path.startswith("/") else f"{start}/{path}"
+        tries = self.server.retries + 1
         cause = ""
         for attempt in range(tries):
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt)
@@ -230,10 +232,15 @@ class ServerTeacher(AnsweringTeacher):
         }
         if self.server.protocol == "echo":
             body |= {"echo": True, "logprobs": self.k, "return_tokens_as_token_ids": True}
-        else:
+        elif self.server.protocol == "prompt_logprobs":
             body |= {"prompt_logprobs": self.k}
-        answer = self.client.ask("POST", "completions", body)
-        choices = answer.get("choices") if isinstance(answer, dict) else None
+        else:
+            body = {"input_ids": prompts, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+            body |= {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": self.k}
+            body |= {"return_text_in_logprobs": True}
+        path = "/generate" if self.server.protocol == "generate" else "completions"
+        answer = self.client.ask("POST", path, body)
+        choices = answer.get("choices") if isinstance(answer, dict) else answer
         if not isinstance(choices, list) or len(choices) != len(prompts):
             count = len(choices) if isinstance(choices, list) else "no"
             fix = "set teacher.server.batch: 1, or take another server"
@@ -243,12 +250,13 @@ class ServerTeacher(AnsweringTeacher):
     def _read(self, row: Row, name: str, choice: dict[str, Any]) -> Answer:
         """The answer for one row, from what the server says of a prompt that ends with it."""
         try:
-            read = self._echoed if self.server.protocol == "echo" else self._by_id
+            forms = {"echo": self._echoed, "generate": self._generated, "prompt_logprobs": self._by_id}
+            read = forms[self.server.protocol]
             tokens = list(read(row, name, choice))
         except (UserError, Unmapped):
             raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            form = "prompt_logprobs" if self.server.protocol == "prompt_logprobs" else "logprobs of an echo"
+            form = "logprobs of an echo" if self.server.protocol == "echo" else self.server.protocol
             problem = f"no {form} for its tokens ({type(error).__name__}: {error})"
             fix = "set teacher.server.protocol to what the server can do"
             raise UserError(f"{THING}, row {name}", problem, fix) from error
@@ -271,6 +279,22 @@ class ServerTeacher(AnsweringTeacher):
                 *likeliest(((i, value) for i, value in named if i < self.vocabulary), self.k),
                 own["logprob"],
             )
+
+    def _generated(
+        self, row: Row, name: str, choice: dict[str, Any]
+    ) -> Iterator[tuple[list[int], list[float], float]]:
+        """SGLang: of each token itself, and of the likeliest, [log-probability, id, text]."""
+        said = choice["meta_info"]["input_token_logprobs"], choice["meta_info"]["input_top_logprobs"]
+        start = len(self._prompt(row)) - len(row.tokens)
+        if not len(said[0]) == len(said[1]) == start + len(row.tokens):
+            raise ValueError(f"{len(said[0])} tokens for a prompt of {start + len(row.tokens)}")
+        each = (column[start + 1 :] for column in said)
+        for token, (own, i, text), entries in zip(row.tokens[1:], *each, strict=True):
+            if i != token:
+                raise ValueError(f"id {i} for {token}")
+            self._same_token(name, token, text)
+            named = {int(one): float(value) for value, one, _ in entries} | {token: float(own)}
+            yield *likeliest(((i, v) for i, v in named.items() if i < self.vocabulary), self.k), float(own)
 
     def _echoed(
         self, row: Row, name: str, choice: dict[str, Any]

@@ -1,6 +1,6 @@
 """A real server of completions around a real model, in a process of its own.
 
-It speaks both forms: vLLM's `prompt_logprobs`, and `echo` with `logprobs`. Words of the path decide how it behaves:
+It speaks three forms: vLLM's `prompt_logprobs`, SGLang's `generate`, and `echo` with `logprobs`. Words of the path decide how it behaves:
 below `/ids/v1` an echo names tokens by their ids, below `/content/v1` by id and text in OpenAI's
 new form, below `/odd/v1` it spells them otherwise in rows with the id 300, below `/busy/v1` the first two requests are answered with 429, below
 `/key/v1` the key is needed.
@@ -44,6 +44,13 @@ class Server(ThreadingHTTPServer):
             best = {*logs.topk(k).indices.tolist(), token}
             said.append({str(i): {"logprob": float(logs[i]), "decoded_token": self.text(i)} for i in best})
         return {"prompt_logprobs": said}
+
+    def generated(self, ids, k):
+        own, tops = [[None, ids[0], self.text(ids[0])]], [None]
+        for token, logs in zip(ids[1:], self.log_probs(ids)[:-1], strict=True):
+            own.append([float(logs[token]), token, self.text(token)])
+            tops.append([[float(logs[i]), i, self.text(i)] for i in logs.topk(k).indices.tolist()])
+        return {"text": "", "meta_info": {"input_token_logprobs": own, "input_top_logprobs": tops}}
 
     def echoed(self, ids, k, path):
         odd = "/odd/" in path and 300 in ids
@@ -101,19 +108,22 @@ class Handler(BaseHTTPRequestHandler):
                 return self.refuse(429, "busy", Retry_After="0")
             if options.die_after and server.asked > options.die_after:
                 os._exit(9)
-            if any(options.refuse in prompt for prompt in body["prompt"]):
+            prompts = body["input_ids" if self.path.endswith("/generate") else "prompt"]
+            if any(options.refuse in prompt for prompt in prompts):
                 return self.refuse(400, f"token {options.refuse} is not allowed")
-            k = body.get("prompt_logprobs") or body.get("logprobs")
+            k = body.get("prompt_logprobs") or body.get("logprobs") or body["top_logprobs_num"]
             if k > 300:
                 return self.refuse(
                     400, f"Requested prompt logprobs of {k}, which is greater than max allowed: 300"
                 )
-            server.rows += len(body["prompt"])
+            server.rows += len(prompts)
             if options.count:
                 options.count.write_text(str(server.rows))
+            if self.path.endswith("/generate"):
+                return self.answer(200, [server.generated(ids, k) for ids in prompts])
             choices = [
                 server.by_id(ids, k) if "prompt_logprobs" in body else server.echoed(ids, k, self.path)
-                for ids in body["prompt"]
+                for ids in prompts
             ]
             self.answer(200, {"choices": [{"index": i, **one} for i, one in enumerate(choices)][::-1]})
 

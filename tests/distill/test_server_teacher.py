@@ -90,7 +90,8 @@ def exact(model, batch, front=()):
 
 
 @pytest.mark.parametrize(
-    ("protocol", "place"), [("prompt_logprobs", "ids"), ("echo", "ids"), ("echo", "content")]
+    ("protocol", "place"),
+    [("prompt_logprobs", "ids"), ("echo", "ids"), ("echo", "content"), ("generate", "own")],
 )
 def test_a_server_says_what_its_model_says(url, large, tokenizer, batch, protocol, place):
     server = how(f"{url}/{place}/v1", protocol=protocol, batch=1)

@@ -87,7 +87,7 @@ from tests.distill.test_generate import GENERATION, lively, rows
 from distill.trainer.rollout import OnPolicy
 
 acc = accelerator()
-on_policy = OnPolicy(1.0, GENERATION, 14, 0, 0)(acc, lively(), 3, rows())
+on_policy = OnPolicy(1.0, GENERATION, 14, 0, 0, samples=2)(acc, lively(), 3, rows())
 with open(f"{place}/{acc.process_index}.json", "w") as out:
     json.dump([acc.num_processes, [[row.id, row.tokens, row.given] for row in on_policy]], out)
 sys.argv = ["train.py", *words, "--until", "teachers"]
@@ -107,7 +107,7 @@ def test_two_processes_write_and_keep_what_one_does(cached, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1)]
     assert [count for count, _ in lines] == [2, 2]
-    alone = OnPolicy(1.0, GENERATION, 14, 0, 0)(accelerator(), lively(), 3, some_rows())
+    alone = OnPolicy(1.0, GENERATION, 14, 0, 0, samples=2)(accelerator(), lively(), 3, some_rows())
     assert lines[0][1] == lines[1][1] == [[row.id, row.tokens, row.given] for row in alone]
     assert "teachers: 2 processes on cpu" in done.stderr
     two = load_study(path, [*SAMPLED, "--runs", str(tmp_path)])

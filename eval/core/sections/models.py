@@ -34,9 +34,10 @@ class Server(Frozen):
     url: str = Field(description="address up to `/v1`, such as `http://localhost:8000/v1`")
     model: str = Field(description="name of its model, as the server lists it")
     version: str = Field("", description="any text; another one: the name stands for other weights now")
-    protocol: Literal["prompt_logprobs", "echo"] = Field(
+    protocol: Literal["prompt_logprobs", "generate", "echo"] = Field(
         "prompt_logprobs",
-        description="how it is asked: `prompt_logprobs` (vLLM), or `echo` with `logprobs` (OpenAI's own)",
+        description="how it is asked: `prompt_logprobs` (vLLM), `generate` (SGLang's own), or `echo` with "
+        "`logprobs` (OpenAI's own)",
     )
     api_key_env: str | None = Field(
         None, description="environment variable that holds the key, which is never written down; none: no key"
