@@ -348,14 +348,14 @@ def tokens_per_batch(vocabulary: int, device: torch.device | str = "cpu") -> int
     In float32, and `COPIES` times over: they are copied. A CPU gives a `CPU_SHARE` of what is free, because
     several processes run on it. It is a power of two, so that it is mostly the same, and no more than help.
     """
-    share, most = (CPU_SHARE, CPU_TOKENS) if str(device) == "cpu" else (1, CUDA_TOKENS)
+    share, most = (CPU_SHARE, CPU_TOKENS) if str(device).startswith("cpu") else (1, CUDA_TOKENS)
     fits = free_bytes(device) // share // (COPIES * 4 * vocabulary)
     return min(most, 1 << max(0, fits.bit_length() - 1))
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int:
     """Memory that a process can still have: of this machine, or of a GPU."""
-    if str(device) == "cpu":
+    if str(device).startswith("cpu"):
         return int(psutil.virtual_memory().available)
     import torch  # seconds to import
 
