@@ -9,7 +9,7 @@ from distill.losses.chunked import chunked_loss
 from distill.losses.divergences import distillation_loss
 from distill.losses.teacher_output import Dense, States
 from distill.models.lm_head import Head
-from distill.pipeline import base_jobs, prepare_inputs, student_jobs, teacher_jobs
+from distill.pipeline import base_jobs, make_student, prepare_inputs, student_jobs, teacher_jobs
 from distill.teachers.target_source import check_target_source, target_source_inputs
 from distill.trainer.loop import accelerator, train
 from distill.trainer.rollout import OnPolicy
@@ -193,6 +193,23 @@ def test_a_study_with_a_control_that_has_no_teacher(path):
         "without a teacher, on what it wrote itself"
         in (study.folder / "students/CE/s0/README.md").read_text()
     )
+
+
+@pytest.mark.slow
+def test_the_base_with_a_text_in_front_teaches_itself_without(path):
+    """Context self-distillation, on policy: the student's own texts, scored after a text that it never reads."""
+    settings = {"text": "the river walked under old trees", "wrong": {"text": "def return self None import"}}
+    words = ["--method", f"{{name: context, settings: {settings}}}", "--name", "context"]
+    study = load_study(path, words)
+    make_run_folder(study)
+    study = prepare_inputs(study, accelerator())
+    run_in_turn("context", [*base_jobs(study), *teacher_jobs(study)], quiet=True)
+    for arm in ("S1", "S0"):
+        make_student(study, arm, 0, lambda share, tokens=0: None)
+    s1, s0 = (
+        load_model(study.folder / f"students/{arm}/s0").model.embed_tokens.weight for arm in ("S1", "S0")
+    )
+    assert not torch.equal(s1, s0), "a right text and a wrong one teach something else"
 
 
 def test_what_the_control_learns_from_is_in_its_key(path):
