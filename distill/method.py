@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,12 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.losses.teacher_output import Dense, States
 from distill.models.generation import generate_texts, sample_texts, stop_ids
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
-from distill.models.prefix import Prefix, hidden_after, read_prefix
+from distill.models.prefix import Prefix, hidden_after, put_in_front, read_prefix
 from distill.trainer.loop import Curve
 from eval.core.artifacts import plugin_code
 from eval.core.config import Frozen, plugin_class, validate_config
 from eval.core.documents import Batch, Row, collate
-from eval.core.errors import UserError
 from eval.core.sections import Generation, MethodChoice, Train
 from eval.engines import silenced
 from eval.engines.torch import load_model
@@ -69,6 +68,9 @@ class TeacherOutput:
         return states.log_softmax(0, shape.numel()).unflatten(0, shape)
 
 
+Say = Callable[[PreTrainedModel, Batch], TeacherOutput]
+
+
 @dataclass(frozen=True)
 class MethodContext:
     """Inputs of a method: its own folder, the plain bases, the training rows and the trainer."""
@@ -98,6 +100,7 @@ class Method(ABC):
         "teacher"  # what it runs in: the study's teacher, or the base
     )
     only_prompt: ClassVar[bool] = False  # True: `in_front` is all it does, so that a server can carry it
+    own_model: ClassVar[bool] = False  # True: `output` is of a model of its own, or of a changed teacher
     only_writes: ClassVar[bool] = False  # True: `write` is all it does: it needs targets.source: sequence
 
     class Settings(Frozen):
@@ -106,6 +109,7 @@ class Method(ABC):
     def __init__(self, settings: Frozen) -> None:
         self.settings: Any = settings
         self.parts: Any = None
+        self.below: Say | None = None  # in a chain: what the methods before it say
 
     def bases(self, seed: int, seeds: list[int]) -> list[int]:
         """Seeds of the plain bases from which the teacher of `seed` is built.
@@ -138,6 +142,25 @@ class Method(ABC):
             yield
         finally:
             self.parts = None
+
+    def say(self, model: PreTrainedModel, batch: Batch) -> TeacherOutput:
+        """What a model says by itself; in a chain, with the methods before this one."""
+        return plain_output(model, batch=batch) if self.below is None else self.below(model, batch)
+
+    def say_after(
+        self, model: PreTrainedModel, batch: Batch, prefixes: Sequence[Prefix | None]
+    ) -> TeacherOutput:
+        """The same of rows that each stand after a prefix, or after nothing."""
+        if self.below is None:
+            return prefixed_output(model, batch, prefixes)
+        log_probs: Tensor | None = None
+        for rows, longer, size in put_in_front(batch, prefixes):
+            said = self.below(model, longer).dense()[:, size:]
+            log_probs = (
+                said.new_zeros(*batch.input_ids.shape, said.shape[-1]) if log_probs is None else log_probs
+            )
+            log_probs[rows] = said
+        return TeacherOutput(log_probs)
 
     @abstractmethod
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
@@ -206,7 +229,7 @@ class Plain(Method):
     only_prompt = True
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        return plain_output(teacher, batch=batch)
+        return self.say(teacher, batch)
 
     def write(
         self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
@@ -223,11 +246,12 @@ class InFront(Method):
     only_prompt = True
 
     def load_parts(self, teacher: PreTrainedModel, context: MethodContext) -> dict[str, Prefix]:
-        return {name: read_prefix(teacher, ids) for name, ids in self.in_front(context.tokenizer).items()}
+        ids = self.in_front(context.tokenizer)
+        return {name: read_prefix(teacher, tokens) for name, tokens in ids.items()}
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         others = self.parts.get(OTHERS)
-        return prefixed_output(teacher, batch, [self.parts.get(name, others) for name in batch.domains])
+        return self.say_after(teacher, batch, [self.parts.get(name, others) for name in batch.domains])
 
 
 class Retrained(Method):
@@ -236,6 +260,7 @@ class Retrained(Method):
     A subclass defines `card`, and `start` where that is not the base; its settings have `train`.
     """
 
+    own_model = True
     card = Card("The base, trained longer", "none", "none: a control", "the weights", "none")
 
     class Settings(Frozen):
@@ -318,55 +343,6 @@ def prefixed_output(
     prefixes = [prefix] * len(batch.ids) if isinstance(prefix, Prefix) else prefix
     hidden = hidden_after(model, batch, prefixes)
     return TeacherOutput(hidden=[hidden], heads=[head_of(model).detach(hidden.dtype)])
-
-
-def check_output(output: object, batch: Batch, vocabulary: int, name: str) -> TeacherOutput:
-    """Returns the output after checks of type, shape and values, for every token of the batch.
-
-    Args:
-        vocabulary: ids of the tokenizer, which the output must have; rows beyond them are padding.
-
-    Raises:
-        UserError: the method returned something else: no output, another shape, NaN, or not normalised.
-    """
-    thing, fix = f"method {name!r}", "return TeacherOutput(log_probs) from `output`"
-    if not isinstance(output, TeacherOutput):
-        raise UserError(thing, f"output returned {type(output).__name__}", fix)
-    if (output.log_probs is None) != bool(output.heads) or len(output.hidden) != len(output.heads):
-        problem = "the output has neither log_probs nor hidden states with one head each"
-        raise UserError(thing, problem, fix)
-    if output.log_probs is not None:
-        return replace(output, log_probs=_check_log_probs(output.log_probs, batch, vocabulary, thing))
-    for hidden, head in zip(output.hidden, output.heads, strict=True):
-        shape, rows = (*batch.input_ids.shape, head.weight.shape[1]), head.weight.shape[0]
-        if tuple(hidden.shape) != shape or rows < vocabulary:
-            problem = f"hidden states of shape {tuple(hidden.shape)} with a head of {rows} tokens"
-            raise UserError(thing, problem, f"must be {shape} = [B, T, D] and {vocabulary} tokens")
-        if not bool(torch.isfinite(hidden[batch.attention_mask.bool()]).all()):
-            fix = f"look at rows {', '.join(batch.ids)}"
-            raise UserError(thing, "hidden states with NaN or infinity", fix)
-    fewest = min(head.weight.shape[0] for head in output.heads)
-    return replace(output, heads=[head.cut(fewest) for head in output.heads])  # some may be padded further
-
-
-def _check_log_probs(log_probs: Tensor, batch: Batch, vocabulary: int, thing: str) -> Tensor:
-    shape = (*batch.input_ids.shape, vocabulary)
-    if log_probs.shape[:-1] != shape[:-1] or log_probs.shape[-1] < vocabulary:
-        raise UserError(thing, f"log_probs of shape {tuple(log_probs.shape)}", f"must be {shape} = [B, T, V]")
-    if not log_probs.dtype.is_floating_point:
-        raise UserError(thing, f"log_probs of type {log_probs.dtype}", "return float32 log-probabilities")
-    log_probs = log_probs.float()
-    total = log_probs.logsumexp(dim=-1)[batch.attention_mask.bool()]
-    if not bool(torch.isfinite(total).all()):
-        raise UserError(thing, "log_probs with NaN or infinity", f"look at rows {', '.join(batch.ids)}")
-    if bool((log_probs.amin(dim=-1) == -torch.inf)[batch.attention_mask.bool()].any()):
-        fix = "mix in a little of the plain model: the KL divergence from 0 is infinite"
-        raise UserError(thing, "log_probs with a probability of 0", fix)
-    if float(total.abs().max()) > 1e-2:
-        raise UserError(
-            thing, f"log_probs sum to {float(total.max().exp()):.4g}", "normalise with log_softmax"
-        )
-    return log_probs
 
 
 def method_class(name: str) -> type[Method]:

@@ -1,5 +1,6 @@
 """K plain models trained independently; their probabilities are averaged."""
 
+import math
 from copy import deepcopy
 from typing import Literal, Self
 
@@ -88,5 +89,8 @@ class Ensemble(Method):
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         if self.settings.averaged:
-            return plain_output(*self.parts, batch=batch)
-        return plain_output(teacher, *self.parts, batch=batch)
+            return self.say(self.parts[0], batch)
+        if self.below is None:
+            return plain_output(teacher, *self.parts, batch=batch)
+        said = torch.stack([self.say(model, batch).dense() for model in (teacher, *self.parts)])
+        return TeacherOutput(said.logsumexp(0) - math.log(len(said)))

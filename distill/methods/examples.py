@@ -6,7 +6,7 @@ import random
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.method import Card, Method, MethodContext, TeacherOutput, prefixed_output
+from distill.method import Card, Method, MethodContext, TeacherOutput
 from distill.models.prefix import Prefix, read_prefix
 from eval.core.artifacts import write_text
 from eval.core.config import Frozen
@@ -65,6 +65,6 @@ class Examples(Method):
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         quoted, prefix = self.parts
-        return prefixed_output(
+        return self.say_after(
             teacher, batch, [None if document in quoted else prefix for document in batch.documents]
         )

@@ -32,6 +32,8 @@ class Experts(Method):
         "gains as much",
     )
 
+    own_model = True
+
     class Settings(Frozen):
         rank: int = Field(8, gt=0)
         alpha: float = Field(16.0, gt=0)

@@ -17,8 +17,6 @@ from distill.method import (
     Method,
     MethodContext,
     TeacherOutput,
-    plain_output,
-    prefixed_output,
 )
 from distill.models.load import check_same_tokenizer, fresh_model, model_origin, named_model
 from distill.models.prefix import Prefix, Text, front_ids, read_prefix
@@ -175,9 +173,9 @@ class Guidance(Method):
         for part in self.parts:
             model = teacher if part.model is None else part.model
             said.append(
-                plain_output(model, batch=batch)
+                self.say(model, batch)
                 if part.prefix is None
-                else prefixed_output(model, batch, part.prefix)
+                else self.say_after(model, batch, [part.prefix] * len(batch.ids))
             )
         if len(said) == 1:
             return said[0]

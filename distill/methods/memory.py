@@ -128,7 +128,10 @@ class Memory(Method):
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         """Tokens of the row's own document are never found in the datastore."""
         _refuse_packing(batch.positions is not None)
-        said = plain_output(teacher, batch=batch)
+        said = self.say(teacher, batch)
+        if len(said.hidden) != 1:
+            problem = "needs the states of one model, and the methods before it in the chain give none"
+            raise UserError("method memory", problem, "put it before those that mix distributions")
         hidden, plain = said.hidden[0].float(), said.dense().exp()
         mixed, left = torch.zeros_like(plain), torch.ones_like(plain[..., :1])
         for share, remembered in (

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.method import Card, Method, MethodContext, TeacherOutput
 from distill.models.lm_head import head_of
-from distill.models.prefix import Prefix, hidden_after
+from distill.models.prefix import Prefix
 from eval.core.artifacts import write_text
 from eval.core.config import Frozen
 from eval.core.documents import Batch, boundary_id
@@ -134,11 +134,16 @@ class Retrieval(Method):
             self._stretch(teacher, batch, start, min(start + stride, length))
             for start in range(0, length, stride)
         ]
-        hidden = torch.cat(stretches, dim=1)
-        return TeacherOutput(hidden=[hidden], heads=[head_of(teacher).detach(hidden.dtype)])
+        said = torch.cat(stretches, dim=1)
+        if self.below is not None:
+            return TeacherOutput(said)
+        return TeacherOutput(hidden=[said], heads=[head_of(teacher).detach(said.dtype)])
 
     def _stretch(self, teacher: PreTrainedModel, batch: Batch, start: int, end: int) -> Tensor:
-        """[B, end - start, D] last hidden states of a stretch; zero in rows that end before it."""
+        """[B, end - start, D] last hidden states of a stretch; in a chain log-probabilities [.., V].
+
+        They are zero in rows that end before it.
+        """
         rows = (batch.attention_mask[:, start] > 0).nonzero()[:, 0].tolist()
         some = Batch(
             [batch.ids[row] for row in rows],
@@ -149,10 +154,11 @@ class Retrieval(Method):
         )
         fronts = [self._front(some, row, start) for row in range(len(rows))] if start else None
         prefix = Prefix(torch.tensor(fronts, device=some.input_ids.device), None) if fronts else None
-        states = hidden_after(teacher, some, [prefix] * len(rows))[:, start:]
-        hidden = states.new_zeros(len(batch.ids), *states.shape[1:])
-        hidden[rows] = states
-        return hidden
+        output = self.say_after(teacher, some, [prefix] * len(rows))
+        said = (output.hidden[0] if self.below is None else output.dense())[:, start:]
+        every = said.new_zeros(len(batch.ids), *said.shape[1:])
+        every[rows] = said
+        return every
 
     def _front(self, batch: Batch, row: int, start: int) -> list[int]:
         """The ids in front of a stretch. Its first prediction is made after the token at `start`."""

@@ -1,7 +1,7 @@
 """A text in front of every row: run once, its keys and values reused by every batch."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -60,6 +60,7 @@ class Prefix:
     cache: (
         DynamicCache | None
     )  # of one row; None: reuse is not exact in this family, so they run with each row
+    reader: PreTrainedModel | None = None  # whose cache it is: other models run the tokens
 
     def expanded(self, rows: int) -> DynamicCache:
         """The cache for so many rows: views, which a forward pass extends without changing the original."""
@@ -85,7 +86,7 @@ def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
     whole = Prefix(tokens, None)
     if not isinstance(cache, DynamicCache) or any(type(layer) not in REUSABLE for layer in cache.layers):
         return whole
-    reused, probe = Prefix(tokens, cache), tokens[:PROBE].expand(2, -1)
+    reused, probe = Prefix(tokens, cache, model), tokens[:PROBE].expand(2, -1)
     mask = torch.ones_like(probe)
     mask[1, 1:] = 0  # a row of one token, padded
     answers = [_run(model, probe, mask, prefix)[mask.bool()].float() for prefix in (reused, whole)]
@@ -124,6 +125,33 @@ def hidden_after(model: PreTrainedModel, batch: Batch, prefixes: Sequence[Prefix
     return hidden
 
 
+def put_in_front(batch: Batch, prefixes: Sequence[Prefix | None]) -> Iterator[tuple[list[int], Batch, int]]:
+    """Rows with the tokens of their prefixes: numbers of rows, a batch of them, and how many stand in front.
+
+    Raises:
+        UserError: rows are packed.
+    """
+    if batch.positions is not None:
+        problem = "true, but a chain puts text in front of one document at a time"
+        raise UserError("data.packing", problem, "set data.packing: false")
+    sizes = [0 if prefix is None else prefix.ids.shape[-1] for prefix in prefixes]
+    for size in dict.fromkeys(sizes):
+        rows = [row for row, own in enumerate(sizes) if own == size]
+        ids, mask = batch.input_ids[rows], batch.attention_mask[rows]
+        fronts = ids.new_zeros(len(rows), size)
+        for place, row in enumerate(rows):
+            if (prefix := prefixes[row]) is not None:
+                fronts[place] = prefix.ids if prefix.ids.ndim == 1 else prefix.ids[row]
+        longer = Batch(
+            [batch.ids[row] for row in rows],
+            [batch.documents[row] for row in rows],
+            [batch.domains[row] for row in rows],
+            torch.cat([fronts, ids], 1),
+            torch.cat([torch.ones_like(fronts), mask], 1),
+        )
+        yield rows, longer, size
+
+
 def _parts(batch: Batch) -> list[tuple[int, int, int]]:
     """(row, start, end) of every document in a batch."""
     parts = []
@@ -141,7 +169,7 @@ def _run(model: PreTrainedModel, ids: Tensor, mask: Tensor, prefix: Prefix | Non
     size = 0 if prefix is None else prefix.ids.shape[-1]
     if prefix is not None:
         inputs["attention_mask"] = torch.cat([mask.new_ones(len(ids), size), mask], dim=1)
-        if prefix.cache is None:
+        if prefix.cache is None or prefix.reader is not model:
             inputs["input_ids"] = torch.cat([prefix.ids.expand(len(ids), -1), ids], dim=1)
         else:
             inputs["past_key_values"] = prefix.expanded(len(ids))

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.losses.teacher_output import Aligned, Dense, States, Target, match_vocabulary
-from distill.method import Method, TeacherOutput, check_output
+from distill.method import Method, TeacherOutput
 from distill.models.generation import stop_ids
 from distill.models.lm_head import capture_layers
 from distill.models.quantized import load_quantized
@@ -115,6 +115,55 @@ class LocalTeacher:
             if not (known and 0 < len(tokens) <= generation.new_tokens):
                 raise UserError(f"method {self.name!r}", f"`write` returned {tokens} after row {row.id}", fix)
         return texts
+
+
+def check_output(output: object, batch: Batch, vocabulary: int, name: str) -> TeacherOutput:
+    """Returns the output after checks of type, shape and values, for every token of the batch.
+
+    Args:
+        vocabulary: ids of the tokenizer, which the output must have; rows beyond them are padding.
+
+    Raises:
+        UserError: the method returned something else: no output, another shape, NaN, or not normalised.
+    """
+    thing, fix = f"method {name!r}", "return TeacherOutput(log_probs) from `output`"
+    if not isinstance(output, TeacherOutput):
+        raise UserError(thing, f"output returned {type(output).__name__}", fix)
+    if (output.log_probs is None) != bool(output.heads) or len(output.hidden) != len(output.heads):
+        problem = "the output has neither log_probs nor hidden states with one head each"
+        raise UserError(thing, problem, fix)
+    if output.log_probs is not None:
+        return replace(output, log_probs=_check_log_probs(output.log_probs, batch, vocabulary, thing))
+    for hidden, head in zip(output.hidden, output.heads, strict=True):
+        shape, rows = (*batch.input_ids.shape, head.weight.shape[1]), head.weight.shape[0]
+        if tuple(hidden.shape) != shape or rows < vocabulary:
+            problem = f"hidden states of shape {tuple(hidden.shape)} with a head of {rows} tokens"
+            raise UserError(thing, problem, f"must be {shape} = [B, T, D] and {vocabulary} tokens")
+        if not bool(torch.isfinite(hidden[batch.attention_mask.bool()]).all()):
+            fix = f"look at rows {', '.join(batch.ids)}"
+            raise UserError(thing, "hidden states with NaN or infinity", fix)
+    fewest = min(head.weight.shape[0] for head in output.heads)
+    return replace(output, heads=[head.cut(fewest) for head in output.heads])  # some may be padded further
+
+
+def _check_log_probs(log_probs: Tensor, batch: Batch, vocabulary: int, thing: str) -> Tensor:
+    shape = (*batch.input_ids.shape, vocabulary)
+    if log_probs.shape[:-1] != shape[:-1] or log_probs.shape[-1] < vocabulary:
+        raise UserError(thing, f"log_probs of shape {tuple(log_probs.shape)}", f"must be {shape} = [B, T, V]")
+    if not log_probs.dtype.is_floating_point:
+        raise UserError(thing, f"log_probs of type {log_probs.dtype}", "return float32 log-probabilities")
+    log_probs = log_probs.float()
+    total = log_probs.logsumexp(dim=-1)[batch.attention_mask.bool()]
+    if not bool(torch.isfinite(total).all()):
+        raise UserError(thing, "log_probs with NaN or infinity", f"look at rows {', '.join(batch.ids)}")
+    if bool((log_probs.amin(dim=-1) == -torch.inf)[batch.attention_mask.bool()].any()):
+        fix = "mix in a little of the plain model: the KL divergence from 0 is infinite"
+        raise UserError(thing, "log_probs with a probability of 0", fix)
+    if float(total.abs().max()) > 1e-2:
+        raise UserError(
+            thing, f"log_probs sum to {float(total.max().exp()):.4g}", "normalise with log_softmax"
+        )
+    return log_probs
 
 
 def load_teacher_model(

@@ -2,7 +2,8 @@
 
 import torch
 
-from distill.method import check_output, make_method
+from distill.method import make_method
+from distill.teachers.local import check_output
 from eval.core.documents import collate
 from eval.core.sections import MethodChoice
 

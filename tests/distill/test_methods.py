@@ -11,10 +11,10 @@ from distill.method import (
     Method,
     MethodContext,
     TeacherOutput,
-    check_output,
     method_class,
 )
 from distill.models.lm_head import Head
+from distill.teachers.local import check_output
 from eval.core.artifacts import plugin_code
 from eval.core.config import plugin_names
 from eval.core.documents import collate
@@ -25,9 +25,12 @@ from tests.distill.method_helpers import answer, make, mixed
 from tests.helpers import text
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+CONTEXT = {"text": text("code", 99, 8), "domains": {"prose": {"text": text("prose", 99, 6)}}}
+MEMORY = {"neighbours": 5, "temperature": 3.0, "cache_share": 0.1, "flatness": 0.05}
 SETTINGS = {
+    "chain": {"methods": [{"name": "memory", "settings": MEMORY}, {"name": "context", "settings": CONTEXT}]},
     "attention": {"config": {"rms_norm_eps": 1e-5}, "train": {"rows": 4, "steps": 3}},
-    "context": {"text": text("code", 99, 8), "domains": {"prose": {"text": text("prose", 99, 6)}}},
+    "context": CONTEXT,
     "ensemble": {"members": 2},
     "examples": {"count": 2, "tokens": 12},
     "experts": {"rank": 2, "train": {"rows": 4, "steps": 6, "optimizer": {"lr": 0.01}}},
@@ -47,7 +50,7 @@ SETTINGS = {
     "heads": {"train": {"rows": 4, "steps": 3, "future": {"tokens": 1}}},
     "elsewhere": {},
     "larger_teacher": {},
-    "memory": {"neighbours": 5, "temperature": 3.0, "cache_share": 0.1, "flatness": 0.05},
+    "memory": MEMORY,
     "mixture": {"train": {"rows": 4, "steps": 3}},
     "placebo": {},
     "voting": {"samples": 3, "answer": "distill.methods.voting.last_word"},
