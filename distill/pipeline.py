@@ -7,7 +7,7 @@ them train, and the first one writes. Artifacts that exist already, by key and b
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from distill.teachers.mixture import check_domains
 from distill.teachers.run import (
     TEACHER,
     TEACHERS,
+    base_seeds,
     find_teacher_hash,
     make_answering_teacher,
     needs_named_teacher,
@@ -68,15 +69,17 @@ from distill.trainer.artifact_training import (
 )
 from distill.trainer.logging import check_trackers
 from distill.trainer.loop import accelerator
-from eval.core.artifacts import build_artifact, digest, installed_versions, is_done, make_key, read_manifest
-from eval.core.checks import check_plan
-from eval.core.documents import (
-    TRAIN,
-    Document,
-    describe_data,
-    scored_slices,
-    stream_documents,
+from eval.core.artifacts import (
+    build_artifact,
+    digest,
+    installed_versions,
+    is_done,
+    link_files,
+    make_key,
+    read_manifest,
 )
+from eval.core.checks import check_plan
+from eval.core.documents import TRAIN, Document, describe_data, scored_slices, stream_documents
 from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
 from eval.core.sections import Train
 from eval.core.study import Study, make_run_folder, mark_trained, save_study
@@ -146,7 +149,7 @@ def used_documents(study: Study) -> Iterator[Document]:
 
 
 def make_base(study: Study, seed: int, report: Progress) -> None:
-    """The plain base of a seed: trained from scratch, fine-tuned, or used as it is."""
+    """The plain base of a seed: trained from scratch, fine-tuned, or used as it is: one for all seeds."""
     name, base = f"base/s{seed}", study.base
     data = read_manifest(study.folder / "data")
     parents = {"data": data.hash}
@@ -157,6 +160,12 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
     origin = base_origin(base, study.folder / BASE_FILES)
     key = make_key("base", [origin, training, shape, parents, seed if base.train else None])
     if not is_missing(study, name, key):
+        return
+    facts: dict[str, Any] = {"arm": "B", "seed": seed, "recipe": "plain", "engine": "torch", "origin": origin}
+    if base.train is None and seed != (first := base_seeds(study)[0]):
+        with build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as folder:
+            source = study.folder / "base" / f"s{first}"
+            link_files(source, folder, read_manifest(source).files)
         return
     documents, verified = first_documents(study), None
     if base.architecture:
@@ -170,8 +179,6 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
         model, tokenizer = named_model(base, origin.get("commit"))
         dtype = named_dtype(base, origin.get("commit"))
     check_vocabulary(model, tokenizer, name, used_documents(study), study.data.context)
-    facts: dict[str, Any] = {"arm": "B", "seed": seed, "recipe": "plain", "engine": "torch"}
-    facts["origin"] = origin
     if base.train is not None:
         facts["precision"] = base.train.precision
     with build_shared(study, name, kind="model", key=key, parents=parents, facts=facts) as folder:
@@ -189,7 +196,7 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
                 teacher=None,
                 report=step_progress(report, 0.9),
             )
-        card = model_card(study, "B", seed, parents)
+        card = model_card(study, "B", seed if base.train else None, parents)
         export(model, tokenizer, folder, card, documents, verified, dtype)
     delete_scratch(study, name)
 
@@ -208,7 +215,7 @@ def make_named_teacher(study: Study, report: Progress) -> None:
         facts: dict[str, Any] = {"arm": "T", "recipe": "plain", "engine": "torch", "origin": origin}
         dtype = named_dtype(one, origin.get("commit"))
         with build_shared(study, name, kind="model", key=key, parents={}, facts=facts) as folder:
-            card = model_card(study, "T", 0, {}, teacher=one)
+            card = model_card(study, "T", None, {}, teacher=one)
             export(model, tokenizer, folder, card, first_documents(study), dtype=dtype)
 
 
@@ -283,13 +290,13 @@ def start_student(
 
 
 def base_jobs(study: Study) -> list[Job]:
-    """One job per plain base: for the seeds of the study and further ones that its teachers need."""
-    needed = {seed for groups in teacher_groups(study).values() for bases in groups for seed in bases}
-    epochs = study.base.train.epochs if study.base.train else 0.2
-    return [
-        Job(f"base s{seed}", make_base, (study, seed), weight=10 * epochs)
-        for seed in sorted({*study.seeds, *needed})
-    ]
+    """One job per plain base; where it is used as it is, the others copy the first."""
+    training = study.base.train
+    weight = 10 * training.epochs if training else 2.0
+    first, *others = (Job(f"base s{s}", make_base, (study, s), weight=weight) for s in base_seeds(study))
+    if training is None:
+        others = [replace(job, after=(first.name,), weight=0.1) for job in others]
+    return [first, *others]
 
 
 def _teacher_job_name(side: str, seeds: list[int]) -> str:
@@ -349,8 +356,7 @@ def show_targets(study: Study, until: str) -> None:
         return
     for side, groups in teacher_groups(study).items():
         for seeds in groups.values():
-            folder = study.folder / "targets" / teacher_name(side, seeds)
-            manifest = read_manifest(folder)
+            manifest = read_manifest(folder := study.folder / "targets" / teacher_name(side, seeds))
             facts = manifest.facts
             for reason, count in facts.get("left_out", {}).items():
                 print(f"{side} of seeds {', '.join(map(str, seeds))}: left out {count} {reason}")
@@ -365,12 +371,12 @@ def show_targets(study: Study, until: str) -> None:
 def run_all(study: Study, jobs: list[Job], title: str) -> None:
     """Runs jobs in parallel on the CPU of one machine; in turn on a GPU or in a distributed launch."""
     acc = accelerator()
-    if acc.num_processes > 1 or acc.device.type != "cpu":
-        if acc.is_main_process:
-            print(f"{title}: {acc.num_processes} processes on {acc.device.type}", file=sys.stderr)
-        run_in_turn(title, jobs, quiet=not acc.is_main_process)
-    else:
+    if acc.num_processes == 1 and acc.device.type == "cpu":
         run_jobs(title, jobs, study.workers)
+        return
+    if acc.is_main_process:
+        print(f"{title}: {acc.num_processes} processes on {acc.device.type}", file=sys.stderr)
+    run_in_turn(title, jobs, quiet=not acc.is_main_process)
 
 
 def distil(study: Study, until: str = "students") -> Path:

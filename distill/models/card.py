@@ -16,7 +16,7 @@ ON_POLICY = "trained without a teacher, on what it wrote itself, each token with
 
 
 def front_matter(
-    study: Study, arm: str, seed: int, parents: dict[str, str], teacher: NamedModel | None
+    study: Study, arm: str, seed: int | None, parents: dict[str, str], teacher: NamedModel | None
 ) -> ModelCardData:
     """Metadata for programs: the base, the method, and the hashes of all that the model was made from."""
     named: NamedModel = teacher or study.base
@@ -30,7 +30,7 @@ def front_matter(
             "study": study.name,
             "study_sha256": study.hash(),
             "arm": arm,
-            "seed": seed,
+            **({} if seed is None else {"seed": seed}),
             **({"method": study.method.name} if arm == "S1" else {}),
             **(
                 {"tuning": study.student.tuning, "start": study.student.start}
@@ -45,7 +45,7 @@ def front_matter(
 def model_card(
     study: Study,
     arm: str,
-    seed: int,
+    seed: int | None,
     parents: dict[str, str],
     method: dict[str, str] | None = None,
     teacher: NamedModel | None = None,
@@ -53,15 +53,17 @@ def model_card(
     """README.md of one exported model: what it is, what it was made of, how to load it.
 
     Args:
+        seed: None for a model that no seed changed.
         method: the card of the study's method, for S1 and S0.
         teacher: the pretrained model that this one is, for T.
     """
     role = ON_POLICY if arm == "CE" and study.ce_arm == "on_policy" else ROLES[arm]
+    title = f"{study.name}: {arm}" + ("" if seed is None else f", seed {seed}")
     text = f"""---
 {front_matter(study, arm, seed, parents, teacher).to_yaml()}
 ---
 
-# {study.name}: {arm}, seed {seed}
+# {title}
 
 This is {role} in the study `{study.name}`. It is a plain causal language model: load it with
 `transformers.AutoModelForCausalLM.from_pretrained`. What it was made of stands above; the hash of every file

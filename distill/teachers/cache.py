@@ -4,7 +4,6 @@ A shard is one safetensors file that appears complete or not at all. Its rows an
 training rows alone, neither on the number of processes nor on where a run was interrupted.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from safetensors.numpy import save_file
 
 from distill.losses.teacher_output import Target, Teacher, TopK, Whole
 from distill.teachers.codec import Codec, Columns, TopKCodec
-from eval.core.artifacts import Manifest, digest, verify_artifact
+from eval.core.artifacts import Manifest, digest, link_files, verify_artifact
 from eval.core.documents import Batch, Row, batches, tokens_per_batch
 from eval.core.errors import UserError
 
@@ -160,13 +159,9 @@ def link_shards(scratch: Path, artifact: Path, tokens: int) -> dict[str, float]:
 
     Linked, not moved: an interruption before the artifact is complete loses none of them.
     """
-    size = 0
-    for path in sorted(scratch.glob("shard-*")):
-        size += path.stat().st_size
-        try:
-            os.link(path, artifact / path.name)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, artifact / path.name)
+    shards = sorted(scratch.glob("shard-*"))
+    link_files(scratch, artifact, (path.name for path in shards))
+    size = sum(path.stat().st_size for path in shards)
     return {"tokens": tokens, "bytes_per_token": round(size / tokens, 2)}
 
 

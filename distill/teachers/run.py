@@ -64,6 +64,12 @@ def teacher_groups(study: Study) -> dict[str, dict[tuple[int, ...], list[int]]]:
     return groups
 
 
+def base_seeds(study: Study) -> list[int]:
+    """The seeds of the study and further ones that its teachers need."""
+    needed = {seed for groups in teacher_groups(study).values() for bases in groups for seed in bases}
+    return sorted({*study.seeds, *needed})
+
+
 def _runs_in_teacher(study: Study, method: Method) -> bool:
     return study.teacher is not None and method.model == "teacher"
 

@@ -185,6 +185,16 @@ def hash_files(folder: Path) -> dict[str, FileEntry]:
     }
 
 
+def link_files(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """One more name in `folder` for files that are never changed; copies where there are no links."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, folder / name)
+        except OSError:
+            shutil.copyfile(source / name, folder / name)
+
+
 def content_hash(files: dict[str, FileEntry]) -> str:
     return digest({name: entry.sha256 for name, entry in files.items()})
 

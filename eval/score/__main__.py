@@ -5,6 +5,7 @@ Each model is loaded from its folder by its own engine, in a process that did no
 method are scored by `distill`, where they are made: only there can they be run. They are not scored on tasks.
 """
 
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -31,16 +32,19 @@ def score_run(study: Study, device: str = "auto") -> int:
 
     run = study.folder
     check_tasks(study.data.tasks)
+    same: dict[str, list[Path]] = {}  # hash -> folders of those bytes: the base of several seeds may be one
+    for folder in (unscored := unscored_folders(run, study)):
+        same.setdefault(read_manifest(folder).hash, []).append(folder)
     jobs = [
-        Job(_label(folder), score_folder, (run, study, folder)) for folder in unscored_folders(run, study)
+        Job(_label(folder), partial(score_folder, twins=twins), (run, study, folder))
+        for folder, *twins in same.values()
     ]
-    done = len(jobs)
     jobs += [
         Job(f"{_label(folder)} tasks", score_tasks, (run, study, folder, names))
         for folder, names in unscored_tasks(run, study).items()
     ]
     run_jobs("score", *deal_out(jobs, find_devices(device), study.workers))
-    return done
+    return len(unscored)
 
 
 def missing_lines(study: Study) -> list[str]:

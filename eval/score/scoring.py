@@ -81,8 +81,12 @@ def score_folder(
     report: Report = lambda share: None,
     kind: Kind = "score",
     device: str = CPU,
+    twins: Sequence[Path] = (),
 ) -> None:
     """Scores the artifact `folder` of a run on one CPU thread or a GPU, by its own engine; writes the record.
+
+    Args:
+        twins: folders of the same bytes, for which the same is written: the base of other seeds.
 
     Raises:
         UserError: the artifact is damaged, cannot be loaded, or gives a likelihood that is not finite.
@@ -99,14 +103,17 @@ def score_folder(
         )
     except UserError as error:
         raise UserError(f"scoring {folder}: {error.thing}", error.problem, error.fix) from error
-    record = Score(
-        **subject.model_dump(),
-        kind=kind,
-        data=read_manifest(data).hash,
-        documents=documents,
-        provenance=provenance(manifest.hash, study.hash(), device_name(device)),
-    )
-    write_record(run, record)
+    for place in (folder, *twins):
+        twin = read_manifest(place)
+        assert twin.hash == manifest.hash, place
+        record = Score(
+            **subject_of(twin).model_dump(),
+            kind=kind,
+            data=read_manifest(data).hash,
+            documents=documents,
+            provenance=provenance(manifest.hash, study.hash(), device_name(device)),
+        )
+        write_record(run, record)
 
 
 def score(

@@ -368,3 +368,27 @@ def test_a_method_that_returns_something_else_ends_in_one_line(tmp_path):
     path = tiny_study(tmp_path, seeds=[0], method={"name": "ours.neural_cache"}, ce_arm=False)
     done = run("distill/train.py", "--config", path, PYTHONPATH=str(tmp_path))
     assert "method 'ours.neural_cache': log_probs sum to" in one_line(done)
+
+
+def test_a_base_that_is_used_as_it_is_stands_once_for_all_seeds(tmp_path):
+    """One export, one teacher without a method and one score; each seed has its folder and its records."""
+    folder, tokenizer = tmp_path / "my-base", tiny_tokenizer()
+    tiny_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = tiny_study(tmp_path, seeds=[0, 1], base={"path": str(folder)}, recipes=[])
+    done = run("distill/train.py", "--config", path, "--until", "bases")
+    assert done.returncode == 0, done.stderr
+    study = load_study(path)
+    first, second = (study.folder / "base" / f"s{seed}" for seed in (0, 1))
+    assert read_manifest(first).hash == read_manifest(second).hash
+    assert [read_manifest(place).facts["seed"] for place in (first, second)] == [0, 1]
+    assert (first / "model.safetensors").stat().st_ino == (second / "model.safetensors").stat().st_ino
+    assert "seed" not in (first / "README.md").read_text()
+    done = run("-m", "eval.score", "--study", path)
+    assert done.returncode == 0, done.stderr
+    assert "score: plain/B-s0 done, 1 of 1" in done.stderr
+    records = {record.seed: record for record in read_scores(study.folder)}
+    assert set(records) == {0, 1}
+    assert records[0].documents == records[1].documents
+    again = run("-m", "eval.score", "--study", path)
+    assert "scored 0 models, 2 were scored before" in again.stdout
