@@ -346,8 +346,8 @@ def student_jobs(study: Study) -> list[Job]:
 def jobs_until(study: Study, stage: str) -> list[Job]:
     """The jobs of a study up to a stage: `data`, `bases`, `teachers` (with their targets) or `students`."""
     stages = {"data": None, "bases": base_jobs, "teachers": teacher_jobs, "students": student_jobs}
-    names = list(stages)[: list(stages).index(stage) + 1]
-    return [job for name in names if (jobs := stages[name]) is not None for job in jobs(study)]
+    wanted = list(stages.values())[: list(stages).index(stage) + 1]
+    return [job for jobs in wanted if jobs is not None for job in jobs(study)]
 
 
 def show_targets(study: Study, until: str) -> None:
@@ -371,12 +371,10 @@ def show_targets(study: Study, until: str) -> None:
 def run_all(study: Study, jobs: list[Job], title: str) -> None:
     """Runs jobs in parallel on the CPU of one machine; in turn on a GPU or in a distributed launch."""
     acc = accelerator()
-    if acc.num_processes == 1 and acc.device.type == "cpu":
-        run_jobs(title, jobs, study.workers)
-        return
-    if acc.is_main_process:
+    alone, first = acc.num_processes == 1 and acc.device.type == "cpu", acc.is_main_process
+    if first and not alone:
         print(f"{title}: {acc.num_processes} processes on {acc.device.type}", file=sys.stderr)
-    run_in_turn(title, jobs, quiet=not acc.is_main_process)
+    run_jobs(title, jobs, study.workers) if alone else run_in_turn(title, jobs, quiet=not first)
 
 
 def distil(study: Study, until: str = "students") -> Path:
