@@ -52,7 +52,6 @@ from distill.teachers.run import (
     teacher_name,
 )
 from distill.teachers.target_source import (
-    STORED_SOURCES,
     make_teacher,
     open_target_source,
     rows_learned,
@@ -348,24 +347,6 @@ def jobs_until(study: Study, stage: str) -> list[Job]:
     stages = {"data": None, "bases": base_jobs, "teachers": teacher_jobs, "students": student_jobs}
     wanted = list(stages.values())[: list(stages).index(stage) + 1]
     return [job for jobs in wanted if jobs is not None for job in jobs(study)]
-
-
-def show_targets(study: Study, until: str) -> None:
-    """Prints of each teacher with stored targets what is left out, and at its stage form, size and folder."""
-    if study.targets.source not in STORED_SOURCES:
-        return
-    for side, groups in teacher_groups(study).items():
-        for seeds in groups.values():
-            manifest = read_manifest(folder := study.folder / "targets" / teacher_name(side, seeds))
-            facts = manifest.facts
-            for reason, count in facts.get("left_out", {}).items():
-                print(f"{side} of seeds {', '.join(map(str, seeds))}: left out {count} {reason}")
-            if until != "teachers":
-                continue
-            print(
-                f"{side} of seeds {', '.join(map(str, seeds))}: {facts['form']}, {facts['tokens']} tokens, "
-                f"{facts['bytes_per_token']} bytes per token, {manifest.bytes / 2**20:.1f} MiB in {folder}"
-            )
 
 
 def run_all(study: Study, jobs: list[Job], title: str) -> None:

@@ -357,3 +357,21 @@ def open_target_source(
     else:
         with run_teacher(study, TEACHERS[arm], seeds, bases, sharded=True) as local_teacher:
             yield TargetSource(rows, local_teacher, rewrite)
+
+
+def show_targets(study: Study, until: str) -> None:
+    """Prints of each teacher with stored targets what is left out, and at its stage form, size and folder."""
+    if study.targets.source not in STORED_SOURCES:
+        return
+    for side, groups in teacher_groups(study).items():
+        for seeds in groups.values():
+            manifest = read_manifest(folder := study.folder / "targets" / teacher_name(side, seeds))
+            facts = manifest.facts
+            for reason, count in facts.get("left_out", {}).items():
+                print(f"{side} of seeds {', '.join(map(str, seeds))}: left out {count} {reason}")
+            if until != "teachers":
+                continue
+            print(
+                f"{side} of seeds {', '.join(map(str, seeds))}: {facts['form']}, {facts['tokens']} tokens, "
+                f"{facts['bytes_per_token']} bytes per token, {manifest.bytes / 2**20:.1f} MiB in {folder}"
+            )
