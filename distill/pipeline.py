@@ -55,6 +55,7 @@ from distill.teachers.target_source import (
     make_teacher,
     open_target_source,
     rows_learned,
+    show_targets,
     target_source_inputs,
 )
 from distill.trainer.artifact_training import (

@@ -26,6 +26,7 @@ from distill.teachers.run import (
     run_teacher,
     teacher_folders,
     teacher_group,
+    teacher_groups,
     teacher_hash,
     teacher_name,
     teacher_targets,
