@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.losses.teacher_output import Dense, States
-from distill.models.generation import generate_texts, sample_texts, stop_ids
+from distill.models.generation import CachedReader, generate_texts, sample_texts, stop_ids
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
 from distill.models.prefix import Prefix, hidden_after, put_in_front, read_prefix
 from distill.trainer.loop import Curve
@@ -173,8 +173,8 @@ class Method(ABC):
 
         This default samples from `output` token by token, for any method. Without key-value cache, its time
         grows with the square of the length; where `output` is a forward pass of the teacher alone,
-        `plain_texts` writes the same with one. A method that votes or reranks overrides it, and samples other
-        texts with another seed.
+        `plain_texts` writes the same with one, and `mean_texts` for several models. A method that votes or
+        reranks overrides it, and samples other texts with another seed.
 
         Args:
             prompts: rows of one length; each text depends on its prompt and the seed alone.
@@ -317,6 +317,22 @@ def plain_texts(
 ) -> list[list[int]]:
     """What `Method.write` samples where `output` is `plain_output(teacher)`, with a key-value cache."""
     return generate_texts(teacher, prompts, generation, seed, pad=0)
+
+
+def mean_texts(
+    models: Sequence[PreTrainedModel],
+    prompts: list[Row],
+    generation: Generation,
+    seed: object,
+    **inputs: Any,
+) -> list[list[int]]:
+    """What `Method.write` samples where `output` is `plain_output(*models, **inputs)`, with key-value caches.
+
+    Args:
+        inputs: further arguments of the forward passes, for all prompts.
+    """
+    reader = CachedReader(models, prompts, **inputs)
+    return sample_texts(reader, prompts, generation, seed, stop_ids(models[0]))
 
 
 def candidates(write: Callable[[object], list[list[int]]], seed: object, count: int) -> list[list[list[int]]]:

@@ -8,11 +8,20 @@ import torch
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
-from distill.method import Card, Method, MethodContext, Plain, Retrained, TeacherOutput, plain_output
+from distill.method import (
+    Card,
+    Method,
+    MethodContext,
+    Plain,
+    Retrained,
+    TeacherOutput,
+    mean_texts,
+    plain_output,
+)
 from eval.core.config import Frozen
-from eval.core.documents import Batch
+from eval.core.documents import Batch, Row
 from eval.core.errors import UserError
-from eval.core.sections import Train
+from eval.core.sections import Generation, Train
 
 
 def _same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -86,6 +95,12 @@ class Ensemble(Method):
                 "set `base.train`, so that each member is trained",
             )
         return [_average([teacher, *models])] if self.settings.averaged else models
+
+    def write(
+        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
+    ) -> list[list[int]]:
+        models = self.parts if self.settings.averaged else [teacher, *self.parts]
+        return mean_texts(models, prompts, generation, seed)
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         if self.settings.averaged:

@@ -9,12 +9,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from distill.method import Card, Method, MethodContext, TeacherOutput, plain_output
+from distill.method import Card, Method, MethodContext, TeacherOutput, mean_texts, plain_output
 from eval.core.artifacts import write_text
 from eval.core.config import Frozen
 from eval.core.documents import Batch, ChosenRows, Row
 from eval.core.errors import UserError
-from eval.core.sections import Optimizer, Train
+from eval.core.sections import Generation, Optimizer, Train
 
 ALL = "all"  # domain of the control's single adapter
 BASE = "__base__"  # peft's name for the model without adapters
@@ -115,3 +115,9 @@ class Experts(Method):
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         adapters = [self._route(domain) for domain in batch.domains]
         return plain_output(self._model, batch=batch, adapter_names=adapters)
+
+    def write(
+        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
+    ) -> list[list[int]]:
+        adapters = [self._route(row.domain) for row in prompts]
+        return mean_texts([self._model], prompts, generation, seed, adapter_names=adapters)

@@ -5,9 +5,11 @@ its batch nor on the number of processes, and an interrupted run continues to th
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,6 +113,42 @@ def sample_texts(
         for i, token in zip(unfinished, chosen.tolist(), strict=True):
             new[i].append(token)
     return new
+
+
+class CachedReader:
+    """Log-probabilities of the token after each row, of the mean of models with their key-value caches.
+
+    One is made for one call of `sample_texts`: rows grow by a token between two calls, and some of them end.
+    """
+
+    def __init__(self, models: Sequence[PreTrainedModel], prompts: list[Row], **inputs: Any) -> None:
+        """`inputs`: further arguments of the forward passes, for all prompts."""
+        self.models, self.inputs = models, inputs
+        self.tokens = {row.id: row.tokens for row in prompts}  # as last read; those of an ended row stay
+        self.caches: list[Any] = [None] * len(models)
+
+    @torch.no_grad()
+    def __call__(self, rows: list[Row]) -> Tensor:
+        """[n, V] of the rows that have not ended, all of one length."""
+        latest = {row.id: row.tokens for row in rows}
+        size = len(rows[0].tokens)
+        self.tokens = {name: latest.get(name, [*tokens, 0][:size]) for name, tokens in self.tokens.items()}
+        ids = torch.tensor(list(self.tokens.values()))
+        log_probs = torch.stack([self._read(place, ids) for place in range(len(self.models))])
+        kept = [place for place, name in enumerate(self.tokens) if name in latest]
+        return (log_probs.logsumexp(0) - math.log(len(log_probs)))[kept]
+
+    def _read(self, place: int, ids: Tensor) -> Tensor:
+        """[B, V] of one model: of the last token alone where it has a cache, else of all."""
+        model, cache = self.models[place], self.caches[place]
+        ids = ids.to(model.device)
+        unread = ids if cache is None else ids[:, -1:]
+        mask = torch.ones_like(ids)
+        output = model(
+            input_ids=unread, attention_mask=mask, past_key_values=cache, use_cache=True, **self.inputs
+        )
+        self.caches[place] = getattr(output, "past_key_values", None)  # state spaces keep other states
+        return output.logits[:, -1].float().log_softmax(-1).to(self.models[0].device)
 
 
 class ChosenTokens(LogitsProcessor):

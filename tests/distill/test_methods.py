@@ -13,12 +13,14 @@ from distill.method import (
     TeacherOutput,
     method_class,
 )
+from distill.models.generation import make_prompts
 from distill.models.lm_head import Head
 from distill.teachers.local import check_output
 from eval.core.artifacts import plugin_code
 from eval.core.config import plugin_names
 from eval.core.documents import collate
 from eval.core.errors import UserError
+from eval.core.sections import Generation
 from eval.engines.torch import load_model
 from tests.distill.conftest import method_context
 from tests.distill.method_helpers import answer, make, mixed
@@ -143,6 +145,24 @@ def test_ensemble_averages_probabilities(context, rows):
     wanted = torch.stack([m.logits.double().softmax(-1) for m in members]).mean(0).log()
     valid = batch.attention_mask.bool()
     torch.testing.assert_close(output[valid].double(), wanted[valid], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}])
+@pytest.mark.parametrize("name", ["ensemble", "experts"])
+def test_several_models_and_adapters_write_with_caches_what_they_write_without(name, changes, fitted, rows):
+    method, context = fitted(name, "method")
+    long = [row for row in rows if len(row.tokens) > 5]
+    prompts = make_prompts([long[0], long[-1], *long[1:4]], Generation(prompt_tokens=5))
+    assert {row.domain for row in prompts} == {"code", "prose"}
+    teacher, generation = load_model(context.bases[0]), Generation(new_tokens=8, **changes)
+    with method.attached(teacher, context):
+        plain = Method.write(method, teacher, prompts, generation, 3)
+        teacher.generation_config.eos_token_id = plain[0][2]  # ends some of them early
+        with torch.no_grad():
+            written = method.write(teacher, prompts, generation, 3)
+            assert written == Method.write(method, teacher, prompts, generation, 3)
+    assert len(written[0]) <= 3
+    assert max(map(len, written)) == 8
 
 
 def test_the_controls_of_an_ensemble_have_its_budget_or_its_mean_weights(context, rows):
