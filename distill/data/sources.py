@@ -16,7 +16,7 @@ from distill.data.parse import EMPTY_FILE, Raw, make_document, required_columns,
 from distill.packages import package_folder
 from eval.core.artifacts import digest
 from eval.core.config import PACKAGES
-from eval.core.documents import Document
+from eval.core.documents import NO_FOLDER, Document
 from eval.core.errors import UserError
 from eval.core.sections import Source
 
@@ -64,7 +64,7 @@ def _is_excluded(path: Path, source: Source) -> bool:
 def _from_folder(source: Source) -> Iterator[Raw]:
     root, name = source_root(source.path), Path(source.path).name
     for path in _files(source):
-        top = path.parts[0] if len(path.parts) > 1 else "top"
+        top = path.parts[0] if len(path.parts) > 1 else NO_FOLDER
         group = f"{name}/{top}" if source.group_by_folder else ""
         row: dict[str, Any] | Unusable
         try:

@@ -35,7 +35,15 @@ from eval.core.sections import Data, Source
 from eval.core.study import Study
 from eval.score.corruptions import damaged_slices
 
-LATER = {"context", "train_rows", "packing", "loss_on", "end_of_text", "tasks"}  # what rows are made by
+LATER = {
+    "context",
+    "train_rows",
+    "packing",
+    "loss_on",
+    "end_of_text",
+    "tasks",
+    "cluster",
+}  # rows, scores
 GROUP_SHARE = 8  # a group gives at most this part of a split, so that a split has groups enough to speak of
 COPY, SHORT, NEAR = "a copy of another", "shorter than data.min_bytes", "nearly a training document"
 MORE = "more of a group in validation or test"
@@ -289,7 +297,7 @@ def write_splits(
     _write_trained_on(data, spool, splits, folder)
     scored |= damaged_slices(scored[VALIDATION], data.corruptions, splits)
     for name, documents in scored.items():
-        write_documents(folder / f"{name}.jsonl", iter(documents))
+        write_documents(folder / f"{name}.jsonl", iter(documents), with_source=True)
     facts: dict[str, Any] = {f"{name}_documents": len(entries) for name, entries in splits.items()}
     facts |= {f"{name}_documents": len(documents) for name, documents in scored.items()}
     facts["rows"] = {name: pool.rows for name, pool in pools.items()}

@@ -21,7 +21,13 @@ def score_teacher(
     size = tokens_per_batch(len(tokenizer), accelerator().device)
     for kind in score_kinds(study):
         documents = score_documents(
-            teacher.log_probs, data, tokenizer, study.data.context, kind=kind, batch_tokens=size
+            teacher.log_probs,
+            data,
+            tokenizer,
+            study.data.context,
+            kind=kind,
+            cluster_of=study.data.cluster_of,
+            batch_tokens=size,
         )
         for seed in seeds:
             record = Score(

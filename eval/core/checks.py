@@ -255,6 +255,13 @@ def check_aligned(folder: Path, first: Score, record: Score) -> None:
             )
     if len(b.id) != len(a.id):
         raise UserError(place, f"{len(b.id)} documents, elsewhere {len(a.id)}", fix)
+    found = b.cluster and [b.cluster[i] for i in find_positions(a, b)]
+    for name, key, other, cluster in zip(a.slice, a.id, found or [], a.cluster or [], strict=False):
+        if other != cluster:
+            problem = f"document {key!r} of slice {name!r} is of cluster {other!r}, elsewhere of {cluster!r}"
+            raise UserError(place, problem, fix)
+    if (b.cluster is None) != (a.cluster is None):
+        raise UserError(place, "only one of the two names clusters", fix)
 
 
 def find_positions(first: Documents, other: Documents) -> list[int]:

@@ -48,14 +48,14 @@ class Students(Stored):
 class Power(Stored):
     """Of the validation retention test of the uncompressed student, with this run as the pilot."""
 
-    documents: int
+    clusters: int  # of documents: see `clusters` of the file
     seeds: int
     effect: float  # bits/byte by which the kept gain exceeds f times the teacher's
     power_now: float | None
     power_low: float | None = None  # 80 % interval of power_now, for the variances themselves are estimates
     power_high: float | None = None
     seeds_for_80: int | None
-    documents_for_80: int | None
+    clusters_for_80: int | None
     share_for_80: float | None = None  # the least true share that this plan passes with 80 %
 
 
@@ -251,6 +251,7 @@ class GateFile(Stored):
     budget: dict[str, Any]
     seeds: list[int]
     documents: dict[str, int]
+    clusters: dict[str, int]  # of documents that are not independent; as many as documents where all are
     teacher_gain: Estimate
     teacher_gain_slices: dict[str, Estimate]
     scores: dict[str, dict[str, Estimate]]

@@ -74,11 +74,11 @@ class Documents(Stored):
     bits: list[float]  # negative log2 likelihood of the whole document
     correct: list[int] | None = None  # tokens that were held to be the likeliest
     calibration: dict[str, Bins] | None = None  # by slice
-    group: list[str] | None = None  # that a document belongs to, or its id; null in older records: unknown
+    cluster: list[str] | None = None  # documents of a slice in one are not independent; null: each is alone
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        columns = self.id, self.slice, self.bytes, self.tokens, self.bits, self.correct, self.group
+        columns = self.id, self.slice, self.bytes, self.tokens, self.bits, self.correct, self.cluster
         lengths = {len(column) for column in columns if column is not None}
         if lengths == {0} or len(lengths) != 1:
             raise ValueError(f"columns of {sorted(lengths)} entries; all must have the same, at least 1")

@@ -6,9 +6,11 @@ from eval.core.artifacts import describe_accepted
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import TEACHERS
 from eval.core.errors import UserError
-from eval.core.records import PLAIN
+from eval.core.records import PLAIN, VALIDATION
 from eval.gate.evidence import Evidence
 from eval.stats.crossed import PASS
+
+FEW_CLUSTERS = 10
 
 
 def list_caveats(evidence: Evidence, budget: Budget) -> list[str]:
@@ -25,6 +27,7 @@ def list_caveats(evidence: Evidence, budget: Budget) -> list[str]:
         )
     return [
         *caveats,
+        *_few_clusters(evidence, budget),
         *_mixed_machines(evidence),
         *_test_documents(evidence),
         *describe_accepted(evidence.folder),
@@ -55,6 +58,17 @@ def _shared_teacher(evidence: Evidence) -> list[str]:
     return [
         f"{len(seeds)} seeds share {len(teachers)} teachers {treated}: how much teachers differ is seen "
         f"{len(teachers)} times only, and the bounds of its gain may be too narrow"
+    ]
+
+
+def _few_clusters(evidence: Evidence, budget: Budget) -> list[str]:
+    """Slices that are judged, whose documents lie in so few clusters that little is known of others."""
+    counts = {name: len(evidence.clusters[name].starts) for name in [VALIDATION, *budget.slices]}
+    return [
+        f"the {len(evidence.columns[name])} documents of {name} lie in {count} clusters: what fewer than "
+        f"{FEW_CLUSTERS} say of others is unsure, and power is low; take documents of more of them"
+        for name, count in counts.items()
+        if count < FEW_CLUSTERS
     ]
 
 

@@ -291,6 +291,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget) -> GateFile:
         budget={**settings, "hash": digest(settings), "asked_by_study": evidence.study.budget},
         seeds=evidence.study.seeds,
         documents={name: len(columns) for name, columns in evidence.columns.items()},
+        clusters={name: len(clusters.starts) for name, clusters in evidence.clusters.items()},
         teacher_gain=gains[VALIDATION],
         teacher_gain_slices={name: gain for name, gain in gains.items() if name != VALIDATION},
         scores={

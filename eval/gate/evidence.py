@@ -58,19 +58,31 @@ class Contrast(NamedTuple):
     baseline_recipe: str = PLAIN
 
 
+class Clusters(NamedTuple):
+    """The documents of a slice by clusters: columns of the tables, and where each cluster begins in them."""
+
+    order: NDArray[np.intp]  # [N]
+    starts: NDArray[np.intp]  # [C]
+
+    def sums(self, values: Array) -> Array:
+        """[..., C] sums over the documents of each cluster, of values by document."""
+        return np.add.reduceat(values[..., self.order], self.starts, axis=-1)
+
+
 @dataclass(frozen=True)
 class Evidence:
-    """Checked records: bits per (arm, recipe) as [S, C], seeds in the order of the study."""
+    """Checked records: bits per (arm, recipe) as [S, N] by document, seeds in the order of the study."""
 
     study: Study
     folder: Path
     recipes: list[str]  # `plain` first, then in the order of the study
     data: str  # hash of the data artifact
     columns: dict[str, NDArray[np.intp]]  # slice -> its columns of the tables
-    bytes: Array  # [C]
-    bits: dict[Model, Array]  # [S, C]
-    tokens: dict[Model, Array]  # [S, C] predicted tokens
-    correct: dict[Model, Array]  # [S, C] of these, those held to be the likeliest; where every seed has them
+    clusters: dict[str, Clusters]  # slice -> its clusters
+    bytes: Array  # [N]
+    bits: dict[Model, Array]  # [S, N]
+    tokens: dict[Model, Array]  # [S, N] predicted tokens
+    correct: dict[Model, Array]  # [S, N] of these, those held to be the likeliest; where every seed has them
     calibration: dict[Model, list[dict[str, Bins]]]  # by seed: slice -> bins; where every seed has them
     engines: dict[str, str]  # recipe -> engine
     weights: dict[str, tuple[float, float]]  # recipe -> shares of zeros and of low-bit weights, where known
@@ -88,20 +100,18 @@ class Evidence:
         return [FALLBACK, "T0", "T1", *self.study.arms]
 
     def saved_bits(self, name: str, contrast: Contrast) -> Array:
-        """[S, C] bits per document of the slice `name` that the contrast saves."""
-        columns = self.columns[name]
-        return (
-            self.bits[contrast.baseline, contrast.baseline_recipe][:, columns]
-            - self.bits[contrast.arm, contrast.recipe][:, columns]
-        )
+        """[S, C] bits per cluster of the slice `name` that the contrast saves."""
+        before = self.bits[contrast.baseline, contrast.baseline_recipe]
+        return self.clusters[name].sums(before - self.bits[contrast.arm, contrast.recipe])
 
     def gain(self, name: str, contrast: Contrast) -> Array:
         """The same as a linearised table [S, C] in bits per byte: positive is better."""
-        return linearise(self.saved_bits(name, contrast), self.bytes[self.columns[name]])
+        return linearise(self.saved_bits(name, contrast), self.clusters[name].sums(self.bytes))
 
     def scores(self, name: str, arm: str, recipe: str = PLAIN) -> Array:
         """[S, C] linearised bits per byte of one arm: lower is better."""
-        return linearise(self.bits[arm, recipe][:, self.columns[name]], self.bytes[self.columns[name]])
+        clusters = self.clusters[name]
+        return linearise(clusters.sums(self.bits[arm, recipe]), clusters.sums(self.bytes))
 
 
 def collect_evidence(folder: Path, study: Study, budget: Budget) -> Evidence:
@@ -152,7 +162,8 @@ class ScoreTables:
         first = self.documents if self.scores else documents
         self.scores.append(record.model_copy(update={"documents": first}))
         order: slice | list[int] = slice(None)
-        if (first.id, first.slice, first.bytes) != (documents.id, documents.slice, documents.bytes):
+        same = ("id", "slice", "bytes", "cluster")
+        if any(getattr(first, name) != getattr(documents, name) for name in same):
             check_aligned(self.artifacts.folder, self.scores[0], record)
             order = find_positions(first, documents)
         model = record.arm, record.recipe
@@ -196,6 +207,12 @@ class ScoreTables:
         names = np.asarray(self.documents.slice)
         return {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(self.documents.slice)}
 
+    @property
+    def clusters(self) -> dict[str, Clusters]:
+        """Slice -> its documents by clusters, in the order in which these come first."""
+        names = self.documents.cluster or [str(i) for i in range(len(self.documents.id))]
+        return {name: _by_cluster([names[i] for i in at], at) for name, at in self.columns.items()}
+
     def by_seed(self, columns: BySeed) -> dict[Model, list[Any]]:
         """Model -> its columns in the order of the seeds, where each seed has them."""
         return {
@@ -206,6 +223,14 @@ class ScoreTables:
 
     def stacked(self, columns: BySeed) -> dict[Model, Array]:
         return {model: np.stack(rows) for model, rows in self.by_seed(columns).items()}
+
+
+def _by_cluster(names: list[str], columns: NDArray[np.intp]) -> Clusters:
+    """Clusters of the documents at `columns`, which have these names of clusters."""
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    cluster = np.array([places[name] for name in names])
+    order = np.argsort(cluster, kind="stable")
+    return Clusters(columns[order], np.searchsorted(cluster[order], np.arange(len(places))))
 
 
 def build_evidence(
@@ -226,6 +251,7 @@ def build_evidence(
         recipes=recipes,
         data=artifacts.data.hash,
         columns=tables.columns,
+        clusters=tables.clusters,
         bytes=np.asarray(tables.documents.bytes, float),
         bits=tables.stacked(tables.bits),
         tokens=tables.stacked(tables.tokens),

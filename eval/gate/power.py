@@ -1,4 +1,4 @@
-"""Before a study: how many seeds and documents see the asked share, and what does the present plan see?
+"""Before a study: how many seeds and clusters of documents see the asked share, and what sees this plan?
 
     python -m eval.gate.power --study runs/pilot [--plan STUDY.yaml] [--gain X] [--share R] [--among M]
         [--json FILE]
@@ -28,11 +28,11 @@ from eval.gate.quality import BOOTSTRAP_SEED, GAIN, PLAN_LEVEL, PLANS, estimate,
 from eval.stats.crossed import Array, crossed_mean
 from eval.stats.power import (
     GOAL,
-    MOST_DOCUMENTS,
+    MOST_CLUSTERS,
     MOST_SEEDS,
     Components,
+    clusters_for,
     components,
-    documents_for,
     effect_for,
     power,
     sample_components,
@@ -51,7 +51,7 @@ class PlannedTest:
     table: Array  # [S, C] of the pilot
     effect: float
     seeds: int  # of the plan
-    documents: int
+    clusters: int
     assumptions: dict[str, float | None]  # from which the effect follows
 
 
@@ -62,11 +62,14 @@ def read_pilot(folder: Path, study: Study) -> Evidence:
     return build_evidence(tables, [PLAIN], {})
 
 
-def planned_documents(evidence: Evidence, plan: Study, name: str) -> int:
-    """Validation documents as the plan asks; of shifted slices the pilot alone knows how many there are."""
+def planned_clusters(evidence: Evidence, plan: Study, name: str) -> int:
+    """Of validation as the plan asks, with as many documents to a cluster as in the pilot; of shifted slices
+    the pilot alone knows how many there are.
+    """
+    documents, clusters = len(evidence.columns[name]), len(evidence.clusters[name].starts)
     if name == VALIDATION and plan != evidence.study:
-        return plan.data.validation
-    return len(evidence.columns[name])
+        return max(2, round(plan.data.validation * clusters / documents))
+    return clusters
 
 
 def list_tests(
@@ -95,7 +98,7 @@ def list_tests(
                 )
             true_share = share if share is not None else float(student.mean() / teacher.mean())
             effect = (true_share - f) * true_gain
-        size = len(plan.seeds), planned_documents(evidence, plan, name)
+        size = len(plan.seeds), planned_clusters(evidence, plan, name)
         assumptions = {"gain": true_gain, "share": true_share, "asked_share": f}
         retention = surplus(evidence, PLAIN, name, f)
         tests.append(PlannedTest(f"assay on {name}", teacher, true_gain, *size, assumptions))
@@ -114,14 +117,14 @@ def plan_test(test: PlannedTest, alpha: float) -> dict[str, object]:
     mean = crossed_mean(test.table)
     if mean.problem:
         raise UserError(f"pilot: {test.name}", mean.problem, "take a pilot of two seeds or more that differ")
-    s, c, effect = test.seeds, test.documents, test.effect
+    s, c, effect = test.seeds, test.clusters, test.effect
     sampled = sample_components(test.table, PLANS, BOOTSTRAP_SEED)
 
     def figures(parts: Components) -> dict[str, Array]:
         return {
             "power": power(parts, effect, s, c, alpha),
             "seeds_for_80": seeds_for(parts, effect, c, alpha),
-            "documents_for_80": documents_for(parts, effect, s, alpha),
+            "clusters_for_80": clusters_for(parts, effect, s, alpha),
             "effect_for_80": effect_for(parts, s, c, alpha),
         }
 
@@ -130,7 +133,7 @@ def plan_test(test: PlannedTest, alpha: float) -> dict[str, object]:
     return {
         "test": test.name,
         "seeds": s,
-        "documents": c,
+        "clusters": c,
         **test.assumptions,
         "effect": effect,
         "pilot": pilot.model_dump(exclude={"p"}),
@@ -155,9 +158,9 @@ def render_table(rows: list[dict], alpha: float) -> Table:
     table = Table(
         title=f"Power at level {alpha:.3g}; in brackets what the pilot's variances leave open, 80 %",
         caption=f"80 % of repetitions pass with so many; none: not even {MOST_SEEDS} seeds, or "
-        f"{MOST_DOCUMENTS:,} documents",
+        f"{MOST_CLUSTERS:,} clusters; a document that is like no other is a cluster of its own",
     )
-    columns = "test", "plan", "true effect", "power now", "seeds", "documents", "effect seen", "share seen"
+    columns = "test", "plan", "true effect", "power now", "seeds", "clusters", "effect seen", "share seen"
     for name in columns:
         table.add_column(name)
     for row in rows:
@@ -166,11 +169,11 @@ def render_table(rows: list[dict], alpha: float) -> Table:
             share = f"{row['asked_share'] + visible['value'] / row['gain']:.2f}"
         table.add_row(
             row["test"],
-            f"{row['seeds']} x {row['documents']}",
+            f"{row['seeds']} x {row['clusters']}",
             f"{row['effect']:+.4f}",
             cell(row["power"], "{:.0%}"),
             cell(row["seeds_for_80"]),
-            cell(row["documents_for_80"]),
+            cell(row["clusters_for_80"]),
             cell(visible, "{:.4f}"),
             share,
         )

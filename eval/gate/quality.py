@@ -12,7 +12,7 @@ from eval.core.gate_file import Estimate, KeptShare, Link, Part, Power, Slice, S
 from eval.core.records import PLAIN, VALIDATION
 from eval.gate.evidence import Contrast, Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Mean, crossed_mean
-from eval.stats.power import components, documents_for, effect_for, power, sample_components, seeds_for
+from eval.stats.power import clusters_for, components, effect_for, power, sample_components, seeds_for
 from eval.stats.ratios import fieller, pigeonhole
 
 Array = NDArray[np.float64]
@@ -206,15 +206,15 @@ def retention_power(evidence: Evidence, budget: Budget, name: str = VALIDATION) 
     parts, effect, gain = components(z), mean.point, float(evidence.gain(name, GAIN).mean())
     sampled = power(sample_components(z, PLANS, BOOTSTRAP_SEED), effect, s, c, alpha)
     low, high = np.quantile(sampled, [(1 - PLAN_LEVEL) / 2, (1 + PLAN_LEVEL) / 2])
-    seeds, documents = seeds_for(parts, effect, c, alpha), documents_for(parts, effect, s, alpha)
+    seeds, clusters = seeds_for(parts, effect, c, alpha), clusters_for(parts, effect, s, alpha)
     return Power(
-        documents=c,
+        clusters=c,
         seeds=s,
         effect=effect,
         power_now=float(power(parts, effect, s, c, alpha)),
         power_low=float(low),
         power_high=float(high),
         seeds_for_80=int(seeds) if np.isfinite(seeds) else None,
-        documents_for_80=int(documents) if np.isfinite(documents) else None,
+        clusters_for_80=int(clusters) if np.isfinite(clusters) else None,
         share_for_80=f + float(effect_for(parts, s, c, alpha)) / gain if gain > 0 else None,
     )

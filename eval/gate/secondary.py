@@ -73,13 +73,10 @@ def estimate_accuracy(evidence: Evidence, recipe: str) -> dict[str, Estimate]:
     model = STUDENT, recipe
     if model not in evidence.correct:
         return {}
+    tokens, correct = document_tokens(evidence.tokens[model]), evidence.correct[model]
     return {
-        name: _share_estimate(
-            linearise(
-                evidence.correct[model][:, columns], document_tokens(evidence.tokens[model][:, columns])
-            )
-        )
-        for name, columns in evidence.columns.items()
+        name: _share_estimate(linearise(clusters.sums(correct), clusters.sums(tokens)))
+        for name, clusters in evidence.clusters.items()
     }
 
 

@@ -1,12 +1,12 @@
 """Scores: bits of every validation and shifted document, for one model at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.core.artifacts import MANIFEST, read_manifest, verify_artifact
 from eval.core.checks import CONTROL, STUDENT, Artifacts
-from eval.core.documents import TEST, Document, read_documents, scored_slices
+from eval.core.documents import TEST, Document, cluster_names, read_documents, scored_slices
 from eval.core.errors import UserError
 from eval.core.jobs import Report
 from eval.core.records import Bins, Documents, Kind, Score, each_score, provenance, write_record
@@ -19,7 +19,7 @@ from eval.score.devices import CPU, device_name, settle_device
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COLUMNS = ("id", "group", "slice", "bytes", "tokens", "bits", "correct")
+COLUMNS = ("id", "cluster", "slice", "bytes", "tokens", "bits", "correct")
 
 
 def model_folders(run: Path, study: Study) -> list[Path]:
@@ -37,12 +37,14 @@ def score_documents(
     context: int,
     *,
     kind: Kind = "score",
+    cluster_of: Callable[[str], str] = lambda name: "none",
     batch_tokens: int = BATCH_TOKENS,
     report: Report = lambda share: None,
 ) -> Documents:
     """Bits and correct tokens of all documents of `scored_slices(data)`, in that order; see `likelihoods`.
 
-    For the kind `test` they are those of the test documents, and of no other.
+    For the kind `test` they are those of the test documents, and of no other. `cluster_of` says of a slice
+    what its documents are not independent by; see `cluster_names`.
 
     Raises:
         UserError: a slice or a document is empty, or a likelihood is not finite.
@@ -58,7 +60,7 @@ def score_documents(
             )
         result = likelihoods(predict, documents, tokenizer, context, batch_tokens)
         columns["id"] += [document.id for document in documents]
-        columns["group"] += [document.group or document.id for document in documents]
+        columns["cluster"] += cluster_names(documents, cluster_of(name))
         columns["slice"] += [name] * len(documents)
         columns["bytes"] += [document.bytes for document in documents]
         columns["tokens"] += result.tokens
@@ -99,7 +101,14 @@ def score_folder(
     size = engine.scoring_tokens
     try:
         documents = score_documents(
-            engine.borrowed, data, tokenizer, study.data.context, kind=kind, batch_tokens=size, report=report
+            engine.borrowed,
+            data,
+            tokenizer,
+            study.data.context,
+            kind=kind,
+            cluster_of=study.data.cluster_of,
+            batch_tokens=size,
+            report=report,
         )
     except UserError as error:
         raise UserError(f"scoring {folder}: {error.thing}", error.problem, error.fix) from error

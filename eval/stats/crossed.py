@@ -146,7 +146,7 @@ def crossed_mean(z: ArrayLike, known: Effects | None = None) -> Mean:
     if s < 2:
         return Mean(point, problem="one seed says nothing about other seeds: add seeds")
     if c < 2:
-        return Mean(point, problem="one document says nothing about other documents: add documents")
+        return Mean(point, problem="one cluster of documents says nothing about others: add clusters")
     parts = known or effects(z)
     variance, nu = crossed_variance(products(parts, parts), s, c)
     if variance <= (ROUNDING * np.abs(z).max()) ** 2:

@@ -13,7 +13,7 @@ from scipy.special import chdtr, chdtri, nctdtr
 
 from eval.stats.crossed import Array, MeanSquares, crossed_variance, mean_squares, t_quantile
 
-MOST_SEEDS, MOST_DOCUMENTS = 200, 1_000_000
+MOST_SEEDS, MOST_CLUSTERS = 200, 1_000_000
 GOAL = 0.8
 FAR = 30.0  # standard errors: from there on the noncentral t of scipy underflows
 
@@ -80,15 +80,15 @@ def power(parts: Components, effect: ArrayLike, s: ArrayLike, c: ArrayLike, alph
 
 
 def seeds_for(parts: Components, effect: ArrayLike, c: ArrayLike, alpha: float, goal: float = GOAL) -> Array:
-    """Least number of seeds with power `goal` on `c` documents; infinite where 200 are too few."""
+    """Least number of seeds with power `goal` on `c` clusters; infinite where 200 are too few."""
     return _least(2, MOST_SEEDS, parts, effect, lambda s: power(parts, effect, s, c, alpha) >= goal)
 
 
-def documents_for(
+def clusters_for(
     parts: Components, effect: ArrayLike, s: ArrayLike, alpha: float, goal: float = GOAL
 ) -> Array:
-    """Least number of documents with power `goal` at `s` seeds; infinite where a million are too few."""
-    return _least(2, MOST_DOCUMENTS, parts, effect, lambda c: power(parts, effect, s, c, alpha) >= goal)
+    """Least number of clusters with power `goal` at `s` seeds; infinite where a million are too few."""
+    return _least(2, MOST_CLUSTERS, parts, effect, lambda c: power(parts, effect, s, c, alpha) >= goal)
 
 
 def _least(

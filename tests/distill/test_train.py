@@ -47,7 +47,9 @@ def test_every_arm_is_exported_with_its_manifest_and_teachers_are_scored(trained
         scores = list(each_score(study.folder, kind))
         assert {(s.arm, s.seed) for s in scores} == {(t, s) for t in ("T0", "T1") for s in (0, 1)}
         assert all(s.documents.slice[0] == split for s in scores)
-        assert all(s.documents.group == s.documents.id for s in scores), "each document is its own group"
+        assert all(set(s.documents.cluster) == {"code", "prose"} for s in scores if kind == "score"), (
+            "domains"
+        )
     assert "data: 40 of 40 rows used\nfar: 8 of 8 rows used\n" in done.stdout
     assert "left" in done.stderr, "progress tells the time left"
     assert " tokens/s, " in done.stderr

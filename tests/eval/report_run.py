@@ -49,7 +49,7 @@ BUDGET = yaml.safe_load("""
   gpu: {device: cuda, required: false, limits: {}}}}
 """)
 POWER = yaml.safe_load(
-    "{documents: 64, seeds: 3, effect: 0.02, power_now: 0.86, seeds_for_80: 3, documents_for_80: 51}"
+    "{clusters: 64, seeds: 3, effect: 0.02, power_now: 0.86, seeds_for_80: 3, clusters_for_80: 51}"
 )
 PROVENANCE = yaml.safe_load("""
 {data: def, versions: {python: 3.11.2, torch: 2.13.0},
@@ -208,7 +208,14 @@ def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
     records = {p.relative_to(run).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
     return {
         **{"schema_version": 3, "study": run.name, "title": title, "method": "ensemble", "verdict": "PASS"},
-        **{"seeds": [0, 1, 2], "documents": SLICES, "budget": BUDGET, "power": POWER, "variants": variants},
+        **{
+            "seeds": [0, 1, 2],
+            "documents": SLICES,
+            "clusters": SLICES,
+            "budget": BUDGET,
+            "power": POWER,
+            "variants": variants,
+        },
         "reason": "int8 keeps the method's gain on cpu, beats the fallback and stays within every limit.",
         "recommended": {"cpu": "int8", "gpu": None},
         "notes": ["all 3 seeds share one teacher T1 (0123456789ab)"],

@@ -71,6 +71,7 @@ class Run:
     far: dict[str, float] = field(default_factory=dict)  # gains that differ on the slice `far`
     time: str = "2026-01-01T00:00:00+00:00"  # of every record
     load: dict | None = None  # how the study measures under load
+    clusters: int | None = None  # of the documents of each slice, which are none without
 
     @property
     def path(self) -> Path:
@@ -118,6 +119,7 @@ class Run:
             bytes=size.tolist(),
             tokens=(size // 3).tolist(),
             bits=((hard - value) * size).tolist(),
+            cluster=None if self.clusters is None else [f"c{i % self.clusters}" for i in range(len(names))],
         )
 
     def artifact(self, place: str, parents: dict[str, str] | None = None, content: str = "") -> str:

@@ -10,8 +10,8 @@ from scipy import stats
 from eval.stats.crossed import crossed_variance, mean_squares
 from eval.stats.power import (
     Components,
+    clusters_for,
     components,
-    documents_for,
     effect_for,
     power,
     sample_components,
@@ -55,10 +55,10 @@ def test_needed_seeds_and_documents_are_the_least():
     parts = Components(0.04, 0.5, 0.5)
     s = seeds_for(parts, 0.3, 50, 0.05)
     assert power(parts, 0.3, s, 50, 0.05) >= 0.8 > power(parts, 0.3, s - 1, 50, 0.05)
-    c = documents_for(parts, 0.4, 5, 0.05)
+    c = clusters_for(parts, 0.4, 5, 0.05)
     assert power(parts, 0.4, 5, c, 0.05) >= 0.8 > power(parts, 0.4, 5, c - 1, 0.05)
     assert seeds_for(parts, -0.1, 50, 0.05) == np.inf
-    assert documents_for(parts, 0.1, 2, 0.05) == np.inf  # seeds differ: documents cannot help
+    assert clusters_for(parts, 0.1, 2, 0.05) == np.inf  # seeds differ: documents cannot help
 
 
 def test_components_are_recovered(rng):
@@ -74,7 +74,7 @@ def test_many_pilots_at_once_are_each_of_them():
     for figure in (
         lambda p: power(p, 0.3, 4, 50, 0.05),
         lambda p: seeds_for(p, 0.3, 50, 0.05),
-        lambda p: documents_for(p, 0.3, 5, 0.05),
+        lambda p: clusters_for(p, 0.3, 5, 0.05),
         lambda p: effect_for(p, 4, 50, 0.05),
     ):
         np.testing.assert_array_equal(figure(many), [figure(one) for one in ones])
@@ -126,7 +126,7 @@ def test_the_command_plans_from_a_pilot(pilot, tmp_path):
         f"{part} on {name}" for part in ("assay", "retention") for name in ("validation", "far")
     }
     row = tests["retention on validation"]
-    assert (row["seeds"], row["documents"], row["asked_share"]) == (2, 40, 0.5)
+    assert (row["seeds"], row["clusters"], row["asked_share"]) == (2, 40, 0.5)
     assert row["effect"] == pytest.approx((row["share"] - 0.5) * row["gain"])
     low, high = row["power"]["interval"]
     assert low <= row["power"]["value"] <= high
@@ -140,7 +140,7 @@ def test_a_larger_plan_and_another_truth(pilot, tmp_path):
     words = ("--plan", str(plan), "--gain", "0.05", "--share", "0.7", "--json", str(tmp_path / "power.json"))
     assert command(pilot, *words).returncode == 0
     rows = json.loads((tmp_path / "power.json").read_text())["tests"]
-    planned = {row["test"]: (row["seeds"], row["documents"]) for row in rows}
+    planned = {row["test"]: (row["seeds"], row["clusters"]) for row in rows}
     assert (planned["retention on validation"], planned["retention on far"]) == ((6, 500), (6, 30))
     assert rows[1]["effect"] == pytest.approx(0.2 * 0.05)
 

@@ -107,7 +107,7 @@ def test_t_quantile(nu):
     ("z", "words"),
     [
         (np.ones((1, 9)), "one seed"),
-        (np.ones((4, 1)), "one document"),
+        (np.ones((4, 1)), "one cluster of documents"),
         (np.zeros((4, 9)), "do not vary"),
         (np.full((4, 9), 0.3), "do not vary"),
     ],

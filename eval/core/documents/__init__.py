@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CPU_TOKENS, CUDA_TOKENS = 2**12, 2**15  # padded, per forward pass, at most
 COPIES, CPU_SHARE = 8, 16  # see `tokens_per_batch`
 TRAIN, TEST = "train", "test"
+NO_FOLDER = "top"  # domain of the files of a folder that lie in no folder below it
 TRANSFER = "transfer"  # documents that students learn from their teachers on, where there are such
 
 
@@ -47,7 +48,7 @@ class Document:
     prompt: str | list[dict[str, Any]] = ""  # turns: {"role": ..., "content": ...}
     group: str = ""  # of documents that are on one side of a split, such as those of an author
     origin: str = ""  # where it was found, for messages: a file, and the row in it
-    source: int = 0  # number of the source that it is of, where sources have weights
+    source: int = 0  # number of the source that it is of: of scored documents, and where sources have weights
 
     @property
     def bytes(self) -> int:
@@ -216,6 +217,22 @@ def json_objects(path: Path, thing: str, fix: str) -> Iterator[tuple[str, int, d
                 where, f"expected a JSON object, found {type(row).__name__}", "write one JSON object a line"
             )
         yield where, number, row
+
+
+def cluster_names(documents: Sequence[Document], kind: str) -> list[str]:
+    """The cluster of each document of a slice: documents of one are not independent.
+
+    A cluster is a `group`, a `domain` or a `source`; a file that lies in no folder has no domain in common
+    with others, and where all documents of the slice are of one, as with `none`, each is a cluster of its own.
+    """
+    alone = [document.id for document in documents]
+    if kind == "none":
+        return alone
+    names = [str(getattr(document, kind)) or document.id for document in documents]
+    if len(set(names)) == 1:
+        return alone
+    loose = kind == "domain"
+    return [i if loose and name == NO_FOLDER else name for i, name in zip(alone, names, strict=True)]
 
 
 def scored_slices(data: Path) -> list[str]:

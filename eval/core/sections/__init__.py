@@ -71,6 +71,11 @@ class Data(Frozen):
         lt=1,
         description="similarity of words, such as 0.8, from which documents are on one side of the split",
     )
+    cluster: Literal["group", "domain", "source", "none"] | None = Field(
+        None,
+        description="what scored documents are not independent by; none given: their group, where a source "
+        "of the slice has groups, else their domain",
+    )
     scored_bytes: int = Field(4096, gt=0, description="bytes to which a scored document is cut")
     context: int = Field(256, gt=1, description="tokens per row, in training and in scoring")
     train_rows: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
@@ -97,6 +102,12 @@ class Data(Frozen):
     def sources(self) -> list[Source]:
         """All of them: of documents, of the transfer corpus, of shifted slices."""
         return [*self.documents, *self.transfer, *(s for group in self.shifted.values() for s in group)]
+
+    def cluster_of(self, name: str) -> str:
+        """What the documents of a slice are not independent by: `cluster`, or what its sources suggest."""
+        sources = self.shifted.get(name, self.documents)
+        grouped = any(source.group_column or source.group_by_folder for source in sources)
+        return self.cluster or ("group" if grouped else "domain")
 
 
 class Optimizer(Frozen):
