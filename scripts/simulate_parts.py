@@ -1,13 +1,15 @@
-"""What `scripts.simulate_gate` simulates beside the test of one share: documents in clusters."""
+"""What `scripts.simulate_gate` simulates beside the test of one share: documents in clusters, several parts,
+several variants."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
-from eval.stats.crossed import crossed_variance, linearise, mean_squares
+from eval.stats.crossed import MeanSquares, cluster_bounds, crossed_variance, linearise, mean_squares
+from eval.stats.quantiles import percentile_bounds, quantile_bounds, requests_needed
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -18,7 +20,18 @@ ALPHA, CHUNK, SEED = 0.05, 500, 20260101
 def passes_crossed(z: Array) -> Flags:
     """[n] bool: lower bound above 0 by the gate's own test, of tables [n, S, C]."""
     variance, nu = crossed_variance(mean_squares(z), *z.shape[-2:])
-    return z.mean((-2, -1)) > -stdtrit(nu, ALPHA) * np.sqrt(variance)
+    return exceeds(z.mean((-2, -1)), variance, nu)
+
+
+def exceeds(mean: Array, variance: Array, nu: Array) -> Flags:
+    return mean > -stdtrit(nu, ALPHA) * np.sqrt(variance)
+
+
+def satterthwaite(ms: MeanSquares, variance: Array, s: int, c: int) -> Array:
+    """Degrees of freedom of the variance that is used, before they are bounded."""
+    return (variance * s * c) ** 2 / sum(
+        m**2 / d for m, d in zip(ms, (s - 1, c - 1, (s - 1) * (c - 1)), strict=True)
+    )
 
 
 def chunks(draws: int) -> Iterator[int]:
@@ -78,4 +91,149 @@ def cluster_rows(draws: int) -> list[Row]:
         }
         for scenario in CLUSTERED
         for s in CLUSTER_SEEDS
+    ]
+
+
+PARTS, FAIL_SEEDS = (4, 6, 9), (3, 5, 10)
+
+
+def medium_tables(
+    rng: np.random.Generator, shape: tuple[int, ...], s: int, scale: float = 1.0, clusters: int = 64
+) -> Array:
+    """[*shape, S, C] gains of a pair of arms with mean 0, in points: the effects of a medium study."""
+    seeds = 0.6 * rng.normal(size=(*shape, s, 1))
+    documents, rest = (3 * rng.normal(size=(*shape, n, clusters)) for n in (1, s))
+    return scale * (seeds + documents + rest)
+
+
+def crossed_p(z: Array) -> Array:
+    """One-sided p-values of "the mean is at most 0", of tables [..., S, C]."""
+    variance, nu = crossed_variance(mean_squares(z), *z.shape[-2:])
+    return stdtr(nu, -z.mean((-2, -1)) / np.sqrt(variance))
+
+
+def holm_rows(p: Array) -> Array:
+    """[n, K] Holm's adjusted p-values of each row of p."""
+    order = np.argsort(p, axis=-1)
+    scaled = np.take_along_axis(p, order, -1) * np.arange(p.shape[-1], 0, -1)
+    adjusted = np.empty_like(p)
+    np.put_along_axis(adjusted, order, np.minimum(np.maximum.accumulate(scaled, -1), 1), -1)
+    return adjusted
+
+
+def false_fail(parts: int, s: int, draws: int) -> dict[str, float]:
+    """False FAIL where every part holds exactly at its limit: of any part alone, and after Holm over them.
+
+    Half of the variance of a part's table is that of the teacher's gain, which all parts share.
+    """
+    rng, hits = np.random.default_rng([SEED, parts, s]), np.zeros(2)
+    for n in chunks(draws):
+        common = medium_tables(rng, (n, 1), s, 0.5**0.5)
+        p = crossed_p(-common - medium_tables(rng, (n, parts), s, 0.5**0.5))
+        hits += [(p <= ALPHA).any(-1).sum(), (holm_rows(p) <= ALPHA).any(-1).sum()]
+    return dict(zip(("any part alone", "Holm over the parts"), (hits / draws).tolist(), strict=True))
+
+
+def fail_rows(draws: int) -> list[Row]:
+    return [{"parts": k, "seeds": s, **false_fail(k, s, draws)} for k in PARTS for s in FAIL_SEEDS]
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Three variants to pick from: the teacher's gain in points, and what each keeps beyond what is asked."""
+
+    name: str
+    gain: float
+    surplus: tuple[float, float, float]
+
+
+PICKS = [
+    Pick("no gain, all keep much", 0.0, (6.0, 6.0, 6.0)),
+    Pick("a gain, none keeps enough", 12.0, (0.0, 0.0, 0.0)),
+    Pick("a gain, one does not keep enough", 12.0, (6.0, 6.0, 0.0)),
+    Pick("a small gain, all keep it", 1.6, (1.9, 1.9, 1.9)),
+]
+
+
+def picks(case: Pick, s: int, draws: int) -> dict[str, float]:
+    """Claims by Holm over the variants' largest p, and by the shared test first, then Holm over their own."""
+    rng, hits = np.random.default_rng([SEED, s, len(case.name)]), np.zeros(4)
+    surplus = np.asarray(case.surplus)
+    true = (surplus > 0) & (case.gain > 0)
+    for n in chunks(draws):
+        teacher, student = medium_tables(rng, (2, n, 1), s)
+        own = medium_tables(rng, (n, 3), s, 0.3) + student - 0.5 * teacher + surplus[:, None, None]
+        shared, p = crossed_p(teacher + case.gain), crossed_p(own)
+        together = (np.maximum(shared, p) <= ALPHA) & (holm_rows(np.maximum(shared, p)) <= ALPHA)
+        in_series = (shared <= ALPHA) & (holm_rows(p) <= ALPHA)
+        claims = [
+            (claimed & kind).any(-1).sum() for kind in (~true, true) for claimed in (together, in_series)
+        ]
+        hits += claims
+    names = ("false, together", "false, in series", "right, together", "right, in series")
+    return dict(zip(names, (hits / draws).tolist(), strict=True))
+
+
+def pick_rows(draws: int) -> list[Row]:
+    return [{"scenario": c.name, "seeds": s, **picks(c, s, draws)} for c in PICKS for s in (3, 5)]
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Latencies of processes: standard deviations of the logarithm, and the share of slow requests."""
+
+    processes: int
+    requests: int  # of each
+    between: float
+    within: float
+    slow: float = 0.0  # of them: their logarithm is longer by an exponential of mean 0.5
+
+
+TAILS = [
+    Tail(processes, requests, between, 0.05, slow)
+    for processes in (3, 5, 10)
+    for requests in (24, 120)
+    for between in (0.0, 0.03, 0.1)
+    for slow in (0.0, 0.03)
+]
+
+
+def draw_latencies(rng: np.random.Generator, tail: Tail, s: int, n: int) -> Array:
+    """[s, n] latencies in units of their median."""
+    slow = np.where(rng.random((s, n)) < tail.slow, rng.exponential(0.5, (s, n)), 0.0)
+    residual = tail.within * rng.normal(size=(s, n)) + slow
+    return np.exp(tail.between * rng.normal(size=(s, 1)) + residual)
+
+
+def mean_percentile_bound(processes: Array, q: float) -> float:
+    """What bounded a percentile before: the order statistic of all, or the t bound of the processes' own."""
+    _, high = quantile_bounds(processes.ravel(), q, ALPHA)
+    between = cluster_bounds(np.quantile(processes, q, axis=1), ALPHA)
+    return np.inf if high is None or between is None else max(high, between[1])
+
+
+def tail_misses(tail: Tail, q: float, draws: int) -> Row:
+    """How often an upper bound lies below the percentile of all processes; how far above the new one lies."""
+    rng = np.random.default_rng([SEED, tail.processes, tail.requests, int(100 * tail.between), int(100 * q)])
+    true = float(np.quantile(draw_latencies(rng, tail, 400_000, 1), q))
+    misses, above = np.zeros(2), []
+    for _ in range(draws):
+        latencies = draw_latencies(rng, tail, tail.processes, tail.requests)
+        high = percentile_bounds(list(latencies), q, ALPHA)[1] or np.inf
+        misses += [mean_percentile_bound(latencies, q) < true, high < true]
+        above.append(high / true)
+    rates = dict(zip(("mean of percentiles", "of all processes"), (misses / draws).tolist(), strict=True))
+    return {**rates, "bound / truth": f"{np.median(above):.2f}"}
+
+
+def tail_rows(draws: int) -> list[Row]:
+    return [
+        {
+            "scenario": f"{t.processes} processes of {t.requests}, apart by {t.between}, {t.slow:.0%} slow",
+            "percentile": f"p{100 * q:.0f}",
+            **tail_misses(t, q, draws),
+        }
+        for t in TAILS
+        for q in (0.95, 0.99)
+        if t.processes * t.requests >= requests_needed(q, ALPHA)
     ]

@@ -255,13 +255,12 @@ def check_aligned(folder: Path, first: Score, record: Score) -> None:
             )
     if len(b.id) != len(a.id):
         raise UserError(place, f"{len(b.id)} documents, elsewhere {len(a.id)}", fix)
-    found = b.cluster and [b.cluster[i] for i in find_positions(a, b)]
-    for name, key, other, cluster in zip(a.slice, a.id, found or [], a.cluster or [], strict=False):
-        if other != cluster:
-            problem = f"document {key!r} of slice {name!r} is of cluster {other!r}, elsewhere of {cluster!r}"
-            raise UserError(place, problem, fix)
-    if (b.cluster is None) != (a.cluster is None):
-        raise UserError(place, "only one of the two names clusters", fix)
+    at = find_positions(a, b)
+    for place_in_a, place_in_b in enumerate(at):
+        cluster, other = a.clusters[place_in_a], b.clusters[place_in_b]
+        if cluster != other:
+            document = f"document {a.id[place_in_a]!r} of slice {a.slice[place_in_a]!r}"
+            raise UserError(place, f"{document} is of cluster {other!r}, elsewhere of {cluster!r}", fix)
 
 
 def find_positions(first: Documents, other: Documents) -> list[int]:

@@ -69,7 +69,8 @@ class Part(Stored):
     high: float | None
     limit: float
     unit: str
-    p: float | None = None
+    p: float | None = None  # one-sided, of "it does not hold"
+    p_fail: float | None = None  # one-sided, of "it holds"; null where it was counted, or could not be tested
     reason: str
 
 
@@ -111,7 +112,7 @@ class Rate(Stored):
     p50: Number  # until the last token
     p95: Number
     p99: Number
-    follows: int  # processes that kept up: 95 % of what arrived was done meanwhile, and no backlog grew
+    follows: int  # processes that kept up: as many waited at the end as in a queue with their times
 
 
 class Load(Stored):
@@ -139,7 +140,7 @@ class Variant(Stored):
     verdict: Verdict
     reason: str
     parts: list[Part]
-    p: float  # of the quality parts together: the largest
+    p: float  # of its own quality parts together: the largest; the teacher's gain is tested once for all
     holm_p: float | None  # adjusted over the variants of the target that meet every limit; null for others
     kept_share: KeptShare
     kept_of_student: KeptShare

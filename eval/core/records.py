@@ -103,6 +103,11 @@ class Documents(Stored):
             )
         return self
 
+    @property
+    def clusters(self) -> list[str]:
+        """The cluster of each document: where none are named, each is one of its own."""
+        return self.id if self.cluster is None else self.cluster
+
     def _find_duplicate(self) -> tuple[str, str] | None:
         """The first slice and id that come a second time."""
         seen: set[tuple[str, str]] = set()

@@ -15,7 +15,7 @@ from eval.core.budget import UNITS
 from eval.core.gate_file import Load, Number, Rate
 from eval.core.records import Arrivals, CostRecord, LoadRecord, Process
 from eval.stats.crossed import cluster_bounds
-from eval.stats.quantiles import percentile_bounds, requests_needed
+from eval.stats.quantiles import largest_bounds, percentile_bounds, requests_needed
 from eval.stats.queueing import knee, outcome
 from eval.stats.ratios import Share, ratio_bounds
 
@@ -140,10 +140,9 @@ def mean_number(values: Array, unit: str, alpha: float, requests: int | None = N
 
 
 def _size_number(values: Array, name: str, alpha: float) -> Number:
-    """Largest value seen; bytes on disk are counted, not sampled."""
-    low = high = largest = float(values.max())
-    if name != "disk" and (bounds := cluster_bounds(values, alpha)):
-        low, high = bounds[0], max(largest, bounds[1])
+    """Largest value seen, with bounds of the largest of as many processes; bytes on disk are counted."""
+    largest = float(values.max())
+    low, high = (largest, largest) if name == "disk" else largest_bounds(values, alpha) or (None, None)
     requests = 1 if name == "disk" else len(values)
     return Number(value=largest, lower=low, upper=high, unit="MiB", requests=requests, processes=len(values))
 
@@ -200,25 +199,42 @@ def _estimate_knee(record: LoadRecord, turn: int) -> float:
     return knee(np.asarray(record.processes[turn].service_ms) / 1e3, slo, (record.seed, turn))
 
 
+def load_number(records: list[LoadRecord], knees: Array, name: str, alpha: float) -> Number:
+    """The `knee`, or the `throughput` there in generated tokens, from the knees of all processes."""
+    requests = sum(len(server.service_ms) for record in records for server in record.processes)
+    if name == "throughput":
+        return mean_number(knees * records[0].new_tokens, "tokens/s", alpha, requests)
+    return mean_number(knees, "requests/s", alpha, requests)
+
+
 def summarize_load(records: list[LoadRecord], alpha: float) -> Load:
     """What a variant can serve on a target, pooled over its records."""
     knees, new_tokens = estimate_knees(records), records[0].new_tokens
-    requests = sum(len(server.service_ms) for record in records for server in record.processes)
-    runs: dict[float, list[Arrivals]] = {}
-    for arrivals in (run for record in records for server in record.processes for run in server.rates):
-        runs.setdefault(arrivals.rate, []).append(arrivals)
+    runs: dict[float, list[Run]] = {}
+    for server in (server for record in records for server in record.processes):
+        for arrivals in server.rates:
+            runs.setdefault(arrivals.rate, []).append(Run(arrivals, np.asarray(server.service_ms) / 1e3))
     return Load(
-        knee_rps=mean_number(knees, "requests/s", alpha, requests),
-        knee_tokens_per_s=mean_number(knees * new_tokens, "tokens/s", alpha, requests),
+        knee_rps=load_number(records, knees, "knee", alpha),
+        knee_tokens_per_s=load_number(records, knees, "throughput", alpha),
         slo_ms=records[0].slo_ms,
         seconds=records[0].seconds,
         rates=[_rate(rate, runs[rate], new_tokens, alpha) for rate in sorted(runs)],
     )
 
 
-def _rate(rate: float, runs: list[Arrivals], new_tokens: int, alpha: float) -> Rate:
-    outcomes = [outcome(run.arrival_s, np.asarray(run.done_ms) / 1e3) for run in runs]
-    first, done = ([_padded(getattr(run, name), run) for run in runs] for name in ("first_ms", "done_ms"))
+class Run(NamedTuple):
+    """Requests at one rate, and the times in s in which their server served others back to back."""
+
+    arrivals: Arrivals
+    services: Array
+
+
+def _rate(rate: float, runs: list[Run], new_tokens: int, alpha: float) -> Rate:
+    outcomes = [
+        outcome(run.arrival_s, np.asarray(run.done_ms) / 1e3, services, rate) for run, services in runs
+    ]
+    first, done = ([_padded(getattr(run, name), run) for run, _ in runs] for name in ("first_ms", "done_ms"))
     per_second = np.asarray([result.throughput for result in outcomes])
     return Rate(
         rate=rate,

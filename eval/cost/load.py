@@ -26,7 +26,7 @@ from eval.cost.rounds import make_order, run_in_rounds
 from eval.stats.queueing import knee
 
 SHARES = (0.5, 0.8, 0.95, 1.1)  # of the knee, where no rates are stated
-FEWEST = 10  # requests that a rate must bring on average
+FEWEST = 200  # requests that a rate must bring on average: fewer tell no queue from a backlog
 LEVEL = 0.05  # of the bounds that are shown here; the gate takes the budget's alpha
 
 

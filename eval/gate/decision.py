@@ -8,7 +8,7 @@ from typing import Any
 from eval.core.artifacts import digest
 from eval.core.budget import Budget, Target, load_budget
 from eval.core.checks import CONTROL, STUDENT
-from eval.core.gate_file import GateFile, Hashes, KeptShare, Number, Part, Provenance, Variant
+from eval.core.gate_file import GateFile, Hashes, KeptShare, Number, Part, Provenance, Slice, Variant
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import check_trained, load_study, prefixes
 from eval.cost.estimates import estimate_ratio
@@ -28,7 +28,6 @@ from eval.gate.quality import (
     bootstrap_shares,
     estimate,
     gain_over_base,
-    judge_slices,
     kept_gain,
     quality_parts,
     retention_power,
@@ -36,6 +35,7 @@ from eval.gate.quality import (
     student_shares,
 )
 from eval.gate.secondary import collect_qualities
+from eval.gate.verdicts import explain_verdict, hold_failures, is_shared, join_verdicts, slice_verdict
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
 from eval.stats.multiplicity import holm
 
@@ -46,6 +46,7 @@ class Candidate:
 
     recipe: str
     parts: list[Part]
+    slice_shares: dict[str, KeptShare]  # by shifted slice
     fields: dict[str, Any]
 
 
@@ -57,43 +58,19 @@ def build_candidate(
     fields = {
         "recipe": recipe,
         "engine": evidence.engines[recipe],
-        "p": max(part.p or 0.0 for part in parts),
+        "p": max(part.p or 0.0 for part in parts if not is_shared(part)),
         "kept_share": shares.of(kept_gain(recipe), GAIN),
         "kept_of_student": shares.of(kept_gain(recipe), kept_gain(PLAIN)),
         "guard_share": shares.of(gain_over_base(recipe), gain_over_base(PLAIN)),
         "chain": share_chain(shares, prefixes, recipe),
         "zeros": zeros,
         "low_bit": low_bit,
-        "slices": judge_slices(evidence, shares, parts, recipe),
         "scores": {
             name: estimate(evidence.scores(name, STUDENT, recipe), tested=False) for name in evidence.columns
         },
     }
-    return Candidate(recipe, parts, fields)
-
-
-def join_verdicts(parts: list[Part]) -> Verdict:
-    """An intersection-union test: all must pass; one that fails decides, unless the assay is blind.
-
-    A method that makes its teacher worse fails: it was seen, and there is no gain to keep.
-    """
-    verdicts = [part.verdict for part in parts]
-    blind = parts[0].verdict == INCONCLUSIVE
-    if blind or (FAIL not in verdicts and INCONCLUSIVE in verdicts):
-        return INCONCLUSIVE
-    return FAIL if FAIL in verdicts else PASS
-
-
-def explain_verdict(verdict: Verdict, parts: list[Part], budget: Budget, target: str) -> str:
-    """The first part that decided, in words."""
-    if verdict == PASS:
-        slices = ", ".join([VALIDATION, *budget.slices])
-        return f"keeps the asked share of the gain on {slices} and meets every limit of {target}"
-    if parts[0].verdict == FAIL:
-        return parts[0].reason
-    if parts[0].verdict == INCONCLUSIVE:
-        return f"the study cannot see the gain that it should judge: {parts[0].reason}"
-    return "; ".join(part.reason for part in parts if part.verdict == verdict)
+    by_slice = {n: shares.of(kept_gain(recipe), GAIN, n) for n in evidence.columns if n != VALIDATION}
+    return Candidate(recipe, parts, by_slice, fields)
 
 
 def collect_hashes(evidence: Evidence, recipe: str, target: str) -> Hashes:
@@ -119,7 +96,11 @@ def judge_variant(evidence: Evidence, budget: Budget, candidate: Candidate, targ
     on_cost = [unmeasured_part(target)]
     if cost:
         on_cost = cost_parts(evidence, target, candidate.recipe, limits, cost)
-    parts = [*candidate.parts, *on_cost]
+    parts = hold_failures([*candidate.parts, *on_cost], budget.alpha)
+    slices = {
+        name: Slice(kept_share=share, verdict=slice_verdict(parts, name))
+        for name, share in candidate.slice_shares.items()
+    }
     verdict = join_verdicts(parts)
     return Variant(
         **candidate.fields,
@@ -127,6 +108,7 @@ def judge_variant(evidence: Evidence, budget: Budget, candidate: Candidate, targ
         verdict=verdict,
         reason=explain_verdict(verdict, parts, budget, target),
         parts=parts,
+        slices=slices,
         holm_p=None,
         cost=cost,
         load=measured_load(evidence, target, candidate.recipe, budget.alpha),
@@ -156,7 +138,11 @@ def is_affordable(row: Variant) -> bool:
 
 
 def add_holm(rows: list[Variant], alpha: float) -> list[Variant]:
-    """Adds Holm's adjusted p-values over the shippable variants of one target."""
+    """Adds Holm's adjusted p-values over the shippable variants of one target.
+
+    Serial gatekeeping (Dmitrienko and Tamhane 2007): what is shared by all variants, the teacher's gain, is
+    tested once at alpha, and is no part of `p`; where it passes, Holm goes over the variants' own parts.
+    """
     candidates = [i for i, row in enumerate(rows) if is_affordable(row)]
     adjusted = dict(zip(candidates, holm([rows[i].p for i in candidates]), strict=True))
     adjusted_rows = []

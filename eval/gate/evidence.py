@@ -162,7 +162,7 @@ class ScoreTables:
         first = self.documents if self.scores else documents
         self.scores.append(record.model_copy(update={"documents": first}))
         order: slice | list[int] = slice(None)
-        same = ("id", "slice", "bytes", "cluster")
+        same = ("id", "slice", "bytes", "clusters")
         if any(getattr(first, name) != getattr(documents, name) for name in same):
             check_aligned(self.artifacts.folder, self.scores[0], record)
             order = find_positions(first, documents)
@@ -210,7 +210,7 @@ class ScoreTables:
     @property
     def clusters(self) -> dict[str, Clusters]:
         """Slice -> its documents by clusters, in the order in which these come first."""
-        names = self.documents.cluster or [str(i) for i in range(len(self.documents.id))]
+        names = self.documents.clusters
         return {name: _by_cluster([names[i] for i in at], at) for name, at in self.columns.items()}
 
     def by_seed(self, columns: BySeed) -> dict[Model, list[Any]]:

@@ -1,7 +1,10 @@
 """The gate's cost part: what was measured on a target, held against the budget's limits there."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from eval.core.budget import AT_LOAD, UNITS, Limit, Quantity, Target
 from eval.core.gate_file import Load, Number, Part, Relative
@@ -12,12 +15,15 @@ from eval.cost.estimates import (
     estimate_ratio,
     first_mismatch,
     list_quantities,
+    load_number,
     positive_ratio,
     summarize_load,
 )
 from eval.gate.evidence import Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
 from eval.stats.ratios import Share
+
+LEAST_LEVEL = 1e-6  # smaller p-values are told as this
 
 
 def measure_command(folder: Path, target: str, device: str = "cpu", what: str = "cost") -> str:
@@ -50,25 +56,33 @@ def variant_costs(
     records = evidence.costs.get((target, recipe))
     if records is None:
         return None
+    of = {str(name): limit.of for name, limit in limits.limits.items() if limit.of}
+    names = [*list_quantities(records), *(AT_LOAD if (target, recipe) in evidence.loads else ())]
+    return {name: quantity_at(evidence, target, recipe, name, of.get(name, PLAIN))(alpha) for name in names}
 
-    references = {str(name): limit.of for name, limit in limits.limits.items() if limit.of}
-    costs: dict[str, Number] = {}
-    for name in list_quantities(records):
-        reference = references.get(name, PLAIN)
-        other = evidence.costs.get((target, reference), [])
-        comparable = not other or name in list_quantities(other)
+
+def quantity_at(
+    evidence: Evidence, target: str, recipe: str, name: str, of: str
+) -> Callable[[float], Number]:
+    """Level -> one quantity of a variant with bounds at it, and its ratio to that of the variant `of`."""
+    if name in AT_LOAD:
+        ours, theirs = evidence.loads[target, recipe], evidence.loads.get((target, of), [])
+        knees = estimate_knees(ours)
+        others = None if first_mismatch(ours, theirs) else estimate_knees(theirs)
+
+        def at_load(alpha: float) -> Number:
+            share = None if others is None else positive_ratio(knees, others, alpha)
+            return _with_ratio(load_number(ours, knees, name, alpha), share, of)
+
+        return at_load
+    records, other = evidence.costs[target, recipe], evidence.costs.get((target, of), [])
+    comparable = not other or name in list_quantities(other)
+
+    def at_rest(alpha: float) -> Number:
         share = estimate_ratio(records, other, name, alpha) if comparable else None
-        costs[name] = _with_ratio(estimate_quantity(records, name, alpha), share, reference)
-    if load := measured_load(evidence, target, recipe, alpha):
-        ours = evidence.loads[target, recipe]
-        for name, value in {"knee": load.knee_rps, "throughput": load.knee_tokens_per_s}.items():
-            reference = references.get(name, PLAIN)
-            other_loads = evidence.loads.get((target, reference), [])
-            share = None
-            if not first_mismatch(ours, other_loads):
-                share = positive_ratio(estimate_knees(ours), estimate_knees(other_loads), alpha)
-            costs[name] = _with_ratio(value, share, reference)
-    return costs
+        return _with_ratio(estimate_quantity(records, name, alpha), share, of)
+
+    return at_rest
 
 
 def _in_unit_of(number: Number, limit: Limit) -> tuple[float | None, float | None, float | None, str]:
@@ -82,6 +96,27 @@ def _in_unit_of(number: Number, limit: Limit) -> tuple[float | None, float | Non
     scale = UNITS[number.unit] / UNITS[unit]
     value, low, high = (None if v is None else v * scale for v in (number.value, number.lower, number.upper))
     return value, low, high, unit
+
+
+def least_level(quantity: Callable[[float], Number], limit: Limit) -> float:
+    """The p-value of "it is within the limit": the least level, to 0.1 %, at which a bound lies beyond it.
+
+    0.5 stands for that and for all above it.
+    """
+
+    def fails(alpha: float) -> bool:
+        _, low, high, _ = _in_unit_of(quantity(alpha), limit)
+        if limit.at_least is not None:
+            return high is not None and high < limit.value
+        return low is not None and low > limit.value
+
+    least, most = np.log(LEAST_LEVEL), np.log(0.5)
+    if not fails(0.5):
+        return 0.5
+    for _ in range(14):
+        middle = (least + most) / 2
+        least, most = (least, middle) if fails(float(np.exp(middle))) else (middle, most)
+    return float(np.exp(most))
 
 
 def _limit_part(name: str, number: Number, limit: Limit) -> Part:
@@ -142,6 +177,9 @@ def cost_parts(
             parts.append(_missing_part(evidence, target, recipe, name, limit))
             continue
         part = _limit_part(name, costs[name], limit)
+        if part.low != part.high:  # what was counted is no test
+            quantity = quantity_at(evidence, target, recipe, name, limit.of or PLAIN)
+            part = part.model_copy(update={"p_fail": least_level(quantity, limit)})
         if limit.of is not None and (why := why_unpaired(evidence, target, recipe, name, limit.of)):
             part = part.model_copy(update={"reason": f"{name} cannot be compared: {why}"})
             assert part.verdict == INCONCLUSIVE

@@ -6,7 +6,8 @@
 The pilot is a run whose bases, teachers and students are scored: two seeds and a few documents will do, but
 say little about how seeds differ; the intervals show how little. Variances and, unless given, the teacher's
 gain and the share of the gain retained (kept share) are those of the pilot's uncompressed student. Whoever
-will pick among M variants that a target can afford plans with `--among M`: Holm asks alpha / M of the first.
+will pick among M variants that a target can afford plans with `--among M`: Holm asks alpha / M of the first,
+for the retention alone: the assay is one test for all variants.
 """
 
 import sys
@@ -52,6 +53,7 @@ class PlannedTest:
     effect: float
     seeds: int  # of the plan
     clusters: int
+    alpha: float
     assumptions: dict[str, float | None]  # from which the effect follows
 
 
@@ -73,7 +75,7 @@ def planned_clusters(evidence: Evidence, plan: Study, name: str) -> int:
 
 
 def list_tests(
-    evidence: Evidence, budget: Budget, plan: Study, gain: float | None, share: float | None
+    evidence: Evidence, budget: Budget, plan: Study, gain: float | None, share: float | None, among: int
 ) -> list[PlannedTest]:
     """The assay and retention of every slice that the budget asks for.
 
@@ -101,8 +103,9 @@ def list_tests(
         size = len(plan.seeds), planned_clusters(evidence, plan, name)
         assumptions = {"gain": true_gain, "share": true_share, "asked_share": f}
         retention = surplus(evidence, PLAIN, name, f)
-        tests.append(PlannedTest(f"assay on {name}", teacher, true_gain, *size, assumptions))
-        tests.append(PlannedTest(f"retention on {name}", retention, effect, *size, assumptions))
+        levels = budget.alpha, budget.alpha / among
+        tests.append(PlannedTest(f"assay on {name}", teacher, true_gain, *size, levels[0], assumptions))
+        tests.append(PlannedTest(f"retention on {name}", retention, effect, *size, levels[1], assumptions))
     return tests
 
 
@@ -112,12 +115,12 @@ def interval(values: Array) -> list[float | None]:
     return [float(end) if np.isfinite(end) else None for end in ends]
 
 
-def plan_test(test: PlannedTest, alpha: float) -> dict[str, object]:
+def plan_test(test: PlannedTest) -> dict[str, object]:
     """Figures of one test, each with the interval that the pilot's variances leave."""
     mean = crossed_mean(test.table)
     if mean.problem:
         raise UserError(f"pilot: {test.name}", mean.problem, "take a pilot of two seeds or more that differ")
-    s, c, effect = test.seeds, test.clusters, test.effect
+    s, c, effect, alpha = test.seeds, test.clusters, test.effect, test.alpha
     sampled = sample_components(test.table, PLANS, BOOTSTRAP_SEED)
 
     def figures(parts: Components) -> dict[str, Array]:
@@ -134,6 +137,7 @@ def plan_test(test: PlannedTest, alpha: float) -> dict[str, object]:
         "test": test.name,
         "seeds": s,
         "clusters": c,
+        "alpha": alpha,
         **test.assumptions,
         "effect": effect,
         "pilot": pilot.model_dump(exclude={"p"}),
@@ -154,13 +158,23 @@ def cell(figure: dict, style: str = "{:,.0f}") -> str:
     return f"{one(figure['value'])} [{one(low)}, {one(high)}]"
 
 
-def render_table(rows: list[dict], alpha: float) -> Table:
+def render_table(rows: list[dict], among: int) -> Table:
     table = Table(
-        title=f"Power at level {alpha:.3g}; in brackets what the pilot's variances leave open, 80 %",
+        title=f"Power, for a pick among {among}; in brackets what the pilot's variances leave open, 80 %",
         caption=f"80 % of repetitions pass with so many; none: not even {MOST_SEEDS} seeds, or "
         f"{MOST_CLUSTERS:,} clusters; a document that is like no other is a cluster of its own",
     )
-    columns = "test", "plan", "true effect", "power now", "seeds", "clusters", "effect seen", "share seen"
+    columns = (
+        "test",
+        "level",
+        "plan",
+        "true effect",
+        "power now",
+        "seeds",
+        "clusters",
+        "effect seen",
+        "share seen",
+    )
     for name in columns:
         table.add_column(name)
     for row in rows:
@@ -169,6 +183,7 @@ def render_table(rows: list[dict], alpha: float) -> Table:
             share = f"{row['asked_share'] + visible['value'] / row['gain']:.2f}"
         table.add_row(
             row["test"],
+            f"{row['alpha']:.3g}",
             f"{row['seeds']} x {row['clusters']}",
             f"{row['effect']:+.4f}",
             cell(row["power"], "{:.0%}"),
@@ -212,13 +227,12 @@ def main() -> None:
     folder = study.folder
     plan = load_study(args.plan) if args.plan else study
     budget = load_budget(plan, args.budget)
-    alpha = budget.alpha / args.among
-    pilot = read_pilot(folder, study)
-    rows = [plan_test(test, alpha) for test in list_tests(pilot, budget, plan, args.gain, args.share)]
+    pilot, among = read_pilot(folder, study), args.among
+    rows = [plan_test(test) for test in list_tests(pilot, budget, plan, args.gain, args.share, among)]
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(render_table(rows, alpha))
+    console.print(render_table(rows, among))
     console.print(plan_sentence(rows), soft_wrap=True)
-    plan_figures = {"alpha": alpha, "among": args.among, "goal": GOAL, "level": PLAN_LEVEL, "tests": rows}
+    plan_figures = {"alpha": budget.alpha, "among": among, "goal": GOAL, "level": PLAN_LEVEL, "tests": rows}
     write_json(args.json, {"pilot": str(folder), **plan_figures})
 
 

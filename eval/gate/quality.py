@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from eval.core.budget import Budget
 from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS
-from eval.core.gate_file import Estimate, KeptShare, Link, Part, Power, Slice, Students
+from eval.core.gate_file import Estimate, KeptShare, Link, Part, Power, Students
 from eval.core.records import PLAIN, VALIDATION
 from eval.gate.evidence import Contrast, Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Mean, crossed_mean
@@ -56,6 +56,7 @@ def mean_part(
         limit=resolution,
         unit="bits/byte",
         p=mean.p,
+        p_fail=mean.p_above(-resolution),
         reason={PASS: on_pass, FAIL: on_fail, INCONCLUSIVE: unsure}[verdict],
     )
 
@@ -67,7 +68,8 @@ def assay_part(evidence: Evidence, name: str, alpha: float) -> Part:
     harm = f"by {-mean.point:.2g} bits/byte, {-high:.2g} at least" if high is not None else ""
     on_pass = f"the method improves the teacher on {name}"
     on_fail = f"there is no gain to keep: the method makes its teacher worse on {name} ({harm})"
-    return mean_part("assay", mean, alpha, on_pass, on_fail, RESOLUTION)
+    title = "assay" if name == VALIDATION else f"assay:{name}"
+    return mean_part(title, mean, alpha, on_pass, on_fail, RESOLUTION)
 
 
 def surplus(evidence: Evidence, recipe: str, name: str, f: float) -> Array:
@@ -101,16 +103,14 @@ def fallback_part(evidence: Evidence, recipe: str, alpha: float, name: str = VAL
     return mean_part("fallback", mean, alpha, "it beats the base", on_fail)
 
 
-def slice_part(evidence: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
-    """Retention on a shifted slice: no visible teacher gain there, no PASS; harm there is a FAIL."""
+def slice_parts(evidence: Evidence, recipe: str, name: str, f: float, alpha: float) -> list[Part]:
+    """Assay and retention on a shifted slice: where no gain of the teacher is visible, none can be kept."""
     assay, retention = assay_part(evidence, name, alpha), retention_part(evidence, recipe, name, f, alpha)
-    changes: dict[str, object] = {"name": f"slice:{name}", "p": max(assay.p or 0.0, retention.p or 0.0)}
-    if assay.verdict == FAIL:
-        changes |= {"verdict": FAIL, "reason": assay.reason}
-    elif assay.verdict != PASS:
+    changes: dict[str, object] = {"name": f"retention:{name}"}
+    if assay.verdict != PASS:
         reason = f"no teacher gain is visible on {name}: {assay.reason}"
-        changes |= {"verdict": INCONCLUSIVE, "reason": reason}
-    return retention.model_copy(update=changes)
+        changes |= {"verdict": INCONCLUSIVE, "p_fail": None, "reason": reason}
+    return [assay, retention.model_copy(update=changes)]
 
 
 def quality_parts(evidence: Evidence, budget: Budget, recipe: str) -> list[Part]:
@@ -121,7 +121,7 @@ def quality_parts(evidence: Evidence, budget: Budget, recipe: str) -> list[Part]
         retention_part(evidence, recipe, VALIDATION, budget.f, alpha),
         guard_part(evidence, recipe, budget),
         fallback_part(evidence, recipe, alpha),
-        *(slice_part(evidence, recipe, name, f, alpha) for name, f in budget.slices.items()),
+        *(part for n, f in budget.slices.items() for part in slice_parts(evidence, recipe, n, f, alpha)),
     ]
 
 
@@ -170,17 +170,6 @@ def student_shares(evidence: Evidence, shares: Shares) -> Students:
         over_ce=shares.of(GAIN_OVER_CE, GAIN) if GAIN_OVER_CE in shares.columns else None,
         over_base=shares.of(gain_over_base(PLAIN), GAIN_OVER_BASE),
     )
-
-
-def judge_slices(evidence: Evidence, shares: Shares, parts: list[Part], recipe: str) -> dict[str, Slice]:
-    verdicts = {part.name: part.verdict for part in parts}
-    return {
-        name: Slice(
-            kept_share=shares.of(kept_gain(recipe), GAIN, name), verdict=verdicts.get(f"slice:{name}")
-        )
-        for name in evidence.columns
-        if name != VALIDATION
-    }
 
 
 def share_chain(shares: Shares, prefixes: list[str], recipe: str) -> list[Link]:

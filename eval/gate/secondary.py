@@ -13,11 +13,12 @@ from eval.core.gate_file import Estimate, Quality, Variant
 from eval.core.records import VALIDATION, Agreement, TaskScore, read_agreements, read_task_scores
 from eval.core.sections import Task
 from eval.gate.evidence import Evidence
-from eval.gate.quality import LEVEL, estimate
+from eval.gate.quality import LEVEL
 from eval.metrics.functions import calibration_error
 from eval.score.agreement_records import document_tokens, estimate_agreement
 from eval.score.samples import task_digest_or_none
 from eval.stats.crossed import cluster_bounds, linearise
+from eval.stats.ratios import share_bounds
 
 Array = NDArray[np.float64]
 TAIL = (1 - LEVEL) / 2
@@ -81,7 +82,8 @@ def estimate_accuracy(evidence: Evidence, recipe: str) -> dict[str, Estimate]:
 
 
 def _share_estimate(z: Array) -> Estimate:
-    return estimate(z, tested=False).model_copy(update={"unit": "share"})
+    low, high = share_bounds(z, TAIL) or (None, None)
+    return Estimate(point=float(z.mean()), low=low, high=high, unit="share")
 
 
 def estimate_calibration(evidence: Evidence, recipe: str) -> dict[str, Estimate]:
@@ -95,7 +97,8 @@ def estimate_calibration(evidence: Evidence, recipe: str) -> dict[str, Estimate]
             calibration_error(bins[name].confidence, bins[name].correct, bins[name].tokens)
             for bins in by_seed
         ]
-        low, high = cluster_bounds(errors, TAIL) or (None, None)
+        bounds = cluster_bounds(errors, TAIL)
+        low, high = (max(bounds[0], 0.0), min(bounds[1], 1.0)) if bounds else (None, None)
         estimates[name] = Estimate(point=float(np.mean(errors)), low=low, high=high, unit="share")
     return estimates
 

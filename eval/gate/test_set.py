@@ -25,7 +25,7 @@ from eval.core.jobs import Job, Report, lock_folder, run_jobs
 from eval.core.records import PLAIN, each_score
 from eval.core.study import Study
 from eval.engines import subject_of
-from eval.gate.decision import evaluate_gate, join_verdicts, share_sentence
+from eval.gate.decision import evaluate_gate, share_sentence
 from eval.gate.evidence import Evidence, Model, ScoreTables, build_evidence, collect_evidence, wanted_models
 from eval.gate.openings import opening_path, write_opening
 from eval.gate.quality import (
@@ -39,6 +39,7 @@ from eval.gate.quality import (
     kept_gain,
     retention_part,
 )
+from eval.gate.verdicts import hold_failures, join_verdicts
 
 
 def models_to_score(study: Study, recipe: str) -> list[Model]:
@@ -148,12 +149,14 @@ def judge_test_set(evidence: Evidence, budget: Budget, opening: Opening) -> Open
     )
     on_test = build_evidence(tables, [PLAIN, recipe], {})
     assert list(on_test.columns) == [TEST]
-    parts = [
+    tests = [
         assay_part(on_test, TEST, alpha),
         retention_part(on_test, recipe, TEST, budget.f, alpha),
         guard_part(on_test, recipe, budget, TEST),
         fallback_part(on_test, recipe, alpha, TEST),
     ]
+    tests[0] = tests[0].model_copy(update={"name": "assay"})
+    parts = hold_failures(tests, alpha)
     shares = Shares(on_test, {}, np.empty((0, 0)))
     return opening.model_copy(
         update={

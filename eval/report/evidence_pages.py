@@ -64,11 +64,12 @@ def parts(v: Variant, alpha: float) -> str:
             f"{part.limit:.6g}",
             part.unit,
             significant(part.p, 2),
+            significant(part.p_fail, 2),
             part.reason,
         ]
         for part in v.parts
     )
-    rest = [("unit", "text"), ("p", ""), ("reason", "text long")]
+    rest = [("unit", "text"), ("p to pass", ""), ("p to fail", ""), ("reason", "text long")]
     return table(f"Parts of the gate, bounds one-sided at {alpha:g}", [*columns, *rest], rows)
 
 

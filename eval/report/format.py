@@ -77,11 +77,9 @@ def estimate_cell(value: Estimate | KeptShare | None, verdict: str | None = None
 def part_title(name: str) -> str:
     """What a part of the gate asks, in plain words."""
     kind, _, rest = name.partition(":")
-    if kind == "slice":
-        return f"The gain is kept on the slice {rest}"
     if kind == "cost" and rest:
         return f"Within the limit: {rest.replace('_', ' ')}"
-    return PARTS.get(name, name)
+    return f"{PARTS.get(kind, kind)} on the slice {rest}" if rest else PARTS.get(name, name)
 
 
 def part_verdict(variant: Variant, name: str) -> str:

@@ -21,6 +21,9 @@ QUESTIONS = {
 }
 
 
+NEGLIGIBLE = 0.147  # below it Cliff's delta is called negligible (Romano et al. 2006)
+
+
 class Drift(NamedTuple):
     """One test: the distance of two empirical distributions, its p-value, and that of all tests by Holm."""
 
@@ -28,6 +31,7 @@ class Drift(NamedTuple):
     before: float  # median
     now: float
     distance: float  # the largest difference of the two distribution functions, 0 to 1
+    effect: float  # how much likelier a new document has the larger value than the smaller one, -1 to 1
     p: float
     holm_p: float
 
@@ -36,6 +40,16 @@ def surprise(counts: dict[int, int], vocabulary: int, ids: list[int]) -> float:
     """Bits per token of a document under a unigram distribution, smoothed by one (Laplace)."""
     total = sum(counts.values()) + vocabulary
     return float(np.mean([np.log2(total / (counts.get(token, 0) + 1)) for token in ids]))
+
+
+def superiority(before: Array, now: Array) -> float:
+    """Cliff's (1993) delta: the share of pairs whose new value is larger, less that whose is smaller.
+
+    Of many documents any difference is significant; this says how large one is, on no matter what scale.
+    """
+    ordered = np.sort(before)
+    larger, not_smaller = (np.searchsorted(ordered, now, side=side).mean() for side in ("left", "right"))
+    return float(larger - (len(ordered) - not_smaller)) / len(ordered)
 
 
 def drifts(before: dict[str, Array], now: dict[str, Array]) -> list[Drift]:
@@ -54,6 +68,7 @@ def drifts(before: dict[str, Array], now: dict[str, Array]) -> list[Drift]:
             float(np.median(before[name])),
             float(np.median(now[name])),
             float(test.statistic),
+            superiority(before[name], now[name]),
             float(test.pvalue),
             p,
         )

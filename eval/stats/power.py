@@ -81,29 +81,41 @@ def power(parts: Components, effect: ArrayLike, s: ArrayLike, c: ArrayLike, alph
 
 def seeds_for(parts: Components, effect: ArrayLike, c: ArrayLike, alpha: float, goal: float = GOAL) -> Array:
     """Least number of seeds with power `goal` on `c` clusters; infinite where 200 are too few."""
-    return _least(2, MOST_SEEDS, parts, effect, lambda s: power(parts, effect, s, c, alpha) >= goal)
+    return _first(MOST_SEEDS, parts, lambda p, s: power(p, effect, s, c, alpha) >= goal)
 
 
 def clusters_for(
     parts: Components, effect: ArrayLike, s: ArrayLike, alpha: float, goal: float = GOAL
 ) -> Array:
     """Least number of clusters with power `goal` at `s` seeds; infinite where a million are too few."""
-    return _least(2, MOST_CLUSTERS, parts, effect, lambda c: power(parts, effect, s, c, alpha) >= goal)
+    return _first(MOST_CLUSTERS, parts, lambda p, c: power(p, effect, s, c, alpha) >= goal)
 
 
-def _least(
-    low: int, high: int, parts: Components, effect: ArrayLike, enough: Callable[[Array], NDArray[np.bool_]]
-) -> Array:
-    """Bisection for the least n in [low, high] that is enough; power grows with n."""
-    shape = np.broadcast_shapes(np.shape(parts.residual), np.shape(effect))
-    least, most = np.full(shape, low, float), np.full(shape, high, float)
-    possible = enough(most)
-    while (least < most).any():
-        middle = np.floor((least + most) / 2)
-        yes = enough(middle)
-        least, most = np.where(yes, least, middle + 1), np.where(yes, middle, most)
-        least = np.minimum(least, most)
-    return np.where(possible, most, np.inf)
+def _first(most: int, parts: Components, enough: Callable[[Components, Array], NDArray[np.bool_]]) -> Array:
+    """The first n in 2 ... `most` that is enough, for each of the components.
+
+    Power does not always grow with n: with two seeds, more documents leave the seeds' variance alone, of
+    which one degree of freedom is known. So numbers are tried from below, all up to 16 and then each a tenth
+    larger than the one before; between the first that is enough and the one before it, by bisection.
+    """
+    columns = np.broadcast_arrays(parts.seeds, parts.documents, parts.residual)
+    shape, flat = columns[0].shape, [column.astype(float).ravel() for column in columns]
+    tried = np.unique(np.round([*range(2, 17), *np.geomspace(16, most, 1 + int(np.log(most / 16) / 0.1))]))
+    first, before = np.full(flat[0].shape, np.inf), np.full(flat[0].shape, 1.0)
+    for n in tried:
+        open_ = np.flatnonzero(np.isinf(first))
+        if not len(open_):
+            break
+        yes = enough(Components(*(column[open_] for column in flat)), np.full(len(open_), n))
+        first[open_[yes]], before[open_[~yes]] = n, n
+    found = np.flatnonzero(np.isfinite(first))
+    low, high, some = before[found], first[found], Components(*(column[found] for column in flat))
+    while (high - low > 1).any():
+        middle = np.floor((low + high) / 2)
+        yes = enough(some, np.maximum(middle, 2))
+        low, high = np.where(yes, low, middle), np.where(yes, middle, high)
+    first[found] = high
+    return first.reshape(shape)
 
 
 def effect_for(parts: Components, s: ArrayLike, c: ArrayLike, alpha: float, goal: float = GOAL) -> Array:

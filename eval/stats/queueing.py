@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 VIRTUAL = 20_000  # requests of a virtual run
-FOLLOWS = 0.95  # of the offered rate that the throughput must reach while requests arrive
+SELDOM = 1e-3  # share of arrivals that find a longer queue than a healthy server is allowed
 TAIL = 0.95  # the percentile that an SLO holds
 
 
@@ -47,24 +47,34 @@ class Served(NamedTuple):
     follows: bool
 
 
-def outcome(arrivals: ArrayLike, latencies: ArrayLike) -> Served:
-    """Whether the server kept up: while requests arrive, `FOLLOWS` of them are done, and no backlog grows.
+def outcome(arrivals: ArrayLike, latencies: ArrayLike, services: ArrayLike, rate: float) -> Served:
+    """Whether the server kept up: as many requests waited at the end as in a queue with its times of service.
 
-    A backlog grows if the mean latency of the second half of the requests is more than twice the first's.
+    Below capacity the queue has a stationary length, which is simulated (`VIRTUAL` requests at this rate); a
+    server follows if the rate is below its capacity, and no more of its requests are unserved at the last
+    arrival than `SELDOM` of those of the simulated queue.
 
     Args:
         arrivals: [n] s from the start.
         latencies: [m <= n] s from the arrival; the last n - m were never served.
+        services: [k] s of requests served back to back, in their order.
+        rate: at which requests were meant to arrive, per second.
     """
     a, latency = np.asarray(arrivals, float), np.asarray(latencies, float)
     if not len(latency):
         return Served(len(a) / float(a[-1]), 0.0, False)
     done = a[: len(latency)] + latency
-    half = len(latency) // 2
-    grows = len(latency) < len(a) or (half > 0 and latency[half:].mean() > 2 * latency[:half].mean())
-    # one request is always in service: it is no backlog
-    kept_up = (done <= a[-1]).sum() + 1 >= FOLLOWS * len(a)
-    return Served(len(a) / float(a[-1]), len(latency) / float(done[-1]), bool(kept_up and not grows))
+    unserved = len(a) - int((done <= a[-1]).sum())
+    follows = rate < capacity(services) and unserved <= longest_queue(np.asarray(services, float), rate)
+    return Served(len(a) / float(a[-1]), len(latency) / float(done[-1]), bool(follows))
+
+
+def longest_queue(services: Array, rate: float, seed: tuple[int, ...] = (0,)) -> float:
+    """Requests in the system, a new one counted, that all but `SELDOM` of the arrivals at `rate` find."""
+    arrivals = np.random.default_rng(seed).standard_exponential(VIRTUAL).cumsum() / rate
+    done = finished(arrivals, np.resize(services, VIRTUAL))
+    waiting = np.arange(1, VIRTUAL + 1) - np.searchsorted(done, arrivals, side="right")
+    return float(np.quantile(waiting, 1 - SELDOM))
 
 
 def capacity(services: ArrayLike) -> float:

@@ -119,3 +119,22 @@ def ratio_bounds(values: ArrayLike, reference: ArrayLike, alpha: float) -> Share
     logs = np.log(np.asarray(values, float) / np.asarray(reference, float))
     bounds = cluster_bounds(logs, alpha)
     return Share(*np.exp([logs.mean(), *bounds]).tolist()) if bounds else None
+
+
+def share_bounds(z: ArrayLike, alpha: float) -> tuple[float, float] | None:
+    """Bounds, each at level `alpha`, of the mean of a crossed table [S, C] of shares: never beyond 0 and 1.
+
+    Wilson's (1927) interval with the number of independent draws that would have the same variance (Korn and
+    Graubard 1998) and the t quantile. A table of nothing but 0 or 1 counts as one draw for each of its C
+    columns. None where the error is unknown.
+    """
+    z = np.asarray(z, float)
+    mean, p = crossed_mean(z), float(z.mean())
+    if min(z.shape) < 2 or (mean.problem and 0 < p < 1):
+        return None
+    p = min(max(p, 0.0), 1.0)
+    size = z.shape[1] if mean.problem or p in (0, 1) else p * (1 - p) / mean.se**2
+    t = float(t_quantile(alpha, z.shape[1] - 1 if mean.problem else mean.nu))
+    centre, half = p + t**2 / (2 * size), t * float(np.sqrt(p * (1 - p) / size + (t / (2 * size)) ** 2))
+    low, high = (end / (1 + t**2 / size) for end in (centre - half, centre + half))
+    return max(low, 0.0), min(high, 1.0)

@@ -39,7 +39,7 @@ from eval.signoff.keys import from_raw, public_key
 from eval.signoff.statement import FOLDER, Predicate, expired, read_statement
 from eval.signoff.verify import first_difference, read_gate, row_of
 from eval.stats.crossed import FAIL
-from eval.stats.drift import QUESTIONS, Array, Drift, drifts, surprise
+from eval.stats.drift import NEGLIGIBLE, QUESTIONS, Array, Drift, drifts, surprise
 from eval.watch.regression import Finding, diagnosis, findings, verdict
 
 if TYPE_CHECKING:
@@ -251,11 +251,12 @@ def contract_table(result: Result, title: str) -> Table:
 
 
 def drift_table(result: Result, alpha: float) -> Table:
-    table = Table("the input", "median when released", "median now", "distance", "p (Holm)", "")
+    table = Table("the input", "median when released", "median now", "distance", "effect", "p (Holm)", "")
     for d in result.drift:
-        moved = "drifted" if d.holm_p <= alpha else ""
-        figures = (significant(d.before), significant(d.now), f"{d.distance:.2f}", f"{d.holm_p:.3g}")
-        table.add_row(QUESTIONS[d.name], *figures, moved)
+        large = "drifted" if abs(d.effect) >= NEGLIGIBLE else "drifted a little"
+        figures = [significant(d.before), significant(d.now), f"{d.distance:.2f}", f"{d.effect:+.2f}"]
+        moved = large if d.holm_p <= alpha else ""
+        table.add_row(QUESTIONS[d.name], *figures, f"{d.holm_p:.3g}", moved)
     return table
 
 

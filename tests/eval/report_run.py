@@ -157,8 +157,10 @@ def parts(share: float, guard: float, verdict: str) -> list[dict]:
         part("retention", (share - 0.5) * 0.126, 0.0, "bits/byte", "at least 0.5 of the gain is kept"),
         part("guard", (guard - 0.5) * 0.122, 0.0, "bits/byte", "at least 0.5 of the student's gain is kept"),
         part("fallback", 0.122, 0.0, "bits/byte", "it beats the base"),
-        part("slice:near", 0.0123456, 0.0, "bits/byte", "at least 0.5 of the gain is kept on near"),
-        part("slice:far", 0.0098765, 0.0, "bits/byte", "at least 0.5 of the gain is kept on far"),
+        part("assay:near", 0.131, 0.0, "bits/byte", "the method improves the teacher on near"),
+        part("retention:near", 0.0123456, 0.0, "bits/byte", "at least 0.5 of the gain is kept on near"),
+        part("assay:far", 0.098, 0.0, "bits/byte", "the method improves the teacher on far"),
+        part("retention:far", 0.0098765, 0.0, "bits/byte", "at least 0.5 of the gain is kept on far"),
         {**part("cost:decode_p50", 0.31, 1.0, "x plain", "held against the upper bound"), "verdict": slow},
     ]
 

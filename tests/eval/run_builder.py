@@ -90,6 +90,7 @@ class Run:
                 "method": {"name": "ensemble"},
                 "train": {},
                 "cost": {
+                    "processes": 3,
                     "prompt_tokens": 64,
                     "new_tokens": 10,
                     "threads": 1,

@@ -52,7 +52,7 @@ def test_pass(passed):
     assert row(result, "half").verdict == "FAIL"
     parts = verdicts(result, "half")
     assert (parts["assay"], parts["retention"], parts["guard"]) == ("PASS", "FAIL", "FAIL")
-    assert (parts["slice:far"], parts["cost:decode_p50"]) == ("FAIL", "PASS")
+    assert (parts["retention:far"], parts["cost:decode_p50"]) == ("FAIL", "PASS")
     assert "int8 * on cpu: PASS" in done.stdout
     assert "PASS: on cpu ship int8: it keeps 0.7" in done.stdout
 

@@ -14,7 +14,7 @@ from tests.helpers import run, text
 def tiny(tmp_path_factory):
     """A run of tiny random models with one variant, and what scoring it wrote."""
     folder = tmp_path_factory.mktemp("json")
-    load = {"rates": [30.0], "seconds": 1.0}
+    load = {"rates": [500.0], "seconds": 0.5}
     _, run_folder = fake_run(folder, recipes=["wanda50"], cost={**COST, "load": load})
     for arm, seed in {"S1": 3, "S0": 4}.items():
         put(run_folder, f"variants/wanda50/{arm}/s0", torch_model(seed), **facts(arm, "wanda50"))
@@ -87,7 +87,7 @@ def recheck(request, folder):
         ),
         pytest.param(
             command("eval.cost.load", "tiny", "--recipe", "plain"),
-            lambda r: r[0]["processes"][0]["rates"][0]["rate"] == 30,
+            lambda r: r[0]["processes"][0]["rates"][0]["rate"] == 500,
             marks=pytest.mark.slow,
         ),
         (merge, lambda r: r[0] == r[1]),

@@ -22,7 +22,7 @@ from eval.cost.plan import are_measured, find_variants, plan_from_run
 from eval.cost.worker import serve_arrivals
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
-from eval.stats.queueing import capacity, finished, knee, outcome, poisson
+from eval.stats.queueing import capacity, finished, knee, longest_queue, outcome, poisson
 from tests.eval.run_builder import COST, HOST, Run, fake_run, row
 from tests.helpers import run
 
@@ -86,12 +86,32 @@ def test_the_knee_without_an_slo_is_what_the_server_can_do():
     assert knee(services, 0.019) == 0
     assert knee(services, 0.03) < knee(services, 0.1) < 50
     below, beyond = (poisson(rate, 60.0, (0,)) for rate in (40.0, 55.0))
-    assert outcome(below, finished(below, np.full(len(below), 0.02)) - below).follows
+    times = np.full(40, 0.02)
+    assert outcome(below, finished(below, np.full(len(below), 0.02)) - below, times, 40.0).follows
     late = finished(beyond, np.full(len(beyond), 0.02)) - beyond
-    result = outcome(beyond, late)
+    result = outcome(beyond, late, times, 55.0)
     assert (result.follows, result.throughput) == (False, pytest.approx(50, rel=0.01))
-    assert not outcome(below, np.full(len(below) - 1, 0.02)).follows, "one was never served"
-    assert outcome(below, []).throughput == 0
+    slower = finished(below, np.full(len(below), 0.03)) - below
+    assert not outcome(below, slower, times, 40.0).follows, "under load it is slower than back to back"
+    assert not outcome(below, np.full(len(below) - 30, 0.02), times, 40.0).follows, "some were never served"
+    assert outcome(below, [], times, 40.0).throughput == 0
+
+
+def test_the_longest_queue_is_that_of_theory():
+    """M/M/1: an arrival finds n or more in the system with chance rho^n, and is one more itself."""
+    services = np.random.default_rng(4).exponential(1 / MU, 20_000)
+    for load in (0.3, 0.6):
+        assert longest_queue(services, load * MU) == pytest.approx(1 + np.log(1e-3) / np.log(load), abs=2)
+
+
+def test_a_healthy_server_at_half_load_is_called_healthy():
+    """With ten arrivals it was called unhealthy half of the time."""
+    rng, healthy = np.random.default_rng(6), 0
+    for turn in range(200):
+        services = rng.lognormal(np.log(0.02), 0.2, 40)
+        a = np.append(poisson(25.0, 0.4, (turn, 0)), 0.4)
+        healthy += outcome(a, finished(a, np.resize(services, len(a))) - a, services, 25.0).follows
+    assert healthy >= 197
 
 
 def test_latency_counts_from_the_intended_arrival():
@@ -161,23 +181,23 @@ def test_bounds_are_those_over_processes():
 
 
 def test_what_was_never_served_is_no_percentile(tmp_path):
-    record = loaded([[20.0] * 50, [20.0] * 50], rates=[20.0])
+    record = loaded([[20.0] * 50] * 5, rates=[20.0])
     cut = record.processes[0].rates[0]
     short = cut.model_copy(update={"done_ms": cut.done_ms[:-60], "first_ms": cut.first_ms[:-60]})
     server = record.processes[0].model_copy(update={"rates": [short]})
-    given = record.model_copy(update={"processes": [server, record.processes[1]]})
+    given = record.model_copy(update={"processes": [server, *record.processes[1:]]})
     rate = summarize_load([given], 0.05).rates[0]
     assert len(cut.done_ms) * 0.1 < 60 < len(cut.done_ms) * 0.4
     assert rate.p50.value is not None
     assert (rate.p95.value, rate.p95.upper) == (None, None)
-    assert rate.follows == 1
+    assert rate.follows == 4
     study, _ = fake_run(tmp_path, recipes=[])
     plan = plan_from_run(Namespace(study=study, target="cpu", recipe=None), [])
     shown = build_table(replace(plan, variants=plan.variants[:1]), [given])
     cells = {column.header: next(iter(column.cells)) for column in shown.columns}
     assert (cells["variant"], cells["rate/s"], cells["p95 ms"]) == ("plain", "20", "never")
     assert cells["p50 ms"] == f"{rate.p50.value:.4g}\n≤ {rate.p50.upper:.4g}"
-    assert (cells["knee/s"], cells["follows"]) == ("50", "1/2")
+    assert (cells["knee/s"], cells["follows"]) == ("50", "4/5")
 
 
 def test_rates_are_shares_of_the_knee():
@@ -192,7 +212,7 @@ def test_rates_are_shares_of_the_knee():
 
 def test_a_folder_measured_elsewhere_comes_home(tmp_path):
     """Both commands: a queue of requests to nothing but a model folder, then its record in the run folder."""
-    load = {"rates": [40.0], "seconds": 0.4, "slo_ms": 1000.0}
+    load = {"rates": [500.0], "seconds": 0.4, "slo_ms": 1000.0}
     study, folder = fake_run(tmp_path, recipes=[], cost={**COST, "load": load})
     alone, record, words = tmp_path / "model", tmp_path / "load.jsonl", []
     shutil.copytree(folder / "students/S1/s0", alone)
@@ -224,15 +244,15 @@ def check_what_was_served(record):
     for turn, server in enumerate(record.processes):
         (served,) = server.rates
         assert len(server.service_ms) >= 10
-        assert served.arrival_s == poisson(40.0, 0.4, (turn, 0)).tolist()
+        assert served.arrival_s == poisson(500.0, 0.4, (turn, 0)).tolist()
         assert 0 < len(served.done_ms) <= len(served.arrival_s)
         assert all(0 < first < last for first, last in zip(served.first_ms, served.done_ms, strict=True))
 
 
 def test_too_few_arrivals_are_refused_before_anything_runs(tmp_path):
-    study, _ = fake_run(tmp_path, recipes=[], cost={**COST, "load": {"rates": [40.0, 2.0], "seconds": 1.0}})
+    study, _ = fake_run(tmp_path, recipes=[], cost={**COST, "load": {"rates": [400.0, 20.0], "seconds": 1.0}})
     plan = plan_from_run(Namespace(study=study, target="cpu", recipe=None), [])
-    with pytest.raises(UserError, match=r"2 requests/s of .*set cost\.load\.seconds to 5 or more"):
+    with pytest.raises(UserError, match=r"20 requests/s of .*set cost\.load\.seconds to 10 or more"):
         choose_rates(plan)
 
 

@@ -61,6 +61,21 @@ def test_needed_seeds_and_documents_are_the_least():
     assert clusters_for(parts, 0.1, 2, 0.05) == np.inf  # seeds differ: documents cannot help
 
 
+def test_the_first_number_that_is_enough_is_found_where_power_falls_again():
+    """With two seeds, more clusters leave what is not known of seeds: power rises, and falls."""
+    many = Components(np.array([0.02, 0.005, 0.3]), np.array([1.0, 1.0, 1.0]), np.array([0.5, 0.1, 3.0]))
+    clusters, fell = np.arange(2, 4000), False
+    for i, effect in enumerate((0.5, 0.9, 2.0)):
+        one = Components(*(float(column[i]) for column in (many.seeds, many.documents, many.residual)))
+        chances = power(one, effect, 2, clusters, 0.05)
+        fell |= bool((np.diff(chances) < -1e-6).any())
+        for goal in (0.2, 0.3, 0.5, 0.8):
+            enough = clusters[chances >= goal]
+            found = clusters_for(one, effect, 2, 0.05, goal)
+            assert found == enough[0] if len(enough) else found >= 4000
+    assert fell
+
+
 def test_components_are_recovered(rng):
     estimates = [components(z) for z in crossed(rng, 2000, 5, 30, 0.5, 1.0, 0.7)]
     mean = np.mean([[f.seeds, f.documents, f.residual] for f in estimates], axis=0)

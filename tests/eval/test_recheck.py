@@ -14,7 +14,7 @@ from eval.core.errors import UserError
 from eval.core.gate_file import Estimate, KeptShare
 from eval.release.contract_file import Bits, Gain, Saving, read_contract
 from eval.signoff.keys import new_key, public_key
-from eval.stats.drift import QUESTIONS, drifts, surprise
+from eval.stats.drift import QUESTIONS, drifts, superiority, surprise
 from eval.watch.recheck import checked, read_new, recheck
 from eval.watch.regression import change, diagnosis, findings, verdict
 from tests.eval import real_run
@@ -118,9 +118,17 @@ def test_drift_is_seen_where_there_is_some_and_seldom_elsewhere():
 
     drift_of = {d.name: d for d in drifts(sample(200), sample(200, shift=1.0))}
     assert drift_of["unigram"].holm_p < 1e-6
+    assert drift_of["unigram"].effect == pytest.approx(0.52, abs=0.1), "2 Phi(1 / sqrt 2) - 1"
     assert min(d.holm_p for name, d in drift_of.items() if name != "unigram") > 0.05
     false = [min(d.holm_p for d in drifts(sample(30), sample(30))) <= 0.05 for _ in range(200)]
     assert np.mean(false) < 0.09
+
+
+def test_the_effect_is_that_of_all_pairs():
+    rng = np.random.default_rng(1)
+    before, now = rng.integers(0, 9, 40).astype(float), rng.integers(2, 9, 25).astype(float)
+    pairs = np.sign(now[:, None] - before[None, :])
+    assert superiority(before, now) == pytest.approx(pairs.mean())
 
 
 def test_surprise_is_the_cross_entropy_of_the_smoothed_unigram():

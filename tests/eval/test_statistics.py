@@ -8,7 +8,6 @@ from eval.stats.crossed import (
     FAIL,
     INCONCLUSIVE,
     PASS,
-    cluster_bounds,
     crossed_mean,
     crossed_variance,
     effects,
@@ -19,8 +18,8 @@ from eval.stats.crossed import (
 )
 from eval.stats.multiplicity import holm
 from eval.stats.power import Components
-from eval.stats.quantiles import percentile_bounds, quantile_bounds, requests_needed
-from eval.stats.ratios import fieller, pigeonhole, ratio_bounds
+from eval.stats.quantiles import quantile_bounds, requests_needed
+from eval.stats.ratios import fieller, pigeonhole, ratio_bounds, share_bounds
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_variance_is_floored_and_nu_is_bounded(rng):
     assert (variance >= ms.residual / 24).all()
     assert (ms.seeds + ms.documents - ms.residual < ms.residual).any()  # the floor was needed
     assert (ms.seeds + ms.documents - ms.residual < 0).any()  # and so was the guard against a negative one
-    assert nu.min() >= 1
+    assert nu.min() >= 2
     assert nu.max() <= 4
 
 
@@ -93,9 +92,9 @@ def test_bounds_against_the_formulas_written_out(rng):
     nu = total**2 / (a**2 / 4 + b**2 / 39 + e**2 / (4 * 39))
     mean = crossed_mean(z)
     low, high = mean.bounds(0.05)
-    half = stats.t.ppf(0.95, min(max(nu, 1), 8)) * np.sqrt(total / 200)
+    half = stats.t.ppf(0.95, min(max(nu, 4), 8)) * np.sqrt(total / 200)
     assert (low, high) == pytest.approx((grand - half, grand + half))
-    assert mean.p == pytest.approx(stats.t.sf(grand / np.sqrt(total / 200), min(max(nu, 1), 8)))
+    assert mean.p == pytest.approx(stats.t.sf(grand / np.sqrt(total / 200), min(max(nu, 4), 8)))
 
 
 @pytest.mark.parametrize("nu", [1.0, 1.7, 2.8, 40.0, 1e5])
@@ -230,6 +229,23 @@ def test_coverage_of_fieller_and_bootstrap(rng):
     assert 0.88 <= by_bootstrap <= 0.995
 
 
+def test_bounds_of_a_share_are_wilsons(rng):
+    """One column of independent draws a seed: of 0 and 1, the interval of the binomial; never beyond 0 and 1."""
+    for p, n in ((0.5, 200), (0.03, 400)):
+        z = np.tile((rng.random(n) < p).astype(float), (3, 1))
+        low, high = share_bounds(z, 0.025)
+        t = stats.t.isf(0.025, crossed_mean(z).nu)
+        size = z.mean() * (1 - z.mean()) / crossed_mean(z).se ** 2
+        roots = np.roots([1 + t**2 / size, -2 * z.mean() - t**2 / size, z.mean() ** 2])
+        assert (low, high) == pytest.approx(sorted(roots))
+        assert size == pytest.approx(n, rel=0.01)
+        assert 0 < low < z.mean() < high < 1
+    expected = stats.binomtest(20, 20).proportion_ci(0.95, method="wilson")
+    assert share_bounds(np.ones((3, 20)), 0.025) == pytest.approx((expected.low, 1.0), abs=0.02)
+    assert share_bounds(np.ones((1, 20)), 0.025) is None
+    assert share_bounds(np.full((3, 20), 0.4), 0.025) is None
+
+
 # Bootstrap
 
 
@@ -312,17 +328,6 @@ def test_order_statistic_covers_the_true_quantile(rng):
     bounds = [quantile_bounds(x, 0.95, 0.05) for x in samples]
     assert np.mean([low <= true for low, _ in bounds]) >= 0.94
     assert np.mean([high >= true for _, high in bounds]) >= 0.94
-
-
-def test_percentile_bounds_see_processes_that_differ(rng):
-    alike = [rng.normal(10, 0.1, 100) for _ in range(3)]
-    apart = [rng.normal(mean, 0.1, 100) for mean in (9, 10, 11)]
-    assert percentile_bounds(alike, 0.5, 0.05)[1] == pytest.approx(10, abs=0.1)
-    assert percentile_bounds(apart, 0.5, 0.05)[1] == pytest.approx(
-        cluster_bounds([np.median(x) for x in apart], 0.05)[1]
-    )
-    assert percentile_bounds(alike[:1], 0.5, 0.05) == (None, None)
-    assert percentile_bounds([x[:10] for x in alike], 0.99, 0.05)[1] is None
 
 
 def test_ratio_of_paired_rounds_cancels_what_slows_both():

@@ -223,7 +223,7 @@ def cluster_names(documents: Sequence[Document], kind: str) -> list[str]:
     """The cluster of each document of a slice: documents of one are not independent.
 
     A cluster is a `group`, a `domain` or a `source`; a file that lies in no folder has no domain in common
-    with others, and where all documents of the slice are of one, as with `none`, each is a cluster of its own.
+    with others; where all documents of the slice are of one, as with `none`, each is a cluster of its own.
     """
     alone = [document.id for document in documents]
     if kind == "none":

@@ -359,7 +359,7 @@ class Load(Frozen):
         min_length=1,
         description="requests per second, one run each; none: rates are raised until the knee",
     )
-    seconds: float = Field(10.0, gt=0, description="seconds per rate")
+    seconds: float = Field(30.0, gt=0, description="seconds per rate; 200 requests must arrive at least")
     slo_ms: float | None = Field(
         None, gt=0, description="ms from the intended arrival to the answer, to be held at p95"
     )
@@ -368,7 +368,7 @@ class Load(Frozen):
 class Cost(Frozen):
     """How latency and memory are measured: batch 1, then the other `batch_sizes`."""
 
-    processes: int = Field(3, gt=1, description="fresh processes per variant")
+    processes: int = Field(5, gt=1, description="fresh processes per variant")
     prompt_tokens: int = Field(128, gt=0, description="tokens of a request's prompt")
     new_tokens: int = Field(32, gt=1, description="tokens to generate per request")
     requests: int = Field(20, gt=0, description="measured requests per process, after warm-up")
