@@ -122,6 +122,12 @@ class Budget(Frozen):
         allow_inf_nan=False,
         description="guard: gain over the base that a variant must have, in bits per byte",
     )
+    over_ce: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the teacher's gain by which the student must beat plain training (arm CE)",
+    )
     slices: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         {}, description="mandatory slice beside validation -> its own `f`"
     )

@@ -269,8 +269,12 @@ def find_positions(first: Documents, other: Documents) -> list[int]:
     return [place[key] for key in zip(first.slice, first.id, strict=True)]
 
 
-def check_budget(budget: Budget, recipes: list[str], slices: list[str]) -> None:
-    """Every slice and variant that the budget names is there."""
+def check_budget(budget: Budget, study: Study, slices: list[str]) -> None:
+    """Every slice, variant and arm that the budget names is there."""
+    recipes = recipe_names(study)
+    if budget.over_ce is not None and not study.ce_arm:
+        fix = "set ce_arm: true and train again, or take over_ce out"
+        raise UserError(f"budget {budget.name!r}: over_ce", "the study has no arm CE", fix)
     for name in [VALIDATION, *budget.slices]:
         require_one_of(f"budget {budget.name!r}: slice without any scored document", name, slices)
     for target, of in [(t, limit.of) for t in budget.targets for limit in budget.targets[t].limits.values()]:
@@ -324,7 +328,7 @@ def check_plan(study: Study) -> None:
         UserError: the budget or a recipe cannot be read, names what the study has not, or lengths do not fit.
     """
     slices = [VALIDATION, *study.data.shifted, *(c.slice for c in study.data.corruptions)]
-    check_budget(load_budget(study), recipe_names(study), slices)
+    check_budget(load_budget(study), study, slices)
     written, context = study.targets.generation.prompt_tokens, study.data.context
     if study.targets.source in ("on_policy", "sequence") and written >= context:
         problem = f"{written}, and rows have {context} tokens (data.context)"

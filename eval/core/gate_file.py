@@ -11,7 +11,7 @@ STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
 
 
 class Estimate(Stored):
-    """A mean with its two-sided 95 % interval; bounds are null where the error is unknown."""
+    """A mean with the two-sided interval of `level`; bounds are null where the error is unknown."""
 
     point: float
     low: float | None
@@ -21,7 +21,7 @@ class Estimate(Stored):
 
 
 class KeptShare(Stored):
-    """A ratio of two gains with its two-sided 95 % interval; all null where the ratio is undefined."""
+    """A ratio of two gains with the two-sided interval of `level`; all null where it is undefined."""
 
     point: float | None = None
     low: float | None = None
@@ -43,6 +43,15 @@ class Students(Stored):
     over_control: KeptShare  # (S1 - S0) / (T1 - T0)
     over_ce: KeptShare | None  # (S1 - CE) / (T1 - T0); null without a CE arm
     over_base: KeptShare  # (S1 - B) / (T1 - B): what a study without a control would claim
+
+
+class Rival(Stored):
+    """Something simpler than the student S1, uncompressed, on validation."""
+
+    arm: str
+    what: str
+    lead: Estimate  # bits/byte by which it is better than S1
+    beats: bool  # beyond doubt: the lower bound of `lead` at alpha is above 0
 
 
 class Power(Stored):
@@ -240,6 +249,15 @@ class Provenance(Stored):
     records: dict[str, str]
 
 
+class Extent(Stored):
+    """How much evidence there was: the most of all verdicts of this run folder so far."""
+
+    seeds: int
+    documents: dict[str, int]  # by slice
+    variants: int  # measured, on all targets
+    records: int
+
+
 class GateFile(Stored):
     schema_version: Literal[3] = 3
     study: str
@@ -247,8 +265,11 @@ class GateFile(Stored):
     method: str
     verdict: Verdict
     reason: str
+    anomalies: list[str] = Field(default_factory=list)  # what is too good to be true, and what to check
     notes: list[str] = Field(default_factory=list)  # what the verdict is conditional on
     recommended: dict[str, str | None]
+    as_good: dict[str, list[str]]  # by target: as fast as far as can be told, and keep no larger share
+    level: float  # of every two-sided interval: 1 - 2 alpha, so that its ends are the bounds that decide
     budget: dict[str, Any]
     seeds: list[int]
     documents: dict[str, int]
@@ -257,8 +278,10 @@ class GateFile(Stored):
     teacher_gain_slices: dict[str, Estimate]
     scores: dict[str, dict[str, Estimate]]
     kept_by_student: Students
+    rivals: list[Rival]
     power: Power | None
     variants: list[Variant]
     quality: dict[str, Quality] = Field(default_factory=dict)  # by recipe
     test_set: OnTestSet | None = None  # null: never opened
+    extent: Extent
     provenance: Provenance

@@ -17,7 +17,7 @@ from eval.core.budget import load_budget
 from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import EXITS, entry
 from eval.core.gate_file import STYLES, GateFile, OnTestSet, Variant
-from eval.gate.decision import evaluate_gate
+from eval.gate.decision import evaluate_gate, read_before
 from eval.gate.evidence import collect_evidence
 from eval.stats.crossed import INCONCLUSIVE
 
@@ -33,7 +33,7 @@ def variant_line(row: Variant) -> Text:
     )
 
 
-def opening_line(look: OnTestSet) -> Text:
+def opening_line(look: OnTestSet, level: float) -> Text:
     """How often the test documents were opened, and what the last look said."""
     share, when = look.kept_share, "" if look.current else ", of artifacts or a budget of before"
     start = f"test documents, opening {look.openings} by {look.by} for {look.recipe}{when}: "
@@ -41,17 +41,19 @@ def opening_line(look: OnTestSet) -> Text:
         return Text(f"{start}not finished; run the same command of eval.gate.test_set again")
     keeps = "the share of the gain retained is undefined"
     if share is not None and share.point is not None:
-        keeps = f"keeps {share.point:.2f} (95 % interval {share.low:.2f} to {share.high:.2f})"
+        keeps = f"keeps {share.point:.2f} ({100 * level:.0f} % interval {share.low:.2f} to {share.high:.2f})"
     return Text.assemble(start, (look.verdict, STYLES[look.verdict]), f", {keeps}")
 
 
 def print_verdict(console: Console, result: GateFile, path: Path) -> None:
     for row in result.variants:
         console.print(variant_line(row), soft_wrap=True)
+    for anomaly in result.anomalies:
+        console.print(Text.assemble(("ANOMALOUS", "yellow"), f": {anomaly}"), soft_wrap=True)
     for note in result.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
     if result.test_set:
-        console.print(opening_line(result.test_set), soft_wrap=True)
+        console.print(opening_line(result.test_set, result.level), soft_wrap=True)
     console.print(
         Text.assemble((result.verdict, STYLES[result.verdict]), f": {result.reason}"), soft_wrap=True
     )
@@ -66,7 +68,7 @@ def main() -> int:
     study, args = study_from_command(parser, measures=True)
     folder = study.folder
     budget = load_budget(study, args.budget)
-    result = evaluate_gate(collect_evidence(folder, study, budget), budget)
+    result = evaluate_gate(collect_evidence(folder, study, budget), budget, read_before(folder))
     path = folder / "gate.json"
     write_json(path, result)
     print_verdict(Console(), result, path)

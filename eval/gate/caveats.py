@@ -4,11 +4,14 @@ from collections import Counter
 
 from eval.core.artifacts import describe_accepted
 from eval.core.budget import Budget, load_budget
-from eval.core.checks import TEACHERS
+from eval.core.checks import STUDENT, TEACHERS
 from eval.core.errors import UserError
+from eval.core.gate_file import Extent
 from eval.core.records import PLAIN, VALIDATION
-from eval.gate.evidence import Evidence
-from eval.stats.crossed import PASS
+from eval.gate.evidence import Contrast, Evidence
+from eval.gate.quality import RESOLUTION
+from eval.stats.crossed import PASS, crossed_mean
+from eval.stats.multiplicity import holm
 
 FEW_CLUSTERS = 10
 
@@ -32,6 +35,57 @@ def list_caveats(evidence: Evidence, budget: Budget) -> list[str]:
         *_test_documents(evidence),
         *describe_accepted(evidence.folder),
     ]
+
+
+def list_anomalies(evidence: Evidence, alpha: float) -> list[str]:
+    """What is better than it should be by more than noise, and what to look at; Holm over all that could be.
+
+    A compressed variant has less to work with than its student, and a student saw no more than its teacher.
+    """
+    cases = {
+        Contrast(STUDENT, STUDENT, recipe, PLAIN): f"{recipe} is better than the student that it was made of"
+        for recipe in evidence.recipes[1:]
+    }
+    cases[Contrast(STUDENT, TEACHERS[0])] = f"the student {STUDENT} is better than its teacher {TEACHERS[0]}"
+    means = [crossed_mean(evidence.gain(VALIDATION, contrast)) for contrast in cases]
+    adjusted = holm([mean.p for mean in means])
+    found = []
+    for (contrast, what), mean, p in zip(cases.items(), means, adjusted, strict=True):
+        low, _ = mean.bounds(alpha)
+        if p <= alpha and low is not None and low > RESOLUTION:
+            check = "does it see validation documents in calibration or recovery, is its student trained out?"
+            if contrast.recipe == PLAIN:
+                check = "was it trained longer, or on other rows, or does its own data term teach it?"
+            found.append(f"{what} by {mean.point:.4f} bits/byte, {low:.4f} at least: {check}")
+    return found
+
+
+def extent_of(evidence: Evidence) -> Extent:
+    return Extent(
+        seeds=len(evidence.study.seeds),
+        documents={name: len(columns) for name, columns in evidence.columns.items()},
+        variants=len(evidence.costs),
+        records=len(evidence.records),
+    )
+
+
+def compare_extents(now: Extent, before: Extent | None) -> tuple[Extent, list[str]]:
+    """The most evidence of all verdicts, and what of it is gone: a set that shrank is a choice."""
+    if before is None:
+        return now, []
+    slices = dict.fromkeys([*before.documents, *now.documents])
+    of = {name: (before.documents.get(name, 0), now.documents.get(name, 0)) for name in slices}
+    pairs = {f"documents of {name}": counts for name, counts in of.items()}
+    pairs |= {name: (getattr(before, name), getattr(now, name)) for name in ("seeds", "variants", "records")}
+    lost = [f"{was} {name}, now {is_}" for name, (was, is_) in pairs.items() if is_ < was]
+    most = Extent(
+        seeds=max(pairs["seeds"]),
+        documents={name: max(counts) for name, counts in of.items()},
+        variants=max(pairs["variants"]),
+        records=max(pairs["records"]),
+    )
+    why = "an earlier verdict of this run rested on more evidence: "
+    return most, [f"{why}{'; '.join(lost)}"] if lost else []
 
 
 def _other_budget(evidence: Evidence, budget: Budget) -> list[str]:

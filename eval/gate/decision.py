@@ -1,18 +1,18 @@
 """From evidence to verdicts: each recipe on each target, what to ship there, and the study as a whole."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import ValidationError
+
 from eval.core.artifacts import digest
 from eval.core.budget import Budget, Target, load_budget
 from eval.core.checks import CONTROL, STUDENT
-from eval.core.gate_file import GateFile, Hashes, KeptShare, Number, Part, Provenance, Slice, Variant
+from eval.core.gate_file import GateFile, Hashes, KeptShare, Part, Provenance, Rival, Slice, Variant
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import check_trained, load_study, prefixes
-from eval.cost.estimates import estimate_ratio
-from eval.gate.caveats import list_caveats
+from eval.gate.caveats import compare_extents, extent_of, list_anomalies, list_caveats
 from eval.gate.evidence import Evidence, collect_evidence
 from eval.gate.limits import (
     commands_to_measure,
@@ -22,10 +22,12 @@ from eval.gate.limits import (
     variant_costs,
 )
 from eval.gate.openings import summarize_openings
+from eval.gate.pick import add_holm, rank_variants
 from eval.gate.quality import (
     GAIN,
     Shares,
     bootstrap_shares,
+    compare_rivals,
     estimate,
     gain_over_base,
     kept_gain,
@@ -37,7 +39,6 @@ from eval.gate.quality import (
 from eval.gate.secondary import collect_qualities
 from eval.gate.verdicts import explain_verdict, hold_failures, is_shared, join_verdicts, slice_verdict
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
-from eval.stats.multiplicity import holm
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def build_candidate(
         "zeros": zeros,
         "low_bit": low_bit,
         "scores": {
-            name: estimate(evidence.scores(name, STUDENT, recipe), tested=False) for name in evidence.columns
+            name: estimate(evidence.scores(name, STUDENT, recipe), budget.alpha, tested=False)
+            for name in evidence.columns
         },
     }
     by_slice = {n: shares.of(kept_gain(recipe), GAIN, n) for n in evidence.columns if n != VALIDATION}
@@ -132,60 +134,10 @@ def unmeasured_part(target: str) -> Part:
     )
 
 
-def is_affordable(row: Variant) -> bool:
-    """Every limit of the target is met: this is decided without a look at the quality."""
-    return all(part.verdict == PASS for part in row.parts if part.name.startswith("cost"))
-
-
-def add_holm(rows: list[Variant], alpha: float) -> list[Variant]:
-    """Adds Holm's adjusted p-values over the shippable variants of one target.
-
-    Serial gatekeeping (Dmitrienko and Tamhane 2007): what is shared by all variants, the teacher's gain, is
-    tested once at alpha, and is no part of `p`; where it passes, Holm goes over the variants' own parts.
-    """
-    candidates = [i for i, row in enumerate(rows) if is_affordable(row)]
-    adjusted = dict(zip(candidates, holm([rows[i].p for i in candidates]), strict=True))
-    adjusted_rows = []
-    for i, row in enumerate(rows):
-        p = adjusted.get(i)
-        update: dict[str, Any] = {"holm_p": p}
-        if row.verdict == PASS and p is not None and p > alpha:
-            update["reason"] = f"{row.reason}; alone, not as a pick of {len(candidates)} (Holm p = {p:.3f})"
-        adjusted_rows.append(row.model_copy(update=update))
-    return adjusted_rows
-
-
-def is_shippable(row: Variant, alpha: float) -> bool:
-    """Passes, and still does after the correction for having several variants to pick from."""
-    return row.verdict == PASS and row.holm_p is not None and row.holm_p <= alpha
-
-
-def is_slower_than_student(evidence: Evidence, row: Variant, alpha: float) -> bool:
-    """Is it slower in decode than its parent, the uncompressed student, or is that unknown?"""
-    student = evidence.costs.get((row.target, PLAIN), [])
-    share = estimate_ratio(evidence.costs[row.target, row.recipe], student, "decode_p50", alpha)
-    return share is None or share.point > 1
-
-
-def pick_variant(evidence: Evidence, rows: list[Variant], alpha: float) -> Variant | None:
-    """The fastest in decode of those that ship and are not slower than their own parent; ties by disk."""
-
-    def order(row: Variant) -> tuple[float, float, str]:
-        numbers: dict[str, Number] = row.cost or {}
-        speed, disk = numbers["decode_p50"].value, numbers["disk"].value
-        return speed if speed is not None else math.inf, disk if disk is not None else math.inf, row.recipe
-
-    return min(
-        (r for r in rows if is_shippable(r, alpha) and not is_slower_than_student(evidence, r, alpha)),
-        key=order,
-        default=None,
-    )
-
-
 def judge_target(
     evidence: Evidence, budget: Budget, candidates: list[Candidate], target: str
-) -> list[Variant]:
-    """Rows of one target, the recommended one marked."""
+) -> tuple[list[Variant], list[str]]:
+    """Rows of one target, the recommended one marked, and the recipes that are as good."""
     limits = budget.targets[target]
     rows = [
         judge_variant(evidence, budget, c, target)
@@ -193,8 +145,9 @@ def judge_target(
         if (target, c.recipe) in evidence.costs or is_cost_expected(evidence, limits, c.recipe)
     ]
     rows = add_holm(rows, budget.alpha)
-    best = pick_variant(evidence, rows, budget.alpha)
-    return [row.model_copy(update={"recommended": row is best}) for row in rows]
+    ranked = rank_variants(evidence, rows, budget.alpha)
+    marked = [row.model_copy(update={"recommended": row in ranked[:1]}) for row in rows]
+    return marked, [row.recipe for row in ranked[1:]]
 
 
 def target_verdict(rows: list[Variant]) -> Verdict:
@@ -204,22 +157,24 @@ def target_verdict(rows: list[Variant]) -> Verdict:
 
 
 def study_verdict(
-    rows: dict[str, list[Variant]], targets: dict[str, Target], alpha: float
+    rows: dict[str, list[Variant]], as_good: dict[str, list[str]], targets: dict[str, Target], alpha: float
 ) -> tuple[Verdict, str]:
     """PASS: something ships on every required target. FAIL: on one of them everything fails."""
     verdicts = {name: target_verdict(rows[name]) for name, target in targets.items() if target.required}
     order: list[Verdict] = [FAIL, INCONCLUSIVE, PASS]
     verdict = min(verdicts.values(), key=order.index)
+    names = [name for name, value in verdicts.items() if value == verdict]
     if verdict != PASS:
-        name = next(name for name, value in verdicts.items() if value == verdict)
-        return verdict, target_sentence(verdict, name, rows[name], alpha)
-    return PASS, "; ".join(target_sentence(PASS, name, rows[name], alpha) for name in verdicts)
+        return verdict, target_sentence(verdict, names[0], rows[names[0]], alpha)
+    sentences = [shipping_sentence(name, rows[name], as_good[name], alpha) for name in names]
+    return PASS, "; ".join(sentences)
 
 
-def share_sentence(share: KeptShare) -> str:
+def share_sentence(share: KeptShare, alpha: float) -> str:
     if share.point is None:
         return "keeps the asked share of the method's gain"
-    return f"keeps {share.point:.2f} of the method's gain (95 % interval {share.low:.2f} to {share.high:.2f})"
+    interval = f"{1 - 2 * alpha:.0%} interval {share.low:.2f} to {share.high:.2f}".replace("%", " %")
+    return f"keeps {share.point:.2f} of the method's gain ({interval})"
 
 
 def closest_variant(rows: list[Variant], verdict: Verdict) -> Variant:
@@ -228,22 +183,22 @@ def closest_variant(rows: list[Variant], verdict: Verdict) -> Variant:
     return min(candidates, key=lambda r: (sum(p.verdict != PASS for p in r.parts), r.recipe == PLAIN))
 
 
+def shipping_sentence(target: str, rows: list[Variant], as_good: list[str], alpha: float) -> str:
+    """What ships on a target, in one sentence that a manager understands."""
+    best = next(row for row in rows if row.recommended)
+    others = f" (as good: {', '.join(as_good)})" if as_good else ""
+    kept = share_sentence(best.kept_share, alpha)
+    return f"on {target} ship {best.recipe}{others}: it {kept} and meets every limit"
+
+
 def target_sentence(verdict: Verdict, target: str, rows: list[Variant], alpha: float) -> str:
-    """One sentence that a manager understands."""
-    if verdict == PASS:
-        best = next(row for row in rows if row.recommended)
-        return f"on {target} ship {best.recipe}: it {share_sentence(best.kept_share)} and meets every limit"
+    """Why nothing ships on a target, in one sentence that a manager understands."""
     if rows and (assay := rows[0].parts[0]).verdict != PASS:
         cannot = "the study cannot see the gain that it should judge: "
         return assay.reason if assay.verdict == FAIL else cannot + assay.reason
     if verdict == FAIL:
         best = closest_variant(rows, FAIL)
         return f"on {target} every variant fails; {best.recipe}: {best.reason}"
-    if slow := [row.recipe for row in rows if is_shippable(row, alpha)]:
-        return (
-            f"on {target} nothing can be recommended: each that passes ({', '.join(slow)}) is slower in "
-            "decode than the uncompressed student, or was not measured in its rounds"
-        )
     if passed := [row for row in rows if row.verdict == PASS]:
         best = min(passed, key=lambda row: row.p)
         return (
@@ -254,26 +209,46 @@ def target_sentence(verdict: Verdict, target: str, rows: list[Variant], alpha: f
     return f"on {target} no variant passes yet; {best.recipe}: {best.reason}"
 
 
-def evaluate_gate(evidence: Evidence, budget: Budget) -> GateFile:
-    """The whole of gate.json: the same evidence gives the same bytes."""
-    shares = bootstrap_shares(evidence)
+def headline(verdict: Verdict, reason: str, rivals: list[Rival], seeds: list[int]) -> str:
+    """The reason, and in front what must not be missed: a simpler rival that wins, and two seeds alone."""
+    for rival in (one for one in rivals if one.beats):
+        better = f"{rival.what} is better by {rival.lead.point:.3f} bits/byte, {rival.lead.low:.3f} at least"
+        start = "absorbed, and not worth it" if verdict == PASS else "not worth it"
+        reason = f"{start}: {better}; {reason}"
+    return f"from two seeds alone: {reason}" if len(seeds) == 2 else reason
+
+
+def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = None) -> GateFile:
+    """The whole of gate.json: the same evidence gives the same bytes.
+
+    Args:
+        before: the verdict that lies in the run folder; what it rested on and is gone since is named.
+    """
+    shares = bootstrap_shares(evidence, budget.alpha)
     known = prefixes(evidence.study)
     candidates = [
         build_candidate(evidence, budget, shares, recipe, known.get(recipe, []))
         for recipe in evidence.recipes
     ]
-    rows = {target: judge_target(evidence, budget, candidates, target) for target in budget.targets}
-    verdict, reason = study_verdict(rows, budget.targets, budget.alpha)
-    gains = {name: estimate(evidence.gain(name, GAIN)) for name in evidence.columns}
+    judged = {target: judge_target(evidence, budget, candidates, target) for target in budget.targets}
+    rows = {target: marked for target, (marked, _) in judged.items()}
+    as_good = {target: others for target, (_, others) in judged.items()}
+    verdict, reason = study_verdict(rows, as_good, budget.targets, budget.alpha)
+    rivals = compare_rivals(evidence, budget.alpha)
+    gains = {name: estimate(evidence.gain(name, GAIN), budget.alpha) for name in evidence.columns}
     settings = budget.model_dump(mode="json")
+    extent, shrunk = compare_extents(extent_of(evidence), before.extent if before else None)
     return GateFile(
         study=evidence.study.name,
         title=evidence.study.title,
         method=evidence.study.method.name,
         verdict=verdict,
-        reason=reason,
+        reason=headline(verdict, reason, rivals, evidence.study.seeds),
+        anomalies=[*shrunk, *list_anomalies(evidence, budget.alpha)],
         notes=list_caveats(evidence, budget),
         recommended={name: next((r.recipe for r in rows[name] if r.recommended), None) for name in rows},
+        as_good=as_good,
+        level=1 - 2 * budget.alpha,
         budget={**settings, "hash": digest(settings), "asked_by_study": evidence.study.budget},
         seeds=evidence.study.seeds,
         documents={name: len(columns) for name, columns in evidence.columns.items()},
@@ -281,14 +256,19 @@ def evaluate_gate(evidence: Evidence, budget: Budget) -> GateFile:
         teacher_gain=gains[VALIDATION],
         teacher_gain_slices={name: gain for name, gain in gains.items() if name != VALIDATION},
         scores={
-            arm: {name: estimate(evidence.scores(name, arm), tested=False) for name in evidence.columns}
+            arm: {
+                name: estimate(evidence.scores(name, arm), budget.alpha, tested=False)
+                for name in evidence.columns
+            }
             for arm in evidence.arms
         },
         kept_by_student=student_shares(evidence, shares),
+        rivals=rivals,
         power=retention_power(evidence, budget),
         variants=[row for name in rows for row in rows[name]],
-        quality=collect_qualities(evidence, next(iter(rows.values()))),
+        quality=collect_qualities(evidence, next(iter(rows.values())), budget.alpha),
         test_set=summarize_openings(evidence.openings, evidence.artifacts, digest(settings)),
+        extent=extent,
         provenance=Provenance(
             config=evidence.study.hash(),
             data=evidence.data,
@@ -312,4 +292,13 @@ def judge(run: str | Path, budget: str | None = None) -> GateFile:
     study = load_study(run)
     check_trained(study)
     limits = load_budget(study, budget)
-    return evaluate_gate(collect_evidence(study.folder, study, limits), limits)
+    return evaluate_gate(collect_evidence(study.folder, study, limits), limits, read_before(study.folder))
+
+
+def read_before(run: Path) -> GateFile | None:
+    """The verdict that lies in a run folder; None where there is none that this version reads."""
+    path = run / "gate.json"
+    try:
+        return GateFile.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except ValidationError:
+        return None

@@ -128,7 +128,7 @@ def collect_evidence(folder: Path, study: Study, budget: Budget) -> Evidence:
     measured: list[Record] = [*costs, *loads]
     for record in measured:
         artifacts.check(record)
-    check_budget(budget, recipes, list(tables.columns))
+    check_budget(budget, study, list(tables.columns))
     grouped = by_target(folder, study, budget, costs, tables.engines)
     return build_evidence(tables, recipes, grouped, by_target(folder, study, budget, loads, tables.engines))
 

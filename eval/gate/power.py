@@ -132,7 +132,7 @@ def plan_test(test: PlannedTest) -> dict[str, object]:
         }
 
     points, ends = figures(components(test.table)), figures(sampled)
-    pilot = estimate(test.table)
+    pilot = estimate(test.table, alpha)
     return {
         "test": test.name,
         "seeds": s,

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from eval.core.budget import Budget
 from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS
-from eval.core.gate_file import Estimate, KeptShare, Link, Part, Power, Students
+from eval.core.gate_file import Estimate, KeptShare, Link, Part, Power, Rival, Students
 from eval.core.records import PLAIN, VALIDATION
 from eval.gate.evidence import Contrast, Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Mean, crossed_mean
@@ -17,13 +17,15 @@ from eval.stats.ratios import fieller, pigeonhole
 
 Array = NDArray[np.float64]
 
-LEVEL = 0.95  # of reported intervals; tests use the budget's alpha
 RESOLUTION = 1e-5  # bits/byte: float32 scores do not resolve a smaller teacher gain, rounding can make one
 DRAWS, BOOTSTRAP_SEED = 10_000, 0
 PLANS, PLAN_LEVEL = 1000, 0.8  # draws of a pilot's variances, and the level of the interval shown
 GAIN = Contrast(*TEACHERS)
 GAIN_OVER_BASE = Contrast(TEACHERS[0], FALLBACK)
 GAIN_OVER_CE = Contrast(STUDENT, CE)
+
+
+RIVALS = {CE: "plain training on the same rows"}  # arm -> what it is; simpler than a student with a teacher
 
 
 def kept_gain(recipe: str) -> Contrast:
@@ -34,9 +36,10 @@ def gain_over_base(recipe: str) -> Contrast:
     return Contrast(STUDENT, FALLBACK, recipe)
 
 
-def estimate(z: Array, tested: bool = True) -> Estimate:
+def estimate(z: Array, alpha: float, tested: bool = True) -> Estimate:
+    """The mean with the interval that decides: each end is a one-sided bound at alpha."""
     mean = crossed_mean(z)
-    low, high = mean.bounds((1 - LEVEL) / 2)
+    low, high = mean.bounds(alpha)
     return Estimate(point=mean.point, low=low, high=high, p=mean.p if tested and not mean.problem else None)
 
 
@@ -103,6 +106,24 @@ def fallback_part(evidence: Evidence, recipe: str, alpha: float, name: str = VAL
     return mean_part("fallback", mean, alpha, "it beats the base", on_fail)
 
 
+def over_ce_part(evidence: Evidence, share: float, alpha: float) -> Part:
+    """(S1 - CE) - share (T1 - T0): what is absorbed is worth more than plain training on the same rows."""
+    lead = evidence.gain(VALIDATION, GAIN_OVER_CE) - share * evidence.gain(VALIDATION, GAIN)
+    what = f"the student beats {RIVALS[CE]} by {share:g} of the teacher's gain"
+    return mean_part("over_ce", crossed_mean(lead), alpha, what, f"{what}: it does not")
+
+
+def compare_rivals(evidence: Evidence, alpha: float) -> list[Rival]:
+    """How much better than the uncompressed student each simpler rival of the study is."""
+    rivals = []
+    for arm, what in RIVALS.items():
+        if (arm, PLAIN) in evidence.bits:
+            lead = evidence.gain(VALIDATION, Contrast(arm, STUDENT))
+            beats = crossed_mean(lead).verdict(alpha) == PASS
+            rivals.append(Rival(arm=arm, what=what, lead=estimate(lead, alpha), beats=beats))
+    return rivals
+
+
 def slice_parts(evidence: Evidence, recipe: str, name: str, f: float, alpha: float) -> list[Part]:
     """Assay and retention on a shifted slice: where no gain of the teacher is visible, none can be kept."""
     assay, retention = assay_part(evidence, name, alpha), retention_part(evidence, recipe, name, f, alpha)
@@ -118,6 +139,7 @@ def quality_parts(evidence: Evidence, budget: Budget, recipe: str) -> list[Part]
     alpha = budget.alpha
     return [
         assay_part(evidence, VALIDATION, alpha),
+        *([] if budget.over_ce is None else [over_ce_part(evidence, budget.over_ce, alpha)]),
         retention_part(evidence, recipe, VALIDATION, budget.f, alpha),
         guard_part(evidence, recipe, budget),
         fallback_part(evidence, recipe, alpha),
@@ -127,9 +149,10 @@ def quality_parts(evidence: Evidence, budget: Budget, recipe: str) -> list[Part]
 
 @dataclass(frozen=True)
 class Shares:
-    """Fieller intervals of ratios of contrasts, with their bootstrap on the validation documents."""
+    """Intervals of ratios of contrasts, with their bootstrap on the validation documents, at 1 - 2 alpha."""
 
     evidence: Evidence
+    alpha: float
     columns: dict[Contrast, int]
     means: Array  # [draws, contrasts]
     cache: dict[tuple[Contrast, Contrast, str], KeptShare] = field(default_factory=dict)
@@ -141,19 +164,19 @@ class Shares:
         return self.cache[gain, reference, name]
 
     def _compute(self, gain: Contrast, reference: Contrast, name: str) -> KeptShare:
-        ratio = fieller(self.evidence.gain(name, gain), self.evidence.gain(name, reference), LEVEL)
+        ratio = fieller(self.evidence.gain(name, gain), self.evidence.gain(name, reference), self.alpha)
         if ratio is None:
             return KeptShare()
         low, high = None, None
         if name == VALIDATION:
             draws = self.means[:, self.columns[gain]] / self.means[:, self.columns[reference]]
-            low, high = (float(v) for v in np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+            low, high = (float(v) for v in np.quantile(draws, [self.alpha, 1 - self.alpha]))
         return KeptShare(
             point=ratio.point, low=ratio.low, high=ratio.high, bootstrap_low=low, bootstrap_high=high
         )
 
 
-def bootstrap_shares(evidence: Evidence) -> Shares:
+def bootstrap_shares(evidence: Evidence, alpha: float) -> Shares:
     """Draws one bootstrap for all contrasts, in bits: bytes cancel from a ratio of two sums."""
     contrasts = [GAIN, GAIN_OVER_BASE]
     contrasts += [c for r in evidence.recipes for c in (kept_gain(r), gain_over_base(r))]
@@ -161,7 +184,7 @@ def bootstrap_shares(evidence: Evidence) -> Shares:
         contrasts.append(GAIN_OVER_CE)
     raw = np.stack([evidence.saved_bits(VALIDATION, contrast) for contrast in contrasts])
     columns = {contrast: i for i, contrast in enumerate(contrasts)}
-    return Shares(evidence, columns, pigeonhole(raw, DRAWS, BOOTSTRAP_SEED))
+    return Shares(evidence, alpha, columns, pigeonhole(raw, DRAWS, BOOTSTRAP_SEED))
 
 
 def student_shares(evidence: Evidence, shares: Shares) -> Students:

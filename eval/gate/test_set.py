@@ -157,20 +157,20 @@ def judge_test_set(evidence: Evidence, budget: Budget, opening: Opening) -> Open
     ]
     tests[0] = tests[0].model_copy(update={"name": "assay"})
     parts = hold_failures(tests, alpha)
-    shares = Shares(on_test, {}, np.empty((0, 0)))
+    shares = Shares(on_test, alpha, {}, np.empty((0, 0)))
     return opening.model_copy(
         update={
             "documents": len(on_test.bytes),
             "verdict": join_verdicts(parts),
             "parts": parts,
-            "teacher_gain": estimate(on_test.gain(TEST, GAIN)),
+            "teacher_gain": estimate(on_test.gain(TEST, GAIN), alpha),
             "kept_share": shares.of(kept_gain(recipe), GAIN, TEST),
             "guard_share": shares.of(gain_over_base(recipe), gain_over_base(PLAIN), TEST),
         }
     )
 
 
-def print_opening(console: Console, opening: Opening, path: Path) -> None:
+def print_opening(console: Console, opening: Opening, path: Path, alpha: float) -> None:
     assert opening.verdict is not None
     assert opening.kept_share is not None
     for part in opening.parts:
@@ -179,7 +179,7 @@ def print_opening(console: Console, opening: Opening, path: Path) -> None:
         )
     share = "its share is undefined"
     if opening.kept_share.point is not None:
-        share = share_sentence(opening.kept_share)
+        share = share_sentence(opening.kept_share, alpha)
     console.print(
         Text.assemble(
             (opening.verdict, STYLES[opening.verdict]),
@@ -209,7 +209,7 @@ def main() -> int:
         score_test_set(evidence, recipe)
         opening = judge_test_set(evidence, budget, opening)
         write_opening(folder, opening)
-    print_opening(Console(), opening, opening_path(folder, opening.number))
+    print_opening(Console(), opening, opening_path(folder, opening.number), budget.alpha)
     write_json(args.json, opening)
     assert opening.verdict is not None
     return EXITS[opening.verdict]

@@ -24,6 +24,7 @@ PARTS = {
     "retention": "The gain over the control is kept",
     "guard": "The lead over the fallback is kept",
     "fallback": "Better than the fallback",
+    "over_ce": "Better than training without a teacher",
     "cost": "The cost is known",
 }
 SYMBOLS = {"PASS": "✔", "FAIL": "✘", "INCONCLUSIVE": "?"}
@@ -90,15 +91,28 @@ def shifted(gate: GateFile) -> list[str]:
     return [name for name in gate.documents if name != VALIDATION]
 
 
-def gain_text(value: Estimate) -> str:
+def level_text(level: float) -> str:
+    """`90 %`"""
+    return f"{100 * level:.4g} %"
+
+
+def gain_text(value: Estimate, level: float) -> str:
     cell = estimate_cell(value)
-    return f"{cell.main} bits/byte, 95 % interval {cell.notes[0]}" if cell.notes else cell.main
+    return f"{cell.main} bits/byte, {level_text(level)} interval {cell.notes[0]}" if cell.notes else cell.main
+
+
+def remarks(gate: GateFile) -> list[str]:
+    """What is too good to be true, then what the verdict is conditional on."""
+    return [*(f"ANOMALOUS: {one}" for one in gate.anomalies), *(f"Note: {note}" for note in gate.notes)]
 
 
 def recommended_text(gate: GateFile) -> str:
     """One clause per target: what may be shipped there."""
-    choices = gate.recommended.items()
-    return "; ".join(f"{target}: {recipe or 'no variant'}" for target, recipe in choices)
+    clauses = []
+    for target, recipe in gate.recommended.items():
+        others = f" (as good: {', '.join(names)})" if (names := gate.as_good.get(target)) else ""
+        clauses.append(f"{target}: {recipe or 'no variant'}{others}")
+    return "; ".join(clauses)
 
 
 def by_recipe(gate: GateFile) -> list[Variant]:

@@ -16,6 +16,7 @@ from eval.report.format import (
     gain_text,
     measuring_commands,
     recommended_text,
+    remarks,
     shifted,
     signoff_text,
     student_shares,
@@ -78,9 +79,9 @@ def cost_table(table: BudgetTable) -> str:
 
 
 def gains(gate: GateFile) -> str:
-    lines = [f"- Teacher gain (T1 - T0), validation: {gain_text(gate.teacher_gain)}"]
+    lines = [f"- Teacher gain (T1 - T0), validation: {gain_text(gate.teacher_gain, gate.level)}"]
     lines += [
-        f"- Teacher gain, {escape(name)}: {gain_text(value)}"
+        f"- Teacher gain, {escape(name)}: {gain_text(value, gate.level)}"
         for name, value in gate.teacher_gain_slices.items()
     ]
     return "\n".join(lines)
@@ -100,7 +101,7 @@ def behaviour_tables(gate: GateFile) -> list[str]:
 
 def caveats_and_signoffs(gate: GateFile, signoffs: list[SignOff], data: Iterable[str] = ()) -> str:
     """What was read, the test documents, what the verdict is conditional on, the sign-offs in their marks."""
-    lines = [*(f"{line}." for line in data), test_set_line(gate), *(f"Note: {note}." for note in gate.notes)]
+    lines = [*(f"{line}." for line in data), test_set_line(gate), *(f"{line}." for line in remarks(gate))]
     signatures = "".join(f"- {escape(signoff_text(one))}\n" for one in signoffs)
     shown = f"{BEGIN}\n{signatures}{END}"
     return "\n\n".join([*(escape(line) for line in lines if line), shown])

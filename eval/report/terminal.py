@@ -15,6 +15,7 @@ from eval.report.format import (
     Cell,
     measuring_commands,
     recommended_text,
+    remarks,
     select_variants,
     signoff_text,
     test_set_line,
@@ -91,7 +92,7 @@ def print_report(gate: GateFile, signoffs: list[SignOff], console: Console, data
     for line in (
         *data,
         test_set_line(gate),
-        *(f"note: {note}" for note in gate.notes),
+        *remarks(gate),
         *map(signoff_text, signoffs),
     ):
         if line:

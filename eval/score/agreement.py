@@ -47,7 +47,7 @@ def estimate_agreements(study: Study) -> Agreements:
 
 
 def agreement_table(agreements: Agreements) -> Table:
-    table = Table("recipe", "flips", "noise", "KL", "noise", title="against the student, 95 % intervals")
+    table = Table("recipe", "flips", "noise", "KL", "noise", title="against the student, 90 % intervals")
     for recipe, differences in agreements.items():
         flips, kl = differences["flips"], differences["kl"]
         noise = f"{100 * flips.floor:.3g} %", f"{kl.floor:.3g}"

@@ -15,7 +15,7 @@ from eval.core.study import Study, recipe_names
 from eval.engines import Subject, subject_of, subject_of_record
 from eval.stats.crossed import crossed_mean, linearise
 
-TAIL = 0.025  # of a two-sided 95 % interval
+ALPHA = 0.05  # of each end of an interval, where no budget says another
 Array = NDArray[np.float64]
 
 
@@ -57,7 +57,7 @@ def document_tokens(tokens: Array) -> Array:
 
 
 def estimate_agreement(
-    records: list[Agreement], seeds: Sequence[int]
+    records: list[Agreement], seeds: Sequence[int], alpha: float = ALPHA
 ) -> tuple[Difference, Difference] | tuple[None, None]:
     """Flips (share of tokens) and KL (bits per token) of one recipe, where every seed was compared."""
     by_seed = {r.seed: r for r in records if r.seed in seeds}
@@ -69,12 +69,12 @@ def estimate_agreement(
     flips, kl = (np.array([getattr(r, name) for r in chosen], float) for name in ("flips", "kl_bits"))
     reruns = [rerun for r in chosen for rerun in r.reruns.values()]
     return (
-        _difference(linearise(flips, size), max(r.flips / r.tokens for r in reruns), "share"),
-        _difference(linearise(kl, size), max(r.kl_bits / r.tokens for r in reruns), "bits/token"),
+        _difference(linearise(flips, size), max(r.flips / r.tokens for r in reruns), "share", alpha),
+        _difference(linearise(kl, size), max(r.kl_bits / r.tokens for r in reruns), "bits/token", alpha),
     )
 
 
-def _difference(z: Array, floor: float, unit: str) -> Difference:
+def _difference(z: Array, floor: float, unit: str, alpha: float) -> Difference:
     mean = crossed_mean(z)
-    low, high = mean.bounds(TAIL)
+    low, high = mean.bounds(alpha)
     return Difference(value=mean.point, low=low, high=high, floor=floor, unit=unit)

@@ -16,8 +16,9 @@ from eval.core.errors import UserError, expected_text, require_one_of
 from eval.core.gate_file import GateFile, Variant
 from eval.core.records import PLAIN
 from eval.core.study import Study, load_study
-from eval.gate.decision import evaluate_gate, is_shippable
+from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
+from eval.gate.pick import is_shippable
 from eval.signoff.statement import Policy, Predicate, Statement, expired, read_statement, signed_digest
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
 
@@ -70,7 +71,7 @@ def difference_from_records(run: Path, study: Study, budget: Budget, gate: GateF
     Raises:
         UserError: the records, artifacts and budget do not fit each other.
     """
-    now = evaluate_gate(collect_evidence(run, study, budget), budget)
+    now = evaluate_gate(collect_evidence(run, study, budget), budget, gate)
     return first_difference(gate.model_dump(mode="json"), now.model_dump(mode="json"))
 
 

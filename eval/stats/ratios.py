@@ -1,5 +1,6 @@
 """Ratios of means: Fieller's interval, its cross-check by bootstrap, and ratios of paired rounds."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +10,10 @@ from scipy.special import pdtr
 from eval.stats.crossed import (
     PASS,
     Array,
-    Effects,
+    MeanSquares,
     cluster_bounds,
     crossed_mean,
+    crossed_variance,
     effects,
     products,
     t_quantile,
@@ -22,21 +24,6 @@ CHUNK = 2_000_000  # resampled document weights held at once by the bootstrap
 POISSON = np.searchsorted(pdtr(np.arange(9), 1.0), (np.arange(2**16) + 0.5) / 2**16).astype(float)
 
 
-def _covariance(x: Effects, y: Effects, off: Effects) -> tuple[float, float, float]:
-    """V_xx, V_xy, V_yy of two crossed means.
-
-    The unbiased form may be indefinite by chance; where either variance, or that of `off`, which is
-    x - (mean x / mean y) y, falls to its floor, the residual is not subtracted, which is always definite and
-    never too small.
-    """
-    s, c = x[2].shape
-    pairs = products(x, x), products(x, y), products(y, y)
-    probes = pairs[0], pairs[2], products(off, off)
-    floored = any(ms.seeds + ms.documents < 2 * ms.residual for ms in probes)
-    xx, xy, yy = (float(m.seeds + m.documents - (0 if floored else m.residual)) / (s * c) for m in pairs)
-    return xx, xy, yy
-
-
 class Share(NamedTuple):
     """A ratio of two means with its interval."""
 
@@ -45,34 +32,49 @@ class Share(NamedTuple):
     high: float
 
 
-def fieller(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Share | None:
+def fieller(x: ArrayLike, y: ArrayLike, alpha: float = 0.05) -> Share | None:
     """Interval of mean(x) / mean(y), two crossed tables [S, C] on the same seeds and documents.
 
-    Fieller (1954): the shares r for which mean(x) - r mean(y) does not differ from 0, that is
-    (x - r y)^2 <= t^2 (V_xx - 2 r V_xy + r^2 V_yy), with nu of the table x - R y at the estimate R.
+    Fieller's (1954) set: the shares r for which the crossed test finds mean(x - r y) neither above nor below
+    0 at `alpha`; with both ends a 1 - 2 alpha interval. It is the very test that decides, its variance and
+    its degrees of freedom at each r, so that r lies below the interval where the claim of r passes.
 
     Returns:
-        The share, or None where it is undefined: mean(y) is not significantly above 0 at `level`
-        (two-sided), so that the set of shares is not an interval.
+        The share, or None where it is undefined: mean(y) is not significantly above 0 at `alpha`, so that
+        the set of shares is not an interval.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    alpha = (1 - level) / 2
     if min(y.shape) < 2:
         return None
-    effects_x, effects_y = effects(x), effects(y)
+    (s, c), effects_x, effects_y = y.shape, effects(x), effects(y)
     below = crossed_mean(y, effects_y)
     if below.verdict(alpha) != PASS:
         return None
-    top, share = float(x.mean()), float(x.mean()) / below.point
-    rows, columns, rest = (a - share * b for a, b in zip(effects_x, effects_y, strict=True))
-    off = crossed_mean(x - share * y, (rows, columns, rest))
-    t = float(t_quantile(alpha, below.nu if off.problem else off.nu))
-    xx, xy, yy = _covariance(effects_x, effects_y, (rows, columns, rest))
-    a, b, c = below.point**2 - t**2 * yy, top * below.point - t**2 * xy, top**2 - t**2 * xx
-    if a <= 0:
-        return None
-    half = float(np.sqrt(max(b**2 - a * c, 0.0)))
-    return Share(share, (b - half) / a, (b + half) / a)
+    pairs = products(effects_x, effects_x), products(effects_x, effects_y), products(effects_y, effects_y)
+    share = float(x.mean()) / below.point
+
+    def excess(r: Array) -> Array:
+        """|mean(x - r y)| above what the test allows: positive where r is rejected."""
+        squares = (np.maximum(xx - 2 * r * xy + r**2 * yy, 0.0) for xx, xy, yy in zip(*pairs, strict=True))
+        variance, nu = crossed_variance(MeanSquares(*squares), s, c)
+        return np.abs((share - r) * below.point) - t_quantile(alpha, nu) * np.sqrt(variance)
+
+    step = max(below.se / below.point, 1e-9) * max(abs(share), 1.0)
+    return Share(share, *(_first_positive(excess, share, sign * step) for sign in (-1, 1)))
+
+
+def _first_positive(f: Callable[[Array], Array], start: float, step: float) -> float:
+    """The place nearest to `start`, in the direction of `step`, from which f is positive: f(start) is not.
+
+    Places a fifth further each time, from a thousandth of `step` on, then by 64 parts of what is between.
+    """
+    places = start + step * np.concatenate([[0.0], 1e-3 * 1.2 ** np.arange(200)])
+    for _ in range(7):
+        first = int(np.argmax(f(places) > 0))
+        if first == 0:  # nowhere, or within rounding of the start
+            return float(places[0] if f(places[:1])[0] > 0 else places[-1])
+        places = np.linspace(places[first - 1], places[first], 65)
+    return float(places[-1])
 
 
 def pigeonhole(tables: ArrayLike, draws: int, seed: int) -> Array:

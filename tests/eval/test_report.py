@@ -100,7 +100,7 @@ def test_terminal_shows_the_table_and_ends_with_the_path(demo):
     assert "not measured" in out
     assert "nf4 on gpu: python -m eval.cost --study runs/x --target gpu" in out
     assert "The test documents were opened once, last by Ada on 2026-01-03 for int8 on cpu: PASS" in out
-    assert "note: all 3 seeds share one teacher" in out
+    assert "Note: all 3 seeds share one teacher" in out
 
 
 def test_page_is_one_file_that_asks_for_nothing(demo):

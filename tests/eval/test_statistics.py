@@ -171,22 +171,30 @@ def test_linearised_of_one_document_is_its_score():
 # Ratios
 
 
-def test_fieller_against_numerical_inversion(rng):
-    """The ends are the shares r at which |mean(x - r y)| is t standard errors, found by root search."""
-    y = crossed(rng, 1, 5, 40, 0.1, 0.5, 0.5, mean=1.0)[0]
-    x = 0.6 * y + crossed(rng, 1, 5, 40, 0.1, 0.3, 0.3)[0]
-    interval = fieller(x, y)
+@pytest.mark.parametrize("seeds", [0.1, 0.5])
+def test_fieller_is_the_inversion_of_the_test_that_decides(rng, seeds):
+    """Reference: the shares at which the bounds of the table x - r y touch 0, found by root search."""
+    y = crossed(rng, 1, 5, 40, seeds, 0.5, 0.5, mean=2.0)[0]
+    x = 0.6 * y + crossed(rng, 1, 5, 40, seeds, 0.3, 0.3)[0]
+    interval = fieller(x, y, 0.05)
     share = x.mean() / y.mean()
-    s, c = x.shape
-
-    def excess(r, t):
-        ms = mean_squares(x - r * y)
-        return abs((x - r * y).mean()) - t * np.sqrt((ms.seeds + ms.documents - ms.residual) / (s * c))
-
-    t = stats.t.isf(0.025, crossed_mean(x - share * y).nu)
-    low = optimize.brentq(excess, share - 2, share, args=(t,))
-    high = optimize.brentq(excess, share, share + 2, args=(t,))
+    low = optimize.brentq(lambda r: crossed_mean(x - r * y).bounds(0.05)[0], share - 2, share)
+    high = optimize.brentq(lambda r: crossed_mean(x - r * y).bounds(0.05)[1], share, share + 2)
     assert interval == pytest.approx((share, low, high))
+
+
+def test_a_share_below_the_interval_is_one_that_passes(rng):
+    """The interval that is shown and the verdict are one thing, above and below."""
+    seen = set()
+    for _ in range(300):
+        y = crossed(rng, 1, 3, 20, 0.2, 0.5, 0.5, mean=1.5)[0]
+        x = 0.6 * y + crossed(rng, 1, 3, 20, 0.2, 0.5, 0.5)[0]
+        if (interval := fieller(x, y, 0.05)) is None:
+            continue
+        verdict = crossed_mean(x - 0.5 * y).verdict(0.05)
+        assert verdict == (PASS if interval.low > 0.5 else FAIL if interval.high < 0.5 else INCONCLUSIVE)
+        seen.add(verdict)
+    assert {PASS, INCONCLUSIVE} <= seen
 
 
 def test_fieller_of_a_table_with_itself_is_one(rng):
@@ -215,7 +223,7 @@ def coverage(rng, runs: int) -> tuple[float, float]:
     for i in range(runs):
         y = crossed(rng, 1, 6, 40, 0.1, 0.5, 0.5, mean=1.0)[0]
         x = 0.6 * y + crossed(rng, 1, 6, 40, 0.1, 0.3, 0.3)[0]
-        interval = fieller(x, y)
+        interval = fieller(x, y, 0.025)
         assert interval is not None
         means = pigeonhole([x, y], 300, i)
         low, high = np.quantile(means[:, 0] / means[:, 1], [0.025, 0.975])
