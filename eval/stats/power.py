@@ -112,8 +112,8 @@ def _first(most: int, parts: Components, enough: Callable[[Components, Array], N
     low, high, some = before[found], first[found], Components(*(column[found] for column in flat))
     while (high - low > 1).any():
         middle = np.floor((low + high) / 2)
-        yes = enough(some, np.maximum(middle, 2))
-        low, high = np.where(yes, low, middle), np.where(yes, middle, high)
+        yes = enough(some, np.maximum(middle, 2)) | (high - low <= 1)
+        low, high = np.where(yes, low, middle), np.where(yes & (high - low > 1), middle, high)
     first[found] = high
     return first.reshape(shape)
 

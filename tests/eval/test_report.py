@@ -202,7 +202,7 @@ def test_every_number_of_the_table_is_the_gates(demo):
     run, _, table, _ = demo
     known = numbers(json.loads((run / "gate.json").read_text()))
     prose = re.sub(r"The test documents .*|Note: .*", "", table)
-    bare = re.sub(r"p(50|95|99)|95 % interval|\b[A-Z]\d|[a-z]+[-a-z]*\d+(-[a-z]\w+)?", "", prose)
+    bare = re.sub(r"p(50|95|99)|90 % interval|\b[A-Z]\d|[a-z]+[-a-z]*\d+(-[a-z]\w+)?", "", prose)
     shown = re.findall(r"\d+(?:\.\d+)?", re.sub(r"reason .*|[^|]*(?=\|$)", "", bare, flags=re.M))
     assert len(shown) > 250
     for text in shown:
