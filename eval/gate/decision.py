@@ -213,8 +213,8 @@ def headline(verdict: Verdict, reason: str, rivals: list[Rival], seeds: list[int
     """The reason, and in front what must not be missed: a simpler rival that wins, and two seeds alone."""
     for rival in (one for one in rivals if one.beats):
         better = f"{rival.what} is better by {rival.lead.point:.3f} bits/byte, {rival.lead.low:.3f} at least"
-        start = "absorbed, and not worth it" if verdict == PASS else "not worth it"
-        reason = f"{start}: {better}; {reason}"
+        before = f"absorbed, and not worth it: {better}; {reason}"
+        reason = before if verdict == PASS else f"{reason}; {better}"
     return f"from two seeds alone: {reason}" if len(seeds) == 2 else reason
 
 
