@@ -10,12 +10,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compress.calibration import check_batch, rounding_error
 from compress.model_size import cast_weights
 from compress.recipe import Context, Pass, PassReport, Recipe, Stage, check_reach
 from compress.verify import MODEL, save_reference
@@ -105,6 +106,11 @@ class VariantBuilder:
         self.shared = {key for key, count in uses.items() if count > 1}
         self.cache: dict[str, tuple[Any, list[PassReport]]] = {}  # of shared passes
 
+    @cached_property
+    def rounding_error(self) -> float:
+        """What float32 leaves open on the student itself, in nats: the same for all of its variants."""
+        return rounding_error(self.parent, check_batch(self.rows, self.pad))
+
     def _key(self, passes: tuple[Pass, ...]) -> str:
         return digest([self.student.identity, [step.identity for step in passes]])
 
@@ -144,5 +150,5 @@ def _save_built(folder: Path, model: Any, builder: VariantBuilder, reports: list
     # call and would save the scales of the repacked ones.
     model.save_pretrained(folder / MODEL)
     builder.tokenizer.save_pretrained(folder / MODEL)
-    save_reference(folder, model, builder.tokenizer, builder.rows, builder.pad, builder.parent)
+    save_reference(folder, model, builder.tokenizer, builder.rows, builder.pad, builder.rounding_error)
     write_text(folder / REPORTS, json.dumps([r.model_dump(mode="json") for r in reports]))

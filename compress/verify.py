@@ -28,13 +28,13 @@ MAX_KL = 1e-6  # nats per token, mean: what log-probabilities `LEAST_ALLOWED` ap
 
 
 def save_reference(
-    folder: Path, model: Any, tokenizer: Any, rows: Sequence[Row], pad: int, parent: PreTrainedModel
+    folder: Path, model: Any, tokenizer: Any, rows: Sequence[Row], pad: int, error: float
 ) -> None:
     """Writes the answers of the model in memory, and texts with their token ids, into `folder`.
 
     Args:
-        parent: the student in float32, whose rounding error says how near two computations can be; that of
-            the model itself does too, where it is computed in 16 bits.
+        error: rounding error of the student in float32, which says how near two computations can be; that
+            of the model itself does too, where it is computed in 16 bits.
 
     Raises:
         UserError: an answer is not finite.
@@ -45,7 +45,6 @@ def save_reference(
         raise UserError(
             f"variant {folder.parent}", "log-probabilities that are not finite", "choose a milder recipe"
         )
-    error = rounding_error(parent, batch)
     if isinstance(model, PreTrainedModel) and model.dtype in (torch.bfloat16, torch.float16):
         error = max(error, rounding_error(model, batch))
     texts = tokenizer.batch_decode([row.tokens[1:] for row in rows[:TEXTS]])

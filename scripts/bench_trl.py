@@ -46,8 +46,12 @@ if __name__ == "__main__":
 
 CONTEXT, SHORTEST, DOCUMENTS, ROWS = 256, 64, 48, 4  # tokens a row; tokens; in all; rows a step
 LR, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
-WARM, LEFT_OUT, STEPS = 2, 2, {8000: 4, 32000: 3}  # steps; rounds; vocabulary -> steps a turn
-LIMITS = {8000: {"online": 1.0, "cached": 1.5}, 32000: {"online": 1.3, "cached": 1.5}}
+WARM, LEFT_OUT, STEPS = 2, 2, {8000: 4, 32000: 3, 49152: 2}  # steps; rounds; vocabulary -> steps a turn
+LIMITS = {
+    8000: {"online": 1.0, "cached": 1.5},
+    32000: {"online": 1.3, "cached": 1.5},
+    49152: {"online": 1.5, "cached": 1.5},  # the vocabulary of SmolLM2
+}
 SIDES = ("trl", "padded online", "padded cached", "packed online", "packed cached")
 Facts = dict[str, Any]
 PIPES: Facts = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,16 +52,18 @@ class OpenVINO(Pass):
         with conversion():
             if not ir_folder.is_dir():
                 export(model, context, ir_folder)
-            originals = plain_matrices(load(ir_folder, None).model)
+            model.to("meta")  # its memory is free: what follows is made from the export
+            plain = load(ir_folder, None).model
             result = load(ir_folder, self._compression())
-        compressed = compressed_matrices(result.model)
-        worst, zeroed, low_bit = 0.0, 0, 0
-        for name, (kind, axis, new) in compressed.items():
-            old = originals[name].reshape(new.shape)
+        originals = plain_matrices(plain)
+        worst, zeroed, low_bit, formats = 0.0, 0, 0, dict[str, str]()
+        for name, kind, axis, new in compressed_matrices(result.model):
+            old = torch.tensor(originals[name].data).reshape(new.shape)
             error = check_rounding(name, old.movedim(axis, -1), new.movedim(axis, -1), None, *BOUNDS[kind])
             worst = max(worst, error)
             zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
             low_bit += new.numel()
+            formats[module_name(name)] = kind
         number_names(result.model)
         report = PassReport(
             name=self.name,
@@ -71,13 +74,10 @@ class OpenVINO(Pass):
                 bytes=constant_bytes(result.model),
                 low_bit=low_bit,
             ),
-            named=0 if self.options.weights == "fp32" else sum(m.numel() for m in originals.values()),
+            named=0 if self.options.weights == "fp32" else sum(prod(m.shape) for m in originals.values()),
             reached=low_bit,
-            skipped=self._skipped(set(originals) - set(compressed)),
-            facts={
-                "formats": {module_name(name): compressed[name][0] for name in compressed},
-                "worst_rounding": worst,
-            },
+            skipped=self._skipped({name for name in originals if module_name(name) not in formats}),
+            facts={"formats": formats, "worst_rounding": worst},
         )
         return result, report
 
@@ -147,6 +147,8 @@ def export(model: PreTrainedModel, context: Context, ir_folder: Path) -> None:
     ir_folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=ir_folder.parent) as folder:
         source, exported_ir, numbered_ir = (Path(folder) / name for name in ("torch", "aside", "whole"))
+        batch = check_batch(context.rows, context.pad)
+        answers, allowed = log_probs(model, batch), allowed_difference(rounding_error(model, batch))
         model.save_pretrained(source)
         try:
             main_export(
@@ -161,11 +163,7 @@ def export(model: PreTrainedModel, context: Context, ir_folder: Path) -> None:
             fix = "leave the pass out of the recipe for this architecture"
             raise UserError(f"openvino export of {type(model).__name__}", message, fix) from error
         exported = load(exported_ir, None)
-        batch = check_batch(context.rows, context.pad)
-        difference = (
-            (log_probs(exported, batch) - log_probs(model, batch))[batch.attention_mask.bool()].abs().max()
-        )
-        allowed = allowed_difference(rounding_error(model, batch))
+        difference = (log_probs(exported, batch) - answers)[batch.attention_mask.bool()].abs().max()
         if not float(difference) <= allowed:
             raise UserError(
                 f"openvino export of {type(model).__name__}",
@@ -199,39 +197,33 @@ def constant_bytes(model: Any) -> int:
     return sum(node.get_byte_size() for node in constants(model))
 
 
-def plain_matrices(model: Any) -> dict[str, Tensor]:
-    """The float32 matrices of an IR by name."""
+def plain_matrices(model: Any) -> dict[str, Any]:
+    """The float32 matrices of an IR, by name: they stay in its file until they are read."""
     return {
-        node.get_friendly_name(): torch.tensor(node.data)
+        node.get_friendly_name(): node
         for node in constants(model)
         if node.get_element_type().get_type_name() == "f32" and sum(n > 1 for n in node.shape) > 1
     }
 
 
-def compressed_matrices(model: Any) -> dict[str, tuple[str, int, Tensor]]:
-    """The compressed matrices of an IR, in the shape in which they are stored.
+def compressed_matrices(model: Any) -> Iterator[tuple[str, str, int, Tensor]]:
+    """The compressed matrices of an IR, in the shape in which they are stored, one after the other.
 
     Returns:
-        name -> (element type, axis along which one scale is shared, values as the runtime restores them).
+        name, element type, axis along which one scale is shared, values as the runtime restores them.
     """
     import openvino
 
-    nodes: dict[str, tuple[str, int, Any]] = {}
-    for node in constants(model):
+    for node in list(constants(model)):
         name, kind = node.get_friendly_name(), node.get_element_type().get_type_name()
         if kind in BOUNDS and not name.endswith("/zero_point"):
             scaled = scaling_node(node)
             scales = list(scaled.input_value(1).get_shape())
             shared = [a for a, size in enumerate(node.shape) if size != scales[a]]
             assert len(shared) == 1, f"{name}: {list(node.shape)} scaled by {scales}"
-            nodes[name] = kind, shared[0], scaled.output(0)
-    if not nodes:
-        return {}
-    numbered_ir = openvino.Model([output for _, _, output in nodes.values()], [])
-    values = openvino.compile_model(numbered_ir, "CPU", runtime_config())([])
-    return {
-        name: (kind, axis, torch.tensor(values[i])) for i, (name, (kind, axis, _)) in enumerate(nodes.items())
-    }
+            alone = openvino.Model([scaled.output(0)], [])
+            values = openvino.compile_model(alone, "CPU", runtime_config())([])
+            yield name, kind, shared[0], torch.tensor(values[0])
 
 
 def scaling_node(node: Any) -> Any:

@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.build import build_folder, build_variants
-from compress.pipeline import pending_variants
+from compress.build import TrainedStudent, build_folder, build_variants
+from compress.pipeline import HELD, LIBRARIES, affordable_workers, pending_variants
 from compress.publish import publish_variant
 from compress.verify import verify_reload
 from eval.core.artifacts import hash_files, read_manifest, verify_artifact
 from eval.core.errors import UserError
+from eval.core.study import load_study
 from eval.engines.torch import load_checkpoint
 from tests.compress.student_run import add_student, build_student_run, recipe_file
-from tests.helpers import ROOT, run
+from tests.helpers import ROOT, run, tiny_model, tiny_study
 
 TRAIN = {"steps": 6, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}
 DROP = {"pass": "drop_layers", "share": 0.25}
@@ -248,3 +249,21 @@ def test_killed_and_started_again(tmp_path):
     shutil.rmtree(study.folder / "variants")
     assert compress(study).returncode == 0
     assert {folder: m.hash for folder, m in manifests(study).items()} == interrupted
+
+
+def test_free_memory_decides_how_many_build_side_by_side(tmp_path, monkeypatch, capsys):
+    """A student of 16 bits is held in float32."""
+    study = load_study(tiny_study(tmp_path, workers=4))
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    student = TrainedStudent("S1", 0, tmp_path / "model", "", "", (32, 32))
+    stored = (tmp_path / "model" / "model.safetensors").stat().st_size
+    for room, workers in ((9.0, 4), (2.5, 2), (0.3, 1)):
+        free = int(room * (LIBRARIES + HELD * 2 * stored))
+        monkeypatch.setattr("compress.pipeline.free_bytes", lambda free=free: free)
+        assert affordable_workers(study, [student]) == workers
+        said = capsys.readouterr().out
+        assert said == (
+            ""
+            if workers == 4
+            else f"build variants: {workers} at a time, not 4: more would not fit into memory\n"
+        )
