@@ -1,14 +1,15 @@
 """How often does the gate's test err? False PASS at a true share of exactly f, power, and placebo studies.
 
-`python -m scripts.simulate_gate [--draws 20000] [--json FILE]` prints its tables. Scores are simulated
-per seed and document in bits, documents have unequal sizes, and the tests are those of eval.stats.crossed.
+`python -m scripts.simulate_gate [--draws 20000] [--tables NAME ...] [--json FILE]` prints its tables.
+Scores are simulated per seed and document in bits, documents have unequal sizes, and the tests are those of
+eval.stats.crossed.
 One point is 0.01 bits/byte; the teacher's gain is 12 points, f is 0.5, alpha is 0.05.
 """
 
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.table import Table
 from scipy.special import stdtrit
 
 from eval.core.commands import add_json, count, write_json
-from eval.core.errors import entry
+from eval.core.errors import entry, require_one_of
 from eval.gate.quality import RESOLUTION, mean_part
 from eval.gate.verdicts import hold_failures, join_verdicts
 from eval.stats.crossed import MeanSquares, crossed_mean, crossed_variance, linearise, mean_squares
@@ -223,7 +224,9 @@ def verdict_rows(gain: float) -> list[dict[str, object]]:
     ]
 
 
-def simulate(draws: int) -> dict[str, list[dict[str, object]]]:
+def tables(draws: int) -> dict[str, Callable[[], list[dict[str, object]]]]:
+    """Name -> what simulates the rows of a table, with `draws` studies a figure, or a stated part of them."""
+
     def rates(scenarios: list[Scenario]) -> list[dict[str, object]]:
         return [
             {"scenario": scenario.name, "seeds": s, **false_pass_rates(scenario, s, draws)}
@@ -231,21 +234,24 @@ def simulate(draws: int) -> dict[str, list[dict[str, object]]]:
             for s in SEEDS
         ]
 
-    return {
-        "false_pass": rates(SCENARIOS),
-        "beyond": rates(BEYOND),
-        "clusters": cluster_rows(draws),
-        "false_fail": fail_rows(max(draws // 4, 1)),
-        "tails": tail_rows(max(draws // 50, 1)),
-        "picks": pick_rows(max(draws // 4, 1)),
-        "worst": [find_worst_mixture(s, draws) for s in (2, 3, 4, 5, 7, 10)],
-        "power": [
+    def powers() -> list[dict[str, object]]:
+        return [
             {"share": share, "seeds": s, **measure_power(MEDIUM, s, share, max(draws // 5, 1))}
             for share in (0.55, 0.6, 0.65, 0.7, 0.8)
             for s in SEEDS
-        ],
-        "placebo": verdict_rows(0.0),
-        "harmful": verdict_rows(-HARM),
+        ]
+
+    return {
+        "false_pass": lambda: rates(SCENARIOS),
+        "beyond": lambda: rates(BEYOND),
+        "clusters": lambda: cluster_rows(draws),
+        "false_fail": lambda: fail_rows(max(draws // 4, 1)),
+        "tails": lambda: tail_rows(max(draws // 50, 1)),
+        "picks": lambda: pick_rows(max(draws // 4, 1)),
+        "worst": lambda: [find_worst_mixture(s, draws) for s in (2, 3, 4, 5, 7, 10)],
+        "power": powers,
+        "placebo": lambda: verdict_rows(0.0),
+        "harmful": lambda: verdict_rows(-HARM),
     }
 
 
@@ -265,8 +271,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.simulate_gate", description=__doc__)
     parser.add_argument("--draws", type=count, default=20_000, help="simulated studies per figure")
     add_json(parser)
+    parser.add_argument("--tables", nargs="+", metavar="NAME", help="these alone (default: all)")
     args = parser.parse_args()
-    result = simulate(args.draws)
+    known = tables(args.draws)
+    names = [require_one_of("--tables", name, list(known)) for name in args.tables or known]
+    result = {name: known[name]() for name in names}
     console = Console()
     error = 100 * np.sqrt(ALPHA * (1 - ALPHA) / args.draws)
     titles = {
@@ -281,8 +290,8 @@ def main() -> None:
         "placebo": "Placebo: verdicts",
         "harmful": f"Harm of {HARM:g} points: verdicts",
     }
-    for name, title in titles.items():
-        console.print(build_table(title, result[name]))
+    for name, rows in result.items():
+        console.print(build_table(titles[name], rows))
     write_json(args.json, {"draws": args.draws, **result})
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from eval.core.config import ROOT
+from scripts.simulate_parts import PICKS, Clustered, clustered_false_pass, false_fail, picks
 
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory) -> dict:
     path: Path = tmp_path_factory.mktemp("simulation") / "gate.json"
+    names = ["false_pass", "beyond", "worst", "power", "placebo", "harmful"]
     command = [sys.executable, "-m", "scripts.simulate_gate", "--draws", "5000", "--json", str(path)]
+    command += ["--tables", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "nominal 5 %" in done.stdout
     return json.loads(path.read_text())
@@ -58,3 +61,21 @@ def test_power_grows_with_seeds_and_is_as_predicted(simulated):
         rates = [row["simulated"] for row in simulated["power"] if row["share"] == share]
         assert rates == sorted(rates)
     assert max(abs(row["simulated"] - row["predicted"]) for row in simulated["power"]) < 0.1
+
+
+def test_clusters_that_are_taken_for_independent_pass_false_claims():
+    rates = clustered_false_pass(Clustered(6, 8, 0.3), 5, 3000)
+    assert rates["by document"] > 0.08
+    assert rates["by cluster"] <= 0.06
+
+
+def test_fail_has_a_level_over_nine_parts():
+    rates = false_fail(9, 5, 800)
+    assert rates["any part alone"] > 0.12
+    assert rates["Holm over the parts"] <= 0.06
+
+
+def test_a_shared_test_that_is_not_multiplied_has_more_power_and_its_level():
+    no_gain, small = (picks(case, 5, 800) for case in (PICKS[0], PICKS[3]))
+    assert no_gain["false, in series"] <= 0.065
+    assert small["right, in series"] > small["right, together"] + 0.05
