@@ -115,7 +115,7 @@ def _load_rows(source: Source) -> Iterator[dict[str, Any]]:
             data_files=files,
             split=source.split,
             revision=source.revision,
-            streaming=source.streaming,
+            streaming=is_streamed(source),
         )
         for number, row in enumerate(rows):
             if number == 0 and (missing := [c for c in required_columns(source) if c not in row]):
@@ -124,6 +124,13 @@ def _load_rows(source: Source) -> Iterator[dict[str, Any]]:
     except (DatasetsError, ValueError, TypeError, OSError, ImportError) as error:
         problem = f"{source.path}: {_with_causes(error)}"
         raise UserError("data source", problem, "fix path, config, split or data_files") from error
+
+
+def is_streamed(source: Source) -> bool:
+    """Whether `datasets` reads rows one by one; a part of a split, such as `train[:10%]`, cannot."""
+    if source.streaming is None:
+        return source.documents is not None and "[" not in source.split
+    return source.streaming
 
 
 def _with_causes(error: BaseException | None) -> str:

@@ -4,21 +4,22 @@ The lowest hashes are validation, the highest are test, all between are training
 one other, and none between validation and test. A group of documents is ranked, and moves, as one.
 """
 
-import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from scipy.cluster.hierarchy import DisjointSet
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from transformers import PreTrainedTokenizerBase
 
-from distill.data.near_duplicates import NearDuplicates
-from distill.data.parse import EMPTY_FILE, content_hash, sha256
+from distill.data.near_duplicates import NearDuplicates, require_minhash, signature, write_signatures
+from distill.data.parse import EMPTY_FILE, ID_DIGITS, content_hash
 from distill.data.sources import fingerprint, libraries, list_reasons, read_source, source_name
+from distill.data.spool import HashSet, Spool, document_line, short_hash
 from eval.core.artifacts import (
     Key,
     Manifest,
@@ -50,53 +51,17 @@ MORE = "more of a group in validation or test"
 NEAR_SCORED = "nearly a scored document"
 
 
-@dataclass(slots=True)
-class Entry:
-    """What is remembered of a document while it lies on disk."""
-
-    id: str
-    group: str
-    place: int  # of its first byte
-
-
-class Spool:
-    """Documents on disk, until it is known where each goes: of a corpus only the index is in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 closed by __exit__
-        self._end = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, document: Document) -> Entry:
-        place = self._end
-        self._file.seek(place)
-        self._end += self._file.write(json.dumps(asdict(document)).encode() + b"\n")
-        return Entry(document.id, document.group, place)
-
-    def read(self, entry: Entry) -> Document:
-        """The document of an entry, in the group that the entry has now."""
-        self._file.seek(entry.place)
-        document = Document(**json.loads(self._file.readline()))
-        return replace(document, group=entry.group)
-
-
 @dataclass
 class Pool:
     """Documents of some sources, and what of them was left out."""
 
-    entries: list[Entry]
+    numbers: range  # in the spool
     left_out: Counter[str]
     empty_files: int = 0
 
     @property
     def rows(self) -> int:
-        return len(self.entries) + self.left_out.total()
+        return len(self.numbers) + self.left_out.total()
 
 
 class Reader:
@@ -104,6 +69,7 @@ class Reader:
 
     Args:
         held_out: documents that are scored: neither they nor what is of their groups is read.
+        near: an index of documents whose near-duplicates are not read.
     """
 
     def __init__(
@@ -112,41 +78,45 @@ class Reader:
         spool: Spool,
         tokenizers: Sequence[PreTrainedTokenizerBase] = (),
         held_out: Iterable[Document] = (),
+        near: NearDuplicates | None = None,
     ) -> None:
-        self.data, self.spool, self.tokenizers = data, spool, tokenizers
-        self._seen, self._groups = set[bytes](), set[str]()
-        self._near = None if data.near_duplicates is None else NearDuplicates(data.near_duplicates)
-        self._near_reason = NEAR_SCORED if held_out else NEAR
+        self.data, self.spool, self.tokenizers, self.near = data, spool, tokenizers, near
+        self._seen, self._groups = HashSet(), set[str]()
         for document in held_out:
             self._seen.add(_content(document))
             self._groups.add(document.group)
-            if self._near is not None:
-                self._near.add(document)
-        self.pairs: list[tuple[str, str]] = []  # ids of documents to split that are nearly the same
+        self._near_reason = NEAR_SCORED if self._groups else NEAR
 
-    def read(self, where: str, sources: list[Source], splits: bool) -> Pool:
-        """Documents of `sources`, to be split or else only scored: then no near-duplicates of the former.
+    def read(self, where: str, sources: list[Source]) -> Pool:
+        """Documents of `sources`, without those that are nearly of the index.
 
         Raises:
             UserError: two have one id, or more than `data.max_dropped` of a source cannot be used.
         """
-        pool, ids = Pool([], Counter()), set[str]()
+        pool, ids, weighted = Pool(range(0), Counter()), HashSet(), any(source.weight for source in sources)
+        start = len(self.spool)
         for number, source in enumerate(sources):
-            part = Pool([], Counter())
-            for document in self._usable(source, part.left_out, splits):
-                if document.id in ids:
-                    entries = [*pool.entries, *part.entries]
-                    first = next(entry for entry in entries if entry.id == document.id)
-                    rows = f"{self.spool.read(first).origin} and {document.origin}"
-                    fix = "give each its own id, or name no id_column: then the content is the id"
-                    raise UserError(where, f"two documents have the id {document.id!r}: {rows}", fix)
-                ids.add(document.id)
-                part.entries.append(self.spool.add(replace(document, source=number)))
-            pool.empty_files += part.left_out.pop(EMPTY_FILE, 0)
+            first, left_out = len(self.spool), Counter[str]()
+            for document in self._usable(source, left_out):
+                if short_hash(document.id) in ids:
+                    self._check_id(where, document, start)
+                ids.add(short_hash(document.id))
+                self.spool.add(replace(document, source=number), weighted)
+            pool.empty_files += left_out.pop(EMPTY_FILE, 0)
+            part = Pool(range(first, len(self.spool)), left_out)
             self._check_dropped(f"{where}, {source_name(source)}" if len(sources) > 1 else where, part)
-            pool.entries += part.entries
-            pool.left_out += part.left_out
+            pool.left_out += left_out
+        pool.numbers = range(start, len(self.spool))
         return pool
+
+    def _check_id(self, where: str, document: Document, start: int) -> None:
+        """Refuses a document whose id another one from `start` on has, and not only its hash."""
+        alike = start + np.flatnonzero(self.spool.ids[start:] == np.uint64(short_hash(document.id)))
+        for other in map(self.spool.document, alike.tolist()):
+            if other.id == document.id:
+                fix = "give each its own id, or name no id_column: then the content is the id"
+                rows = f"{other.origin} and {document.origin}"
+                raise UserError(where, f"two documents have the id {document.id!r}: {rows}", fix)
 
     def _check_dropped(self, where: str, part: Pool) -> None:
         share = part.left_out.total() / max(1, part.rows)
@@ -166,7 +136,7 @@ class Reader:
                 return str(error.problem)
         return ""
 
-    def _usable(self, source: Source, left_out: Counter[str], splits: bool) -> Iterator[Document]:
+    def _usable(self, source: Source, left_out: Counter[str]) -> Iterator[Document]:
         for document in read_source(source, left_out):
             content = _content(document)
             if content in self._seen:
@@ -175,68 +145,69 @@ class Reader:
                 left_out[SHORT] += 1
             elif refusal := self._refusal(document):
                 left_out[refusal] += 1
-            elif self._near is not None and not splits and self._near.find(document):
+            elif self.near is not None and self.near.find(document):
                 left_out[self._near_reason] += 1
             elif document.group in self._groups:
                 left_out[MORE] += 1
             else:
                 self._seen.add(content)
-                if self._near is not None and splits:
-                    self.pairs += [(document.id, other) for other in self._near.add(document)]
                 yield document
 
 
-def _content(document: Document) -> bytes:
-    return bytes.fromhex(content_hash(document.text, document.prompt))
+def _content(document: Document) -> int:
+    return int(content_hash(document.text, document.prompt)[:ID_DIGITS], 16)
 
 
-def join_groups(entries: list[Entry], pairs: list[tuple[str, str]]) -> None:
-    """Gives groups that share near-duplicates one name, in place: that of the lowest hash among them."""
-    if not pairs:
-        return
-    group_of = {entry.id: entry.group for entry in entries}
-    joined: DisjointSet = DisjointSet({group_of[name] for pair in pairs for name in pair})
-    for one, other in pairs:
-        joined.merge(group_of[one], group_of[other])
-    names = {group: min(subset, key=sha256) for subset in joined.subsets() for group in subset}
-    for entry in entries:
-        entry.group = names.get(entry.group, entry.group)
+def join_groups(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """[N] numbers of documents that have the group of each, once near-duplicates are in one.
+
+    The group is the one with the lowest hash; a document whose group stays has its own number.
+
+    Args:
+        groups: [N] hashes of groups.
+        pairs: [P, 2] numbers of near-duplicates.
+    """
+    known, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    edges = np.ones(len(pairs), dtype=bool), (group[pairs[:, 0]], group[pairs[:, 1]])
+    _, component = connected_components(coo_array(edges, shape=(len(known),) * 2), directed=False)
+    _, least = np.unique(component, return_index=True)  # of its groups, which are sorted
+    new = least[component][group]
+    return np.where(new == group, np.arange(len(groups)), first[new])
 
 
-def split_entries(entries: list[Entry], data: Data) -> tuple[dict[str, list[Entry]], int]:
-    """Entries by split, and how many were left out because their group had given enough to another split.
+def split_numbers(groups: np.ndarray, ids: np.ndarray, data: Data) -> tuple[dict[str, np.ndarray], int]:
+    """Documents by split, and how many were left out because their group had given enough to another split.
+
+    Args:
+        groups: [N] hashes of groups.
+        ids: [N] hashes of ids.
 
     Raises:
         UserError: there are too few documents, or too few groups of them.
     """
-    entries = sorted(entries, key=lambda entry: (sha256(entry.group), sha256(entry.id)))
+    order = np.lexsort((ids, groups))
     needed = f"need more than {data.validation} for validation + {data.test} for test"
-    if len(entries) <= data.validation + data.test:
+    if len(order) <= data.validation + data.test:
         fix = "add documents, or lower data.validation or data.test"
-        raise UserError("data", f"{len(entries)} documents, {needed}", fix)
-    groups = [list(group) for _, group in groupby(entries, key=lambda entry: entry.group)]
-    splits: dict[str, list[Entry]] = {}
-    for name, count, place in ((VALIDATION, data.validation, 0), (TEST, data.test, -1)):
-        splits[name] = []
-        while groups and len(splits[name]) < count:
-            most = min(max(1, count // GROUP_SHARE), count - len(splits[name]))
-            splits[name] += groups.pop(place)[:most]
-    if not groups:
-        problem = f"{len({entry.group for entry in entries})} groups of {len(entries)} documents, {needed}"
+        raise UserError("data", f"{len(order)} documents, {needed}", fix)
+    starts = np.flatnonzero(np.append(True, np.diff(groups[order]) != 0))
+    ends = np.append(starts[1:], len(order))
+    first, last, splits = 0, len(starts), dict[str, np.ndarray]()  # of groups, those between are left
+    for name, count in ((VALIDATION, data.validation), (TEST, data.test)):
+        taken: list[int] = []
+        while first < last and len(taken) < count:
+            first, last = (first + 1, last) if name == VALIDATION else (first, last - 1)
+            place = first - 1 if name == VALIDATION else last
+            most = min(max(1, count // GROUP_SHARE), count - len(taken))
+            taken += order[starts[place] : ends[place]][:most].tolist()
+        splits[name] = np.array(taken, dtype=np.int64)
+    if first == last:
+        problem = f"{len(starts)} groups of {len(order)} documents, {needed}"
         most_of = max(1, data.validation // GROUP_SHARE)
         problem += f", of which a group gives at most {most_of}"
         raise UserError("data", problem, "group documents more finely, or lower data.validation or data.test")
-    splits[TRAIN] = [entry for group in groups for entry in group]
-    return splits, len(entries) - sum(map(len, splits.values()))
-
-
-def write_documents(path: Path, documents: Iterator[Document], with_source: bool = False) -> None:
-    with path.open("w", encoding="utf-8") as out:
-        for d in documents:
-            row: dict[str, Any] = {"id": d.id, "group": d.group, "domain": d.domain, "origin": d.origin}
-            row |= {"source": d.source} if with_source else {}
-            row |= {"bytes": d.bytes, "sha256": content_hash(d.text, d.prompt), "text": d.text}
-            out.write(json.dumps(row | ({"prompt": d.prompt} if d.prompt else {}), ensure_ascii=False) + "\n")
+    splits[TRAIN] = order[starts[first] : ends[last - 1]]
+    return splits, len(order) - sum(map(len, splits.values()))
 
 
 def _truncate(document: Document, limit: int) -> Document:
@@ -246,11 +217,9 @@ def _truncate(document: Document, limit: int) -> Document:
     return replace(document, text=document.text.encode()[:limit].decode(errors="ignore"))
 
 
-def _write_trained_on(data: Data, spool: Spool, splits: dict[str, list[Entry]], folder: Path) -> None:
-    for name, sources in ((TRAIN, data.documents), (TRANSFER, data.transfer)):
-        if name in splits:
-            weighted = any(source.weight for source in sources)
-            write_documents(folder / f"{name}.jsonl", map(spool.read, splits[name]), weighted)
+def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    with path.open("wb") as out:
+        out.writelines(lines)
 
 
 def _read_shifted(reader: Reader) -> dict[str, Pool]:
@@ -258,11 +227,21 @@ def _read_shifted(reader: Reader) -> dict[str, Pool]:
     for name, sources in reader.data.shifted.items():
         if name in (TRAIN, VALIDATION, TEST, TRANSFER):
             raise UserError(f"data.shifted.{name}", "this name is reserved", "give the slice another name")
-        pools[name] = reader.read(f"slice {name!r}", sources, splits=False)
-        if not pools[name].entries:
+        pools[name] = reader.read(f"slice {name!r}", sources)
+        if not pools[name].numbers:
             problem = "no documents, or all are copies of others"
             raise UserError(f"slice {name!r}", problem, "fix its source")
     return pools
+
+
+def _index(spool: Spool, threshold: float, numbers: Sequence[int] | None = None) -> NearDuplicates:
+    """An index of all documents of a spool, or of some."""
+    signatures = spool.path.with_name("signatures" if numbers is None else "signatures-of-some")
+    if numbers is None:
+        write_signatures(spool, signatures)
+    else:
+        _write_lines(signatures, (signature(spool.document(number)).tobytes() for number in numbers))
+    return NearDuplicates(signatures, threshold)
 
 
 def write_splits(
@@ -274,31 +253,39 @@ def write_splits(
         UserError: too few documents, two with one id, too many rows that cannot be used, or an empty or
             wrongly named slice.
     """
-    data, reader = study.data, Reader(study.data, spool, tokenizers)
-    pools = {"documents": reader.read("data.documents", data.documents, splits=True)}
-    join_groups(pools["documents"].entries, reader.pairs)
-    splits, more = split_entries(pools["documents"].entries, data)
-    counts = {name: len({entry.group for entry in splits[name]}) for name in splits}
+    data, reader, pairs = study.data, Reader(study.data, spool, tokenizers), np.empty((0, 2), dtype=np.int64)
+    if data.near_duplicates is not None:
+        require_minhash()  # before hours of reading
+    pools = {"documents": reader.read("data.documents", data.documents)}
+    if data.near_duplicates is not None and len(spool):
+        reader.near = _index(spool, data.near_duplicates)
+        pairs = reader.near.pairs()
+        spool.regroup(join_groups(spool.groups, pairs))
+    splits, more = split_numbers(spool.groups, spool.ids, data)
+    counts = {name: len(np.unique(spool.groups[numbers])) for name, numbers in splits.items()}
     pools |= _read_shifted(reader)
-    for name, pool in pools.items():
-        splits |= {name: pool.entries} if name != "documents" else {}
+    splits |= {name: np.array(pool.numbers) for name, pool in pools.items() if name != "documents"}
+    held_out = [number for name in splits if name != TRAIN for number in splits[name].tolist()]
     scored = {
-        name: [_truncate(spool.read(entry), data.scored_bytes) for entry in entries]
-        for name, entries in splits.items()
+        name: [_truncate(spool.document(number), data.scored_bytes) for number in numbers.tolist()]
+        for name, numbers in splits.items()
         if name != TRAIN
     }
     if data.transfer:
-        held_out = [spool.read(e) for name, entries in splits.items() if name != TRAIN for e in entries]
-        transfer = Reader(data, spool, tokenizers, held_out)
-        pools[TRANSFER] = transfer.read("data.transfer", data.transfer, splits=False)
-        splits[TRANSFER] = pools[TRANSFER].entries
-        if not splits[TRANSFER]:
+        near = data.near_duplicates and _index(spool, data.near_duplicates, held_out)
+        transfer = Reader(data, spool, tokenizers, map(spool.document, held_out), near or None)
+        pools[TRANSFER] = transfer.read("data.transfer", data.transfer)
+        splits[TRANSFER] = np.array(pools[TRANSFER].numbers)
+        if not len(splits[TRANSFER]):
             raise UserError("data.transfer", "no documents, or all are scored ones", "fix its sources")
-    _write_trained_on(data, spool, splits, folder)
+    for name in {TRAIN, TRANSFER} & set(splits):
+        _write_lines(folder / f"{name}.jsonl", map(spool.line, splits[name].tolist()))
     scored |= damaged_slices(scored[VALIDATION], data.corruptions, splits)
     for name, documents in scored.items():
-        write_documents(folder / f"{name}.jsonl", iter(documents), with_source=True)
-    facts: dict[str, Any] = {f"{name}_documents": len(entries) for name, entries in splits.items()}
+        _write_lines(
+            folder / f"{name}.jsonl", (document_line(document, with_source=True) for document in documents)
+        )
+    facts: dict[str, Any] = {f"{name}_documents": len(numbers) for name, numbers in splits.items()}
     facts |= {f"{name}_documents": len(documents) for name, documents in scored.items()}
     facts["rows"] = {name: pool.rows for name, pool in pools.items()}
     facts["left_out"] = {name: dict(pool.left_out) for name, pool in pools.items() if pool.left_out}
@@ -308,7 +295,7 @@ def write_splits(
     if more:
         facts["left_out"].setdefault("documents", {})[MORE] = more
     if data.near_duplicates is not None:
-        facts["near_duplicates"] = len({name for pair in reader.pairs for name in pair})
+        facts["near_duplicates"] = len(np.unique(pairs))
     return facts
 
 
@@ -339,7 +326,8 @@ def prepare(study: Study, tokenizers: Sequence[PreTrainedTokenizerBase] = ()) ->
     facts: dict[str, Any] = {}
     with (
         build_artifact(folder, kind="data", name="data", key=key, parents={}, facts=facts) as temporary,
-        Spool(temporary.parent) as spool,
+        TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as spooled,
+        Spool(Path(spooled) / "documents") as spool,
     ):
         facts |= write_splits(study, spool, temporary, tokenizers)
     return read_manifest(folder)

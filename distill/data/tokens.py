@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from distill.data.mixture import mix_rows
 from eval.core.artifacts import Key, build_artifact, digest, is_done, make_key, read_manifest, write_text
-from eval.core.documents import TRAIN, TRANSFER, Document, best_fit, parse_document
+from eval.core.documents import TRAIN, TRANSFER, Document, parse_document
+from eval.core.documents.bins import best_fit_bins
 from eval.core.documents.encoding import Encoding, Learned, encode, windows_of
 from eval.core.errors import UserError
 from eval.core.jobs import Job, Progress, run_jobs
@@ -43,6 +45,7 @@ ROW = np.dtype(
 )
 DOCUMENT = np.dtype([("name_end", "<u8"), ("domain", "<u4")])
 NO_FRONT = -1
+_FINGERPRINTS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, str]] = WeakKeyDictionary()
 
 
 class Share(NamedTuple):
@@ -71,13 +74,22 @@ def source_weights(study: Study, split: str) -> list[float]:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of all that decides the ids of a text or a chat, wherever the tokenizer lies."""
+    """Digest of all that decides the ids of a text or a chat, wherever the tokenizer lies.
+
+    It is remembered: of a large vocabulary it takes seconds.
+    """
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    state = len(tokenizer), *ends, tokenizer.chat_template
+    known = _FINGERPRINTS.get(tokenizer)
+    if known is not None and known[0] == state:
+        return known[1]
     content: Any = tokenizer.get_vocab()
     if tokenizer.is_fast:
         saved = json.loads(tokenizer.backend_tokenizer.to_str())
         content = [saved[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
-    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return digest([content, ends, tokenizer.chat_template])
+    value = digest([content, ends, tokenizer.chat_template])
+    _FINGERPRINTS[tokenizer] = state, value
+    return value
 
 
 def tokens_key(study: Study, tokenizer: PreTrainedTokenizerBase, split: str = TRAIN) -> Key:
@@ -233,14 +245,16 @@ class _Tables:
         self.hashes += [int.from_bytes(key, "big") for key, _ in ranked]
 
     def arrays(self) -> dict[str, Any]:
+        domains, domain = np.unique(self.domains, return_inverse=True)
         return {
             "rows": np.array(self.rows, dtype=ROW),
             "ranks": np.array(self.ranks, dtype=np.int64),
             "hashes": np.array(self.hashes, dtype=np.uint64),
             "skipped": np.array(self.skipped, dtype=np.int64).reshape(-1, 2),
             "names": np.frombuffer(b"".join(self.names), dtype=np.uint8),
-            "name_sizes": np.array([len(name) for name in self.names], dtype=np.int64),
-            "domains": np.array(self.domains),
+            "name_sizes": np.array([len(name) for name in self.names], dtype=np.uint32),
+            "domains": domains,
+            "domain": domain.astype(np.uint32),
             "sources": np.array(self.sources, dtype=np.uint16),
             "length": np.array(self.length),
         }
@@ -248,22 +262,14 @@ class _Tables:
 
 def _join(study: Study, split: str, scratch: Path, count: int, folder: Path) -> dict[str, Any]:
     """Lays the shares end to end in a folder; returns facts for its manifest."""
-    parts = [np.load(scratch / f"{i}.npz") for i in range(count)]
     with (folder / "ids.bin").open("wb") as out:
         for i in range(count):
             with (scratch / f"{i}.ids").open("rb") as share:
                 shutil.copyfileobj(share, out, 2**22)
-    columns = {name: [part[name] for part in parts] for name in parts[0].files}
-    length = documents = 0
-    for i, rows in enumerate(columns["rows"]):
-        rows["document"] += documents
-        rows["start"] += length
-        columns["skipped"][i] += length
-        length, documents = length + int(columns["length"][i]), documents + len(columns["name_sizes"][i])
-    joined = {name: np.concatenate(column) for name, column in columns.items() if name != "length"}
-    domains, domain = np.unique(joined["domains"], return_inverse=True)
+    joined, domains = _join_tables([np.load(scratch / f"{i}.npz") for i in range(count)])
+    documents, domain = len(joined["name_sizes"]), joined["domain"]
     table = np.zeros(documents, dtype=DOCUMENT)
-    table["name_end"], table["domain"] = np.cumsum(joined["name_sizes"]), domain
+    table["name_end"], table["domain"] = np.cumsum(joined["name_sizes"], dtype=np.uint64), domain
     rows, order = joined["rows"], _order(joined["ranks"], joined["hashes"])
     if weights := source_weights(study, split):
         sources, tokens = joined["sources"][rows["document"]], rows["predicted"]
@@ -277,9 +283,26 @@ def _join(study: Study, split: str, scratch: Path, count: int, folder: Path) -> 
     for name, array in (("rows", rows), ("order", order), ("documents", table)):
         np.save(folder / f"{name}.npy", array)
     joined["names"].tofile(folder / "names.bin")
-    write_text(folder / "domains.json", json.dumps(domains.tolist(), ensure_ascii=False))
+    write_text(folder / "domains.json", json.dumps(domains, ensure_ascii=False))
     packed = len(ends) if study.data.packing else len(order)
     return {"documents": documents, "rows": packed, "tokens": int(rows["predicted"][order].sum())}
+
+
+def _join_tables(shares: list[Any]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tables of all shares end to end, and the names of the domains; one share is read at a time."""
+    domains = np.unique(np.concatenate([share["domains"] for share in shares]))
+    parts: dict[str, list[np.ndarray]] = {}
+    length = documents = 0
+    for share in shares:
+        tables: dict[str, Any] = dict(share)
+        tables["rows"]["document"] += documents
+        tables["rows"]["start"] += length
+        tables["skipped"] += length
+        tables["domain"] = np.searchsorted(domains, tables.pop("domains")).astype(np.uint32)[tables["domain"]]
+        length, documents = length + int(tables.pop("length")), documents + len(tables["name_sizes"])
+        for name, table in tables.items():
+            parts.setdefault(name, []).append(table)
+    return {name: np.concatenate(parts.pop(name)) for name in list(parts)}, domains.tolist()
 
 
 def _order(ranks: np.ndarray, hashes: np.ndarray) -> np.ndarray:
@@ -294,12 +317,10 @@ def _pack(
     """The parts of packed rows, taken in the order of their first parts, and where each row ends."""
     lengths = (rows["size"] + (rows["front"] != NO_FRONT))[order]
     domains = domain[rows["document"][order]]
-    bins = [
-        [int(places[i]) for i in items]
-        for name in np.unique(domains)
-        for places in [np.flatnonzero(domains == name)]
-        for items in best_fit(lengths[places].tolist(), context)
-    ]
-    bins.sort()
-    ends = np.cumsum([len(items) for items in bins])
-    return order[np.fromiter((i for items in bins for i in items), dtype=np.int64)], ends
+    first = np.empty(len(order), dtype=np.int64)  # place of the first part of the row of each
+    for name in np.unique(domains):
+        places = np.flatnonzero(domains == name)
+        first[places] = places[best_fit_bins(lengths[places], context)]
+    together = np.argsort(first, kind="stable")
+    ends = np.flatnonzero(np.diff(first[together], append=-1)) + 1
+    return order[together], ends

@@ -335,8 +335,10 @@ class Source(Frozen):
         None, description="column of what is never parted by a split: author, repository, conversation"
     )
     group_by_folder: bool = Field(False, description="the files of each top folder are such a group")
-    streaming: bool = Field(
-        False, description="read only as many rows of a data set of the hub as `documents` asks for"
+    streaming: bool | None = Field(
+        None,
+        description="read no more rows of a data set of the hub, or of Parquet files, than `documents` asks "
+        "for; none: where it asks for a number",
     )
     domain_column: str | None = Field(None, description="column that names the domain of each row")
     domain: str | None = Field(

@@ -11,7 +11,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from distill.data.packing import check_packing
 from distill.data.rows import training_rows
-from distill.data.sources import fingerprint, read_source
+from distill.data.sources import fingerprint, is_streamed, read_source
 from distill.data.split import prepare
 from eval.core.artifacts import read_manifest
 from eval.core.documents import TEST, TRAIN, VALIDATION, Document, read_documents, scored_slices
@@ -262,6 +262,22 @@ def test_a_stream_is_read_as_far_as_it_is_asked_for(tmp_path):
     assert [d.text for d in read_source(Source(**source))] == [f"document {i}" for i in range(7)]
     with pytest.raises(ValidationError, match=r"streaming.*needs.*documents"):
         Source(**{**source, "documents": None})
+
+
+def test_a_number_of_documents_reads_no_further_file(tmp_path):
+    """Whole, the data set is broken; only who reads on finds out."""
+    from datasets import Dataset
+
+    names = ["a.parquet", "b.parquet"]
+    Dataset.from_dict({"text": [f"text {i}" for i in range(9)]}).to_parquet(tmp_path / names[0])
+    (tmp_path / names[1]).write_bytes(b"cut")
+    source = Source(kind="dataset", path="parquet", data_files=[str(tmp_path / name) for name in names])
+    few = source.model_copy(update={"documents": 5})
+    assert [d.text for d in read_source(few)] == [f"text {i}" for i in range(5)]
+    for whole in (source, few.model_copy(update={"streaming": False})):
+        with pytest.raises(UserError, match="data source: parquet: "):
+            list(read_source(whole))
+    assert not is_streamed(few.model_copy(update={"split": "train[:3]"}))
 
 
 def test_packed_rows_are_full_and_a_model_that_mixes_their_parts_is_refused(tmp_path):

@@ -15,7 +15,8 @@ from distill.data.rows import TokenMap, describe_rows, rows_taken, training_rows
 from distill.data.split import prepare
 from distill.data.tokens import make_tokens
 from eval.core.artifacts import read_manifest
-from eval.core.documents import TRAIN, best_fit, read_documents, windows
+from eval.core.documents import TRAIN, read_documents, windows
+from eval.core.documents.bins import best_fit
 from eval.core.errors import UserError
 from eval.core.study import load_study
 from tests.distill.test_data import changed

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import psutil
 
+from eval.core.documents.bins import best_fit
 from eval.core.documents.encoding import (
     SCORED,
     Learned,
@@ -274,34 +275,6 @@ def windows(tokenizer, document: Document, context: int, learned: Learned = SCOR
         for i, window in enumerate(windows_of(encoding, context))
         for tokens, given, skipped in [window_tokens(encoding, window)]
     ]
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which items go together into bins of a capacity: best-fit-decreasing (Ding et al. 2024).
-
-    The longest item first, each into the fullest bin that has room for it. Items of a bin, and bins by their
-    first item, are in the order of `lengths`, which alone decides the result. See arXiv:2404.10830.
-
-    Args:
-        lengths: of the items, each at most `capacity`.
-    """
-    bins: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room that is left
-    rooms = 0  # bit r is set where there is a bin with room r
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length, large = lengths[item], rooms >> lengths[item]
-        room = length + (large & -large).bit_length() - 1 if large else capacity
-        if large:
-            chosen = with_room[room].pop()
-            if not with_room[room]:
-                rooms ^= 1 << room
-        else:
-            chosen = len(bins)
-            bins.append([])
-        bins[chosen].append(item)
-        with_room[room - length].append(chosen)
-        rooms |= 1 << (room - length)
-    return sorted(map(sorted, bins))
 
 
 def pack(rows: Sequence[Row], context: int) -> list[Row]:
