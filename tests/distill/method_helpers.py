@@ -29,6 +29,11 @@ def answer(method, teacher, batch):
     return output.select(everywhere).log_softmax(0, everywhere.numel()).view(*everywhere.shape, 320)
 
 
+def is_even(text: str) -> str | None:
+    """An answer that many texts share; the empty text has none."""
+    return str(len(text) % 2 == 0) if text else None
+
+
 def count_of_e(prompt, text):
     """A verifier's score of a text."""
     return text.count("e") + prompt.count("\0")

@@ -12,7 +12,7 @@ from eval.core.errors import UserError
 from eval.core.sections import Generation
 from eval.core.study import load_study
 from eval.engines.torch import load_model
-from tests.distill.method_helpers import count_of_e, make
+from tests.distill.method_helpers import count_of_e, is_even, make
 from tests.helpers import tiny_study
 
 GENERATION = Generation(prompt_tokens=5, new_tokens=6)
@@ -25,7 +25,7 @@ def test_the_winner_is_that_by_hand_among_texts_of_which_the_first_is_the_contro
     rule, context, rows, tokenizer
 ):
     teacher, prompts = load_model(context.bases[0]), make_prompts(rows[:6], GENERATION)
-    path = LAST_WORD if rule == "answer" else f"{HELPERS}.count_of_e"
+    path = f"{HELPERS}.is_even" if rule == "answer" else f"{HELPERS}.count_of_e"
     method = make("voting", samples=5, **{rule: path})
     with method.attached(teacher, context):
         taught = method.write(teacher, prompts, GENERATION, 3)
@@ -42,7 +42,7 @@ def test_the_winner_is_that_by_hand_among_texts_of_which_the_first_is_the_contro
                 t for t, text in zip(texts, read, strict=True) if count_of_e("", text) == best
             )
             continue
-        answers = [last_word(text) for text in read]
+        answers = [is_even(text) for text in read]
         most = max(Counter(answer for answer in answers if answer is not None).values())
         wins = [a for a in dict.fromkeys(answers) if a is not None and answers.count(a) == most]
         assert chosen == texts[answers.index(wins[0])]
@@ -83,3 +83,7 @@ def test_without_texts_or_without_chance_there_is_nothing_to_choose(tmp_path, co
     method, teacher = make("voting", answer=LAST_WORD), load_model(context.bases[0])
     with pytest.raises(UserError, match="temperature: 0, but voting needs texts that differ"):
         method.write(teacher, make_prompts(rows[:1], GENERATION), Generation(temperature=0), 0)
+
+
+def test_the_last_word_stands_without_its_punctuation():
+    assert [last_word(text) for text in ("it is 12.", "so:\nyes!", " ", "")] == ["12", "yes", None, None]

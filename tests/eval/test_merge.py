@@ -63,7 +63,7 @@ def load(run, study, **changes):
     gone = {"kind", "processes", "disk_bytes"}
     fields = {name: value for name, value in cost(run, study).items() if name not in gone}
     servers = [{"service_ms": [1.0] * 10, "rates": []}] * COST["processes"]
-    return {**fields, "kind": "load", "processes": servers, "seconds": 10.0, "slo_ms": None, **changes}
+    return {**fields, "kind": "load", "processes": servers, "seconds": 30.0, "slo_ms": None, **changes}
 
 
 def lines(path: Path, *records: dict) -> str:
