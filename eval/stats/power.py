@@ -16,6 +16,7 @@ from eval.stats.crossed import Array, MeanSquares, crossed_variance, mean_square
 MOST_SEEDS, MOST_CLUSTERS = 200, 1_000_000
 GOAL = 0.8
 FAR = 30.0  # standard errors: from there on the noncentral t of scipy underflows
+HOPELESS = 5.0  # a shift further below 0 passes with a chance below 3e-7; scipy may say NaN there
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def power(parts: Components, effect: ArrayLike, s: ArrayLike, c: ArrayLike, alph
     effect, variance, nu = np.broadcast_arrays(np.asarray(effect, float), variance, nu)
     measured = variance > 0
     shift = np.divide(effect, np.sqrt(variance), out=np.zeros(variance.shape), where=measured)
-    near, limit = np.clip(shift, -FAR, FAR), t_quantile(alpha, nu)
+    near, limit = np.clip(shift, -HOPELESS, FAR), t_quantile(alpha, nu)
     beyond = np.where(shift > 0, chdtr(nu, nu * (shift / limit) ** 2), 0.0)
     chance = np.where(near == shift, 1 - nctdtr(nu, near, limit), beyond)
     return np.where(measured, chance, 0.0)

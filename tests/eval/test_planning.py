@@ -40,6 +40,17 @@ def test_power_is_what_happens_far_from_zero(rng, se):
     assert power(parts, seen, 2, c, alpha) == pytest.approx(0.8, abs=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.01, 0.05, 0.1])
+def test_power_is_a_chance_for_every_effect(alpha):
+    """Where two seeds leave one degree of freedom, scipy's noncentral t has holes below zero."""
+    effects = np.concatenate([-np.logspace(3, -2, 4000), np.logspace(-2, 3, 4000)])
+    for s, c in ((2, 6), (2, 40), (3, 12), (4, 36), (10, 100)):
+        for parts in (Components(1.0, 0.0, 0.0), Components(0.3, 1.0, 1.0)):
+            chance = power(parts, effects, s, c, alpha)
+            assert np.all((chance >= 0) & (chance <= 1)), effects[~((chance >= 0) & (chance <= 1))]
+            assert chance[0] < 3e-7
+
+
 def test_power_is_what_happens(rng):
     parts, s, c = Components(0.04, 0.5, 0.5), 4, 50
     z = crossed(rng, 20_000, s, c, 0.2, np.sqrt(0.5), np.sqrt(0.5), mean=0.4)
