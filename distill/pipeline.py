@@ -353,10 +353,12 @@ def jobs_until(study: Study, stage: str) -> list[Job]:
 def run_all(study: Study, jobs: list[Job], title: str) -> None:
     """Runs jobs in parallel on the CPU of one machine; in turn on a GPU or in a distributed launch."""
     acc = accelerator()
-    alone, first = acc.num_processes == 1 and acc.device.type == "cpu", acc.is_main_process
-    if first and not alone:
-        print(f"{title}: {acc.num_processes} processes on {acc.device.type}", file=sys.stderr)
-    run_jobs(title, jobs, study.workers) if alone else run_in_turn(title, jobs, quiet=not first)
+    if acc.num_processes > 1 or acc.device.type != "cpu":
+        if acc.is_main_process:
+            print(f"{title}: {acc.num_processes} processes on {acc.device.type}", file=sys.stderr)
+        run_in_turn(title, jobs, quiet=not acc.is_main_process)
+    else:
+        run_jobs(title, jobs, study.workers)
 
 
 def distil(study: Study, until: str = "students") -> Path:
