@@ -40,7 +40,6 @@ from distill.models.load import (
 )
 from distill.models.lora import TrainableModel, add_adapters
 from distill.models.precision import settle_precision
-from distill.teachers.mixture import check_domains
 from distill.teachers.run import (
     TEACHER,
     TEACHERS,
@@ -51,6 +50,7 @@ from distill.teachers.run import (
     teacher_groups,
     teacher_name,
 )
+from distill.teachers.several import check_domains
 from distill.teachers.target_source import (
     make_teacher,
     open_target_source,

@@ -18,8 +18,8 @@ from distill.teachers.alignment import Alignment
 from distill.teachers.answers import AnsweringTeacher
 from distill.teachers.file import FileTeacher, make_file_teacher
 from distill.teachers.local import LocalTeacher, load_teacher_model
-from distill.teachers.mixture import MixedTeacher
 from distill.teachers.server import ServerTeacher, check_server
+from distill.teachers.several import MixedTeacher
 from distill.trainer.artifact_training import (
     build_shared,
     delete_scratch,

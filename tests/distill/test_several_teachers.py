@@ -13,8 +13,8 @@ from distill.models.generation import sample_texts
 from distill.models.lm_head import Head
 from distill.pipeline import base_jobs, make_student, prepare_inputs, teacher_jobs
 from distill.teachers.local import LocalTeacher
-from distill.teachers.mixture import MixedTeacher
 from distill.teachers.run import find_teacher_hash, run_teacher
+from distill.teachers.several import MixedTeacher
 from distill.teachers.target_source import check_target_source, open_target_source
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import read_manifest
