@@ -17,8 +17,10 @@ from compress.calibration import (
     log_probs,
     rounding_error,
 )
+from compress.model_size import cast_weights
 from eval.core.documents import Batch, Row
 from eval.core.errors import UserError
+from eval.engines.torch import computing_dtype
 from eval.score.divergence import kl_divergence
 
 MODEL = "model"  # folder of the built model
@@ -32,6 +34,8 @@ def save_reference(
 ) -> None:
     """Writes the answers of the model in memory, and texts with their token ids, into `folder`.
 
+    The model answers in the number format that its engine will compute in, and stays in it.
+
     Args:
         error: rounding error of the student in float32, which says how near two computations can be; that
             of the model itself does too, where it is computed in 16 bits.
@@ -40,12 +44,15 @@ def save_reference(
         UserError: an answer is not finite.
     """
     batch = check_batch(rows, pad)
+    half = isinstance(model, PreTrainedModel) and model.dtype in (torch.bfloat16, torch.float16)
+    if half and "quantization_config" not in model.config.to_dict():
+        model = cast_weights(model, computing_dtype(model.dtype, model.device))
     reference = log_probs(model, batch)
     if not bool(torch.isfinite(reference[batch.attention_mask.bool()]).all()):
         raise UserError(
             f"variant {folder.parent}", "log-probabilities that are not finite", "choose a milder recipe"
         )
-    if isinstance(model, PreTrainedModel) and model.dtype in (torch.bfloat16, torch.float16):
+    if half:
         error = max(error, rounding_error(model, batch))
     texts = tokenizer.batch_decode([row.tokens[1:] for row in rows[:TEXTS]])
     tensors = {

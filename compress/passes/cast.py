@@ -1,6 +1,6 @@
 """The weights in bf16 or fp16 (IEEE 754 binary16): half of the bytes of float32, each rounded once.
 
-The torch engine then computes in this format as well.
+The torch engine computes in this format as well where the machine is fast in it.
 """
 
 from __future__ import annotations

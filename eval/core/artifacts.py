@@ -47,7 +47,7 @@ VERSIONS = {
     "method": Stage(5, (*_MODELS, "accelerate", "peft")),
     "targets": Stage(4, (*_MODELS, "peft")),
     "student": Stage(6, (*_MODELS, "accelerate", "peft")),
-    "variant": Stage(5, _MODELS),  # and what its passes need
+    "variant": Stage(6, _MODELS),  # and what its passes need
 }
 # Where the artifacts of a run lie, and what they are called in a sentence.
 FOLDERS = {"data": "documents", "tokenizer": "tokenizer", "base": "bases", "method": "teachers"}

@@ -167,6 +167,7 @@ class Process(Stored):
     device_memory_bytes: int | None = None  # of this process by the accelerator's own count, where it has one
     energy: Energy | None = None  # null in older records
     batches: list[Batched] = Field(default_factory=list)  # the sizes above 1
+    computed_in: str | None = None  # number format of the products, if it is not that of the weights
 
 
 class TargetRecord(Stored):

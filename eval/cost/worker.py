@@ -96,7 +96,7 @@ def measure(engine: Engine, order: Order, synchronize: Synchronize, load_s: floa
         )
         batches.append(batched)
     single = batches[0].model_dump(exclude={"batch_size"})
-    return Process(**single, load_s=load_s, batches=batches[1:])
+    return Process(**single, load_s=load_s, batches=batches[1:], computed_in=engine.computed_in)
 
 
 def serve_arrivals(

@@ -39,6 +39,7 @@ class Engine(ABC):
     """A loaded causal language model with V rows of output; it serves one batch of decodes at a time."""
 
     batch_tokens: ClassVar[int] = 1024  # padded, per forward pass: more of them are no faster on a CPU
+    computed_in: str | None = None  # the number format of products where it is not the stored one
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
         self.folder, self.vocabulary = folder, vocabulary

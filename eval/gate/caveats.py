@@ -32,6 +32,7 @@ def list_caveats(evidence: Evidence, budget: Budget) -> list[str]:
         *caveats,
         *_few_clusters(evidence, budget),
         *_mixed_machines(evidence),
+        *_computed_otherwise(evidence),
         *_test_documents(evidence),
         *describe_accepted(evidence.folder),
     ]
@@ -148,6 +149,20 @@ def _mixed_machines(evidence: Evidence) -> list[str]:
                     f"rows are not comparable; measure all again with python -m eval.cost --target {target}"
                 )
     return caveats
+
+
+def _computed_otherwise(evidence: Evidence) -> list[str]:
+    """Variants whose cost is that of another number format than the one they are stored in."""
+    formats: dict[tuple[str, str], set[str]] = {}
+    for (target, recipe), records in evidence.costs.items():
+        for process in (process for record in records for process in record.processes):
+            if process.computed_in:
+                formats.setdefault((target, process.computed_in), set()).add(recipe)
+    return [
+        f"on {target}, {', '.join(sorted(recipes))} computed in {dtype}: this machine is slower in the "
+        "number format of the weights"
+        for (target, dtype), recipes in formats.items()
+    ]
 
 
 def _test_documents(evidence: Evidence) -> list[str]:

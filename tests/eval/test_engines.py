@@ -56,6 +56,23 @@ def test_padding_changes_nothing(engine, batch):
         torch.testing.assert_close(together[i, :length], alone[0], atol=1e-5, rtol=1e-4)
 
 
+def test_a_cpu_that_is_slow_in_the_stored_format_computes_in_float32(
+    monkeypatch, tmp_path, checkpoint, batch
+):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    shutil.copytree(checkpoint, tmp_path / "half")
+    model.save_pretrained(tmp_path / "half")
+    wanted = model.float()(**batch.inputs).logits  # the rounded weights
+    for half_ms, dtype in ((1.0, torch.float32), (0.1, torch.bfloat16)):
+        speeds = {torch.float32: 0.5, torch.bfloat16: half_ms}
+        monkeypatch.setattr("eval.engines.torch._product_ms", speeds.__getitem__)
+        engine = load_engine("torch", tmp_path / "half")
+        assert engine.model.dtype == dtype
+        assert engine.computed_in == (None if dtype == torch.bfloat16 else "float32")
+        exact = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.1}
+        torch.testing.assert_close(engine.logits(batch), wanted, **exact)
+
+
 def test_openvino_in_float32_says_what_torch_says(checkpoint, openvino_folder, batch):
     one = load_engine("torch", checkpoint).logits(batch)
     other = load_engine("openvino", openvino_folder).logits(batch)

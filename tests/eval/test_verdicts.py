@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from eval.core.gate_file import Part
+from eval.gate.decision import judge
 from eval.gate.verdicts import hold_failures, join_verdicts, slice_verdict
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, crossed_mean
 from eval.stats.multiplicity import holm
 from scripts.simulate_parts import holm_rows
-from tests.eval.run_builder import Run, row
+from tests.eval.run_builder import Run, edit, row
 from tests.helpers import run as command
 
 
@@ -116,3 +117,18 @@ def test_limits_have_a_level_to_fail_at(tmp_path):
     expected = stats.ttest_1samp(used, 0.09, alternative="greater").pvalue
     assert parts["cost:load_time"].p_fail == pytest.approx(expected, rel=2e-3)
     assert (parts["cost:disk"].verdict, parts["cost:disk"].p_fail) == ("FAIL", None)
+
+
+def test_a_cost_of_another_number_format_than_the_stored_one_is_a_note(tmp_path):
+    run = Run(tmp_path).make()
+    assert not [note for note in judge(run.path).notes if "computed in" in note]
+
+    def computed(record):
+        for process in record["processes"]:
+            process["computed_in"] = "float32"
+
+    edit(run.path / "records/cost/cpu/int8/S1-s0.json", computed)
+    notes = [note for note in judge(run.path).notes if "computed in" in note]
+    assert notes == [
+        "on cpu, int8 computed in float32: this machine is slower in the number format of the weights"
+    ]
