@@ -81,9 +81,9 @@ def _check_file_method(teacher: Teacher, method: Method, one: Method) -> None:
         raise UserError("method", problem, "use elsewhere, with a control_file, or larger_teacher")
     needed = method.control().model == "teacher"
     if needed != (teacher.control_file is not None):
-        found = "none, and T0 is no base of the study" if needed else "given, and T0 is the base"
+        problem = "none, and T0 is no base of the study" if needed else "given, and T0 is the base"
         fix = "give what it said without the method" if needed else "leave it out, or use method elsewhere"
-        raise UserError("teacher.control_file", found, fix)
+        raise UserError("teacher.control_file", problem, fix)
 
 
 def check_training(study: Study, device: torch.device) -> None:

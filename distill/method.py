@@ -68,7 +68,7 @@ class TeacherOutput:
         return states.log_softmax(0, shape.numel()).unflatten(0, shape)
 
 
-Say = Callable[[PreTrainedModel, Batch], TeacherOutput]
+OutputFunction = Callable[[PreTrainedModel, Batch], TeacherOutput]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Method(ABC):
     def __init__(self, settings: Frozen) -> None:
         self.settings: Any = settings
         self.parts: Any = None
-        self.below: Say | None = None  # in a chain: what the methods before it say
+        self.below: OutputFunction | None = None  # in a chain: what the methods before it say
 
     def bases(self, seed: int, seeds: list[int]) -> list[int]:
         """Seeds of the plain bases from which the teacher of `seed` is built.
@@ -143,11 +143,11 @@ class Method(ABC):
         finally:
             self.parts = None
 
-    def say(self, model: PreTrainedModel, batch: Batch) -> TeacherOutput:
+    def model_output(self, model: PreTrainedModel, batch: Batch) -> TeacherOutput:
         """What a model says by itself; in a chain, with the methods before this one."""
         return plain_output(model, batch=batch) if self.below is None else self.below(model, batch)
 
-    def say_after(
+    def model_output_after(
         self, model: PreTrainedModel, batch: Batch, prefixes: Sequence[Prefix | None]
     ) -> TeacherOutput:
         """The same of rows that each stand after a prefix, or after nothing."""
@@ -155,11 +155,13 @@ class Method(ABC):
             return prefixed_output(model, batch, prefixes)
         log_probs: Tensor | None = None
         for rows, longer, size in put_in_front(batch, prefixes):
-            said = self.below(model, longer).dense()[:, size:]
+            outputs = self.below(model, longer).dense()[:, size:]
             log_probs = (
-                said.new_zeros(*batch.input_ids.shape, said.shape[-1]) if log_probs is None else log_probs
+                outputs.new_zeros(*batch.input_ids.shape, outputs.shape[-1])
+                if log_probs is None
+                else log_probs
             )
-            log_probs[rows] = said
+            log_probs[rows] = outputs
         return TeacherOutput(log_probs)
 
     @abstractmethod
@@ -229,7 +231,7 @@ class Plain(Method):
     only_prompt = True
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        return self.say(teacher, batch)
+        return self.model_output(teacher, batch)
 
     def write(
         self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
@@ -251,7 +253,9 @@ class InFront(Method):
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         others = self.parts.get(OTHERS)
-        return self.say_after(teacher, batch, [self.parts.get(name, others) for name in batch.domains])
+        return self.model_output_after(
+            teacher, batch, [self.parts.get(name, others) for name in batch.domains]
+        )
 
 
 class Retrained(Method):

@@ -52,8 +52,8 @@ def word_forms() -> list[str]:
     """Words of the standard library, frequent ones first, with each of `ENDINGS`; then all with capitals."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = [path.read_text(errors="ignore") for pattern in ("*.py", "*/*.py") for path in root.glob(pattern)]
-    found = Counter(word for text in texts for word in re.findall("[A-Za-z]+", text))
-    words = sorted(found, key=lambda word: (-found[word], word))
+    counts = Counter(word for text in texts for word in re.findall("[A-Za-z]+", text))
+    words = sorted(counts, key=lambda word: (-counts[word], word))
     forms = [word + ending for ending in ENDINGS for word in words]
     return [*forms, *(form[0].upper() + form[1:] for form in forms)]
 

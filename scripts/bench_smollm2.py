@@ -44,10 +44,10 @@ class Before(Ours):
     def __init__(self, student: PreTrainedModel, rows: list[Row], config: Train, teacher: Teacher) -> None:
         super().__init__(student, rows, config.model_copy(update={"precision": "fp32"}), teacher)
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        kept = [
+        plain_groups = [
             {name: group[name] for name in ("params", "lr", "weight_decay", "peak_lr")} for group in groups
         ]
-        self.optimizers = [self.acc.prepare(AdamW(kept, betas=config.optimizer.betas))]
+        self.optimizers = [self.acc.prepare(AdamW(plain_groups, betas=config.optimizer.betas))]
 
 
 def text_rows(count: int, context: int) -> tuple[list[Row], PreTrainedModel]:

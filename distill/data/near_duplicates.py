@@ -124,12 +124,12 @@ class NearDuplicates:
 
     def pairs(self) -> np.ndarray:
         """[P, 2] near-duplicates of the index, so many that they connect all that are."""
-        found = array("q")
+        pairs = array("q")
         for band in range(len(self.bands)):
             for run in self._runs(band):
                 for pair in self._connect(run):
-                    found.extend(pair)
-        return np.array(found).reshape(-1, 2)
+                    pairs.extend(pair)
+        return np.array(pairs).reshape(-1, 2)
 
     def _runs(self, band: int) -> Iterator[np.ndarray]:
         """Numbers of the documents that share a hash in a band."""

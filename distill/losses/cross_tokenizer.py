@@ -123,11 +123,11 @@ def _gathered(log_probs: Tensor, shared: Tensor, others: Tensor, events: Tensor)
         log_probs: [n, V].
         events: [V] for each id the place of its shared id, or K.
     """
-    kept = F.pad(log_probs[:, shared], (0, 1), value=NEVER)
+    shared_log_probs = F.pad(log_probs[:, shared], (0, 1), value=NEVER)
     if not len(others):
-        return kept
-    joined = torch.zeros_like(kept).index_add(1, events[others], log_probs[:, others].exp())
-    return torch.logaddexp(kept, joined.clamp(min=TINY).log())
+        return shared_log_probs
+    joined = torch.zeros_like(shared_log_probs).index_add(1, events[others], log_probs[:, others].exp())
+    return torch.logaddexp(shared_log_probs, joined.clamp(min=TINY).log())
 
 
 def _piece_divergence(labelled: Tensor, target: Aligned, wanted: Tensor, config: Loss) -> Tensor:
@@ -183,6 +183,6 @@ def _firsts(pieces: Tensor, count: int) -> Tensor:
 
 def _others(ids: Tensor, count: int) -> Tensor:
     """The ids below `count` that are not among `ids`."""
-    kept = torch.ones(count, dtype=torch.bool, device=ids.device)
-    kept[ids] = False
-    return kept.nonzero()[:, 0]
+    others = torch.ones(count, dtype=torch.bool, device=ids.device)
+    others[ids] = False
+    return others.nonzero()[:, 0]

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.method import Card, Method, MethodContext, Say, TeacherOutput, make_method
+from distill.method import Card, Method, MethodContext, OutputFunction, TeacherOutput, make_method
 from eval.core.config import Frozen
 from eval.core.documents import Batch
 from eval.core.errors import UserError
@@ -60,16 +60,16 @@ class Chain(Method):
         if method.own_model and place:
             raise UserError(thing, f"{name} speaks by a model of its own", "put it first")
 
-    def _below(self, previous: Method, name: str) -> Say:
+    def _below(self, previous: Method, name: str) -> OutputFunction:
         """What a method says to the next one, which is called `name`."""
 
-        def say(model: PreTrainedModel, batch: Batch) -> TeacherOutput:
+        def model_output(model: PreTrainedModel, batch: Batch) -> TeacherOutput:
             if previous.own_model and model is not self.parts:
                 problem = f"{name} runs several models, and the method before it has one of its own"
                 raise UserError("method chain", problem, "leave one of the two out")
             return previous.output(model, batch)
 
-        return say
+        return model_output
 
     def control(self) -> Method:
         """The chain of the controls, or that in which only the one under test is replaced by its control."""

@@ -104,8 +104,8 @@ class Ensemble(Method):
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         if self.settings.averaged:
-            return self.say(self.parts[0], batch)
+            return self.model_output(self.parts[0], batch)
         if self.below is None:
             return plain_output(teacher, *self.parts, batch=batch)
-        said = torch.stack([self.say(model, batch).dense() for model in (teacher, *self.parts)])
-        return TeacherOutput(said.logsumexp(0) - math.log(len(said)))
+        log_probs = torch.stack([self.model_output(model, batch).dense() for model in (teacher, *self.parts)])
+        return TeacherOutput(log_probs.logsumexp(0) - math.log(len(log_probs)))

@@ -65,6 +65,6 @@ class Examples(Method):
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         quoted, prefix = self.parts
-        return self.say_after(
+        return self.model_output_after(
             teacher, batch, [None if document in quoted else prefix for document in batch.documents]
         )

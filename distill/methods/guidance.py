@@ -72,9 +72,11 @@ def guided(log_probs: Sequence[Tensor], weights: Sequence[float], plausible: flo
     if not plausible:
         return total.log_softmax(-1)
     expert = log_probs[0]
-    kept = (expert - expert.amax(-1, keepdim=True)).exp() >= plausible
-    mass = expert.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.where(kept, total.masked_fill(~kept, -torch.inf).log_softmax(-1) + mass, expert)
+    plausible_mask = (expert - expert.amax(-1, keepdim=True)).exp() >= plausible
+    mass = expert.masked_fill(~plausible_mask, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.where(
+        plausible_mask, total.masked_fill(~plausible_mask, -torch.inf).log_softmax(-1) + mass, expert
+    )
 
 
 class Guidance(Method):
@@ -169,17 +171,17 @@ class Guidance(Method):
         return Part(model, read_prefix(teacher if model is None else model, ids))
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        said = []
+        outputs = []
         for part in self.parts:
             model = teacher if part.model is None else part.model
-            said.append(
-                self.say(model, batch)
+            outputs.append(
+                self.model_output(model, batch)
                 if part.prefix is None
-                else self.say_after(model, batch, [part.prefix] * len(batch.ids))
+                else self.model_output_after(model, batch, [part.prefix] * len(batch.ids))
             )
-        if len(said) == 1:
-            return said[0]
-        log_probs = [one.dense() for one in said]
+        if len(outputs) == 1:
+            return outputs[0]
+        log_probs = [one.dense() for one in outputs]
         fewest = min(one.shape[-1] for one in log_probs)  # some may be padded further
         weights = [term.weight for term in self.settings.terms]
         return TeacherOutput(
@@ -199,7 +201,7 @@ def _rows_of(rows: Sequence[Row], domains: list[str]) -> Sequence[Row]:
     for place, row in enumerate(rows):
         if row.domain in places:
             places[row.domain].append(place)
-    if empty := [domain for domain, found in places.items() if not found]:
+    if empty := [domain for domain, rows_of in places.items() if not rows_of]:
         fix = "name domains of the data"
         raise UserError("method.settings: domains", f"no training row is of {empty[0]!r}", fix)
-    return ChosenRows(rows, sorted(place for found in places.values() for place in found))
+    return ChosenRows(rows, sorted(place for rows_of in places.values() for place in rows_of))

@@ -24,7 +24,7 @@ class Harmful(Method):
         share: float = Field(0.2, gt=0, lt=1)  # of the uniform distribution in the mixture
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        plain = self.say(teacher, batch).dense()
+        plain = self.model_output(teacher, batch).dense()
         share = self.settings.share
         noise = torch.full((), math.log(share / plain.shape[-1]), device=plain.device)
         return TeacherOutput(torch.logaddexp(plain + math.log1p(-share), noise))

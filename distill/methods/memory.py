@@ -39,8 +39,10 @@ def nearest(keys: Tensor, queries: Tensor, barred: Tensor, count: int) -> tuple[
         barred: [N, M] bool, True where a key must not be found: its distance is infinite.
     """
     distances = keys.square().sum(-1) - 2 * queries @ keys.mT + queries.square().sum(-1, keepdim=True)
-    found = distances.clamp_min_(0).masked_fill_(barred, torch.inf).topk(min(count, len(keys)), largest=False)
-    return found.values, found.indices
+    closest = (
+        distances.clamp_min_(0).masked_fill_(barred, torch.inf).topk(min(count, len(keys)), largest=False)
+    )
+    return closest.values, closest.indices
 
 
 def votes(weights: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
@@ -128,11 +130,11 @@ class Memory(Method):
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         """Tokens of the row's own document are never found in the datastore."""
         _refuse_packing(batch.positions is not None)
-        said = self.say(teacher, batch)
-        if len(said.hidden) != 1:
+        output = self.model_output(teacher, batch)
+        if len(output.hidden) != 1:
             problem = "needs the states of one model, and the methods before it in the chain give none"
             raise UserError("method memory", problem, "put it before those that mix distributions")
-        hidden, plain = said.hidden[0].float(), said.dense().exp()
+        hidden, plain = output.hidden[0].float(), output.dense().exp()
         mixed, left = torch.zeros_like(plain), torch.ones_like(plain[..., :1])
         for share, remembered in (
             (self.settings.share, self._from_datastore(hidden, batch, plain.shape[-1])),
@@ -156,9 +158,9 @@ class Memory(Method):
         for start in range(0, len(queries), QUERIES):
             some = slice(start, start + QUERIES)
             barred = own[some, None] == store.places
-            distances, found = nearest(store.keys, queries[some], barred, self.settings.neighbours)
+            distances, entries = nearest(store.keys, queries[some], barred, self.settings.neighbours)
             weights = -distances / self.settings.temperature
-            parts.append(votes(weights, store.values[found], vocabulary))
+            parts.append(votes(weights, store.values[entries], vocabulary))
         remembered[valid] = torch.cat(parts)
         return remembered
 

@@ -134,10 +134,10 @@ class Retrieval(Method):
             self._stretch(teacher, batch, start, min(start + stride, length))
             for start in range(0, length, stride)
         ]
-        said = torch.cat(stretches, dim=1)
+        states = torch.cat(stretches, dim=1)
         if self.below is not None:
-            return TeacherOutput(said)
-        return TeacherOutput(hidden=[said], heads=[head_of(teacher).detach(said.dtype)])
+            return TeacherOutput(states)
+        return TeacherOutput(hidden=[states], heads=[head_of(teacher).detach(states.dtype)])
 
     def _stretch(self, teacher: PreTrainedModel, batch: Batch, start: int, end: int) -> Tensor:
         """[B, end - start, D] last hidden states of a stretch; in a chain log-probabilities [.., V].
@@ -154,10 +154,10 @@ class Retrieval(Method):
         )
         fronts = [self._front(some, row, start) for row in range(len(rows))] if start else None
         prefix = Prefix(torch.tensor(fronts, device=some.input_ids.device), None) if fronts else None
-        output = self.say_after(teacher, some, [prefix] * len(rows))
-        said = (output.hidden[0] if self.below is None else output.dense())[:, start:]
-        every = said.new_zeros(len(batch.ids), *said.shape[1:])
-        every[rows] = said
+        output = self.model_output_after(teacher, some, [prefix] * len(rows))
+        states = (output.hidden[0] if self.below is None else output.dense())[:, start:]
+        every = states.new_zeros(len(batch.ids), *states.shape[1:])
+        every[rows] = states
         return every
 
     def _front(self, batch: Batch, row: int, start: int) -> list[int]:

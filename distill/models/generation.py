@@ -135,8 +135,8 @@ class CachedReader:
         self.tokens = {name: latest.get(name, [*tokens, 0][:size]) for name, tokens in self.tokens.items()}
         ids = torch.tensor(list(self.tokens.values()))
         log_probs = torch.stack([self._read(place, ids) for place in range(len(self.models))])
-        kept = [place for place, name in enumerate(self.tokens) if name in latest]
-        return (log_probs.logsumexp(0) - math.log(len(log_probs)))[kept]
+        active = [place for place, name in enumerate(self.tokens) if name in latest]
+        return (log_probs.logsumexp(0) - math.log(len(log_probs)))[active]
 
     def _read(self, place: int, ids: Tensor) -> Tensor:
         """[B, V] of one model: of the last token alone where it has a cache, else of all."""

@@ -66,9 +66,9 @@ class Vocabulary:
         for number, part in enumerate(parts):
             text = _longest_text(part)
             tokens = self.encode(text)
-            whole, found = text.encode(), self.joined(tokens)
-            added = int(found[:1] == b" " and whole[:1] != b" ")  # SentencePiece begins a text with a space
-            agreed = _common_prefix(whole, found[added:])
+            whole, joined = text.encode(), self.joined(tokens)
+            added = int(joined[:1] == b" " and whole[:1] != b" ")  # SentencePiece begins a text with a space
+            agreed = _common_prefix(whole, joined[added:])
             ends += [at + end - added if end - added <= agreed else -1 for end in self.ends(tokens)]
             ids += tokens
             at += len(part) + len(END)
@@ -98,12 +98,12 @@ class Vocabulary:
     def by_name(self) -> dict[tuple[bytes, int], int]:
         """Name of a token, and how many before it bear the same, -> id."""
         counts: dict[bytes, int] = {}
-        found = {}
+        ids: dict[tuple[bytes, int], int] = {}
         for i, name in enumerate(self.names):
             if name:
-                found[name, counts.setdefault(name, 0)] = i
+                ids[name, counts.setdefault(name, 0)] = i
                 counts[name] += 1
-        return found
+        return ids
 
 
 def _token_reader(tokenizer: PreTrainedTokenizerBase, where: str):
@@ -226,11 +226,11 @@ class Alignment:
         predicted = batch.mask.sum(1).tolist()
         for i, (length, count) in enumerate(zip(lengths, predicted, strict=True)):
             tokens = batch.input_ids[i, :length].tolist()
-            its_tokens, given, own_pieces, its_pieces, found = self.row(tokens, length - 1 - count)
+            its_tokens, given, own_pieces, its_pieces, count_of_pieces = self.row(tokens, length - 1 - count)
             rows.append(Row(batch.documents[i], batch.domains[i], i, its_tokens, given))
             own += [piece if piece < 0 else piece + pieces for piece in own_pieces]
             its += [piece if piece < 0 else piece + pieces for piece in its_pieces]
-            pieces += found
+            pieces += count_of_pieces
         translated = replace(collate(rows, self.pad), ids=batch.ids)
         return Translation(
             translated, torch.tensor(own, dtype=torch.int64), torch.tensor(its, dtype=torch.int64), pieces

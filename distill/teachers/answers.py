@@ -34,10 +34,10 @@ class Answer:
 
 def likeliest(entries: Iterable[tuple[int, float]], k: int) -> tuple[list[int], list[float]]:
     """The k likeliest of (id, log-probability), in a settled order; what is missing is unused entries."""
-    kept = sorted(entries, key=lambda entry: (-entry[1], entry[0]))[:k]
-    missing = k - len(kept)
-    first = kept[0][0] if kept else 0
-    return [i for i, _ in kept] + [first] * missing, [value for _, value in kept] + [-np.inf] * missing
+    best = sorted(entries, key=lambda entry: (-entry[1], entry[0]))[:k]
+    missing = k - len(best)
+    first = best[0][0] if best else 0
+    return [i for i, _ in best] + [first] * missing, [value for _, value in best] + [-np.inf] * missing
 
 
 def check_answer(answer: Answer, vocabulary: int, thing: str, row: str) -> None:

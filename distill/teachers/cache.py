@@ -145,13 +145,13 @@ def write_shards(
     write_missing_shards(folder, "safetensors", shards, write_shard, process, processes)
 
 
-def rows_not_kept(folder: Path, rows: Sequence[Row]) -> list[Row]:
+def missing_rows(folder: Path, rows: Sequence[Row]) -> list[Row]:
     """The rows of which no shard in `folder` holds a target."""
-    kept: set[bytes] = set()
+    present: set[bytes] = set()
     for path in folder.glob("shard-*.safetensors"):
         with safe_open(path, framework="numpy") as file:
-            kept |= {key.tobytes() for key in file.get_tensor("row")}
-    return [row for row in rows if bytes.fromhex(row_key(row))[:KEY_BYTES] not in kept]
+            present |= {key.tobytes() for key in file.get_tensor("row")}
+    return [row for row in rows if bytes.fromhex(row_key(row))[:KEY_BYTES] not in present]
 
 
 def link_shards(scratch: Path, artifact: Path, tokens: int) -> dict[str, float]:

@@ -71,9 +71,9 @@ def _read_line(line: bytes, where: str) -> tuple[str, str, Answer]:
     """
     fix = "write row, hash, ids, log_probs and own of one row, see docs/distillation.md"
     try:
-        said = json.loads(line)
-        row, tokens_hash, own = str(said["row"]), str(said["hash"]), np.array(said["own"], np.float32)
-        pairs = [list(zip(*pair, strict=True)) for pair in zip(said["ids"], said["log_probs"], strict=True)]
+        entry = json.loads(line)
+        row, tokens_hash, own = str(entry["row"]), str(entry["hash"]), np.array(entry["own"], np.float32)
+        pairs = [list(zip(*pair, strict=True)) for pair in zip(entry["ids"], entry["log_probs"], strict=True)]
         k = max(1, *map(len, pairs)) if pairs else 1
         ids, values = zip(*(likeliest(entries, k) for entries in pairs), strict=True)
         answer = Answer(np.array(ids, np.int64), np.array(values, np.float32), own)
@@ -156,8 +156,8 @@ def make_file_teacher(study: Study, tokenizer: PreTrainedTokenizerBase, where: s
             return learned[place] if place < len(learned) else scored[place - len(learned)]
 
         index = _read_file(file, vocabulary, find, where)
-        found = {one.tobytes() for one in index["key"]}
-        missing = [row.id for row in scored if _key(row.id, token_hash(row.tokens)) not in found]
+        present = {one.tobytes() for one in index["key"]}
+        missing = [row.id for row in scored if _key(row.id, token_hash(row.tokens)) not in present]
         if missing:
             problem = f"{len(missing)} of {len(scored)} rows of scored documents have no answer: {missing[0]}"
             raise UserError(f"{where} {file}", problem, f"answer for every row that is `scored` in {asked}")

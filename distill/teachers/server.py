@@ -267,11 +267,11 @@ class ServerTeacher(AnsweringTeacher):
         self, row: Row, name: str, choice: dict[str, Any]
     ) -> Iterator[tuple[list[int], list[float], float]]:
         """vLLM: of each token a mapping of ids; the text of an id is held against the tokenizer."""
-        said = choice["prompt_logprobs"]
+        answered = choice["prompt_logprobs"]
         start = len(self._prompt(row)) - len(row.tokens)
-        if len(said) != start + len(row.tokens):
-            raise ValueError(f"{len(said)} tokens for a prompt of {start + len(row.tokens)}")
-        for token, entries in zip(row.tokens[1:], said[start + 1 :], strict=True):
+        if len(answered) != start + len(row.tokens):
+            raise ValueError(f"{len(answered)} tokens for a prompt of {start + len(row.tokens)}")
+        for token, entries in zip(row.tokens[1:], answered[start + 1 :], strict=True):
             own = entries[str(token)]
             self._same_token(name, token, own.get("decoded_token"))
             named = ((int(i), float(entry["logprob"])) for i, entry in entries.items())
@@ -284,11 +284,11 @@ class ServerTeacher(AnsweringTeacher):
         self, row: Row, name: str, choice: dict[str, Any]
     ) -> Iterator[tuple[list[int], list[float], float]]:
         """SGLang: of each token itself, and of the likeliest, [log-probability, id, text]."""
-        said = choice["meta_info"]["input_token_logprobs"], choice["meta_info"]["input_top_logprobs"]
+        answered = choice["meta_info"]["input_token_logprobs"], choice["meta_info"]["input_top_logprobs"]
         start = len(self._prompt(row)) - len(row.tokens)
-        if not len(said[0]) == len(said[1]) == start + len(row.tokens):
-            raise ValueError(f"{len(said[0])} tokens for a prompt of {start + len(row.tokens)}")
-        each = (column[start + 1 :] for column in said)
+        if not len(answered[0]) == len(answered[1]) == start + len(row.tokens):
+            raise ValueError(f"{len(answered[0])} tokens for a prompt of {start + len(row.tokens)}")
+        each = (column[start + 1 :] for column in answered)
         for token, (own, i, text), entries in zip(row.tokens[1:], *each, strict=True):
             if i != token:
                 raise ValueError(f"id {i} for {token}")
@@ -304,11 +304,11 @@ class ServerTeacher(AnsweringTeacher):
         Raises:
             Unmapped: the texts of the row are not those of its tokens, or another text is that of no token.
         """
-        said = columns(choice["logprobs"])
+        answered = columns(choice["logprobs"])
         start, end = len(self._prompt(row)) - len(row.tokens), len(self._prompt(row))
-        if len(said[0]) < end:
-            raise ValueError(f"{len(said[0])} tokens for a prompt of {end}")
-        texts, *rest = (column[start + 1 : end] for column in said)
+        if len(answered[0]) < end:
+            raise ValueError(f"{len(answered[0])} tokens for a prompt of {end}")
+        texts, *rest = (column[start + 1 : end] for column in answered)
         spelling = self._spelling(row.tokens[1:], texts)
         for token, own, entries in zip(row.tokens[1:], *rest, strict=True):
             named = {spelling.id(one): float(value) for one, value in entries.items()}

@@ -15,7 +15,7 @@ from distill.data.rows import distilled_split, rows_taken, training_rows
 from distill.losses.divergences import check_target
 from distill.losses.teacher_output import Sampled, Target, Teacher, TopK
 from distill.teachers.answers import AnsweringTeacher
-from distill.teachers.cache import CachedTeacher, link_shards, rows_not_kept, write_shards
+from distill.teachers.cache import CachedTeacher, link_shards, missing_rows, write_shards
 from distill.teachers.codec import Codec, make_codec
 from distill.teachers.run import (
     TEACHERS,
@@ -210,7 +210,7 @@ def _write_targets(
         write_texts(scratch, rows, write, generation, context=context, max_tokens=max_tokens, **share)
     acc.wait_for_everyone()
     if study.targets.source == "cached":
-        left_out = rows_not_kept(scratch, rows) if isinstance(running, AnsweringTeacher) else []
+        left_out = missing_rows(scratch, rows) if isinstance(running, AnsweringTeacher) else []
         _check_left_out(study, side, left_out, len(rows), running)
         tokens = sum(row.predicted for row in rows) - sum(row.predicted for row in left_out)
     else:

@@ -50,15 +50,15 @@ def list_anomalies(evidence: Evidence, alpha: float) -> list[str]:
     cases[Contrast(STUDENT, TEACHERS[0])] = f"the student {STUDENT} is better than its teacher {TEACHERS[0]}"
     means = [crossed_mean(evidence.gain(VALIDATION, contrast)) for contrast in cases]
     adjusted = holm([mean.p for mean in means])
-    found = []
+    anomalies = []
     for (contrast, what), mean, p in zip(cases.items(), means, adjusted, strict=True):
         low, _ = mean.bounds(alpha)
         if p <= alpha and low is not None and low > RESOLUTION:
             check = "does it see validation documents in calibration or recovery, is its student trained out?"
             if contrast.recipe == PLAIN:
                 check = "was it trained longer, or on other rows, or does its own data term teach it?"
-            found.append(f"{what} by {mean.point:.4f} bits/byte, {low:.4f} at least: {check}")
-    return found
+            anomalies.append(f"{what} by {mean.point:.4f} bits/byte, {low:.4f} at least: {check}")
+    return anomalies
 
 
 def extent_of(evidence: Evidence) -> Extent:

@@ -187,8 +187,8 @@ def shipping_sentence(target: str, rows: list[Variant], as_good: list[str], alph
     """What ships on a target, in one sentence that a manager understands."""
     best = next(row for row in rows if row.recommended)
     others = f" (as good: {', '.join(as_good)})" if as_good else ""
-    kept = share_sentence(best.kept_share, alpha)
-    return f"on {target} ship {best.recipe}{others}: it {kept} and meets every limit"
+    share = share_sentence(best.kept_share, alpha)
+    return f"on {target} ship {best.recipe}{others}: it {share} and meets every limit"
 
 
 def target_sentence(verdict: Verdict, target: str, rows: list[Variant], alpha: float) -> str:

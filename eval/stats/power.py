@@ -109,13 +109,13 @@ def _first(most: int, parts: Components, enough: Callable[[Components, Array], N
             break
         yes = enough(Components(*(column[open_] for column in flat)), np.full(len(open_), n))
         first[open_[yes]], before[open_[~yes]] = n, n
-    found = np.flatnonzero(np.isfinite(first))
-    low, high, some = before[found], first[found], Components(*(column[found] for column in flat))
+    finite = np.flatnonzero(np.isfinite(first))
+    low, high, some = before[finite], first[finite], Components(*(column[finite] for column in flat))
     while (high - low > 1).any():
         middle = np.floor((low + high) / 2)
         yes = enough(some, np.maximum(middle, 2)) | (high - low <= 1)
         low, high = np.where(yes, low, middle), np.where(yes & (high - low > 1), middle, high)
-    first[found] = high
+    first[finite] = high
     return first.reshape(shape)
 
 
