@@ -42,6 +42,7 @@ from scripts.simulate_parts import (
     satterthwaite,
     tail_rows,
 )
+from scripts.simulate_watch import look_rows
 
 F, GAIN, DOCUMENTS = 0.5, 12.0, 64
 SEEDS = (3, 5, 10)
@@ -252,6 +253,7 @@ def tables(draws: int) -> dict[str, Callable[[], list[dict[str, object]]]]:
         "power": powers,
         "placebo": lambda: verdict_rows(0.0),
         "harmful": lambda: verdict_rows(-HARM),
+        "looks": lambda: look_rows(max(draws // 10, 1)),
     }
 
 
@@ -289,6 +291,7 @@ def main() -> None:
         "power": "PASS by true share, medium",
         "placebo": "Placebo: verdicts",
         "harmful": f"Harm of {HARM:g} points: verdicts",
+        "looks": "52 weekly looks at a release: called broken, and weeks until a broken one is found",
     }
     for name, rows in result.items():
         console.print(build_table(titles[name], rows))
