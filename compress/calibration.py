@@ -110,7 +110,7 @@ class Walk:
 
 @torch.no_grad()
 def input_norms(
-    modules: Mapping[str, nn.Linear], runs: Iterable[tuple[Tensor, Callable[[], Any]]]
+    modules: Mapping[str, nn.Linear | Conv1D], runs: Iterable[tuple[Tensor, Callable[[], Any]]]
 ) -> dict[str, Tensor]:
     """L2 norm over all tokens of each input of `modules`: name -> [I] float32. Padding is left out.
 
@@ -120,7 +120,10 @@ def input_norms(
     Raises:
         UserError: a norm is not finite, or a module saw no token.
     """
-    squares = {name: torch.zeros(module.in_features, dtype=torch.float64) for name, module in modules.items()}
+    sizes = {
+        name: module.weight.shape[0 if isinstance(module, Conv1D) else 1] for name, module in modules.items()
+    }
+    squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     with _squared_inputs(modules, squares) as masks:
         for mask, run in runs:
             masks.append(mask.bool())
@@ -137,7 +140,9 @@ def input_norms(
 
 
 @contextmanager
-def _squared_inputs(modules: Mapping[str, nn.Linear], squares: dict[str, Tensor]) -> Iterator[list[Tensor]]:
+def _squared_inputs(
+    modules: Mapping[str, nn.Linear | Conv1D], squares: dict[str, Tensor]
+) -> Iterator[list[Tensor]]:
     """Adds up squared inputs [B, T, I] where the last mask given is True."""
     masks: list[Tensor] = []
 

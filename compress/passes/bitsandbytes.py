@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.model_size import cast_weights, decoder_weights, size_of, skipped_modules, stored_bytes
-from compress.quant_error import HALF_SUBNORMAL, INT8_ROUNDED, NF4_GAP, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Stage
+from compress.tensors.quant_error import HALF_SUBNORMAL, INT8_ROUNDED, NF4_GAP, check_rounding
 from eval.core.config import Frozen
 from eval.core.errors import UserError
 

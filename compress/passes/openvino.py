@@ -23,8 +23,8 @@ from torch import Tensor
 
 from compress.calibration import allowed_difference, check_batch, log_probs, rounding_error
 from compress.model_size import size_of
-from compress.quant_error import INT4_STEP, INT4_SUBNORMAL, INT8_STEP, INT8_SUBNORMAL, check_rounding
 from compress.recipe import Context, Pass, PassReport, Size, Skipped, Stage
+from compress.tensors.quant_error import INT4_STEP, INT4_SUBNORMAL, INT8_STEP, INT8_SUBNORMAL, check_rounding
 from eval.core.config import Frozen
 from eval.core.errors import UserError
 from eval.engines import silenced

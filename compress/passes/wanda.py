@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compress.calibration import Walk, calibration_rows
 from compress.model_size import decoder_weights, layer_matrices, size_of, skipped_modules
 from compress.recipe import Context, Pass, PassReport, Skipped, Stage
-from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
+from compress.tensors.sparsity import keep_n_of_m, keep_rows, wanda_scores
 from eval.core.config import Frozen
 from eval.core.errors import UserError
 

@@ -20,6 +20,7 @@ from tests.helpers import SHAPE, tiny_model
 TRAIN = {"steps": 4, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}
 CASES = {
     "drop_layers": [{"share": 0.25}, {"share": 0.5}],
+    "width": [{"ffn": 0.5}, {"heads": 0.5, "hidden": 0.5, "multiple": 32, "rows": 4}],
     "wanda": [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.9, "rows": 1}],
     "recover": [{"train": TRAIN}],
     "cast": [{"dtype": "bfloat16"}, {"dtype": "float16"}],

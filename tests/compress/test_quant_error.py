@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.quant_error import (
+from compress.tensors.quant_error import (
     INT4_STEP,
     INT4_SUBNORMAL,
     INT8_STEP,

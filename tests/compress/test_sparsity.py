@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.calibration import Walk, check_batch, input_norms
 from compress.model_size import layer_matrices
-from compress.sparsity import keep_n_of_m, keep_rows, wanda_scores
+from compress.tensors.sparsity import keep_n_of_m, keep_rows, wanda_scores
 from distill.models.layers import decoder_layers
 from eval.core.documents import Row, batches, pack
 from eval.core.errors import UserError
