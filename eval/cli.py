@@ -25,6 +25,8 @@ MODULES = {
     "power": "eval.gate.power",
     "gate": "eval.gate",
     "test-set": "eval.gate.test_set",
+    "challenge": "eval.challenge",
+    "try": "eval.challenge.first_look",
     "report": "eval.report",
     "sign": "eval.signoff",
     "release": "eval.release",
@@ -48,6 +50,8 @@ SIDE_COMMANDS = {
     "merge": "joins records of other machines",
     "power": "seeds and documents that see the asked share",
     "test-set": "opens the test documents for one variant",
+    "challenge": "the study again with one thing changed at a time",
+    "try": "a first look at a method of yours, in two minutes",
 }
 UNREADABLE = "gate.json cannot be read"
 START = "absorb train --config configs/studies/tiny.yaml"

@@ -1,0 +1,213 @@
+"""What a row says: the claim of the study, tested anew where one thing was changed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.challenge.rows import PLACEBO, RATES, SAME
+from eval.core.budget import Budget, load_budget
+from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT
+from eval.core.config import Frozen
+from eval.core.records import PLAIN, VALIDATION
+from eval.core.study import Study
+from eval.gate.evidence import Contrast, Evidence, collect_evidence
+from eval.gate.quality import GAIN, RESOLUTION, kept_gain, retention_power, surplus
+from eval.stats.crossed import FAIL, PASS, Mean, crossed_mean, linearise
+from eval.stats.multiplicity import holm
+from eval.stats.ratios import fieller
+
+Array = NDArray[np.float64]
+SURVIVES: Final = "survives"
+COLLAPSES: Final = "collapses"
+OPEN: Final = "cannot be told"
+WORST = 0.01  # share of the documents that are looked at as the worst
+
+
+class Bounds(Frozen):
+    """A mean in bits per byte with its one-sided bounds at alpha; None: they cannot be had."""
+
+    point: float
+    low: float | None
+    high: float | None
+
+
+class Outcome(Frozen):
+    """One row of the table. `p_fail` is of "the claim holds"; `verdict` is after Holm over all rows."""
+
+    name: str
+    what: str
+    claim: str
+    gain: Bounds  # T1 - T0
+    kept: Bounds  # S1 - its rival: S0, or CE
+    share: tuple[float, float, float] | None  # of the gain, with its bounds at alpha
+    margin: Bounds  # of the claim: above 0 it holds
+    p: float  # of "the claim does not hold"
+    p_fail: float | None
+    verdict: Literal["survives", "collapses", "cannot be told"]
+    needs: str  # what would tell, where it cannot be told
+    seeds: int
+    clusters: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row before the rows are taken together: tables [S, C] in bits per byte."""
+
+    name: str
+    what: str
+    text: str
+    gain: Array
+    kept: Array
+    margin: Array
+    share: bool = True  # of the gain: not where the rival is no control
+    empty: bool = False  # the method is: what must not be seen is a gain
+    needs: str = ""
+
+
+def read_evidence(study: Study) -> tuple[Evidence, Budget]:
+    budget = load_budget(study)
+    return collect_evidence(study.folder, study, budget), budget
+
+
+def claims_of(name: str, what: str, evidence: Evidence, budget: Budget) -> Iterator[Claim]:
+    """The claim of a row on the validation documents, and of the study as it is on each of its slices."""
+    floors = {VALIDATION: budget.f} | (budget.slices if name == SAME else {})
+    for slice_name, f in floors.items():
+        gain, kept = evidence.gain(slice_name, GAIN), evidence.gain(slice_name, kept_gain(PLAIN))
+        if name == PLACEBO:
+            yield Claim(name, what, "no gain is credited", gain, kept, -kept, share=False, empty=True)
+            continue
+        power = retention_power(evidence, budget, slice_name)
+        wanted = [] if power is None else [(power.seeds_for_80, "seeds"), (power.clusters_for_80, "clusters")]
+        needs = " or ".join(f"{count} {unit}" for count, unit in wanted if count)
+        yield Claim(
+            name if slice_name == VALIDATION else f"{name}:{slice_name}",
+            what if slice_name == VALIDATION else f"{what}, slice {slice_name}",
+            f"at least {f:g} of the gain",
+            gain,
+            kept,
+            surplus(evidence, PLAIN, slice_name, f),
+            needs=needs,
+        )
+
+
+def rival_claims(rows: dict[str, Evidence], budget: Budget) -> Iterator[Claim]:
+    """The student as it is against its control, and plain training, each at the best of the rates tried.
+
+    The best rate is picked on the very documents that are compared, for the rival alone: against the claim.
+    """
+    same = rows[SAME]
+    rated = {SAME: same} | {name: rows[name] for name in RATES if name in rows}
+    if len(rated) < 2:
+        return
+    sizes = same.clusters[VALIDATION].sums(same.bytes)
+    gain = same.gain(VALIDATION, GAIN)
+    for arm, text in ((CONTROL, f"at least {budget.f:g} of the gain"), (CE, "better than it")):
+        if arm not in same.arms:
+            continue
+        bits = {name: one.bits[arm, PLAIN] for name, one in rated.items()}
+        best = min(bits, key=lambda name: float(bits[name][:, same.columns[VALIDATION]].sum()))
+        saved = same.clusters[VALIDATION].sums(bits[best] - same.bits[STUDENT, PLAIN])
+        lead = linearise(saved, sizes)
+        rate = "its own" if best == SAME else f"x {RATES[best]:g}"
+        margin = lead - budget.f * gain if arm == CONTROL else lead
+        what = f"{arm} at its best learning rate ({rate})"
+        yield Claim(f"best_{arm}", what, text, gain, lead, margin, share=arm == CONTROL)
+
+
+def judge_claims(claims: list[Claim], alpha: float) -> list[Outcome]:
+    """Every claim at level `alpha`; one that collapses does so after Holm over all of them.
+
+    That all survive is an intersection of tests, each at `alpha`; that any collapses is a union.
+    """
+    tests = [_test(claim, alpha) for claim in claims]
+    fails = [1.0 if p_fail is None else p_fail for _, _, p_fail in tests]
+    outcomes = []
+    for claim, (margin, p, p_fail), adjusted in zip(claims, tests, holm(fails), strict=True):
+        verdict = SURVIVES if p <= alpha else COLLAPSES if adjusted <= alpha else OPEN
+        share = fieller(claim.kept, claim.gain, alpha) if claim.share else None
+        outcomes.append(
+            Outcome(
+                name=claim.name,
+                what=claim.what,
+                claim=claim.text,
+                gain=_bounds(crossed_mean(claim.gain), alpha),
+                kept=_bounds(crossed_mean(claim.kept), alpha),
+                share=None if share is None else tuple(share),
+                margin=_bounds(margin, alpha),
+                p=p,
+                p_fail=p_fail,
+                verdict=verdict,
+                needs=claim.needs if verdict == OPEN else "",
+                seeds=claim.gain.shape[0],
+                clusters=claim.gain.shape[1],
+            )
+        )
+    return outcomes
+
+
+def _test(claim: Claim, alpha: float) -> tuple[Mean, float, float | None]:
+    """The margin, p of "the claim does not hold", and p of "it holds".
+
+    A claim on a share of the gain needs the gain too. Of a method that is empty nothing may be credited
+    beyond doubt: then p is 0, and else 1.
+    """
+    margin, gain = crossed_mean(claim.margin), crossed_mean(claim.gain)
+    if claim.empty:
+        kept = crossed_mean(claim.kept)
+        credited = kept.verdict(alpha, RESOLUTION) == PASS
+        return margin, float(credited), kept.p if credited else None
+    harmful = gain.verdict(alpha, RESOLUTION) == FAIL
+    fail = gain.p_above(-RESOLUTION) if harmful else margin.p_above(0.0)
+    return margin, max(margin.p, gain.p) if claim.share else margin.p, fail
+
+
+def _bounds(mean: Mean, alpha: float) -> Bounds:
+    low, high = mean.bounds(alpha)
+    return Bounds(point=mean.point, low=low, high=high)
+
+
+def conclude(outcomes: list[Outcome]) -> str:
+    """One sentence: what the idea does not survive, or what keeps one from telling; the worst row first."""
+    fallen = sorted((one for one in outcomes if one.verdict == COLLAPSES), key=lambda one: one.p_fail or 0.0)
+    if fallen:
+        return f"collapses: {'; '.join(one.what for one in fallen)}"
+    unsure = sorted((one for one in outcomes if one.verdict == OPEN), key=lambda one: -one.p)
+    if unsure:
+        worst = unsure[0]
+        needs = f" (it would take {worst.needs})" if worst.needs else ""
+        others = f"; also open: {'; '.join(one.what for one in unsure[1:])}" if unsure[1:] else ""
+        return f"cannot be told: {worst.what}{needs}{others}"
+    worst = max(outcomes, key=lambda one: one.p)
+    return f"survives; weakest: {worst.what} (p = {worst.p:.2g})"
+
+
+def rare_failures(evidence: Evidence) -> list[str]:
+    """The documents and the cluster on which the student lost most against the base, and the control there.
+
+    Descriptions, not tests: the worst were picked by the very scores that are shown.
+    """
+    columns = evidence.columns[VALIDATION]
+    size = evidence.bytes[columns]
+    by_arm = {
+        arm: ((evidence.bits[FALLBACK, PLAIN] - evidence.bits[arm, PLAIN])[:, columns]).mean(0)
+        for arm in (STUDENT, CONTROL)
+    }
+    worst = np.argsort(by_arm[STUDENT] / size)[: max(1, round(WORST * len(size)))]
+    clusters = evidence.clusters[VALIDATION]
+    sizes = clusters.sums(evidence.bytes)
+    leads = {
+        arm: evidence.saved_bits(VALIDATION, Contrast(arm, FALLBACK)).mean(0) / sizes
+        for arm in (STUDENT, CONTROL)
+    }
+    group = int(np.argmin(leads[STUDENT]))
+    texts = {arm: f"{float(bits[worst].sum() / size[worst].sum()):+.3f}" for arm, bits in by_arm.items()}
+    return [
+        f"over the base, bits/byte: on the worst {len(worst)} of {len(size)} documents S1 {texts[STUDENT]}, "
+        f"S0 {texts[CONTROL]} there",
+        f"over the base, bits/byte: in the worst of {len(sizes)} clusters S1 {leads[STUDENT][group]:+.3f}, "
+        f"S0 {leads[CONTROL][group]:+.3f} there",
+    ]

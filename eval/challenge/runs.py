@@ -1,0 +1,43 @@
+"""Trains and scores a study by its commands, each in a process of its own with a log."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from eval.core.artifacts import write_text
+from eval.core.errors import UserError
+from eval.core.study import Study, study_text
+
+COMMANDS = (("distill.train", "--config"), ("eval.score", "--study"))
+
+
+def run_study(study: Study, path: Path | None = None) -> None:
+    """Trains and scores a study; what is done already is found by its keys.
+
+    Beside its run folder lie its settings, `NAME.yaml`, and what the commands printed, `NAME.log`.
+
+    Args:
+        path: a folder from which modules are imported too: the method's.
+
+    Raises:
+        UserError: a command ended with an error; its last line and the log are named.
+    """
+    config, log = (study.folder.with_name(f"{study.name}.{kind}") for kind in ("yaml", "log"))
+    config.parent.mkdir(parents=True, exist_ok=True)
+    write_text(config, study_text(study))
+    places = [str(path)] if path else []
+    places += [place for place in (os.environ.get("PYTHONPATH"),) if place]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    for module, flag in COMMANDS:
+        with log.open("a", encoding="utf-8") as stream:
+            start = stream.tell()
+            words = [sys.executable, "-m", module, flag, str(config)]
+            code = subprocess.run(words, stdout=stream, stderr=stream, env=env, check=False).returncode
+        if code < 0 or code == 130:
+            raise KeyboardInterrupt  # a child is stopped with its parent, by Ctrl-C
+        if code:
+            with log.open(encoding="utf-8", errors="replace") as stream:
+                stream.seek(start)
+                lines = stream.read().strip().splitlines() or [""]
+            raise UserError(f"study {study.name}", f"{module} ended with {code}: {lines[-1]}", f"see {log}")

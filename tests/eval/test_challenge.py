@@ -1,0 +1,189 @@
+"""A challenge changes one thing at a time, says which change the claim does not survive, and resumes."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from eval.challenge.outcome import (
+    COLLAPSES,
+    OPEN,
+    SURVIVES,
+    Claim,
+    claims_of,
+    conclude,
+    judge_claims,
+    rare_failures,
+    rival_claims,
+)
+from eval.challenge.rows import PLACEBO, SAME, plan_rows
+from eval.core.errors import UserError
+from eval.core.study import load_study
+from eval.stats.crossed import crossed_mean
+from tests.eval.run_builder import Run
+from tests.helpers import ROOT, run
+
+
+def evidence_of(folder, **changes):
+    from eval.core.budget import load_budget
+    from eval.gate.evidence import collect_evidence
+
+    made = Run(folder, **changes).make()
+    study = load_study(made.path)
+    budget = load_budget(study)
+    return collect_evidence(made.path, study, budget), budget
+
+
+def table(mean: float, noise: float, rng) -> np.ndarray:
+    return mean + rng.normal(0, noise, (4, 1)) + rng.normal(0, noise, (4, 30))
+
+
+def test_rows_change_one_thing_and_the_cheapest_come_first():
+    rows, skipped = plan_rows(load_study("default"), ["long=--train.epochs 5 --ce_arm false"])
+    assert [row.trains for row in rows] == sorted(row.trains for row in rows)
+    source = ROOT / "configs" / "studies" / "default.yaml"
+    plain = load_study(source).model_dump(mode="json", exclude={"name", "runs", "recipes"})
+    changed = {}
+    for row in rows:
+        study = row.study(source, ROOT / "elsewhere").model_dump(mode="json")
+        assert study["recipes"] == []
+        changed[row.name] = {key for key, value in plain.items() if study[key] != value}
+    assert changed[SAME] == set()
+    assert changed["long"] == {"train", "ce_arm"}
+    assert {name: keys for name, keys in changed.items() if len(keys) != 1} == {
+        SAME: set(),
+        "long": {"train", "ce_arm"},
+    }
+    assert {"half_rate", "double_rate", "half_data", "other_seeds", "member_less", PLACEBO} <= changed.keys()
+    assert "other data of the same domain" in skipped
+
+
+def test_of_a_trained_model_no_other_size_can_be_made_and_that_is_said():
+    rows, skipped = plan_rows(load_study("smollm2"), [])
+    assert not {"half_depth", "double_depth"} & {row.name for row in rows}
+    assert {"another size", "another base"} <= skipped.keys()
+    assert "--row 'other_base=--base.path PATH'" in skipped["another base"]
+
+
+def test_each_part_of_a_chain_is_put_to_the_test_alone():
+    rows, _ = plan_rows(load_study(ROOT / "configs/methods/chain.yaml"), [])
+    parts = [row for row in rows if row.name.startswith("only_part")]
+    assert [row.words for row in parts] == [("--method.settings.tested", str(i)) for i in range(2)]
+
+
+@pytest.mark.parametrize("text", ["long", "Long=--a 1", "as_it_is=--a 1", "long=train.epochs 2"])
+def test_a_row_of_another_form_is_refused(text):
+    with pytest.raises(UserError, match="expected a new name"):
+        plan_rows(load_study("tiny"), [text])
+
+
+def test_a_claim_survives_collapses_or_is_open_by_the_crossed_test():
+    rng = np.random.default_rng(0)
+    gain = table(0.1, 0.002, rng)
+    cases = {"kept": 0.08, "lost": 0.01, "half": 0.05}
+    claims = []
+    for name, mean in cases.items():
+        kept = table(mean, 0.002, rng) if name != "half" else gain * 0.5 + table(0.0, 0.02, rng)
+        claims.append(Claim(name, name, "half", gain, kept, kept - 0.5 * gain, needs="9 seeds"))
+    outcomes = {one.name: one for one in judge_claims(claims, 0.05)}
+    assert {name: one.verdict for name, one in outcomes.items()} == {
+        "kept": SURVIVES,
+        "lost": COLLAPSES,
+        "half": OPEN,
+    }
+    low, high = crossed_mean(claims[0].margin).bounds(0.05)
+    assert (outcomes["kept"].margin.low, outcomes["kept"].margin.high) == (low, high)
+    assert outcomes["half"].needs == "9 seeds"
+    assert conclude(list(outcomes.values())) == "collapses: lost"
+    assert conclude([outcomes["kept"], outcomes["half"]]).startswith("cannot be told: half (it would take 9")
+    assert conclude([outcomes["kept"]]).startswith("survives; weakest: kept")
+
+
+def test_one_of_many_rows_collapses_only_after_holm():
+    rng = np.random.default_rng(1)
+    gain, noise, kept = (table(mean, 0.003, rng) for mean in (0.1, 0.0, 0.09))
+    p_fail = (crossed_mean(noise - noise.mean() - harm).p_above(0.0) for harm in np.linspace(0, 0.02, 200))
+    harm = np.linspace(0, 0.02, 200)[next(i for i, p in enumerate(p_fail) if p < 0.03)]
+    weak = noise - noise.mean() - harm
+    lone = Claim("weak", "weak", "above", gain, weak, weak, share=False)
+    others = [Claim(f"r{i}", "", "half", gain, kept, kept - 0.5 * gain) for i in range(11)]
+    assert judge_claims([lone], 0.05)[0].verdict == COLLAPSES
+    assert judge_claims([lone, *others], 0.05)[0].verdict == OPEN
+
+
+def test_an_empty_method_survives_unless_a_gain_is_credited_to_it():
+    rng = np.random.default_rng(2)
+    nothing, credited = np.zeros((4, 30)), table(0.05, 0.002, rng)
+    for kept, verdict in ((nothing, SURVIVES), (table(0.0, 0.01, rng), SURVIVES), (credited, COLLAPSES)):
+        claim = Claim(PLACEBO, "", "", nothing, kept, -kept, share=False, empty=True)
+        assert judge_claims([claim], 0.05)[0].verdict == verdict
+
+
+def test_the_rival_is_taken_at_its_best_rate(tmp_path):
+    gains = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.02}
+    same, budget = evidence_of(tmp_path / "same", gains=gains)
+    better, _ = evidence_of(tmp_path / "better", gains=gains | {"CE": 0.2, "S0": 0.1})
+    rows = {SAME: same, "half_rate": better}
+    of_one = {claim.name: claim for claim in rival_claims({SAME: same, "half_rate": same}, budget)}
+    claims = {claim.name: claim for claim in rival_claims(rows, budget)}
+    assert claims["best_CE"].what == "CE at its best learning rate (x 0.5)"
+    assert of_one["best_CE"].kept.mean() == pytest.approx(0.10, abs=0.01)
+    assert claims["best_CE"].kept.mean() == pytest.approx(-0.08, abs=0.01)
+    assert claims["best_S0"].margin.mean() == pytest.approx(0.12 - 0.1 - 0.5 * 0.12, abs=0.01)
+    verdicts = {one.name: one.verdict for one in judge_claims(list(claims.values()), 0.05)}
+    assert verdicts == {"best_CE": COLLAPSES, "best_S0": COLLAPSES}
+    assert not list(rival_claims({SAME: same}, budget)), "no rate was tried"
+
+
+def test_every_slice_of_the_study_as_it_is_has_its_own_row(tmp_path):
+    evidence, budget = evidence_of(tmp_path, far={"T1": 0.12, "S1": 0.0, "S0": 0.0})
+    claims = list(claims_of(SAME, "as it is", evidence, budget))
+    outcomes = {one.name: one.verdict for one in judge_claims(claims, 0.05)}
+    assert outcomes == {"as_it_is": SURVIVES, "as_it_is:far": COLLAPSES}
+    assert [claim.name for claim in claims_of("half_rate", "", evidence, budget)] == ["half_rate"]
+
+
+def test_the_worst_documents_are_those_where_the_student_lost_most(tmp_path):
+    evidence, _ = evidence_of(tmp_path)
+    columns = evidence.columns["validation"]
+    bits = evidence.bits["S1", "plain"].copy()
+    bits[:, columns[7]] += 3.0 * evidence.bytes[columns[7]]
+    worse = replace(evidence, bits=evidence.bits | {("S1", "plain"): bits})
+    line = next(line for line in rare_failures(worse) if "documents" in line)
+    assert "worst 1 of 40 documents" in line
+    assert float(re.search(r"S1 ([-+][\d.]+)", line)[1]) == pytest.approx(-2.9, abs=0.2)
+
+
+@pytest.mark.slow
+def test_a_first_look_and_a_challenge_by_the_command_line(tmp_path):
+    page = (ROOT / "docs" / "own-method.md").read_text(encoding="utf-8")
+    (tmp_path / "ours").mkdir()
+    code = re.search(r"`ours/neural_cache.py`:\n\n```python\n(.*?)```", page, re.DOTALL)[1]
+    method = tmp_path / "ours" / "neural_cache.py"
+    method.write_text(code)
+    short = ["--runs", str(tmp_path / "runs"), "--data.train_rows", "32", "--base.train.epochs", "1"]
+    done = run(
+        "eval.challenge.first_look", "ours/neural_cache.py", *short, "--json", "look.json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    look = json.loads((tmp_path / "look.json").read_text())
+    assert [one["what"][:7] for one in look["contrasts"]] == ["T1 - T0", "S1 - S0", "S1 - CE"]
+    assert look["contrasts"][0]["kept"]["point"] != 0
+    assert "seen four times in five by 2 seeds and" in done.stdout
+    assert (tmp_path / "runs/try/first_look.svg").read_text().startswith("<?xml")
+
+    words = ["--study", str(ROOT / "configs/studies/harmful.yaml"), *short, "--first-collapse"]
+    done = run("-m", "eval.challenge", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("harmful collapses: as it is")
+    result = json.loads((tmp_path / "runs/harmful-challenge/challenge.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["as_it_is", "as_it_is:far"]
+    assert "not run, because a row before collapsed: half_rate" in result["notes"]
+    model = tmp_path / "runs/harmful-challenge/as_it_is/students/S1/s0/manifest.json"
+    before = model.stat().st_mtime_ns
+    again = run("-m", "eval.challenge", *words)
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert model.stat().st_mtime_ns == before
+    assert "challenge: as it is done" not in again.stderr, "nothing was left to run"
