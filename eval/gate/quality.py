@@ -25,7 +25,8 @@ GAIN_OVER_BASE = Contrast(TEACHERS[0], FALLBACK)
 GAIN_OVER_CE = Contrast(STUDENT, CE)
 
 
-RIVALS = {CE: "plain training on the same rows"}  # arm -> what it is; simpler than a student with a teacher
+# The arm CE by `ce_arm` of the study: what is simpler than a student with a teacher.
+RIVALS = {True: "plain training on the same rows", "on_policy": "training on its own texts without a teacher"}
 
 
 def kept_gain(recipe: str) -> Contrast:
@@ -107,21 +108,21 @@ def fallback_part(evidence: Evidence, recipe: str, alpha: float, name: str = VAL
 
 
 def over_ce_part(evidence: Evidence, share: float, alpha: float) -> Part:
-    """(S1 - CE) - share (T1 - T0): what is absorbed is worth more than plain training on the same rows."""
+    """(S1 - CE) - share (T1 - T0): what is absorbed is worth more than training without a teacher."""
     lead = evidence.gain(VALIDATION, GAIN_OVER_CE) - share * evidence.gain(VALIDATION, GAIN)
-    what = f"the student beats {RIVALS[CE]} by {share:g} of the teacher's gain"
+    what = f"the student beats {RIVALS[evidence.study.ce_arm]} by {share:g} of the teacher's gain"
     return mean_part("over_ce", crossed_mean(lead), alpha, what, f"{what}: it does not")
 
 
 def compare_rivals(evidence: Evidence, alpha: float) -> list[Rival]:
     """How much better than the uncompressed student each simpler rival of the study is."""
-    rivals = []
-    for arm, what in RIVALS.items():
-        if (arm, PLAIN) in evidence.bits:
-            lead = evidence.gain(VALIDATION, Contrast(arm, STUDENT))
-            beats = crossed_mean(lead).verdict(alpha) == PASS
-            rivals.append(Rival(arm=arm, what=what, lead=estimate(lead, alpha), beats=beats))
-    return rivals
+    if (CE, PLAIN) not in evidence.bits:
+        return []
+    lead = evidence.gain(VALIDATION, Contrast(CE, STUDENT))
+    beats = crossed_mean(lead).verdict(alpha) == PASS
+    return [
+        Rival(arm=CE, what=RIVALS[evidence.study.ce_arm], lead=estimate(lead, alpha), beats=beats),
+    ]
 
 
 def slice_parts(evidence: Evidence, recipe: str, name: str, f: float, alpha: float) -> list[Part]:
@@ -135,11 +136,17 @@ def slice_parts(evidence: Evidence, recipe: str, name: str, f: float, alpha: flo
 
 
 def quality_parts(evidence: Evidence, budget: Budget, recipe: str) -> list[Part]:
-    """Parts 1 to 4 of the gate. Without assay sensitivity nothing else can be judged."""
-    alpha = budget.alpha
+    """Parts 1 to 4 of the gate. Without assay sensitivity nothing else can be judged.
+
+    Where students learn on what they write, a control without a teacher counts like S0: a sampled advantage
+    can teach without knowing anything.
+    """
+    alpha, over_ce = budget.alpha, budget.over_ce
+    if over_ce is None and evidence.study.ce_arm == "on_policy":
+        over_ce = budget.f
     return [
         assay_part(evidence, VALIDATION, alpha),
-        *([] if budget.over_ce is None else [over_ce_part(evidence, budget.over_ce, alpha)]),
+        *([] if over_ce is None else [over_ce_part(evidence, over_ce, alpha)]),
         retention_part(evidence, recipe, VALIDATION, budget.f, alpha),
         guard_part(evidence, recipe, budget),
         fallback_part(evidence, recipe, alpha),

@@ -1,5 +1,6 @@
 """What is recommended, and what stands beside it: rivals that win, what is too good, what is gone."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from eval.core.checks import check_budget
 from eval.core.errors import UserError
 from eval.gate.decision import judge
 from eval.gate.evidence import collect_evidence
-from eval.gate.quality import GAIN_OVER_CE
+from eval.gate.quality import GAIN_OVER_CE, compare_rivals, quality_parts
 from eval.stats.crossed import crossed_mean
 from tests.eval.run_builder import HOST, Run, copy_run, edit, gate, row
 
@@ -87,6 +88,21 @@ def test_a_student_that_beats_plain_training_passes_what_is_demanded_of_it(toy):
     without = toy.study.model_copy(update={"ce_arm": False})
     with pytest.raises(UserError, match="over_ce: the study has no arm CE"):
         check_budget(load_budget(toy.study, str(toy.folder / "budget.yaml")), without, ["validation", "far"])
+
+
+def test_of_on_policy_students_the_control_without_a_teacher_counts_like_s0(tmp_path):
+    run = Run(tmp_path)
+    run.gains |= {"CE": 0.10}  # half of the teacher's gain would leave 0.06
+    run.make()
+    budget = load_budget(run.study)
+    evidence = collect_evidence(run.path, run.study, budget)
+    study = run.study.model_copy(update={"ce_arm": "on_policy"})
+    on_policy = dataclasses.replace(evidence, study=study)
+    assert "over_ce" not in {part.name for part in quality_parts(evidence, budget, "int8")}
+    part = next(part for part in quality_parts(on_policy, budget, "int8") if part.name == "over_ce")
+    assert part.verdict == "FAIL"
+    assert "training on its own texts without a teacher by 0.5 of" in part.reason
+    assert compare_rivals(on_policy, 0.05)[0].what == "training on its own texts without a teacher"
 
 
 def test_the_interval_that_is_shown_is_the_one_that_decides(toy):
