@@ -174,8 +174,10 @@ def test_the_command_compares_once_and_again_only_what_changed(tmp_path, openvin
         **facts("S1", "int8", "openvino"),
     )
     put(folder, "variants/int8/S0/s0", torch_model(seed=5), **facts("S0", "int8"))
+    (folder / "gate.json").write_text("{}")  # of a verdict from before
     done = run("-m", "eval.score.agreement", "--study", study)
     assert done.returncode == 0, done.stderr
+    assert f"gate.json is older than these: run python -m eval.gate --study {folder} again" in done.stdout
     assert "compared 1 variants, 0 were compared before" in done.stdout
     (agreement,) = read_agreements(folder)
     assert (agreement.arm, agreement.recipe, agreement.engine) == ("S1", "int8", "openvino")
