@@ -40,6 +40,7 @@ from eval.gate.evidence import Evidence
 
 SHARED = ("data", "tokens", "base", "method", "targets", "students")  # of a run folder: known by their keys
 DONE = "done.json"  # row -> what it was made of
+WIDTH = 118  # columns of the table where it is not for a terminal
 
 
 @dataclass
@@ -163,7 +164,8 @@ def main() -> None:
     left = challenge.run(args.first_collapse)
     outcomes = challenge.outcomes()
     sentence = conclude(outcomes)
-    show(outcomes, Console())
+    console = Console()
+    show(outcomes, console if console.is_terminal else Console(width=WIDTH))
     notes = [*rare_failures(challenge.evidence[SAME])]
     notes += [f"not run, because a row before collapsed: {name}" for name in left]
     notes += [f"not tried: {what}: {why}" for what, why in skipped.items()]

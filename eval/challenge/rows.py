@@ -121,5 +121,5 @@ def _sizes(study: Study, skipped: dict[str, str]) -> Iterator[Row]:
         return
     key = "base.architecture.num_hidden_layers"
     if layers > 1:
-        yield Row("half_depth", f"{layers // 2} layers", _flags({key: layers // 2}), 3)
-    yield Row("double_depth", f"{2 * layers} layers", _flags({key: 2 * layers}), 3)
+        yield Row("half_depth", f"depth {layers // 2} in place of {layers}", _flags({key: layers // 2}), 3)
+    yield Row("double_depth", f"depth {2 * layers} in place of {layers}", _flags({key: 2 * layers}), 3)
