@@ -9,7 +9,17 @@ from pydantic import ValidationError
 from eval.core.artifacts import digest
 from eval.core.budget import Budget, Target, load_budget
 from eval.core.checks import CONTROL, STUDENT
-from eval.core.gate_file import GateFile, Hashes, KeptShare, Part, Provenance, Rival, Slice, Variant
+from eval.core.gate_file import (
+    GateFile,
+    Hashes,
+    KeptShare,
+    OnTestSet,
+    Part,
+    Provenance,
+    Rival,
+    Slice,
+    Variant,
+)
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import check_trained, load_study, prefixes
 from eval.gate.caveats import compare_extents, extent_of, list_anomalies, list_caveats
@@ -157,7 +167,11 @@ def target_verdict(rows: list[Variant]) -> Verdict:
 
 
 def study_verdict(
-    rows: dict[str, list[Variant]], as_good: dict[str, list[str]], targets: dict[str, Target], alpha: float
+    rows: dict[str, list[Variant]],
+    as_good: dict[str, list[str]],
+    targets: dict[str, Target],
+    alpha: float,
+    on_test: OnTestSet | None,
 ) -> tuple[Verdict, str]:
     """PASS: something ships on every required target. FAIL: on one of them everything fails."""
     verdicts = {name: target_verdict(rows[name]) for name, target in targets.items() if target.required}
@@ -166,7 +180,7 @@ def study_verdict(
     names = [name for name, value in verdicts.items() if value == verdict]
     if verdict != PASS:
         return verdict, target_sentence(verdict, names[0], rows[names[0]], alpha)
-    sentences = [shipping_sentence(name, rows[name], as_good[name], alpha) for name in names]
+    sentences = [shipping_sentence(name, rows[name], as_good[name], alpha, on_test) for name in names]
     return PASS, "; ".join(sentences)
 
 
@@ -183,11 +197,19 @@ def closest_variant(rows: list[Variant], verdict: Verdict) -> Variant:
     return min(candidates, key=lambda r: (sum(p.verdict != PASS for p in r.parts), r.recipe == PLAIN))
 
 
-def shipping_sentence(target: str, rows: list[Variant], as_good: list[str], alpha: float) -> str:
-    """What ships on a target, in one sentence that a manager understands."""
+def shipping_sentence(
+    target: str, rows: list[Variant], as_good: list[str], alpha: float, on_test: OnTestSet | None
+) -> str:
+    """What ships on a target, in one sentence that a manager understands.
+
+    The share is that of the test documents once they were opened for it: on the validation documents it was
+    picked, and is a little too good there.
+    """
     best = next(row for row in rows if row.recommended)
     others = f" (as good: {', '.join(as_good)})" if as_good else ""
     share = share_sentence(best.kept_share, alpha)
+    if on_test and on_test.current and on_test.recipe == best.recipe and on_test.kept_share:
+        share = f"{share_sentence(on_test.kept_share, alpha)} on the test documents"
     return f"on {target} ship {best.recipe}{others}: it {share} and meets every limit"
 
 
@@ -233,10 +255,11 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
     judged = {target: judge_target(evidence, budget, candidates, target) for target in budget.targets}
     rows = {target: marked for target, (marked, _) in judged.items()}
     as_good = {target: others for target, (_, others) in judged.items()}
-    verdict, reason = study_verdict(rows, as_good, budget.targets, budget.alpha)
+    settings = budget.model_dump(mode="json")
+    on_test = summarize_openings(evidence.openings, evidence.artifacts, digest(settings))
+    verdict, reason = study_verdict(rows, as_good, budget.targets, budget.alpha, on_test)
     rivals = compare_rivals(evidence, budget.alpha)
     gains = {name: estimate(evidence.gain(name, GAIN), budget.alpha) for name in evidence.columns}
-    settings = budget.model_dump(mode="json")
     extent, shrunk = compare_extents(extent_of(evidence), before.extent if before else None)
     return GateFile(
         study=evidence.study.name,
@@ -267,7 +290,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
         power=retention_power(evidence, budget),
         variants=[row for name in rows for row in rows[name]],
         quality=collect_qualities(evidence, next(iter(rows.values())), budget.alpha),
-        test_set=summarize_openings(evidence.openings, evidence.artifacts, digest(settings)),
+        test_set=on_test,
         extent=extent,
         provenance=Provenance(
             config=evidence.study.hash(),

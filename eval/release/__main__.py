@@ -30,10 +30,10 @@ from eval.core.artifacts import (
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
 from eval.core.commands import new_parser, study_from_command
-from eval.core.documents import TRAIN, boundary_id, stream_documents
+from eval.core.documents import TEST, TRAIN, boundary_id, stream_documents
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.gate_file import GateFile
-from eval.core.records import PLAIN, read_scores, record_path
+from eval.core.records import PLAIN, each_score, read_scores, record_path
 from eval.core.study import Study, load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.gate.evidence import Evidence, collect_evidence
@@ -218,7 +218,7 @@ class ReleaseFolder:
         """What a recheck compares with: the signed scores, and how the documents of the study looked."""
         sources = self.sources
         models = {(FALLBACK, PLAIN), *((arm, r) for arm in (STUDENT, CONTROL) for r in sources.recipes)}
-        for record in read_scores(sources.run):
+        for record in [*read_scores(sources.run), *each_score(sources.run, "test")]:
             if record.seed == sources.seed and (record.arm, record.recipe) in models:
                 source = record_path(sources.run, record)
                 place = self.place / "evidence" / source.relative_to(sources.run)
@@ -229,7 +229,7 @@ class ReleaseFolder:
         slices = next(iter(contract.targets.values())).gain
         self.write(
             "evidence/reference.json",
-            reference(sources.run / "data", list(slices), tokenizer).model_dump_json() + "\n",
+            reference(sources.run / "data", [*slices, TEST], tokenizer).model_dump_json() + "\n",
         )
 
     def write(self, name: str, text: str) -> None:

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.stats.crossed import cluster_bounds
 from eval.stats.multiplicity import holm
+from eval.stats.sequential import rate_bounds, start_level
 
 Array = NDArray[np.float64]
 QUESTIONS = {
@@ -74,3 +76,61 @@ def drifts(before: dict[str, Array], now: dict[str, Array]) -> list[Drift]:
         )
         for (name, test), p in zip(tests.items(), adjusted, strict=True)
     ]
+
+
+class Moved(NamedTuple):
+    """One question at every look: Cliff's delta of everything so far; its bounds hold for all questions."""
+
+    name: str
+    before: float  # median
+    now: float
+    effect: float
+    low: float
+    high: float
+    since: int | None  # the look since which the effect is beyond doubt not negligible
+
+
+def placements(before: Array, now: Array) -> Array:
+    """[n] for each new value the share of old ones below, less that above; the mean is Cliff's delta."""
+    ordered = np.sort(before)
+    below, not_above = (np.searchsorted(ordered, now, side=side) for side in ("left", "right"))
+    return (below + not_above) / len(ordered) - 1
+
+
+def effect_bounds(before: Array, now: Array, alpha: float, tuned: float) -> tuple[float, float]:
+    """Bounds of Cliff's delta, each at alpha over all looks at the new values; the old ones are seen once.
+
+    A placement lies between -1 and 1, so that the bounds of a chance hold for its mean (Howard et al. 2021).
+    What the old values leave open, the spread of their own placements among the new ones, is added to either.
+    """
+    total = float((placements(before, now) + 1).sum() / 2)
+    low, high = rate_bounds(total, len(now), alpha / 2, tuned)
+    sampled = cluster_bounds(placements(now, before), alpha / 2)
+    if sampled is None:
+        return -1.0, 1.0
+    half = (sampled[1] - sampled[0]) / 2
+    return max(2 * low - 1 - half, -1.0), min(2 * high - 1 + half, 1.0)
+
+
+def drifts_so_far(
+    before: dict[str, Array], now: dict[str, Array], first: list[int], alpha: float, tuned: float
+) -> list[Moved]:
+    """Every value in `QUESTIONS` at any number of looks: ever calling one drifted wrongly has chance alpha.
+
+    Args:
+        now: name -> one value per document, in the order of time.
+        first: the first document of each look.
+    """
+    found, level = [], alpha / (2 * len(QUESTIONS))  # two sides of each
+    for name in QUESTIONS:
+        old, new = before[name], now[name]
+        since = None
+        for number, start in enumerate(first, 1):
+            low, high = effect_bounds(old, new[start:], start_level(level, number), tuned)
+            if low > NEGLIGIBLE or high < -NEGLIGIBLE:
+                since = number
+                break
+        low, high = effect_bounds(old, new, level, tuned)
+        medians = float(np.median(old)), float(np.median(new))
+        found.append(Moved(name, *medians, superiority(old, new), low, high, since))
+    return found

@@ -81,27 +81,12 @@ def mean_bounds(values: ArrayLike, alpha: float, tuned: float) -> tuple[float, f
 
 
 def start_level(alpha: float, start: int) -> float:
-    """The share of `alpha` of a sequence that starts at look 1, 2, ...: together they spend alpha."""
-    return alpha / (start * (start + 1))
+    """The share of `alpha` of a sequence that starts at look 1, 2, ...: together they spend alpha.
 
-
-def bounds_by_start(
-    values: ArrayLike, starts: list[int], alpha: float, tuned: float
-) -> list[tuple[float, float] | None]:
-    """Bounds of the mean since each look, which hold for all of them and over all times together.
-
-    The mean of everything so far takes long to tell of a change. A sequence of its own for each place where
-    the change may have been finds it, and the union of them errs with chance alpha (Shin, Ramdas and Rinaldo
-    2024, E-detectors, mix such sequences likewise).
-
-    Args:
-        values: [n] in the order of time.
-        starts: index of the first value of each look.
+    The mean of everything so far takes long to tell of a change. A sequence of its own for each look since
+    which there may have been one finds it (Shin, Ramdas and Rinaldo 2024, E-detectors, mix such likewise).
     """
-    x = np.asarray(values, float)
-    return [
-        mean_bounds(x[first:], start_level(alpha, number), tuned) for number, first in enumerate(starts, 1)
-    ]
+    return alpha / (start * (start + 1))
 
 
 def log_rate_evidence(successes: ArrayLike, n: ArrayLike, rate: ArrayLike, weight: ArrayLike) -> Array:
@@ -117,12 +102,15 @@ def log_rate_evidence(successes: ArrayLike, n: ArrayLike, rate: ArrayLike, weigh
     return above + betaln(a + k, b + n - k) - betaln(a, b) - k * np.log(rate) - (n - k) * np.log1p(-rate)
 
 
-def rate_bounds(successes: int, n: int, alpha: float, tuned: float) -> tuple[float, float]:
-    """Lower and upper bound of a chance from `successes` among n, each at level `alpha` over all times."""
+def rate_bounds(successes: float, n: int, alpha: float, tuned: float) -> tuple[float, float]:
+    """Lower and upper bound of a chance from `successes` among n, each at level `alpha` over all times.
+
+    Of values between 0 and 1 with the sum `successes` too: their mean is bounded as a chance is.
+    """
     return _lowest_rate(successes, n, alpha, tuned), 1 - _lowest_rate(n - successes, n, alpha, tuned)
 
 
-def _lowest_rate(successes: int, n: int, alpha: float, tuned: float) -> float:
+def _lowest_rate(successes: float, n: int, alpha: float, tuned: float) -> float:
     """The largest chance that is refused as too small."""
     if successes == 0:
         return 0.0

@@ -1,50 +1,60 @@
 """Does a release still keep its contract on new documents?
 
-    python -m eval.watch.recheck --release FOLDER --data new.jsonl [--target NAME] [--public FILE] ...
+    python -m eval.watch.recheck --release FOLDER --data new.jsonl [--append history.jsonl] ...
 
-`new.jsonl` has one document per line: {"text": ...}, and an `id` where wanted. The release, its control and
-its fallback are scored on them. Exit codes: 0 the contract holds, 1 it is broken, 2 more documents are
-needed, 3 error. Costs are repeated with `python -m eval.cost --variant FOLDER/variants/RECIPE --target NAME`.
+`new.jsonl` has one document per line: {"text": ...}, and `id`, `domain` and `group` where wanted. The
+release, its control and its fallback are scored on them. With `--append` they join those of all looks so far,
+and the bounds hold however often one looks. Exit codes: 0 the contract holds, 1 it is broken, 2 more
+documents are needed, 3 error. Costs: `python -m eval.cost --variant FOLDER/variants/RECIPE --target NAME`.
 """
 
 import argparse
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256, hash_files, read_manifest, verify_artifact
-from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
+from eval.core.checks import CONTROL, FALLBACK, STUDENT
 from eval.core.commands import add_json, new_parser, write_json
-from eval.core.documents import Document, json_objects, tokens_per_batch
-from eval.core.documents.encoding import text_ids
-from eval.core.errors import EXITS, UserError, entry, expected_text, require_one_of
+from eval.core.documents import TEST, Document
+from eval.core.errors import EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import STYLES
-from eval.core.records import PLAIN, VALIDATION, Documents, read_scores
+from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import load_study
-from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.release.contract import costs_of, gain
-from eval.release.contract_file import Bits, Contract, Signature, Target, read_contract
-from eval.release.reference import Reference
+from eval.release.contract_file import Contract, Signature, Target, read_contract
 from eval.report.format import estimate_cell, fixed, significant
 from eval.signoff.keys import from_raw, public_key
 from eval.signoff.statement import FOLDER, Predicate, expired, read_statement
 from eval.signoff.verify import first_difference, read_gate, row_of
 from eval.stats.crossed import FAIL
-from eval.stats.drift import NEGLIGIBLE, QUESTIONS, Array, Drift, drifts, surprise
+from eval.stats.drift import NEGLIGIBLE, QUESTIONS, Drift, Moved, drifts, drifts_so_far
+from eval.watch.history import (
+    Look,
+    Seen,
+    Series,
+    check_history,
+    check_new,
+    previous_hash,
+    read_history,
+    series_of,
+    write_history,
+)
+from eval.watch.measure import Before, before_release, bits_of, drift_values, read_new, released, see, text_id
 from eval.watch.regression import Finding, diagnosis, findings, verdict
+from eval.watch.sequences import findings_so_far
 
 if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey
 
+TUNED = 4  # times the documents of the first look: where the bounds are narrowest
 WIDTH = 130  # columns of the tables where nobody can tell, e.g. in a log
 COMPILED = "__pycache__/load_release."  # Python may keep the loader compiled
 
@@ -67,7 +77,7 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
     shipped = contract.targets[require_one_of("--target", name, list(contract.targets))]
     statement, _ = read_statement(release / FOLDER / f"{shipped.recipe}-{name}.json", trusted)
     predicate = statement.predicate
-    for place, signed in signed_places(contract, shipped).items():
+    for place, signed in signed_places(release, contract, shipped).items():
         if file_sha256(release / place) != predicate.files.get(signed):
             raise UserError(f"release {release}", f"{place} is not the {signed} that was signed", fix)
     for folder in (f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"):
@@ -116,7 +126,7 @@ def restated(release: Path, contract: Contract, target: str, predicate: Predicat
     return whole.model_dump(mode="json")
 
 
-def signed_places(contract: Contract, shipped: Target) -> dict[str, str]:
+def signed_places(release: Path, contract: Contract, shipped: Target) -> dict[str, str]:
     """Path in the release -> path that the sign-off has for it."""
     recipe, seed = shipped.recipe, f"s{contract.seed}"
 
@@ -133,110 +143,85 @@ def signed_places(contract: Contract, shipped: Target) -> dict[str, str]:
     for arm, record_recipe in ((STUDENT, recipe), (CONTROL, recipe), (FALLBACK, PLAIN)):
         record = f"records/score/{record_recipe}/{arm}-{seed}.json"
         places[f"evidence/{record}"] = record
+    for arm, record_recipe in ((STUDENT, recipe), (CONTROL, recipe), (FALLBACK, PLAIN)):
+        record = f"records/test/{record_recipe}/{arm}-{seed}.json"
+        if (release / "evidence" / record).is_file():  # the test documents were opened
+            places[f"evidence/{record}"] = record
     return places
-
-
-def read_new(path: Path, limit: int) -> list[Document]:
-    """The documents of a JSONL file, each cut to `limit` bytes as those of the study were.
-
-    Raises:
-        UserError: a line is no document, an id appears twice, or there is none at all.
-    """
-    rows = json_objects(path, "--data", 'give a JSONL of documents, {"text": "..."} a line')
-    documents = [_document(where, row, number, limit) for where, number, row in rows]
-    name, times = Counter(document.id for document in documents).most_common(1)[0]
-    if times > 1:
-        raise UserError(f"--data {path}", f"id {name!r} appears {times} times", "give each document its own")
-    same, times = Counter(document.text for document in documents).most_common(1)[0]
-    if times > 1:
-        problem = f"{same[:40]!r}... is {times} documents, as far as they are read"
-        raise UserError(f"--data {path}", problem, "give each text once: copies are no evidence")
-    return documents
-
-
-def _document(where: str, row: dict[str, Any], number: int, limit: int) -> Document:
-    text = row.get("text")
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(where, repr(text)[:60], "give each line a `text` that is not empty")
-    text = text.encode(errors="replace")[:limit].decode(errors="ignore")  # half of a surrogate pair is a "?"
-    return Document(str(row.get("id", number)), str(row.get("domain", "")), text)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What one model says of the new documents."""
-
-    bits: Array
-    tokens: Array
-
-
-def scored(folder: Path, documents: list[Document], context: int) -> Scored:
-    from eval.metrics.likelihood import BATCH_TOKENS, document_bits  # torch: not for --help
-
-    engine = load_engine(subject_of(read_manifest(folder)).engine, folder)
-    size = min(BATCH_TOKENS, tokens_per_batch(engine.vocabulary))
-    bits, tokens = document_bits(engine.logits, documents, engine.tokenizer, context, size)
-    return Scored(np.asarray(bits), np.asarray(tokens, float))
-
-
-def of_slice(documents: Documents, name: str, first: Documents) -> tuple[Array, Array, Array]:
-    """Bits, tokens and bytes of one slice of a score record, [C] each, in the order of the `first` one."""
-    indices = [i for i in find_positions(first, documents) if documents.slice[i] == name]
-    columns = (documents.bits, documents.tokens, documents.bytes)
-    bits, tokens, size = (np.asarray([column[i] for i in indices], float) for column in columns)
-    return bits, tokens, size
-
-
-def released(release: Path, contract: Contract, shipped: Target, name: str) -> tuple[Bits, Array]:
-    """Bits of the three models on the study's documents of a slice, and the fallback's tokens."""
-    records = {(r.arm, r.recipe): r.documents for r in read_scores(release / "evidence")}
-    models = [(STUDENT, shipped.recipe), (CONTROL, shipped.recipe), (FALLBACK, PLAIN)]
-    first = records[models[0]]
-    (ours, _, size), (control, *_), (base, tokens, _) = (of_slice(records[m], name, first) for m in models)
-    return Bits(ours, control, base, size), tokens
-
-
-def reference_of(release: Path) -> Reference:
-    path = release / "evidence" / "reference.json"
-    try:
-        return Reference.model_validate_json(path.read_text())
-    except ValidationError as error:
-        raise UserError(
-            f"reference {path}", expected_text(error.errors()[0]), "make the release again"
-        ) from error
-
-
-def drift_values(bits: Bits, tokens: Array, unigram: list[float]) -> dict[str, Array]:
-    """One value per document for every question of `eval.stats.drift`."""
-    values = [bits.bytes, bits.bytes / tokens, np.asarray(unigram), bits.fallback / bits.bytes]
-    return dict(zip(QUESTIONS, values, strict=True))
 
 
 @dataclass(frozen=True)
 class Result:
     findings: list[Finding]
-    drift: list[Drift]
+    drift: list[Drift] | list[Moved]  # of these documents, or of all looks
     documents: int
+    compared_with: str  # slice of the study
+    looks: int = 1
+
+    def drifted(self, alpha: float) -> dict[str, str]:
+        """Name of a question -> how it moved, of those that did."""
+        words = {}
+        for d in self.drift:
+            if isinstance(d, Moved):
+                if d.since is not None:
+                    words[d.name] = f"drifted, since look {d.since}"
+            elif d.holm_p <= alpha:
+                words[d.name] = "drifted" if abs(d.effect) >= NEGLIGIBLE else "drifted a little"
+        return words
 
 
 def recheck(release: Path, contract: Contract, target: str, name: str, documents: list[Document]) -> Result:
     """The contract of one target and slice, on new documents."""
-    shipped, reference = contract.targets[target], reference_of(release)
-    require_one_of("--slice", name, sorted(set(shipped.gain) & set(reference.unigram)))
-    folders = [f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"]
-    context = contract.inputs.context_tokens
-    ours, control, base = (scored(release / folder, documents, context) for folder in folders)
-    size = np.asarray([document.bytes for document in documents], float)
-    now = Bits(ours.bits, control.bits, base.bits, size)
-    before, tokens = released(release, contract, shipped, name)
-    tokenizer = load_tokenizer(release / "fallback")
-    unigram = [
-        surprise(reference.counts, reference.vocabulary, text_ids(tokenizer, d.text)) for d in documents
-    ]
-    drift = drifts(
-        drift_values(before, tokens, reference.unigram[name]), drift_values(now, base.tokens, unigram)
+    shipped = contract.targets[target]
+    before = before_release(release, contract, shipped, name)
+    seen = see(release, contract, shipped, documents)
+    now = bits_of(seen)
+    values = drift_values(now, np.asarray(seen.tokens, float), seen.unigram)
+    found = findings(shipped.gain[name], before.bits, now, contract.alpha)
+    return Result(found, drifts(before.values, values), len(documents), before.slice)
+
+
+def judge_series(contract: Contract, target: str, name: str, before: Before, series: Series) -> Result:
+    """The contract on everything that was seen so far, by bounds that hold at every look."""
+    alpha = contract.alpha
+    found = findings_so_far(contract.targets[target].gain[name], before.bits, series, alpha)
+    drift = drifts_so_far(before.values, series.values, series.first, alpha, series.tuned)
+    return Result(found, drift, len(series.domain), before.slice, len(series.days))
+
+
+def new_look(
+    looks: list[Look], release: Path, contract: Contract, target: str, name: str, seen: Seen
+) -> Look:
+    """The next line of a history; what it says is filled in once it was judged with all before it."""
+    return Look(
+        number=len(looks) + 1,
+        previous=previous_hash(looks),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        release=file_sha256(release / MANIFEST),
+        contract=contract.name,
+        target=target,
+        slice=name,
+        tuned=looks[0].tuned if looks else float(TUNED * len(seen.id)),
+        seen=seen,
+        state="",
+        reason="",
     )
-    return Result(findings(shipped.gain[name], before, now, contract.alpha), drift, len(documents))
+
+
+def append_look(
+    path: Path, release: Path, contract: Contract, target: str, name: str, documents: list[Document]
+) -> Result:
+    """Scores new documents, judges all looks so far, and writes the history with one line more."""
+    looks = read_history(path)
+    check_history(path, looks, file_sha256(release / MANIFEST), target, name)
+    check_new(path, looks, [text_id(document) for document in documents])
+    before = before_release(release, contract, contract.targets[target], name)
+    seen = see(release, contract, contract.targets[target], documents)
+    look = new_look(looks, release, contract, target, name, seen)
+    result = judge_series(contract, target, name, before, series_of([*looks, look]))
+    said = {"state": verdict(result.findings), "reason": diagnosis(result.findings)}
+    write_history(path, [*looks, look.model_copy(update=said)])
+    return result
 
 
 def contract_table(result: Result, title: str) -> Table:
@@ -251,23 +236,27 @@ def contract_table(result: Result, title: str) -> Table:
 
 
 def drift_table(result: Result, alpha: float) -> Table:
-    table = Table("the input", "median when released", "median now", "distance", "effect", "p (Holm)", "")
+    shown = "delta's bounds" if result.looks > 1 or isinstance(result.drift[0], Moved) else "p (Holm)"
+    table = Table("the input", "median when released", "median now", "effect", shown, "")
+    moved = result.drifted(alpha)
     for d in result.drift:
-        large = "drifted" if abs(d.effect) >= NEGLIGIBLE else "drifted a little"
-        figures = [significant(d.before), significant(d.now), f"{d.distance:.2f}", f"{d.effect:+.2f}"]
-        moved = large if d.holm_p <= alpha else ""
-        table.add_row(QUESTIONS[d.name], *figures, f"{d.holm_p:.3g}", moved)
+        figure = f"[{d.low:+.2f}, {d.high:+.2f}]" if isinstance(d, Moved) else f"{d.holm_p:.3g}"
+        figures = [significant(d.before), significant(d.now), f"{d.effect:+.2f}"]
+        table.add_row(QUESTIONS[d.name], *figures, Text(figure), moved.get(d.name, ""))
     return table
 
 
 def show(console: Console, result: Result, contract: Contract, target: str, name: str) -> None:
     shipped = contract.targets[target]
-    title = f"{contract.name} on {target}: {result.documents} documents against the slice {name}"
+    against = "test documents" if result.compared_with == TEST else f"slice {name}"
+    title = f"{contract.name} on {target}: {result.documents} documents against the {against}"
+    if isinstance(result.drift[0], Moved):
+        title += f"; {result.looks} looks, bounds that hold at every one"
     console.print(contract_table(result, title))
     console.print(drift_table(result, contract.alpha))
     if shipped.waiver:
         console.print(Text(f"shipped on a waiver until {shipped.waiver.expires}: {shipped.waiver.reason}"))
-    if any(d.holm_p <= contract.alpha for d in result.drift):
+    if result.drifted(contract.alpha):
         console.print(Text("these are not the documents that the contract was made for: see what drifted"))
     decided = verdict(result.findings)
     console.print(
@@ -282,6 +271,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--target", help="of which the artifact is checked (default: the first)")
     parser.add_argument("--slice", default=VALIDATION, help="whose contract is checked (default: validation)")
     parser.add_argument("--public", help="the signer's public key: only this one is trusted")
+    about = "judge these documents with all looks before them, and write them into this file"
+    parser.add_argument("--append", type=Path, metavar="HISTORY", help=about)
     add_json(parser)
     return parser
 
@@ -293,14 +284,19 @@ def main() -> int:
     trusted = public_key(Path(args.public)) if args.public else None
     contract, target = checked(release, trusted, args.target)
     documents = read_new(Path(args.data), contract.inputs.scored_bytes)
-    result = recheck(release, contract, target, args.slice, documents)
+    if args.append:
+        result = append_look(args.append, release, contract, target, args.slice, documents)
+    else:
+        result = recheck(release, contract, target, args.slice, documents)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     show(console, result, contract, target, args.slice)
     decided, reason = verdict(result.findings), diagnosis(result.findings)
     if expiry := expired(contract.targets[target].waiver, today):
         console.print(Text(f"broken: {expiry}", style=STYLES[FAIL]))
         decided, reason = FAIL, expiry
-    write_json(args.json, {"verdict": decided, "reason": reason, **asdict(result)})
+    drift = [d._asdict() for d in result.drift]
+    owner = {"contract": contract.name, "owner": contract.owner}
+    write_json(args.json, {"verdict": decided, "reason": reason, **owner, **asdict(result), "drift": drift})
     return EXITS[decided]
 
 

@@ -15,7 +15,8 @@ from eval.core.gate_file import Estimate, KeptShare
 from eval.release.contract_file import Bits, Gain, Saving, read_contract
 from eval.signoff.keys import new_key, public_key
 from eval.stats.drift import QUESTIONS, drifts, superiority, surprise
-from eval.watch.recheck import checked, read_new, recheck
+from eval.watch.measure import read_new
+from eval.watch.recheck import checked, recheck
 from eval.watch.regression import change, diagnosis, findings, verdict
 from tests.eval import real_run
 from tests.helpers import run as command

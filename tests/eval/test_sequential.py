@@ -5,7 +5,6 @@ import pytest
 from scipy import integrate, stats
 
 from eval.stats.sequential import (
-    bounds_by_start,
     half_widths,
     log_evidence,
     log_rate_evidence,
@@ -104,12 +103,8 @@ def test_too_few_or_equal_values_have_no_bound():
     assert rate_bounds(50, 50, ALPHA, 100)[1] == 1
 
 
-def test_starts_share_one_level_and_find_a_change():
+def test_starts_share_one_level():
     assert sum(start_level(ALPHA, j) for j in range(1, 10_000)) == pytest.approx(ALPHA, rel=1e-3)
-    rng = np.random.default_rng(2)
-    x = np.concatenate([rng.normal(1, 1, 400), rng.normal(-1, 1, 100)])
-    whole, *_, last = bounds_by_start(x, [0, 100, 200, 300, 400], ALPHA, 100)
-    assert whole[0] > 0 > last[1]
 
 
 def test_a_year_of_looks_calls_a_good_release_broken_seldom_and_a_broken_one_soon():

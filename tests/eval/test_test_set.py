@@ -121,6 +121,12 @@ def test_the_sealed_estimate_is_that_of_the_test_documents(toy):
     assert opening.kept_share.point == pytest.approx((GAINS["S1"] - GAINS["S0"]) / GAINS["T1"], abs=0.1)
     assert opening.teacher_gain.point == pytest.approx(GAINS["T1"], abs=0.02)
     assert opening.guard_share.point == 1.0
+    assert " on the test documents" not in evaluate_gate(e, budget).reason
+    write_opening(toy.path, opening)
+    quoted = f"ship plain: it keeps {opening.kept_share.point:.2f} of the method's gain"
+    headline = evaluate_gate(*toy.seen()).reason
+    assert quoted in headline
+    assert " on the test documents" in headline
 
 
 def test_the_gate_reads_no_test_score(toy):

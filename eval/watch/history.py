@@ -1,0 +1,177 @@
+"""What was seen of a release at every look: JSON Lines, a look a line, each with the hash of the line before.
+
+No text is kept: of a document its hash, its size, and what the three models say of it.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError, model_validator
+
+from eval.core.artifacts import write_text
+from eval.core.config import Stored
+from eval.core.errors import UserError, expected_text
+from eval.release.contract_file import Bits
+from eval.stats.drift import QUESTIONS
+
+Array = NDArray[np.float64]
+FRESH = "name a new file: a history is of one release, target and slice"
+
+
+class Seen(Stored):
+    """Columns of equal length, one entry per new document."""
+
+    id: list[str]  # begin of the SHA-256 of the text, as far as it was read
+    domain: list[str]
+    group: list[str]  # documents in one are not independent; its id where it is alone
+    bytes: list[int]
+    tokens: list[int]
+    unigram: list[float]  # bits per token under the unigram distribution of the training documents
+    release: list[float]  # bits of the whole document, of each model
+    control: list[float]
+    fallback: list[float]
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        columns = [getattr(self, name) for name in type(self).model_fields]
+        if len({len(column) for column in columns}) != 1 or not self.id:
+            raise ValueError("columns of different lengths, or without an entry")
+        if min(self.bytes) < 1 or min(self.tokens) < 1:
+            raise ValueError("a document without a byte or a token")
+        if not all(math.isfinite(x) for column in columns[5:] for x in column):
+            raise ValueError("a figure that is not finite")
+        return self
+
+
+class Look(Stored):
+    """One line of a history."""
+
+    schema_version: Literal[1] = 1
+    number: int  # from 1 on
+    previous: str  # SHA-256 of the line before; empty at the first
+    time: str  # ISO 8601, UTC
+    release: str  # SHA-256 of the release's manifest.json
+    contract: str  # its name
+    target: str
+    slice: str
+    tuned: float  # documents at which the bounds are narrowest: chosen at the first look, kept ever after
+    seen: Seen
+    state: str  # what was said of everything so far
+    reason: str
+
+    @property
+    def day(self) -> str:
+        return self.time[:10]
+
+
+def line_of(look: Look) -> str:
+    return look.model_dump_json() + "\n"
+
+
+def _sha256(line: str) -> str:
+    return hashlib.sha256(line.encode()).hexdigest()
+
+
+def previous_hash(looks: list[Look]) -> str:
+    return _sha256(line_of(looks[-1])) if looks else ""
+
+
+def read_history(path: Path) -> list[Look]:
+    """Every look of a history, the first one first; none where there is no file yet.
+
+    Raises:
+        UserError: a line is no look, or not the one that was written.
+    """
+    looks: list[Look] = []
+    lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        where, fix = f"history {path}, line {number}", "put the file back as it was, or begin a new one"
+        try:
+            look = Look.model_validate_json(line)
+        except ValidationError as error:
+            raise UserError(where, f"no look ({expected_text(error.errors()[0])})", fix) from error
+        if look.previous != previous_hash(looks) or look.number != number or line != line_of(look):
+            raise UserError(where, "a line before it, or its own spelling, is not what was written", fix)
+        looks.append(look)
+    return looks
+
+
+def check_history(path: Path, looks: list[Look], release: str, target: str, name: str) -> None:
+    """Raises UserError where a history is of another release, target or slice."""
+    for look in looks:
+        for thing, theirs, ours in (
+            ("release", look.release, release),
+            ("target", look.target, target),
+            ("slice", look.slice, name),
+        ):
+            if theirs != ours:
+                problem = f"look {look.number} is of the {thing} {theirs[:12]}, this one is {ours[:12]}"
+                raise UserError(f"history {path}", problem, FRESH)
+
+
+def check_new(path: Path, looks: list[Look], ids: list[str]) -> None:
+    """Raises UserError where a document is in the history already."""
+    known = {name: look for look in looks for name in look.seen.id}
+    for name in ids:
+        if name in known:
+            problem = f"document {name} was seen at look {known[name].number} of {known[name].day}"
+            raise UserError(f"history {path}", problem, "give each text once: copies are no evidence")
+
+
+def write_history(path: Path, looks: list[Look]) -> None:
+    """The file appears whole or stays as it was."""
+    write_text(path, "".join(map(line_of, looks)))
+
+
+@dataclass(frozen=True)
+class Series:
+    """Everything that was seen so far, in the order of time."""
+
+    bits: Bits  # summed by group, groups in the order in which they come first
+    starts: list[int]  # the first new group of each look
+    values: dict[str, Array]  # one value per document for every question of `eval.stats.drift`
+    first: list[int]  # the first document of each look
+    days: list[str]
+    domain: list[str]  # of each document
+    tuned: float
+
+    def since(self, start: int) -> Bits:
+        """The groups from one on."""
+        b = self.bits
+        return Bits(b.release[start:], b.control[start:], b.fallback[start:], b.bytes[start:])
+
+
+def series_of(looks: list[Look], domain: str | None = None) -> Series:
+    """The looks as arrays; of one domain alone, as if nothing else had been seen."""
+    places: dict[str, int] = {}
+    sums: dict[str, list[float]] = {name: [] for name in ("release", "control", "fallback", "bytes")}
+    values: dict[str, list[float]] = {name: [] for name in QUESTIONS}
+    starts: list[int] = []
+    first: list[int] = []
+    days: list[str] = []
+    domains: list[str] = []
+    for look in looks:
+        seen = look.seen
+        kept = [i for i in range(len(seen.id)) if domain in (None, seen.domain[i])]
+        if kept:
+            starts.append(len(places))
+            first.append(len(domains))
+            days.append(look.day)
+        for i in kept:
+            size, group = seen.bytes[i], f"{seen.domain[i]}\0{seen.group[i]}"
+            at = places.setdefault(group, len(places))
+            for name, column in sums.items():
+                column.extend([0.0] * (at + 1 - len(column)))
+                column[at] += getattr(seen, name)[i]
+            figures = (size, size / seen.tokens[i], seen.unigram[i], seen.fallback[i] / size)
+            for name, figure in zip(QUESTIONS, figures, strict=True):
+                values[name].append(figure)
+            domains.append(seen.domain[i])
+    columns = {name: np.asarray(column, float) for name, column in sums.items()}
+    by_question = {name: np.asarray(column, float) for name, column in values.items()}
+    return Series(Bits(**columns), starts, by_question, first, days, domains, looks[0].tuned)

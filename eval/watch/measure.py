@@ -1,0 +1,153 @@
+"""New documents, and what release, control and fallback say of them and said of the study's."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import ValidationError
+
+from eval.core.artifacts import read_manifest
+from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
+from eval.core.documents import TEST, Document, json_objects, tokens_per_batch
+from eval.core.documents.encoding import text_ids
+from eval.core.errors import UserError, expected_text, require_one_of
+from eval.core.records import PLAIN, VALIDATION, Documents, each_score
+from eval.engines import load_engine, load_tokenizer, subject_of
+from eval.release.contract_file import Bits, Contract, Target
+from eval.release.reference import Reference
+from eval.stats.drift import QUESTIONS, Array, surprise
+from eval.watch.history import Seen
+
+
+def read_new(path: Path, limit: int) -> list[Document]:
+    """The documents of a JSONL file, each cut to `limit` bytes as those of the study were.
+
+    Raises:
+        UserError: a line is no document, an id appears twice, or there is none at all.
+    """
+    rows = json_objects(path, "--data", 'give a JSONL of documents, {"text": "..."} a line')
+    documents = [_document(where, row, number, limit) for where, number, row in rows]
+    name, times = Counter(document.id for document in documents).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"--data {path}", f"id {name!r} appears {times} times", "give each document its own")
+    same, times = Counter(document.text for document in documents).most_common(1)[0]
+    if times > 1:
+        problem = f"{same[:40]!r}... is {times} documents, as far as they are read"
+        raise UserError(f"--data {path}", problem, "give each text once: copies are no evidence")
+    return documents
+
+
+def _document(where: str, row: dict[str, Any], number: int, limit: int) -> Document:
+    text = row.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(where, repr(text)[:60], "give each line a `text` that is not empty")
+    text = text.encode(errors="replace")[:limit].decode(errors="ignore")  # half of a surrogate pair is a "?"
+    domain, group = str(row.get("domain", "")), str(row.get("group", ""))
+    return Document(str(row.get("id", number)), domain, text, group=group)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one model says of the new documents."""
+
+    bits: Array
+    tokens: Array
+
+
+def scored(folder: Path, documents: list[Document], context: int) -> Scored:
+    from eval.metrics.likelihood import BATCH_TOKENS, document_bits  # torch: not for --help
+
+    engine = load_engine(subject_of(read_manifest(folder)).engine, folder)
+    size = min(BATCH_TOKENS, tokens_per_batch(engine.vocabulary))
+    bits, tokens = document_bits(engine.logits, documents, engine.tokenizer, context, size)
+    return Scored(np.asarray(bits), np.asarray(tokens, float))
+
+
+def of_slice(documents: Documents, name: str, first: Documents) -> tuple[Array, Array, Array]:
+    """Bits, tokens and bytes of one slice of a score record, [C] each, in the order of the `first` one."""
+    indices = [i for i in find_positions(first, documents) if documents.slice[i] == name]
+    columns = (documents.bits, documents.tokens, documents.bytes)
+    bits, tokens, size = (np.asarray([column[i] for i in indices], float) for column in columns)
+    return bits, tokens, size
+
+
+def released(release: Path, contract: Contract, shipped: Target, name: str) -> tuple[Bits, Array]:
+    """Bits of the three models on the study's documents of a slice, and the fallback's tokens."""
+    kind: Literal["test", "score"] = "test" if name == TEST else "score"
+    records = {(r.arm, r.recipe): r.documents for r in each_score(release / "evidence", kind)}
+    models = [(STUDENT, shipped.recipe), (CONTROL, shipped.recipe), (FALLBACK, PLAIN)]
+    first = records[models[0]]
+    (ours, _, size), (control, *_), (base, tokens, _) = (of_slice(records[m], name, first) for m in models)
+    return Bits(ours, control, base, size), tokens
+
+
+def reference_of(release: Path) -> Reference:
+    path = release / "evidence" / "reference.json"
+    try:
+        return Reference.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise UserError(
+            f"reference {path}", expected_text(error.errors()[0]), "make the release again"
+        ) from error
+
+
+def drift_values(bits: Bits, tokens: Array, unigram: list[float]) -> dict[str, Array]:
+    """One value per document for every question of `eval.stats.drift`."""
+    values = [bits.bytes, bits.bytes / tokens, np.asarray(unigram), bits.fallback / bits.bytes]
+    return dict(zip(QUESTIONS, values, strict=True))
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was measured when it was released: on the test documents, once they were opened for this variant.
+
+    The variant was picked on the validation documents, and is a little too good there.
+    """
+
+    slice: str
+    bits: Bits
+    values: dict[str, Array]  # for the questions of `eval.stats.drift`
+
+
+def before_release(release: Path, contract: Contract, shipped: Target, name: str) -> Before:
+    reference = reference_of(release)
+    require_one_of("--slice", name, sorted((set(shipped.gain) & set(reference.unigram)) - {TEST}))
+    opened = release / "evidence" / "records" / "test" / shipped.recipe
+    known = TEST if name == VALIDATION and opened.is_dir() and TEST in reference.unigram else name
+    bits, tokens = released(release, contract, shipped, known)
+    return Before(known, bits, drift_values(bits, tokens, reference.unigram[known]))
+
+
+def text_id(document: Document) -> str:
+    """What a history knows a document by."""
+    return hashlib.sha256(document.text.encode()).hexdigest()[:16]
+
+
+def see(release: Path, contract: Contract, shipped: Target, documents: list[Document]) -> Seen:
+    """The new documents as the release, its control and its fallback find them."""
+    reference, context = reference_of(release), contract.inputs.context_tokens
+    folders = [f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"]
+    ours, control, base = (scored(release / folder, documents, context) for folder in folders)
+    tokenizer = load_tokenizer(release / "fallback")
+    names = [text_id(document) for document in documents]
+    return Seen(
+        id=names,
+        domain=[document.domain for document in documents],
+        group=[document.group or name for document, name in zip(documents, names, strict=True)],
+        bytes=[document.bytes for document in documents],
+        tokens=[int(count) for count in base.tokens],
+        unigram=[
+            surprise(reference.counts, reference.vocabulary, text_ids(tokenizer, document.text))
+            for document in documents
+        ],
+        release=ours.bits.tolist(),
+        control=control.bits.tolist(),
+        fallback=base.bits.tolist(),
+    )
+
+
+def bits_of(seen: Seen) -> Bits:
+    return Bits(*(np.asarray(c, float) for c in (seen.release, seen.control, seen.fallback, seen.bytes)))
