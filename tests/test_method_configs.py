@@ -1,12 +1,17 @@
-"""Every study of configs/methods at tiny size, up to its teachers and what they say, by the real command."""
+"""Every study of configs/methods at tiny size, up to its teachers and what they say."""
 
 import pytest
 import yaml
 
+from distill.pipeline import jobs_until, prepare_inputs
+from distill.trainer.loop import accelerator
 from eval.core.artifacts import verify_artifact
+from eval.core.checks import check_plan
 from eval.core.config import ROOT
+from eval.core.jobs import run_in_turn
 from eval.core.records import each_score
-from tests.helpers import launch, write_corpus
+from eval.core.study import load_study, make_run_folder
+from tests.helpers import write_corpus
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml"))
 ARCHITECTURE = {
@@ -44,9 +49,11 @@ def test_a_study_of_a_method_ends_with_scored_teachers_and_targets(name, tmp_pat
         "budget": "tiny",
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    done = launch(tmp_path / "study.yaml", "--until", "teachers")
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / name
+    study = load_study(tmp_path / "study.yaml")
+    check_plan(study)
+    run = make_run_folder(study)
+    study = prepare_inputs(study, accelerator())
+    run_in_turn("train", jobs_until(study, "teachers"), quiet=True)
     for side in ("T1", "T0"):
         assert verify_artifact(run / "targets" / side / "s0").facts["tokens"] > 100
     scores = {record.arm: sum(record.documents.bits) for record in each_score(run)}

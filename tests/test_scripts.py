@@ -18,7 +18,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "__mai
 )
 def test_a_script_runs_as_a_file_and_as_a_module(name, tmp_path):
     path = str(ROOT / "scripts" / f"{name}.py")
-    starts = ([path], ROOT), ([path], tmp_path), (["-m", f"scripts.{name}"], ROOT)
+    starts = ([path], tmp_path), (["-m", f"scripts.{name}"], ROOT)
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     running = [
