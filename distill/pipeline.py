@@ -81,6 +81,7 @@ from eval.core.artifacts import (
 from eval.core.checks import check_plan
 from eval.core.documents import TRAIN, Document, describe_data, scored_slices, stream_documents
 from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
+from eval.core.plan import fix_plan
 from eval.core.sections import Train
 from eval.core.study import Study, make_run_folder, mark_trained, save_study
 from eval.engines import load_tokenizer
@@ -129,6 +130,7 @@ def prepare_inputs(study: Study, acc: Accelerator) -> Study:
     check_training(study, acc.device)
     if acc.is_main_process:
         save_study(study)
+        fix_plan(study)
         study_origins(study)  # read once, before workers ask
         for line in describe_data(prepare(study, chat_tokenizers(study)).facts):
             print(line, flush=True)

@@ -131,7 +131,7 @@ def steps(run: Path) -> Iterator[Step]:
     older = ", of records that have changed since" if verdict and not judged else ""
     yield Step("gate", judged and verdict != UNREADABLE, verdict + older)
     yield Step("report", judged and _newer(run / "report.html", [run / "gate.json"]))
-    signed = sorted(path.name for path in run.glob("signoff/*.json"))
+    signed = sorted(path.name for path in run.glob("signoff/*.intoto.jsonl"))
     yield Step("sign", bool(signed), ", ".join(signed), "" if verdict.startswith("PASS") else verdict)
     built = sorted(path.parent.name for path in run.glob("release/*/contract.yaml"))
     yield Step("release", bool(built), ", ".join(built))
@@ -159,7 +159,7 @@ def next_command(run: Path, step: Step) -> str:
         "train": f"--config {run}",
         "cost": f"--study {run} --target {step.missing}",
         "sign": f'--study {run} --variant RECIPE --by "YOUR NAME" --key KEY  # sign --new-key KEY makes one',
-        "release": f'--study {run} --variant RECIPE --owner "YOUR TEAM"',
+        "release": f'--study {run} --variant RECIPE --owner "YOUR TEAM" --public KEY.pub',
     }
     return f"absorb {step.command} {given.get(step.command, f'--study {run}')}"
 

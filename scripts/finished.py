@@ -32,6 +32,7 @@ LATER = {
     BASE_FILES,
     "log.txt",
     "gate.json",
+    "gate-runs.jsonl",
     "table.md",
     "table.csv",
     "report.html",

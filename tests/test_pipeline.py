@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date, timedelta
 from itertools import pairwise
 
 import pytest
@@ -218,12 +219,12 @@ def test_the_readme_s_commands_run_as_printed(tiny, tmp_path):
     for words in [*stages, *release]:
         command = as_here(words, study, folder, tmp_path)
         if "eval.signoff" in command and "--by" in command and verdict_of(folder, "int8") != "PASS":
-            command += ["--waive", "tiny on purpose", "--expires", "2099-12-31"]
+            command += ["--waive", "tiny on purpose", "--expires", str(date.today() + timedelta(days=30))]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
         judges = {"eval.gate", "eval.gate.test_set", "eval.watch.recheck"} & set(command)
         assert done.returncode in ((0, 1, 2) if judges else (0,)), f"{words}: {done.stdout}{done.stderr}"
     assert (folder / "release" / "int8" / "contract.yaml").is_file()
-    assert "Ada L." in (folder / "report.html").read_text()
+    assert "Ada L." in (folder / "signoff" / "index.html").read_text()
 
 
 def test_the_files_that_the_architecture_names_are_there():

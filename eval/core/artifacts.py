@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -177,8 +177,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def hash_files(folder: Path) -> dict[str, FileEntry]:
-    """Hash and size of every file below `folder`, its own manifest left out."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    """Hash and size of every file below `folder`, its own manifest left out.
+
+    Raises:
+        UserError: something there is a link: what it names may change, or lie anywhere.
+    """
+    every = sorted(folder.rglob("*"))
+    if link := next((p for p in every if p.is_symlink()), None):
+        name = link.relative_to(folder).as_posix()
+        raise UserError(f"artifact {folder}", f"{name} is a link", "put there what it names")
+    files = [p for p in every if p.is_file() and p != folder / MANIFEST]
     return {
         p.relative_to(folder).as_posix(): FileEntry(sha256=file_sha256(p), bytes=p.stat().st_size)
         for p in files
@@ -208,10 +216,12 @@ def build_artifact(
     key: Key,
     parents: dict[str, str],
     facts: dict[str, Any],
+    finish: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
     """Yields a folder to write into; on a clean exit it becomes `folder`, with its manifest.
 
-    `facts` may be filled while the folder is written: it is read at the end.
+    `facts` may be filled while the folder is written: it is read at the end. `finish` is called once the
+    manifest is written, before the folder appears.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
@@ -235,6 +245,8 @@ def build_artifact(
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         write_text(temporary / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        if finish is not None:
+            finish(temporary)
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old.tmp")
             folder.rename(old)

@@ -102,6 +102,13 @@ class Target(Frozen):
         return self
 
 
+class Waivers(Frozen):
+    """What may be signed that did not pass."""
+
+    signatures: int = Field(1, ge=1, description="keys that must have signed the same waiver")
+    days: int = Field(90, ge=1, le=3650, description="days from a signature to the last day that it may name")
+
+
 class Budget(Frozen):
     """f, g and alpha of the gate, the mandatory slices with their own f, and limits per target."""
 
@@ -131,6 +138,7 @@ class Budget(Frozen):
     slices: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         {}, description="mandatory slice beside validation -> its own `f`"
     )
+    waivers: Waivers = Waivers()
     targets: dict[FileName, Target] = Field(min_length=1, description="name -> machine and its limits")
 
     @model_validator(mode="after")

@@ -83,6 +83,8 @@ class Artifacts:
         pairs: dict[str, tuple[Any, Any]] = {"study": (source.config, self.config)}
         if place := artifact_folder(folder, record.arm, record.seed, record.recipe):
             pairs["artifact"] = source.artifact, self.manifest(place).hash
+            if isinstance(record, CostRecord):
+                pairs["disk_bytes"] = record.disk_bytes, self.manifest(place).bytes
         if isinstance(record, Score | Agreement):
             pairs["data"] = record.data, self.data.hash
         if isinstance(record, Agreement):
@@ -299,6 +301,13 @@ def different_settings(record: CostRecord | LoadRecord, cost: Cost) -> dict[str,
         pairs["requests"] = _first_different([len(t.prefill_ms) for t in timed], cost.requests)
         steps = cost.requests * (cost.new_tokens - 1)
         pairs["number of decode steps"] = _first_different([len(t.decode_ms) for t in timed], steps)
+        tokens = [
+            (energy.tokens, cost.requests * size * cost.new_tokens)
+            for t in timed
+            if (energy := t.energy) is not None
+            for size in [t.batch_size if isinstance(t, Batched) else 1]
+        ]
+        pairs["energy.tokens"] = next((pair for pair in tokens if pair[0] != pair[1]), (0, 0))
     else:
         load = cost.load or Load()
         pairs |= {"seconds": (record.seconds, load.seconds), "slo_ms": (record.slo_ms, load.slo_ms)}

@@ -1,10 +1,12 @@
 """The shape of gate.json, schema version 3. Other programs read it; docs/statistics.md has every field."""
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError
 
 from eval.core.config import Stored
+from eval.core.errors import UserError, expected_text
 from eval.stats.crossed import Verdict
 
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
@@ -193,6 +195,7 @@ class Opening(Stored):
 
     schema_version: int = 1
     number: int
+    previous: str | None = None  # sha256 of the opening before; null for the first
     time: str  # ISO 8601, UTC
     by: str
     reason: str | None  # why they were opened again; null for the first time
@@ -240,6 +243,32 @@ class OnTestSet(Stored):
     history: list[Look]
 
 
+class GateRun(Stored):
+    """One verdict that the gate gave: a line of gate-runs.jsonl. The same one again is not counted twice."""
+
+    number: int
+    time: str  # ISO 8601, UTC
+    plan: str  # hash of the plan that was fixed then; empty without one
+    budget: str  # its name
+    budget_hash: str
+    evidence: str  # digest of the hashes of every record and artifact
+    openings: int  # of the test documents so far
+    opening: str | None  # sha256 of the last one, if it was scored to its end
+    verdict: Verdict
+    previous: str | None  # sha256 of the line before; null for the first
+
+
+class Fixed(Stored):
+    """The plan that was fixed when training began, and how this verdict stands to it."""
+
+    time: str
+    hash: str
+    budget: str  # name of the budget in it
+    other: bool  # this file was judged by another budget than that
+    late: bool  # it was fixed after the first of the figures that it judges
+    changes: list[str]  # what differs from it by now, in this budget, in the study's file and in the recipes
+
+
 class Provenance(Stored):
     config: str
     data: str
@@ -262,6 +291,7 @@ class GateFile(Stored):
     schema_version: Literal[3] = 3
     study: str
     title: str
+    folder: str  # of the run, as commands named it then
     method: str
     verdict: Verdict
     reason: str
@@ -283,5 +313,38 @@ class GateFile(Stored):
     variants: list[Variant]
     quality: dict[str, Quality] = Field(default_factory=dict)  # by recipe
     test_set: OnTestSet | None = None  # null: never opened
+    fixed: Fixed | None  # null: nothing was fixed when the run was trained
+    runs: list[GateRun] = Field(default_factory=list)  # every verdict of this run folder, this one included
     extent: Extent
     provenance: Provenance
+
+
+def read_gate(run: Path) -> GateFile:
+    path, fix = run / "gate.json", f"run `python -m eval.gate --study {run}`"
+    if not path.is_file():
+        raise UserError("gate.json", f"missing in {run}", fix)
+    try:
+        return GateFile.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise UserError(f"{path}: {place}", expected_text(first), fix) from error
+
+
+COMMANDS = {"how", "folder"}  # for whoever runs commands: the folder as it was called then
+# Sentences and what they are made of; figures of a resampling that decides nothing.
+PROSE = COMMANDS | {"title", "reason", "notes", "anomalies", "changes", "what"}
+RESAMPLED = {"bootstrap_low", "bootstrap_high", "power_low", "power_high"}
+
+
+def figures_of(value: Any, without: set[str] = PROSE | RESAMPLED) -> Any:
+    """Verdicts, figures and hashes of a part of gate.json, as JSON: what a verdict is, however it is told.
+
+    Fields are left out by what they are; a recipe or a slice that is called `how` is a key, and stays.
+    """
+    if isinstance(value, BaseModel):
+        names = set(type(value).model_fields) - without
+        return {name: figures_of(getattr(value, name), without) for name in sorted(names)}
+    if isinstance(value, dict):
+        return {str(key): figures_of(inner, without) for key, inner in value.items()}
+    return [figures_of(one, without) for one in value] if isinstance(value, list | tuple) else value

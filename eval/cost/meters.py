@@ -62,6 +62,8 @@ class Meter:
         """What was counted while `tokens` were made, since `total` was `before`."""
         total = self.total
         joules = None if total is None or before is None else total - before
+        if joules == 0:  # it did not tick meanwhile: that is no energy of 0
+            return Energy(joules=None, tokens=tokens, meter=f"{self.name}: below the meter's step")
         return Energy(joules=joules, tokens=tokens, meter=self.name)
 
     @property

@@ -13,12 +13,14 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 from rich.console import Console
 from rich.text import Text
 
-from eval.core.budget import load_budget
 from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import EXITS, entry
 from eval.core.gate_file import STYLES, GateFile, OnTestSet, Variant
+from eval.core.jobs import lock_folder
+from eval.core.plan import budget_of_run
 from eval.gate.decision import evaluate_gate, read_before
 from eval.gate.evidence import collect_evidence
+from eval.gate.history import write_runs
 from eval.stats.crossed import INCONCLUSIVE
 
 
@@ -64,13 +66,15 @@ def print_verdict(console: Console, result: GateFile, path: Path) -> None:
 @entry
 def main() -> int:
     parser = new_parser(__doc__)
-    parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
+    parser.add_argument("--budget", help="another budget than the run's fixed one: a name or a YAML file")
     study, args = study_from_command(parser, measures=True)
     folder = study.folder
-    budget = load_budget(study, args.budget)
-    result = evaluate_gate(collect_evidence(folder, study, budget), budget, read_before(folder))
+    budget = budget_of_run(study, args.budget)
     path = folder / "gate.json"
-    write_json(path, result)
+    with lock_folder(folder):
+        result = evaluate_gate(collect_evidence(folder, study, budget), budget, read_before(folder))
+        write_runs(folder, result.runs)
+        write_json(path, result)
     print_verdict(Console(), result, path)
     write_json(args.json, result)
     return EXITS[result.verdict]

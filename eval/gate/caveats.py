@@ -1,12 +1,14 @@
 """What a verdict is conditional on, in sentences that stand beside it."""
 
 from collections import Counter
+from datetime import datetime
 
 from eval.core.artifacts import describe_accepted
 from eval.core.budget import Budget, load_budget
-from eval.core.checks import STUDENT, TEACHERS
+from eval.core.checks import SLACK, STUDENT, TEACHERS
 from eval.core.errors import UserError
-from eval.core.gate_file import Extent
+from eval.core.gate_file import Extent, Fixed, GateRun
+from eval.core.plan import current_recipes, list_changes, list_recipe_changes
 from eval.core.records import PLAIN, VALIDATION
 from eval.gate.evidence import Contrast, Evidence
 from eval.gate.quality import RESOLUTION
@@ -16,9 +18,9 @@ from eval.stats.multiplicity import holm
 FEW_CLUSTERS = 10
 
 
-def list_caveats(evidence: Evidence, budget: Budget) -> list[str]:
+def list_caveats(evidence: Evidence, budget: Budget, fixed: Fixed | None) -> list[str]:
     """Plain sentences for the `notes` of gate.json; none where there is nothing to say."""
-    caveats = [*_other_budget(evidence, budget), *_shared_teacher(evidence)]
+    caveats = [*_plan(budget, fixed), *_shared_teacher(evidence)]
     if len(evidence.study.seeds) == 2:
         caveats.append(
             "two seeds tell little of others: a false PASS is somewhat likelier than alpha, and power is low"
@@ -89,14 +91,46 @@ def compare_extents(now: Extent, before: Extent | None) -> tuple[Extent, list[st
     return most, [f"{why}{'; '.join(lost)}"] if lost else []
 
 
-def _other_budget(evidence: Evidence, budget: Budget) -> list[str]:
-    """The study's own was fixed before the run; another one may have been chosen after it."""
-    study = evidence.study
+def compare_plan(evidence: Evidence, budget: Budget) -> Fixed | None:
+    """How a verdict by `budget` stands to what was fixed when training began."""
+    plan, study = evidence.plan, evidence.study
+    if plan is None:
+        return None
+    other = budget != plan.budget
+    changes = [f"{change} in the budget that judges here" for change in list_changes(plan.budget, budget)]
     try:
         own = load_budget(study)
-    except UserError:  # its file is not on this machine
-        own = None
-    return [] if budget == own else [f"judged by budget {budget.name!r}; the study asks {study.budget!r}"]
+    except UserError:  # the copy is what counts: its file may lie on another machine
+        own = plan.budget
+    changes += [f"{change} in the file of the budget" for change in list_changes(plan.budget, own)]
+    changes += [f"recipe {change}" for change in list_recipe_changes(plan.recipes, current_recipes(study))]
+    late = datetime.fromisoformat(plan.time) > datetime.fromisoformat(evidence.first) + SLACK
+    return Fixed(
+        time=plan.time, hash=plan.hash, budget=plan.budget.name, other=other, late=late, changes=changes
+    )
+
+
+def _plan(budget: Budget, fixed: Fixed | None) -> list[str]:
+    """A budget, or a recipe, that was chosen with figures at hand is a choice among several."""
+    if fixed is None:
+        why = "nothing shows that it is older than the figures"
+        return [f"no budget was fixed when this run was trained: {why}"]
+    notes = []
+    if fixed.other:
+        notes.append(f"judged by another budget, {budget.name!r}, than the one fixed on {fixed.time}")
+    if fixed.late:
+        notes.append(f"the budget was fixed on {fixed.time}, after the first figure that it judges")
+    if fixed.changes:
+        notes.append(f"changed since {fixed.time}: {'; '.join(fixed.changes)}")
+    return notes
+
+
+def describe_runs(fixed: Fixed | None, runs: list[GateRun]) -> list[str]:
+    """How often the gate was run, where a verdict of it was by another budget than the fixed one."""
+    if not runs[1:] or (len({run.budget_hash for run in runs}) == 1 and not (fixed and fixed.other)):
+        return []
+    names = ", ".join(repr(run.budget) for run in runs)
+    return [f"the gate gave {len(runs)} verdicts in this run since {runs[0].time}, by the budgets {names}"]
 
 
 def _shared_teacher(evidence: Evidence) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from eval.core.artifacts import digest
-from eval.core.budget import Budget, Target, load_budget
+from eval.core.budget import Budget, Target
 from eval.core.checks import CONTROL, STUDENT
 from eval.core.gate_file import (
     GateFile,
@@ -20,10 +20,19 @@ from eval.core.gate_file import (
     Slice,
     Variant,
 )
+from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import check_trained, load_study, prefixes
-from eval.gate.caveats import compare_extents, extent_of, list_anomalies, list_caveats
+from eval.gate.caveats import (
+    compare_extents,
+    compare_plan,
+    describe_runs,
+    extent_of,
+    list_anomalies,
+    list_caveats,
+)
 from eval.gate.evidence import Evidence, collect_evidence
+from eval.gate.history import add_run, read_runs, summarize_openings
 from eval.gate.limits import (
     commands_to_measure,
     cost_parts,
@@ -31,7 +40,6 @@ from eval.gate.limits import (
     measured_load,
     variant_costs,
 )
-from eval.gate.openings import summarize_openings
 from eval.gate.pick import add_holm, rank_variants
 from eval.gate.quality import (
     GAIN,
@@ -261,14 +269,17 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
     rivals = compare_rivals(evidence, budget.alpha)
     gains = {name: estimate(evidence.gain(name, GAIN), budget.alpha) for name in evidence.columns}
     extent, shrunk = compare_extents(extent_of(evidence), before.extent if before else None)
-    return GateFile(
+    runs = read_runs(evidence.folder, before, evidence.plan, evidence.openings)
+    fixed = compare_plan(evidence, budget)
+    gate = GateFile(
         study=evidence.study.name,
         title=evidence.study.title,
+        folder=evidence.folder.as_posix(),
         method=evidence.study.method.name,
         verdict=verdict,
         reason=headline(verdict, reason, rivals, evidence.study.seeds),
         anomalies=[*shrunk, *list_anomalies(evidence, budget.alpha)],
-        notes=list_caveats(evidence, budget),
+        notes=list_caveats(evidence, budget, fixed),
         recommended={name: next((r.recipe for r in rows[name] if r.recommended), None) for name in rows},
         as_good=as_good,
         level=1 - 2 * budget.alpha,
@@ -291,6 +302,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
         variants=[row for name in rows for row in rows[name]],
         quality=collect_qualities(evidence, next(iter(rows.values())), budget.alpha),
         test_set=on_test,
+        fixed=fixed,
         extent=extent,
         provenance=Provenance(
             config=evidence.study.hash(),
@@ -301,20 +313,22 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
             records=evidence.records,
         ),
     )
+    runs = add_run(runs, gate, evidence.folder, evidence.openings)
+    return gate.model_copy(update={"runs": runs, "notes": [*gate.notes, *describe_runs(fixed, runs)]})
 
 
 def judge(run: str | Path, budget: str | None = None) -> GateFile:
     """What `python -m eval.gate` writes into gate.json of a run folder; nothing is written here.
 
     Args:
-        budget: another budget than the study's, a name or a YAML file.
+        budget: another budget than the one that was fixed in the run, a name or a YAML file.
 
     Raises:
         UserError: the run is not trained, or a record is missing or does not belong to it.
     """
     study = load_study(run)
     check_trained(study)
-    limits = load_budget(study, budget)
+    limits = budget_of_run(study, budget)
     return evaluate_gate(collect_evidence(study.folder, study, limits), limits, read_before(study.folder))
 
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +27,7 @@ from eval.core.checks import (
 )
 from eval.core.errors import UserError, require_one_of
 from eval.core.gate_file import Opening
+from eval.core.plan import Plan, read_plan
 from eval.core.records import (
     PLAIN,
     Bins,
@@ -40,7 +42,7 @@ from eval.core.records import (
     record_path,
 )
 from eval.core.study import Study, recipe_names
-from eval.gate.openings import read_openings
+from eval.gate.history import read_openings
 from eval.stats.crossed import linearise
 
 Array = NDArray[np.float64]
@@ -93,6 +95,8 @@ class Evidence:
     records: dict[str, str]  # path below the run folder -> sha256, of all that were there
     early: list[str]  # records dated before their artifact was made
     openings: list[Opening]  # of the test documents
+    plan: Plan | None  # what was fixed when training began
+    first: str  # time of the earliest record that is judged
     loads: dict[tuple[str, str], list[LoadRecord]]  # (target, recipe) -> records of S1 under load, by seed
 
     @property
@@ -245,6 +249,8 @@ def build_evidence(
     used: list[Record] = [*scores, *(record for group in costs.values() for record in group)]
     used += [record for group in loads.values() for record in group]
     files = sorted((folder / "records").rglob("*.json"))
+    if link := next((path for path in files if path.is_symlink()), None):
+        raise UserError(f"record {link}", "is a link: what it names may change", "put there what it names")
     return Evidence(
         study=artifacts.study,
         folder=folder,
@@ -266,6 +272,8 @@ def build_evidence(
         records={path.relative_to(folder).as_posix(): file_sha256(path) for path in files},
         early=sorted(path.relative_to(folder).as_posix() for path in artifacts.early),
         openings=read_openings(folder),
+        plan=read_plan(folder),
+        first=min((record.provenance.time for record in used), key=datetime.fromisoformat),
         loads=loads,
     )
 

@@ -15,19 +15,20 @@ from rich.console import Console
 from rich.text import Text
 
 from eval.core.artifacts import digest, read_manifest
-from eval.core.budget import Budget, load_budget
+from eval.core.budget import Budget
 from eval.core.checks import CE, TEACHERS, Artifacts, artifact_folder
 from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.documents import TEST, read_documents
 from eval.core.errors import EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import STYLES, GateFile, Opening
 from eval.core.jobs import Job, Report, lock_folder, run_jobs
+from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, each_score
 from eval.core.study import Study
 from eval.engines import subject_of
-from eval.gate.decision import evaluate_gate, share_sentence
+from eval.gate.decision import evaluate_gate, read_before, share_sentence
 from eval.gate.evidence import Evidence, Model, ScoreTables, build_evidence, collect_evidence, wanted_models
-from eval.gate.openings import opening_path, write_opening
+from eval.gate.history import link_of, opening_path, write_opening
 from eval.gate.quality import (
     GAIN,
     Shares,
@@ -98,7 +99,8 @@ def next_opening(
         for seed in evidence.study.seeds
     }
     new = Opening(
-        number=len(evidence.openings) + 1,
+        number=(number := len(evidence.openings) + 1),
+        previous=link_of(evidence.folder, number),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         by=by,
         reason=reason if evidence.openings else None,
@@ -196,13 +198,15 @@ def main() -> int:
     parser.add_argument("--by", required=True, help="who opens them; it is written down")
     parser.add_argument("--variant", help="default: the variant that the gate recommends")
     parser.add_argument("--reason", help="why they are opened again")
-    parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
+    parser.add_argument("--budget", help="another budget than the run's fixed one: a name or a YAML file")
     study, args = study_from_command(parser, measures=True)
     folder = study.folder
-    budget = load_budget(study, args.budget)
+    budget = budget_of_run(study, args.budget)
     with lock_folder(folder):
         evidence = collect_evidence(folder, study, budget)
-        recipe, target = choose_variant(evaluate_gate(evidence, budget), evidence, args.variant)
+        recipe, target = choose_variant(
+            evaluate_gate(evidence, budget, read_before(folder)), evidence, args.variant
+        )
         check_teachers(evidence)
         opening = next_opening(evidence, budget, recipe, target, args.by, args.reason)
         write_opening(folder, opening)

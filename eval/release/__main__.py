@@ -1,21 +1,19 @@
 """A folder that can be shipped and defends itself: artifacts, fallback, contract, sign-off and a loader.
 
-    python -m eval.release --study runs/X --variant RECIPE --owner NAME [--public FILE] [--out FOLDER]
+    python -m eval.release --study runs/X --variant RECIPE --owner NAME --key FILE --public FILE ...
 
 `--variant` takes one recipe for every target on which it is signed, or TARGET=RECIPE ... . Nothing is built
-without a sign-off that verifies. docs/release.md describes the folder.
+without a sign-off that verifies, and `--key` signs the folder as a whole. docs/release.md describes it.
 """
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from eval.core.artifacts import (
     MANIFEST,
@@ -27,41 +25,34 @@ from eval.core.artifacts import (
     read_manifest,
     write_text,
 )
-from eval.core.budget import Budget, load_budget
+from eval.core.budget import Budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
 from eval.core.commands import new_parser, study_from_command
 from eval.core.documents import TEST, TRAIN, boundary_id, stream_documents
 from eval.core.errors import UserError, entry, require_one_of
-from eval.core.gate_file import GateFile
+from eval.core.gate_file import GateFile, read_gate
 from eval.core.records import PLAIN, each_score, read_scores, record_path
 from eval.core.study import Study, load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.gate.evidence import Evidence, collect_evidence
+from eval.release import load_release
 from eval.release.card import card
 from eval.release.contract import build_contract, inputs, lineage, shipped
-from eval.release.contract_file import CONTRACT, Contract, Signature, Target, contract_text
+from eval.release.contract_file import CONTRACT, Contract, Saving, Signature, Target, contract_text
 from eval.release.golden_answers import CANDIDATES, build_golden_answers
 from eval.release.reference import reference
-from eval.signoff.keys import from_raw, public_key
-from eval.signoff.statement import FOLDER, Predicate
-from eval.signoff.verify import problems, read_gate, row_of
-from eval.stats.crossed import PASS
+from eval.release.rehearsal import rehearse
+from eval.signoff.keys import Trusted, from_text, private_key, read_trusted, wrapped
+from eval.signoff.statement import FOLDER, TYPE, Predicate, signoff_path
+from eval.signoff.verify import GATE, Rerun, budget_of_gate, problems, row_of
+from eval.stats.crossed import FAIL, PASS
 
 if TYPE_CHECKING:
-    from securesystemslib.signer import SSlibKey
+    from securesystemslib.signer import Signer
     from transformers import PreTrainedTokenizerBase
 
-LOADER, INDEX, CARD = "load_release.py", "release.json", "README.md"
-TEMPLATES = Path(__file__).parent / "templates"
-REHEARSAL = """
-import json, sys
-sys.dont_write_bytecode = True
-sys.path.insert(0, ".")
-for name in ("compress", "distill", "eval"):
-    sys.modules[name] = None  # a release runs where this project is not installed
-from load_release import load_release
-print(json.dumps([load_release(".", target)[1].reason for target in sys.argv[1:]]))
-"""
+CARD = "README.md"
+RELEASE: Final = "https://absorb.example/release/v1"  # type of the predicate that signs a folder
 
 
 @dataclass(frozen=True)
@@ -96,7 +87,7 @@ def parse_variants(run: Path, words: list[str]) -> dict[str, str]:
     for word in words:
         target, equals, recipe = word.rpartition("=")
         signed = [require_one_of("--variant: target", target, list(known))] if equals else []
-        signed = signed or [name for name in known if (run / FOLDER / f"{recipe}-{name}.json").is_file()]
+        signed = signed or [name for name in known if signoff_path(run, recipe, name).is_file()]
         if not signed:
             fix = f"run python -m eval.signoff --study {run} --variant {recipe} --by NAME --key FILE"
             raise UserError(f"release of {recipe!r}", "no sign-off in the run", fix)
@@ -107,40 +98,36 @@ def parse_variants(run: Path, words: list[str]) -> dict[str, str]:
     return recipes
 
 
-def verify_signoffs(run: Path, words: list[str], trusted: "SSlibKey | None", today: date) -> ReleaseEvidence:
+def verify_signoffs(run: Path, words: list[str], trusted: Trusted, today: date) -> ReleaseEvidence:
     """The evidence of a release whose sign-offs all hold.
 
     Raises:
         UserError: a sign-off is missing or does not hold, or a target that the budget requires has none.
     """
     predicates: dict[str, Predicate] = {}
+    rerun = Rerun(run)
     for target, recipe in parse_variants(run, words).items():
-        path = run / FOLDER / f"{recipe}-{target}.json"
+        path = signoff_path(run, recipe, target)
         if not path.is_file():
             fix = f"run python -m eval.signoff --study {run} --variant {recipe} --target {target} first"
             raise UserError(f"release of {recipe} on {target}", f"no sign-off {path}", fix)
-        statement, problem_texts = problems(path, run, trusted, today)
-        if problem_texts or statement is None:
+        signed, problem_texts = problems(path, rerun, trusted, today)
+        if problem_texts:
             raise UserError(
                 f"sign-off {path}",
                 problem_texts[0],
                 f"put back what was signed, or run python -m eval.signoff --variant {recipe} again",
             )
-        predicates[target] = statement.predicate
-        if (predicates[target].recipe, predicates[target].target) != (recipe, target):
-            problem_texts = [f"speaks of {predicates[target].recipe} on {predicates[target].target}"]
-            raise UserError(f"sign-off {path}", problem_texts[0], "rename one of them, and sign again")
-    study, policies = load_study(run), {one.policy.name for one in predicates.values()}
-    if len(policies) > 1:
-        raise UserError("release", f"signed for the budgets {sorted(policies)}", "sign all for one budget")
-    budget = load_budget(study, policies.pop())
+        predicates[target] = signed[0].predicate
+        if file_sha256(run / GATE) != predicates[target].files[GATE]:
+            fix = f"run python -m eval.signoff --variant {recipe} again"
+            raise UserError(f"{run / GATE}", "is told in other words than the signed one", fix)
+    study, budget = load_study(run), budget_of_gate(rerun.gate)
     required = {name for name, target in budget.targets.items() if target.required}
     if missing := sorted(required - set(predicates)):
         fix = f"sign a variant on {missing[0]} and add {missing[0]}=RECIPE"
         raise UserError("release", f"the budget requires the target {missing[0]}", fix)
-    return ReleaseEvidence(
-        run, study, budget, read_gate(run), collect_evidence(run, study, budget), predicates
-    )
+    return ReleaseEvidence(run, study, budget, rerun.gate, collect_evidence(run, study, budget), predicates)
 
 
 @dataclass
@@ -181,6 +168,7 @@ class ReleaseFolder:
             self.add(f"evidence/control/{predicate.recipe}", sources.folder(CONTROL, predicate.recipe))
             targets[target] = self.target(target, predicate)
             index[target] = {**self.part(name), **_facts(targets[target])}
+        refuse_broken_floors(targets)
         contract = build_contract(
             sources.evidence,
             sources.gate,
@@ -192,24 +180,37 @@ class ReleaseFolder:
         )
         self.write_evidence(tokenizer, contract)
         facts = {
-            "schema_version": 1,
+            "schema_version": 2,
             "name": contract.name,
+            "released": contract.released.isoformat(),
             "boundary": contract.inputs.boundary_token,
             "context": contract.inputs.context_tokens,
         }
-        self.write(INDEX, _json({**facts, "targets": index, "fallback": fallback}))
-        self.write(CONTRACT, contract_text(contract))
-        base = sources.study.base
-        self.write(CARD, card(contract, sources.gate, base.path if base.is_on_hub else None))
+        self.write(load_release.INDEX, _json({**facts, "targets": index, "fallback": fallback}))
         self.write("lineage.json", _json(lineage(sources.run, sources.evidence, sources.recipes)))
-        shutil.copy(TEMPLATES / LOADER, self.place / LOADER)
+        shutil.copy(load_release.__file__, self.place / "load_release.py")
+        return self.tried(contract)
+
+    def tried(self, contract: Contract) -> Contract:
+        """The contract with what was measured through the loader, where this machine has the device."""
+        targets, study = dict(contract.targets), self.sources.study
+        for name, target in targets.items():
+            if is_runnable(target):
+                texts = (document.text for document in stream_documents(self.sources.run / "data", TRAIN))
+                cost = rehearse(self.place, name, study.cost, texts)
+                targets[name] = target.model_copy(update={"loader_cost": cost})
+        contract = contract.model_copy(update={"targets": targets})
+        base = study.base
+        self.write(CONTRACT, contract_text(contract))
+        self.write(CARD, card(contract, base.path if base.is_on_hub else None))
         return contract
 
     def target(self, target: str, predicate: Predicate) -> Target:
-        sources, name = self.sources, f"{FOLDER}/{predicate.recipe}-{target}.json"
+        sources = self.sources
+        name = signoff_path(Path(), predicate.recipe, target).as_posix()
         (self.place / FOLDER).mkdir(exist_ok=True)
         shutil.copy(sources.run / name, self.place / name)
-        key = from_raw(predicate.public_key).keyid
+        key = from_text(predicate.public_key).keyid
         signature = Signature(by=predicate.by, time=predicate.time, key=key, file=name)
         row = row_of(sources.gate, predicate.recipe, target)
         return shipped(sources.evidence, sources.gate, sources.budget, row, predicate, signature)
@@ -257,38 +258,43 @@ def is_runnable(target: Target) -> bool:
     return target.device == "cpu" or torch.cuda.is_available()
 
 
-def rehearse(place: Path, targets: list[str]) -> None:
-    """Loads every target in a fresh process that cannot see this project.
+def sign_folder(place: Path, signer: "Signer", owner: str) -> None:
+    """Signs every file that lies there, the manifest too: an in-toto statement whose subjects they are."""
+    hashes = {name: entry.sha256 for name, entry in hash_files(place).items()}
+    hashes[MANIFEST] = file_sha256(place / MANIFEST)
+    subjects = [{"name": name, "digest": {"sha256": sha}} for name, sha in hashes.items()]
+    about = {"owner": owner, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    statement = {"_type": TYPE, "subject": subjects, "predicateType": RELEASE, "predicate": about}
+    write_text(place / load_release.SIGNATURE, wrapped(json.dumps(statement).encode(), signer) + "\n")
+
+
+def refuse_broken_floors(targets: dict[str, Target]) -> None:
+    """What passed as a recipe of all seeds must hold for the artifact that is shipped, by itself.
 
     Raises:
-        UserError: the release would serve its fallback from the first day, or nothing at all.
+        UserError: on a slice it is below its own floor beyond doubt, and nobody waived anything.
     """
-    write_text(place / MANIFEST, _json({"files": {n: e.model_dump() for n, e in hash_files(place).items()}}))
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", REHEARSAL, *targets],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if process.returncode:
-        last = (process.stderr.strip().splitlines() or ["no output"])[-1]
-        exit_text = f"its loader ended with {process.returncode} ({last})"
-        raise UserError(
-            "release",
-            exit_text,
-            "nothing was released; load_release.py must load it: mend the artifact or its engine",
-        )
-    for target, reason in zip(targets, json.loads(process.stdout.splitlines()[-1]), strict=True):
-        if reason:
-            raise UserError(
-                f"release for {target}",
-                reason,
-                "nothing was released; the loader must take the variant: mend its artifact",
-            )
+    for name, target in ((n, t) for n, t in targets.items() if t.waiver is None):
+        for of, slice_name, saving in floors(target):
+            if saving.verdict == FAIL:
+                span = f"{saving.measured.point:.4f} [{saving.measured.low:.4f}, {saving.measured.high:.4f}]"
+                raise UserError(
+                    f"release of {target.recipe} on {name}",
+                    f"its own artifact saves {span} bits/byte over the {of} on {slice_name}, "
+                    f"the floor is {saving.floor:.4f}",
+                    "nothing was released; ship another variant, or a study whose first seed keeps them",
+                )
 
 
-def build_release(sources: ReleaseEvidence, out: Path, owner: str, released: date) -> Contract:
+def floors(target: Target) -> Iterator[tuple[str, str, Saving]]:
+    """What it is held against, the slice and what is saved there, of each floor."""
+    for name, gain in target.gain.items():
+        yield from (("control", name, gain.over_control), ("fallback", name, gain.over_fallback))
+
+
+def build_release(
+    sources: ReleaseEvidence, out: Path, owner: str, released: date, signer: "Signer"
+) -> Contract:
     """The release at `out`, whole or not at all.
 
     Raises:
@@ -302,10 +308,15 @@ def build_release(sources: ReleaseEvidence, out: Path, owner: str, released: dat
     }
     name = f"release of {sources.study.name}"
     with build_artifact(
-        out, kind="release", name=name, key=Key(digest(parents)), parents=parents, facts={}
+        out,
+        kind="release",
+        name=name,
+        key=Key(digest(parents)),
+        parents=parents,
+        facts={},
+        finish=lambda place: sign_folder(place, signer, owner),
     ) as place:
         contract = ReleaseFolder(sources, place).fill(owner, released)
-        rehearse(place, [name for name, target in contract.targets.items() if is_runnable(target)])
     return contract
 
 
@@ -318,6 +329,11 @@ def summary_lines(contract: Contract, out: Path) -> Iterator[str]:
             yield "    not tried out: no CUDA device here; load it on such a machine before you ship it"
         if target.waiver:
             yield f"    WAIVED until {target.waiver.expires}: {target.waiver.reason}"
+        for of, slice_name, saving in floors(target):
+            chance = getattr(target.one_seed[slice_name], f"over_{of}")
+            likely = f"{100 * chance:.0f} % of single seeds keep it" if chance is not None else "one seed"
+            if saving.verdict is not None:
+                yield f"    floor over the {of} on {slice_name}: {saving.verdict}; {likely}"
         for cost in target.fallback_cost:
             if cost.verdict != PASS:
                 yield f"    the fallback is not within the budget: {cost.reason}"
@@ -329,13 +345,15 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--variant", nargs="+", required=True, metavar="[TARGET=]RECIPE", help="what to ship")
     parser.add_argument("--owner", required=True, help="who answers for the release")
-    parser.add_argument("--public", help="the signer's public key: only this one is trusted")
+    parser.add_argument("--key", required=True, help="the private key that signs the folder as a whole")
+    about = "public keys, or files of allowed signers: these are trusted and no others"
+    parser.add_argument("--public", nargs="+", required=True, metavar="FILE", help=about)
     parser.add_argument("--out", help="the folder to build (default: RUN/release/NAME)")
     study, args = study_from_command(parser)
     run, now = study.folder, datetime.now(UTC).date()
-    sources = verify_signoffs(run, args.variant, public_key(Path(args.public)) if args.public else None, now)
+    sources = verify_signoffs(run, args.variant, read_trusted(args.public), now)
     out = Path(args.out) if args.out else run / "release" / "-".join(sources.recipes)
-    contract = build_release(sources, out, args.owner, now)
+    contract = build_release(sources, out, args.owner, now, private_key(args.key, Path(args.public[0])))
     print("\n".join(summary_lines(contract, out)))
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval.core.gate_file import Estimate, GateFile, KeptShare
+from eval.core.gate_file import Estimate, KeptShare
 from eval.release.contract_file import Contract, Cost, Gain
 from eval.report.format import estimate_cell, fixed, significant
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 METRICS = {
-    "kept_share": "share of the method's gain retained",
+    "kept_share": "share of the method's gain that this artifact retains",
     "bits_per_byte_saved_over_control": "bits per byte saved over the control",
     "bits_per_byte_saved_over_fallback": "bits per byte saved over the fallback",
 }
@@ -28,7 +28,7 @@ def bounded(cost: Cost) -> str:
     return f"{significant(cost.measured)} [{significant(cost.low)}, {significant(cost.high)}]"
 
 
-def card(contract: Contract, gate: GateFile, base: str | None) -> str:
+def card(contract: Contract, base: str | None) -> str:
     """README.md of a release."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -37,23 +37,24 @@ def card(contract: Contract, gate: GateFile, base: str | None) -> str:
         base_model=base,
         pipeline_tag="text-generation",
         library_name="transformers",
-        eval_results=results(contract, gate),
+        eval_results=results(contract),
     )
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), trim_blocks=True, undefined=StrictUndefined, autoescape=False
     )
-    environment.filters.update(span=span, bounded=bounded, fixed=fixed, zip=zip)
+    environment.filters.update(
+        span=span, bounded=bounded, fixed=fixed, own_share=own_share, significant=significant, zip=zip
+    )
     template = environment.get_template("release_card.md.j2")
     return str(ModelCard(template.render(card_data=data.to_yaml(), contract=contract)))
 
 
-def results(contract: Contract, gate: GateFile) -> list["EvalResult"]:
-    """Bits per byte, the kept share and what is saved, on every promised slice of every target."""
+def results(contract: Contract) -> list["EvalResult"]:
+    """Of the shipped artifact: bits per byte, its share and what it saves, on every promised slice."""
     results = []
     for target, shipped in contract.targets.items():
-        row = next(v for v in gate.variants if (v.recipe, v.target) == (shipped.recipe, target))
         for name, gain in shipped.gain.items():
-            values = {"bits_per_byte": row.scores[name].point, **saved(gain)}
+            values = {"bits_per_byte": gain.level.point, **saved(gain)}
             for metric, value in values.items():
                 if value is not None:
                     title = METRICS.get(metric, "bits per byte")
@@ -61,8 +62,14 @@ def results(contract: Contract, gate: GateFile) -> list["EvalResult"]:
     return results
 
 
+def own_share(gain: Gain) -> float | None:
+    """What the artifact saves over its control, as a share of the teacher's gain; None where that is none."""
+    teacher = gain.teacher_gain
+    return gain.over_control.measured.point / teacher.point if (teacher.low or 0) > 0 else None
+
+
 def saved(gain: Gain) -> dict[str, float | None]:
-    values = gain.kept_share.point, gain.over_control.measured.point, gain.over_fallback.measured.point
+    values = own_share(gain), gain.over_control.measured.point, gain.over_fallback.measured.point
     return dict(zip(METRICS, values, strict=True))
 
 

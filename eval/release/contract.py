@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Literal
 
 from eval.core.artifacts import read_manifest
 from eval.core.budget import Budget
@@ -15,7 +16,7 @@ from eval.core.gate_file import GateFile, Part, Variant
 from eval.core.records import PLAIN, VALIDATION, read_costs, read_loads
 from eval.core.study import Study
 from eval.engines import subject_of
-from eval.gate.evidence import C, Evidence, by_target
+from eval.gate.evidence import C, Contrast, Evidence, by_target
 from eval.gate.limits import cost_parts, variant_costs
 from eval.release.contract_file import (
     Bits,
@@ -24,8 +25,11 @@ from eval.release.contract_file import (
     Gain,
     Inputs,
     Saving,
+    SeedChance,
     Signature,
     Target,
+    chance_of_one_seed,
+    floor_verdict,
     over_documents,
 )
 from eval.signoff.statement import Predicate
@@ -77,16 +81,23 @@ def fallback_parts(e: Evidence, budget: Budget, target: str) -> list[Part]:
 
 
 def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:
-    """What must hold on one slice, with what the released seed alone keeps of it, from its `bits`."""
+    """What must hold on one slice, with what the released seed alone keeps, from its `bits` by cluster."""
     inside = name == VALIDATION
     share = gate.budget["f"] if inside else gate.budget["slices"][name]
     teacher = gate.teacher_gain if inside else gate.teacher_gain_slices[name]
+
+    def saving(of: Literal["control", "fallback"], floor: float | None) -> Saving:
+        saved = bits.over(of)
+        held = floor_verdict(saved, floor, gate.budget["alpha"])
+        return Saving(floor=floor, measured=over_documents(saved), verdict=held)
+
     return Gain(
         asked_share=share,
         kept_share=row.kept_share if inside else row.slices[name].kept_share,
+        level=over_documents(bits.level("release")),
         teacher_gain=teacher,
-        over_control=Saving(floor=share * teacher.point, measured=over_documents(bits.over("control"))),
-        over_fallback=Saving(floor=lead(gate, name), measured=over_documents(bits.over("fallback"))),
+        over_control=saving("control", share * teacher.point),
+        over_fallback=saving("fallback", lead(gate, name)),
     )
 
 
@@ -100,11 +111,19 @@ def lead(gate: GateFile, name: str) -> float | None:
 
 
 def released_bits(e: Evidence, recipe: str, name: str) -> Bits:
-    """Of the first seed, which is the one that is released."""
-    columns = e.columns[name]
+    """By cluster, of the first seed, which is the one that is released."""
     models = (STUDENT, recipe), (CONTROL, recipe), (FALLBACK, PLAIN)
-    ours, control, base = (e.bits[model][0, columns] for model in models)
-    return Bits(ours, control, base, e.bytes[columns])
+    ours, control, base = (e.clusters[name].sums(e.bits[model])[0] for model in models)
+    return Bits(ours, control, base, e.clusters[name].sums(e.bytes))
+
+
+def seed_chance(e: Evidence, recipe: str, name: str, gain: Gain) -> SeedChance:
+    """How likely a single student of the study keeps the floors of a slice."""
+    control, base = Contrast(STUDENT, CONTROL, recipe, recipe), Contrast(STUDENT, FALLBACK, recipe)
+    return SeedChance(
+        over_control=chance_of_one_seed(e.gain(name, control).mean(-1), gain.over_control.floor),
+        over_fallback=chance_of_one_seed(e.gain(name, base).mean(-1), gain.over_fallback.floor),
+    )
 
 
 def shipped(
@@ -112,6 +131,7 @@ def shipped(
 ) -> Target:
     """What one target gets."""
     limits = budget.targets[row.target]
+    gains = {n: gain(gate, row, n, released_bits(e, row.recipe, n)) for n in [VALIDATION, *budget.slices]}
     return Target(
         recipe=row.recipe,
         engine=row.engine,
@@ -121,9 +141,11 @@ def shipped(
         reason=predicate.reason,
         waiver=predicate.waiver,
         signature=signature,
-        gain={n: gain(gate, row, n, released_bits(e, row.recipe, n)) for n in [VALIDATION, *budget.slices]},
+        gain=gains,
         cost=costs_of(row.parts),
         fallback_cost=costs_of(fallback_parts(e, budget, row.target)),
+        one_seed={name: seed_chance(e, row.recipe, name, one) for name, one in gains.items()},
+        loader_cost=None,
     )
 
 

@@ -14,12 +14,13 @@ import numpy as np
 import yaml
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
+from scipy.special import stdtr
 
 from eval.core.config import Stored
 from eval.core.errors import UserError, expected_text
 from eval.core.gate_file import Estimate, KeptShare
 from eval.signoff.statement import Waiver
-from eval.stats.crossed import Verdict, cluster_bounds, linearise
+from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict, cluster_bounds, linearise
 
 Array = NDArray[np.float64]
 CONTRACT = "contract.yaml"
@@ -30,6 +31,7 @@ class Saving(Stored):
 
     floor: float | None  # at least this must be saved; null where the study asked nothing
     measured: Estimate  # of the released artifact alone, over the documents of the study
+    verdict: Verdict | None = None  # whether it keeps its floor, one-sided at alpha; null without one
 
 
 class Gain(Stored):
@@ -37,6 +39,7 @@ class Gain(Stored):
 
     asked_share: float  # of the teacher's gain
     kept_share: KeptShare  # as measured over all seeds
+    level: Estimate  # bits per byte of the released artifact
     teacher_gain: Estimate
     over_control: Saving
     over_fallback: Saving
@@ -53,6 +56,29 @@ class Cost(Stored):
     unit: str
     verdict: Verdict
     reason: str
+
+
+class SeedChance(Stored):
+    """How likely a single student of this study keeps a floor; null where one seed alone was trained.
+
+    The next seed lies from the mean of S seeds as Student's t with S - 1 degrees of freedom, times the spread
+    of the seeds and sqrt(1 + 1 / S): a prediction on these documents (Hahn and Meeker 1991, section 4.7).
+    """
+
+    over_control: float | None
+    over_fallback: float | None
+
+
+class LoaderCost(Stored):
+    """Measured through the loader in one fresh process, when the release was built."""
+
+    prefill_ms: float  # median of the requests, batch 1
+    decode_ms: float  # median by token
+    load_s: float
+    peak_memory_mib: float | None  # VmHWM; null where there is none
+    requests: int
+    prompt_tokens: int
+    machine: str  # its processor
 
 
 class Signature(Stored):
@@ -76,6 +102,8 @@ class Target(Stored):
     gain: dict[str, Gain]  # by slice
     cost: list[Cost]
     fallback_cost: list[Cost]  # of the base, held against the same limits
+    one_seed: dict[str, SeedChance]  # by slice
+    loader_cost: LoaderCost | None  # null where its device is not on the machine that built it
 
 
 class Inputs(Stored):
@@ -92,7 +120,7 @@ class Inputs(Stored):
 class Contract(Stored):
     """contract.yaml."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     name: str
     study: str
     method: str
@@ -140,6 +168,24 @@ def over_documents(z: ArrayLike, level: float = 0.95) -> Estimate:
     return Estimate(point=float(values.mean()), low=low, high=high)
 
 
+def floor_verdict(z: Array, floor: float | None, alpha: float) -> Verdict | None:
+    """PASS where the lower one-sided bound of the mean is not below the floor, FAIL where the upper is."""
+    if floor is None:
+        return None
+    low, high = cluster_bounds(z, alpha) or (-np.inf, np.inf)
+    return PASS if low >= floor else FAIL if high < floor else INCONCLUSIVE
+
+
+def chance_of_one_seed(by_seed: Array, floor: float | None) -> float | None:
+    """The chance that a further seed is at the floor or above, from the means of [S] seeds."""
+    if floor is None or len(by_seed) < 2:
+        return None
+    spread = float(by_seed.std(ddof=1)) * (1 + 1 / len(by_seed)) ** 0.5
+    if spread == 0:
+        return float(by_seed.mean() >= floor)
+    return float(stdtr(len(by_seed) - 1, (by_seed.mean() - floor) / spread))
+
+
 Of = Literal["release", "control", "fallback"]
 
 
@@ -151,6 +197,13 @@ class Bits:
     control: Array
     fallback: Array
     bytes: Array
+
+    def by_cluster(self, names: list[str]) -> "Bits":
+        """Sums over the documents of each cluster, which has the name of its documents."""
+        _, place = np.unique(names, return_inverse=True)
+        columns = self.release, self.control, self.fallback, self.bytes
+        ours, control, base, size = (np.bincount(place, column).astype(float) for column in columns)
+        return Bits(ours, control, base, size)
 
     def level(self, of: Of) -> Array:
         """[C] linearised bits per byte of one model."""

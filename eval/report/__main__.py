@@ -7,7 +7,6 @@ The report decides nothing: every figure and verdict is the gate's.
 
 import shutil
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -15,14 +14,12 @@ from rich.console import Console
 from eval.core.artifacts import file_sha256, write_text
 from eval.core.commands import new_parser, study_from_command
 from eval.core.errors import UserError, entry
-from eval.core.gate_file import GateFile
+from eval.core.gate_file import GateFile, read_gate
 from eval.core.study import Study
 from eval.report.budget_table import build_budget_table, csv_text
 from eval.report.format import data_lines
 from eval.report.markdown import render_markdown
 from eval.report.terminal import print_report
-from eval.signoff.statement import list_signoffs
-from eval.signoff.verify import read_gate
 
 WIDTH = 160  # columns of the table where nobody can tell, e.g. in a log
 
@@ -38,6 +35,17 @@ def refuse_stale(gate: GateFile, study: Study, run: Path, fix: str) -> None:
             raise UserError("gate.json is stale", f"{name} was {was}, is {now}", fix)
 
 
+def render_reports(run: Path, gate: GateFile) -> dict[str, str]:
+    """File -> text of every report of gate.json; the same gate.json gives the same bytes."""
+    from eval.report.html import render_page  # matplotlib: what is refused should be refused fast
+
+    return {
+        "table.md": render_markdown(gate, data_lines(run, gate)),
+        "table.csv": csv_text(build_budget_table(gate)),
+        "report.html": render_page(gate, run, (run / "study.yaml").read_text(encoding="utf-8")),
+    }
+
+
 def console() -> Console:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
     return Console(width=width, highlight=False)
@@ -49,15 +57,9 @@ def main() -> None:
     run = study.folder
     gate = read_gate(run)
     refuse_stale(gate, study, run, f"run `python -m eval.gate --study {run}` first")
-    signatures = list_signoffs(run, datetime.now(UTC).date())
-    data = data_lines(run, gate)
-    from eval.report.html import render_page  # matplotlib: what is refused should be refused fast
-
-    html = render_page(gate, run, (run / "study.yaml").read_text(encoding="utf-8"), signatures)
-    write_text(run / "table.md", render_markdown(gate, signatures, data))
-    write_text(run / "table.csv", csv_text(build_budget_table(gate)))
-    write_text(run / "report.html", html)
-    print_report(gate, signatures, console(), data)
+    for name, text in render_reports(run, gate).items():
+        write_text(run / name, text)
+    print_report(gate, console(), data_lines(run, gate))
     print(run / "report.html", flush=True)
 
 

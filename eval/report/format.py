@@ -9,7 +9,6 @@ from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.documents import describe_data
 from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Variant
 from eval.core.records import VALIDATION
-from eval.signoff.statement import SignOff
 
 ARMS = {
     "B": "base, the fallback",
@@ -237,15 +236,3 @@ def test_set_line(gate: GateFile) -> str:
 def day(time: str) -> str:
     """The day of a time in ISO 8601."""
     return time[:10]
-
-
-def signoff_text(one: SignOff) -> str:
-    """One sign-off in a sentence, with its waiver and with what speaks against it."""
-    if one.predicate is None:
-        return f"The sign-off {one.path.name} cannot be trusted: {one.problem}."
-    predicate = one.predicate
-    who = f"signed by {predicate.by} on {day(predicate.time)} (key {one.key[:12]})"
-    text = f"{predicate.verdict} of {predicate.recipe} on {predicate.target}, {who}"
-    if predicate.waiver:
-        text += f"; waived until {predicate.waiver.expires}: {predicate.waiver.reason}"
-    return f"{text}. It does not hold: {one.problem}." if one.problem else f"{text}."

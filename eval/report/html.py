@@ -22,7 +22,6 @@ from eval.report import lineage
 from eval.report import slice_figures as spread
 from eval.report.budget_table import RANKS, build_budget_table
 from eval.report.evidence_pages import render_evidence
-from eval.signoff.statement import BEGIN, END, SignOff
 
 Json = dict[str, Any]
 
@@ -155,7 +154,7 @@ def render_budget_rows(gate: GateFile, environment: Environment) -> Json:
     }
 
 
-def render_page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignOff]) -> str:
+def render_page(gate: GateFile, run: Path, study_yaml: str) -> str:
     """The whole report as one HTML document that asks for nothing outside itself.
 
     Raises:
@@ -166,14 +165,11 @@ def render_page(gate: GateFile, run: Path, study_yaml: str, signoffs: list[SignO
     style, script = (Markup((TEMPLATES / name).read_text("utf-8")) for name in ("style.css", "table.js"))
     return templates.get_template("report.html.j2").render(
         gate=gate,
-        run=shlex.quote(run.as_posix()),
+        run=shlex.quote(gate.folder),
         study_yaml=study_yaml,
         headline=headline(gate),
         test_set=tables.test_set_line(gate),
         data_lines=tables.data_lines(run, gate),
-        signoffs=signoffs,
-        begin=Markup(BEGIN),
-        end=Markup(END),
         sections={name: title for name, title in SECTIONS.items() if pictures.get(name, True)},
         arms=tables.ARMS,
         slices=[VALIDATION, *tables.shifted(gate)],

@@ -18,13 +18,13 @@ from eval.report.format import (
     recommended_text,
     remarks,
     shifted,
-    signoff_text,
     student_shares,
     task_arms,
     task_rows,
     test_set_line,
 )
-from eval.signoff.statement import BEGIN, END, SignOff
+
+SIGNED = "Who signed what stands in [signoff/index.html](signoff/index.html), once anybody has."
 
 
 def escape(text: str) -> str:
@@ -99,15 +99,13 @@ def behaviour_tables(gate: GateFile) -> list[str]:
     return sections + (["### Tasks, mean score", markdown_table(heads, scores)] if scores else [])
 
 
-def caveats_and_signoffs(gate: GateFile, signoffs: list[SignOff], data: Iterable[str] = ()) -> str:
-    """What was read, the test documents, what the verdict is conditional on, the sign-offs in their marks."""
+def caveats(gate: GateFile, data: Iterable[str] = ()) -> str:
+    """What was read, the test documents, what the verdict is conditional on, and where sign-offs are."""
     lines = [*(f"{line}." for line in data), test_set_line(gate), *(f"{line}." for line in remarks(gate))]
-    signatures = "".join(f"- {escape(signoff_text(one))}\n" for one in signoffs)
-    shown = f"{BEGIN}\n{signatures}{END}"
-    return "\n\n".join([*(escape(line) for line in lines if line), shown])
+    return "\n\n".join([*(escape(line) for line in lines if line), SIGNED])
 
 
-def render_markdown(gate: GateFile, signoffs: list[SignOff], data: Iterable[str] = ()) -> str:
+def render_markdown(gate: GateFile, data: Iterable[str] = ()) -> str:
     """table.md: the verdict, then quality (no figure of time), then cost and the verdicts it decides."""
     table = build_budget_table(gate)
     how = "".join(f"- {escape(f'{names}: {how}')}\n" for names, how in measuring_commands(gate).items())
@@ -115,7 +113,7 @@ def render_markdown(gate: GateFile, signoffs: list[SignOff], data: Iterable[str]
         f"# {escape(gate.title or gate.study)}",
         f"**{gate.verdict}**: {escape(gate.reason)}",
         f"Recommended: {escape(recommended_text(gate))}.",
-        caveats_and_signoffs(gate, signoffs, data),
+        caveats(gate, data),
         "## Quality",
         "Bits per byte, lower is better; intervals in brackets. Depends on the scores alone.",
         gains(gate),

@@ -17,10 +17,8 @@ from eval.report.format import (
     recommended_text,
     remarks,
     select_variants,
-    signoff_text,
     test_set_line,
 )
-from eval.signoff.statement import SignOff
 
 ROWS = 50  # more cannot be read here: table.md and the page have all
 
@@ -82,7 +80,7 @@ def lines_below(gate: GateFile, variants: list[Variant]) -> Iterator[str]:
         yield f"to measure {names}: {how}"
 
 
-def print_report(gate: GateFile, signoffs: list[SignOff], console: Console, data: Iterable[str] = ()) -> None:
+def print_report(gate: GateFile, console: Console, data: Iterable[str] = ()) -> None:
     """Prints the budget table, its reasons and, last, the verdict."""
     variants = select_variants(gate.variants, ROWS)
     console.print(rich_table(gate, build_budget_table(gate, variants)))
@@ -93,7 +91,6 @@ def print_report(gate: GateFile, signoffs: list[SignOff], console: Console, data
         *data,
         test_set_line(gate),
         *remarks(gate),
-        *map(signoff_text, signoffs),
     ):
         if line:
             console.print(Text(line))

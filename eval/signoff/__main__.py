@@ -1,11 +1,12 @@
 """Who answers for a variant on a target: a signed statement of the verdict and of all that it rests on.
 
-    python -m eval.signoff --new-key FILE
+    python -m eval.signoff --new-key FILE [--by NAME]
     python -m eval.signoff --study runs/X --variant RECIPE --by NAME --key FILE
-    python -m eval.signoff --study runs/X --verify --public FILE
+    python -m eval.signoff --study runs/X --verify --public FILE ...
 
-What did not pass needs `--waive REASON --expires YYYY-MM-DD`. Exit codes of `--verify`: 0 all hold, 1 one
-does not, 3 error. docs/release.md describes what is signed.
+A signature is added to those that are there. What did not pass needs `--waive REASON --expires YYYY-MM-DD`,
+and as many signatures as the budget says. Exit codes of `--verify`: 0 all hold, 1 one does not, 3 error.
+docs/release.md describes what is signed.
 """
 
 import argparse
@@ -17,58 +18,73 @@ from rich.console import Console
 from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, verify_artifact, write_text
-from eval.core.budget import load_budget
 from eval.core.checks import STUDENT
 from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import EXIT_FAIL, EXIT_PASS, UserError, entry
-from eval.core.gate_file import GateFile
+from eval.core.jobs import lock_folder
 from eval.core.records import read_costs, read_scores
-from eval.core.study import Study, load_study
-from eval.signoff.keys import new_key, private_key, public_key, public_path
+from eval.signoff.keys import Trusted, allowed_signer, new_key, private_key, public_path, read_trusted
+from eval.signoff.page import Shown, read_shown, signoff_files, write_page
 from eval.signoff.statement import (
-    FOLDER,
     PREDICATE,
     TYPE,
     Digest,
     Predicate,
+    Signed,
     Statement,
     Subject,
     Waiver,
+    bundle_hash,
+    latest,
+    made_by,
+    read_bundle,
     sign_statement,
+    signoff_path,
 )
 from eval.signoff.verify import (
     REPORTS,
+    Rerun,
     artifacts,
-    difference_from_records,
+    last_day,
     policy,
     problems,
-    read_gate,
     row_of,
     signable_verdict,
+    signed_figures,
     signed_files,
     unmeasured,
 )
 from eval.stats.crossed import PASS, Verdict
 
 if TYPE_CHECKING:
-    from securesystemslib.signer import CryptoSigner, SSlibKey
+    from securesystemslib.signer import Signer
 
 
-def recomputed_gate(run: Path, study: Study, budget: str | None) -> GateFile:
-    """gate.json, after it was computed again from the records; what differs is named and refused."""
-    gate = read_gate(run)
-    if apart := difference_from_records(run, study, load_budget(study, budget), gate):
-        named = f" --budget {budget}" if budget else ""
-        raise UserError(f"gate.json of {run}", apart, f"run `python -m eval.gate --study {run}{named}` again")
-    return gate
-
-
-def build_waiver(verdict: Verdict, reason: str | None, expires: str | None, today: date) -> Waiver | None:
-    """The waiver that a verdict needs.
+def refuse_what_differs(rerun: Rerun) -> None:
+    """gate.json and the reports beside it must be what the records give now, sentences included.
 
     Raises:
-        UserError: it passed and needs none, needs one that is not given, or the date is not to come.
+        UserError: the first thing that is not.
     """
+    run = rerun.run
+    if apart := rerun.worded_otherwise():
+        raise UserError(f"gate.json of {run}", apart, f"run `python -m eval.gate --study {run}` again")
+    for forged in rerun.forged_reports([name for name in REPORTS if (run / name).is_file()]):
+        raise UserError(f"report {run}", forged, f"run `python -m eval.report --study {run}` again")
+
+
+def build_waiver(
+    verdict: Verdict, reason: str | None, expires: str | None, now: datetime, days: int
+) -> Waiver | None:
+    """The waiver that a verdict needs.
+
+    Args:
+        days: that the budget allows it to last.
+
+    Raises:
+        UserError: it passed and needs none, needs one that is not given, or its day is past or too far.
+    """
+    today, last = now.date(), last_day(now, days)
     if verdict == PASS:
         if reason or expires:
             raise UserError("--waive", "the verdict is PASS", "sign it without a waiver")
@@ -82,7 +98,19 @@ def build_waiver(verdict: Verdict, reason: str | None, expires: str | None, toda
         raise UserError("--expires", repr(expires), "give a date as YYYY-MM-DD") from error
     if day <= today:
         raise UserError("--expires", expires, f"give a day after today, {today}")
+    if day > last:
+        raise UserError("--expires", expires, f"the budget allows {days} days: give a day up to {last}")
     return Waiver(reason=reason, expires=day)
+
+
+def refuse_other_waiver(signed: list[Signed], waiver: Waiver | None) -> None:
+    """Signatures of one waiver are counted together only where they name the same last day."""
+    for one in (one for one in signed if waiver and one.predicate.waiver):
+        assert one.predicate.waiver is not None
+        assert waiver is not None
+        if (day := one.predicate.waiver.expires) != waiver.expires:
+            problem = f"{waiver.expires}, {one.predicate.by} signed until {day}"
+            raise UserError("--expires", problem, f"give {day}, or have that signed again")
 
 
 def refuse_old_clock(run: Path, now: datetime) -> None:
@@ -95,24 +123,13 @@ def refuse_old_clock(run: Path, now: datetime) -> None:
         )
 
 
-def refuse_old_report(run: Path) -> None:
-    """What people read must have been made from the gate.json that is signed, or after it."""
-    judged_at = (run / "gate.json").stat().st_mtime_ns
-    for path in (run / name for name in REPORTS):
-        if path.is_file() and path.stat().st_mtime_ns < judged_at:
-            raise UserError(
-                f"report {path}", "older than gate.json", f"run python -m eval.report --study {run}"
-            )
-
-
 def build_statement(
     run: Path,
     *,
     recipe: str,
     target: str,
     by: str,
-    signer: "CryptoSigner",
-    budget: str | None = None,
+    signer: "Signer",
     waive: str | None = None,
     expires: str | None = None,
     now: datetime,
@@ -122,18 +139,24 @@ def build_statement(
     Raises:
         UserError: the evidence is not whole, the target was not measured, or a waiver is missing.
     """
-    study = load_study(run)
-    gate = recomputed_gate(run, study, budget)
+    rerun = Rerun(run)
+    refuse_what_differs(rerun)
+    gate, path = rerun.gate, signoff_path(run, recipe, target)
     row = row_of(gate, recipe, target)
     if missing := unmeasured(gate, row):
         raise UserError("sign-off", "not measured", missing)
+    if not gate.runs:
+        raise UserError("sign-off", "gate.json tells of no verdict", f"run python -m eval.gate --study {run}")
     verdict, reason = signable_verdict(gate, row)
     refuse_old_clock(run, now)
-    refuse_old_report(run)
     folders = artifacts(run, gate, recipe)
     for folder in folders.values():
         verify_artifact(folder)
-    files = signed_files(run, gate, recipe)
+    files, asked = signed_files(run, gate, recipe), policy(gate)
+    waiver = build_waiver(verdict, waive, expires, now, asked.days)
+    if path.is_file():
+        signed = latest(read_bundle(path))
+        refuse_other_waiver([one for one in signed if one.key != signer.public_key.keyid], waiver)
     names = [(folders[place] / MANIFEST).relative_to(run).as_posix() for place in folders]
     subjects = [name for name, place in zip(names, folders, strict=True) if _is_subject(place, recipe)]
     predicate = Predicate(
@@ -147,12 +170,15 @@ def build_statement(
         verdict=verdict,
         reason=reason,
         recommended=row.recommended,
-        waiver=build_waiver(verdict, waive, expires, now.date()),
-        policy=policy(study, load_budget(study, budget), budget, gate),
-        test_set=gate.test_set.model_dump(mode="json") if gate.test_set else None,
+        waiver=waiver,
+        policy=asked,
         data=gate.provenance.data,
         artifacts={place: gate.provenance.artifacts[place] for place in folders},
         files=files,
+        figures=signed_figures(gate, row),
+        judged=gate.runs[-1],
+        made=made_by(),
+        previous=bundle_hash(path),
     )
     subject = [Subject(name=name, digest=Digest(sha256=files[name])) for name in subjects]
     return Statement(type=TYPE, subject=subject, predicate_type=PREDICATE, predicate=predicate)
@@ -163,51 +189,62 @@ def _is_subject(place: str, recipe: str) -> bool:
     return (arm, variant) == (STUDENT, recipe)
 
 
-def sign(run: Path, args: argparse.Namespace) -> Path:
-    signer = private_key(Path(args.key))
-    statement = build_statement(
-        run,
-        recipe=args.variant,
-        target=args.target,
-        by=args.by,
-        signer=signer,
-        budget=args.budget,
-        waive=args.waive,
-        expires=args.expires,
-        now=datetime.now(UTC),
-    )
-    path = run / FOLDER / f"{args.variant}-{args.target}.json"
-    write_text(path, sign_statement(statement, signer))
+def add_signature(run: Path, statement: Statement, signer: "Signer") -> Path:
+    """Adds the lines of a signature to those that are there; returns their file."""
+    path = signoff_path(run, statement.predicate.recipe, statement.predicate.target)
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    write_text(path, before + sign_statement(statement, signer))
     return path
 
 
-def verification_text(
-    path: Path, statement: Statement | None, problems: list[str], trusted: "SSlibKey | None"
-) -> Text:
-    """What --verify says of one sign-off."""
-    if problems or statement is None:
+def sign(run: Path, args: argparse.Namespace) -> Path:
+    signer = private_key(args.key, Path(args.public[0]) if args.public else None)
+    with lock_folder(run):
+        statement = build_statement(
+            run,
+            recipe=args.variant,
+            target=args.target,
+            by=args.by,
+            signer=signer,
+            waive=args.waive,
+            expires=args.expires,
+            now=datetime.now(UTC),
+        )
+        path = add_signature(run, statement, signer)
+        write_page(run, read_shown(run, None), "Whose the keys are was not looked at.")
+    return path
+
+
+def verification_text(path: Path, signed: list[Signed], problems: list[str]) -> Text:
+    """What --verify says of the sign-offs of one variant."""
+    if problems:
         reasons = (f"\n  {text}" for text in problems)
         return Text.assemble(f"{path}: ", ("does not hold", "bold red"), *reasons)
-    predicate = statement.predicate
-    by = f"signed by {predicate.by} on {predicate.time}, by budget {predicate.policy.name}"
-    lines = [f"{predicate.verdict} of {predicate.recipe} on {predicate.target}, {by}"]
-    if predicate.waiver:
-        lines.append(f"waived until {predicate.waiver.expires}: {predicate.waiver.reason}")
-    if trusted is None:
-        lines.append("by a key that it names itself: give --public FILE to know that it is the signer's")
+    lines = []
+    for one in signed:
+        said = one.predicate
+        by = f"signed by {said.by} on {said.time} with the key of {one.holder}"
+        lines.append(f"{said.verdict} of {said.recipe} on {said.target}, {by}, by budget {said.policy.name}")
+        if not said.policy.fixed:
+            lines.append("by another budget than one that was fixed before the first figure")
+        if said.waiver:
+            lines.append(f"waived until {said.waiver.expires}: {said.waiver.reason}")
     return Text.assemble(f"{path}: ", ("holds", "bold green"), *(f"\n  {text}" for text in lines))
 
 
-def verify(run: Path, trusted: "SSlibKey | None", today: date, console: Console) -> list[str]:
+def verify(run: Path, trusted: Trusted, today: date, console: Console) -> list[str]:
     """Checks every sign-off of a run, prints what was found and returns the problems, each with its file."""
-    paths = sorted((run / FOLDER).glob("*.json"))
+    paths, rerun = signoff_files(run), Rerun(run)
     if not paths:
         raise UserError(f"sign-offs of {run}", "there are none", "sign a variant first")
-    every: list[str] = []
+    every, shown = [], []
     for path in paths:
-        statement, problem_texts = problems(path, run, trusted, today)
+        signed, problem_texts = problems(path, rerun, trusted, today)
         every += [f"{path}: {text}" for text in problem_texts]
-        console.print(verification_text(path, statement, problem_texts, trusted), soft_wrap=True)
+        shown.append(Shown(path.name, signed, problem_texts))
+        console.print(verification_text(path, signed, problem_texts), soft_wrap=True)
+    names = ", ".join(sorted(holder.name for holder in trusted.values()))
+    write_page(run, shown, f"Checked on {today} with all that they rest on, and with the keys of {names}.")
     return every
 
 
@@ -217,12 +254,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--variant", help="the recipe that is signed")
     parser.add_argument("--target", default="cpu", help="the target on which it is (default: cpu)")
     parser.add_argument("--by", help="who signs")
-    parser.add_argument("--key", help="the signer's private key")
+    parser.add_argument("--key", help="the signer's private key: a file, or the URI of a key service")
     parser.add_argument("--waive", metavar="REASON", help="sign what did not pass, for this reason")
     parser.add_argument("--expires", metavar="YYYY-MM-DD", help="the last day of the waiver")
-    parser.add_argument("--budget", help="the budget that gate.json was made with, if not the study's")
     parser.add_argument("--verify", action="store_true", help="check the sign-offs of the run")
-    parser.add_argument("--public", help="the signer's public key: only this one is trusted")
+    about = "public keys, or files of allowed signers: these are trusted and no others"
+    parser.add_argument("--public", nargs="+", metavar="FILE", help=about)
     return parser
 
 
@@ -230,22 +267,26 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> int:
     first = argparse.ArgumentParser(add_help=False)  # a key belongs to no study
     first.add_argument("--new-key")
-    if key_path := first.parse_known_args()[0].new_key:
+    first.add_argument("--by")
+    given = first.parse_known_args()[0]
+    if key_path := given.new_key:
         key = new_key(Path(key_path))
         print(f"private key {key_path}, public key {public_path(Path(key_path))}, id {key.keyid[:12]}")
+        print(f"for a file of allowed signers: {allowed_signer(given.by or Path(key_path).name, key)}")
         return EXIT_PASS
     study, args = study_from_command(arguments(), measures=True)
     run = study.folder
     if args.verify:
-        trusted = public_key(Path(args.public)) if args.public else None
-        failures = verify(run, trusted, datetime.now(UTC).date(), Console())
+        if not args.public:
+            raise UserError("--public", "missing", "name the keys that you trust: --public FILE ...")
+        failures = verify(run, read_trusted(args.public), datetime.now(UTC).date(), Console())
         write_json(args.json, {"holds": not failures, "problems": failures})
         return EXIT_FAIL if failures else EXIT_PASS
     for name in ("variant", "by", "key"):
         if not (getattr(args, name) or "").strip():
             raise UserError(f"--{name}", "missing", "give --variant, --by and --key, or --verify")
     path = sign(run, args)
-    print(f"signed {path}; check it with python -m eval.signoff --study {run} --verify")
+    print(f"signed {path}; check it with python -m eval.signoff --study {run} --verify --public KEY.pub")
     write_json(args.json, {"signed": str(path)})
     return EXIT_PASS
 

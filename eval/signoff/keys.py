@@ -1,11 +1,15 @@
-"""Ed25519 keys and the envelope that is signed with them.
+"""Keys, who holds them, and the envelope that is signed with them.
 
 The envelope is DSSE 1.0 (github.com/secure-systems-lab/dsse) by securesystemslib, the library behind TUF and
-in-toto. A file holds an envelope in one spelling only, so that a flipped bit of padding is noticed.
+in-toto. A line holds an envelope in one spelling only, so that a flipped bit of padding is noticed. A private
+key is an Ed25519 file, or lies in a key management service that securesystemslib knows.
 """
 
 import json
 import os
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +17,7 @@ from eval.core.errors import UserError
 
 if TYPE_CHECKING:
     from securesystemslib.dsse import Envelope
-    from securesystemslib.signer import CryptoSigner, SSlibKey
+    from securesystemslib.signer import Signer, SSlibKey
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 OTHERS = 0o077  # permission bits of group and others
@@ -54,17 +58,31 @@ def _create(path: Path, content: bytes, mode: int) -> None:
         stream.write(content)
 
 
-def private_key(path: Path) -> "CryptoSigner":
-    """The signer of a private key file.
+def private_key(where: str | Path, public: Path | None = None) -> "Signer":
+    """The signer of a private key file, or of the URI of a key management service, as `awskms:...`.
+
+    Args:
+        public: the public key of a service's key; a file has its own.
 
     Raises:
-        UserError: the file is missing, others may read it, or it holds no plain Ed25519 key.
+        UserError: the file is missing, others may read it, it holds no plain Ed25519 key, or the service
+            cannot be asked.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
-    from securesystemslib.signer import CryptoSigner
+    from securesystemslib.exceptions import UnsupportedLibraryError
+    from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Signer
 
-    fix = "give the private key that `python -m eval.signoff --new-key FILE` made"
+    path, fix = Path(where), "give the private key that `python -m eval.signoff --new-key FILE` made"
+    if str(where).partition(":")[0] in SIGNER_FOR_URI_SCHEME and not path.is_file():
+        if public is None:
+            raise UserError(f"key {where}", "its public key is not given", "add --public FILE")
+        try:
+            return Signer.from_priv_key_uri(str(where), public_key(public))
+        except (UnsupportedLibraryError, ValueError, OSError) as error:
+            raise UserError(
+                f"key {where}", str(error), "install what it asks for, or give a key file"
+            ) from error
     if not path.is_file():
         raise UserError(f"key {path}", "no such file", fix)
     with path.open("rb") as stream:
@@ -84,34 +102,94 @@ def public_key(path: Path) -> "SSlibKey":
     """A public key file in PEM.
 
     Raises:
-        UserError: the file is missing or holds no Ed25519 public key.
+        UserError: the file is missing or holds no public key of a kind that signs.
     """
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    from securesystemslib.signer import SSlibKey
-
     fix = "give the .pub file of the signer"
     if not path.is_file():
         raise UserError(f"key {path}", "no such file", fix)
     try:
-        key = load_pem_public_key(path.read_bytes())
+        return from_text(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"key {path}", "no public key in PEM", fix) from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise UserError(f"key {path}", "not an Ed25519 key", fix)
-    return SSlibKey.from_crypto(key)
 
 
-def from_raw(raw: str) -> "SSlibKey":
-    """The public key of 32 bytes in hexadecimal."""
+def from_text(text: str) -> "SSlibKey":
+    """The public key in PEM, or of 32 bytes in hexadecimal (Ed25519). ValueError where it is none."""
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
     from securesystemslib.signer import SSlibKey
 
-    return SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(bytes.fromhex(raw)))
+    if not text.startswith("-----"):
+        return SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(bytes.fromhex(text)))
+    try:
+        return SSlibKey.from_crypto(load_pem_public_key(text.encode()))
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from error
 
 
-def wrapped(payload: bytes, signer: "CryptoSigner") -> str:
-    """The text of an envelope with `payload`, signed."""
+@dataclass(frozen=True)
+class Holder:
+    """A key that is trusted, and whose it is."""
+
+    name: str
+    key: "SSlibKey"
+
+
+Trusted = dict[str, Holder]  # id of the key -> its holder
+
+
+def read_trusted(paths: Iterable[str | Path]) -> Trusted:
+    """The keys of public key files, called after the file, and those of files of allowed signers.
+
+    A file of allowed signers is that of ssh-keygen(1): a line `NAME ssh-ed25519 BASE64` for each; a name with
+    blanks stands in quotes.
+
+    Raises:
+        UserError: a file is missing, or a line holds no key.
+    """
+    trusted: Trusted = {}
+    for path in map(Path, paths):
+        if path.is_file() and not path.read_bytes().startswith(b"-----"):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            for number, line in enumerate(lines, start=1):
+                if line.strip() and not line.startswith("#"):
+                    holder = _allowed_signer(line, f"{path}: line {number}")
+                    trusted[holder.key.keyid] = holder
+        else:
+            key = public_key(path)
+            trusted[key.keyid] = Holder(path.stem, key)
+    if not trusted:
+        raise UserError(
+            "--public", "no key", "give the .pub file of the signer, or a file of allowed signers"
+        )
+    return trusted
+
+
+def _allowed_signer(line: str, thing: str) -> Holder:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+    from securesystemslib.signer import SSlibKey
+
+    try:
+        name, kind, key, *_ = shlex.split(line)
+        return Holder(name, SSlibKey.from_crypto(load_ssh_public_key(f"{kind} {key}".encode())))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        fix = "write NAME ssh-ed25519 BASE64, or give a public key in PEM"
+        raise UserError(thing, "no allowed signer", fix) from error
+
+
+def allowed_signer(name: str, key: "SSlibKey") -> str:
+    """The line of a file of allowed signers for an Ed25519 key."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    raw = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key.keyval["public"]))
+    return f"{shlex.quote(name)} {raw.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()}"
+
+
+def wrapped(payload: bytes, signer: "Signer") -> str:
+    """The line of an envelope with `payload`, signed."""
     from securesystemslib.dsse import Envelope
 
     envelope = Envelope(payload, PAYLOAD_TYPE, {})
@@ -120,11 +198,11 @@ def wrapped(payload: bytes, signer: "CryptoSigner") -> str:
 
 
 def _spelled(envelope: "Envelope") -> str:
-    return json.dumps(envelope.to_dict(), indent=1) + "\n"
+    return json.dumps(envelope.to_dict())
 
 
-def envelope(text: str, where: Path) -> "Envelope":
-    """The envelope in a file, its signature not yet checked.
+def envelope(text: str, where: str) -> "Envelope":
+    """The envelope in a line, its signature not yet checked.
 
     Raises:
         UserError: it is no envelope of an in-toto statement, or not spelled as `wrapped` does.
@@ -134,11 +212,11 @@ def envelope(text: str, where: Path) -> "Envelope":
     try:
         parsed = Envelope.from_dict(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"sign-off {where}", f"no DSSE envelope ({error})", AGAIN) from error
+        raise UserError(where, f"no DSSE envelope ({error})", AGAIN) from error
     if parsed.payload_type != PAYLOAD_TYPE:
-        raise UserError(f"sign-off {where}", f"payload of type {parsed.payload_type!r}", AGAIN)
+        raise UserError(where, f"payload of type {parsed.payload_type!r}", AGAIN)
     if _spelled(parsed) != text:
-        raise UserError(f"sign-off {where}", "its bytes are not those that were written", AGAIN)
+        raise UserError(where, "its bytes are not those that were written", AGAIN)
     return parsed
 
 

@@ -1,37 +1,40 @@
-"""What a sign-off says: an in-toto statement about one variant on one target, and how to read it.
+"""What a sign-off says: in-toto statements about one variant on one target, and how to read them.
 
 The subjects are the manifests of the signed artifacts, each of which lists the hash of every file beside it.
-The predicate says who signed what, when, and on which evidence. `verify` checks it from the bytes.
+The predicate says who signed what, when, and on which figures. A file holds a bundle: a line for each
+envelope, two for each signature, of which the second says the same in in-toto's own words. Lines are added,
+never replaced.
 """
 
 import hashlib
-import re
+import json
+import platform
+import shutil
+import subprocess
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date
+from functools import cache
+from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eval.core.artifacts import file_sha256
+from eval.core.config import ROOT
 from eval.core.errors import UserError, expected_text
-from eval.signoff.keys import AGAIN, envelope, from_raw, signed_by, wrapped
-from eval.stats.crossed import Verdict
+from eval.core.gate_file import GateRun
+from eval.signoff.keys import AGAIN, Trusted, envelope, from_text, signed_by, wrapped
+from eval.stats.crossed import GENERATOR, PASS, Verdict
 
 if TYPE_CHECKING:
-    from securesystemslib.signer import CryptoSigner, SSlibKey
+    from securesystemslib.signer import Signer
 
 TYPE: Final = "https://in-toto.io/Statement/v1"
-PREDICATE: Final = "https://absorb.example/signoff/v1"  # an identifier; docs/release.md describes its fields
+PREDICATE: Final = "https://absorb.example/signoff/v2"  # an identifier; docs/release.md describes its fields
+TEST_RESULT: Final = "https://in-toto.io/attestation/test-result/v0.1"
 FOLDER = "signoff"
-BEGIN, END = "<!-- sign-offs -->", "<!-- end of sign-offs -->"
-SHOWN = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
-# What the page may hold between these marks, tag by tag as its template writes them: readers of HTML differ
-# in what they make of anything else, and a browser must not see more than whoever checks it.
-TAG = re.compile(
-    r'<(section) class="signed" aria-labelledby="h-signed">|<(h2) id="h-signed">|<(ul|strong|code)>'
-    r'|<(li) class="(?:broken|waived|whole)">|<(time)(?: class="until")? datetime="[^"<>&]*">'
-)
 
 
 class ForwardCompatible(BaseModel):
@@ -48,9 +51,14 @@ class Waiver(ForwardCompatible):
 
 
 class Policy(ForwardCompatible):
-    name: str  # as the study or the command names it
-    sha256: str  # of the file
+    """By what was judged, and what it asks of a waiver."""
+
+    name: str  # of the budget
     hash: str  # of its values, as in gate.json
+    fixed: bool  # it is the one that was fixed when training began
+    plan: str  # hash of what was fixed then; empty where nothing was
+    signatures: int  # that a waiver needs
+    days: int  # that a waiver may last
 
 
 class Digest(ForwardCompatible):
@@ -62,12 +70,23 @@ class Subject(ForwardCompatible):
     digest: Digest
 
 
+class Made(ForwardCompatible):
+    """What computed the figures that are signed."""
+
+    project: str  # version
+    commit: str | None  # of the checkout; null where there is none
+    python: str
+    numpy: str
+    scipy: str
+    generator: str  # of random numbers
+
+
 class Predicate(ForwardCompatible):
-    """Who signed what, and the hash of everything that it rests on."""
+    """Who signed what, and every figure and hash that it rests on."""
 
     by: str = Field(min_length=1)
     time: str  # ISO 8601, UTC
-    public_key: str  # 32 bytes in hexadecimal
+    public_key: str  # 32 bytes in hexadecimal (Ed25519), else PEM
     study: str
     config: str  # hash of the study
     recipe: str
@@ -77,114 +96,153 @@ class Predicate(ForwardCompatible):
     recommended: bool
     waiver: Waiver | None
     policy: Policy
-    test_set: dict[str, Any] | None  # the opening of the test documents, as in gate.json
     data: str  # hash of the data artifact
     artifacts: dict[str, str]  # arm/s<seed>/recipe -> hash: what is signed, its control, parents and fallback
-    files: dict[str, str]  # path below the run folder -> sha256; see `signed_digest`
+    files: dict[str, str]  # path below the run folder -> sha256
+    figures: dict[str, Any]  # of gate.json, sentences left out
+    judged: GateRun  # the verdict of the gate that is signed
+    made: Made
+    previous: str | None  # sha256 of all lines before; null for the first
 
 
 class Statement(ForwardCompatible):
     type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     subject: list[Subject]
-    predicate_type: Literal["https://absorb.example/signoff/v1"] = Field(alias="predicateType")
+    predicate_type: Literal["https://absorb.example/signoff/v2"] = Field(alias="predicateType")
     predicate: Predicate
 
 
 @dataclass(frozen=True)
-class SignOff:
-    """A sign-off as a reader may show it. `problem` is None where it may be trusted as far as was looked."""
+class Signed:
+    """A statement whose signature fits its bytes."""
 
-    path: Path
-    predicate: Predicate | None  # None where the file cannot be read
-    key: str  # id of the key that signed, empty where unknown
-    problem: str | None
+    statement: Statement
+    key: str  # id of the key that signed
+    holder: str  # name of the trusted key's holder; empty where no key was named as trusted
+    line: int
+
+    @property
+    def predicate(self) -> Predicate:
+        return self.statement.predicate
 
 
-def sign_statement(statement: Statement, signer: "CryptoSigner") -> str:
-    """The text of the sign-off."""
-    return wrapped(statement.model_dump_json(by_alias=True).encode(), signer)
+def signoff_path(folder: Path, recipe: str, target: str) -> Path:
+    """Where the sign-offs of a variant lie, in a run folder or a release."""
+    return folder / FOLDER / f"{recipe}-{target}.intoto.jsonl"
 
 
-def read_statement(path: Path, trusted: "SSlibKey | None" = None) -> tuple[Statement, "SSlibKey"]:
-    """The statement of a sign-off whose signature holds, and the key that holds it.
+@cache
+def made_by() -> Made:
+    """The versions at work here."""
+    commit = None
+    if (ROOT / ".git").exists() and (git := shutil.which("git")):
+        words = [git, "-C", str(ROOT), "rev-parse", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or None
+    return Made(
+        project=metadata.version("absorb"),
+        commit=commit,
+        python=platform.python_version(),
+        numpy=metadata.version("numpy"),
+        scipy=metadata.version("scipy"),
+        generator=GENERATOR,
+    )
 
-    Without a `trusted` key the one that the statement names is used: the bytes are then whole, and who
-    signed is unknown.
+
+def result_payload(statement: Statement) -> bytes:
+    """The same as in-toto's test-result, which has a list of tests and no figures."""
+    predicate, row = statement.predicate, statement.predicate.figures["row"]
+    parts: dict[str, list[str]] = {"PASS": [], "INCONCLUSIVE": [], "FAIL": []}
+    for part in row["parts"]:
+        parts[part["verdict"]].append(part["name"])
+    word = {PASS: "PASSED", "INCONCLUSIVE": "WARNED", "FAIL": "FAILED"}[predicate.verdict]
+    budget = {"name": predicate.policy.name, "digest": {"sha256": predicate.policy.hash}}
+    result = {
+        "result": word,
+        "configuration": [budget],
+        "passedTests": parts["PASS"],
+        "warnedTests": parts["INCONCLUSIVE"],
+        "failedTests": parts["FAIL"],
+    }
+    whole: dict[str, Any] = {
+        "_type": TYPE,
+        "subject": [subject.model_dump() for subject in statement.subject],
+    }
+    return json.dumps({**whole, "predicateType": TEST_RESULT, "predicate": result}).encode()
+
+
+def sign_statement(statement: Statement, signer: "Signer") -> str:
+    """The two lines of a signature."""
+    payloads = statement.model_dump_json(by_alias=True).encode(), result_payload(statement)
+    return "".join(wrapped(payload, signer) + "\n" for payload in payloads)
+
+
+def bundle_hash(path: Path) -> str | None:
+    """What the next signature is linked to; None where there is none yet."""
+    return file_sha256(path) if path.is_file() else None
+
+
+def read_bundle(path: Path, trusted: Trusted | None = None) -> list[Signed]:
+    """Every statement of a bundle, in its order, whose signatures and links hold.
+
+    Without `trusted` keys the one that a statement names is used: the bytes are then whole, and who signed is
+    unknown.
 
     Raises:
-        UserError: the file is no sign-off, was changed, or was signed by another key than the trusted one.
+        UserError: the file is no bundle, was changed or cut, or was signed by a key that is not trusted.
     """
     try:
         text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"sign-off {path}", "not UTF-8", AGAIN) from error
-    outside = envelope(text, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"sign-off {path}", "cannot be read as UTF-8", AGAIN) from error
+    lines = text.splitlines(keepends=True)
+    if len(lines) % 2 or not lines or not text.endswith("\n"):
+        raise UserError(f"sign-off {path}", f"{len(lines)} lines, two for each signature expected", AGAIN)
+    numbered = list(enumerate(lines, start=1))
+    signed = []
+    for (number, line), (_, result) in list(pairwise(numbered))[::2]:
+        where = f"sign-off {path}: line {number}"
+        one = _read_line(line.removesuffix("\n"), where, number, trusted)
+        before = "".join(lines[: number - 1]).encode()
+        if one.predicate.previous != (hashlib.sha256(before).hexdigest() if before else None):
+            raise UserError(where, "is not linked to the lines before it: one was wiped or changed", AGAIN)
+        other = envelope(result.removesuffix("\n"), f"sign-off {path}: line {number + 1}")
+        key = from_text(one.predicate.public_key)
+        if not signed_by(other, key) or other.payload != result_payload(one.statement):
+            raise UserError(
+                f"sign-off {path}: line {number + 1}", "is not the result of the line before", AGAIN
+            )
+        signed.append(one)
+    return signed
+
+
+def _read_line(text: str, where: str, number: int, trusted: Trusted | None) -> Signed:
+    outside = envelope(text, where)
     try:
         statement = Statement.model_validate_json(outside.payload)
-        named = from_raw(statement.predicate.public_key)
+        named = from_text(statement.predicate.public_key)
     except (ValidationError, ValueError) as error:
         reason = expected_text(error.errors()[0]) if isinstance(error, ValidationError) else error
-        raise UserError(f"sign-off {path}", f"no statement of this kind ({reason})", AGAIN) from error
+        raise UserError(where, f"no statement of this kind ({reason})", AGAIN) from error
     if not signed_by(outside, named):
-        raise UserError(f"sign-off {path}", "the signature does not fit the bytes: they were changed", AGAIN)
-    if trusted and trusted.keyid != named.keyid:
-        reason = f"signed with the key {named.keyid[:12]}, which is not the trusted {trusted.keyid[:12]}"
-        raise UserError(f"sign-off {path}", reason, "ask the signer for the public key, or another signer")
-    return statement, named
+        raise UserError(where, "the signature does not fit the bytes: they were changed", AGAIN)
+    if trusted is not None and named.keyid not in trusted:
+        names = ", ".join(f"{holder.name} {keyid[:12]}" for keyid, holder in trusted.items())
+        reason = f"signed with the unknown key {named.keyid[:12]}; trusted: {names}"
+        raise UserError(where, reason, "ask the signer for the public key, or another signer")
+    holder = trusted[named.keyid].name if trusted is not None else ""
+    return Signed(statement, named.keyid, holder, number)
+
+
+def latest(signed: list[Signed]) -> list[Signed]:
+    """The last statement of each key: who signs again takes back what was signed before."""
+    return list({one.key: one for one in signed}.values())
+
+
+def read_statement(path: Path, trusted: Trusted | None = None) -> Statement:
+    """The first of the statements of a bundle that count; see `read_bundle`."""
+    return latest(read_bundle(path, trusted))[0].statement
 
 
 def expired(waiver: Waiver | None, today: date) -> str | None:
     """What to say where a waiver has run out."""
     return f"the waiver expired on {waiver.expires}" if waiver and today > waiver.expires else None
-
-
-def list_signoffs(run: Path, today: date | None = None) -> list[SignOff]:
-    """Every sign-off of a run, for those who show them, in the order of their files.
-
-    The signature, the date of a waiver and the bytes of gate.json are looked at, and nothing else:
-    `python -m eval.signoff --verify` checks the rest. What is shown must stand between the lines `BEGIN`
-    and `END`, because a report is signed without its sign-offs.
-    """
-    list_signoffs, today = [], today or datetime.now(UTC).date()
-    for path in sorted((run / FOLDER).glob("*.json")):
-        try:
-            statement, key = read_statement(path)
-        except UserError as error:
-            list_signoffs.append(SignOff(path, None, "", str(error.problem)))
-            continue
-        predicate = statement.predicate
-        problem = expired(predicate.waiver, today)
-        gate = run / "gate.json"
-        if not gate.is_file() or file_sha256(gate) != predicate.files.get("gate.json"):
-            problem = "gate.json is not the one that was signed"
-        list_signoffs.append(SignOff(path, predicate, key.keyid, problem))
-    return list_signoffs
-
-
-def signed_digest(path: Path) -> str:
-    """SHA-256 of a file; of a report or a table, without the part that shows the sign-offs.
-
-    Raises:
-        UserError: that part holds more than text and tables, and could hide what was signed.
-    """
-    if path.suffix not in (".html", ".md"):
-        return file_sha256(path)
-    text = path.read_bytes().decode(errors="surrogateescape")
-    parts = SHOWN.findall(text)
-    bad = "a second part with sign-offs" if len(parts) > 1 else _beyond_text("".join(parts))
-    if bad:
-        raise UserError(f"report {path}", f"it holds {bad}", "make the report again")
-    return hashlib.sha256(SHOWN.sub("", text).encode(errors="surrogateescape")).hexdigest()
-
-
-def _beyond_text(part: str) -> str | None:
-    """The first tag of the part with the sign-offs that its template does not write, or does not end."""
-    opened: list[str] = []
-    for tag in re.findall("<[^>]*>?", part.removeprefix(BEGIN).removesuffix(END)):
-        if match := TAG.fullmatch(tag):
-            opened.append(next(name for name in match.groups() if name))
-        elif opened and tag == f"</{opened[-1]}>":
-            opened.pop()
-        else:
-            return f"{tag[:40]} among its sign-offs"
-    return f"<{opened[-1]}> among its sign-offs, which does not end" if opened else None

@@ -1,52 +1,54 @@
-"""What a sign-off rests on, made again from the bytes of a run and held against what was signed."""
+"""What a sign-off rests on, made again from the bytes of a run and held against what was signed.
+
+What is signed is figures and hashes. gate.json and the reports may be told in other words: they must be the
+bytes that were signed, or what comes out when they are made again.
+"""
 
 import math
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, datetime, timedelta
+from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import ValidationError
-
-from eval.core.artifacts import MANIFEST, verify_artifact
-from eval.core.budget import Budget, Target, load_budget
+from eval.core.artifacts import MANIFEST, file_sha256, verify_artifact
+from eval.core.budget import Budget, Target
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
-from eval.core.config import find_config
-from eval.core.errors import UserError, expected_text, require_one_of
-from eval.core.gate_file import GateFile, Variant
+from eval.core.errors import UserError, require_one_of
+from eval.core.gate_file import COMMANDS, GateFile, Variant, figures_of, read_gate
+from eval.core.plan import PLAN
 from eval.core.records import PLAIN
-from eval.core.study import Study, load_study
+from eval.core.study import load_study
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
 from eval.gate.pick import is_shippable
-from eval.signoff.statement import Policy, Predicate, Statement, expired, read_statement, signed_digest
+from eval.report.__main__ import render_reports
+from eval.signoff.keys import Trusted
+from eval.signoff.statement import (
+    Policy,
+    Predicate,
+    Signed,
+    Statement,
+    expired,
+    latest,
+    read_bundle,
+    signoff_path,
+)
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
 
-if TYPE_CHECKING:
-    from securesystemslib.signer import SSlibKey
-
 ALIKE = 1e-9  # relative: a processor with other vector units may round the last digits of a figure otherwise
+GATE = "gate.json"
 REPORTS = ("table.md", "table.csv", "report.html")  # made from gate.json; signed where they are there
-
-
-def read_gate(run: Path) -> GateFile:
-    path, fix = run / "gate.json", f"run `python -m eval.gate --study {run}`"
-    if not path.is_file():
-        raise UserError("gate.json", f"missing in {run}", fix)
-    try:
-        return GateFile.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise UserError(f"{path}: {place}", expected_text(first), fix) from error
+# Of gate.json, what is signed beside the row of the variant.
+SIGNED = {"verdict", "recommended", "level", "budget", "seeds", "documents", "clusters", "teacher_gain"}
+SIGNED |= {"teacher_gain_slices", "scores", "kept_by_student", "rivals", "test_set", "fixed"}
 
 
 def first_difference(a: Any, b: Any, place: str = "") -> str | None:
     """The first place where two JSON values differ; figures within `ALIKE` are the same."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted({*a, *b}):
-            if key == "how":  # a command for whoever reads it: it names the folder as it was called then
-                continue
             below = f"{place}.{key}" if place else key
             if (key in a) != (key in b):
                 return f"{below} is {'missing' if key in b else 'new'}"
@@ -65,14 +67,57 @@ def _short(value: Any) -> str:
     return repr(value)[:60]
 
 
-def difference_from_records(run: Path, study: Study, budget: Budget, gate: GateFile) -> str | None:
-    """Where gate.json differs from what the records, artifacts and budget give now.
+def budget_of_gate(gate: GateFile) -> Budget:
+    """What gate.json was judged by, of which it holds every value."""
+    return Budget.model_validate({k: v for k, v in gate.budget.items() if k in Budget.model_fields})
+
+
+class Rerun:
+    """A run as it is now, with its verdict computed again from the records, once for all who ask.
 
     Raises:
         UserError: the records, artifacts and budget do not fit each other.
     """
-    now = evaluate_gate(collect_evidence(run, study, budget), budget, gate)
-    return first_difference(gate.model_dump(mode="json"), now.model_dump(mode="json"))
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+
+    @cached_property
+    def gate(self) -> GateFile:
+        return read_gate(self.run)
+
+    @cached_property
+    def now(self) -> GateFile:
+        budget, study = budget_of_gate(self.gate), load_study(self.run)
+        return evaluate_gate(collect_evidence(self.run, study, budget), budget, self.gate)
+
+    def worded_otherwise(self) -> str | None:
+        """Where gate.json is not what the gate would write now, sentences included."""
+        return first_difference(figures_of(self.gate, COMMANDS), figures_of(self.now, COMMANDS))
+
+    def differs(self) -> str | None:
+        """Where a verdict, a figure or a hash of gate.json is not what the records give now."""
+        return first_difference(figures_of(self.gate), figures_of(self.now))
+
+    def forged_reports(self, names: list[str]) -> Iterator[str]:
+        """Of these reports, each that is not what gate.json gives, with the first line that differs."""
+        made = render_reports(self.run, self.gate)
+        for name in names:
+            was = (self.run / name).read_text(encoding="utf-8", errors="replace").splitlines()
+            is_ = made[name].splitlines()
+            pairs = [*zip(was, is_, strict=False), *((line, "nothing") for line in was[len(is_) :])]
+            pairs += [("nothing", line) for line in is_[len(was) :]]
+            for number, (a, b) in enumerate(pairs, start=1):
+                if a != b:
+                    odd = a[len(commonprefix([a, b])) :].strip()[:60]
+                    yield f"{name}: line {number} is not what gate.json gives: {odd!r}"
+                    break
+
+
+def signed_figures(gate: GateFile, row: Variant) -> dict[str, Any]:
+    """What is signed of gate.json: the row of a variant, and what it rests on."""
+    whole = figures_of(gate)
+    return {**{name: whole[name] for name in sorted(SIGNED)}, "row": figures_of(row)}
 
 
 def row_of(gate: GateFile, recipe: str, target: str) -> Variant:
@@ -126,36 +171,67 @@ def signed_files(run: Path, gate: GateFile, recipe: str) -> dict[str, str]:
     Of an artifact it is the manifest, which holds the hashes of the files beside it.
     """
     folders = [run / "data", *artifacts(run, gate, recipe).values()]
-    names = ["study.yaml", "gate.json", *(name for name in REPORTS if (run / name).is_file())]
+    names = [PLAN] if (run / PLAN).is_file() else []
+    names += ["study.yaml", GATE, *(name for name in REPORTS if (run / name).is_file())]
     names += [(folder / MANIFEST).relative_to(run).as_posix() for folder in folders]
     names += gate.provenance.records
-    return {name: signed_digest(run / name) for name in names}
+    return {name: file_sha256(run / name) for name in names}
 
 
-def policy(study: Study, budget: Budget, name: str | None, gate: GateFile) -> Policy:
-    """The budget by its bytes and values."""
-    chosen = name or study.budget
+def policy(gate: GateFile) -> Policy:
+    """The budget by its values, and how it stands to the one that was fixed."""
+    budget = budget_of_gate(gate)
     return Policy(
-        name=chosen, sha256=signed_digest(find_config("budgets", chosen)), hash=str(gate.budget["hash"])
+        name=budget.name,
+        hash=str(gate.budget["hash"]),
+        fixed=bool(gate.fixed and not gate.fixed.other and not gate.fixed.late),
+        plan=gate.fixed.hash if gate.fixed else "",
+        signatures=budget.waivers.signatures,
+        days=budget.waivers.days,
     )
 
 
 def problems(
-    path: Path, run: Path, trusted: "SSlibKey | None", today: date
-) -> tuple[Statement | None, list[str]]:
-    """The sign-off at `path` and all that speaks against it: an empty list means that it is verified."""
+    path: Path, rerun: Rerun, trusted: Trusted | None, today: date
+) -> tuple[list[Signed], list[str]]:
+    """The statements of a sign-off that count, and all that speaks against them: none, if it is verified."""
     try:
-        statement, _ = read_statement(path, trusted)
+        signed = latest(read_bundle(path, trusted))
     except UserError as error:
-        return None, [str(error.problem)]
-    predicate = statement.predicate
-    problem_texts = [*_files(statement, run), *_artifacts(predicate, run)]
-    problem_texts += [*_collect_problems(_policy(predicate)), *_collect_problems(_gate(predicate, run))]
+        return [], [f"{error.thing.removeprefix(f'sign-off {path}: ')}: {error.problem}"]
+    found: list[str] = []
+    for one in signed:
+        texts = [*_files(one.statement, rerun), *_artifacts(one.predicate, rerun.run)]
+        texts += [*_collect_problems(_gate(one.predicate, rerun)), *_waiver(one.predicate, today)]
+        if path != signoff_path(rerun.run, one.predicate.recipe, one.predicate.target):
+            of = f"{one.predicate.recipe} on {one.predicate.target}"
+            texts.append(f"it speaks of {of}, its name of another")
+        found += [f"line {one.line}: {text}" if len(signed) > 1 else text for text in texts]
+    return signed, found + too_few_signatures(signed)
+
+
+def too_few_signatures(signed: list[Signed]) -> list[str]:
+    """What did not pass needs as many keys as the budget says, for one waiver."""
+    waived = [one for one in signed if one.predicate.verdict != PASS]
+    needed = max((one.predicate.policy.signatures for one in waived), default=0)
+    if len(waived) >= needed:
+        return []
+    return [f"the waiver has {len(waived)} of {needed} signatures that the budget asks"]
+
+
+def last_day(signed_at: datetime, days: int) -> date:
+    """The last day that a waiver may name."""
+    return signed_at.date() + timedelta(days=days)
+
+
+def _waiver(predicate: Predicate, today: date) -> Iterator[str]:
+    if predicate.waiver is None:
+        return
+    last = last_day(datetime.fromisoformat(predicate.time), predicate.policy.days)
+    if predicate.waiver.expires > last:
+        yield f"the waiver ends on {predicate.waiver.expires}, the budget allows {last} at latest"
     if expiry := expired(predicate.waiver, today):
-        problem_texts.append(expiry)
-    if path.name != f"{predicate.recipe}-{predicate.target}.json":
-        problem_texts.append(f"it speaks of {predicate.recipe} on {predicate.target}, its name of another")
-    return statement, problem_texts
+        yield expiry
 
 
 def _collect_problems(checks: Iterator[str]) -> list[str]:
@@ -169,19 +245,17 @@ def _collect_problems(checks: Iterator[str]) -> list[str]:
     return problem_texts
 
 
-def _files(statement: Statement, run: Path) -> Iterator[str]:
-    signed = {s.name: s.digest.sha256 for s in statement.subject} | statement.predicate.files
+def _files(statement: Statement, rerun: Rerun) -> Iterator[str]:
+    signed, reports = {s.name: s.digest.sha256 for s in statement.subject} | statement.predicate.files, []
     for name, was in signed.items():
-        if not (run / name).is_file():
+        if not (rerun.run / name).is_file():
             yield f"{name} is missing"
-            continue
-        try:
-            now = signed_digest(run / name)
-        except UserError as error:
-            yield str(error)
-            continue
-        if now != was:
+        elif (now := file_sha256(rerun.run / name)) != was and name in REPORTS:
+            reports.append(name)
+        elif now != was and name != GATE:
             yield f"{name} has sha256 {now[:12]}, signed was {was[:12]}"
+    if reports:
+        yield from _collect_problems(rerun.forged_reports(reports))
 
 
 def _artifacts(predicate: Predicate, run: Path) -> Iterator[str]:
@@ -194,24 +268,23 @@ def _artifacts(predicate: Predicate, run: Path) -> Iterator[str]:
             yield f"{error.thing}: {error.problem}"
 
 
-def _policy(predicate: Predicate) -> Iterator[str]:
-    path = find_config("budgets", predicate.policy.name)
-    if (now := signed_digest(path)) != predicate.policy.sha256:
-        yield f"budget {path} has sha256 {now[:12]}, signed was {predicate.policy.sha256[:12]}"
-
-
-def _gate(predicate: Predicate, run: Path) -> Iterator[str]:
-    """Is gate.json what the records give, and the signed verdict what gate.json says?"""
-    study, gate = load_study(run), read_gate(run)
+def _gate(predicate: Predicate, rerun: Rerun) -> Iterator[str]:
+    """Is gate.json what the records give, and are the signed figures those of gate.json?"""
+    gate = rerun.gate
     row = row_of(gate, predicate.recipe, predicate.target)
     verdict, _ = signable_verdict(gate, row)
-    if gate.budget["hash"] != predicate.policy.hash:
-        yield "gate.json was made with another budget than the signed one"
     if verdict != predicate.verdict:
         variant = f"{predicate.recipe} on {predicate.target}"
-        yield f"gate.json says {verdict} of {variant}, signed was {predicate.verdict}"
+        yield f"{GATE} says {verdict} of {variant}, signed was {predicate.verdict}"
     if verdict != PASS and predicate.waiver is None:
         yield f"{predicate.recipe} on {predicate.target} is {verdict} and nobody waived that"
-    budget = load_budget(study, predicate.policy.name)
-    if apart := difference_from_records(run, study, budget, gate):
-        yield f"gate.json: {apart}"
+    if predicate.policy != policy(gate):
+        yield f"{GATE} was made with another budget or plan than the signed one"
+    if gate.runs[predicate.judged.number - 1 : predicate.judged.number] != [predicate.judged]:
+        yield f"gate-runs.jsonl does not hold verdict {predicate.judged.number}, which was signed"
+    if apart := first_difference(predicate.figures, signed_figures(gate, row)):
+        yield f"{GATE} is not what was signed: {apart}"
+    if (apart := rerun.differs()) or (
+        file_sha256(rerun.run / GATE) != predicate.files[GATE] and (apart := rerun.worded_otherwise())
+    ):
+        yield f"{GATE}: {apart}"

@@ -20,6 +20,14 @@ INCONCLUSIVE: Final = "INCONCLUSIVE"
 ROUNDING = 1e-12  # spread below this share of the largest entry is rounding, not variance
 
 
+GENERATOR: Final = "Philox"  # of random numbers: its stream is the same in every version of numpy
+
+
+def random_stream(seed: int) -> np.random.Generator:
+    """The generator of every drawn figure of a verdict (Salmon et al. 2011)."""
+    return np.random.Generator(np.random.Philox(seed))
+
+
 def t_quantile(alpha: float, nu: ArrayLike) -> Array:
     """The value that Student's t with `nu` degrees of freedom exceeds with chance `alpha`.
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import chdtr, chdtri, nctdtr
 
-from eval.stats.crossed import Array, MeanSquares, crossed_variance, mean_squares, t_quantile
+from eval.stats.crossed import Array, MeanSquares, crossed_variance, mean_squares, random_stream, t_quantile
 
 MOST_SEEDS, MOST_CLUSTERS = 200, 1_000_000
 GOAL = 0.8
@@ -56,7 +56,7 @@ def sample_components(z: ArrayLike, draws: int, seed: int) -> Components:
     is known, and the draws say so.
     """
     s, c = np.shape(z)
-    rng = np.random.default_rng(seed)
+    rng = random_stream(seed)
     degrees = s - 1, c - 1, (s - 1) * (c - 1)
     squares = [m * df / rng.chisquare(df, draws) for m, df in zip(mean_squares(z), degrees, strict=True)]
     return _components(MeanSquares(*squares), s, c)

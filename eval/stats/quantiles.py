@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr
 
-from eval.stats.crossed import Array, t_quantile
+from eval.stats.crossed import Array, random_stream, t_quantile
 
 DRAWS, SEED = 2000, 0  # of generalised pivotal quantities: no level below 1 / DRAWS can be had
 GRID = 256  # points at which a distribution function is held
@@ -99,7 +99,7 @@ def _draw_quantiles(logs: list[Array], q: float, each: int) -> tuple[Array, Arra
     Of N requests K ~ Bin(N, q) lie below the quantile, so it is between the K-th and the next residual:
     unbounded where there is none.
     """
-    rng, s = np.random.default_rng(SEED), len(logs)
+    rng, s = random_stream(SEED), len(logs)
     requests = [x[: len(x) // each * each].reshape(-1, each).mean(1) for x in logs]
     counts = np.array([len(x) for x in requests])
     means = np.array([x.mean() for x in requests])

@@ -16,6 +16,7 @@ from eval.stats.crossed import (
     crossed_variance,
     effects,
     products,
+    random_stream,
     t_quantile,
 )
 
@@ -95,7 +96,7 @@ def pigeonhole(tables: ArrayLike, draws: int, seed: int) -> Array:
     """
     tables = np.asarray(tables, float)
     k, s, c = tables.shape
-    rng = np.random.default_rng(seed)
+    rng = random_stream(seed)
     flat = np.ascontiguousarray(tables.reshape(k * s, c).T)
     step = max(CHUNK // c, 1)
     means = np.empty((draws, k))

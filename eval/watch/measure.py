@@ -14,7 +14,7 @@ from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
 from eval.core.documents import TEST, Document, json_objects, tokens_per_batch
 from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError, expected_text, require_one_of
-from eval.core.records import PLAIN, VALIDATION, Documents, each_score
+from eval.core.records import PLAIN, VALIDATION, Documents, Score, each_score
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.release.contract_file import Bits, Contract, Target
 from eval.release.reference import Reference
@@ -82,6 +82,15 @@ def released(release: Path, contract: Contract, shipped: Target, name: str) -> t
     first = records[models[0]]
     (ours, _, size), (control, *_), (base, tokens, _) = (of_slice(records[m], name, first) for m in models)
     return Bits(ours, control, base, size), tokens
+
+
+def released_by_cluster(release: Path, contract: Contract, shipped: Target, name: str) -> Bits:
+    """The same by cluster, as the contract was made."""
+    path = release / "evidence" / "records" / "score" / shipped.recipe / f"{STUDENT}-s{contract.seed}.json"
+    documents = Score.model_validate_json(path.read_bytes()).documents
+    pairs = zip(documents.clusters, documents.slice, strict=True)
+    bits, _ = released(release, contract, shipped, name)
+    return bits.by_cluster([cluster for cluster, of in pairs if of == name])
 
 
 def reference_of(release: Path) -> Reference:

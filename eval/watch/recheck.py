@@ -13,27 +13,28 @@ import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eval.core.artifacts import MANIFEST, file_sha256, hash_files, read_manifest, verify_artifact
+from eval.core.artifacts import MANIFEST, FileEntry, file_sha256, hash_files, read_manifest, verify_artifact
 from eval.core.checks import CONTROL, FALLBACK, STUDENT
 from eval.core.commands import add_json, new_parser, write_json
 from eval.core.documents import TEST, Document
 from eval.core.errors import EXITS, UserError, entry, require_one_of
-from eval.core.gate_file import STYLES
+from eval.core.gate_file import STYLES, read_gate
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import load_study
 from eval.release.contract import costs_of, gain
 from eval.release.contract_file import Contract, Signature, Target, read_contract
+from eval.release.load_release import SIGNATURE, ReleaseError, check_signature
 from eval.report.format import estimate_cell, fixed, significant
-from eval.signoff.keys import from_raw, public_key
-from eval.signoff.statement import FOLDER, Predicate, expired, read_statement
-from eval.signoff.verify import first_difference, read_gate, row_of
+from eval.signoff.keys import Trusted, from_text, read_trusted
+from eval.signoff.statement import Predicate, expired, read_statement, signoff_path
+from eval.signoff.verify import first_difference, row_of
 from eval.stats.crossed import FAIL
 from eval.stats.drift import NEGLIGIBLE, QUESTIONS, Drift, Moved, drifts, drifts_so_far
 from eval.watch.history import (
@@ -47,19 +48,24 @@ from eval.watch.history import (
     series_of,
     write_history,
 )
-from eval.watch.measure import Before, before_release, bits_of, drift_values, read_new, released, see, text_id
+from eval.watch.measure import (
+    Before,
+    before_release,
+    bits_of,
+    drift_values,
+    read_new,
+    released_by_cluster,
+    see,
+    text_id,
+)
 from eval.watch.regression import Finding, diagnosis, findings, verdict
 from eval.watch.sequences import findings_so_far
 
-if TYPE_CHECKING:
-    from securesystemslib.signer import SSlibKey
-
 TUNED = 4  # times the documents of the first look: where the bounds are narrowest
 WIDTH = 130  # columns of the tables where nobody can tell, e.g. in a log
-COMPILED = "__pycache__/load_release."  # Python may keep the loader compiled
 
 
-def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tuple[Contract, str]:
+def checked(release: Path, trusted: Trusted | None, target: str | None) -> tuple[Contract, str]:
     """The contract of a release whose bytes are those that were released and signed, and the target.
 
     Raises:
@@ -67,15 +73,17 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
     """
     fix = "get the release again"
     recorded = read_manifest(release).files
-    current = {name: file for name, file in hash_files(release).items() if not name.startswith(COMPILED)}
-    for name in sorted({*recorded, *current}):
+    current = hash_files(release)
+    for name in sorted({*recorded, *current} - {SIGNATURE}):
         if current.get(name) != recorded.get(name):
             how = "missing" if name not in current else "changed" if name in recorded else "not part of it"
             raise UserError(f"release {release}", f"{name} is {how}", fix)
+    if trusted is not None:
+        check_folder(release, recorded, trusted)
     contract = read_contract(release)
     name = target or next(iter(contract.targets))
     shipped = contract.targets[require_one_of("--target", name, list(contract.targets))]
-    statement, _ = read_statement(release / FOLDER / f"{shipped.recipe}-{name}.json", trusted)
+    statement = read_statement(signoff_path(release, shipped.recipe, name), trusted)
     predicate = statement.predicate
     for place, signed in signed_places(release, contract, shipped).items():
         if file_sha256(release / place) != predicate.files.get(signed):
@@ -89,6 +97,23 @@ def checked(release: Path, trusted: "SSlibKey | None", target: str | None) -> tu
     return contract, name
 
 
+def check_folder(release: Path, files: dict[str, FileEntry], trusted: Trusted) -> None:
+    """The folder as a whole was signed by a key that is trusted.
+
+    Raises:
+        UserError: it was not, or something was changed since.
+    """
+    listed = {name: entry.model_dump() for name, entry in files.items()}
+    problem = "no Ed25519 key is trusted"
+    for holder in trusted.values():
+        if holder.key.keytype == "ed25519":
+            try:
+                return check_signature(release, listed, bytes.fromhex(holder.key.keyval["public"]))
+            except ReleaseError as error:
+                problem = str(error)
+    raise UserError(f"release {release}", problem, "get the release again, or the key of who signed it")
+
+
 def restated(release: Path, contract: Contract, target: str, predicate: Predicate) -> dict[str, Any]:
     """The contract with what it says of a target built again from the signed evidence."""
     gate, study = read_gate(release / "evidence"), load_study(release / "evidence" / "study.yaml")
@@ -100,11 +125,11 @@ def restated(release: Path, contract: Contract, target: str, predicate: Predicat
             "signature": Signature(
                 by=predicate.by,
                 time=predicate.time,
-                key=from_raw(predicate.public_key).keyid,
-                file=f"{FOLDER}/{predicate.recipe}-{predicate.target}.json",
+                key=from_text(predicate.public_key).keyid,
+                file=signoff_path(Path(), predicate.recipe, predicate.target).as_posix(),
             ),
             "gain": {
-                name: gain(gate, row, name, released(release, contract, signed_target, name)[0])
+                name: gain(gate, row, name, released_by_cluster(release, contract, signed_target, name))
                 for name in [VALIDATION, *gate.budget["slices"]]
             },
             "cost": costs_of(row.parts),
@@ -270,7 +295,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="new documents, JSONL")
     parser.add_argument("--target", help="of which the artifact is checked (default: the first)")
     parser.add_argument("--slice", default=VALIDATION, help="whose contract is checked (default: validation)")
-    parser.add_argument("--public", help="the signer's public key: only this one is trusted")
+    about = "public keys, or files of allowed signers: these are trusted and no others"
+    parser.add_argument("--public", nargs="+", metavar="FILE", help=about)
     about = "judge these documents with all looks before them, and write them into this file"
     parser.add_argument("--append", type=Path, metavar="HISTORY", help=about)
     add_json(parser)
@@ -281,7 +307,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> int:
     args = arguments().parse_args()
     release, today = Path(args.release), datetime.now(UTC).date()
-    trusted = public_key(Path(args.public)) if args.public else None
+    trusted = read_trusted(args.public) if args.public else None
     contract, target = checked(release, trusted, args.target)
     documents = read_new(Path(args.data), contract.inputs.scored_bytes)
     if args.append:

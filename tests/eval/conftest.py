@@ -56,7 +56,8 @@ def release(released_run):
 
     out = released_run.folder / "release"
     given = ["--study", released_run.path, "--variant", "small", "--owner", "Team A", "--out", out]
-    done = command("-m", "eval.release", *given, "--public", released_run.folder / "key.pub")
+    keys = ["--key", released_run.folder / "key", "--public", released_run.folder / "key.pub"]
+    done = command("-m", "eval.release", *given, *keys)
     assert done.returncode == 0, done.stderr
     (released_run.folder / "output").write_text(done.stdout)
     return out

@@ -102,6 +102,7 @@ class RealRun(Run):
         """The base's cost, of the same rounds as the others."""
         plain = self.path / "records/cost/cpu/plain/S1-s0.json"
         record = CostRecord.model_validate_json(plain.read_text())
-        base = read_manifest(self.path / "base/s0").hash
-        moved = record.provenance.model_copy(update={"artifact": base})
-        return write_record(self.path, record.model_copy(update={"arm": "B", "provenance": moved}))
+        base = read_manifest(self.path / "base/s0")
+        moved = record.provenance.model_copy(update={"artifact": base.hash})
+        changes = {"arm": "B", "provenance": moved, "disk_bytes": base.bytes}
+        return write_record(self.path, record.model_copy(update=changes))

@@ -6,7 +6,6 @@ that a page must show: here gate.json is written by hand.
 
 import hashlib
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +14,6 @@ import yaml
 from eval.core.artifacts import content_hash
 from eval.core.records import Documents, Machine, Provenance, Score, write_record
 from eval.core.study import RUN_FORMAT, load_study
-from eval.signoff.keys import new_key, private_key
-from eval.signoff.statement import (
-    PREDICATE,
-    TYPE,
-    Digest,
-    Policy,
-    Predicate,
-    Statement,
-    Subject,
-    Waiver,
-    sign_statement,
-    signed_digest,
-)
 
 HOSTILE = "<script>alert('x')</script> & $x^2$ | `a` ](b) <!-- sign-offs -->"
 SLICES = {"validation": 64, "near": 32, "far": 32}
@@ -209,7 +195,14 @@ def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
     paths = sorted((run / "records").rglob("*.json"))
     records = {p.relative_to(run).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
     return {
-        **{"schema_version": 3, "study": run.name, "title": title, "method": "ensemble", "verdict": "PASS"},
+        **{
+            "schema_version": 3,
+            "study": run.name,
+            "title": title,
+            "folder": run.as_posix(),
+            "method": "ensemble",
+            "verdict": "PASS",
+        },
         **{
             "seeds": [0, 1, 2],
             "documents": SLICES,
@@ -223,6 +216,7 @@ def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
         "as_good": {"cpu": ["int4"], "gpu": []},
         "level": 0.9,
         "rivals": [],
+        "fixed": None,
         "extent": {"seeds": 3, "documents": SLICES, "variants": 9, "records": len(records)},
         "notes": ["all 3 seeds share one teacher T1 (0123456789ab)"],
         "test_set": TEST,
@@ -336,35 +330,3 @@ def run_folder(
     default = [variant(row) for row in VARIANTS] + [variant(VARIANTS[6], "gpu", measured=False)]
     (run / "gate.json").write_text(json.dumps(gate_of(run, title, default if variants is None else variants)))
     return run
-
-
-def sign(run: Path, recipe: str, waiver: Waiver | None) -> None:
-    """A sign-off of gate.json as it is, and of nothing else."""
-    key = run / "key"
-    if not key.exists():
-        new_key(key)
-    signer = private_key(key)
-    predicate = Predicate(
-        by=HOSTILE,
-        time=datetime(2026, 1, 5, tzinfo=UTC).isoformat(),
-        public_key=signer.public_key.keyval["public"],
-        study="demo",
-        config="c",
-        recipe=recipe,
-        target="cpu",
-        verdict="FAIL" if waiver else "PASS",
-        reason="because",
-        recommended=False,
-        waiver=waiver,
-        policy=Policy(name="default", sha256="p", hash="h"),
-        test_set=None,
-        data="d",
-        artifacts={},
-        files={"gate.json": signed_digest(run / "gate.json")},
-    )
-    subject = [Subject(name="x", digest=Digest(sha256="s"))]
-    text = sign_statement(
-        Statement(type=TYPE, subject=subject, predicate_type=PREDICATE, predicate=predicate), signer
-    )
-    (run / "signoff").mkdir(exist_ok=True)
-    (run / "signoff" / f"{recipe}-cpu.json").write_text(text)

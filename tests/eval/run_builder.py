@@ -18,20 +18,23 @@ import yaml
 
 from distill.models.load import train_tokenizer
 from eval.core.artifacts import Key, Manifest, build_artifact, read_manifest
-from eval.core.budget import load_budget
+from eval.core.commands import write_json
 from eval.core.config import ROOT
-from eval.core.gate_file import GateFile, Variant
+from eval.core.gate_file import GateFile, Variant, read_gate
+from eval.core.plan import budget_of_run, fix_plan
 from eval.core.records import CostRecord, Documents, Machine, Process, Provenance, Score, write_record
 from eval.core.study import Study, load_study, make_run_folder, save_study, study_text
-from eval.gate.decision import evaluate_gate
+from eval.gate.decision import evaluate_gate, read_before
 from eval.gate.evidence import collect_evidence
-from eval.signoff.__main__ import build_statement
+from eval.gate.history import write_runs
+from eval.report.__main__ import render_reports
+from eval.signoff.__main__ import add_signature, build_statement
 from eval.signoff.keys import private_key
-from eval.signoff.statement import sign_statement
 from tests.helpers import WORDS, text, tiny_model, tiny_study
 
 CONTEXT = 32
 COST = {"processes": 2, "prompt_tokens": 12, "new_tokens": 4, "requests": 3, "warmup": 1, "threads": 1}
+FIXED = datetime(2025, 12, 31, tzinfo=UTC)  # when the budget was: before any record
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 HOST = Machine(host="box", system="Linux", cpu="some CPU", isa="AVX512", cores=2, device="cpu")
 GAINS = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.02}  # bits/byte better than B
@@ -128,8 +131,13 @@ class Run:
         with build_artifact(
             self.path / place, kind="model", name=place, key=Key(place), parents=parents or {}, facts=facts
         ) as aside:
-            (aside / "model.safetensors").write_text(content or place)
+            (aside / "model.safetensors").write_text((content or place).ljust(self.disk(place)))
         return read_manifest(self.path / place).hash
+
+    def disk(self, place: str) -> int:
+        """Bytes of an artifact: of a variant as its decode time, of all else a little more than 20 kB."""
+        top, recipe = place.split("/")[:2] if "/" in place else (place, "")
+        return int(20_000 * self.recipes[recipe][2]) if top == "variants" else 25_000
 
     def provenance(self, artifact: str, machine: Machine = HOST) -> Provenance:
         return Provenance(
@@ -152,9 +160,7 @@ class Run:
         )
         return write_record(self.path, record)
 
-    def cost(
-        self, recipe: str, factor: float, target: str = "cpu", machine: Machine = HOST, disk: float = 2e6
-    ) -> Path:
+    def cost(self, recipe: str, factor: float, target: str = "cpu", machine: Machine = HOST) -> Path:
         rng = np.random.default_rng([len(recipe), ord(recipe[0])])
         rounds = 1 + 0.1 * np.random.default_rng(1).random(3)  # slow spells hit every variant of a round
         processes = [
@@ -173,7 +179,7 @@ class Run:
             recipe=recipe,
             engine=self.engine(recipe),
             target=target,
-            disk_bytes=int(disk * factor),
+            disk_bytes=read_manifest(self.path / place).bytes,
             prompt_tokens=64,
             new_tokens=10,
             threads=1,
@@ -191,6 +197,7 @@ class Run:
             )
         (self.folder / "budget.yaml").write_text(yaml.safe_dump(self.budget))
         (self.path / "study.yaml").write_text(study_text(self.study))
+        fix_plan(self.study, FIXED)
         data = {"data": self.artifact("data")}
         for seed in self.seeds:
             base = self.artifact(f"base/s{seed}", data)
@@ -298,6 +305,7 @@ def fake_run(folder: Path, **changes: Any) -> tuple[Path, Path]:
     path = tiny_study(folder, **given)
     run = make_run_folder(load_study(path))
     save_study(load_study(path))
+    fix_plan(load_study(path))
     put_data(run)
     for seed, (name, arm) in enumerate(
         {"base/s0": "B", "students/S1/s0": "S1", "students/S0/s0": "S0"}.items()
@@ -309,15 +317,21 @@ def fake_run(folder: Path, **changes: Any) -> tuple[Path, Path]:
 def gate(run):
     """gate.json as the gate writes it."""
     study = load_study(run.path)
-    budget = load_budget(study)
-    result = evaluate_gate(collect_evidence(run.path, study, budget), budget).model_dump(mode="json")
-    (run.path / "gate.json").write_text(json.dumps(result, indent=1) + "\n")
+    budget = budget_of_run(study)
+    result = evaluate_gate(collect_evidence(run.path, study, budget), budget, read_before(run.path))
+    write_runs(run.path, result.runs)
+    write_json(run.path / "gate.json", result)
+
+
+def report(run) -> None:
+    """The reports as the command makes them."""
+    for name, content in render_reports(run.path, read_gate(run.path)).items():
+        (run.path / name).write_text(content)
 
 
 def sign(run, key, recipe="int8", target="cpu", **given):
-    given = {"by": "Ada", "signer": private_key(key), "now": NOW, **given}
-    text = sign_statement(build_statement(run.path, recipe=recipe, target=target, **given), given["signer"])
-    path = run.path / "signoff" / f"{recipe}-{target}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    return path
+    signer = private_key(key)
+    statement = build_statement(
+        run.path, recipe=recipe, target=target, **{"by": "Ada", "signer": signer, "now": NOW, **given}
+    )
+    return add_signature(run.path, statement, signer)

@@ -44,6 +44,12 @@ def command(module, fixture, *words, code=0):
     return result
 
 
+def verified(request, folder):
+    run_folder = request.getfixturevalue("released_run")
+    words = ("--study", run_folder.path, "--verify", "--public", run_folder.folder / "key.pub")
+    return written(folder, "eval.signoff", *words)
+
+
 def written(folder, module, *words, code=0):
     done = run("-m", module, *words, "--json", folder / "out.json")
     assert done.returncode == code, done.stdout + done.stderr
@@ -94,7 +100,7 @@ def recheck(request, folder):
         (command("eval.gate.power", "toy"), lambda r: r["tests"][0]["power"]["value"] > 0),
         (command("eval.gate", "toy"), lambda r: r["verdict"] == "PASS" and r["variants"]),
         (opening, lambda r: (r["by"], r["documents"]) == ("Ada", 12) and r["verdict"] in ("FAIL", "INCONCLUSIVE")),
-        (command("eval.signoff", "released_run", "--verify"), lambda r: r == {"holds": True, "problems": []}),
+        (verified, lambda r: r == {"holds": True, "problems": []}),
         (recheck, lambda r: r["verdict"] == "FAIL" and r["findings"] and r["drift"]),
     ],
     ids=["score", "agreement", "cost", "load", "merge", "power", "gate", "test_set", "verify", "recheck"],
@@ -116,7 +122,16 @@ def test_what_was_measured_before_is_written_again_with_the_rest_of_its_target(t
 def test_a_broken_sign_off_is_written_with_its_problems(released_run, tmp_path):
     broken = copy_run(released_run.folder, tmp_path / "copy")
     (broken.path / "gate.json").write_text("{}")
-    result = written(tmp_path, "eval.signoff", "--study", broken.path, "--verify", code=1)
+    result = written(
+        tmp_path,
+        "eval.signoff",
+        "--study",
+        broken.path,
+        "--verify",
+        "--public",
+        broken.folder / "key.pub",
+        code=1,
+    )
     assert result["holds"] is False
     assert any("gate.json" in problem for problem in result["problems"])
 

@@ -53,7 +53,8 @@ def cost(run, study, **changes):
         "peak_memory_bytes": 1,
     }
     sizes = {name: COST[name] for name in ("prompt_tokens", "new_tokens", "threads", "warmup")}
-    facts = {"kind": "cost", "arm": "S1", "seed": 0, "engine": "torch", "target": "gpu", "disk_bytes": 1}
+    facts = {"kind": "cost", "arm": "S1", "seed": 0, "engine": "torch", "target": "gpu"}
+    facts["disk_bytes"] = read_manifest(run / "students/S1/s0").bytes
     processes = [process] * COST["processes"]
     return {**facts, **sizes, "processes": processes, "provenance": source(run, study), **changes}
 
@@ -158,7 +159,7 @@ def test_other_settings_of_the_load_are_refused(here, tmp_path):
 
 
 def test_two_records_of_one_model_are_refused(here, tmp_path):
-    ours, theirs = cost(*here), cost(*here, disk_bytes=2)
+    ours, theirs = cost(*here), cost(*here, prompts="others")
     both = [lines(tmp_path / "a", ours), lines(tmp_path / "b", theirs)]
     with pytest.raises(UserError, match=r"b: .*comes from .*a: .* too; give one of them"):
         merge_records(*here, both)

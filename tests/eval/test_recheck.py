@@ -13,7 +13,7 @@ from eval.core.artifacts import Key, build_artifact
 from eval.core.errors import UserError
 from eval.core.gate_file import Estimate, KeptShare
 from eval.release.contract_file import Bits, Gain, Saving, read_contract
-from eval.signoff.keys import new_key, public_key
+from eval.signoff.keys import new_key, read_trusted
 from eval.stats.drift import QUESTIONS, drifts, superiority, surprise
 from eval.watch.measure import read_new
 from eval.watch.recheck import checked, recheck
@@ -32,6 +32,7 @@ def gain(control=0.05, fallback=0.1):
     return Gain(
         asked_share=0.5,
         kept_share=KeptShare(),
+        level=NOTHING,
         teacher_gain=NOTHING,
         over_control=saving(control),
         over_fallback=saving(fallback),
@@ -167,7 +168,7 @@ def test_new_documents_are_cut_as_those_of_the_study_were(tmp_path):
 
 
 def test_the_same_documents_give_what_was_released(release, released_run):
-    contract, target = checked(release, public_key(released_run.folder / "key.pub"), None)
+    contract, target = checked(release, read_trusted([released_run.folder / "key.pub"]), None)
     result = recheck(release, contract, target, "far", real_run.documents("far"))
     for finding in result.findings:
         assert finding.now.point == pytest.approx(finding.before.point, abs=1e-5)
@@ -180,8 +181,9 @@ def test_the_same_documents_give_what_was_released(release, released_run):
 
 def test_a_release_that_is_not_the_signed_one_is_refused(release, tmp_path):
     copy = shutil.copytree(release, tmp_path / "copy")
-    with pytest.raises(UserError, match="not the trusted"):
-        checked(copy, new_key(tmp_path / "other"), None)
+    new_key(tmp_path / "other")
+    with pytest.raises(UserError, match="signed with the unknown key"):
+        checked(copy, read_trusted([tmp_path / "other.pub"]), None)
     with pytest.raises(UserError, match=r"--target.*accepted: cpu"):
         checked(copy, None, "tpu")
     weights = copy / "evidence/control/small/model.safetensors"

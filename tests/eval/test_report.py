@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from datetime import date
 from html.parser import HTMLParser
 from io import StringIO
 from itertools import pairwise
@@ -18,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from eval.core.errors import UserError
-from eval.core.gate_file import KeptShare, Students
+from eval.core.gate_file import KeptShare, Students, read_gate
 from eval.core.study import load_study
 from eval.report import slice_figures as spread
 from eval.report import terminal
@@ -28,9 +27,7 @@ from eval.report.figures import smooth
 from eval.report.format import part_verdict
 from eval.report.html import render_page
 from eval.report.markdown import render_markdown
-from eval.signoff.statement import Waiver, list_signoffs, signed_digest
-from eval.signoff.verify import read_gate
-from tests.eval.report_run import HOSTILE, SLICES, VARIANTS, run_folder, sign, variant
+from tests.eval.report_run import HOSTILE, SLICES, VARIANTS, run_folder, variant
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "br", "input", "img", "hr", "link", "path", "use", "rect"}
@@ -79,8 +76,8 @@ class Page(HTMLParser):
 
 def made_here(run: Path) -> tuple[str, str]:
     """table.md and the page, in this process."""
-    gate, shown = read_gate(run), list_signoffs(run, date(2026, 2, 1))
-    return render_markdown(gate, shown), render_page(gate, run, (run / "study.yaml").read_text(), shown)
+    gate = read_gate(run)
+    return render_markdown(gate), render_page(gate, run, (run / "study.yaml").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +176,6 @@ def test_hostile_words_stay_words(tmp_path):
     render_page = Page(html)
     assert sum(tag == "script" for tag, _ in render_page.tags) == 2  # data and program
     assert "<script>alert" not in html
-    assert html.count("<!-- sign-offs -->") == 1
-    assert table.count("<!-- sign-offs -->") == 1
     assert "alert('x')" in " ".join(render_page.text)
     assert HOSTILE in " ".join(render_page.text).partition("least of all")[2]  # the name of a document
     assert "<script>" not in table
@@ -247,7 +242,7 @@ def test_same_gate_same_bytes_and_other_times_same_quality(demo, tmp_path):
     assert made_here(run) == (table, html)
     slower = [variant((*row[:5], row[5] * 3, *row[6:])) for row in VARIANTS]
     other = run_folder(tmp_path, variants=[*slower, variant(VARIANTS[6], "gpu", measured=False)])
-    quality = render_markdown(read_gate(other), []).partition("## Cost")
+    quality = render_markdown(read_gate(other)).partition("## Cost")
     assert quality[2] != table.partition("## Cost")[2]
     assert quality[0] == table.partition("## Cost")[0]
 
@@ -354,29 +349,7 @@ def test_a_terminal_is_not_flooded(demo):
         gate.variants[0].model_copy(update={"recipe": f"r{i}", "recommended": i == 299}) for i in range(300)
     ]
     out = Console(file=StringIO(), width=160)
-    terminal.print_report(gate.model_copy(update={"variants": many}), [], out)
+    terminal.print_report(gate.model_copy(update={"variants": many}), out)
     text = out.file.getvalue()
     assert "r299 *" in text
     assert "250 more rows in table.md and report.html" in text
-
-
-def test_signoffs_and_waivers_are_shown_and_the_report_stays_signed(tmp_path):
-    run = run_folder(tmp_path)
-    (run / "table.md").write_text(made_here(run)[0])
-    (run / "report.html").write_text(made_here(run)[1])
-    before = [signed_digest(run / name) for name in ("table.md", "report.html")]
-    sign(run, "int8", None)
-    sign(run, "nf4", Waiver(reason=HOSTILE, expires=date(2026, 3, 1)))
-    sign(run, "int4", Waiver(reason="a trial", expires=date(2026, 1, 31)))
-    (run / "signoff" / "wanda50-cpu.json").write_text("{}")
-    table, html = made_here(run)
-    text = " ".join(" ".join(Page(html).text).split())
-    assert "PASS of int8 on cpu, signed by" in text
-    assert f"Waived until 2026-03-01 : {HOSTILE}" in text
-    assert "Does not hold: the waiver expired on 2026-01-31" in text
-    assert "Not to be trusted: wanda50-cpu.json" in text
-    assert "waived until 2026-03-01" in table
-    assert html.index('class="signed"') < html.index('id="h-budget"')
-    (run / "table.md").write_text(table)
-    (run / "report.html").write_text(html)
-    assert [signed_digest(run / name) for name in ("table.md", "report.html")] == before

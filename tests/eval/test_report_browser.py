@@ -3,16 +3,14 @@
 import os
 import shutil
 from collections.abc import Iterator
-from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from eval.core.gate_file import read_gate
 from eval.report.html import render_page as html_of
-from eval.signoff.statement import Policy, Predicate, SignOff, Waiver
-from eval.signoff.verify import read_gate
 from tests.eval.report_run import VARIANTS, run_folder
 
 pytestmark = pytest.mark.browser
@@ -74,26 +72,13 @@ def browser() -> Iterator:
         launched.close()
 
 
-def waived(recipe: str, until: date) -> SignOff:
-    predicate = Predicate.model_construct(
-        by="Ada",
-        time="2026-01-05T00:00:00+00:00",
-        recipe=recipe,
-        target="cpu",
-        verdict="FAIL",
-        waiver=Waiver(reason="a trial", expires=until),
-        policy=Policy(name="default", sha256="p", hash="h"),
-    )
-    return SignOff(Path(f"{recipe}-cpu.json"), predicate, "0123456789abcdef", None)
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> SimpleNamespace:
     """The gate of a run, its folder, and its report as a file."""
     run = run_folder(tmp_path_factory.mktemp("runs"))
-    gate, signatures = read_gate(run), [waived("nf4", date(2020, 1, 1)), waived("int4", date(2999, 1, 1))]
+    gate = read_gate(run)
     path = run / "report.html"
-    path.write_text(html_of(gate, run, "name: demo", signatures), encoding="utf-8")
+    path.write_text(html_of(gate, run, "name: demo"), encoding="utf-8")
     return SimpleNamespace(gate=gate, run=run, path=path)
 
 
@@ -261,12 +246,6 @@ def test_without_a_script_everything_stands_open(visit):
     assert not page.locator(".bar").is_visible()
 
 
-def test_a_waiver_that_has_run_out_says_so_when_it_is_read(visit):
-    items = visit().locator(".signed li").all_text_contents()
-    assert "2020-01-01 (this day has passed)" in items[0]
-    assert "passed" not in items[1]
-
-
 def test_a_script_that_slips_in_does_not_run(browser, demo):
     page = browser.new_page()
     page.goto(demo.path.as_uri())
@@ -283,9 +262,7 @@ def test_ten_thousand_rows_open_sort_and_filter(visit, demo):
     some = [v.model_copy(update={"recommended": False}) for v in demo.gate.variants]
     many = [some[i % 9].model_copy(update={"recipe": f"r{i}", "p": 0.0}) for i in range(10_000)]
     path = demo.run / "many.html"
-    path.write_text(
-        html_of(demo.gate.model_copy(update={"variants": many}), demo.run, "", []), encoding="utf-8"
-    )
+    path.write_text(html_of(demo.gate.model_copy(update={"variants": many}), demo.run, ""), encoding="utf-8")
     assert path.stat().st_size < 25e6
     page = visit(path)
     status = page.get_by_role("status")

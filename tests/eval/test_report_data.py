@@ -5,11 +5,11 @@ from io import StringIO
 from rich.console import Console
 
 from eval.core.artifacts import Key, build_artifact, read_manifest
+from eval.core.gate_file import read_gate
 from eval.report.format import data_lines
 from eval.report.html import render_page
 from eval.report.markdown import render_markdown
 from eval.report.terminal import print_report
-from eval.signoff.verify import read_gate
 from tests.eval.report_run import run_folder
 from tests.eval.test_report import Page
 

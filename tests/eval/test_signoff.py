@@ -7,14 +7,14 @@ import shutil
 from datetime import UTC, date, datetime
 
 import pytest
+import yaml
 
 from eval.core.errors import UserError
-from eval.core.gate_file import OnTestSet
-from eval.signoff.__main__ import verify
-from eval.signoff.keys import new_key, private_key, public_key
-from eval.signoff.statement import BEGIN, END, list_signoffs, read_statement
-from eval.signoff.verify import problems, read_gate, row_of, signable_verdict
-from tests.eval.run_builder import NOW, Run, edit, gate, sign
+from eval.core.gate_file import GateFile, OnTestSet, figures_of, read_gate
+from eval.signoff.keys import allowed_signer, new_key, public_key, read_trusted
+from eval.signoff.statement import TEST_RESULT, read_bundle
+from eval.signoff.verify import Rerun, first_difference, problems, row_of, signable_verdict
+from tests.eval.run_builder import NOW, Run, edit, gate, report, sign
 from tests.helpers import run as command
 
 TODAY = NOW.date()
@@ -22,14 +22,31 @@ TODAY = NOW.date()
 
 @pytest.fixture(scope="module")
 def judged_folder(tmp_path_factory):
-    """A run of one passing and one failing variant, with its gate, a report and a key; not yet signed."""
+    """A run of one passing and one failing variant, with its gate, its reports and keys; not yet signed."""
     folder = tmp_path_factory.mktemp("signed")
-    run = Run(folder).make()
+    run = Run(folder)
+    run.budget["waivers"] = {"signatures": 2, "days": 30}
+    run.make()
     gate(run)
-    (run.path / "table.md").write_text("| int8 | PASS |\n")
-    (run.path / "report.html").write_text(f"<p>{'PASS ' * 20}</p>\n{BEGIN}<strong>nobody yet</strong>{END}\n")
+    report(run)
     new_key(folder / "key")
+    new_key(folder / "second")
     return folder
+
+
+def faults(path, run, *trusted, today=TODAY):
+    """All that speaks against a sign-off; trusted are files of public keys."""
+    return problems(path, Rerun(run.path), read_trusted(trusted), today)[1]
+
+
+@pytest.fixture
+def pub(judged_folder):
+    return judged_folder / "key.pub"
+
+
+@pytest.fixture
+def second(judged_folder):
+    return judged_folder / "second"
 
 
 @pytest.fixture
@@ -44,42 +61,12 @@ def key(judged_folder):
     return judged_folder / "key"
 
 
-def test_a_key_is_private_whole_and_never_overwritten(tmp_path):
-    path = tmp_path / "keys" / "ada"
-    key = new_key(path)
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert private_key(path).public_key.keyid == public_key(tmp_path / "keys" / "ada.pub").keyid == key.keyid
-    before = path.read_bytes()
-    with pytest.raises(UserError, match="never overwritten"):
-        new_key(path)
-    path.with_name("bob.pub").write_text("something")
-    with pytest.raises(UserError, match=r"bob\.pub: is there already"):
-        new_key(path.with_name("bob"))
-    assert path.read_bytes() == before
-    assert not path.with_name("bob").exists()
-    path.chmod(0o640)
-    with pytest.raises(UserError, match="mode 0640, others may read it"):
-        private_key(path)
-
-
-def test_a_file_that_is_no_key_is_refused(tmp_path):
-    path = tmp_path / "key"
-    with pytest.raises(UserError, match="no such file"):
-        private_key(path)
-    new_key(path)
-    with pytest.raises(UserError, match="no public key"):
-        public_key(path)
-    shutil.copy(path.with_name("key.pub"), path)
-    path.chmod(0o600)
-    with pytest.raises(UserError, match="no private key"):
-        private_key(path)
-
-
 def test_the_signature_is_that_of_the_dsse_specification(fresh, key):
     """Against the specification and OpenSSL's Ed25519, without the library that made it."""
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    outside = json.loads(sign(fresh, key).read_text())
+    first, last = sign(fresh, key).read_text().splitlines()
+    outside = json.loads(first)
     payload, kind = base64.b64decode(outside["payload"]), outside["payloadType"]
     message = f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload
     signature = base64.b64decode(outside["signatures"][0]["sig"])
@@ -89,54 +76,67 @@ def test_the_signature_is_that_of_the_dsse_specification(fresh, key):
     assert [s["name"] for s in statement["subject"]] == [
         f"variants/int8/S1/s{i}/manifest.json" for i in range(4)
     ]
+    result = json.loads(base64.b64decode(json.loads(last)["payload"]))
+    assert (result["predicateType"], result["predicate"]["result"]) == (TEST_RESULT, "PASSED")
+    assert {"retention", "cost:decode_p50"} <= set(result["predicate"]["passedTests"])
+    assert result["subject"] == statement["subject"]
 
 
-def test_what_is_signed_is_verified_and_shown(fresh, key, judged_folder):
+def test_what_is_signed_is_verified_and_is_figures_and_versions(fresh, key, pub):
     path = sign(fresh, key)
-    statement, faults = problems(path, fresh.path, public_key(judged_folder / "key.pub"), TODAY)
-    assert faults == []
-    predicate = statement.predicate
-    assert (predicate.by, predicate.verdict, predicate.recommended, predicate.waiver) == (
-        "Ada",
-        "PASS",
-        True,
-        None,
-    )
-    assert {"gate.json", "table.md", "report.html", "study.yaml", "data/manifest.json"} <= set(
-        predicate.files
-    )
-    assert predicate.artifacts["S0/s3/int8"] == read_gate(fresh.path).provenance.artifacts["S0/s3/int8"]
-    shown = list_signoffs(fresh.path, TODAY)
-    assert [(s.predicate.by, s.problem) for s in shown] == [("Ada", None)]
-    page = fresh.path / "report.html"
-    page.write_text(page.read_text().replace("nobody yet", "signed by Ada"))
-    assert problems(path, fresh.path, None, TODAY)[1] == [], "a report shows its own sign-off"
+    (one,), found = problems(path, Rerun(fresh.path), read_trusted([pub]), TODAY)
+    assert found == []
+    said = one.predicate
+    assert (one.holder, said.by, said.verdict, said.recommended, said.waiver) == (
+        "key", "Ada", "PASS", True, None,
+    )  # fmt: skip
+    assert {"plan.json", "gate.json", "report.html", "study.yaml", "data/manifest.json"} <= set(said.files)
+    assert said.artifacts["S0/s3/int8"] == read_gate(fresh.path).provenance.artifacts["S0/s3/int8"]
+    assert said.figures["row"]["holm_p"] == row_of(read_gate(fresh.path), "int8", "cpu").holm_p
+    assert (said.made.generator, said.made.project) == ("Philox", "0.3.0")
+    assert said.made.numpy
+    assert said.made.scipy
+    assert (said.policy.fixed, said.judged.number) == (True, 1)
 
 
-def test_a_payload_that_is_no_text_is_reported(fresh, key):
+def test_a_recipe_or_a_slice_called_how_is_compared_like_any_other(judged_folder):
+    gate = read_gate(Run(judged_folder).path)
+    row = gate.variants[0]
+    named = gate.model_copy(update={"documents": {**gate.documents, "how": 3}})
+    other = gate.model_copy(update={"documents": {**gate.documents, "how": 4}})
+    assert "documents.how is 3" in first_difference(figures_of(named), figures_of(other))
+    scored = row.model_copy(update={"scores": {"how": row.scores["far"]}, "how": "python -m eval.cost"})
+    assert figures_of(scored)["scores"]["how"]["point"] == row.scores["far"].point
+    assert "how" not in figures_of(scored)
+
+
+def test_other_words_and_another_random_stream_break_nothing(fresh, key, pub, monkeypatch):
+    """As a later version of the project would tell the same verdict."""
     path = sign(fresh, key)
-    edit(path, lambda envelope: envelope.update(payload=5))
-    assert "no DSSE envelope" in problems(path, fresh.path, None, TODAY)[1][0]
+    original = GateFile.model_copy
+
+    def reworded(self, update=None, **given):
+        copy = original(self, update=update, **given)
+        if update and "runs" in update:
+            object.__setattr__(copy, "reason", "the same in other words")
+            object.__setattr__(copy.variants[1].kept_share, "bootstrap_low", 0.123)
+        return copy
+
+    monkeypatch.setattr(GateFile, "model_copy", reworded)
+    assert faults(path, fresh, pub) == []
+    gate(fresh)
+    assert "the same in other words" in (fresh.path / "gate.json").read_text()
+    report(fresh)
+    assert faults(path, fresh, pub) == [], "gate.json and its reports were written anew by that version"
+    (fresh.folder / "budget.yaml").write_text("# a comment\n" + yaml.safe_dump(fresh.budget))
+    assert faults(path, fresh, pub) == []
 
 
-@pytest.mark.parametrize(
-    "forged",
-    [
-        "<script>alert(1)</script>",
-        "<!--><style>h1 { display: none }</style>-->",  # a comment to Python, a style to a browser
-        "<!-- x --!><style>h1 { display: none }</style>-->",
-        '<div class="hide">',  # hides the rest of the page
-        '<li class="whole" style="position: fixed">',
-        '<li class="whole">',
-        "</section></header><h1>PASS",
-        '<time datetime="x"onclick="y">now</time>',
-        "<strong",
-    ],
-)
-def test_a_report_shows_nothing_beside_its_sign_offs(fresh, key, forged):
-    path, page = sign(fresh, key), fresh.path / "report.html"
-    page.write_text(page.read_text().replace("nobody yet", forged))
-    assert " among its sign-offs" in problems(path, fresh.path, None, TODAY)[1][0]
+def test_a_line_that_is_no_envelope_is_reported(fresh, key, pub):
+    path = sign(fresh, key)
+    lines = path.read_text().splitlines()
+    path.write_text(json.dumps(json.loads(lines[0]) | {"payload": 5}) + f"\n{lines[1]}\n")
+    assert "line 1: no DSSE envelope" in faults(path, fresh, pub)[0]
 
 
 FILES = {
@@ -148,18 +148,20 @@ FILES = {
     "score": "records/score/int8/S1-s1.json",
     "cost": "records/cost/cpu/int8/S1-s0.json",
     "another record": "records/score/plain/CE-s0.json",
-    "budget": "../../budget.yaml",
     "gate": "gate.json",
     "table": "table.md",
     "report": "report.html",
     "study": "study.yaml",
-    "sign-off": "signoff/int8-cpu.json",
+    "sign-off": "signoff/int8-cpu.intoto.jsonl",
+    "plan": "plan.json",
+    "verdicts": "gate-runs.jsonl",
 }
 
 
 @pytest.mark.parametrize("name", FILES.values(), ids=FILES)
-def test_one_flipped_bit_is_found_and_named(judged_folder, key, name):
-    run = Run(judged_folder)  # in its own place: the budget and the recipes are files with absolute paths
+def test_one_flipped_bit_is_found_and_named(judged_folder, key, pub, name):
+    run = Run(judged_folder)  # in its own place: the recipes are files with absolute paths
+    shutil.rmtree(run.path / "signoff", ignore_errors=True)
     path = sign(run, key)
     spoiled = (run.path / name).resolve()
     was = spoiled.stat()
@@ -168,59 +170,127 @@ def test_one_flipped_bit_is_found_and_named(judged_folder, key, name):
     content[len(content) // 2] ^= 1
     spoiled.write_bytes(content)
     try:
-        statement, faults = problems(path, run.path, None, TODAY)
+        found = faults(path, run, pub)
     finally:
         spoiled.write_bytes(original)
         os.utime(spoiled, ns=(was.st_atime_ns, was.st_mtime_ns))
-    assert faults
-    if name.startswith("signoff"):
-        assert statement is None
-    else:
-        assert any(spoiled.name in text for text in faults), faults
-    assert problems(path, run.path, None, TODAY)[1] == [], "repaired, it holds again"
+    assert any(spoiled.name in text or text.startswith("line ") for text in found), found
+    assert faults(path, run, pub) == [], "repaired, it holds again"
 
 
-def test_a_file_that_is_gone_or_came_later_is_named(fresh, key):
+def test_a_report_that_was_forged_is_refused_before_and_after_it_is_signed(fresh, key, pub):
+    page = fresh.path / "report.html"
+    whole = page.read_text()
+    forged = whole.replace("</h1>", "</h1><h1>PASS: ship everything</h1>", 1)
+    page.write_text(forged)
+    with pytest.raises(
+        UserError, match=r"report.html: line \d+ is not what gate.json gives: '.*ship everything"
+    ):
+        sign(fresh, key)
+    page.write_text(whole)
+    path = sign(fresh, key)
+    page.write_text(forged)
+    assert any("report.html: line" in text and "ship everything" in text for text in faults(path, fresh, pub))
+    edit(fresh.path / "gate.json", lambda g: g.update(reason="ship everything"))
+    report(fresh)
+    assert any("gate.json: reason is 'ship everything'" in text for text in faults(path, fresh, pub))
+
+
+def test_a_file_that_is_gone_or_came_later_is_named(fresh, key, pub):
     path = sign(fresh, key)
     (fresh.path / "table.md").unlink()
-    assert problems(path, fresh.path, None, TODAY)[1] == ["table.md is missing"]
+    assert faults(path, fresh, pub) == ["table.md is missing"]
     shutil.copy(fresh.path / "report.html", fresh.path / "variants/int8/S1/s0/extra")
-    faults = problems(path, fresh.path, None, TODAY)[1]
-    assert any("unrecorded file extra" in text for text in faults)
+    assert any("unrecorded file extra" in text for text in faults(path, fresh, pub))
     fresh.cost("int8", 0.6, target="gpu")
-    assert any("records/cost/gpu/int8/S1-s0.json" in t for t in problems(path, fresh.path, None, TODAY)[1])
+    assert any("records/cost/gpu/int8/S1-s0.json" in text for text in faults(path, fresh, pub))
 
 
-def test_only_the_trusted_key_is_trusted(fresh, key, tmp_path):
+def test_signatures_are_added_and_none_can_be_taken_away(fresh, key, second, pub):
     path = sign(fresh, key)
-    other = new_key(tmp_path / "other")
-    _, faults = problems(path, fresh.path, other, TODAY)
-    assert "not the trusted" in faults[0]
-    outside = json.loads(path.read_text())
-    stolen = json.loads(sign(fresh, tmp_path / "other").read_text())
-    outside["signatures"] = stolen["signatures"]
-    path.write_text(json.dumps(outside, indent=1) + "\n")
+    first = path.read_text()
+    sign(fresh, second, by="Bob")
+    assert path.read_text().startswith(first)
+    assert faults(path, fresh, pub, second.with_name("second.pub")) == []
+    assert "line 3: signed with the unknown key" in faults(path, fresh, pub)[0]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[2:]))
+    assert "one was wiped" in faults(path, fresh, second.with_name("second.pub"))[0]
+    path.write_text("".join([*lines[:2], lines[0], lines[3]]))
+    assert "line 3: is not linked" in faults(path, fresh, pub)[0]
+    path.write_text("".join([lines[0], lines[3], *lines[2:]]))
+    assert "line 2: is not the result of the line before" in faults(path, fresh, pub)[0]
+    path.write_text(lines[0])
+    assert "1 lines, two for each signature" in faults(path, fresh, pub)[0]
+
+
+def test_who_signs_again_takes_back_what_was_signed_before(fresh, key, pub):
+    path = sign(fresh, key)
+    fresh.cost("half", 0.9)
+    gate(fresh)
+    report(fresh)
+    assert faults(path, fresh, pub) != []
+    sign(fresh, key, by="Ada again")
+    assert [one.predicate.by for one in read_bundle(path)] == ["Ada", "Ada again"]
+    assert faults(path, fresh, pub) == []
+
+
+def test_only_keys_that_are_named_are_trusted(fresh, key, pub, second, tmp_path):
+    path = sign(fresh, second)
+    assert "signed with the unknown key" in faults(path, fresh, pub)[0], "another's sign-off in its place"
+    allowed = tmp_path / "allowed"
+    names = {"ada@example.org": pub, "Bob B.": second.with_name("second.pub")}
+    lines = [allowed_signer(name, public_key(place)) for name, place in names.items()]
+    allowed.write_text("# who may sign\n" + "\n".join(lines) + "\n")
+    assert {one.name for one in read_trusted([allowed]).values()} == set(names)
+    assert faults(path, fresh, allowed) == []
+    allowed.write_text("ada ssh-ed25519 nonsense\n")
+    with pytest.raises(UserError, match="allowed: line 1: no allowed signer"):
+        read_trusted([allowed])
+    with pytest.raises(UserError, match="no key"):
+        read_trusted([])
+    envelope, result = path.read_text().splitlines()
+    stolen = json.loads(sign(fresh, key, "half", waive="x", expires="2026-06-20").read_text().splitlines()[0])
+    forged = json.loads(envelope) | {"signatures": stolen["signatures"]}
+    path.write_text(f"{json.dumps(forged)}\n{result}\n")
     with pytest.raises(UserError, match="does not fit the bytes"):
-        read_statement(path)
+        read_bundle(path)
 
 
-def test_what_did_not_pass_needs_a_waiver_which_ends(fresh, key):
+def test_what_did_not_pass_needs_a_waiver_which_ends_and_as_many_keys_as_the_budget_says(
+    fresh, key, second, pub
+):
     with pytest.raises(UserError, match="the verdict is FAIL"):
         sign(fresh, key, "half")
     for day in ("2026-06-01", "2025-01-01", "soon"):
         with pytest.raises(UserError, match="--expires"):
             sign(fresh, key, "half", waive="a demonstration", expires=day)
+    with pytest.raises(UserError, match="the budget allows 30 days: give a day up to 2026-07-01"):
+        sign(fresh, key, "half", waive="a demonstration", expires="9999-12-31")
     with pytest.raises(UserError, match="the verdict is PASS"):
         sign(fresh, key, waive="why not", expires="2026-07-01")
     path = sign(fresh, key, "half", waive="a demonstration", expires="2026-07-01")
-    assert problems(path, fresh.path, None, date(2026, 7, 1))[1] == []
-    assert problems(path, fresh.path, None, date(2026, 7, 2))[1] == ["the waiver expired on 2026-07-01"]
-    assert list_signoffs(fresh.path, date(2026, 7, 2))[0].problem == "the waiver expired on 2026-07-01"
+    both = pub, second.with_name("second.pub")
+    assert faults(path, fresh, *both) == ["the waiver has 1 of 2 signatures that the budget asks"]
+    sign(fresh, key, "half", waive="a demonstration", expires="2026-07-01")
+    assert "1 of 2 signatures" in faults(path, fresh, *both)[0], "one key is one signature"
+    with pytest.raises(UserError, match="Ada signed until 2026-07-01; give 2026-07-01"):
+        sign(fresh, second, "half", by="Bob", waive="a demonstration", expires="2026-06-30")
+    sign(fresh, second, "half", by="Bob", waive="a demonstration", expires="2026-07-01")
+    assert faults(path, fresh, *both, today=date(2026, 7, 1)) == []
+    found = faults(path, fresh, *both, today=date(2026, 7, 2))
+    assert [text.partition(": ")[2] for text in found] == ["the waiver expired on 2026-07-01"] * 2
+
+
+def test_a_waiver_to_the_year_9999_that_was_signed_all_the_same_does_not_hold(fresh, key, pub, monkeypatch):
+    monkeypatch.setattr("eval.signoff.__main__.last_day", lambda *_: date.max)
+    path = sign(fresh, key, "half", waive="for ever", expires="9999-12-31")
+    assert "the waiver ends on 9999-12-31, the budget allows 2026-07-01 at latest" in faults(path, fresh, pub)
 
 
 def test_what_was_not_measured_cannot_be_signed(fresh, key):
     with pytest.raises(UserError, match=r"half was not measured on gpu: run python -m eval\.cost"):
-        sign(fresh, key, "half", "gpu", waive="we have none", expires="2026-07-01")
+        sign(fresh, key, "half", "gpu", waive="we have none", expires="2026-06-20")
     with pytest.raises(UserError, match="did you mean 'int8'"):
         sign(fresh, key, "int9")
 
@@ -233,12 +303,6 @@ def test_a_gate_that_the_records_do_not_give_is_refused(fresh, key):
     edit(fresh.path / "gate.json", better)
     with pytest.raises(UserError, match=r"verdict is 'PASS', the records give 'FAIL'"):
         sign(fresh, key, "half")
-
-
-def test_a_report_of_an_older_gate_is_not_signed(fresh, key):
-    os.utime(fresh.path / "table.md", (0, 0))
-    with pytest.raises(UserError, match=r"table\.md: older than gate\.json"):
-        sign(fresh, key)
 
 
 def test_what_is_signed_is_stricter_than_a_row(judged_folder):
@@ -274,40 +338,31 @@ def test_a_clock_that_went_back_is_refused(fresh, key):
         sign(fresh, key, now=datetime(2025, 12, 31, tzinfo=UTC))
 
 
-def test_a_sign_off_of_an_older_gate_is_shown_as_such(fresh, key):
-    sign(fresh, key)
-    (fresh.path / "gate.json").write_text("{}")
-    assert list_signoffs(fresh.path, TODAY)[0].problem == "gate.json is not the one that was signed"
-
-
 def test_the_command_line(judged_folder, tmp_path):
     run = Run(judged_folder)
+    shutil.rmtree(run.path / "signoff", ignore_errors=True)
     mine = tmp_path / "mine"
-    done = command("-m", "eval.signoff", "--new-key", mine)
+    done = command("-m", "eval.signoff", "--new-key", mine, "--by", "Ada <script>")
     assert done.returncode == 0, done.stderr
+    assert "for a file of allowed signers: 'Ada <script>' ssh-ed25519 " in done.stdout
     secret = b"".join(mine.read_bytes().splitlines()[1:-1]).decode()
     given = ["-m", "eval.signoff", "--study", run.path]
-    done = command(*given, "--variant", "int8", "--by", "Ada", "--key", mine)
+    done = command(*given, "--variant", "int8", "--by", "Ada <script>", "--key", mine)
     assert done.returncode == 0, done.stderr
     assert secret not in done.stdout + done.stderr
+    page = (run.path / "signoff/index.html").read_text()
+    assert "signed by Ada &lt;script&gt;" in page
+    assert "Whose the keys are was not looked at." in page
+    done = command(*given, "--verify")
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    assert "--public: missing" in done.stderr
     done = command(*given, "--verify", "--public", tmp_path / "mine.pub")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "PASS of int8 on cpu, signed by Ada" in done.stdout
-
-
-def test_verify_says_what_is_broken(fresh, key, capsys):
-    from rich.console import Console
-
-    with pytest.raises(UserError, match="there are none"):
-        verify(fresh.path, None, TODAY, Console())
-    sign(fresh, key)
-    sign(fresh, key, "half", waive="a demonstration", expires="2026-07-01")
-    assert verify(fresh.path, None, TODAY, Console()) == []
-    output = capsys.readouterr().out
-    assert "give --public FILE" in output
-    assert "waived until 2026-07-01: a demonstration" in output
-    (fresh.path / "table.md").write_text("| int8 | FAIL |\n")
-    broken = verify(fresh.path, None, TODAY, Console())
-    assert len(broken) == 2
-    assert all("table.md has sha256" in text for text in broken)
-    assert "table.md has sha256" in capsys.readouterr().out
+    assert "PASS of int8 on cpu, signed by Ada <script>" in done.stdout
+    assert "of <code>" not in (run.path / "signoff/index.html").read_text()
+    (run.path / "table.csv").write_text("recipe\n")
+    done = command(*given, "--verify", "--public", tmp_path / "mine.pub")
+    assert done.returncode == 1
+    assert "table.csv: line 1 is not what gate.json gives: 'recipe'" in done.stdout
+    assert "Does not hold" in (run.path / "signoff/index.html").read_text()
+    report(run)

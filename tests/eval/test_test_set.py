@@ -14,7 +14,7 @@ from eval.core.records import Documents, Score, each_score, read_scores, write_r
 from eval.core.study import Study
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import Evidence, collect_evidence
-from eval.gate.openings import opening_path, read_openings, summarize_openings, write_opening
+from eval.gate.history import opening_path, read_openings, summarize_openings, write_opening
 from eval.gate.test_set import check_teachers, choose_variant, judge_test_set, next_opening
 from tests.eval.run_builder import GAINS, Run, copy_run, edit, tokenizer, torch_model
 from tests.helpers import run, text

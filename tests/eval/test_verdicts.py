@@ -103,7 +103,7 @@ def test_limits_have_a_level_to_fail_at(tmp_path):
     from scipy import stats
 
     run = Run(tmp_path)
-    limit = {"load_time": {"at_most": 0.09, "unit": "s"}, "disk": {"at_most": 1, "unit": "MiB"}}
+    limit = {"load_time": {"at_most": 0.09, "unit": "s"}, "disk": {"at_most": 1, "unit": "KiB"}}
     run.budget["targets"]["cpu"]["limits"] = limit
     run.make()
     path, loads = run.path / "records/cost/cpu/int8/S1-s0.json", [0.1, 0.12, 0.13, 0.11, 0.1]

@@ -103,9 +103,6 @@
     document.querySelector(".bar").hidden = false;
     draw();
   };
-  for (const time of document.querySelectorAll("time.until")) {
-    if (time.dateTime < new Date().toISOString().slice(0, 10)) time.append(" (this day has passed)");
-  }
   if (!data.rows) return start();
   return unpack(data.rows).then((html) => {
     html.forEach((text, i) => { rows[written.length + i].html = text; });

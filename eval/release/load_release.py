@@ -1,19 +1,28 @@
 """Loads a release: checks it, picks its engine, tries it out, and serves the fallback where anything is off.
 
     from load_release import load_release
-    model, info = load_release("path/to/release", target="cpu")
+    model, info = load_release("path/to/release", target="cpu", public_key="ada.pub")
     model.generate("Once upon", new_tokens=32)      # token ids; model.tokenizer.decode(...) gives the text
 
-This one file needs `transformers`, and the engine of the artifact: torch or openvino. It imports nothing of
-the project that made the release. Weights are safetensors or OpenVINO's format; no code of the folder runs.
+This one file needs `transformers`, and the engine of the artifact: torch or openvino; to check a signature
+`cryptography` too. It imports nothing of the project that made the release. Weights are safetensors or
+OpenVINO's format; no code of the folder runs.
+
+**The copy of this file inside a release finds accidents only**: whoever can change the folder can change the
+loader in it. Against a hand that means it, take the loader from elsewhere, with the key of whoever signed:
+`from eval.release.load_release import load_release`, where the project `absorb` is installed.
 """
 
+import base64
 import hashlib
 import json
 import logging
+import os
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +30,12 @@ import numpy as np
 
 log = logging.getLogger("load_release")
 
-MANIFEST, INDEX = "manifest.json", "release.json"
-OWN = "__pycache__/load_release."  # Python may keep this file compiled
+MANIFEST, INDEX, SIGNATURE = "manifest.json", "release.json", "signature.json"
+
+if Path(__file__).with_name(MANIFEST).is_file():  # in a release, Python kept this file compiled
+    with suppress(OSError):
+        Path(cache_from_source(__file__)).unlink()
+        Path(cache_from_source(__file__)).parent.rmdir()
 
 
 class ReleaseError(RuntimeError):
@@ -176,18 +189,78 @@ def sha256(path: Path) -> str:
 def check_files(root: Path, files: dict[str, Any], wanted: set[str]) -> None:
     """Raises ReleaseError at the first of the `wanted` files that is missing or was changed."""
     for name in sorted(wanted):
+        if (root / name).is_symlink():
+            raise ReleaseError(f"{name} is a link")
         if not (root / name).is_file():
             raise ReleaseError(f"{name} is missing")
         if sha256(root / name) != files[name]["sha256"]:
             raise ReleaseError(f"{name} was changed")
 
 
+def list_files(root: Path, below: str = "") -> set[str]:
+    """Names of all files, followed by no link.
+
+    Raises:
+        ReleaseError: something is a link: what it names is not part of the release.
+    """
+    names = set()
+    for folder, folders, files in os.walk(root / below):
+        for name in [*folders, *files]:
+            path = Path(folder) / name
+            if path.is_symlink():
+                raise ReleaseError(f"{path.relative_to(root).as_posix()} is a link")
+        names |= {(Path(folder) / name).relative_to(root).as_posix() for name in files}
+    return names
+
+
 def check_new(root: Path, files: dict[str, Any], below: str = "") -> None:
     """Raises ReleaseError at a file that was not released, such as code or weights in another format."""
-    paths = {path.relative_to(root).as_posix() for path in (root / below).rglob("*") if not path.is_dir()}
-    own = {name for name in paths if name.startswith(OWN)}
-    if new := sorted(paths - set(files) - own - {MANIFEST}):
+    if new := sorted(list_files(root, below) - set(files) - {MANIFEST, SIGNATURE}):
         raise ReleaseError(f"{new[0]} is not part of the release")
+
+
+def key_id(raw: bytes) -> str:
+    """Id of an Ed25519 key, as securesystemslib has it: the hash of its canonical JSON."""
+    key = {"keytype": "ed25519", "scheme": "ed25519", "keyval": {"public": raw.hex()}}
+    return hashlib.sha256(json.dumps(key, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_signature(root: Path, files: dict[str, Any], public_key: str | Path | bytes) -> None:
+    """Raises ReleaseError unless the key has signed the list of files and their hashes.
+
+    `SIGNATURE` is a DSSE 1.0 envelope (github.com/secure-systems-lab/dsse) of an in-toto statement.
+
+    Args:
+        public_key: file of an Ed25519 key in PEM, or its 32 bytes.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    if isinstance(public_key, bytes):
+        key: Any = Ed25519PublicKey.from_public_bytes(public_key)
+    else:
+        key = load_pem_public_key(Path(public_key).read_bytes())
+    if not isinstance(key, Ed25519PublicKey):
+        raise ReleaseError(f"{public_key!s} holds no Ed25519 key")
+    envelope = read_json(root / SIGNATURE)
+    try:
+        kind, payload = envelope["payloadType"], base64.b64decode(envelope["payload"], validate=True)
+        signature = base64.b64decode(envelope["signatures"][0]["sig"], validate=True)
+        key.verify(signature, f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload)
+        signed = {one["name"]: one["digest"]["sha256"] for one in json.loads(payload)["subject"]}
+    except InvalidSignature as error:
+        raise ReleaseError(f"{SIGNATURE} was changed, or was not signed by this key") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ReleaseError(f"{SIGNATURE} is no signature ({error})") from error
+    told = {"keyid": key_id(key.public_bytes_raw()), "sig": base64.b64encode(signature).decode()}
+    whole = {"payload": base64.b64encode(payload).decode(), "payloadType": kind, "signatures": [told]}
+    if (root / SIGNATURE).read_bytes() != f"{json.dumps(whole)}\n".encode():  # one spelling, one key
+        raise ReleaseError(f"{SIGNATURE} was changed")
+    listed = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: sha256(root / MANIFEST)}
+    for name in sorted({*signed, *listed}):
+        if signed.get(name) != listed.get(name):
+            raise ReleaseError(f"{name} is not the one that was signed")
 
 
 def check_golden_answers(model: Model, answers: list[dict[str, Any]]) -> None:
@@ -219,29 +292,45 @@ def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[
     return model
 
 
+def check_waiver(index: dict[str, Any], part: dict[str, Any], day: date) -> None:
+    """Raises ReleaseError where the waiver of a target has run out, or the clock is before the release."""
+    if day < date.fromisoformat(index["released"]):
+        raise ReleaseError(f"the clock says {day}, the release is of {index['released']}")
+    if part["expires"] and day > date.fromisoformat(part["expires"]):
+        raise ReleaseError(f"its waiver expired on {part['expires']}")
+
+
 def load_release(
-    path: str | Path, target: str, sha256_of_manifest: str | None = None, today: date | None = None
+    path: str | Path,
+    target: str,
+    sha256_of_manifest: str | None = None,
+    public_key: str | Path | bytes | None = None,
+    today: date | None = None,
 ) -> tuple[Model, Info]:
     """The model that was released for `target`, or the fallback with a logged reason.
 
     Args:
         path: the release folder.
         target: one of the targets of its contract.
-        sha256_of_manifest: as `eval.release` printed it. The hashes find accidents; this also finds a
-            hand that rewrote the hashes.
-        today: for tests of a date that is to come.
+        sha256_of_manifest: as `eval.release` printed it. The hashes find accidents; this also finds a hand
+            that rewrote the hashes, if this loader is not that of the folder.
+        public_key: file of the key that signed the folder, in PEM, or its 32 bytes: it finds the same.
+        today: a day to come, to see what will be served then; a day before the clock's counts for nothing.
 
     Raises:
-        ReleaseError: the list of files or the index is off, so nothing can be trusted, there is no such
-            target, or the fallback is off too.
+        ReleaseError: the list of files, its signature or the index is off, so nothing can be trusted, there
+            is no such target, or the fallback is off too.
     """
-    root, today = Path(path), today or datetime.now(UTC).date()
+    root, now = Path(path), datetime.now(UTC).date()
+    day = max(today or now, now)
     listed = read_json(root / MANIFEST)
     if sha256_of_manifest is not None and sha256(root / MANIFEST) != sha256_of_manifest:
         raise ReleaseError(f"{root / MANIFEST} is not the one that was released")
     files = listed.get("files") if isinstance(listed, dict) else None
     if not isinstance(files, dict) or INDEX not in files:
         raise ReleaseError(f"{root / MANIFEST} lists no {INDEX}")
+    if public_key is not None:
+        check_signature(root, files, public_key)
     check_files(root, files, {INDEX})
     index = read_json(root / INDEX)
     if target not in index["targets"]:
@@ -249,9 +338,8 @@ def load_release(
     part, reason = index["targets"][target], None
     try:
         check_new(root, files)
-        check_files(root, files, {n for n in files if "/" not in n or n.startswith("signoff/")})
-        if part["expires"] and today > date.fromisoformat(part["expires"]):
-            raise ReleaseError(f"its waiver expired on {part['expires']}")
+        check_files(root, files, {name for name in files if not name.startswith(("variants/", "fallback/"))})
+        check_waiver(index, part, day)
         model = loaded(root, index, files, part)
     except ReleaseError as error:
         reason = str(error)

@@ -1,0 +1,187 @@
+"""Looks at the test documents, and verdicts: counted, never deleted, shown wherever a verdict is shown.
+
+Whoever picks the best of several variants on the validation documents picks some luck with it, and the pick's
+own estimate is too good (the winner's curse). Nothing is chosen on the test documents, so the first look at
+them is free of that; a second one is not, if what the first said was of any consequence. So with budgets.
+
+Each look and each verdict holds the SHA-256 of the one before it. What is wiped is noticed by the next link;
+that the last links, or all of them, were wiped can only be seen against a copy that lies elsewhere.
+"""
+
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from eval.core.artifacts import digest, file_sha256, write_text
+from eval.core.errors import UserError, expected_text
+from eval.core.gate_file import GateFile, GateRun, Look, OnTestSet, Opening
+from eval.core.plan import Plan
+from eval.core.records import PLAIN
+
+RUNS = "gate-runs.jsonl"
+BACK = "put it back: openings and verdicts are counted for ever"
+M = TypeVar("M", bound=BaseModel)
+
+
+def opening_path(run: Path, number: int) -> Path:
+    return run / "records" / "test" / f"opening-{number}.json"
+
+
+def write_opening(run: Path, opening: Opening) -> Path:
+    path = opening_path(run, opening.number)
+    write_text(path, opening.model_dump_json(indent=1) + "\n")
+    return path
+
+
+def link_of(run: Path, number: int) -> str | None:
+    """SHA-256 of the opening before the one of this number; None for the first."""
+    return file_sha256(opening_path(run, number - 1)) if number > 1 else None
+
+
+def read_openings(run: Path) -> list[Opening]:
+    """Every opening of a run, the first one first.
+
+    Raises:
+        UserError: one is damaged, is gone, or is not the one that the next one was linked to.
+    """
+    openings: list[Opening] = []
+    count = len(list((run / "records" / "test").glob("opening-*.json")))
+    for number in range(1, count + 1):
+        path = opening_path(run, number)
+        if not path.is_file():
+            raise UserError(f"opening {path}", "is gone", BACK)
+        opening = _parsed(Opening, path.read_bytes(), f"opening {path}")
+        if opening.number != number:
+            problem = f"it is opening {opening.number}: one before it was wiped"
+            raise UserError(f"opening {path}", problem, BACK)
+        if opening.previous != (link := link_of(run, number)):
+            problem = f"is linked to {_short(opening.previous)}, opening {number - 1} is {_short(link)}"
+            raise UserError(f"opening {path}", problem, BACK)
+        openings.append(opening)
+    scored = {
+        path.parent.name
+        for path in (run / "records" / "test").glob("*/*.json")
+        if not path.name.startswith(("T0-", "T1-"))  # those are scored while they are trained
+    }
+    known = {
+        name for opening in openings for name in (opening.recipe, PLAIN)
+    }  # the student is scored at every look
+    if lost := sorted(scored - known):
+        problem = f"scored without an opening: {', '.join(lost)}"
+        raise UserError(f"openings of {run}", problem, BACK)
+    return openings
+
+
+def _parsed(model: type[M], text: bytes, thing: str) -> M:
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise UserError(f"{thing}: {place}", expected_text(first), "put the file back as it was") from error
+
+
+def _short(link: str | None) -> str:
+    return link[:12] if link else "none"
+
+
+def _line(run: GateRun) -> str:
+    return run.model_dump_json()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_runs(
+    run: Path, before: GateFile | None, plan: Plan | None, openings: list[Opening]
+) -> list[GateRun]:
+    """Every verdict that the gate gave in a run, the first one first.
+
+    Args:
+        before: gate.json as it lies there.
+
+    Raises:
+        UserError: a verdict, an opening that one has seen, or the plan that one was given by, is gone or was
+            changed.
+    """
+    path, runs = run / RUNS, list[GateRun]()
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        one = _parsed(GateRun, line.encode(), f"{path}: line {number}")
+        link = _sha256(_line(runs[-1])) if runs else None
+        if (one.number, one.previous, _line(one)) != (number, link, line):
+            problem = f"is verdict {one.number}, linked to {_short(one.previous)}, not {_short(link)}"
+            raise UserError(f"{path}: line {number}", problem, BACK)
+        runs.append(one)
+    known = {"" if plan is None else plan.hash, *(one.hash for one in (plan.earlier if plan else []))}
+    for one in runs:
+        if one.plan and one.plan not in known:
+            problem = f"is {_short(plan.hash if plan else None)}, verdict {one.number} was by {one.plan[:12]}"
+            raise UserError(f"plan {run / 'plan.json'}", problem, "put it back: a plan is fixed once")
+        if one.openings > len(openings):
+            gone = opening_path(run, len(openings) + 1)
+            raise UserError(f"opening {gone}", f"is gone; verdict {one.number} has seen it", BACK)
+        if one.opening and one.opening != (now := file_sha256(opening_path(run, one.openings))):
+            problem = f"was {one.opening[:12]} at verdict {one.number}, is {now[:12]}"
+            raise UserError(f"opening {opening_path(run, one.openings)}", problem, BACK)
+    told = before.runs if before else []
+    if told != runs[: len(told)]:
+        problem = f"gate.json tells of {len(told)} verdict(s), it holds {len(runs)} or others"
+        raise UserError(f"verdicts {path}", problem, BACK)
+    return runs
+
+
+def add_run(runs: list[GateRun], gate: GateFile, run: Path, openings: list[Opening]) -> list[GateRun]:
+    """The verdicts with that of `gate`, unless it is the last one again: same evidence, same budget."""
+    evidence = digest([gate.provenance.records, gate.provenance.artifacts, gate.recommended])
+    seen = openings and openings[-1].verdict is not None
+    new = GateRun(
+        number=len(runs) + 1,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        plan=gate.fixed.hash if gate.fixed else "",
+        budget=gate.budget["name"],
+        budget_hash=gate.budget["hash"],
+        evidence=evidence,
+        openings=len(openings),
+        opening=file_sha256(opening_path(run, len(openings))) if seen else None,
+        verdict=gate.verdict,
+        previous=_sha256(_line(runs[-1])) if runs else None,
+    )
+    place = {"number", "time", "previous"}
+    if runs and runs[-1].model_dump(exclude=place) == new.model_dump(exclude=place):
+        return runs
+    return [*runs, new]
+
+
+def write_runs(run: Path, runs: list[GateRun]) -> None:
+    write_text(run / RUNS, "".join(_line(one) + "\n" for one in runs))
+
+
+def summarize_openings(openings: list[Opening], artifacts: dict[str, str], budget: str) -> OnTestSet | None:
+    """What gate.json says of the openings; the figures are those of the last one.
+
+    Args:
+        artifacts, budget: hashes of what the gate judges; they show whether the last look was at the same.
+    """
+    if not openings:
+        return None
+    last = openings[-1]
+    return OnTestSet(
+        openings=len(openings),
+        current=last.artifacts.items() <= artifacts.items() and last.budget == budget,
+        history=[
+            Look(
+                same=opening.artifacts.items() <= artifacts.items(),
+                **opening.model_dump(include={"number", "time", "by", "reason", "recipe", "verdict"}),
+            )
+            for opening in openings
+        ],
+        **last.model_dump(
+            include={"time", "by", "recipe", "target", "documents", "verdict", "parts"}
+            | {"teacher_gain", "kept_share", "guard_share"}
+        ),
+    )

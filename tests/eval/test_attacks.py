@@ -1,0 +1,331 @@
+"""Attacks on the evidence of a run and on a release: each is refused in a line that names the place."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from eval.core.artifacts import digest, file_sha256, read_manifest
+from eval.core.errors import UserError
+from eval.core.gate_file import Opening
+from eval.gate.history import link_of, write_opening
+from eval.release.__main__ import refuse_broken_floors
+from eval.release.contract_file import (
+    Saving,
+    chance_of_one_seed,
+    floor_verdict,
+    over_documents,
+    read_contract,
+)
+from eval.release.load_release import load_release
+from eval.signoff.keys import new_key, read_trusted
+from eval.signoff.statement import read_bundle
+from eval.signoff.verify import Rerun, problems
+from eval.watch.recheck import checked
+from tests.eval.run_builder import NOW, Run, copy_run, edit
+from tests.helpers import run as command
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory) -> Path:
+    """A run whose gate was run; the test documents were opened twice for int8, and the gate saw both."""
+    run = Run(tmp_path_factory.mktemp("attacked")).make()
+    assert run.gate().returncode == 0
+    study, artifacts = run.study, run.result().provenance.artifacts
+    for number in (1, 2):
+        opening = Opening(
+            number=number,
+            previous=link_of(run.path, number),
+            time=f"2026-01-0{number}T00:00:00+00:00",
+            by="Ada",
+            reason=None if number == 1 else "the first one failed",
+            recipe="int8",
+            target="cpu",
+            budget=run.result().budget["hash"],
+            config=study.hash(),
+            data=run.result().provenance.data,
+            artifacts=artifacts,
+            verdict="FAIL" if number == 1 else "PASS",
+        )
+        write_opening(run.path, opening)
+    assert run.gate().returncode == 0
+    return run.folder
+
+
+@pytest.fixture
+def attacked(judged, tmp_path) -> Run:
+    return copy_run(judged, tmp_path)
+
+
+def lower(budget: dict) -> None:
+    budget["f"] = 0.05
+
+
+def refused(run: Run, *words: str) -> str:
+    """The one line with which the gate refuses; nothing is written."""
+    before = (run.path / "gate.json").read_bytes()
+    done = run.gate(*words)
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stdout + done.stderr
+    assert (run.path / "gate.json").read_bytes() == before
+    return done.stderr
+
+
+def test_a_budget_that_is_lowered_after_the_verdict_changes_no_verdict_and_is_told(judged, tmp_path):
+    run = copy_run(judged, tmp_path)
+    study = yaml.safe_load((run.path / "study.yaml").read_text())
+    study["budget"] = str(tmp_path / "budget.yaml")
+    (run.path / "study.yaml").write_text(yaml.safe_dump(study))
+    (tmp_path / "budget.yaml").write_text(yaml.safe_dump({**run.budget, "f": 0.05, "g": 0.05}))
+    before = run.result()
+    done = run.gate()
+    assert [v.parts for v in run.result().variants] == [v.parts for v in before.variants]
+    assert "note: changed since 2025-12-31T00:00:00+00:00: f was 0.5, is 0.05 in the file" in done.stdout
+    assert run.result().runs == before.runs, "the same verdict is not counted again"
+    run.gate("--budget", str(tmp_path / "budget.yaml"))
+    notes = "\n".join(run.result().notes)
+    assert "judged by another budget, 'test', than the one fixed on 2025-12-31T00:00:00+00:00" in notes
+    assert f"the gate gave {len(before.runs) + 1} verdicts in this run" in notes
+    run.gate()
+    assert "by the budgets 'test', 'test', 'test', 'test'" in "\n".join(run.result().notes), "it stays known"
+
+
+def edited_plan(run: Run) -> None:
+    edit(run.path / "plan.json", lambda plan: lower(plan["budget"]))
+
+
+def hashed_plan(run: Run) -> None:
+    def change(plan):
+        lower(plan["budget"])
+        plan["hash"] = digest({name: value for name, value in plan.items() if name != "hash"})
+
+    edit(run.path / "plan.json", change)
+
+
+def wiped_run(run: Run) -> None:
+    path = run.path / "gate-runs.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[-1])
+
+
+def edited_run(run: Run) -> None:
+    path = run.path / "gate-runs.jsonl"
+    path.write_text(path.read_text().replace('"number":1,"time":"20', '"number":1,"time":"19'))
+
+
+def renumbered_opening(run: Run) -> None:
+    (run.path / "records/test/opening-2.json").replace(run.path / "records/test/opening-1.json")
+    edit(run.path / "records/test/opening-1.json", lambda o: o.update(number=1, previous=None, reason=None))
+
+
+ATTACKS = {
+    "plan edited": (edited_plan, ["plan.json: its hash says", "it was edited"]),
+    "plan edited and hashed anew": (hashed_plan, ["plan.json: is ", "verdict 1 was by"]),
+    "plan deleted": (lambda run: (run.path / "plan.json").unlink(), ["plan.json: is none, verdict 1 was by"]),
+    "verdict wiped": (wiped_run, ["gate-runs.jsonl: line 1: is verdict 2"]),
+    "verdict edited": (edited_run, ["gate-runs.jsonl: line 2", "linked to"]),
+    "verdicts deleted": (
+        lambda run: (run.path / "gate-runs.jsonl").unlink(),
+        ["gate-runs.jsonl: gate.json tells of 2 verdict(s), it holds 0"],
+    ),
+    "first opening wiped": (
+        lambda run: (run.path / "records/test/opening-1.json").unlink(),
+        ["opening-1.json: is gone"],
+    ),
+    "last opening wiped": (
+        lambda run: (run.path / "records/test/opening-2.json").unlink(),
+        ["opening-2.json: is gone; verdict 2 has seen it"],
+    ),
+    "opening edited": (
+        lambda run: edit(run.path / "records/test/opening-1.json", lambda o: o.update(verdict="PASS")),
+        ["opening-2.json: is linked to", "opening 1 is"],
+    ),
+    "openings renumbered": (renumbered_opening, ["opening-2.json: is gone; verdict 2 has seen it"]),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_gate_refuses_in_one_line_that_names_the_place(attacked, name):
+    attack, words = ATTACKS[name]
+    attack(attacked)
+    line = refused(attacked)
+    assert all(word in line for word in words), line
+
+
+def test_counts_of_a_cost_record_are_those_of_the_manifest_and_the_settings(judged, tmp_path):
+    for field, value in (("disk_bytes", 1), ("new_tokens", 99), ("warmup", 1)):
+        run = copy_run(judged, tmp_path / field)
+        edit(run.path / "records/cost/cpu/int8/S1-s0.json", lambda r, f=field, v=value: r.update({f: v}))
+        line = refused(run)
+        assert "int8/S1-s0.json" in line
+        assert f"{field} is {value}" in line
+
+
+def test_a_record_that_is_a_link_is_refused(attacked, tmp_path):
+    record = attacked.path / "records/score/int8/S1-s0.json"
+    record.rename(tmp_path / "elsewhere.json")
+    record.symlink_to(tmp_path / "elsewhere.json")
+    assert "S1-s0.json: is a link" in refused(attacked)
+
+
+def load(release: Path, key: Path, *words: str) -> str:
+    """What the installed loader says in a process of its own: a reason, an error, or nothing."""
+    code = (
+        "import sys, logging; logging.disable()\n"
+        "from eval.release.load_release import ReleaseError, load_release\n"
+        "try: print(load_release(sys.argv[1], 'cpu', public_key=sys.argv[2])[1].reason)\n"
+        "except ReleaseError as error: print(error)"
+    )
+    done = command("-c", code, release, key, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def plant(place: str, what: str):
+    def attack(release: Path) -> None:
+        (release / place).parent.mkdir(exist_ok=True)
+        (release / place).write_text(what)
+
+    return attack
+
+
+def link(release: Path) -> None:
+    (release / "fallback/more").symlink_to("/etc")
+
+
+def linked_weights(release: Path) -> None:
+    weights = release / "variants/small/model.safetensors"
+    weights.rename(release.parent / "weights")
+    weights.symlink_to(release.parent / "weights")
+
+
+def hashed_anew(release: Path) -> None:
+    """A hand that knows how: the index says no waiver ends, and its hash is put right."""
+    index = json.loads((release / "release.json").read_text())
+    index["targets"]["cpu"]["expires"] = "9999-12-31"
+    (release / "release.json").write_text(json.dumps(index))
+    edit(
+        release / "manifest.json",
+        lambda m: m["files"]["release.json"].update(sha256=file_sha256(release / "release.json")),
+    )
+
+
+PLANTED = {
+    "a compiled loader": (
+        plant("__pycache__/load_release.cpython-311.pyc", "x"),
+        "load_release.cpython-311.pyc",
+    ),
+    "code": (plant("variants/small/modeling.py", "import os"), "variants/small/modeling.py"),
+    "a link to a folder": (link, "fallback/more is a link"),
+    "a link to weights": (linked_weights, "variants/small/model.safetensors is a link"),
+    "the index hashed anew": (hashed_anew, "release.json is not the one that was signed"),
+    "evidence": (plant("evidence/gate.json", "{}"), "evidence/gate.json was changed"),
+    "a signature of nobody": (plant("signature.json", "{}"), "signature.json is no signature"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_release_that_was_touched_is_refused_with_the_place(release, released_run, tmp_path, name):
+    copy = shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    attack, words = PLANTED[name]
+    attack(copy)
+    assert words in load(copy, released_run.folder / "key.pub")
+
+
+def test_a_release_by_an_unknown_key_is_refused_and_an_untouched_one_is_served(
+    release, released_run, tmp_path
+):
+    assert load(release, released_run.folder / "key.pub") == "None"
+    new_key(tmp_path / "other")
+    assert "was not signed by this key" in load(release, tmp_path / "other.pub")
+
+
+def test_the_loader_in_the_folder_leaves_no_compiled_copy_of_itself(release, tmp_path):
+    copy = shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import sys; sys.path.insert(0, '.')\nfrom load_release import load_release\nprint(load_release('.', 'cpu')[1].fallback)"
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "False"
+    assert not (copy / "__pycache__").exists()
+
+
+def test_a_waiver_ends_whatever_day_the_caller_says(release, tmp_path):
+    copy = shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    edit(
+        copy / "release.json", lambda index: index["targets"]["cpu"].update(waiver="x", expires="2026-01-31")
+    )
+    edit(
+        copy / "manifest.json",
+        lambda m: m["files"]["release.json"].update(sha256=file_sha256(copy / "release.json")),
+    )
+    info = load_release(copy, "cpu", today=date(2026, 1, 1))[1]
+    assert (info.fallback, info.reason) == (True, "its waiver expired on 2026-01-31")
+
+
+def test_a_release_whose_own_artifact_is_below_its_floor_is_not_built(released_run, tmp_path):
+    """All seeds together pass; the first of them, which is released, keeps a third of what they keep."""
+    shipped = read_contract(released_run.folder / "release").targets["cpu"]
+    gain = shipped.gain["validation"]
+    saved = np.random.default_rng(0).normal(0.048, 0.01, 60)
+    weak = Saving(floor=0.06, measured=over_documents(saved), verdict=floor_verdict(saved, 0.06, 0.05))
+    assert (weak.verdict, floor_verdict(saved, 0.04, 0.05)) == ("FAIL", "PASS")
+    target = shipped.model_copy(
+        update={"gain": {"validation": gain.model_copy(update={"over_control": weak})}}
+    )
+    with pytest.raises(
+        UserError, match=r"saves 0\.04\d\d \[.*over the control on validation, the floor is 0\.0600"
+    ):
+        refuse_broken_floors({"cpu": target})
+
+
+def test_the_chance_of_one_seed_is_the_prediction_of_student_s_t():
+    """Reference: how often a further draw is at the floor, simulated from four seeds each."""
+    rng = np.random.default_rng(1)
+    seeds, further = rng.normal(1, 0.2, (4000, 4)), rng.normal(1, 0.2, 4000)
+    predicted = np.array([chance_of_one_seed(row, 0.9) for row in seeds])
+    sure = predicted >= 0.7
+    assert (further[sure] >= 0.9).mean() == pytest.approx(predicted[sure].mean(), abs=0.15)
+    lows = [row.mean() - 2.353 * row.std(ddof=1) * 1.25**0.5 for row in seeds]
+    assert chance_of_one_seed(seeds[0], lows[0]) == pytest.approx(0.95, abs=1e-3)
+    assert (further >= lows).mean() == pytest.approx(0.95, abs=0.015)
+    assert chance_of_one_seed(seeds[0][:1], 0.9) is None
+
+
+@pytest.mark.slow
+def test_a_hundred_flipped_bits_of_run_and_release_are_each_named(released_run, release, tmp_path):
+    rng, trusted = np.random.default_rng(7), read_trusted([released_run.folder / "key.pub"])
+    path = released_run.path / "signoff/small-cpu.intoto.jsonl"
+    said = read_bundle(path)[0].predicate
+    names = {*said.files, "gate-runs.jsonl", path.relative_to(released_run.path).as_posix()}
+    folders = [(released_run.path / name).parent for name in said.files if name.endswith("manifest.json")]
+    names |= {
+        (f / n).relative_to(released_run.path).as_posix() for f in folders for n in read_manifest(f).files
+    }
+    copy = shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    ours = [released_run.path / name for name in sorted(names)]
+    theirs = sorted(place for place in copy.rglob("*") if place.is_file())
+    for place in [*rng.choice(ours, 50), *rng.choice(theirs, 50)]:
+        whole, was = place.read_bytes(), place.stat()
+        spoiled = bytearray(whole)
+        spoiled[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        place.write_bytes(bytes(spoiled))
+        try:
+            if place.is_relative_to(copy):
+                with pytest.raises(UserError) as error:
+                    checked(copy, trusted, None)
+                told = str(error.value)
+            else:
+                told = "\n".join(problems(path, Rerun(released_run.path), trusted, NOW.date())[1])
+        finally:
+            place.write_bytes(whole)
+            os.utime(place, ns=(was.st_atime_ns, was.st_mtime_ns))
+        where = place.parent.name if place.parent.name.startswith("s") else place.name
+        assert place.name in told or where in told or "line " in told, f"{place}: {told}"
+    assert problems(path, Rerun(released_run.path), trusted, NOW.date())[1] == []
