@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from datetime import date, datetime, timedelta
 from functools import cached_property
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,9 @@ class Rerun:
             pairs += [("nothing", line) for line in is_[len(was) :]]
             for number, (a, b) in enumerate(pairs, start=1):
                 if a != b:
-                    odd = a[len(commonprefix([a, b])) :].strip()[:60]
+                    letters = enumerate(zip(a, b, strict=False))
+                    start = next((i for i, (x, y) in letters if x != y), min(len(a), len(b)))
+                    odd = a[start:].strip()[:60]
                     yield f"{name}: line {number} is not what gate.json gives: {odd!r}"
                     break
 
