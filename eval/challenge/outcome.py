@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.challenge.rows import PLACEBO, RATES, SAME
-from eval.core.budget import Budget, load_budget
+from eval.core.budget import Budget
 from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT
 from eval.core.config import Frozen
+from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import Study
 from eval.gate.evidence import Contrast, Evidence, collect_evidence
@@ -68,7 +69,7 @@ class Claim:
 
 
 def read_evidence(study: Study) -> tuple[Evidence, Budget]:
-    budget = load_budget(study)
+    budget = budget_of_run(study)
     return collect_evidence(study.folder, study, budget), budget
 
 

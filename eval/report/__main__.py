@@ -17,7 +17,7 @@ from eval.core.errors import UserError, entry
 from eval.core.gate_file import GateFile, read_gate
 from eval.core.study import Study
 from eval.report.budget_table import build_budget_table, csv_text
-from eval.report.format import data_lines
+from eval.report.format import data_lines, judged_by
 from eval.report.markdown import render_markdown
 from eval.report.terminal import print_report
 
@@ -41,7 +41,7 @@ def render_reports(run: Path, gate: GateFile) -> dict[str, str]:
 
     return {
         "table.md": render_markdown(gate, data_lines(run, gate)),
-        "table.csv": csv_text(build_budget_table(gate)),
+        "table.csv": csv_text(build_budget_table(gate), judged_by(gate)),
         "report.html": render_page(gate, run, (run / "study.yaml").read_text(encoding="utf-8")),
     }
 

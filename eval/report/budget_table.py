@@ -144,20 +144,20 @@ def bound_note(number: Number) -> str:
     return f"{'≥' if more else '≤'} {significant(bound)}"
 
 
-def csv_text(table: BudgetTable) -> str:
+def csv_text(table: BudgetTable, judged_by: str) -> str:
     """table.csv: one row per variant and target; every figure at full precision, its bounds and the verdict
-    of its part. A field is empty where there is nothing to say.
+    of its part, and by what budget it was judged. A field is empty where there is nothing to say.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     columns = [column.name for column in table.quality + table.costs]
     figures = [f"{name}{end}" for name in columns for end in ("", "_low", "_high", "_verdict")]
-    writer.writerow(["recipe", "target", "engine", "verdict", "recommended", *figures, "reason"])
+    writer.writerow(["recipe", "target", "engine", "verdict", "recommended", *figures, "reason", "judged_by"])
     for row in table.rows:
         v = row.variant
         cells = [*row.quality, *(row.costs or [Cell("")] * len(table.costs))]
         names = [v.recipe, v.target, v.engine, v.verdict, str(v.recommended).lower()]
-        writer.writerow([*names, *(field for cell in cells for field in _fields(cell)), v.reason])
+        writer.writerow([*names, *(field for cell in cells for field in _fields(cell)), v.reason, judged_by])
     return out.getvalue()
 
 

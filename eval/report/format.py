@@ -100,6 +100,15 @@ def gain_text(value: Estimate, level: float) -> str:
     return f"{cell.main} bits/byte, {level_text(level)} interval {cell.notes[0]}" if cell.notes else cell.main
 
 
+def judged_by(gate: GateFile) -> str:
+    """The budget, and how it stands to the one that was fixed when training began."""
+    name, fixed = gate.budget["name"], gate.fixed
+    if fixed is None:
+        return f"{name}, fixed beforehand by nobody"
+    how = "another budget than the one fixed" if fixed.other else "fixed"
+    return f"{name}, {how} on {fixed.time}"
+
+
 def remarks(gate: GateFile) -> list[str]:
     """What is too good to be true, then what the verdict is conditional on."""
     return [*(f"ANOMALOUS: {one}" for one in gate.anomalies), *(f"Note: {note}" for note in gate.notes)]
