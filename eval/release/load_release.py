@@ -258,7 +258,7 @@ def check_signature(root: Path, files: dict[str, Any], public_key: str | Path | 
     if (root / SIGNATURE).read_bytes() != f"{json.dumps(whole)}\n".encode():  # one spelling, one key
         raise ReleaseError(f"{SIGNATURE} was changed")
     listed = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: sha256(root / MANIFEST)}
-    for name in sorted({*signed, *listed}):
+    for name in sorted({*signed, *listed}, key=lambda name: (name == MANIFEST, name)):
         if signed.get(name) != listed.get(name):
             raise ReleaseError(f"{name} is not the one that was signed")
 

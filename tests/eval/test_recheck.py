@@ -182,7 +182,7 @@ def test_the_same_documents_give_what_was_released(release, released_run):
 def test_a_release_that_is_not_the_signed_one_is_refused(release, tmp_path):
     copy = shutil.copytree(release, tmp_path / "copy")
     new_key(tmp_path / "other")
-    with pytest.raises(UserError, match="signed with the unknown key"):
+    with pytest.raises(UserError, match="was not signed by this key"):
         checked(copy, read_trusted([tmp_path / "other.pub"]), None)
     with pytest.raises(UserError, match=r"--target.*accepted: cpu"):
         checked(copy, None, "tpu")

@@ -14,7 +14,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from eval.core.artifacts import file_sha256, read_manifest, verify_artifact
+from eval.core.artifacts import file_sha256, read_manifest
 from eval.core.documents import Document
 from eval.core.errors import UserError
 from eval.core.gate_file import read_gate
@@ -59,7 +59,6 @@ def rewrite(release, name, change):
 def test_a_release_holds_what_it_promises(released_run, release):
     run = released_run
     contract = read_contract(release)
-    verify_artifact(release)
     shipped = contract.targets["cpu"]
     row = next(v for v in read_gate(run.path).variants if v.recipe == "small")
     assert shipped.artifact == read_manifest(release / "variants/small").hash == row.hashes.artifact["0"]
