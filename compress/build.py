@@ -9,7 +9,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from compress.calibration import check_batch, rounding_error
 from compress.model_size import cast_weights
 from compress.recipe import Context, Pass, PassReport, Recipe, Stage, check_reach
 from compress.verify import MODEL, save_reference
-from distill.data.rows import training_rows
+from distill.data.rows import training_documents, training_rows
 from eval.core.artifacts import Key, digest, make_key, write_text
 from eval.core.documents import pad_id
 from eval.core.study import Study
@@ -81,10 +81,7 @@ def build_variants(study: Study, variants: list[Variant], report: Callable[[floa
         builder = VariantBuilder(study, variants)
         for i, variant in enumerate(variants):
             builder.report = partial(lambda i, share: report((i + share) / len(variants)), i)
-            model, reports = builder.apply_passes(variant.recipe.passes)
-            if variant.recipe.passes[-1].stage < Stage.PRECISION:
-                model = cast_weights(model, builder.dtype)
-            _save_built(build_folder(study, variant), model, builder, reports)
+            _save_built(build_folder(study, variant), variant, builder)
 
 
 class VariantBuilder:
@@ -94,22 +91,31 @@ class VariantBuilder:
         from eval.engines.torch import load_checkpoint, stored_dtype
 
         self.student = variants[0].student
-        self.dtype = stored_dtype(self.student.folder)
-        self.parent, self.tokenizer = load_checkpoint(self.student.folder)
-        self.rows = training_rows(study, self.tokenizer)
-        self.pad = pad_id(self.tokenizer)
+        parent, tokenizer = load_checkpoint(self.student.folder)
         self.scratch = scratch_folder(study)
         self.report: Callable[[float], None] = lambda share: None
+        self.context = Context(
+            parent=parent,
+            tokenizer=tokenizer,
+            rows=training_rows(study, tokenizer),
+            pad=pad_id(tokenizer),
+            seed=self.student.seed,
+            scratch=self.scratch,
+            report=self.report,
+            dtype=stored_dtype(self.student.folder),
+            documents=partial(training_documents, study),
+        )
         starts = (v.recipe.passes[:n] for v in variants for n in range(1, len(v.recipe.passes)))
         whole = (v.recipe.passes for v in variants if not v.recipe.passes[-1].last)
         uses = Counter(self._key(passes) for passes in (*starts, *whole))
         self.shared = {key for key, count in uses.items() if count > 1}
+        self.contexts: dict[str, Context] = {}  # by the passes before
         self.cache: dict[str, tuple[Any, list[PassReport]]] = {}  # of shared passes
 
     @cached_property
     def rounding_error(self) -> float:
         """What float32 leaves open on the student itself, in nats: the same for all of its variants."""
-        return rounding_error(self.parent, check_batch(self.rows, self.pad))
+        return rounding_error(self.context.parent, check_batch(self.context.rows, self.context.pad))
 
     def _key(self, passes: tuple[Pass, ...]) -> str:
         return digest([self.student.identity, [step.identity for step in passes]])
@@ -117,14 +123,14 @@ class VariantBuilder:
     def apply_passes(self, passes: tuple[Pass, ...]) -> tuple[Any, list[PassReport]]:
         """The model after `passes`, a copy that the caller may change, and the report of each pass."""
         if not passes:
-            return copy.deepcopy(self.parent), []
+            return copy.deepcopy(self.context.parent), []
         key = self._key(passes)
         if key not in self.cache:
             model, reports = self.apply_passes(passes[:-1])
             on_gpu = passes[-1].stage in (Stage.STRUCTURE, Stage.SPARSITY)
             if on_gpu and torch.cuda.is_available():  # many forward passes, and nothing that needs a CPU
                 model = model.to("cuda")
-            model, pass_report = passes[-1].apply(model, self._context(passes[:-1]))
+            model, pass_report = passes[-1].apply(model, self.context_after(passes[:-1]))
             check_reach(pass_report)
             model = model.to("cpu") if on_gpu else model
             if key not in self.shared:
@@ -133,22 +139,29 @@ class VariantBuilder:
         model, reports = self.cache[key]
         return copy.deepcopy(model), reports
 
-    def _context(self, before: tuple[Pass, ...]) -> Context:
-        scratch = self.scratch / "work" / self._key(before)[:16]
-        scratch.mkdir(parents=True, exist_ok=True)
-        seed = self.student.seed
-        return Context(
-            self.parent, self.tokenizer, self.rows, self.pad, seed, scratch, self.report, self.dtype
-        )
+    def context_after(self, passes: tuple[Pass, ...]) -> Context:
+        """What a pass gets that comes after `passes`."""
+        key = self._key(passes)
+        if key not in self.contexts:
+            scratch = self.scratch / "work" / key[:16]
+            scratch.mkdir(parents=True, exist_ok=True)
+            before = passes[-1].next_context(self.context_after(passes[:-1])) if passes else self.context
+            self.contexts[key] = replace(before, scratch=scratch)
+        return replace(self.contexts[key], report=self.report)
 
 
-def _save_built(folder: Path, model: Any, builder: VariantBuilder, reports: list[PassReport]) -> None:
-    """Saves a model by its standard format, a reference of its answers, and its reports at last."""
+def _save_built(folder: Path, variant: Variant, builder: VariantBuilder) -> None:
+    """Makes a model, saves it by its standard format, a reference of its answers, and its reports at last."""
+    passes = variant.recipe.passes
+    model, reports = builder.apply_passes(passes)
+    if passes[-1].stage < Stage.PRECISION:
+        model = cast_weights(model, builder.context.dtype)
+    context = builder.context_after(passes)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     # Saved before it answers: on CPUs with AVX512-BF16, bitsandbytes 0.50.2 repacks NF4 weights at the first
     # call and would save the scales of the repacked ones.
     model.save_pretrained(folder / MODEL)
-    builder.tokenizer.save_pretrained(folder / MODEL)
-    save_reference(folder, model, builder.tokenizer, builder.rows, builder.pad, builder.rounding_error)
+    context.tokenizer.save_pretrained(folder / MODEL)
+    save_reference(folder, model, context.tokenizer, context.rows, context.pad, builder.rounding_error)
     write_text(folder / REPORTS, json.dumps([r.model_dump(mode="json") for r in reports]))

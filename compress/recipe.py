@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, reduce
@@ -16,7 +16,7 @@ from pydantic import Field
 
 from eval.core.artifacts import installed_versions, plugin_code, stage_code
 from eval.core.config import Frozen, Stored, plugin_class, plugin_names, validate_config
-from eval.core.documents import Row
+from eval.core.documents import Document, Row
 from eval.core.errors import UserError
 from eval.core.sections.precision import Choice, read_choice, replace_auto
 from eval.core.study import Study, read_recipe
@@ -96,6 +96,7 @@ class Context:
     scratch: Path  # a folder shared by every pass that gets this very model: name files by your options
     report: Callable[[float], None]  # takes the share of this pass that is done, 0 to 1
     dtype: torch.dtype  # in which the student is stored and served; here it is computed in float32
+    documents: Callable[[], Iterator[Document]]  # all that students were trained on
 
 
 class Pass(ABC):
@@ -128,6 +129,10 @@ class Pass(ABC):
         Returns:
             A model with the interface of transformers (call, `save_pretrained`), and what was done.
         """
+
+    def next_context(self, context: Context) -> Context:
+        """What the passes after it get, from what it got itself: other ids where it changes the tokenizer."""
+        return context
 
     @cached_property
     def identity(self) -> list[Any]:

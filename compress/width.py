@@ -28,6 +28,7 @@ FIELDS = {
     "ffn": ("n_inner", "ffn_dim", "intermediate_size"),
     "heads": ("num_key_value_heads", "num_attention_heads"),
     "hidden": ("hidden_size",),
+    "vocabulary": ("vocab_size",),
 }
 LEAVE = "leave this size of this family as it is"
 Matrix: TypeAlias = nn.Linear | Conv1D
@@ -76,8 +77,8 @@ def size_in_config(model: PreTrainedModel, kind: str) -> int:
     raise UserError(_thing(model, kind), f"its config has none of {', '.join(FIELDS[kind])}", LEAVE)
 
 
-def smaller_config(model: PreTrainedModel, kind: str, size: int) -> list[Any]:
-    """The config with one size changed: a candidate for each field that may hold it."""
+def smaller_configs(model: PreTrainedModel, kind: str, size: int, fields: Mapping[str, Any]) -> list[Any]:
+    """The config with one size changed and other `fields`: one for each field that may hold the size."""
     old = model.config.get_text_config()
     heads = int(old.num_attention_heads)
     changes: list[dict[str, int]] = [{field: size} for field in FIELDS[kind] if hasattr(old, field)]
@@ -86,10 +87,10 @@ def smaller_config(model: PreTrainedModel, kind: str, size: int) -> list[Any]:
         grouped = {"num_key_value_heads": size} if hasattr(old, "num_key_value_heads") else {}
         changes = [{**grouped, "num_attention_heads": size * groups}]
     head_dim = getattr(old, "head_dim", None) or int(old.hidden_size) // heads
-    return [_checked(model, kind, {**change, "head_dim": head_dim}) for change in changes]
+    return [_checked(model, kind, {**change, "head_dim": head_dim, **fields}) for change in changes]
 
 
-def _checked(model: PreTrainedModel, kind: str, change: dict[str, int]) -> Any:
+def _checked(model: PreTrainedModel, kind: str, change: dict[str, Any]) -> Any:
     """The config with some fields changed, as it would be read from a file: transformers checks it there."""
     make = type(model.config).from_dict
     config = make(model.config.to_dict())
@@ -102,15 +103,18 @@ def _checked(model: PreTrainedModel, kind: str, change: dict[str, int]) -> Any:
         raise UserError(_thing(model, kind), problem, "cut it to another size") from error
 
 
-def find_axes(model: PreTrainedModel, kind: str, size: int) -> tuple[Any, Axes]:
+def find_axes(model: PreTrainedModel, kind: str, size: int, **fields: Any) -> tuple[Any, Axes]:
     """The config of the model with one size changed to `size`, and the axes that follow it.
+
+    Args:
+        fields: of the config, that change with the size.
 
     Raises:
         UserError: nothing follows that size, or something in another way than it can be cut.
     """
     now = size_in_config(model, kind)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for config in smaller_config(model, kind, size):
+    for config in smaller_configs(model, kind, size, fields):
         new = _built_shapes(model, config, kind)
         changed = [name for name in shapes if shapes[name] != new.get(name)]
         if changed:

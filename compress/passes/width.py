@@ -1,9 +1,9 @@
 """Width: FFN channels, attention heads and hidden size, the least important on calibration rows cut out.
 
-Importance is the squared norm of what a channel adds to the outputs of the matrices that read it (of a head:
-the sum over its channels), as Minitron prunes
-by activations (Muralidharan et al. 2024, arXiv:2407.14679), with
-the weights behind them. A key-value head goes with the queries that share it.
+Importance is the squared norm of what a channel adds to the outputs of the matrices that read it (of a
+head: the sum over its channels). So Minitron prunes by activations (Muralidharan et al. 2024,
+arXiv:2407.14679); here the weights that read them count too. A key-value head goes with the queries that
+share it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from compress.calibration import (
 from compress.model_size import size_of
 from compress.recipe import Context, Pass, PassReport, Stage
 from compress.width import (
-    FIELDS,
     Axes,
     Matrix,
     cut,
@@ -46,6 +45,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+KINDS = ("ffn", "heads", "hidden")  # in this order
+
+
 class Width(Pass):
     stage = Stage.STRUCTURE
 
@@ -59,7 +61,7 @@ class Width(Pass):
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
         before = size_of(model, context.dtype)
         sizes: dict[str, list[int]] = {}
-        kinds = [kind for kind in FIELDS if getattr(self.options, kind) > 0]
+        kinds = [kind for kind in KINDS if getattr(self.options, kind) > 0]
         wanted = {kind: self._wanted(kind, size_in_config(model, kind)) for kind in kinds}
         for i, (kind, size) in enumerate(wanted.items()):  # each measured on what the ones before have left
             sizes[kind] = [size_in_config(model, kind), size]

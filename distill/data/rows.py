@@ -1,7 +1,7 @@
 """The training rows of a study: read from the token map when they are asked for, one by one."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.data.tokens import NO_FRONT, make_tokens
 from eval.core.artifacts import read_manifest
-from eval.core.documents import TRAIN, TRANSFER, ChosenRows, Row, join_rows
+from eval.core.documents import TRAIN, TRANSFER, ChosenRows, Document, Row, join_rows, stream_documents
 from eval.core.errors import UserError
 from eval.core.study import Study
 
@@ -86,6 +86,12 @@ class TokenMap(Sequence[Row]):
 def distilled_split(study: Study) -> str:
     """The documents on which students learn from their teachers."""
     return TRANSFER if study.data.transfer else TRAIN
+
+
+def training_documents(study: Study) -> Iterator[Document]:
+    """All documents that bases, teachers and students learn from, one by one."""
+    for split in dict.fromkeys([TRAIN, distilled_split(study)]):
+        yield from stream_documents(study.folder / "data", split)
 
 
 def training_rows(study: Study, tokenizer: PreTrainedTokenizerBase, split: str = TRAIN) -> ChosenRows:

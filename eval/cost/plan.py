@@ -4,9 +4,10 @@ import argparse
 import itertools
 import random
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,10 +26,11 @@ from eval.core.jobs import lock_folder
 from eval.core.records import PLAIN, TRAINING, CostRecord, LoadRecord, Provenance, provenance, write_record
 from eval.core.sections import Cost
 from eval.core.study import Study, apply_overrides, check_trained, load_study, recipe_names
-from eval.engines import Subject, engine_module, load_tokenizer, subject_of
+from eval.engines import Subject, engine_module, has_own_vocabulary, load_tokenizer, subject_of
 
 RANDOM = "random tokens, seed 0"
 R = TypeVar("R", CostRecord, LoadRecord)
+Prompts = dict[str, list[list[int]]]  # by the label of a variant
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class CostPlan:
     device: str
     cost: Cost
     variants: list[Variant]
-    prompts: list[list[int]]  # [warmup + requests][prompt_tokens], the same for every variant
+    prompts: list[list[int]]  # [warmup + requests][prompt_tokens], the same for every variant but those in
+    own_prompts: Prompts  # label -> the same texts in a vocabulary of its own
     source: str  # what the prompts are made of
     config: str  # hash of the study; empty without one
     study: Study | None = None  # of the run folder that takes the records
@@ -156,12 +159,21 @@ def cut_prompts(cost: Cost, model: Path, texts: Iterable[str], thing: str) -> li
     return prompts
 
 
-def draw_prompts(cost: Cost, model: Path) -> list[list[int]]:
-    """[warmup + requests][prompt_tokens]: tokens drawn evenly from all that model and tokenizer share."""
+def own_prompts(
+    cost: Cost, variants: list[Variant], texts: Callable[[], Iterable[str]], thing: str
+) -> Prompts:
+    """`cut_prompts` of each variant with a vocabulary of its own: it reads the texts by its own ids."""
+    own = [variant for variant in variants if has_own_vocabulary(variant.manifest)]
+    return {variant.label: cut_prompts(cost, variant.folder, texts(), thing) for variant in own}
+
+
+def draw_prompts(cost: Cost, *models: Path) -> list[list[int]]:
+    """[warmup + requests][prompt_tokens]: tokens drawn evenly from all that models and tokenizers share."""
     from transformers import AutoConfig  # takes seconds to import: only where it is needed
 
-    rows = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config().vocab_size
-    rng, vocabulary = random.Random(0), min(rows, len(load_tokenizer(model)))
+    read = partial(AutoConfig.from_pretrained, local_files_only=True)
+    rows = [read(model).get_text_config().vocab_size for model in models]
+    rng, vocabulary = random.Random(0), min(*rows, *(len(load_tokenizer(model)) for model in models))
     count = cost.warmup + cost.requests
     return [[rng.randrange(vocabulary) for _ in range(cost.prompt_tokens)] for _ in range(count)]
 
@@ -175,13 +187,18 @@ def plan_from_run(args: argparse.Namespace, overrides: list[str]) -> CostPlan:
     require_device(args.target, target.device)
     variants = choose_variants(find_variants(study), args.recipe, target)
     verify_variants(variants)
-    texts = (document.text for document in stream_documents(study.folder / "data", TRAIN))
+    thing = f"slice {TRAIN!r}"
+
+    def texts() -> Iterator[str]:
+        return (document.text for document in stream_documents(study.folder / "data", TRAIN))
+
     return CostPlan(
         target=args.target,
         device=target.device,
         cost=study.cost,
         variants=variants,
-        prompts=cut_prompts(study.cost, variants[0].folder, texts, f"slice {TRAIN!r}"),
+        prompts=cut_prompts(study.cost, variants[0].folder, texts(), thing),
+        own_prompts=own_prompts(study.cost, variants, texts, thing),
         source=TRAINING,
         config=study.hash(),
         study=study,
@@ -212,17 +229,23 @@ def plan_from_folders(args: argparse.Namespace, overrides: list[str]) -> CostPla
             f"device of {variant.folder}", args.device, list(engine_module(variant.subject.engine).DEVICES)
         )
     verify_variants(variants)
-    prompts, source = draw_prompts(cost, variants[0].folder), RANDOM
+    own: Prompts = {}
     if args.text:
-        text = Path(args.text)
-        prompts = cut_prompts(cost, variants[0].folder, [text.read_text(encoding="utf-8")], f"--text {text}")
+        text, thing = Path(args.text), f"--text {args.text}"
+        texts = [text.read_text(encoding="utf-8")]
+        prompts = cut_prompts(cost, variants[0].folder, texts, thing)
+        own = own_prompts(cost, variants, lambda: texts, thing)
         source = f"text of sha256 {file_sha256(text)}"
+    else:
+        others = [variant.folder for variant in variants[1:] if has_own_vocabulary(variant.manifest)]
+        prompts, source = draw_prompts(cost, variants[0].folder, *others), RANDOM
     return CostPlan(
         target=args.target,
         device=args.device,
         cost=cost,
         variants=variants,
         prompts=prompts,
+        own_prompts=own,
         source=source,
         config=config,
         record=Path(args.record),

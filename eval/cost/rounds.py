@@ -81,7 +81,7 @@ def make_order(plan: CostPlan, variant: Variant) -> Order:
         folder=str(variant.folder.resolve()),
         device=plan.device,
         threads=plan.cost.threads,
-        prompts=plan.prompts,
+        prompts=plan.own_prompts.get(variant.label, plan.prompts),
         warmup=plan.cost.warmup,
         new_tokens=plan.cost.new_tokens,
         batch_sizes=plan.cost.batch_sizes,

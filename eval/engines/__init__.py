@@ -112,6 +112,12 @@ def subject_of(manifest: Manifest) -> Subject:
         raise UserError(f"artifact {manifest.name}", f"no fact {fact!r} in its manifest", REMAKE) from error
 
 
+def has_own_vocabulary(manifest: Manifest) -> bool:
+    """True of a variant whose passes have changed its vocabulary: its tokens are not those of its student."""
+    changed = (report["facts"].get("vocabulary") for report in manifest.facts.get("reports", []))
+    return any(sizes and sizes[0] != sizes[1] for sizes in changed)
+
+
 def subject_of_record(record: AnyRecord) -> Subject:
     return Subject.model_validate(record, from_attributes=True)
 

@@ -154,6 +154,7 @@ class ReleaseFolder:
             self.parts[name] = {
                 "folder": name,
                 "engine": engine,
+                "boundary": boundary_id(loaded.tokenizer),  # a variant may have a vocabulary of its own
                 "golden_answers": [answer.model_dump() for answer in answers],
             }
         return self.parts[name]

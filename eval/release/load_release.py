@@ -281,7 +281,7 @@ def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[
     check_new(root, files, folder)
     check_files(root, files, {name for name in files if name.startswith(f"{folder}/")})
     try:
-        model = ENGINES[part["engine"]](root / folder, part["device"], index["boundary"])
+        model = ENGINES[part["engine"]](root / folder, part["device"], part["boundary"])
         check_golden_answers(model, part["golden_answers"])
     except ReleaseError:
         raise

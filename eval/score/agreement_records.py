@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.core.artifacts import MANIFEST
+from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.checks import STUDENT, Artifacts, artifact_folder
 from eval.core.errors import UserError
 from eval.core.gate_file import Difference
 from eval.core.records import PLAIN, Agreement, read_agreements
 from eval.core.study import Study, recipe_names
-from eval.engines import Subject, subject_of, subject_of_record
+from eval.engines import Subject, has_own_vocabulary, subject_of, subject_of_record
 from eval.stats.crossed import crossed_mean, linearise
 
 ALPHA = 0.05  # of each end of an interval, where no budget says another
@@ -27,11 +27,15 @@ def student_folder(run: Path, subject: Subject) -> Path:
 
 
 def variant_folders(run: Path, study: Study) -> list[Path]:
-    """Variants of S1 that exist. S0 is a control and never shipped, so it is not compared."""
+    """Variants of S1 that exist and can be compared with their student, token by token.
+
+    S0 is a control and never shipped. A variant with a vocabulary of its own has other tokens.
+    """
     places = [
         artifact_folder(run, STUDENT, seed, name) for name in recipe_names(study)[1:] for seed in study.seeds
     ]
-    return [place for place in places if place is not None and (place / MANIFEST).is_file()]
+    made = [place for place in places if place is not None and (place / MANIFEST).is_file()]
+    return [place for place in made if not has_own_vocabulary(read_manifest(place))]
 
 
 def uncompared_variants(run: Path, study: Study) -> list[Path]:

@@ -5,6 +5,7 @@ data and with a tokenizer of that data.
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,14 +13,15 @@ import yaml
 from transformers import PreTrainedModel
 
 from compress.recipe import Context
-from distill.data.rows import training_rows
+from distill.data.rows import training_documents, training_rows
 from distill.data.split import prepare
+from distill.models.load import train_tokenizer
 from distill.trainer.loop import train
 from eval.core.sections import Train
 from eval.core.study import Study, load_study, save_study
 from eval.engines.torch import load_checkpoint
 from tests.eval.run_builder import facts, put
-from tests.helpers import tiny_model, tiny_study, tiny_tokenizer
+from tests.helpers import WORDS, text, tiny_model, tiny_study, tiny_tokenizer
 
 VOCAB = 320
 
@@ -31,17 +33,17 @@ def recipe_file(folder: Path, name: str, *passes: dict, target: str = "cpu") -> 
 
 
 def build_student_run(
-    folder: Path, recipes: list[str], seeds: list[int] | None = None, layers: int = 4
+    folder: Path, recipes: list[str], seeds: list[int] | None = None, layers: int = 4, tokenizer=None
 ) -> Study:
     """A settled study with data and with students S1 and S0 of every seed, slightly trained."""
+    tokenizer = tokenizer or tiny_tokenizer(VOCAB)
     torch.set_num_threads(1)
     study = load_study(tiny_study(folder, recipes=recipes, seeds=seeds or [0], workers=1))
     save_study(study)
     prepare(study)
-    tokenizer = tiny_tokenizer(VOCAB)
     rows = training_rows(study, tokenizer)
     for seed in study.seeds:
-        model = tiny_model(VOCAB, seed=seed, num_hidden_layers=layers)
+        model = tiny_model(len(tokenizer), seed=seed, num_hidden_layers=layers)
         settings = Train(steps=15, rows=4)
         train(model, rows, settings, pad=0, seed=seed, teacher=None, scratch=folder / "nothing")
         for arm in ("S1", "S0"):
@@ -59,12 +61,19 @@ def add_student(study: Study, arm: str, seed: int, model: PreTrainedModel, token
     put(study.folder, f"students/{arm}/s{seed}", fill, **facts(arm, seed=seed))
 
 
+def wide_tokenizer():
+    """With tokens that no document of the study has, merged in between those that they have."""
+    texts = [text(domain, i) for domain in WORDS for i in range(5)]
+    return train_tokenizer([*texts, "zebras quickly jumped over 1234 lazy oxen " * 40], 360)
+
+
 def context_of(study: Study, scratch: Path) -> Context:
     """What the passes of a recipe get for S1 of the first seed."""
     scratch.mkdir(parents=True, exist_ok=True)
     parent, tokenizer = load_checkpoint(study.folder / "students" / "S1" / f"s{study.seeds[0]}")
     rows = training_rows(study, tokenizer)
-    return Context(parent, tokenizer, rows, 0, study.seeds[0], scratch, lambda share: None, torch.float32)
+    documents, seed = partial(training_documents, study), study.seeds[0]
+    return Context(parent, tokenizer, rows, 0, seed, scratch, lambda share: None, torch.float32, documents)
 
 
 def model_of(context: Context) -> PreTrainedModel:

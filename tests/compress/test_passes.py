@@ -14,13 +14,14 @@ from distill.data.rows import training_rows
 from eval.core.artifacts import content_hash, hash_files
 from eval.core.config import plugin_names
 from eval.core.errors import UserError
-from tests.compress.student_run import build_student_run, context_of, model_of
+from tests.compress.student_run import build_student_run, context_of, model_of, wide_tokenizer
 from tests.helpers import SHAPE, tiny_model
 
 TRAIN = {"steps": 4, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}
 CASES = {
     "drop_layers": [{"share": 0.25}, {"share": 0.5}],
     "width": [{"ffn": 0.5}, {"heads": 0.5, "hidden": 0.5, "multiple": 32, "rows": 4}],
+    "vocabulary": [{}],
     "wanda": [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.9, "rows": 1}],
     "recover": [{"train": TRAIN}],
     "cast": [{"dtype": "bfloat16"}, {"dtype": "float16"}],
@@ -36,7 +37,7 @@ ALL = [
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    return build_student_run(tmp_path_factory.mktemp("study"), [])
+    return build_student_run(tmp_path_factory.mktemp("study"), [], tokenizer=wide_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,27 @@ def check_report(report, before, modules):
     assert PassReport.model_validate_json(report.model_dump_json()) == report
 
 
+def test_tokens_that_no_document_has_are_gone_and_the_rest_is_as_before(study, context):
+    model, report = make("vocabulary", {}).apply(model_of(context), context)
+    later = make("vocabulary", {}).next_context(context)
+    assert report.facts == {"vocabulary": [360, len(later.tokenizer)], "tokens": [360, len(later.tokenizer)]}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert 300 < len(later.tokenizer) < 345
+    assert "Ġzebras" in context.tokenizer.get_vocab().keys() - later.tokenizer.get_vocab().keys()
+    assert [row.tokens for row in later.rows] == [row.tokens for row in training_rows(study, later.tokenizer)]
+    assert mean_loss(later.parent, later.rows, later.pad) < mean_loss(
+        context.parent, context.rows, context.pad
+    )
+
+
+def test_nothing_cut_from_the_vocabulary_is_the_same_model(study, context, tmp_path):
+    whole = replace(make("vocabulary", {}).next_context(context), scratch=tmp_path)
+    model, report = make("vocabulary", {}).apply(whole.parent, whole)
+    assert model is whole.parent
+    assert report.before == report.after
+    assert make("vocabulary", {}).next_context(whole) is whole
+
+
 def test_wanda_makes_the_zeros_it_says(context):
     model, report = make("wanda", {"sparsity": 0.5}).apply(model_of(context), context)
     for layer in model.model.layers:
@@ -141,7 +163,7 @@ def moe_model():
     """Its experts stand in one tensor of three axes per layer, as transformers 5 holds them."""
     torch.manual_seed(0)
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
-    fields = {**SHAPE, **experts, "num_hidden_layers": 2, "vocab_size": 320, "eos_token_id": 0}
+    fields = {**SHAPE, **experts, "num_hidden_layers": 2, "vocab_size": 360, "eos_token_id": 0}
     config = AutoConfig.for_model("qwen3_moe", **fields, decoder_sparse_step=1, mlp_only_layers=[])
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
@@ -207,7 +229,7 @@ def test_matrices_that_are_stored_the_other_way_round(context, tmp_path, weights
     """GPT-2 keeps [inputs, outputs]: scales are shared along the other axis."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=320, n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+        vocab_size=360, n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
     )
     model = GPT2LMHeadModel(config).eval()
     work = replace(context, parent=model, scratch=tmp_path / "gpt2")

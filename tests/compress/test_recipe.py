@@ -60,7 +60,7 @@ def test_targets_and_engines():
 
 
 def test_every_pass_is_found_and_stands_in_a_stage():
-    names = ["bitsandbytes", "cast", "drop_layers", "openvino", "recover", "wanda", "width"]
+    names = ["bitsandbytes", "cast", "drop_layers", "openvino", "recover", "vocabulary", "wanda", "width"]
     assert plugin_names("compress.passes") == names
     for name in plugin_names("compress.passes"):
         kind = pass_class(name, "here")

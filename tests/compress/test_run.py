@@ -15,11 +15,15 @@ from compress.build import TrainedStudent, build_folder, build_variants
 from compress.pipeline import HELD, LIBRARIES, affordable_workers, pending_variants
 from compress.publish import publish_variant
 from compress.verify import verify_reload
+from distill.data.rows import training_documents
 from eval.core.artifacts import hash_files, read_manifest, verify_artifact
 from eval.core.errors import UserError
 from eval.core.study import load_study
+from eval.engines import has_own_vocabulary, load_engine
 from eval.engines.torch import load_checkpoint
-from tests.compress.student_run import add_student, build_student_run, recipe_file
+from eval.metrics.likelihood import document_bits
+from eval.score.agreement_records import variant_folders
+from tests.compress.student_run import add_student, build_student_run, recipe_file, wide_tokenizer
 from tests.helpers import ROOT, run, tiny_model, tiny_study
 
 TRAIN = {"steps": 6, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}
@@ -68,9 +72,10 @@ def done(tmp_path_factory):
             {"pass": "openvino", "weights": "int8"},
         ),
         recipe_file(folder, "w50", {"pass": "wanda"}),
+        recipe_file(folder, "few", {"pass": "vocabulary"}, DROP, {"pass": "recover", "train": TRAIN}),
         recipe_file(folder, "four", {"pass": "bitsandbytes", "format": "nf4"}, target="gpu"),
     ]
-    study = build_student_run(folder, recipes, seeds=[0])
+    study = build_student_run(folder, recipes, seeds=[0], tokenizer=wide_tokenizer())
     students = hash_files(study.folder / "students")
     result = compress(study)
     assert result.returncode == 0, result.stderr
@@ -79,8 +84,8 @@ def done(tmp_path_factory):
 
 def test_every_recipe_is_applied_to_both_arms(done):
     study, _, result = done
-    assert f"variants: 8 in {study.folder / 'variants'}, 8 made now" in result.stdout
-    assert len(manifests(study)) == 8
+    assert f"variants: 10 in {study.folder / 'variants'}, 10 made now" in result.stdout
+    assert len(manifests(study)) == 10
     for folder, manifest in manifests(study).items():
         recipe, arm, seed = folder.parts[-3:]
         assert manifest.name == f"variants/{recipe}/{arm}/{seed}"
@@ -89,11 +94,29 @@ def test_every_recipe_is_applied_to_both_arms(done):
         assert (facts["recipe"], facts["arm"], facts["seed"]) == (recipe, arm, 0)
         assert facts["target"] == ("gpu" if recipe == "four" else "cpu")
         assert facts["engine"] == ("openvino" if recipe == "chain-int8" else "torch")
-        assert ("loss_curve" in facts) == recipe.startswith("chain")
+        assert ("loss_curve" in facts) == (recipe == "few" or recipe.startswith("chain"))
         assert manifest.parents["student"] == read_manifest(study.folder / "students" / arm / seed).hash
         assert manifest.parents["data"] == read_manifest(study.folder / "data").hash
         assert facts["reload"]["log_prob_difference"] < 1e-3
         verify_artifact(folder)
+
+
+def test_a_smaller_vocabulary_scores_bytes_and_is_not_compared_token_by_token(done):
+    """Its documents are as many tokens as before; the student gave the kept ones less than all probability."""
+    study, _, _ = done
+    few, plain = study.folder / "variants/few/S1/s0", study.folder / "students/S1/s0"
+    assert has_own_vocabulary(read_manifest(few))
+    assert not has_own_vocabulary(read_manifest(study.folder / "variants/chain/S1/s0"))
+    assert few not in variant_folders(study.folder, study)
+    (small, fewer), (model, tokenizer) = load_checkpoint(few), load_checkpoint(plain)
+    assert small.config.vocab_size == len(fewer) < model.config.vocab_size == len(tokenizer)
+    documents = list(training_documents(study))
+    bits = [
+        document_bits(load_engine("torch", folder).logits, documents, read, 32)
+        for folder, read in ((few, fewer), (plain, tokenizer))
+    ]
+    assert bits[0][1] == bits[1][1], "as many tokens in every document"
+    assert len(documents) == len(bits[0][0]) > 20
 
 
 def test_reports_follow_each_other(done):
@@ -109,7 +132,7 @@ def test_reports_follow_each_other(done):
 def test_the_output_is_plain_lines_and_nothing_of_the_libraries(done):
     lines = done[2].stderr.splitlines()
     assert done[2].stdout.count("\n") == 1, done[2].stdout
-    assert sum("verify variants:" in line for line in lines) == 8
+    assert sum("verify variants:" in line for line in lines) == 10
     assert all(line.startswith(("build variants:", "verify variants:")) for line in lines), done[2].stderr
 
 
@@ -169,7 +192,7 @@ def test_a_changed_recipe_or_parent_is_made_again(done, tmp_path):
         len(
             pending_variants(study.model_copy(update={"data": study.data.model_copy(update={"context": 16})}))
         )
-        == 8
+        == 10
     )
 
 

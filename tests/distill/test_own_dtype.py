@@ -86,7 +86,7 @@ def test_a_cast_rounds_each_weight_once(study):
     from compress.recipe import Context
 
     model = tiny_model(330)
-    context = Context(model, tiny_tokenizer(), [], 0, 0, study.folder, quiet, torch.float32)
+    context = Context(model, tiny_tokenizer(), [], 0, 0, study.folder, quiet, torch.float32, lambda: iter(()))
     cast, report = make("cast", {"dtype": "bfloat16"}).apply(copy.deepcopy(model), context)
     for (name, weight), (_, new) in zip(model.named_parameters(), cast.named_parameters(), strict=True):
         assert torch.equal(weight.to(torch.bfloat16), new), name
