@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from eval.core.errors import UserError
+from eval.core.errors import UserError, check_interrupt
 
 HEAVY = ["transformers.modeling_utils"]  # imported once, by the process from which all workers are forked
 GRACE = 20.0  # seconds that a worker has to end in, before it is killed
@@ -308,6 +308,7 @@ def run_in_turn(title: str, jobs: list[Job], quiet: bool = False) -> dict[str, A
     results: dict[str, Any] = {}
     with board.bar:
         for job in jobs:
+            check_interrupt()
             try:
                 results[job.name] = job.run(*job.args, partial(board.update, job.name))
             except (Exception, KeyboardInterrupt):
@@ -339,6 +340,7 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
     try:
         with board.bar:
             while waiting or running:
+                check_interrupt()
                 ready = [j for j in waiting if all(a in results or a not in names for a in j.after)]
                 for job in ready[: max(0, workers - len(running))]:
                     waiting.remove(job)

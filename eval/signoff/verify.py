@@ -110,7 +110,7 @@ class Rerun:
                 if a != b:
                     letters = enumerate(zip(a, b, strict=False))
                     start = next((i for i, (x, y) in letters if x != y), min(len(a), len(b)))
-                    odd = a[start:].strip()[:60]
+                    odd = (a[start:].strip() or a.strip())[:60]  # the whole line where it was cut short
                     yield f"{name}: line {number} is not what gate.json gives: {odd!r}"
                     break
 

@@ -168,7 +168,7 @@ def test_whatever_reads_a_text_reads_spelled_out_special_tokens_as_text(tmp_path
     words = tiny_tokenizer()
     words.save_pretrained(tmp_path)
     spelled, end = "stone <|endoftext|> river", words.eos_token_id
-    loader = plugin_of(Path("eval/release/templates/load_release.py"))
+    loader = plugin_of(Path("eval/release/load_release.py"))
     served = type("Served", (loader.TorchModel,), {"__init__": loader.Model.__init__})(None, tmp_path, end)
     method = make_method(MethodChoice(name="context", settings={"text": spelled, "control": "none"}))
     (choice,) = choice_rows(words, Sample("0", spelled, [], [" sea"]), "0", 200)

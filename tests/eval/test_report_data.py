@@ -38,8 +38,8 @@ def test_the_report_says_what_of_the_data_was_used(tmp_path):
         "groups: 90 train documents in 20, 8 validation documents in 8",
     ]
     out = Console(file=StringIO(), width=200)
-    print_report(gate, [], out, lines)
-    page = " ".join(Page(render_page(gate, run, "", [])).text)
+    print_report(gate, out, lines)
+    page = " ".join(Page(render_page(gate, run, "")).text)
     for line in lines:
         assert line in render_markdown(gate, [], lines)
         assert line in page
