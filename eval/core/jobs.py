@@ -308,7 +308,6 @@ def run_in_turn(title: str, jobs: list[Job], quiet: bool = False) -> dict[str, A
     results: dict[str, Any] = {}
     with board.bar:
         for job in jobs:
-            check_interrupt()
             try:
                 results[job.name] = job.run(*job.args, partial(board.update, job.name))
             except (Exception, KeyboardInterrupt):

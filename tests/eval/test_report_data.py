@@ -41,6 +41,6 @@ def test_the_report_says_what_of_the_data_was_used(tmp_path):
     print_report(gate, out, lines)
     page = " ".join(Page(render_page(gate, run, "")).text)
     for line in lines:
-        assert line in render_markdown(gate, [], lines)
+        assert line in render_markdown(gate, lines)
         assert line in page
         assert line in out.file.getvalue()
