@@ -22,7 +22,7 @@ from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import Study, load_study
 from eval.gate.evidence import Evidence
 from eval.gate.quality import GAIN, GAIN_OVER_CE, kept_gain
-from eval.report.svg import SERIES, style
+from eval.report.svg import INK, style
 from eval.stats.crossed import crossed_mean
 from eval.stats.power import components, effect_for
 
@@ -81,9 +81,9 @@ def draw(evidence: Evidence, budget: Budget, path: Path) -> None:
         for place, arm in enumerate(evidence.arms):
             mean = crossed_mean(evidence.scores(VALIDATION, arm))
             low, high = mean.bounds(budget.alpha)
-            axes.plot([mean.point], [place], "o", color=SERIES[0])
+            axes.plot([mean.point], [place], "o", color=INK)
             if low is not None and high is not None:
-                axes.plot([low, high], [place, place], "-", color=SERIES[0])
+                axes.plot([low, high], [place, place], "-", color=INK)
         axes.set_yticks(range(len(evidence.arms)), evidence.arms)
         axes.invert_yaxis()
         axes.set_xlabel("bits per byte on validation documents, lower is better")

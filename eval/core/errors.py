@@ -3,9 +3,7 @@
 import functools
 import logging
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -87,27 +85,6 @@ def _show_uncaught(kind: type[BaseException], error: BaseException, trace: Any) 
         sys.__excepthook__(kind, error, trace)
 
 
-class _Stop:
-    """Ctrl-C, and whether it came: what runs inside a library's callback may swallow the exception."""
-
-    asked = False
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    _Stop.asked = True
-    raise KeyboardInterrupt
-
-
-def check_interrupt() -> None:
-    """Ends a command whose Ctrl-C was swallowed.
-
-    Raises:
-        KeyboardInterrupt: it came before.
-    """
-    if _Stop.asked:
-        raise KeyboardInterrupt
-
-
 def entry(main: Callable[[], int | None]) -> Callable[[], None]:
     """Wraps a command: bad input and failing disks end in one line on stderr and exit code 3."""
 
@@ -115,7 +92,6 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
     def run() -> None:
         try:
             code = main() or EXIT_PASS
-            check_interrupt()
             if sys.stdout is not None:
                 sys.stdout.flush()
         except KeyboardInterrupt:
@@ -158,6 +134,3 @@ def _is_command() -> bool:
 
 if _is_command():
     sys.excepthook = _show_uncaught
-    on_main = threading.current_thread() is threading.main_thread()
-    if on_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from eval.core.errors import UserError, check_interrupt
+from eval.core.errors import UserError
 
 HEAVY = ["transformers.modeling_utils"]  # imported once, by the process from which all workers are forked
 GRACE = 20.0  # seconds that a worker has to end in, before it is killed
@@ -218,9 +219,8 @@ class _Worker:
 
 def _end_processes(workers: list[_Worker], terminate: bool) -> None:
     """Ends the processes of workers. They leave temporary folders, which the next run removes."""
-    for worker in workers:
-        if terminate:
-            worker.process.terminate()
+    for worker in workers if terminate else []:
+        worker.process.terminate()
     deadline = time.monotonic() + GRACE
     for worker in workers:
         worker.process.join(max(0.0, deadline - time.monotonic()))
@@ -247,8 +247,7 @@ class _Speed:
         if len(self.reports) < 2:
             return ""
         total = sum(tokens for _, tokens in list(self.reports)[1:])  # the first's came before its time
-        rate = total / max(now - self.reports[0][0], 1e-9)
-        return f"{rate:,.0f} tokens/s"
+        return f"{total / max(now - self.reports[0][0], 1e-9):,.0f} tokens/s"
 
 
 class _Board:
@@ -280,8 +279,8 @@ class _Board:
         if tokens:
             self.speed.add(tokens)
         done = sum(self.weights[n] * s for n, s in self.shares.items())
-        running = [n for n, s in self.shares.items() if s < 1]
-        self.bar.update(self.task, completed=round(done), now=", ".join(running), speed=str(self.speed))
+        running = ", ".join(n for n, s in self.shares.items() if s < 1)
+        self.bar.update(self.task, completed=round(done), now=running, speed=str(self.speed))
 
     def finish(self, name: str) -> None:
         self.update(name, 1.0)
@@ -334,12 +333,10 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
         return {}
     context = _context()
     board = _Board(title, jobs)
-    results: dict[str, Any] = {}
-    waiting, running = list(jobs), list[_Worker]()
+    results, waiting, running = dict[str, Any](), list(jobs), list[_Worker]()
     try:
         with board.bar:
             while waiting or running:
-                check_interrupt()
                 ready = [j for j in waiting if all(a in results or a not in names for a in j.after)]
                 for job in ready[: max(0, workers - len(running))]:
                     waiting.remove(job)
@@ -377,6 +374,9 @@ def _context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C in its imports would be a traceback
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     return context
 
 

@@ -149,30 +149,6 @@ def test_what_a_worker_prints_is_in_the_log_of_the_run(tmp_path):
     assert re.search(r"^\S+ \S+ \d+ said by a worker$", (tmp_path / "log.txt").read_text(), re.MULTILINE)
 
 
-def test_an_interrupt_that_a_library_swallows_ends_the_command_all_the_same(tmp_path):
-    """Python ignores exceptions in some callbacks, such as the end of an object."""
-    code = (
-        "import os, signal, sys\n"
-        "from eval.core.errors import entry\n"
-        "class Swallows:\n"
-        "    def __del__(self):\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "        print('still here')\n"
-        "@entry\n"
-        "def main():\n"
-        "    sys.unraisablehook = lambda error: None\n"
-        "    Swallows()\n"
-        "main()\n"
-    )
-    script = ROOT / "scripts" / f"swallows_{tmp_path.name}.py"  # a command of this project's
-    script.write_text(code)
-    try:
-        done = run(script, PYTHONPATH=str(ROOT))
-    finally:
-        script.unlink()
-    assert (done.returncode, done.stderr) == (130, "stopped; the same command goes on where it was\n")
-
-
 def test_an_interrupt_is_one_line_at_any_moment(tmp_path):
     for delay in (2.0, 4.0):  # earlier, the interpreter itself may still be starting
         words = [sys.executable, "distill/train.py", "--config", "tiny", "--runs", str(tmp_path)]
