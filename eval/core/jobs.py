@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -372,12 +372,12 @@ def _context() -> BaseContext:
     # The name of its socket, below the folder for temporary files, has at most 107 bytes.
     if sys.platform != "linux" or len(tempfile.gettempdir()) > 70:
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(HEAVY)
+    forkserver.set_forkserver_preload(HEAVY)
+    resource_tracker.ensure_running()  # its own start would unblock the signal below
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C in its imports would be a traceback
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    return context
+    return multiprocessing.get_context("forkserver")
 
 
 @contextmanager
