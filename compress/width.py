@@ -165,13 +165,13 @@ def _axis(
 
 def readers(model: PreTrainedModel, axes: Axes) -> dict[str, Matrix]:
     """The matrices that read what a size counts, by name: the size is the axis of their inputs."""
-    found = {}
+    reading = {}
     for name, module in model.named_modules():
         axis = axes.of.get(f"{name}.weight")
         inputs = 1 if type(module) is nn.Linear else 0 if type(module) is Conv1D else None
         if axis is not None and axis.number == inputs:
-            found[name] = module
-    return found
+            reading[name] = module
+    return reading
 
 
 def layer_readers(model: PreTrainedModel, axes: Axes) -> dict[str, Matrix]:
@@ -180,13 +180,13 @@ def layer_readers(model: PreTrainedModel, axes: Axes) -> dict[str, Matrix]:
     Raises:
         UserError: a layer has none, or several.
     """
-    found = readers(model, axes)
+    reading = readers(model, axes)
     places = {name: i for i, name in enumerate(_layer_names(model))}
-    layers = [places.get(_layer_of(name, places)) for name in found]
+    layers = [places.get(_layer_of(name, places)) for name in reading]
     if layers != list(range(len(places))):
-        problem = f"{len(found)} linear layers read it, expected one in each of {len(places)} layers"
+        problem = f"{len(reading)} linear layers read it, expected one in each of {len(places)} layers"
         raise UserError(_thing(model, axes.kind), problem, LEAVE)
-    return found
+    return reading
 
 
 def output_energy(module: Matrix, norms: Tensor) -> Tensor:

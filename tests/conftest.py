@@ -1,8 +1,15 @@
-"""The order of the suite, and a log that ends with its test."""
+"""The order of the suite, Ctrl-C as at a terminal, and a log that ends with its test."""
 
 import logging
+import signal
 
 import pytest
+
+
+def pytest_configure():
+    """A shell starts what stands before an `&` with Ctrl-C ignored, and commands inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

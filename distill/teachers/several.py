@@ -65,10 +65,10 @@ class MixedTeacher:
             if not weights.any():
                 continue
             rows = weights.nonzero()[:, 0]
-            said = match_vocabulary(teacher.target(_take(batch, rows), mask[rows]), self.vocabulary)
-            assert isinstance(said, Dense | States)
+            target = match_vocabulary(teacher.target(_take(batch, rows), mask[rows]), self.vocabulary)
+            assert isinstance(target, Dense | States)
             places = weights[row_of].nonzero()[:, 0]
-            parts.append((said, places, weights[row_of[places]].log()))
+            parts.append((target, places, weights[row_of[places]].log()))
         return Mixed(*zip(*parts, strict=True))
 
     @torch.no_grad()

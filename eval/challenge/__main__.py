@@ -6,8 +6,6 @@ row shares with the study is not made again; a command that was stopped goes on 
 row is that of the study's budget: at least f of the teacher's gain is kept, over the control.
 """
 
-import argparse
-import json
 import os
 import sys
 import time
@@ -19,7 +17,6 @@ from rich.table import Table
 
 from eval.challenge.outcome import (
     COLLAPSES,
-    Bounds,
     Claim,
     Outcome,
     claims_of,
@@ -31,21 +28,22 @@ from eval.challenge.outcome import (
 )
 from eval.challenge.rows import SAME, Row, plan_rows
 from eval.challenge.runs import run_study
-from eval.core.artifacts import VERSIONS, digest, link_files, write_text
+from eval.core.artifacts import link_files, write_text
+from eval.core.budget import Budget
 from eval.core.checks import check_plan
 from eval.core.commands import new_parser, study_from_command, write_json
-from eval.core.errors import entry
-from eval.core.study import Study, study_text
+from eval.core.errors import UserError, entry
+from eval.core.gate_file import Estimate
+from eval.core.study import Study, check_trained, study_text
 from eval.gate.evidence import Evidence
 
 SHARED = ("data", "tokens", "base", "method", "targets", "students")  # of a run folder: known by their keys
-DONE = "done.json"  # row -> what it was made of
 WIDTH = 118  # columns of the table where it is not for a terminal
 
 
 @dataclass
 class Challenge:
-    """The rows of one study in their folder."""
+    """The rows of one study in their folder, and of each that is done what was measured."""
 
     study: Study
     folder: Path
@@ -55,71 +53,65 @@ class Challenge:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.parent = self.folder / "study.yaml"
-        write_text(self.parent, study_text(self.study))
-        self.studies = {row.name: row.study(self.parent, self.folder) for row in self.rows}
+        parent = self.folder / "study.yaml"
+        write_text(parent, study_text(self.study))
+        self.studies = {row.name: row.study(parent, self.folder) for row in self.rows}
         for study in self.studies.values():
             check_plan(study)  # before the first is trained
 
-    def run(self, stop: bool) -> list[str]:
-        """Runs every row, or until one collapses; returns the names of those that were not run."""
-        start, left = time.monotonic(), [row for row in self.rows if not self._is_done(row)]
-        done = 0
+    def run(self, stop: bool = False) -> list[str]:
+        """Runs every row that is not done, or until one collapses; returns the names of those left out."""
+        done = {row.name: read_done(self.studies[row.name]) for row in self.rows}
+        left = [row.name for row in self.rows if done[row.name] is None]
+        start, count = time.monotonic(), 0
         for place, row in enumerate(self.rows):
-            if row in left:
+            if row.name in left:
                 self._run_row(row)
-                done += 1
+                count += 1
                 seconds = time.monotonic() - start
-                rest = seconds / done * (len(left) - done)
+                rest = seconds / count * (len(left) - count)
                 print(
                     f"challenge: {row.what} done, {place + 1} of {len(self.rows)}, {seconds:.0f} s, "
                     f"about {rest:.0f} s left",
                     file=sys.stderr,
                     flush=True,
                 )
-            evidence, budget = read_evidence(self.studies[row.name])
+            evidence, self.budget = done[row.name] or read_evidence(self.studies[row.name])
             self.evidence[row.name] = evidence
-            self.claims += claims_of(row.name, row.what, evidence, budget)
-            if stop and any(one.verdict == COLLAPSES for one in judge_claims(self.claims, budget.alpha)):
-                return [row.name for row in self.rows[place + 1 :]]
+            self.claims += claims_of(row.name, row.what, evidence, self.budget)
+            if stop and any(one.verdict == COLLAPSES for one in judge_claims(self.claims, self.budget.alpha)):
+                return [later.name for later in self.rows[place + 1 :]]
         return []
 
     def outcomes(self) -> list[Outcome]:
-        _, budget = read_evidence(self.studies[SAME])
-        return judge_claims([*self.claims, *rival_claims(self.evidence, budget)], budget.alpha)
-
-    def _is_done(self, row: Row) -> bool:
-        return self._read_done().get(row.name) == self._key(row)
-
-    def _read_done(self) -> dict[str, str]:
-        path = self.folder / DONE
-        done: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return done
-
-    def _key(self, row: Row) -> str:
-        return digest(
-            [self.studies[row.name].hash(), {name: stage.version for name, stage in VERSIONS.items()}]
-        )
+        """Of every row that was run, and of the rivals at their best rate."""
+        claims = [*self.claims, *rival_claims(self.evidence, self.budget)]
+        return judge_claims(claims, self.budget.alpha)
 
     def _run_row(self, row: Row) -> None:
-        study = self.studies[row.name]
+        run = self.studies[row.name].folder
         source = self.folder / SAME if row.name != SAME else self.study.folder
-        if not study.folder.exists() and (source / "study.yaml").is_file():
-            self._share(source, study.folder)
-        run_study(study)
-        write_text(self.folder / DONE, json.dumps(self._read_done() | {row.name: self._key(row)}, indent=1))
+        if not run.exists() and (source / "study.yaml").is_file():
+            share_artifacts(source, run)
+        run_study(self.studies[row.name])
 
-    def _share(self, source: Path, run: Path) -> None:
-        """Links the artifacts of another run: what has the same key is found, all else is made anew."""
-        new = run.with_name(f".{run.name}")
-        names = [
-            str(path.relative_to(source))
-            for name in SHARED
-            for path in sorted((source / name).rglob("*"))
-            if path.is_file()
-        ]
-        link_files(source, new, names)
-        os.rename(new, run)
+
+def read_done(study: Study) -> tuple[Evidence, Budget] | None:
+    """What was measured of a study; None where it is not trained and scored as it is set."""
+    try:
+        check_trained(study)
+        return read_evidence(study)
+    except UserError:  # it is run, and then read again
+        return None
+
+
+def share_artifacts(source: Path, run: Path) -> None:
+    """Links the artifacts of another run: what has the same key is found, all else is made anew."""
+    new = run.with_name(f".{run.name}")
+    folders = [source / name for name in SHARED]
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    link_files(source, new, [str(path.relative_to(source)) for path in files])
+    os.rename(new, run)
 
 
 def show(outcomes: list[Outcome], console: Console) -> None:
@@ -135,28 +127,24 @@ def show(outcomes: list[Outcome], console: Console) -> None:
     for one in outcomes:
         share = "-" if one.share is None else f"{one.share[0]:.2f} [{one.share[1]:.2f}, {one.share[2]:.2f}]"
         verdict = f"{one.verdict}: {one.needs}" if one.needs else one.verdict
-        table.add_row(one.what, _text(one.gain), _text(one.kept), share, one.claim, verdict)
+        table.add_row(one.what, _text(one.gain), _text(one.lead), share, one.claim, verdict)
     console.print(table)
 
 
-def _text(bounds: Bounds) -> str:
+def _text(bounds: Estimate) -> str:
     if bounds.low is None or bounds.high is None:
         return f"{bounds.point:+.3f}"
     return f"{bounds.point:+.3f} [{bounds.low:+.3f}, {bounds.high:+.3f}]"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+@entry
+def main() -> None:
+    parser = new_parser(__doc__)
     about = "one more row: NAME=--KEY VALUE ..., keys of the study; may be given several times"
     parser.add_argument("--row", action="append", default=[], metavar="ROW", help=about)
     parser.add_argument(
         "--first-collapse", action="store_true", help="stop after the first row that collapses"
     )
-
-
-@entry
-def main() -> None:
-    parser = new_parser(__doc__)
-    add_flags(parser)
     study, args = study_from_command(parser, trained=False, measures=True)
     rows, skipped = plan_rows(study, args.row)
     folder = study.folder.with_name(f"{study.name}-challenge")
@@ -166,7 +154,7 @@ def main() -> None:
     sentence = conclude(outcomes)
     console = Console()
     show(outcomes, console if console.is_terminal else Console(width=WIDTH))
-    notes = [*rare_failures(challenge.evidence[SAME])]
+    notes = rare_failures(challenge.evidence[SAME])
     notes += [f"not run, because a row before collapsed: {name}" for name in left]
     notes += [f"not tried: {what}: {why}" for what, why in skipped.items()]
     for note in notes:

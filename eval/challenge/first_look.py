@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from eval.challenge.outcome import Bounds, Claim, Outcome, judge_claims, read_evidence
+from eval.challenge.outcome import Claim, Outcome, judge_claims, read_evidence
 from eval.challenge.runs import run_study
 from eval.core.budget import Budget
 from eval.core.checks import CE, check_plan
 from eval.core.commands import add_json, new_parser, write_json
 from eval.core.errors import UserError, entry
+from eval.core.gate_file import Estimate
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import Study, load_study
 from eval.gate.evidence import Evidence
@@ -94,7 +95,7 @@ def draw(evidence: Evidence, budget: Budget, path: Path) -> None:
 def show(study: Study, outcomes: list[Outcome], effects: dict[str, float]) -> None:
     table = Table("", "bits/byte", "bounds", "p", title=f"{study.method.name}: a first look")
     for one in outcomes:
-        table.add_row(one.what, f"{one.kept.point:+.4f}", _interval(one.kept), f"{one.p:.2g}")
+        table.add_row(one.what, f"{one.lead.point:+.4f}", _interval(one.lead), f"{one.p:.2g}")
     Console().print(table)
     student = outcomes[1]
     if student.share is not None:
@@ -107,7 +108,7 @@ def show(study: Study, outcomes: list[Outcome], effects: dict[str, float]) -> No
     )
 
 
-def _interval(bounds: Bounds) -> str:
+def _interval(bounds: Estimate) -> str:
     if bounds.low is None or bounds.high is None:
         return "cannot be had"
     return f"{bounds.low:+.4f} to {bounds.high:+.4f}"

@@ -11,12 +11,13 @@ from eval.challenge.rows import PLACEBO, RATES, SAME
 from eval.core.budget import Budget
 from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT
 from eval.core.config import Frozen
+from eval.core.gate_file import Estimate
 from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import Study
 from eval.gate.evidence import Contrast, Evidence, collect_evidence
-from eval.gate.quality import GAIN, RESOLUTION, kept_gain, retention_power, surplus
-from eval.stats.crossed import FAIL, PASS, Mean, crossed_mean, linearise
+from eval.gate.quality import GAIN, RESOLUTION, estimate, kept_gain, retention_power, surplus
+from eval.stats.crossed import FAIL, PASS, crossed_mean, linearise
 from eval.stats.multiplicity import holm
 from eval.stats.ratios import fieller
 
@@ -27,24 +28,16 @@ OPEN: Final = "cannot be told"
 WORST = 0.01  # share of the documents that are looked at as the worst
 
 
-class Bounds(Frozen):
-    """A mean in bits per byte with its one-sided bounds at alpha; None: they cannot be had."""
-
-    point: float
-    low: float | None
-    high: float | None
-
-
 class Outcome(Frozen):
     """One row of the table. `p_fail` is of "the claim holds"; `verdict` is after Holm over all rows."""
 
     name: str
     what: str
     claim: str
-    gain: Bounds  # T1 - T0
-    kept: Bounds  # S1 - its rival: S0, or CE
+    gain: Estimate  # T1 - T0, in bits per byte, with its bounds at alpha
+    lead: Estimate  # of S1 over its rival: S0, or CE
     share: tuple[float, float, float] | None  # of the gain, with its bounds at alpha
-    margin: Bounds  # of the claim: above 0 it holds
+    margin: Estimate  # of the claim: above 0 it holds
     p: float  # of "the claim does not hold"
     p_fail: float | None
     verdict: Literal["survives", "collapses", "cannot be told"]
@@ -61,7 +54,7 @@ class Claim:
     what: str
     text: str
     gain: Array
-    kept: Array
+    lead: Array
     margin: Array
     share: bool = True  # of the gain: not where the rival is no control
     empty: bool = False  # the method is: what must not be seen is a gain
@@ -77,9 +70,9 @@ def claims_of(name: str, what: str, evidence: Evidence, budget: Budget) -> Itera
     """The claim of a row on the validation documents, and of the study as it is on each of its slices."""
     floors = {VALIDATION: budget.f} | (budget.slices if name == SAME else {})
     for slice_name, f in floors.items():
-        gain, kept = evidence.gain(slice_name, GAIN), evidence.gain(slice_name, kept_gain(PLAIN))
+        gain, lead = evidence.gain(slice_name, GAIN), evidence.gain(slice_name, kept_gain(PLAIN))
         if name == PLACEBO:
-            yield Claim(name, what, "no gain is credited", gain, kept, -kept, share=False, empty=True)
+            yield Claim(name, what, "no gain is credited", gain, lead, -lead, share=False, empty=True)
             continue
         power = retention_power(evidence, budget, slice_name)
         wanted = [] if power is None else [(power.seeds_for_80, "seeds"), (power.clusters_for_80, "clusters")]
@@ -89,7 +82,7 @@ def claims_of(name: str, what: str, evidence: Evidence, budget: Budget) -> Itera
             what if slice_name == VALIDATION else f"{what}, slice {slice_name}",
             f"at least {f:g} of the gain",
             gain,
-            kept,
+            lead,
             surplus(evidence, PLAIN, slice_name, f),
             needs=needs,
         )
@@ -125,20 +118,20 @@ def judge_claims(claims: list[Claim], alpha: float) -> list[Outcome]:
     That all survive is an intersection of tests, each at `alpha`; that any collapses is a union.
     """
     tests = [_test(claim, alpha) for claim in claims]
-    fails = [1.0 if p_fail is None else p_fail for _, _, p_fail in tests]
+    fails = [1.0 if p_fail is None else p_fail for _, p_fail in tests]
     outcomes = []
-    for claim, (margin, p, p_fail), adjusted in zip(claims, tests, holm(fails), strict=True):
+    for claim, (p, p_fail), adjusted in zip(claims, tests, holm(fails), strict=True):
         verdict = SURVIVES if p <= alpha else COLLAPSES if adjusted <= alpha else OPEN
-        share = fieller(claim.kept, claim.gain, alpha) if claim.share else None
+        share = fieller(claim.lead, claim.gain, alpha) if claim.share else None
         outcomes.append(
             Outcome(
                 name=claim.name,
                 what=claim.what,
                 claim=claim.text,
-                gain=_bounds(crossed_mean(claim.gain), alpha),
-                kept=_bounds(crossed_mean(claim.kept), alpha),
+                gain=estimate(claim.gain, alpha),
+                lead=estimate(claim.lead, alpha),
                 share=None if share is None else tuple(share),
-                margin=_bounds(margin, alpha),
+                margin=estimate(claim.margin, alpha),
                 p=p,
                 p_fail=p_fail,
                 verdict=verdict,
@@ -150,25 +143,20 @@ def judge_claims(claims: list[Claim], alpha: float) -> list[Outcome]:
     return outcomes
 
 
-def _test(claim: Claim, alpha: float) -> tuple[Mean, float, float | None]:
-    """The margin, p of "the claim does not hold", and p of "it holds".
+def _test(claim: Claim, alpha: float) -> tuple[float, float | None]:
+    """p of "the claim does not hold", and p of "it holds".
 
     A claim on a share of the gain needs the gain too. Of a method that is empty nothing may be credited
     beyond doubt: then p is 0, and else 1.
     """
     margin, gain = crossed_mean(claim.margin), crossed_mean(claim.gain)
     if claim.empty:
-        kept = crossed_mean(claim.kept)
-        credited = kept.verdict(alpha, RESOLUTION) == PASS
-        return margin, float(credited), kept.p if credited else None
+        lead = crossed_mean(claim.lead)
+        credited = lead.verdict(alpha, RESOLUTION) == PASS
+        return float(credited), lead.p if credited else None
     harmful = gain.verdict(alpha, RESOLUTION) == FAIL
     fail = gain.p_above(-RESOLUTION) if harmful else margin.p_above(0.0)
-    return margin, max(margin.p, gain.p) if claim.share else margin.p, fail
-
-
-def _bounds(mean: Mean, alpha: float) -> Bounds:
-    low, high = mean.bounds(alpha)
-    return Bounds(point=mean.point, low=low, high=high)
+    return max(margin.p, gain.p) if claim.share else margin.p, fail
 
 
 def conclude(outcomes: list[Outcome]) -> str:

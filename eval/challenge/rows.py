@@ -1,7 +1,6 @@
 """The rows of a challenge: one change of a study each, as overrides of its keys, the cheapest first."""
 
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,8 @@ def plan_rows(study: Study, extra: list[str]) -> tuple[list[Row], dict[str, str]
         if not re.fullmatch(NAME, name) or not words.startswith("--") or name in {row.name for row in rows}:
             problem = f"found {text!r}, expected a new name of a-z, 0-9 and _, then = and keys of the study"
             raise UserError("--row", problem, "write it like --row 'long=--train.epochs 4'")
-        rows.append(Row(name, words, tuple(shlex.split(words)), 3))
+        keys = [word.partition(" ") for word in re.split(r"\s+(?=--)", words.strip())]
+        rows.append(Row(name, words, tuple(f"{key}={value}" for key, _, value in keys), 3))
     return sorted(rows, key=lambda row: row.trains), skipped
 
 

@@ -249,7 +249,7 @@ def headline(verdict: Verdict, reason: str, rivals: list[Rival], seeds: list[int
 
 
 def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = None) -> GateFile:
-    """The whole of gate.json: the same evidence gives the same bytes.
+    """The whole of gate.json: the same evidence gives the same bytes, but for the time of a new verdict.
 
     Args:
         before: the verdict that lies in the run folder; what it rested on and is gone since is named.

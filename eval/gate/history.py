@@ -128,9 +128,9 @@ def read_runs(
         if one.opening and one.opening != (now := file_sha256(opening_path(run, one.openings))):
             problem = f"was {one.opening[:12]} at verdict {one.number}, is {now[:12]}"
             raise UserError(f"opening {opening_path(run, one.openings)}", problem, BACK)
-    told = before.runs if before else []
-    if told != runs[: len(told)]:
-        problem = f"gate.json tells of {len(told)} verdict(s), it holds {len(runs)} or others"
+    earlier = before.runs if before else []
+    if earlier != runs[: len(earlier)]:
+        problem = f"gate.json tells of {len(earlier)} verdict(s), it holds {len(runs)} or others"
         raise UserError(f"verdicts {path}", problem, BACK)
     return runs
 

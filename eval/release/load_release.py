@@ -253,8 +253,8 @@ def check_signature(root: Path, files: dict[str, Any], public_key: str | Path | 
         raise ReleaseError(f"{SIGNATURE} was changed, or was not signed by this key") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ReleaseError(f"{SIGNATURE} is no signature ({error})") from error
-    told = {"keyid": key_id(key.public_bytes_raw()), "sig": base64.b64encode(signature).decode()}
-    whole = {"payload": base64.b64encode(payload).decode(), "payloadType": kind, "signatures": [told]}
+    expected = {"keyid": key_id(key.public_bytes_raw()), "sig": base64.b64encode(signature).decode()}
+    whole = {"payload": base64.b64encode(payload).decode(), "payloadType": kind, "signatures": [expected]}
     if (root / SIGNATURE).read_bytes() != f"{json.dumps(whole)}\n".encode():  # one spelling, one key
         raise ReleaseError(f"{SIGNATURE} was changed")
     listed = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: sha256(root / MANIFEST)}

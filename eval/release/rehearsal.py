@@ -27,7 +27,7 @@ from load_release import load_release
 asked = json.load(sys.stdin)
 start = time.perf_counter()
 model, info = load_release(".", asked["target"])
-found = {"reason": info.reason, "load_s": time.perf_counter() - start}
+measured = {"reason": info.reason, "load_s": time.perf_counter() - start}
 prefill, decode = [], []
 for number, ids in enumerate(asked["prompts"]):
     start = time.perf_counter()
@@ -39,13 +39,13 @@ for number, ids in enumerate(asked["prompts"]):
     if number >= asked["warmup"]:
         prefill.append(1e3 * (stamps[1] - stamps[0]))
         decode += [1e3 * (b - a) for a, b in zip(stamps[1:], stamps[2:])]
-found |= {"prefill_ms": statistics.median(prefill), "decode_ms": statistics.median(decode)}
+measured |= {"prefill_ms": statistics.median(prefill), "decode_ms": statistics.median(decode)}
 try:
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-    found["peak_memory_mib"] = int(line.split()[1]) / 1024
+    measured["peak_memory_mib"] = int(line.split()[1]) / 1024
 except OSError:
-    found["peak_memory_mib"] = None
-print(json.dumps(found))
+    measured["peak_memory_mib"] = None
+print(json.dumps(measured))
 """
 
 
@@ -81,9 +81,9 @@ def rehearse(place: Path, target: str, cost: Cost, texts: Iterable[str]) -> Load
             f"its loader ended with {process.returncode} ({last})",
             "nothing was released; load_release.py must load it: correct the artifact or its engine",
         )
-    found = json.loads(process.stdout.splitlines()[-1])
-    if reason := found.pop("reason"):
+    measured = json.loads(process.stdout.splitlines()[-1])
+    if reason := measured.pop("reason"):
         fix = "nothing was released; the loader must take the variant: correct its artifact"
         raise UserError(f"release for {target}", reason, fix)
     sizes = {"requests": cost.requests, "prompt_tokens": cost.prompt_tokens}
-    return LoaderCost(**found, **sizes, machine=f"{machine().cpu}, Python {platform.python_version()}")
+    return LoaderCost(**measured, **sizes, machine=f"{machine().cpu}, Python {platform.python_version()}")

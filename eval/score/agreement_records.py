@@ -34,8 +34,8 @@ def variant_folders(run: Path, study: Study) -> list[Path]:
     places = [
         artifact_folder(run, STUDENT, seed, name) for name in recipe_names(study)[1:] for seed in study.seeds
     ]
-    made = [place for place in places if place is not None and (place / MANIFEST).is_file()]
-    return [place for place in made if not has_own_vocabulary(read_manifest(place))]
+    present = [place for place in places if place is not None and (place / MANIFEST).is_file()]
+    return [place for place in present if not has_own_vocabulary(read_manifest(place))]
 
 
 def uncompared_variants(run: Path, study: Study) -> list[Path]:

@@ -100,10 +100,10 @@ class Rerun:
 
     def forged_reports(self, names: list[str]) -> Iterator[str]:
         """Of these reports, each that is not what gate.json gives, with the first line that differs."""
-        made = render_reports(self.run, self.gate)
+        rendered = render_reports(self.run, self.gate)
         for name in names:
             was = (self.run / name).read_text(encoding="utf-8", errors="replace").splitlines()
-            is_ = made[name].splitlines()
+            is_ = rendered[name].splitlines()
             pairs = [*zip(was, is_, strict=False), *((line, "nothing") for line in was[len(is_) :])]
             pairs += [("nothing", line) for line in is_[len(was) :]]
             for number, (a, b) in enumerate(pairs, start=1):

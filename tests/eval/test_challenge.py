@@ -1,12 +1,14 @@
 """A challenge changes one thing at a time, says which change the claim does not survive, and resumes."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from eval.challenge.__main__ import Challenge
 from eval.challenge.outcome import (
     COLLAPSES,
     OPEN,
@@ -58,6 +60,14 @@ def test_rows_change_one_thing_and_the_cheapest_come_first():
     }
     assert {"half_rate", "double_rate", "half_data", "other_seeds", "member_less", PLACEBO} <= changed.keys()
     assert "other data of the same domain" in skipped
+
+
+def test_a_row_of_ones_own_may_hold_lists_and_several_keys():
+    text = "far=--data.documents [{kind: folder, path: my/texts}, {kind: pydoc}] --train.epochs 3"
+    rows, _ = plan_rows(load_study("tiny"), [text])
+    study = rows[-1].study(ROOT / "configs" / "studies" / "tiny.yaml", ROOT / "elsewhere")
+    assert [source.kind for source in study.data.documents] == ["folder", "pydoc"]
+    assert study.train.epochs == 3
 
 
 def test_of_a_trained_model_no_other_size_can_be_made_and_that_is_said():
@@ -129,8 +139,8 @@ def test_the_rival_is_taken_at_its_best_rate(tmp_path):
     of_one = {claim.name: claim for claim in rival_claims({SAME: same, "half_rate": same}, budget)}
     claims = {claim.name: claim for claim in rival_claims(rows, budget)}
     assert claims["best_CE"].what == "CE at its best learning rate (x 0.5)"
-    assert of_one["best_CE"].kept.mean() == pytest.approx(0.10, abs=0.01)
-    assert claims["best_CE"].kept.mean() == pytest.approx(-0.08, abs=0.01)
+    assert of_one["best_CE"].lead.mean() == pytest.approx(0.10, abs=0.01)
+    assert claims["best_CE"].lead.mean() == pytest.approx(-0.08, abs=0.01)
     assert claims["best_S0"].margin.mean() == pytest.approx(0.12 - 0.1 - 0.5 * 0.12, abs=0.01)
     verdicts = {one.name: one.verdict for one in judge_claims(list(claims.values()), 0.05)}
     assert verdicts == {"best_CE": COLLAPSES, "best_S0": COLLAPSES}
@@ -168,6 +178,27 @@ def test_a_first_look_by_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     look = json.loads((tmp_path / "look.json").read_text())
     assert [one["what"][:7] for one in look["contrasts"]] == ["T1 - T0", "S1 - S0", "S1 - CE"]
-    assert look["contrasts"][0]["kept"]["point"] != 0
+    assert look["contrasts"][0]["lead"]["point"] != 0
     assert "seen four times in five by 2 seeds and" in done.stdout
     assert (tmp_path / "runs/try/first_look.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+def test_a_row_is_run_once_and_makes_only_what_its_change_touches(tmp_path):
+    short = {"runs": str(tmp_path / "runs"), "data__train_rows": 32, "base__train__epochs": 1}
+    study = load_study("tiny", **short)
+    rows = plan_rows(study, [])[0][:2]
+    assert [row.name for row in rows] == [SAME, "half_rate"]
+    folder = tmp_path / "runs" / "tiny-challenge"
+    challenge = Challenge(study, folder, rows)
+    assert challenge.run() == []
+    names = ["as_it_is", "as_it_is:far", "half_rate", "best_S0", "best_CE"]
+    assert [one.name for one in challenge.outcomes()] == names
+    base, student = "base/s0/model.safetensors", "students/S1/s0/model.safetensors"
+    assert os.path.samefile(folder / SAME / base, folder / "half_rate" / base), "it is linked"
+    assert (folder / SAME / student).read_bytes() != (folder / "half_rate" / student).read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
+    again = Challenge(study, folder, rows)
+    assert again.run() == []
+    assert again.outcomes() == challenge.outcomes()
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")} == before
