@@ -18,6 +18,7 @@ from eval.core.documents import Batch, Row, batches, collate, tokens_per_batch
 from eval.core.errors import UserError
 
 LEAST_ALLOWED = 1e-3  # nats between two computations of one log-probability
+LEAVE = "leave this pass, or this size, of this family out of the recipe"
 ERRORS_ALLOWED = 16  # times what float32 leaves open on this very model
 
 
@@ -164,6 +165,19 @@ def _squared_inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_same_answers(model: Any, batch: Batch, before: Tensor, after: Tensor, thing: str) -> None:
+    """Compares log-probabilities [n, V] of a model on `batch` with those of one that must say the same.
+
+    Raises:
+        UserError: they differ by more than float32 leaves open on `model`: the family of `thing` lays its
+            weights out, or uses them, in another way than the pass knows.
+    """
+    difference = float((before - after).abs().max())
+    if not difference <= (allowed := allowed_difference(rounding_error(model, batch))):
+        problem = f"after the cut, log-probabilities differ by {difference:.3g} nats (at most {allowed:.3g})"
+        raise UserError(f"{thing} of model type {model.config.model_type!r}", problem, LEAVE)
 
 
 def rounding_error(model: Any, batch: Batch) -> float:

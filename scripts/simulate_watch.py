@@ -56,7 +56,7 @@ def first_alarms(case: Looks, draws: int) -> dict[str, Array]:
     """The week in which each way of looking first calls the release broken."""
     rng = np.random.default_rng([SEED, case.documents, case.skew + 1, int(10 + case.after)])
     m = case.documents
-    found: dict[str, list[Array]] = {name: [] for name in WAYS}
+    weeks_of: dict[str, list[Array]] = {name: [] for name in WAYS}
     weeks = np.arange(1.0, WEEKS + 1)
     level = np.where(weeks <= CHANGE, case.before, case.after) / np.sqrt(m)
     whole, since = sequence_widths(m)
@@ -68,16 +68,18 @@ def first_alarms(case: Looks, draws: int) -> dict[str, Array]:
         x = noise + level[:, None]
         total, squares = x.sum(-1), (x**2).sum(-1)
         sums, square_sums = total.cumsum(-1), squares.cumsum(-1)
-        found["each week alone"].append(first_weeks(below_floor(total, squares, np.array(float(m)), plain)))
+        weeks_of["each week alone"].append(
+            first_weeks(below_floor(total, squares, np.array(float(m)), plain))
+        )
         for name, width in (("all so far, t", growing), ("sequence", whole)):
-            found[name].append(first_weeks(below_floor(sums, square_sums, m * weeks, width)))
+            weeks_of[name].append(first_weeks(below_floor(sums, square_sums, m * weeks, width)))
         alarms = np.zeros((n, WEEKS), bool)
         for start in range(WEEKS):
             before = (sums[:, start - 1 : start], square_sums[:, start - 1 : start]) if start else (0.0, 0.0)
             rest = sums[:, start:] - before[0], square_sums[:, start:] - before[1]
             alarms[:, start:] |= below_floor(*rest, m * weeks[: WEEKS - start], since[start, start:])
-        found["since"].append(first_weeks(alarms))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+        weeks_of["since"].append(first_weeks(alarms))
+    return {name: np.concatenate(parts) for name, parts in weeks_of.items()}
 
 
 def named(case: Looks) -> str:

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from compress.calibration import allowed_difference, check_batch, log_probs, rounding_error
+from compress.calibration import check_batch, check_same_answers, log_probs
 from compress.model_size import size_of
 from compress.recipe import Context, Pass, PassReport, Stage
 from compress.vocabulary import check_round_trip, needed_ids, used_ids, without_tokens, write_tokenizer
 from compress.width import cut, find_axes, size_in_config
 from eval.core.documents import Row
-from eval.core.errors import UserError
 from eval.engines import load_tokenizer
 
 if TYPE_CHECKING:
@@ -115,23 +114,14 @@ def keep_tokens(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
 
 
 def check_same(whole: PreTrainedModel, small: PreTrainedModel, context: Context, kept: list[int]) -> None:
-    """Compares the log-probabilities of both models among the tokens that both have.
-
-    Raises:
-        UserError: they differ by more than float32 explains: the family uses ids in another way.
-    """
+    """Compares both models on the tokens that both have; see `check_same_answers`."""
     batch = check_batch(context.rows, context.pad)
     place = {old: new for new, old in enumerate(kept)}
     ids = torch.tensor([[place[i] for i in row] for row in batch.input_ids.tolist()])
     real = batch.attention_mask.bool()
     before = log_probs(whole, batch)[real][:, kept].log_softmax(-1)
-    difference = float((before - log_probs(small, replace(batch, input_ids=ids))[real]).abs().max())
-    if not difference <= (allowed := allowed_difference(rounding_error(whole, batch))):
-        problem = (
-            f"without the tokens, log-probabilities differ by {difference:.3g} nats (at most {allowed:.3g})"
-        )
-        fix = "leave the pass out of the recipe for this architecture"
-        raise UserError(f"vocabulary of model type {whole.config.model_type!r}", problem, fix)
+    after = log_probs(small, replace(batch, input_ids=ids))[real]
+    check_same_answers(whole, batch, before, after, "vocabulary")
 
 
 class RenumberedRows(Sequence[Row]):

@@ -15,12 +15,11 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration import (
-    allowed_difference,
     calibration_rows,
     check_batch,
+    check_same_answers,
     input_norms,
     log_probs,
-    rounding_error,
 )
 from compress.model_size import size_of
 from compress.recipe import Context, Pass, PassReport, Stage
@@ -109,17 +108,8 @@ class Width(Pass):
 
 
 def check_same(whole: PreTrainedModel, narrow: Any, context: Context, axes: Axes) -> None:
-    """Compares a cut model with the whole one in which nothing reads what was cut.
-
-    Raises:
-        UserError: they differ by more than float32 explains: the family lays its weights out in another way.
-    """
+    """Compares a cut model with the whole one in which nothing reads what was cut."""
     batch = check_batch(context.rows, context.pad)
     real = batch.attention_mask.bool()
-    difference = float((log_probs(whole, batch) - log_probs(narrow, batch))[real].abs().max())
-    if not difference <= (allowed := allowed_difference(rounding_error(whole, batch))):
-        problem = (
-            f"cut, it answers otherwise than without them by {difference:.3g} nats (at most {allowed:.3g})"
-        )
-        fix = "leave this size of this family as it is"
-        raise UserError(f"{axes.kind} of model type {whole.config.model_type!r}", problem, fix)
+    before, after = log_probs(whole, batch)[real], log_probs(narrow, batch)[real]
+    check_same_answers(whole, batch, before, after, axes.kind)

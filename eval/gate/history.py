@@ -130,7 +130,7 @@ def read_runs(
             raise UserError(f"opening {opening_path(run, one.openings)}", problem, BACK)
     earlier = before.runs if before else []
     if earlier != runs[: len(earlier)]:
-        problem = f"gate.json tells of {len(earlier)} verdict(s), it holds {len(runs)} or others"
+        problem = f"gate.json lists {len(earlier)} verdict(s), it holds {len(runs)} or others"
         raise UserError(f"verdicts {path}", problem, BACK)
     return runs
 

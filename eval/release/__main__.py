@@ -121,7 +121,7 @@ def verify_signoffs(run: Path, words: list[str], trusted: Trusted, today: date) 
         predicates[target] = signed[0].predicate
         if file_sha256(run / GATE) != predicates[target].files[GATE]:
             fix = f"run python -m eval.signoff --variant {recipe} again"
-            raise UserError(f"{run / GATE}", "is told in other words than the signed one", fix)
+            raise UserError(f"{run / GATE}", "its sentences are not those that were signed", fix)
     study, budget = load_study(run), budget_of_gate(rerun.gate)
     required = {name for name, target in budget.targets.items() if target.required}
     if missing := sorted(required - set(predicates)):
@@ -184,7 +184,6 @@ class ReleaseFolder:
             "schema_version": 2,
             "name": contract.name,
             "released": contract.released.isoformat(),
-            "boundary": contract.inputs.boundary_token,
             "context": contract.inputs.context_tokens,
         }
         self.write(load_release.INDEX, _json({**facts, "targets": index, "fallback": fallback}))

@@ -112,7 +112,7 @@ class Inputs(Stored):
     context_tokens: int  # the boundary token included
     scored_bytes: int  # a scored document is cut to so many
     vocabulary: int  # tokens of the tokenizer
-    boundary_token: int  # every text starts with it
+    boundary_token: int  # every text starts with it; in a variant with a vocabulary of its own, with its own
     domains: dict[str, int]  # of the training documents, with their number
     sources: list[str]
 

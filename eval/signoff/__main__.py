@@ -146,7 +146,7 @@ def build_statement(
     if missing := unmeasured(gate, row):
         raise UserError("sign-off", "not measured", missing)
     if not gate.runs:
-        raise UserError("sign-off", "gate.json tells of no verdict", f"run python -m eval.gate --study {run}")
+        raise UserError("sign-off", "gate.json lists no verdict", f"run python -m eval.gate --study {run}")
     verdict, reason = signable_verdict(gate, row)
     refuse_old_clock(run, now)
     folders = artifacts(run, gate, recipe)

@@ -1,6 +1,6 @@
 """What a sign-off rests on, made again from the bytes of a run and held against what was signed.
 
-What is signed is figures and hashes. gate.json and the reports may be told in other words: they must be the
+What is signed is figures and hashes. gate.json and the reports may hold other sentences: they must be the
 bytes that were signed, or what comes out when they are made again.
 """
 

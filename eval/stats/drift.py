@@ -121,7 +121,7 @@ def drifts_so_far(
         now: name -> one value per document, in the order of time.
         first: the first document of each look.
     """
-    found, level = [], alpha / (2 * len(QUESTIONS))  # two sides of each
+    moved, level = [], alpha / (2 * len(QUESTIONS))  # two sides of each
     for name in QUESTIONS:
         old, new = before[name], now[name]
         since = None
@@ -132,5 +132,5 @@ def drifts_so_far(
                 break
         low, high = effect_bounds(old, new, level, tuned)
         medians = float(np.median(old)), float(np.median(new))
-        found.append(Moved(name, *medians, superiority(old, new), low, high, since))
-    return found
+        moved.append(Moved(name, *medians, superiority(old, new), low, high, since))
+    return moved

@@ -22,7 +22,7 @@ REFUSED = {
     ("gpt2", "hidden"): r"c_attn.weight \(32, 96\) would be \(16, 48\)",  # the size of its heads follows it
     ("gpt_neox", "heads"): NOTHING,
     ("gpt_neox", "hidden"): r"query_key_value.weight \(96, 32\) would be \(48, 16\)",
-    ("olmo2", "heads"): "cut, it answers otherwise",  # its norm goes over all heads
+    ("olmo2", "heads"): "after the cut, log-probabilities differ",  # its norm goes over all heads
     ("qwen3_moe", "ffn"): NOTHING,  # its experts have a size of their own
 }
 

@@ -130,7 +130,7 @@ ATTACKS = {
     "verdict edited": (edited_run, ["gate-runs.jsonl: line 2", "linked to"]),
     "verdicts deleted": (
         lambda run: (run.path / "gate-runs.jsonl").unlink(),
-        ["gate-runs.jsonl: gate.json tells of 2 verdict(s), it holds 0"],
+        ["gate-runs.jsonl: gate.json lists 2 verdict(s), it holds 0"],
     ),
     "first opening wiped": (
         lambda run: (run.path / "records/test/opening-1.json").unlink(),
