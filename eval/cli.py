@@ -51,7 +51,7 @@ SIDE_COMMANDS = {
     "power": "seeds and documents that see the asked share",
     "test-set": "opens the test documents for one variant",
     "challenge": "the study again with one thing changed at a time",
-    "try": "a first look at a method of yours, in two minutes",
+    "try": "a first look at a method of yours, in a minute or two",
 }
 UNREADABLE = "gate.json cannot be read"
 START = "absorb train --config configs/studies/tiny.yaml"

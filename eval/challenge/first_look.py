@@ -1,6 +1,6 @@
 """`python -m eval.challenge.first_look ours/method.py`: is there a gain, and does a student take any of it?
 
-The cheapest test of an idea, about two minutes on two cores: the study configs/studies/try.yaml with your
+The cheapest test of an idea, a minute or two on two cores: the study configs/studies/try.yaml with your
 method, on small models and Python's standard library. It ends in one screen and a picture, with what so small
 a study can see. What it does not see may be there; what it sees is no verdict. The next step is a study.
 """
@@ -95,7 +95,12 @@ def draw(evidence: Evidence, budget: Budget, path: Path) -> None:
 def show(study: Study, outcomes: list[Outcome], effects: dict[str, float]) -> None:
     table = Table("", "bits/byte", "bounds", "p", title=f"{study.method.name}: a first look")
     for one in outcomes:
-        table.add_row(one.what, f"{one.lead.point:+.4f}", _interval(one.lead), f"{one.p:.2g}")
+        table.add_row(
+            one.what,
+            f"{one.lead.point:+.4f}",
+            _interval(one.lead),
+            "-" if one.lead.p is None else f"{one.lead.p:.2g}",
+        )
     Console().print(table)
     student = outcomes[1]
     if student.share is not None:
