@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from compress.calibration import check_batch, rounding_error
+from compress.calibration import check_batch, check_rows, rounding_error
 from compress.model_size import cast_weights
-from compress.recipe import Context, Pass, PassReport, Recipe, Stage, check_reach
+from compress.recipe import Context, Failures, Pass, PassReport, Recipe, Stage, check_reach
 from compress.verify import MODEL, save_reference
 from distill.data.rows import training_documents, training_rows
 from eval.core.artifacts import Key, digest, make_key, write_text
 from eval.core.documents import pad_id
+from eval.core.errors import attempt
 from eval.core.study import Study
 from eval.engines import silenced
 
@@ -75,13 +76,16 @@ def is_built(study: Study, variant: Variant) -> bool:
     return (build_folder(study, variant) / REPORTS).is_file()
 
 
-def build_variants(study: Study, variants: list[Variant], report: Callable[[float], None]) -> None:
-    """Builds variants of one student into scratch folders."""
+def build_variants(study: Study, variants: list[Variant], report: Callable[[float], None]) -> Failures:
+    """Builds variants of one student into scratch folders; returns why recipes failed."""
+    failures = Failures()
     with silenced("transformers", "bitsandbytes"):
         builder = VariantBuilder(study, variants)
         for i, variant in enumerate(variants):
             builder.report = partial(lambda i, share: report((i + share) / len(variants)), i)
-            _save_built(build_folder(study, variant), variant, builder)
+            if why := attempt(_save_built, build_folder(study, variant), variant, builder):
+                failures[variant.recipe.name] = f"{variant.student.arm}/s{variant.student.seed}: {why}"
+    return failures
 
 
 class VariantBuilder:
@@ -127,10 +131,12 @@ class VariantBuilder:
         key = self._key(passes)
         if key not in self.cache:
             model, reports = self.apply_passes(passes[:-1])
+            context = self.context_after(passes[:-1])
+            check_rows(context, model)
             on_gpu = passes[-1].stage in (Stage.STRUCTURE, Stage.SPARSITY)
             if on_gpu and torch.cuda.is_available():  # many forward passes, and nothing that needs a CPU
                 model = model.to("cuda")
-            model, pass_report = passes[-1].apply(model, self.context_after(passes[:-1]))
+            model, pass_report = passes[-1].apply(model, context)
             check_reach(pass_report)
             model = model.to("cpu") if on_gpu else model
             if key not in self.shared:

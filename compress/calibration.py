@@ -13,18 +13,34 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from transformers.pytorch_utils import Conv1D
 
+from compress.recipe import Context
 from distill.models.layers import decoder_layers
 from eval.core.documents import Batch, Row, batches, collate, tokens_per_batch
 from eval.core.errors import UserError
 
 LEAST_ALLOWED = 1e-3  # nats between two computations of one log-probability
 LEAVE = "leave this pass, or this size, of this family out of the recipe"
+CHECKED = 64  # rows whose ids are looked at before a pass
 ERRORS_ALLOWED = 16  # times what float32 leaves open on this very model
 
 
 def calibration_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """At most `count` of the rows, chosen by `seed` alone."""
     return random.Random(seed).sample(rows, min(count, len(rows)))
+
+
+def check_rows(context: Context, model: Any) -> None:
+    """Refuses rows that say nothing of a model: none at all, or ids that it has no embedding for.
+
+    Raises:
+        UserError: there are no rows, or they were made by another tokenizer.
+    """
+    known, rows = model.config.get_text_config().vocab_size, context.rows
+    if not len(rows):
+        raise UserError("calibration", "no rows", "give it documents that are not empty")
+    if (largest := max(max(row.tokens) for row in rows[:CHECKED])) >= known:
+        problem = f"token id {largest}, the model has {known} tokens"
+        raise UserError("calibration", problem, "give rows of the model's own tokenizer")
 
 
 @torch.no_grad()

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from compress.recipe import Size, Skipped
 from distill.models.layers import decoder_layers
+from eval.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +40,28 @@ def stored_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 def layer_matrices(layer: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers inside a decoder layer, by name."""
     return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def layer_inputs(model: PreTrainedModel) -> dict[str, int]:
+    """Matrix inside the decoder layers -> its number of inputs: linear layers, and GPT-2's, stored [I, O]."""
+    layers = decoder_layers(model)[2]
+    inside = {module for layer in layers for module in layer.modules()}
+    return {
+        name: module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+        for name, module in model.named_modules()
+        if module in inside and isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def check_groups(model: PreTrainedModel, group: int, thing: str, fix: str) -> None:
+    """Refuses a model with a matrix whose rows do not divide into groups of `group` inputs.
+
+    Raises:
+        UserError: names the first such matrix.
+    """
+    for name, inputs in layer_inputs(model).items():
+        if inputs % group:
+            raise UserError(thing, f"the {inputs} inputs of {name} are no multiple of {group}", fix)
 
 
 def decoder_weights(model: PreTrainedModel) -> dict[str, int]:

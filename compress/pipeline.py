@@ -1,23 +1,36 @@
 """The variants of a study: which are missing, and the jobs that build, verify and publish them."""
 
+import json
 import shutil
 from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compress.build import TrainedStudent, Variant, build_variants, is_built, scratch_folder
 from compress.publish import publish_variant
-from compress.recipe import load_recipes
+from compress.recipe import Failures, Recipe, load_recipe, load_recipes
 from distill.models.precision import settle_precision
 from distill.trainer.loop import accelerator
-from eval.core.artifacts import is_done, verify_artifact
-from eval.core.checks import CONTROL, STUDENT
+from eval.core.artifacts import is_done, verify_artifact, write_text
+from eval.core.checks import CONTROL, STUDENT, UNBUILT, read_unbuilt
 from eval.core.documents import free_bytes
+from eval.core.errors import UserError, attempt
 from eval.core.jobs import Job, run_jobs
-from eval.core.study import Study
+from eval.core.sections.precision import read_choice
+from eval.core.study import Study, recipe_names
 from eval.engines.torch import stored_dtype
 
 ARMS = (STUDENT, CONTROL)
 # What a process holds that builds variants: its libraries, and so many times the student in float32.
 LIBRARIES, HELD = 2**30, 8
+
+
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model of a folder on the meta device: its shapes alone."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def find_students(study: Study) -> list[TrainedStudent]:
@@ -36,11 +49,50 @@ def find_students(study: Study) -> list[TrainedStudent]:
     return students
 
 
-def pending_variants(study: Study) -> list[Variant]:
-    """The variants that are missing, or were made with another recipe or of another student."""
-    recipes = load_recipes(study)
+def pending_variants(study: Study, recipes: list[Recipe] | None = None) -> list[Variant]:
+    """The variants that are missing, or were made with another recipe or of another student.
+
+    Args:
+        recipes: by default those of the study, all of which must be good.
+    """
+    recipes = load_recipes(study) if recipes is None else recipes
     wanted = [Variant(student, recipe) for student in find_students(study) for recipe in recipes]
     return [v for v in wanted if not is_done(study.folder / v.name, v.key, study.accept_old)]
+
+
+def good_recipes(study: Study) -> tuple[list[Recipe], Failures]:
+    """The recipes of a study that are in order, and why the others are not."""
+    good, failures, choice = [], Failures(), read_choice(study.folder)
+    for place, name in zip(study.recipes, recipe_names(study)[1:], strict=True):
+        try:
+            good.append(load_recipe(place, choice))
+        except UserError as error:
+            failures[name] = str(error)
+    return good, failures
+
+
+def unfit_recipes(variants: list[Variant]) -> Failures:
+    """Recipes with a pass that cannot be applied to the students, by their shapes alone, and why."""
+    failures = Failures()
+    for recipe in {variant.recipe.name: variant.recipe for variant in variants}.values():
+        try:
+            model = empty_model(variants[0].student.folder)
+            for step in recipe.passes:
+                model = step.preview(model)
+        except UserError as error:
+            failures[recipe.name] = str(error)
+    return failures
+
+
+def save_failures(study: Study, failures: Failures) -> None:
+    """Writes down what could not be built; what is known of recipes that are not asked for now is kept."""
+    others = {
+        name: why for name, why in read_unbuilt(study.folder).items() if name not in recipe_names(study)
+    }
+    if unbuilt := {**others, **failures}:
+        write_text(study.folder / UNBUILT, json.dumps(unbuilt, indent=1))
+    else:
+        (study.folder / UNBUILT).unlink(missing_ok=True)
 
 
 def affordable_workers(study: Study, students: Iterable[TrainedStudent]) -> int:
@@ -55,10 +107,20 @@ def affordable_workers(study: Study, students: Iterable[TrainedStudent]) -> int:
     return workers
 
 
-def make_variants(study: Study) -> int:
-    """Builds, verifies and publishes the variants that are pending; returns how many."""
+def make_variants(study: Study) -> tuple[int, Failures]:
+    """Builds, verifies and publishes the variants that are pending; a recipe that fails stops no other.
+
+    Returns:
+        how many were made, and why recipes failed.
+    """
     settle_precision(study, accelerator())  # of a recipe that came after the training
-    variants = pending_variants(study)
+    recipes, failures = good_recipes(study)
+    variants = pending_variants(study, recipes)
+    failures |= unfit_recipes(variants)
+    variants = [variant for variant in variants if variant.recipe.name not in failures]
+    if variants:
+        for name, why in failures.items():
+            print(f"recipe {name} is left out: {why}")
     groups: dict[TrainedStudent, list[Variant]] = {}
     for variant in variants:
         if not is_built(study, variant):
@@ -67,8 +129,15 @@ def make_variants(study: Study) -> int:
         Job(f"{student.arm}/s{student.seed}", build_variants, (study, group), weight=len(group))
         for student, group in groups.items()
     ]
-    run_jobs("build variants", jobs, affordable_workers(study, groups) if groups else study.workers)
-    jobs = [Job(v.name.removeprefix("variants/"), publish_variant, (study, v)) for v in variants]
-    run_jobs("verify variants", jobs, study.workers)
+    workers = affordable_workers(study, groups) if groups else study.workers
+    results = run_jobs("build variants", jobs, workers)
+    for job in jobs:  # of a recipe that failed for several students, the first tells why
+        failures = {**results[job.name], **failures}
+    built = {v.name.removeprefix("variants/"): v for v in variants if is_built(study, v)}
+    jobs = [Job(name, attempt, (publish_variant, study, v)) for name, v in built.items()]
+    refused = {name: why for name, why in run_jobs("verify variants", jobs, study.workers).items() if why}
+    failures |= {built[name].recipe.name: why for name, why in refused.items()}
+    failures = {name: failures[name] for name in recipe_names(study) if name in failures}
+    save_failures(study, failures)
     shutil.rmtree(scratch_folder(study), ignore_errors=True)
-    return len(variants)
+    return len(built) - len(refused), failures

@@ -19,13 +19,14 @@ from eval.core.config import Frozen, Stored, plugin_class, plugin_names, validat
 from eval.core.documents import Document, Row
 from eval.core.errors import UserError
 from eval.core.sections.precision import Choice, read_choice, replace_auto
-from eval.core.study import Study, read_recipe
+from eval.core.study import Study, read_recipe, recipe_names
 
 if TYPE_CHECKING:  # heavy, and a command that has nothing to do should end at once
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LEAST_REACH = 0.9  # share of the weights named that a pass must go through
+Failures = dict[str, str]  # name of a recipe -> why it could not be applied
 PASSES = "compress.passes"  # the registry: a file each
 # module -> extra of pyproject.toml
 EXTRAS = {"optimum.intel": "openvino", "openvino": "openvino", "nncf": "openvino", "bitsandbytes": "gpu"}
@@ -129,6 +130,16 @@ class Pass(ABC):
         Returns:
             A model with the interface of transformers (call, `save_pretrained`), and what was done.
         """
+
+    def preview(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model with the shapes that `apply` leaves of those of `model`, both on the meta device.
+
+        Called for each pass of every recipe before any of them does any work.
+
+        Raises:
+            UserError: the pass cannot be applied to a model of these shapes.
+        """
+        return model
 
     def next_context(self, context: Context) -> Context:
         """What the passes after it get, from what it got itself: other ids where it changes the tokenizer."""
@@ -237,9 +248,5 @@ def load_recipe(name: str, choice: Choice | None = None) -> Recipe:
 
 def load_recipes(study: Study) -> list[Recipe]:
     """The recipes of a study, in its order, with what its run chose for `auto`; their names differ."""
-    choice = read_choice(study.folder)
-    recipes = [load_recipe(name, choice) for name in study.recipes]
-    names = [recipe.name for recipe in recipes]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError("recipes", f"{min(twice)!r} twice", "give each recipe a name of its own")
-    return recipes
+    choice, names = read_choice(study.folder), recipe_names(study)[1:]
+    return [load_recipe(place, choice) for place, _ in zip(study.recipes, names, strict=True)]

@@ -3,8 +3,10 @@
 python -m compress.run --study runs/default
 """
 
+import sys
+
 from eval.core.commands import new_parser, study_from_command
-from eval.core.errors import EXIT_PASS, UserError, entry
+from eval.core.errors import EXIT_ERROR, EXIT_PASS, UserError, entry
 from eval.core.jobs import lock_folder
 
 
@@ -22,10 +24,12 @@ def main() -> int:
     from compress.pipeline import ARMS, make_variants
 
     with lock_folder(study.folder):
-        count = make_variants(study)
-    total = len(study.recipes) * len(ARMS) * len(study.seeds)
+        count, failures = make_variants(study)
+    total = (len(study.recipes) - len(failures)) * len(ARMS) * len(study.seeds)
     print(f"variants: {total} in {study.folder / 'variants'}, {count} made now")
-    return EXIT_PASS
+    for name, why in failures.items():
+        print(f"error: recipe {name} was not built: {why}", file=sys.stderr)
+    return EXIT_ERROR if failures else EXIT_PASS
 
 
 if __name__ == "__main__":

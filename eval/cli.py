@@ -97,18 +97,20 @@ def _newer(path: Path, sources: list[Path]) -> bool:
 def steps(run: Path) -> Iterator[Step]:
     """What is done in a run, by the files that each command leaves; of costs their settings and bytes too."""
     from eval.core.budget import load_budget  # pydantic takes a moment: help needs none of it
-    from eval.core.checks import Artifacts, is_measured
+    from eval.core.checks import Artifacts, is_measured, read_unbuilt
     from eval.core.records import read_costs
     from eval.core.study import CHANGED, load_study, recipe_names
 
     study = load_study(run)
-    recipes, seeds = recipe_names(study)[1:], study.seeds
+    names, seeds, unbuilt = recipe_names(study)[1:], study.seeds, read_unbuilt(run)
     trained = [f"students/{arm}/s{seed}/manifest.json" for arm in study.arms for seed in seeds]
     done, state = _count(run, trained)
     yield Step("train", done and not (run / CHANGED).is_file(), f"{state} students")
+    recipes = [name for name in names if name not in unbuilt]
     pairs = [(recipe, arm, seed) for recipe in recipes for arm in ("S1", "S0") for seed in seeds]
     done, state = _count(run, [f"variants/{r}/{arm}/s{seed}/manifest.json" for r, arm, seed in pairs])
-    yield Step("compress", done, f"{state} variants")
+    failed = "".join(f"; {name} was not built: {why}" for name, why in unbuilt.items() if name in names)
+    yield Step("compress", done, f"{state} variants{failed}")
     models = [("plain", arm, seed) for arm in ("B", "T0", "T1", *study.arms) for seed in seeds] + pairs
     done, state = _count(run, [f"records/score/{r}/{arm}-s{seed}.json" for r, arm, seed in models])
     yield Step("score", done, f"{state} models")

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.model_size import cast_weights, decoder_weights, size_of, skipped_modules, stored_bytes
+from compress.model_size import (
+    cast_weights,
+    check_groups,
+    decoder_weights,
+    size_of,
+    skipped_modules,
+    stored_bytes,
+)
 from compress.recipe import Context, Pass, PassReport, Size, Stage
 from compress.tensors.quant_error import HALF_SUBNORMAL, INT8_ROUNDED, NF4_GAP, check_rounding
 from eval.core.config import Frozen
@@ -32,6 +39,12 @@ class BitsAndBytes(Pass):
 
     class Options(Frozen):
         format: Literal["nf4", "int8"]
+
+    def preview(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.options.format == "nf4":
+            fix = f"give the model dimensions that are multiples of {BLOCK}, or take another format"
+            check_groups(model, BLOCK, "bitsandbytes.format: nf4", fix)
+        return model
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
         from distill.models.quantized import dequantize, quantized_layers

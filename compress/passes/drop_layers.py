@@ -43,14 +43,7 @@ class DropLayers(Pass):
         before = size_of(model, context.dtype)
         depth = len(decoder_layers(model)[2])
         rows = calibration_rows(context.rows, self.options.rows, context.seed)
-        count = max(1, round(self.options.share * depth))
-        if count > depth - 2:
-            raise UserError(
-                "drop_layers.share",
-                f"{self.options.share} is {count} of {depth} layers",
-                f"at most {depth - 2} can go, as the first and the last stay: give a smaller share",
-            )
-        dropped = choose_layers(model, rows, context.pad, count)
+        dropped = choose_layers(model, rows, context.pad, self._count(depth))
         keep_layers(model, [i for i in range(depth) if i not in dropped])
         return model, PassReport(
             name=self.name,
@@ -58,6 +51,26 @@ class DropLayers(Pass):
             after=size_of(model, context.dtype),
             facts={"dropped_layers": sorted(dropped)},
         )
+
+    def preview(self, model: PreTrainedModel) -> PreTrainedModel:
+        depth = len(decoder_layers(model)[2])
+        keep_layers(model, list(range(depth - self._count(depth))))
+        return model
+
+    def _count(self, depth: int) -> int:
+        """How many of `depth` layers go.
+
+        Raises:
+            UserError: more than all between the first and the last.
+        """
+        count = max(1, round(self.options.share * depth))
+        if count > depth - 2:
+            raise UserError(
+                "drop_layers.share",
+                f"{self.options.share} is {count} of {depth} layers",
+                f"at most {depth - 2} can go, as the first and the last stay: give a smaller share",
+            )
+        return count
 
 
 def choose_layers(model: PreTrainedModel, rows: list, pad: int, count: int) -> set[int]:

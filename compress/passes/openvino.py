@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration import allowed_difference, check_batch, log_probs, rounding_error
-from compress.model_size import size_of
+from compress.model_size import check_groups, size_of
 from compress.recipe import Context, Pass, PassReport, Size, Skipped, Stage
 from compress.tensors.quant_error import INT4_STEP, INT4_SUBNORMAL, INT8_STEP, INT8_SUBNORMAL, check_rounding
 from eval.core.config import Frozen
@@ -45,6 +45,12 @@ class OpenVINO(Pass):
     class Options(Frozen):
         weights: Literal["fp32", "int8", "int4"]
         group_size: int = Field(32, gt=0)  # of int4: inputs of a row that share one scale
+
+    def preview(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.options.weights == "int4":
+            fix = "give a group size that divides all of them"
+            check_groups(model, self.options.group_size, "openvino.group_size", fix)
+        return model
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[Any, PassReport]:
         before = size_of(model, context.dtype)

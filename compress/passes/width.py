@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -69,6 +70,16 @@ class Width(Pass):
         return model, PassReport(
             name=self.name, before=before, after=size_of(model, context.dtype), facts={"sizes": sizes}
         )
+
+    def preview(self, model: PreTrainedModel) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        for kind in KINDS:
+            if getattr(self.options, kind) > 0:
+                config, _ = find_axes(model, kind, self._wanted(kind, size_in_config(model, kind)))
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(config)
+        return model
 
     def _wanted(self, kind: str, size: int) -> int:
         """What is left of a size: the nearest multiple.

@@ -4,6 +4,7 @@ Everything that does not fit is refused by name, with both values: a verdict ove
 things would look like any other.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -35,6 +36,7 @@ AnyKind = TypeVar("AnyKind", bound=AnyRecord)
 FALLBACK, TEACHERS, STUDENT, CONTROL, CE = "B", ("T1", "T0"), "S1", "S0", "CE"
 TAUGHT = dict(zip((STUDENT, CONTROL), TEACHERS, strict=True))  # a student's teacher; CE has none
 STAGES = {"base": "distill/train.py", "students": "distill/train.py", "variants": "compress/run.py"}
+UNBUILT = "unbuilt.json"  # lies in a run folder: recipe -> why it has no variants
 SLACK = timedelta(minutes=5)  # by which the clocks of two machines may differ
 
 
@@ -45,6 +47,22 @@ def artifact_folder(folder: Path, arm: str, seed: int, recipe: str) -> Path | No
     if arm == FALLBACK:
         return folder / "base" / f"s{seed}"
     return folder / "students" / arm / f"s{seed}" if arm in (STUDENT, CONTROL, CE) else None
+
+
+def read_unbuilt(run: Path) -> dict[str, str]:
+    """Recipe -> why the last `absorb compress` could not build a variant of it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run / UNBUILT
+    if not path.is_file():
+        return {}
+    try:
+        return {str(name): str(why) for name, why in json.loads(path.read_bytes()).items()}
+    except (ValueError, AttributeError) as error:
+        fix = f"delete it and run python -m compress.run --study {run}"
+        raise UserError(str(path), "holds no recipes with reasons", fix) from error
 
 
 class Artifacts:

@@ -112,18 +112,34 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
     return run
 
 
+def attempt(run: Callable[..., Any], *args: Any) -> str:
+    """Runs what the rest of a command does not need: the line of its error, empty if there was none."""
+    try:
+        run(*args)
+    except Exception as error:
+        return _error_line(error)
+    return ""
+
+
 def _report_error(error: Exception) -> None:
     """One line on stderr; the traceback of an error of this project or of a library goes to the log."""
+    if isinstance(error, UserError | OSError | SafetensorError) or logging.getLogger("absorb").handlers:
+        print(f"error: {_error_line(error)}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+
+
+def _error_line(error: Exception) -> str:
+    """What an error says, in one line; its traceback goes to the log, or to stderr where there is none."""
     log, text = logging.getLogger("absorb"), str(error)
     if not isinstance(error, (UserError, OSError, SafetensorError)):  # the last one where a disk is full
         text = f"{type(error).__name__}: {error}"
         if not log.handlers:
             traceback.print_exception(error)
-            return
     if log.handlers and not isinstance(error, UserError):
         log.error("".join(traceback.format_exception(error)))
         text += f"; the traceback is in {getattr(log.handlers[0], 'baseFilename', 'the log')}"
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return " ".join(text.split())
 
 
 def _is_command() -> bool:

@@ -5,11 +5,12 @@ from datetime import datetime
 
 from eval.core.artifacts import describe_accepted
 from eval.core.budget import Budget, load_budget
-from eval.core.checks import SLACK, STUDENT, TEACHERS
+from eval.core.checks import SLACK, STUDENT, TEACHERS, read_unbuilt
 from eval.core.errors import UserError
 from eval.core.gate_file import Extent, Fixed, GateRun
 from eval.core.plan import current_recipes, list_changes, list_recipe_changes
 from eval.core.records import PLAIN, VALIDATION
+from eval.core.study import recipe_names
 from eval.gate.evidence import Contrast, Evidence
 from eval.gate.quality import RESOLUTION
 from eval.stats.crossed import PASS, crossed_mean
@@ -36,6 +37,7 @@ def list_caveats(evidence: Evidence, budget: Budget, fixed: Fixed | None) -> lis
         *_mixed_machines(evidence),
         *_computed_otherwise(evidence),
         *_test_documents(evidence),
+        *_not_built(evidence),
         *describe_accepted(evidence.folder),
     ]
 
@@ -148,6 +150,12 @@ def _shared_teacher(evidence: Evidence) -> list[str]:
         f"{len(seeds)} seeds share {len(teachers)} teachers {treated}: how much teachers differ is seen "
         f"{len(teachers)} times only, and the bounds of its gain may be too narrow"
     ]
+
+
+def _not_built(evidence: Evidence) -> list[str]:
+    """Recipes of the study that are not judged, because they could not be applied."""
+    unbuilt, names = read_unbuilt(evidence.folder), recipe_names(evidence.study)
+    return [f"recipe {name} was not built: {why}" for name, why in unbuilt.items() if name in names]
 
 
 def _few_clusters(evidence: Evidence, budget: Budget) -> list[str]:

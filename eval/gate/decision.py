@@ -255,7 +255,10 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
         before: the verdict that lies in the run folder; what it rested on and is gone since is named.
     """
     shares = bootstrap_shares(evidence, budget.alpha)
-    known = prefixes(evidence.study)
+    known = {
+        recipe: [other for other in others if other in evidence.recipes]
+        for recipe, others in prefixes(evidence.study).items()
+    }
     candidates = [
         build_candidate(evidence, budget, shares, recipe, known.get(recipe, []))
         for recipe in evidence.recipes

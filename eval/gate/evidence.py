@@ -24,6 +24,7 @@ from eval.core.checks import (
     check_device,
     check_seeds_differ,
     find_positions,
+    read_unbuilt,
 )
 from eval.core.errors import UserError, require_one_of
 from eval.core.gate_file import Opening
@@ -125,7 +126,8 @@ def collect_evidence(folder: Path, study: Study, budget: Budget) -> Evidence:
         UserError: a record is missing, was made with other data, settings or artifacts, or the budget
             names a slice, variant or target that the run does not know. Both values are named.
     """
-    recipes, artifacts = recipe_names(study), Artifacts(folder, study)
+    unbuilt, artifacts = read_unbuilt(folder), Artifacts(folder, study)
+    recipes = [name for name in recipe_names(study) if name not in unbuilt]
     tables = ScoreTables(artifacts, each_score(folder), wanted_models(study, recipes))
     costs = _costs_of_study(study, budget, recipes, read_costs(folder))
     loads = _of_study(study, budget, recipes, read_loads(folder))

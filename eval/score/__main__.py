@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.core.artifacts import MANIFEST, read_manifest
-from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
+from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder, read_unbuilt
 from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import entry
 from eval.core.jobs import Job, lock_folder, run_jobs
@@ -49,9 +49,10 @@ def score_run(study: Study, device: str = "auto") -> int:
 
 def missing_lines(study: Study) -> list[str]:
     """What of the study is not there yet to be scored, with the command that makes it."""
-    run, recipes = study.folder, recipe_names(study)
+    run, unbuilt = study.folder, read_unbuilt(study.folder)
+    recipes = [name for name in recipe_names(study)[1:] if name not in unbuilt]
     models = [(arm, PLAIN) for arm in (FALLBACK, *study.arms)]
-    models += [(arm, recipe) for recipe in recipes[1:] for arm in (STUDENT, CONTROL)]
+    models += [(arm, recipe) for recipe in recipes for arm in (STUDENT, CONTROL)]
     missing: dict[str, list[str]] = {}
     for arm, recipe in models:
         for seed in study.seeds:
@@ -65,7 +66,7 @@ def missing_lines(study: Study) -> list[str]:
         if len(places) > 1
         else f"not there yet: {places[0]}; run {command}"
         for command, places in missing.items()
-    ]
+    ] + [f"not there: recipe {name} was not built: {why}" for name, why in unbuilt.items()]
 
 
 def _label(folder: Path) -> str:

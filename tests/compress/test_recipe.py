@@ -107,7 +107,7 @@ def test_a_name_that_means_something_else(tmp_path):
 
 def test_two_recipes_of_one_name(tmp_path):
     study = load_study(tiny_study(tmp_path, recipes=["wanda50", recipe_file(tmp_path, "wanda50", PRUNE)]))
-    with pytest.raises(UserError, match="'wanda50' twice"):
+    with pytest.raises(UserError, match="'wanda50'; another recipe has it"):
         load_recipes(study)
 
 

@@ -235,8 +235,8 @@ def test_weights_that_are_not_finite(small):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     add_student(small, "S1", 0, model, tokenizer)
-    with pytest.raises(UserError, match="not finite"):
-        build_variants(small, pending_variants(small)[:1], lambda share: None)
+    failures = build_variants(small, pending_variants(small)[:1], lambda share: None)
+    assert "not finite" in failures["wanda50"]
 
 
 def test_a_folder_that_answers_differently_is_not_published(small):
