@@ -2,11 +2,10 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +71,11 @@ def mean_loss(model: Any, rows: Sequence[Row], pad: int) -> float:
     return loss
 
 
+Run: TypeAlias = tuple[
+    Tensor, Callable[[], Any]
+]  # an attention mask [B, T], and a call that runs modules on it
+
+
 class _ReachedError(Exception):
     """Ends a forward pass at a layer."""
 
@@ -90,13 +94,16 @@ class Walk:
 
     def norms(self, index: int, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
         """`input_norms` of linear layers inside the layer `index`; `leave` was called for all before it."""
-        return input_norms(
-            modules,
-            [
-                (batch.attention_mask, partial(self._run, index, batch, hidden))
-                for batch, hidden in self._inputs
-            ],
-        )
+        return input_norms(modules, self._runs(index))
+
+    def hessians(self, index: int, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+        """The same of `input_hessians`."""
+        return input_hessians(modules, self._runs(index))
+
+    def _runs(self, index: int) -> list[Run]:
+        return [
+            (batch.attention_mask, partial(self._run, index, batch, hidden)) for batch, hidden in self._inputs
+        ]
 
     @torch.no_grad()
     def leave(self, index: int) -> None:
@@ -125,10 +132,7 @@ class Walk:
         raise UserError(f"layer {index}", "the model does not run it", "leave the pass out of the recipe")
 
 
-@torch.no_grad()
-def input_norms(
-    modules: Mapping[str, nn.Linear | Conv1D], runs: Iterable[tuple[Tensor, Callable[[], Any]]]
-) -> dict[str, Tensor]:
+def input_norms(modules: Mapping[str, nn.Linear | Conv1D], runs: Iterable[Run]) -> dict[str, Tensor]:
     """L2 norm over all tokens of each input of `modules`: name -> [I] float32. Padding is left out.
 
     Args:
@@ -137,30 +141,36 @@ def input_norms(
     Raises:
         UserError: a norm is not finite, or a module saw no token.
     """
-    sizes = {
-        name: module.weight.shape[0 if isinstance(module, Conv1D) else 1] for name, module in modules.items()
-    }
-    squares = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
-    with _squared_inputs(modules, squares) as masks:
-        for mask, run in runs:
-            masks.append(mask.bool())
-            run()
+    squares = _input_sums(modules, runs, lambda x: x.double().square().sum(dim=0))
     norms = {name: total.sqrt().float() for name, total in squares.items()}
     for name, norm in norms.items():
-        if not bool(torch.isfinite(norm).all()) or not bool(norm.any()):
-            raise UserError(
-                f"inputs of {name}",
-                "not finite, or all zero",
-                "both are useless for pruning: look at the student's training",
-            )
+        _check_inputs(name, norm)
     return norms
 
 
-@contextmanager
-def _squared_inputs(
-    modules: Mapping[str, nn.Linear | Conv1D], squares: dict[str, Tensor]
-) -> Iterator[list[Tensor]]:
-    """Adds up squared inputs [B, T, I] where the last mask given is True."""
+def input_hessians(modules: Mapping[str, nn.Linear], runs: Iterable[Run]) -> dict[str, Tensor]:
+    """Sum of x x' over the inputs x of all tokens: name -> [I, I] float64; else as `input_norms`."""
+    sums = _input_sums(modules, runs, lambda x: (x.float().T @ x.float()).double())
+    for name, total in sums.items():
+        _check_inputs(name, total.diagonal())
+    return sums
+
+
+def _check_inputs(name: str, sums: Tensor) -> None:
+    if not bool(torch.isfinite(sums).all()) or not bool(sums.any()):
+        raise UserError(
+            f"inputs of {name}",
+            "not finite, or all zero",
+            "both are useless for pruning: look at the student's training",
+        )
+
+
+@torch.no_grad()
+def _input_sums(
+    modules: Mapping[str, nn.Linear | Conv1D], runs: Iterable[Run], of: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Sums over batches of what `of` makes of the inputs [N, I] of all real tokens; on the CPU."""
+    sums: dict[str, Tensor] = {}
     masks: list[Tensor] = []
 
     def add(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -173,14 +183,21 @@ def _squared_inputs(
                 problem,
                 "leave the pass out: it needs linear layers that see every token",
             )
-        squares[name] += values[mask].double().square().sum(dim=0).cpu()
+        new = of(values[mask]).cpu()
+        sums[name] = sums[name] + new if name in sums else new
 
     handles = [m.register_forward_pre_hook(partial(add, name)) for name, m in modules.items()]
     try:
-        yield masks
+        for mask, run in runs:
+            masks.append(mask.bool())
+            run()
     finally:
         for handle in handles:
             handle.remove()
+    if unseen := next((name for name in modules if name not in sums), None):
+        problem, fix = "it saw no token", "leave the pass out: it needs linear layers that see every token"
+        raise UserError(f"inputs of {unseen}", problem, fix)
+    return sums
 
 
 def check_same_answers(model: Any, batch: Batch, before: Tensor, after: Tensor, thing: str) -> None:

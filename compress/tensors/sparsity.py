@@ -1,8 +1,11 @@
 """Which weights to keep: pure functions of tensors.
 
-Scores are Wanda's (Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models",
-equation 1): |W[o, i]| times the L2 norm of input i over the calibration tokens, compared within a row o.
+Scores are magnitudes, or Wanda's (Sun et al. 2023, "A Simple and Effective Pruning Approach for Large
+Language Models", equation 1): |W[o, i]| times the L2 norm of input i over the calibration tokens.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,3 +32,46 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     outputs, inputs = scores.shape
     assert inputs % m == 0, f"{inputs} inputs are no multiple of {m}"
     return keep_rows(scores.reshape(-1, m), (m - n + 0.5) / m).reshape(outputs, inputs)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How many weights of a matrix stay: all but a share, or n of every m inputs of a row."""
+
+    sparsity: float
+    pattern: tuple[int, int] | None = None  # n, m
+
+    def keep(self, scores: Tensor, whole: bool) -> Tensor:
+        """[O, I] bool: the weights that stay.
+
+        Args:
+            whole: a share is taken of the whole matrix, not of each row.
+        """
+        if self.pattern is not None:
+            return keep_n_of_m(scores, *self.pattern)
+        if whole:
+            return keep_rows(scores.reshape(1, -1), self.sparsity).reshape(scores.shape)
+        return keep_rows(scores, self.sparsity)
+
+
+def outlier_share(scores: Sequence[Tensor], times: float) -> float:
+    """Share of the Wanda scores of a layer above `times` their mean: its outliers (Yin et al. 2024)."""
+    flat = torch.cat([score.flatten() for score in scores]).double()
+    return float((flat > times * flat.mean()).double().mean())
+
+
+def owl_sparsity(
+    outliers: Sequence[float], weights: Sequence[int], sparsity: float, reach: float
+) -> list[float]:
+    """The sparsity of each layer by OWL (Yin et al. 2024, arXiv:2310.05175): less where outliers are many.
+
+    Densities are linear in the share of outliers, `2 reach` from the least to the most, and such that all
+    layers together have the sparsity asked for.
+
+    Args:
+        weights: number of weights of each layer.
+    """
+    low, high = min(outliers), max(outliers)
+    density = [2 * reach * (share - low) / (high - low) if high > low else 0.0 for share in outliers]
+    mean = sum(d * n for d, n in zip(density, weights, strict=True)) / sum(weights)
+    return [sparsity - (d - mean) for d in density]

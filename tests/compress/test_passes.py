@@ -22,7 +22,9 @@ CASES = {
     "drop_layers": [{"share": 0.25}, {"share": 0.5}],
     "width": [{"ffn": 0.5}, {"heads": 0.5, "hidden": 0.5, "multiple": 32, "rows": 4}],
     "vocabulary": [{}],
-    "wanda": [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.9, "rows": 1}],
+    "magnitude": [{"sparsity": 0.5}, {"pattern": "2:4"}],
+    "wanda": [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.9, "rows": 1, "allocation": "owl"}],
+    "sparsegpt": [{"sparsity": 0.5, "rows": 8}, {"pattern": "2:4", "rows": 8}],
     "recover": [{"train": TRAIN}],
     "cast": [{"dtype": "bfloat16"}, {"dtype": "float16"}],
     "bitsandbytes": [{"format": "nf4"}, {"format": "int8"}],
@@ -275,3 +277,50 @@ def test_an_export_that_answers_otherwise_is_refused(context, tmp_path):
 
 def test_rows_of_the_study_are_training_rows(study, context):
     assert [row.id for row in context.rows] == [row.id for row in training_rows(study, context.tokenizer)]
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+def test_no_sparsity_is_the_same_model(context, tmp_path, name):
+    model, report = make(name, {"sparsity": 0, "rows": 4}).apply(model_of(context), context)
+    assert saved(model, tmp_path / "zero") == saved(context.parent, tmp_path / "parent")
+    assert report.after == report.before
+
+
+def test_magnitude_is_the_smallest_of_each_matrix(context):
+    model, _ = make("magnitude", {"sparsity": 0.25}).apply(model_of(context), context)
+    for name, weight in context.parent.named_parameters():
+        if "proj" in name:
+            limit = weight.abs().flatten().sort().values[weight.numel() // 4 - 1]
+            assert torch.equal(model.get_parameter(name) == 0, weight.abs() <= limit), name
+
+
+def test_owl_spreads_the_zeros_over_the_layers_and_keeps_their_number(context):
+    options = {"sparsity": 0.6, "rows": 8, "allocation": "owl", "owl_outlier": 3.0}
+    model, report = make("wanda", options).apply(model_of(context), context)
+    shares = report.facts["layer_sparsity"]
+    assert len(set(shares)) > 1
+    assert sum(shares) / 4 == pytest.approx(0.6, abs=1e-5)
+    for layer, share in zip(model.model.layers, shares, strict=True):
+        weight = layer.mlp.down_proj.weight
+        assert int((weight[0] == 0).sum()) == int(128 * share)
+    most = max(range(4), key=lambda i: report.facts["outliers"][i])
+    assert shares[most] == min(shares)
+    with pytest.raises(UserError, match=r"wanda\.allocation: owl: layers would have .*smaller `owl_reach`"):
+        make("wanda", {**options, "owl_reach": 0.9}).apply(model_of(context), context)
+
+
+def test_targets_and_ignore(context):
+    options = {"sparsity": 0.5, "targets": ["*.mlp.*"], "ignore": ["*.1.*"]}
+    model, report = make("magnitude", options).apply(model_of(context), context)
+    zeros = {name for name, w in model.named_parameters() if (w == 0).float().mean() > 0.4}
+    parts = [f"model.layers.{i}.mlp.{part}_proj.weight" for i in (0, 2, 3) for part in ("gate", "up", "down")]
+    assert zeros == set(parts)
+    assert report.named == report.reached == 9 * 64 * 128
+    assert {"model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"} <= {
+        s.module for s in report.skipped
+    }
+    for wrong in ({"targets": ["*.mpl.*"]}, {"ignore": ["*.mpl.*"]}):
+        with pytest.raises(UserError, match=r"'\*\.mpl\.\*': matches no module; give patterns .*layers\.0"):
+            make("magnitude", wrong).preview(model_of(context))
+    with pytest.raises(UserError, match="ignore: leaves no module"):
+        make("magnitude", {"ignore": ["*"]}).preview(model_of(context))

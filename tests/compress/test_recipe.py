@@ -60,8 +60,8 @@ def test_targets_and_engines():
 
 
 def test_every_pass_is_found_and_stands_in_a_stage():
-    names = ["bitsandbytes", "cast", "drop_layers", "openvino", "recover", "vocabulary", "wanda", "width"]
-    assert plugin_names("compress.passes") == names
+    names = ["bitsandbytes", "cast", "drop_layers", "magnitude", "openvino", "recover", "sparsegpt"]
+    assert plugin_names("compress.passes") == [*names, "vocabulary", "wanda", "width"]
     for name in plugin_names("compress.passes"):
         kind = pass_class(name, "here")
         assert issubclass(kind, Pass)
@@ -86,6 +86,7 @@ def test_every_pass_is_found_and_stands_in_a_stage():
         ([{**PRUNE, "sparsity": 1.5}], "passes.0: sparsity: 1.5; expected less than 1"),
         ([{**PRUNE, "pattern": "2:4"}], "not both"),
         ([{"pass": "wanda", "pattern": "4:4"}], "keeps everything"),
+        ([{"pass": "magnitude", "pattern": "2:4", "allocation": "owl"}], "owl needs `sparsity`"),
         ([{"pass": "wanda", "pattern": "two"}], "pattern"),
         ([{"pass": "recover"}], "passes.0: train: missing"),
         ([], "passes"),
