@@ -30,7 +30,7 @@ from eval.core.jobs import Job, Progress, run_jobs
 from eval.core.study import Study
 
 ROWS_PER_DOCUMENT = 4  # at first; more only where all documents have been used
-LEAST_SHARE, MOST_SHARE, SHARES = 2**22, 2**25, 16  # bytes of documents for one process; about so many
+LEAST_SHARE, MOST_SHARE, SHARES = 2**24, 2**25, 16  # bytes of documents for one process; about so many
 BATCH = 2**20  # of them at a time
 ROW = np.dtype(
     [
@@ -162,12 +162,12 @@ def _shares(path: Path) -> Iterator[Share]:
 def _make_shares(
     study: Study, tokenizer: PreTrainedTokenizerBase, shares: list[Share], scratch: Path
 ) -> None:
-    """Writes what is missing of the shares; a single one is not worth a process of its own."""
+    """Writes what is missing of the shares; a single one is not worth a process of its own, but has threads."""
     missing = [i for i in range(len(shares)) if not (scratch / f"{i}.npz").is_file()]
     settings = tokenizer, study.data.context, learned_of(study)
     if len(shares) == 1:
         for i in missing:
-            _write_share(*settings, shares[i], scratch / str(i), lambda share, tokens=0: None)
+            _write_share(*settings, shares[i], scratch / str(i), lambda share, tokens=0: None, threads=True)
         return
     jobs = [Job(f"share {i}", _write_share, (*settings, shares[i], scratch / str(i))) for i in missing]
     run_jobs("tokens", jobs, len(os.sched_getaffinity(0)))
@@ -180,12 +180,19 @@ def _write_share(
     share: Share,
     target: Path,
     report: Progress,
+    threads: bool = False,
 ) -> None:
-    """Writes `TARGET.ids` and, whole or not at all and last, `TARGET.npz`."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    kind = id_type(tokenizer)
-    tables = _Tables(context)
-    with share.path.open("rb") as lines, target.with_suffix(".ids").open("wb") as out:
+    """Writes `TARGET.ids` and, whole or not at all and last, `TARGET.npz`.
+
+    Args:
+        threads: of the tokenizer, one per core; without them, the processes are the parallelism.
+    """
+    kind, tables = id_type(tokenizer), _Tables(context)
+    with (
+        _tokenizer_threads(threads),
+        share.path.open("rb") as lines,
+        target.with_suffix(".ids").open("wb") as out,
+    ):
         lines.seek(share.start)
         while (place := lines.tell()) < share.stop:
             some = lines.readlines(
@@ -200,6 +207,19 @@ def _write_share(
     temporary = target.with_suffix(".tmp.npz")
     np.savez(temporary, **tables.arrays())
     temporary.replace(target.with_suffix(".npz"))
+
+
+@contextmanager
+def _tokenizer_threads(several: bool) -> Iterator[None]:
+    """Inside, fast tokenizers read a batch with one thread per core, or with one alone."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if several else "false"
+    try:
+        yield
+    finally:
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _check_not_empty(documents: list[Document]) -> None:

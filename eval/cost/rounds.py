@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import IO
 
 from eval.core.config import ROOT
+from eval.core.documents import free_bytes
 from eval.core.errors import UserError
 from eval.core.jobs import Job, Report, run_in_turn
 from eval.cost.orders import Answer, Order
 from eval.cost.plan import CostPlan, Variant
 
+LIBRARIES = 2**30  # bytes that a process may hold which has imported its engine, at most
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -104,8 +106,13 @@ def measure_group(group: list[tuple[Variant, Order]], report: Report) -> dict[st
 def run_in_rounds(
     title: str, plan: CostPlan, rounds: int, order: Callable[[Variant, int], Order]
 ) -> dict[str, list[Answer]]:
-    """Label -> one answer per round. Each round starts with another variant: none is always the first."""
-    jobs, variants, size = [], plan.variants, plan.workers
+    """Label -> one answer per round. Each round starts with another variant: none is always the first.
+
+    The processes of a round import their engines side by side, as many as fit into memory: every core is busy
+    until the first one measures.
+    """
+    jobs, variants = [], plan.variants
+    size = max(1, min(len(variants), free_bytes() // LIBRARIES))
     for turn in range(rounds):
         shift = turn % len(variants)
         turned = [(v, order(v, turn)) for v in [*variants[shift:], *variants[:shift]]]

@@ -167,9 +167,10 @@ def answer_orders(engine: str, orders: TextIO) -> Iterator[Answer]:
 
 
 def main() -> None:
-    # transformers imports scikit-learn wherever it is installed (here for nncf), with scipy and pandas:
-    # seconds and some 140 MB that no model needs. None makes it look absent.
-    sys.modules["sklearn"] = None  # type: ignore[assignment]
+    # transformers imports scikit-learn and scipy wherever they are installed (for other parts of the project),
+    # with pandas: seconds and some 140 MB that no language model needs. None makes them look absent.
+    for name in ("sklearn", "scipy"):
+        sys.modules[name] = None  # type: ignore[assignment]
     out = sys.stdout
     with redirect_stdout(sys.stderr):
         for answer in answer_orders(sys.argv[1], sys.stdin):
