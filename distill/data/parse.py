@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from string import Formatter
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ ID_DIGITS = 16  # of a SHA-256, in hexadecimal: two of 10 million documents shar
 EMPTY_FILE = "an empty file"  # it holds nothing that could be used
 NO_TEXT, NO_PROMPT, NOT_A_TEXT = "no text", "no prompt", "not a text"
 NO_TURNS, EMPTY_TURN = "no turns of a role and its text", "an empty turn"
+NO_TOOLS = "tools that are no list of schemas"
 NO_ANSWER, NO_QUESTION = "no answer at the end", "nothing before the answer"
 Turn = dict[str, Any]
 
@@ -38,9 +40,9 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def content_hash(text: str, prompt: str | list[Turn] = "") -> str:
-    """SHA-256 of a text with its prompt."""
-    return sha256(json.dumps([prompt, text]) if prompt else text)
+def content_hash(text: str, prompt: str | list[Turn] = "", tools: Sequence[dict[str, Any]] = ()) -> str:
+    """SHA-256 of a text with its prompt and the tools that it may call."""
+    return sha256(json.dumps([prompt, text, *([tools] if tools else [])]) if prompt else text)
 
 
 def make_document(source: Source, raw: Raw) -> Document:
@@ -56,26 +58,33 @@ def make_document(source: Source, raw: Raw) -> Document:
         if column not in row:
             raise Unusable(f"no column {column!r}")
     prompt: str | list[Turn] = ""
+    tools: list[dict[str, Any]] = []
     if source.messages_column:
         prompt, text = split_chat(row[source.messages_column])
+        tools = read_tools(row[source.tools_column]) if source.tools_column else []
     else:
         text = require_text(row[source.text_column], NO_TEXT)
         if source.prompt_column:
             prompt = require_text(row[source.prompt_column], NO_PROMPT)
         elif source.prompt_template:
             prompt = require_text(fill(source.prompt_template, row), NO_PROMPT)
-    check_characters(json.dumps([prompt, text], ensure_ascii=False) if prompt else text)
+    check_characters(json.dumps([prompt, text, tools], ensure_ascii=False) if prompt else text)
     domain = raw.domain if source.domain_column is None else _as_name(row[source.domain_column]) or "none"
     group = raw.group if source.group_column is None else _as_name(row[source.group_column])
     name = _as_name(row[source.id_column]) if source.id_column else ""
-    name = name or content_hash(text, prompt)[:ID_DIGITS]
-    return Document(name, domain, text, prompt, group=group or name, origin=raw.origin)
+    name = name or content_hash(text, prompt, tools)[:ID_DIGITS]
+    return Document(name, domain, text, prompt, group=group or name, origin=raw.origin, tools=tools)
 
 
 def required_columns(source: Source) -> list[str]:
     """Columns without which no document can be made of a row of `source`."""
     columns = [source.messages_column or source.text_column, source.prompt_column, source.domain_column]
-    columns += [source.group_column, source.id_column, *template_columns(source.prompt_template or "")]
+    columns += [
+        source.group_column,
+        source.id_column,
+        source.tools_column,
+        *template_columns(source.prompt_template or ""),
+    ]
     return [column for column in columns if column]
 
 
@@ -152,12 +161,34 @@ def _turn(message: Any) -> Turn | None:
     if not isinstance(role, str):
         raise Unusable(NO_TURNS)
     turn: Turn = {"role": role, "content": _content(content)}
-    turn |= {key: message[key] for key in CALLS if message.get(key)}
+    turn |= {key: _drop_nulls(message[key]) for key in CALLS if message.get(key)}
     if turn["content"].strip() or turn.get("tool_calls"):
         return turn
     if turn["role"] == "system":
         return None
     raise Unusable(EMPTY_TURN)
+
+
+def read_tools(tools: Any) -> list[dict[str, Any]]:
+    """The tools of a chat: a list of JSON schemas, the JSON of one, or null for none.
+
+    Raises:
+        Unusable: it is none of these.
+    """
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
+    except ValueError:
+        raise Unusable(NO_TOOLS) from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable(NO_TOOLS)
+    return _drop_nulls(tools)
+
+
+def _drop_nulls(value: Any) -> Any:
+    """Without the keys that are null: a data set in columns gives every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _drop_nulls(part) for key, part in value.items() if part is not None}
+    return [_drop_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _content(content: Any) -> str:

@@ -155,7 +155,7 @@ class Reader:
 
 
 def _content(document: Document) -> int:
-    return int(content_hash(document.text, document.prompt)[:ID_DIGITS], 16)
+    return int(content_hash(document.text, document.prompt, document.tools)[:ID_DIGITS], 16)
 
 
 def join_groups(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:

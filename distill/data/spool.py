@@ -25,7 +25,8 @@ def document_line(document: Document, with_source: bool = False) -> bytes:
     d = document
     row: dict[str, Any] = {"id": d.id, "group": d.group, "domain": d.domain, "origin": d.origin}
     row |= {"source": d.source} if with_source else {}
-    row |= {"bytes": d.bytes, "sha256": content_hash(d.text, d.prompt), "text": d.text}
+    row |= {"bytes": d.bytes, "sha256": content_hash(d.text, d.prompt, d.tools), "text": d.text}
+    row |= {"tools": d.tools} if d.tools else {}
     return _encode(row | ({"prompt": d.prompt} if d.prompt else {}))
 
 

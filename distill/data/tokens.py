@@ -162,7 +162,7 @@ def _shares(path: Path) -> Iterator[Share]:
 def _make_shares(
     study: Study, tokenizer: PreTrainedTokenizerBase, shares: list[Share], scratch: Path
 ) -> None:
-    """Writes what is missing of the shares; a single one is not worth a process of its own, but has threads."""
+    """Writes what is missing of the shares; a single one takes threads, not a process of its own."""
     missing = [i for i in range(len(shares)) if not (scratch / f"{i}.npz").is_file()]
     settings = tokenizer, study.data.context, learned_of(study)
     if len(shares) == 1:

@@ -328,6 +328,10 @@ class Source(Frozen):
         description="column with chats (`role`, `content` or `from`, `value`), laid out by the tokenizer's "
         "template; the last answer is the text",
     )
+    tools_column: str | None = Field(
+        None,
+        description="column with the tools of a chat, for the template: a list of JSON schemas, or its JSON",
+    )
     id_column: str | None = Field(
         None, description="column that names each row; none: a hash of its content does"
     )
@@ -369,6 +373,8 @@ class Source(Frozen):
         }
         if len(given := [name for name, value in prompts.items() if value]) > 1:
             raise ValueError(f"give one of {' and '.join(f'`{name}`' for name in given)}")
+        if self.tools_column and not self.messages_column:
+            raise ValueError("`tools_column` needs `messages_column`: a template writes both")
         if self.kind != "dataset" and (given or self.id_column or self.group_column or self.domain_column):
             raise ValueError(f"`kind: {self.kind}` has no columns: take `kind: dataset`")
         if self.kind != "folder" and self.group_by_folder:

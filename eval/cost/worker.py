@@ -167,8 +167,8 @@ def answer_orders(engine: str, orders: TextIO) -> Iterator[Answer]:
 
 
 def main() -> None:
-    # transformers imports scikit-learn and scipy wherever they are installed (for other parts of the project),
-    # with pandas: seconds and some 140 MB that no language model needs. None makes them look absent.
+    # transformers imports scikit-learn and scipy wherever they are installed (here for other commands), with
+    # pandas: seconds and some 140 MB that no language model needs. None makes them look absent.
     for name in ("sklearn", "scipy"):
         sys.modules[name] = None  # type: ignore[assignment]
     out = sys.stdout

@@ -100,7 +100,9 @@ def test_who_asks_for_tokens_that_are_being_made_waits_for_them(study_and_tokens
     study, tokenizer, _, folder = study_and_tokens
     (folder / "manifest.json").unlink()
     made, write = [], tokens_module._write_share
-    monkeypatch.setattr(tokens_module, "_write_share", lambda *args: (made.append(1), write(*args)))
+    monkeypatch.setattr(
+        tokens_module, "_write_share", lambda *args, **more: (made.append(1), write(*args, **more))
+    )
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: list(training_rows(study, tokenizer)), range(3)))
     assert made == [1]

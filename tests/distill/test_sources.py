@@ -3,14 +3,19 @@
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import zstandard
 
 from distill.data.files import text_lines
 from distill.data.sources import fingerprint, read_source
+from distill.data.spool import document_line
+from eval.core.documents import parse_document
+from eval.core.documents.encoding import encode
 from eval.core.errors import UserError
 from eval.core.sections import Source
+from tests.helpers import tiny_tokenizer
 
 WORDS = "Grüße, naïve café\r\nsecond line"
 ROWS = [{"text": WORDS}, {"text": "zwei\n"}]
@@ -199,6 +204,36 @@ def test_a_chat_that_cannot_be_learned_is_counted(tmp_path, turns, reason):
     documents, left_out = counted(source_of(path, messages_column="chat"))
     assert len(documents) == 1
     assert left_out == {reason: 1}
+
+
+SCHEMA = {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("given", [[SCHEMA], json.dumps([SCHEMA]), [{**SCHEMA, "strict": None}]])
+def test_the_tools_of_a_chat_reach_its_template(tmp_path, given):
+    """`strict: null`: a data set in columns gives every schema the keys of all others."""
+    template = "{% for t in tools or [] %}<{{ t | tojson }}>{% endfor %}{% for m in messages %}{{ m.content }}|{% endfor %}"
+    rows = [{"chat": [USER, ANSWER], "tools": given}, {"chat": [USER, ANSWER], "tools": None}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with_tools, without = read_source(source_of(path, messages_column="chat", tools_column="tools"))
+    assert (with_tools.tools, list(without.tools)) == ([SCHEMA], [])
+    assert with_tools.id != without.id
+    again = parse_document(document_line(with_tools))
+    assert again == replace(with_tools, group=again.group)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    written = [tokenizer.decode(encoding.ids) for encoding in encode(tokenizer, [again, without])]
+    assert [text.count('"sum"') for text in written] == [1, 0]
+    assert written[0].endswith(written[1].removeprefix(tokenizer.bos_token or ""))
+
+
+def test_tools_that_are_no_schemas_are_counted(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"chat": [USER, ANSWER], "tools": t}) + "\n" for t in ("{sum}", "[]")))
+    documents, left_out = counted(source_of(path, messages_column="chat", tools_column="tools"))
+    assert len(documents) == 1
+    assert left_out == {"tools that are no list of schemas": 1}
 
 
 def test_a_prompt_of_several_columns_is_laid_out_by_a_template(tmp_path):

@@ -50,6 +50,7 @@ class Document:
     group: str = ""  # of documents that are on one side of a split, such as those of an author
     origin: str = ""  # where it was found, for messages: a file, and the row in it
     source: int = 0  # number of the source that it is of: of scored documents, and where sources have weights
+    tools: Sequence[dict[str, Any]] = ()  # JSON schemas of what a chat's assistant may call
 
     @property
     def bytes(self) -> int:
@@ -180,6 +181,7 @@ def parse_document(line: str | bytes) -> Document:
         row.get("group", row["id"]),
         row.get("origin", ""),
         row.get("source", 0),
+        row.get("tools", ()),
     )
 
 

@@ -29,6 +29,8 @@ class Readable(Protocol):
     def text(self) -> str: ...
     @property
     def prompt(self) -> str | list[dict[str, str]]: ...
+    @property
+    def tools(self) -> Sequence[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def _chat(
 
 
 def _holds(document: Readable, token: str) -> bool:
-    return token in document.text or token in str(document.prompt)
+    return any(token in str(part) for part in (document.text, document.prompt, document.tools))
 
 
 def _exchange(strings: dict[str, str], value: Any) -> Any:
@@ -230,7 +232,7 @@ def lay_out(
     """A chat as the tokenizer's own template writes it, and where its answers stand in that.
 
     Args:
-        change: is applied to every turn before.
+        change: is applied to every turn and to the tools before.
 
     Raises:
         UserError: there is no template.
@@ -242,7 +244,8 @@ def lay_out(
         raise UserError(thing, "a chat, and the tokenizer has no chat template", fix)
     assert not isinstance(document.prompt, str)
     chat = change([*document.prompt, {"role": "assistant", "content": document.text}])
-    read = partial(_write_chat, tokenizer, thing)
+    tools = change(list(document.tools)) or None
+    read = partial(_write_chat, tokenizer, thing, tools=tools)
     whole, last = read(chat), len(chat) - 1
     chosen = [i for i in range(1, last) if turns == "all" and chat[i]["role"] == "assistant"]
     answers: Answers = []
