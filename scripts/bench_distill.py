@@ -38,6 +38,7 @@ from distill.method import Plain
 from distill.teachers.cache import CachedTeacher, link_shards, write_shards
 from distill.teachers.codec import make_codec
 from distill.teachers.local import LocalTeacher
+from distill.trainer.loading import step_input
 from distill.trainer.loop import accelerator, check_finite, step_loss
 from distill.trainer.module import DistillationModule
 from distill.trainer.optimizers import build_optimizers, set_learning_rate
@@ -125,7 +126,8 @@ class Ours:
         start = number * self.config.rows % len(self.rows)
         rows = self.rows[start : start + self.config.rows]
         set_learning_rate(self.optimizers, 1.0)
-        check_finite(step_loss(self.learner, rows, self.teacher, self.config, self.acc, 0), number, rows)
+        inputs = step_input(rows, self.config, self.acc, 0, self.teacher)
+        check_finite(step_loss(self.learner, inputs, self.teacher, self.config, self.acc), number, rows)
         self.acc.clip_grad_norm_(self.learner.parameters(), self.config.clip)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -4,8 +4,10 @@ Valid tokens are those of `batch.mask`, in row-major order: entry n belongs to i
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +176,24 @@ class Aligned:
 Whole = Dense | States | Mixed  # whole distributions
 Target = Whole | Sampled | TopK
 Teacher = Callable[[Batch], Target | Aligned]
+
+
+AnyTarget = TypeVar("AnyTarget", bound=Target | Aligned)
+
+
+class StoredTargets(ABC):
+    """A teacher whose targets lie on disk: any process may read those of a batch, before its step comes."""
+
+    @abstractmethod
+    def __call__(self, batch: Batch) -> Target: ...
+
+
+def to_device(target: AnyTarget, device: torch.device) -> AnyTarget:
+    """The target with its tensors on `device`."""
+    moved = {n: v.to(device) for n, v in vars(target).items() if isinstance(v, Tensor)}
+    return replace(target, **moved)  # type: ignore
+
+
 NEVER = -1e4  # logit of an id that has no probability: its exponential is 0, and no product with it is NaN
 
 

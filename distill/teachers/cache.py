@@ -6,7 +6,6 @@ training rows alone, neither on the number of processes nor on where a run was i
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from distill.losses.teacher_output import Target, Teacher, TopK, Whole
+from distill.losses.teacher_output import StoredTargets, Target, Teacher, TopK, Whole, to_device
 from distill.teachers.codec import Codec, Columns, TopKCodec
 from eval.core.artifacts import Manifest, digest, link_files, verify_artifact
 from eval.core.documents import Batch, Row, batches, tokens_per_batch
@@ -165,12 +164,6 @@ def link_shards(scratch: Path, artifact: Path, tokens: int) -> dict[str, float]:
     return {"tokens": tokens, "bytes_per_token": round(size / tokens, 2)}
 
 
-def to_device(target: Target, device: torch.device) -> Target:
-    """The target with its tensors on `device`."""
-    moved = {n: v.to(device) for n, v in vars(target).items() if isinstance(v, torch.Tensor)}
-    return replace(target, **moved)  # type: ignore[arg-type]
-
-
 def check_lineage(folder: Path, manifest: Manifest, expected: dict[str, Any]) -> None:
     """Refuses targets of another teacher, tokenizer, data or form, naming the first difference."""
     for name, value in expected.items():
@@ -179,7 +172,7 @@ def check_lineage(folder: Path, manifest: Manifest, expected: dict[str, Any]) ->
             raise UserError(f"targets {folder}", problem, REBUILD)
 
 
-class CachedTeacher:
+class CachedTeacher(StoredTargets):
     """A teacher that reads its targets from the cache, mapped into memory.
 
     Raises:
@@ -218,5 +211,4 @@ class CachedTeacher:
     def __call__(self, batch: Batch) -> Target:
         rows = [self._read_row(name) for name in batch.ids]
         columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        target = self.codec.decode(columns)
-        return to_device(target, batch.input_ids.device)
+        return to_device(self.codec.decode(columns), batch.input_ids.device)

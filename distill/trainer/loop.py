@@ -16,7 +16,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.losses.teacher_output import Teacher
+from distill.losses.teacher_output import Aligned, Target, Teacher, to_device
 from distill.models.lm_head import check_head
 from distill.trainer.checkpoint import Checkpoints, Curve
 from distill.trainer.distributed import (
@@ -26,6 +26,7 @@ from distill.trainer.distributed import (
     is_sharded,
     prepare_sharding,
 )
+from distill.trainer.loading import StepInput, load_steps, step_input
 from distill.trainer.logging import Log
 from distill.trainer.module import DistillationModule, float32_products, layer_widths
 from distill.trainer.optimizers import (
@@ -82,41 +83,33 @@ def row_order(rows: int, steps: int, per_step: int, seed: int) -> list[list[int]
     return [stream[i * per_step : (i + 1) * per_step] for i in range(steps)]
 
 
-def batch_loss(module: nn.Module, batch: Batch, teacher: Teacher | None) -> Tensor:
-    """Summed loss of a batch by a DistillationModule, wrapped or not; the teacher runs without gradient."""
-    with torch.no_grad():
-        target = None if teacher is None else teacher(batch)
+def batch_loss(
+    module: nn.Module, batch: Batch, teacher: Teacher | None, target: Target | Aligned | None = None
+) -> Tensor:
+    """Summed loss of a batch by a DistillationModule, wrapped or not; without a target, the teacher runs."""
+    if target is None and teacher is not None:
+        with torch.no_grad():
+            target = teacher(batch)
     return module(batch, target)
 
 
-def _micro_batches(rows: list[Row], config: Train, acc: Accelerator, pad: int) -> list[Batch]:
-    """This process's share of a step: every process knows all rows, so nothing is exchanged."""
-    parts = config.accumulate * acc.num_processes
-    if len(rows) % parts:
-        fix = f"give a multiple of accumulate x processes = {parts}, or change one of these"
-        raise UserError("train.rows", len(rows), fix)
-    size = len(rows) // parts
-    mine = range(acc.process_index, parts, acc.num_processes)
-    return [collate(rows[i * size : (i + 1) * size], pad).to(acc.device) for i in mine]
-
-
 def step_loss(
-    module: nn.Module, rows: list[Row], teacher: Teacher | None, config: Train, acc: Accelerator, pad: int
+    module: nn.Module, step: StepInput, teacher: Teacher | None, config: Train, acc: Accelerator
 ) -> float:
     """Backward of one step; returns its loss, the mean over the valid tokens of all processes.
 
     The sum over this process's tokens is divided by the *global* number of valid tokens; processes are
     averaged by DDP, hence the factor. So 1 x 8 and 8 x 1 rows give one loss and one gradient.
     """
-    tokens = sum(row.predicted for row in rows)
-    micro_batches = _micro_batches(rows, config, acc, pad)
+    tokens = sum(row.predicted for row in step.rows)
     total = torch.zeros((), device=acc.device)
-    for i, batch in enumerate(micro_batches):
+    for i, (batch, stored) in enumerate(zip(step.batches, step.targets, strict=True)):
+        target = None if stored is None else to_device(stored, acc.device)
         # Gradients add up locally; the last backward pass reduces them over the processes. From the flag,
         # DeepSpeed knows when to clip and to step. `acc.accumulate` would divide the loss once more.
-        acc.sync_gradients = i == len(micro_batches) - 1
+        acc.sync_gradients = i == len(step.batches) - 1
         with nullcontext() if acc.sync_gradients else acc.no_sync(module):
-            loss = batch_loss(module, batch, teacher) / tokens
+            loss = batch_loss(module, batch.to(acc.device), teacher, target) / tokens
             with float32_products(config.precision):
                 acc.backward(loss * acc.num_processes)
         total += loss.detach()
@@ -293,22 +286,23 @@ def train(
     evaluated = module if is_sharded(acc) else plain_module
     validation = None if evaluate is None else partial(evaluate, evaluated)
     log_metrics = MetricsLogger(curve, config, report=report, log=log, evaluate=validation)
-    for step in range(start, steps):
-        step_rows = [rows[i] for i in order[step]]
+    loaded = load_steps(rows, order, start, config, acc, pad, teacher if rewrite is None else None)
+    for step, prepared in enumerate(loaded, start):
+        inputs = prepared
         if rewrite is not None:
-            step_rows = rewrite(acc, trained, step, step_rows)
+            inputs = step_input(rewrite(acc, trained, step, prepared.rows), config, acc, pad)
         factor = learning_rate_factor(step, steps, config)
         set_learning_rate(optimizers, factor)
-        loss = step_loss(module, step_rows, teacher, config, acc, pad)
-        check_finite(loss, step, step_rows)
+        loss = step_loss(module, inputs, teacher, config, acc)
+        check_finite(loss, step, inputs.rows)
         norm = gradient_norm(acc, acc.clip_grad_norm_(module.parameters(), config.clip))
-        check_finite(norm, step, step_rows, "gradient norm")
+        check_finite(norm, step, inputs.rows, "gradient norm")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         if after_step is not None:
             after_step()
-        done = Step(step + 1, steps, loss, sum(row.predicted for row in step_rows))
+        done = Step(step + 1, steps, loss, sum(row.predicted for row in inputs.rows))
         log_metrics(done, factor * config.optimizer.lr, norm)
         if done.number % config.checkpoint_every == 0 and done.number < steps:
             checkpoints.save(done.number, curve)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from distill.losses.teacher_output import Dense
+from distill.losses.teacher_output import Dense, StoredTargets
 from distill.models.lora import add_adapters
+from distill.trainer.loading import load_steps, step_input
 from distill.trainer.loop import (
     accelerator,
     batch_loss,
@@ -54,18 +55,46 @@ def test_accumulation_changes_neither_loss_nor_gradient(teacher):
     results = []
     for accumulate in (1, 8):
         model = tiny_model()
-        config = Train(rows=8, accumulate=accumulate)
-        loss = step_loss(DistillationModule(model, config), rows(8), teacher, config, accelerator(), 0)
+        config, acc = Train(rows=8, accumulate=accumulate), accelerator()
+        loss = step_loss(
+            DistillationModule(model, config), step_input(rows(8), config, acc, 0), teacher, config, acc
+        )
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         results.append((loss, float(norm)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_steps_are_prepared_ahead_in_their_order_by_any_number_of_processes(workers):
+    """Rows, batches and stored targets; the random numbers of the training are left alone."""
+
+    class Stored(StoredTargets):
+        def __call__(self, batch):
+            return row_teacher(batch)
+
+    some, config, acc = rows(), Train(rows=2, accumulate=2), accelerator()
+    order = row_order(len(some), 6, 2, seed=3)
+    torch.manual_seed(5)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    steps = list(load_steps(some, order, 2, config, acc, 0, Stored(), workers=workers))
+    assert torch.rand(1) == drawn
+    assert [[row.id for row in step.rows] for step in steps] == [[some[i].id for i in o] for o in order[2:]]
+    for step in steps:
+        for row, batch, target in zip(step.rows, step.batches, step.targets, strict=True):
+            expected = collate([row], 0)
+            assert torch.equal(batch.input_ids, expected.input_ids)
+            assert torch.equal(target.log_probs, row_teacher(expected).log_probs)
+    (running, *_) = load_steps(some, order, 2, config, acc, 0, row_teacher, workers=workers)
+    assert running.targets == [None, None], "a teacher that runs is asked when its step comes"
+
+
 SCRIPT = """
 import json, sys, torch
 sys.path[0] = sys.argv[1]
 from distill.trainer.module import DistillationModule
+from distill.trainer.loading import step_input
 from distill.trainer.loop import accelerator, step_loss
 from eval.core.sections import Train
 from tests.distill.test_loop import row_teacher, rows
@@ -75,7 +104,7 @@ acc, results = accelerator(), []
 for accumulate in (1, 4):
     config = Train(rows=8, accumulate=accumulate)
     model = acc.prepare(DistillationModule(tiny_model(), config))
-    loss = step_loss(model, rows(8), row_teacher, config, acc, 0)
+    loss = step_loss(model, step_input(rows(8), config, acc, 0), row_teacher, config, acc)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     results.append([acc.num_processes, loss, float(norm)])
 if acc.is_main_process:
