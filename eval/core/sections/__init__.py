@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from eval.core.config import FileName, Frozen, Source
+from eval.core.config import FileName, Frozen
 from eval.core.sections.models import NamedModel as NamedModel
+from eval.core.sections.source import Source as Source
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
