@@ -31,6 +31,7 @@ MODULES = {
     "sign": "eval.signoff",
     "release": "eval.release",
     "recheck": "eval.watch.recheck",
+    "rollout": "eval.watch.rollout",
 }
 ALIASES = {"watch": "recheck"}
 FLOW = {
@@ -51,6 +52,7 @@ SIDE_COMMANDS = {
     "power": "seeds and documents that see the asked share",
     "test-set": "opens the test documents for one variant",
     "challenge": "the study again with one thing changed at a time",
+    "rollout": "a release stage by stage beside its fallback: PROMOTE, HOLD or ROLL BACK",
     "try": "a first look at a method of yours, in a minute or two",
 }
 UNREADABLE = "gate.json cannot be read"

@@ -31,6 +31,8 @@ import numpy as np
 log = logging.getLogger("load_release")
 
 MANIFEST, INDEX, SIGNATURE = "manifest.json", "release.json", "signature.json"
+ROLLOUT, ROLLOUT_LOG = "rollout.json", "log.jsonl"
+Public = str | Path | bytes  # file of an Ed25519 key in PEM, or its 32 bytes
 
 if Path(__file__).with_name(MANIFEST).is_file():  # in a release, Python kept this file compiled
     with suppress(OSError):
@@ -171,10 +173,17 @@ def end_ids(folder: Path, tokenizer: Any) -> set[int]:
     return {token for token in named if token is not None}
 
 
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ReleaseError(f"{path} cannot be read ({error})") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_bytes(path))
+    except ValueError as error:
         raise ReleaseError(f"{path} cannot be read ({error})") from error
 
 
@@ -225,14 +234,8 @@ def key_id(raw: bytes) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def check_signature(root: Path, files: dict[str, Any], public_key: str | Path | bytes) -> None:
-    """Raises ReleaseError unless the key has signed the list of files and their hashes.
-
-    `SIGNATURE` is a DSSE 1.0 envelope (github.com/secure-systems-lab/dsse) of an in-toto statement.
-
-    Args:
-        public_key: file of an Ed25519 key in PEM, or its 32 bytes.
-    """
+def verified(text: bytes, public_key: Public, what: str) -> dict[str, Any]:
+    """The in-toto statement in a DSSE 1.0 envelope (github.com/secure-systems-lab/dsse) of the key."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -243,24 +246,54 @@ def check_signature(root: Path, files: dict[str, Any], public_key: str | Path | 
         key = load_pem_public_key(Path(public_key).read_bytes())
     if not isinstance(key, Ed25519PublicKey):
         raise ReleaseError(f"{public_key!s} holds no Ed25519 key")
-    envelope = read_json(root / SIGNATURE)
     try:
+        envelope = json.loads(text)
         kind, payload = envelope["payloadType"], base64.b64decode(envelope["payload"], validate=True)
         signature = base64.b64decode(envelope["signatures"][0]["sig"], validate=True)
         key.verify(signature, f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload)
-        signed = {one["name"]: one["digest"]["sha256"] for one in json.loads(payload)["subject"]}
+        statement = json.loads(payload)
     except InvalidSignature as error:
-        raise ReleaseError(f"{SIGNATURE} was changed, or was not signed by this key") from error
+        raise ReleaseError(f"{what} was changed, or was not signed by this key") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ReleaseError(f"{SIGNATURE} is no signature ({error})") from error
+        raise ReleaseError(f"{what} is no signature ({error})") from error
     expected = {"keyid": key_id(key.public_bytes_raw()), "sig": base64.b64encode(signature).decode()}
     whole = {"payload": base64.b64encode(payload).decode(), "payloadType": kind, "signatures": [expected]}
-    if (root / SIGNATURE).read_bytes() != f"{json.dumps(whole)}\n".encode():  # one spelling, one key
-        raise ReleaseError(f"{SIGNATURE} was changed")
+    if text != f"{json.dumps(whole)}\n".encode():  # one spelling, one key
+        raise ReleaseError(f"{what} was changed")
+    return statement
+
+
+def check_signature(root: Path, files: dict[str, Any], public_key: Public) -> None:
+    """Raises ReleaseError unless the key has signed the list of files and their hashes."""
+    statement = verified(read_bytes(root / SIGNATURE), public_key, SIGNATURE)
+    try:
+        signed = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ReleaseError(f"{SIGNATURE} is no signature ({error})") from error
     listed = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: sha256(root / MANIFEST)}
     for name in sorted({*signed, *listed}, key=lambda name: (name == MANIFEST, name)):
         if signed.get(name) != listed.get(name):
             raise ReleaseError(f"{name} is not the one that was signed")
+
+
+def check_arm(arm: str, rollout: Path | None, root: Path, target: str, key: Public | None) -> None:
+    """Raises ReleaseError where the fallback is asked for, by the caller or a rollout, or it is in doubt."""
+    if arm != "release":
+        raise ReleaseError("it was asked for")
+    if rollout is None:
+        return
+    state = read_json(rollout / ROLLOUT)
+    if state.get("release") != sha256(root / MANIFEST) or state.get("target") != target:
+        raise ReleaseError(f"{rollout / ROLLOUT} is of another release or target")
+    if key is not None:
+        *_, last = [b"", *read_bytes(rollout / ROLLOUT_LOG).splitlines(keepends=True)]
+        said = verified(last, key, ROLLOUT_LOG).get("predicate", {}).get("state")
+        if said != {name: value for name, value in state.items() if name != "log"}:
+            raise ReleaseError(f"{rollout / ROLLOUT} is not what the last line of {ROLLOUT_LOG} says")
+    if state.get("status") not in ("running", "complete"):
+        raise ReleaseError(
+            f"the rollout was {state.get('status')} on {state.get('time')}: {state.get('reason')}"
+        )
 
 
 def check_golden_answers(model: Model, answers: list[dict[str, Any]]) -> None:
@@ -304,8 +337,11 @@ def load_release(
     path: str | Path,
     target: str,
     sha256_of_manifest: str | None = None,
-    public_key: str | Path | bytes | None = None,
+    public_key: Public | None = None,
     today: date | None = None,
+    rollout: Path | None = None,
+    rollout_key: Public | None = None,
+    arm: str = "release",
 ) -> tuple[Model, Info]:
     """The model that was released for `target`, or the fallback with a logged reason.
 
@@ -315,11 +351,13 @@ def load_release(
         sha256_of_manifest: as `eval.release` printed it. The hashes find accidents; this also finds a hand
             that rewrote the hashes, if this loader is not that of the folder.
         public_key: file of the key that signed the folder, in PEM, or its 32 bytes: it finds the same.
-        today: a day to come, to see what will be served then; a day before the clock's counts for nothing.
+        today: a day to come, to see what will be served then.
+        rollout: folder of `eval.watch.rollout`; where that says so, or is damaged, the fallback is served.
+        rollout_key: public key of who signs its steps.
+        arm: "fallback" to load that one.
 
     Raises:
-        ReleaseError: the list of files, its signature or the index is off, so nothing can be trusted, there
-            is no such target, or the fallback is off too.
+        ReleaseError: files, signature or index are off, there is no such target, or the fallback is off.
     """
     root, now = Path(path), datetime.now(UTC).date()
     day = max(today or now, now)
@@ -337,6 +375,7 @@ def load_release(
         raise ReleaseError(f"no target {target!r}; this release has {', '.join(index['targets'])}")
     part, reason = index["targets"][target], None
     try:
+        check_arm(arm, rollout, root, target, rollout_key)
         check_new(root, files)
         check_files(root, files, {name for name in files if not name.startswith(("variants/", "fallback/"))})
         check_waiver(index, part, day)
@@ -355,7 +394,6 @@ def load_release(
     facts = {name: part[name] for name in ("folder", "engine", "verdict", "waiver", "expires")}
     facts |= {"release": index["name"], "target": target, "context": index["context"]}
     if part["waiver"] and reason is None:
-        log.warning(
-            "release %s ships on a waiver until %s: %s", index["name"], part["expires"], part["waiver"]
-        )
+        until = part["expires"]
+        log.warning("release %s ships on a waiver until %s: %s", index["name"], until, part["waiver"])
     return model, Info(**facts, fallback=reason is not None, reason=reason)

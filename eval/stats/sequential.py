@@ -17,6 +17,7 @@ from scipy.special import betaincc, betaln, stdtr
 
 Array = NDArray[np.float64]
 STEPS = 60  # of bisection of a logarithm: to 1e-16
+RATE_STEPS = 40  # the same of a chance: to 4e-11 of it
 ROUNDING = 1e-12  # spread below this share of the largest value is rounding, not variance
 
 
@@ -107,22 +108,38 @@ def rate_bounds(successes: float, n: int, alpha: float, tuned: float) -> tuple[f
 
     Of values between 0 and 1 with the sum `successes` too: their mean is bounded as a chance is.
     """
-    return _lowest_rate(successes, n, alpha, tuned), 1 - _lowest_rate(n - successes, n, alpha, tuned)
+    low, high = (lowest_rates(k, n, alpha, tuned) for k in (successes, n - successes))
+    return float(low), 1 - float(high)
 
 
-def _lowest_rate(successes: float, n: int, alpha: float, tuned: float) -> float:
-    """The largest chance that is refused as too small."""
-    if successes == 0:
-        return 0.0
-    weight = float(mixture_weight(tuned, alpha))
-    low, high = -40.0, float(np.log(successes / n))  # of the logarithm: refused, not refused
-    for _ in range(STEPS):
+def lowest_rates(successes: ArrayLike, n: ArrayLike, alpha: ArrayLike, tuned: float) -> Array:
+    """The lower bounds of `rate_bounds`, of arrays; 0 where there is nothing yet."""
+    parts = (np.asarray(x, float) for x in (successes, n, alpha))
+    successes, n, alpha = np.broadcast_arrays(*parts)
+    weight, some = mixture_weight(tuned, alpha), successes > 0
+    k, count = np.where(some, successes, 1.0), np.where(some, n, 2.0)
+    low, high = np.full(k.shape, -40.0), np.log(k / count)  # of the logarithm: refused, not refused
+    for _ in range(RATE_STEPS):
         middle = (low + high) / 2
-        if log_rate_evidence(successes, n, np.exp(middle), weight) >= -np.log(alpha):
-            low = middle
-        else:
-            high = middle
-    return float(np.exp(low)) if low > -40 else 0.0
+        refused = log_rate_evidence(k, count, np.exp(middle), weight) >= -np.log(alpha)
+        low, high = np.where(refused, middle, low), np.where(refused, high, middle)
+    return np.where(some & (low > -40), np.exp(low), 0.0)
+
+
+def refused_counts(n: ArrayLike, rate: float, alpha: ArrayLike, tuned: float) -> Array:
+    """The fewest successes among n that refuse "the chance of one is at most `rate`"; n + 1 where none do.
+
+    Evidence grows with the successes, so that they are found by bisection.
+    """
+    n, alpha = np.broadcast_arrays(np.asarray(n, float), np.asarray(alpha, float))
+    weight, count = mixture_weight(tuned, alpha), np.maximum(n, 1)
+    low, high = np.zeros(n.shape), n + 1  # not refused, refused
+    for _ in range(int(np.log2(n.max(initial=1) + 1)) + 2):
+        middle = np.floor((low + high) / 2)
+        refused = log_rate_evidence(np.minimum(middle, count), count, rate, weight) >= -np.log(alpha)
+        refused &= high - low > 1
+        low, high = np.where(refused | (high - low <= 1), low, middle), np.where(refused, middle, high)
+    return high
 
 
 def quantile_bounds(
@@ -136,14 +153,8 @@ def quantile_bounds(
     """
     ordered = np.sort(np.asarray(values, float))
     n = len(ordered)
-    if n == 0:
-        return None, None
-    weight, rank = float(mixture_weight(tuned, alpha)), np.arange(1, n + 1)
-    too_many = log_rate_evidence(rank, n, q, weight) >= -np.log(alpha)
-    too_few = log_rate_evidence(rank, n, 1 - q, weight) >= -np.log(alpha)
-    above = int(np.argmax(too_many)) if too_many.any() else None
-    below = n - 1 - int(np.argmax(too_few)) if too_few.any() else None
+    too_many, too_few = (int(refused_counts(n, rate, alpha, tuned)) for rate in (q, 1 - q))
     return (
-        None if below is None else float(ordered[below]),
-        None if above is None else float(ordered[above]),
+        float(ordered[n - too_few]) if too_few <= n else None,
+        float(ordered[too_many - 1]) if too_many <= n else None,
     )

@@ -13,28 +13,22 @@ import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eval.core.artifacts import MANIFEST, FileEntry, file_sha256, hash_files, read_manifest, verify_artifact
-from eval.core.checks import CONTROL, FALLBACK, STUDENT
+from eval.core.artifacts import MANIFEST, file_sha256
 from eval.core.commands import add_json, new_parser, write_json
 from eval.core.documents import TEST, Document
-from eval.core.errors import EXITS, UserError, entry, require_one_of
-from eval.core.gate_file import STYLES, read_gate
-from eval.core.records import PLAIN, VALIDATION
-from eval.core.study import load_study
-from eval.release.contract import costs_of, gain
-from eval.release.contract_file import Contract, Signature, Target, read_contract
-from eval.release.load_release import SIGNATURE, ReleaseError, check_signature
+from eval.core.errors import EXITS, entry
+from eval.core.gate_file import STYLES
+from eval.core.records import VALIDATION
+from eval.release.contract_file import Contract
 from eval.report.format import estimate_cell, fixed, significant
-from eval.signoff.keys import Trusted, from_text, read_trusted
-from eval.signoff.statement import Predicate, expired, read_statement, signoff_path
-from eval.signoff.verify import first_difference, row_of
+from eval.signoff.keys import read_trusted
+from eval.signoff.statement import expired
 from eval.stats.crossed import FAIL
 from eval.stats.drift import NEGLIGIBLE, QUESTIONS, Drift, Moved, drifts, drifts_so_far
 from eval.watch.history import (
@@ -54,125 +48,15 @@ from eval.watch.measure import (
     bits_of,
     drift_values,
     read_new,
-    released_by_cluster,
     see,
     text_id,
 )
 from eval.watch.regression import Finding, diagnosis, findings, verdict
 from eval.watch.sequences import findings_so_far
+from eval.watch.verify import checked
 
 TUNED = 4  # times the documents of the first look: where the bounds are narrowest
 WIDTH = 130  # columns of the tables where nobody can tell, e.g. in a log
-
-
-def checked(release: Path, trusted: Trusted | None, target: str | None) -> tuple[Contract, str]:
-    """The contract of a release whose bytes are those that were released and signed, and the target.
-
-    Raises:
-        UserError: a file is missing, new or changed, or is not what the sign-off speaks of.
-    """
-    fix = "get the release again"
-    recorded = read_manifest(release).files
-    current = hash_files(release)
-    for name in sorted({*recorded, *current} - {SIGNATURE}):
-        if current.get(name) != recorded.get(name):
-            how = "missing" if name not in current else "changed" if name in recorded else "not part of it"
-            raise UserError(f"release {release}", f"{name} is {how}", fix)
-    if trusted is not None:
-        check_folder(release, recorded, trusted)
-    contract = read_contract(release)
-    name = target or next(iter(contract.targets))
-    shipped = contract.targets[require_one_of("--target", name, list(contract.targets))]
-    statement = read_statement(signoff_path(release, shipped.recipe, name), trusted)
-    predicate = statement.predicate
-    for place, signed in signed_places(release, contract, shipped).items():
-        if file_sha256(release / place) != predicate.files.get(signed):
-            raise UserError(f"release {release}", f"{place} is not the {signed} that was signed", fix)
-    for folder in (f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"):
-        verify_artifact(release / folder)  # their manifests were signed: the files must be theirs
-    if changed := first_difference(
-        contract.model_dump(mode="json"), restated(release, contract, name, predicate)
-    ):
-        raise UserError(f"release {release}", f"its contract is not what was signed: {changed}", fix)
-    return contract, name
-
-
-def check_folder(release: Path, files: dict[str, FileEntry], trusted: Trusted) -> None:
-    """The folder as a whole was signed by a key that is trusted.
-
-    Raises:
-        UserError: it was not, or something was changed since.
-    """
-    listed = {name: entry.model_dump() for name, entry in files.items()}
-    problem = "no Ed25519 key is trusted"
-    for holder in trusted.values():
-        if holder.key.keytype == "ed25519":
-            try:
-                return check_signature(release, listed, bytes.fromhex(holder.key.keyval["public"]))
-            except ReleaseError as error:
-                problem = str(error)
-    raise UserError(f"release {release}", problem, "get the release again, or the key of who signed it")
-
-
-def restated(release: Path, contract: Contract, target: str, predicate: Predicate) -> dict[str, Any]:
-    """The contract with what it says of a target built again from the signed evidence."""
-    gate, study = read_gate(release / "evidence"), load_study(release / "evidence" / "study.yaml")
-    signed_target, row = contract.targets[target], row_of(gate, predicate.recipe, predicate.target)
-    current = signed_target.model_copy(
-        update={
-            **predicate.model_dump(include={"recipe", "verdict", "reason"}),
-            "waiver": predicate.waiver,
-            "signature": Signature(
-                by=predicate.by,
-                time=predicate.time,
-                key=from_text(predicate.public_key).keyid,
-                file=signoff_path(Path(), predicate.recipe, predicate.target).as_posix(),
-            ),
-            "gain": {
-                name: gain(gate, row, name, released_by_cluster(release, contract, signed_target, name))
-                for name in [VALIDATION, *gate.budget["slices"]]
-            },
-            "cost": costs_of(row.parts),
-        }
-    )
-    limits = {"context_tokens": study.data.context, "scored_bytes": study.data.scored_bytes}
-    whole = contract.model_copy(
-        update={
-            "study": gate.study,
-            "method": gate.method,
-            "seed": study.seeds[0],
-            "alpha": gate.budget["alpha"],
-            "data": gate.provenance.data,
-            "config": gate.provenance.config,
-            "targets": {**contract.targets, predicate.target: current},
-            "inputs": contract.inputs.model_copy(update=limits),
-        }
-    )
-    return whole.model_dump(mode="json")
-
-
-def signed_places(release: Path, contract: Contract, shipped: Target) -> dict[str, str]:
-    """Path in the release -> path that the sign-off has for it."""
-    recipe, seed = shipped.recipe, f"s{contract.seed}"
-
-    def folder_of(arm: str) -> str:
-        return f"students/{arm}/{seed}" if recipe == PLAIN else f"variants/{recipe}/{arm}/{seed}"
-
-    places = {
-        f"variants/{recipe}/{MANIFEST}": f"{folder_of(STUDENT)}/{MANIFEST}",
-        f"evidence/control/{recipe}/{MANIFEST}": f"{folder_of(CONTROL)}/{MANIFEST}",
-        f"fallback/{MANIFEST}": f"base/{seed}/{MANIFEST}",
-        "evidence/gate.json": "gate.json",
-        "evidence/study.yaml": "study.yaml",
-    }
-    for arm, record_recipe in ((STUDENT, recipe), (CONTROL, recipe), (FALLBACK, PLAIN)):
-        record = f"records/score/{record_recipe}/{arm}-{seed}.json"
-        places[f"evidence/{record}"] = record
-    for arm, record_recipe in ((STUDENT, recipe), (CONTROL, recipe), (FALLBACK, PLAIN)):
-        record = f"records/test/{record_recipe}/{arm}-{seed}.json"
-        if (release / "evidence" / record).is_file():  # the test documents were opened
-            places[f"evidence/{record}"] = record
-    return places
 
 
 @dataclass(frozen=True)

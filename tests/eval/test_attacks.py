@@ -28,7 +28,7 @@ from eval.release.load_release import ReleaseError, load_release
 from eval.signoff.keys import new_key, read_trusted
 from eval.signoff.statement import read_bundle
 from eval.signoff.verify import Rerun, problems
-from eval.watch.recheck import checked
+from eval.watch.verify import checked
 from tests.eval.run_builder import NOW, Run, copy_run, edit
 
 

@@ -21,9 +21,9 @@ from eval.watch.history import (
     write_history,
 )
 from eval.watch.measure import before_release
-from eval.watch.recheck import checked
 from eval.watch.regression import diagnosis, verdict
 from eval.watch.sequences import findings_so_far, hardest_since
+from eval.watch.verify import checked
 from tests.eval import real_run
 from tests.eval.test_recheck import gain, models
 from tests.helpers import run as command

@@ -16,8 +16,9 @@ from eval.release.contract_file import Bits, Gain, Saving, read_contract
 from eval.signoff.keys import new_key, read_trusted
 from eval.stats.drift import QUESTIONS, drifts, superiority, surprise
 from eval.watch.measure import read_new
-from eval.watch.recheck import checked, recheck
+from eval.watch.recheck import recheck
 from eval.watch.regression import change, diagnosis, findings, verdict
+from eval.watch.verify import checked
 from tests.eval import real_run
 from tests.helpers import run as command
 from tests.helpers import text
