@@ -31,6 +31,7 @@ MODULES = {
     "sign": "eval.signoff",
     "release": "eval.release",
     "recheck": "eval.watch.recheck",
+    "monitor": "eval.watch.monitor",
     "rollout": "eval.watch.rollout",
 }
 ALIASES = {"watch": "recheck"}
@@ -52,6 +53,7 @@ SIDE_COMMANDS = {
     "power": "seeds and documents that see the asked share",
     "test-set": "opens the test documents for one variant",
     "challenge": "the study again with one thing changed at a time",
+    "monitor": "a release on traffic, for cron: is the method fading, or the world harder?",
     "rollout": "a release stage by stage beside its fallback: PROMOTE, HOLD or ROLL BACK",
     "try": "a first look at a method of yours, in a minute or two",
 }

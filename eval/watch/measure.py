@@ -3,13 +3,14 @@
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
 
-from eval.core.artifacts import read_manifest
+from eval.core.artifacts import MANIFEST, file_sha256, read_manifest
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
 from eval.core.documents import TEST, Document, json_objects, tokens_per_batch
 from eval.core.documents.encoding import text_ids
@@ -19,7 +20,9 @@ from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.release.contract_file import Bits, Contract, Target
 from eval.release.reference import Reference
 from eval.stats.drift import QUESTIONS, Array, surprise
-from eval.watch.history import Seen
+from eval.watch.history import Look, Seen, previous_hash
+
+TUNED = 4  # times the documents of the first look: where the bounds are narrowest
 
 
 def read_new(path: Path, limit: int) -> list[Document]:
@@ -160,3 +163,22 @@ def see(release: Path, contract: Contract, shipped: Target, documents: list[Docu
 
 def bits_of(seen: Seen) -> Bits:
     return Bits(*(np.asarray(c, float) for c in (seen.release, seen.control, seen.fallback, seen.bytes)))
+
+
+def new_look(
+    looks: list[Look], release: Path, contract: Contract, target: str, name: str, seen: Seen
+) -> Look:
+    """The next line of a history; what it says is filled in once it was judged with all before it."""
+    return Look(
+        number=len(looks) + 1,
+        previous=previous_hash(looks),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        release=file_sha256(release / MANIFEST),
+        contract=contract.name,
+        target=target,
+        slice=name,
+        tuned=looks[0].tuned if looks else float(TUNED * len(seen.id)),
+        seen=seen,
+        state="",
+        reason="",
+    )

@@ -32,12 +32,9 @@ from eval.signoff.statement import expired
 from eval.stats.crossed import FAIL
 from eval.stats.drift import NEGLIGIBLE, QUESTIONS, Drift, Moved, drifts, drifts_so_far
 from eval.watch.history import (
-    Look,
-    Seen,
     Series,
     check_history,
     check_new,
-    previous_hash,
     read_history,
     series_of,
     write_history,
@@ -47,6 +44,7 @@ from eval.watch.measure import (
     before_release,
     bits_of,
     drift_values,
+    new_look,
     read_new,
     see,
     text_id,
@@ -55,7 +53,6 @@ from eval.watch.regression import Finding, diagnosis, findings, verdict
 from eval.watch.sequences import findings_so_far
 from eval.watch.verify import checked
 
-TUNED = 4  # times the documents of the first look: where the bounds are narrowest
 WIDTH = 130  # columns of the tables where nobody can tell, e.g. in a log
 
 
@@ -96,25 +93,6 @@ def judge_series(contract: Contract, target: str, name: str, before: Before, ser
     found = findings_so_far(contract.targets[target].gain[name], before.bits, series, alpha)
     drift = drifts_so_far(before.values, series.values, series.first, alpha, series.tuned)
     return Result(found, drift, len(series.domain), before.slice, len(series.days))
-
-
-def new_look(
-    looks: list[Look], release: Path, contract: Contract, target: str, name: str, seen: Seen
-) -> Look:
-    """The next line of a history; what it says is filled in once it was judged with all before it."""
-    return Look(
-        number=len(looks) + 1,
-        previous=previous_hash(looks),
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-        release=file_sha256(release / MANIFEST),
-        contract=contract.name,
-        target=target,
-        slice=name,
-        tuned=looks[0].tuned if looks else float(TUNED * len(seen.id)),
-        seen=seen,
-        state="",
-        reason="",
-    )
 
 
 def append_look(

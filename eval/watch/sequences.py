@@ -5,14 +5,20 @@ everything so far; what is *lost* by everything since any one look, so that a ch
 came. docs/statistics.md has the bounds and a simulated year of looks.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from eval.core.gate_file import Estimate
 from eval.release.contract_file import Bits, Gain, Of, Saving, over_documents
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict, cluster_bounds
+from eval.stats.drift import QUESTIONS, Moved
 from eval.stats.sequential import mean_bounds, start_level
 from eval.watch.history import Array, Series
 from eval.watch.regression import Finding
+
+State = Literal["fine", "the method is fading", "the world got harder", "both", "the input changed"]
+KEPT = 0.8  # of what was saved at the release: less is fading
+HARDER = 0.05  # of the fallback's bits per byte at the release: so much more is harder
+PARTS = 4  # that share alpha: saved over the control, over the fallback, difficulty, the input
 
 
 class Extreme(NamedTuple):
@@ -121,3 +127,51 @@ def findings_so_far(gain: Gain, before: Bits, series: Series, alpha: float) -> l
         check_saving_so_far(of, before, series, saving.floor, alpha, alpha / max(floors, 1))
         for of, saving in savings.items()
     ]
+
+
+class Blame(NamedTuple):
+    """Who is to blame, since when, and by which figures."""
+
+    state: State
+    reasons: list[str]
+
+
+def faded(of: Of, before: Bits, series: Series, alpha: float) -> str:
+    """What to say where the release saves less than `KEPT` of what it did, since any look; else empty."""
+    then, lowest = cluster_bounds(before.over(of), alpha / 2), lowest_since(series, of, alpha / 2)
+    if then is None or lowest is None or then[0] <= 0 or lowest.bound >= KEPT * then[0]:
+        return ""
+    was = f"{before.over(of).mean():.3f} [{then[0]:.3f}, {then[1]:.3f}] when it was released"
+    return f"saved over the {of}: at most {lowest.bound:.3f} bits per byte since {lowest.day}, {was}"
+
+
+def blame(before: Bits, series: Series, drift: list[Moved], alpha: float) -> Blame:
+    """Did the method lose what it is worth, did the texts become harder for everybody, or are they others?
+
+    What the method is worth is what the release saves against its control and the fallback on the same texts;
+    how hard they are is what the fallback says of them. Any alarm that should not ring has chance alpha, over
+    all looks.
+
+    Args:
+        drift: of the input, at alpha / `PARTS`.
+    """
+    level = alpha / PARTS
+    fading = [said for of in ("control", "fallback") if (said := faded(of, before, series, level))]
+    hardest = hardest_since(series, before, level)
+    usual = float(before.level("fallback").mean())
+    harder = []
+    if hardest is not None and hardest.bound > HARDER * usual:
+        rise = f"at least {hardest.bound:.3f} bits per byte more since {hardest.day}"
+        harder = [f"the fallback needs {rise}, {usual:.3f} when it was released"]
+    changed = [
+        f"{QUESTIONS[one.name]}: median {one.now:.4g}, {one.before:.4g} when it was released, "
+        f"Cliff's delta {one.effect:+.2f} [{one.low:+.2f}, {one.high:+.2f}]"
+        for one in drift
+        if one.since is not None
+    ]
+    if fading or harder:
+        state: State = (
+            "both" if fading and harder else "the method is fading" if fading else "the world got harder"
+        )
+        return Blame(state, [*fading, *harder, *changed])
+    return Blame("the input changed", changed) if changed else Blame("fine", [])
