@@ -9,14 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compress.build import TrainedStudent, Variant, build_variants, is_built, scratch_folder
-from compress.publish import publish_variant
+from compress.publish import publish_variants
 from compress.recipe import Failures, Recipe, load_recipe, load_recipes
 from distill.models.precision import settle_precision
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import is_done, verify_artifact, write_text
 from eval.core.checks import CONTROL, STUDENT, UNBUILT, read_unbuilt
 from eval.core.documents import free_bytes
-from eval.core.errors import UserError, attempt
+from eval.core.errors import UserError
 from eval.core.jobs import Job, run_jobs
 from eval.core.sections.precision import read_choice
 from eval.core.study import Study, recipe_names
@@ -95,6 +95,13 @@ def save_failures(study: Study, failures: Failures) -> None:
         (study.folder / UNBUILT).unlink(missing_ok=True)
 
 
+def group_by_student(variants: Iterable[Variant]) -> dict[TrainedStudent, list[Variant]]:
+    groups: dict[TrainedStudent, list[Variant]] = {}
+    for variant in variants:
+        groups.setdefault(variant.student, []).append(variant)
+    return groups
+
+
 def affordable_workers(study: Study, students: Iterable[TrainedStudent]) -> int:
     """How many processes build side by side: at most `study.workers`, and as many as free memory allows."""
     weights = [0.0]
@@ -121,10 +128,7 @@ def make_variants(study: Study) -> tuple[int, Failures]:
     if variants:
         for name, why in failures.items():
             print(f"recipe {name} is left out: {why}")
-    groups: dict[TrainedStudent, list[Variant]] = {}
-    for variant in variants:
-        if not is_built(study, variant):
-            groups.setdefault(variant.student, []).append(variant)
+    groups = group_by_student(variant for variant in variants if not is_built(study, variant))
     jobs = [
         Job(f"{student.arm}/s{student.seed}", build_variants, (study, group), weight=len(group))
         for student, group in groups.items()
@@ -133,9 +137,16 @@ def make_variants(study: Study) -> tuple[int, Failures]:
     results = run_jobs("build variants", jobs, workers)
     for job in jobs:  # of a recipe that failed for several students, the first tells why
         failures = {**results[job.name], **failures}
-    built = {v.name.removeprefix("variants/"): v for v in variants if is_built(study, v)}
-    jobs = [Job(name, attempt, (publish_variant, study, v)) for name, v in built.items()]
-    refused = {name: why for name, why in run_jobs("verify variants", jobs, study.workers).items() if why}
+    built = {v.name: v for v in variants if is_built(study, v)}
+    jobs = [
+        Job(f"{student.arm}/s{student.seed}", publish_variants, (study, group), weight=len(group))
+        for student, group in group_by_student(built.values()).items()
+    ]
+    refused = {
+        name: why
+        for some in run_jobs("verify variants", jobs, study.workers).values()
+        for name, why in some.items()
+    }
     failures |= {built[name].recipe.name: why for name, why in refused.items()}
     failures = {name: failures[name] for name in recipe_names(study) if name in failures}
     save_failures(study, failures)

@@ -1,4 +1,4 @@
-"""Publishes a built variant: verified in this process, which did not build it, then made an artifact."""
+"""Publishes built variants: verified in this process, which did not build them, then made artifacts."""
 
 import json
 import shutil
@@ -6,10 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 from compress.build import REPORTS, Variant, build_folder
+from compress.recipe import Failures
 from compress.verify import MODEL, verify_reload
 from eval.core.artifacts import build_artifact, digest
-from eval.core.errors import UserError
+from eval.core.errors import UserError, attempt
 from eval.core.study import Study
+
+
+def publish_variants(study: Study, variants: list[Variant], report: Callable[[float], None]) -> Failures:
+    """Verifies built variants one after another and moves them into the run folder; name -> why not."""
+    failures = Failures()
+    for i, variant in enumerate(variants):
+        if why := attempt(publish_variant, study, variant, report):
+            failures[variant.name] = why
+        report((i + 1) / len(variants))
+    return failures
 
 
 def publish_variant(study: Study, variant: Variant, report: Callable[[float], None]) -> None:

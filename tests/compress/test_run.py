@@ -132,7 +132,7 @@ def test_reports_follow_each_other(done):
 def test_the_output_is_plain_lines_and_nothing_of_the_libraries(done):
     lines = done[2].stderr.splitlines()
     assert done[2].stdout.count("\n") == 1, done[2].stdout
-    assert sum("verify variants:" in line for line in lines) == 10
+    assert sum("verify variants:" in line for line in lines) == 2, "a process for each student"
     assert all(line.startswith(("build variants:", "verify variants:")) for line in lines), done[2].stderr
 
 
@@ -256,11 +256,11 @@ def test_a_folder_that_answers_differently_is_not_published(small):
 
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
-    """Killed when the first student is built, and again when the first variant is verified."""
+    """Killed when the first student is built, and again when its variants are verified."""
     chain = ({"pass": "drop_layers"}, {"pass": "recover", "train": {**TRAIN, "checkpoint_every": 2}})
     recipes = [recipe_file(tmp_path, "chain", *chain), recipe_file(tmp_path, "w50", {"pass": "wanda"})]
     study = build_student_run(tmp_path, recipes)
-    for sign in ("build variants: S1/s0", "verify variants: chain/S1/s0"):
+    for sign in ("build variants: S1/s0", "verify variants: S1/s0"):
         command = [sys.executable, "-m", "compress.run", "--study", str(study.folder)]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         with process:
