@@ -46,7 +46,9 @@ def state(study: Study) -> str:
     method = make_method(study.method)
     plugins = [method.code, method.control().code, *(recipe.code for recipe in load_recipes(study))]
     code = sorted(p for top in ("distill", "compress", "eval") for p in (ROOT / top).rglob("*.py"))
-    every = {p.relative_to(study.folder).as_posix(): p for p in study.folder.rglob("*") if p.is_file()}
+    # Without what is being written now: the verdict, beside this.
+    present = (p for p in study.folder.rglob("*") if p.suffix != ".tmp" and p.is_file())
+    every = {p.relative_to(study.folder).as_posix(): p for p in present}
     files = {name: p for name, p in every.items() if p.name not in LATER and not name.startswith(AFTER)}
     return digest(
         [

@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,10 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
+from eval.core.board import Board
 from eval.core.errors import UserError
 
 HEAVY = ["transformers.modeling_utils"]  # imported once, by the process from which all workers are forked
@@ -185,7 +181,7 @@ class _Worker:
         sender.close()  # the worker's is the only one now: its death ends the pipe
         return cls(job, process, receiver)
 
-    def read(self, title: str, board: "_Board") -> tuple[Any] | None:
+    def read(self, title: str, board: "Board") -> tuple[Any] | None:
         """Passes the progress on; returns (result,) once the job is done, None before.
 
         Raises:
@@ -230,79 +226,13 @@ def _end_processes(workers: list[_Worker], terminate: bool) -> None:
         worker.receiver.close()
 
 
-class _Speed:
-    """Tokens per second over the last seconds."""
-
-    def __init__(self, seconds: float = 15.0) -> None:
-        self.seconds = seconds
-        self.reports: deque[tuple[float, int]] = deque()  # (time, tokens since the report before)
-
-    def add(self, tokens: int) -> None:
-        self.reports.append((time.monotonic(), tokens))
-
-    def __str__(self) -> str:
-        now = time.monotonic()
-        while self.reports and self.reports[0][0] < now - self.seconds:
-            self.reports.popleft()
-        if len(self.reports) < 2:
-            return ""
-        total = sum(tokens for _, tokens in list(self.reports)[1:])  # the first's came before its time
-        return f"{total / max(now - self.reports[0][0], 1e-9):,.0f} tokens/s"
-
-
-class _Board:
-    """What people see: one bar with the time left, or a plain line per finished job off a terminal."""
-
-    def __init__(self, title: str, jobs: list[Job]) -> None:
-        self.weights = {job.name: job.weight for job in jobs}
-        self.done = 0
-        self.shares: dict[str, float] = {}
-        self.started = time.monotonic()
-        self.title = title
-        self.console = Console(stderr=True)
-        self.bar = Bar(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[now]} {task.fields[speed]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.speed = _Speed()
-        self.task = self.bar.add_task(title, total=sum(self.weights.values()) or 1.0, now="", speed="")
-
-    def update(self, name: str, share: float, tokens: int = 0) -> None:
-        self.shares[name] = share
-        if tokens:
-            self.speed.add(tokens)
-        done = sum(self.weights[n] * s for n, s in self.shares.items())
-        running = ", ".join(n for n, s in self.shares.items() if s < 1)
-        self.bar.update(self.task, completed=round(done), now=running, speed=str(self.speed))
-
-    def finish(self, name: str) -> None:
-        self.update(name, 1.0)
-        self.done += 1
-        if self.console.is_terminal:
-            return
-        elapsed = time.monotonic() - self.started
-        share = sum(self.weights[n] * s for n, s in self.shares.items()) / sum(self.weights.values())
-        left = elapsed / share - elapsed if share else 0.0
-        speed = f"{self.speed}, " if str(self.speed) else ""
-        finished = f"{self.title}: {name} done, {self.done} of {len(self.weights)}"
-        line = f"{finished}, {speed}{elapsed:.0f} s, about {left:.0f} s left"
-        print(line, file=sys.stderr, flush=True)
-
-
 def run_in_turn(title: str, jobs: list[Job], quiet: bool = False) -> dict[str, Any]:
     """Runs every job in this process, in the given order, which must respect `after`.
 
     Raises:
         UserError: a job called `sys.exit()`.
     """
-    board = _Board(title, jobs)
+    board = Board(title, {job.name: job.weight for job in jobs})
     board.bar.disable = board.bar.disable or quiet
     results: dict[str, Any] = {}
     with board.bar:
@@ -331,8 +261,8 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
         _assert_importable(job)
     if not jobs:
         return {}
-    context = _context()
-    board = _Board(title, jobs)
+    context = multiprocessing.get_context("forkserver" if prepare_workers() else "spawn")
+    board = Board(title, {job.name: job.weight for job in jobs})
     results, waiting, running = dict[str, Any](), list(jobs), list[_Worker]()
     try:
         with board.bar:
@@ -367,17 +297,23 @@ def _assert_importable(job: Job) -> None:
         )
 
 
-def _context() -> BaseContext:
-    """Fresh processes; where forking is safe, from one that has imported heavy libraries and none of ours."""
+def prepare_workers() -> bool:
+    """Starts the process from which workers are forked: it imports heavy libraries, and none of ours.
+
+    A command that will run jobs calls this first: its own imports go on meanwhile.
+
+    Returns:
+        whether forking is safe here; else workers are started from nothing.
+    """
     # The name of its socket, below the folder for temporary files, has at most 107 bytes.
     if sys.platform != "linux" or len(tempfile.gettempdir()) > 70:
-        return multiprocessing.get_context("spawn")
+        return False
     forkserver.set_forkserver_preload(HEAVY)
     resource_tracker.ensure_running()  # its own start would unblock the signal below
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C in its imports would be a traceback
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    return multiprocessing.get_context("forkserver")
+    return True
 
 
 @contextmanager
