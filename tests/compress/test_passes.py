@@ -28,7 +28,12 @@ CASES = {
     "recover": [{"train": TRAIN}],
     "cast": [{"dtype": "bfloat16"}, {"dtype": "float16"}],
     "bitsandbytes": [{"format": "nf4"}, {"format": "int8"}],
-    "openvino": [{"weights": "int8"}, {"weights": "int4"}, {"weights": "fp32"}],
+    "openvino": [
+        {"weights": "int8"},
+        {"weights": "int4"},
+        {"weights": "fp32"},
+        {"weights": "int4", "group_size": 64, "awq": True, "scale_estimation": True, "rows": 4},
+    ],
 }
 ALL = [
     pytest.param(name, options, id=f"{name}-{i}")
