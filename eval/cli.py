@@ -33,6 +33,7 @@ MODULES = {
     "recheck": "eval.watch.recheck",
     "monitor": "eval.watch.monitor",
     "rollout": "eval.watch.rollout",
+    "why": "eval.why",
 }
 ALIASES = {"watch": "recheck"}
 FLOW = {
@@ -55,6 +56,7 @@ SIDE_COMMANDS = {
     "challenge": "the study again with one thing changed at a time",
     "monitor": "a release on traffic, for cron: is the method fading, or the world harder?",
     "rollout": "a release stage by stage beside its fallback: PROMOTE, HOLD or ROLL BACK",
+    "why": "from the paper to the last look at a release: what it was made from, who answers for it",
     "try": "a first look at a method of yours, in a minute or two",
 }
 UNREADABLE = "gate.json cannot be read"

@@ -27,7 +27,7 @@ from eval.core.artifacts import (
 )
 from eval.core.budget import Budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
-from eval.core.commands import new_parser, study_from_command
+from eval.core.commands import count, new_parser, study_from_command
 from eval.core.documents import TEST, TRAIN, boundary_id, stream_documents
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.gate_file import GateFile, read_gate
@@ -159,7 +159,7 @@ class ReleaseFolder:
             }
         return self.parts[name]
 
-    def fill(self, owner: str, day: date) -> Contract:
+    def fill(self, owner: str, day: date, recheck_days: int | None) -> Contract:
         sources = self.sources
         fallback = self.part(self.add("fallback", sources.folder(FALLBACK)))
         tokenizer = load_tokenizer(self.place / "fallback")
@@ -176,6 +176,7 @@ class ReleaseFolder:
             targets=targets,
             owner=owner,
             released=day,
+            recheck_days=recheck_days,
             inputs=inputs(sources.run, sources.study, len(tokenizer), boundary_id(tokenizer)),
             alpha=sources.budget.alpha,
         )
@@ -185,6 +186,7 @@ class ReleaseFolder:
             "name": contract.name,
             "released": contract.released.isoformat(),
             "context": contract.inputs.context_tokens,
+            "recheck_days": recheck_days,
         }
         self.write(load_release.INDEX, _json({**facts, "targets": index, "fallback": fallback}))
         self.write("lineage.json", _json(lineage(sources.run, sources.evidence, sources.recipes)))
@@ -293,7 +295,12 @@ def floors(target: Target) -> Iterator[tuple[str, str, Saving]]:
 
 
 def build_release(
-    sources: ReleaseEvidence, out: Path, owner: str, released: date, signer: "Signer"
+    sources: ReleaseEvidence,
+    out: Path,
+    owner: str,
+    released: date,
+    signer: "Signer",
+    recheck_days: int | None = None,
 ) -> Contract:
     """The release at `out`, whole or not at all.
 
@@ -316,7 +323,7 @@ def build_release(
         facts={},
         finish=lambda place: sign_folder(place, signer, owner),
     ) as place:
-        contract = ReleaseFolder(sources, place).fill(owner, released)
+        contract = ReleaseFolder(sources, place).fill(owner, released, recheck_days)
     return contract
 
 
@@ -348,12 +355,15 @@ def main() -> None:
     parser.add_argument("--key", required=True, help="the private key that signs the folder as a whole")
     about = "public keys, or files of allowed signers: these are trusted and no others"
     parser.add_argument("--public", nargs="+", required=True, metavar="FILE", help=about)
+    about = "the owner promises a recheck at least so often; the loader warns where none came"
+    parser.add_argument("--recheck-days", type=count, metavar="DAYS", help=about)
     parser.add_argument("--out", help="the folder to build (default: RUN/release/NAME)")
     study, args = study_from_command(parser)
     run, now = study.folder, datetime.now(UTC).date()
     sources = verify_signoffs(run, args.variant, read_trusted(args.public), now)
     out = Path(args.out) if args.out else run / "release" / "-".join(sources.recipes)
-    contract = build_release(sources, out, args.owner, now, private_key(args.key, Path(args.public[0])))
+    signer = private_key(args.key, Path(args.public[0]))
+    contract = build_release(sources, out, args.owner, now, signer, args.recheck_days)
     print("\n".join(summary_lines(contract, out)))
 
 

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from eval.core.artifacts import read_manifest
+from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.budget import Budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, Artifacts
 from eval.core.documents import TRAIN, stream_documents
@@ -168,6 +168,7 @@ def build_contract(
     targets: dict[str, Target],
     owner: str,
     released: date,
+    recheck_days: int | None,
     inputs: Inputs,
     alpha: float,
 ) -> Contract:
@@ -180,6 +181,7 @@ def build_contract(
         owner=owner,
         released=released,
         expires=min(ends, default=None),
+        recheck_days=recheck_days,
         seed=e.study.seeds[0],
         alpha=alpha,
         data=e.data,
@@ -206,6 +208,8 @@ def lineage(run: Path, e: Evidence, recipes: list[str]) -> dict[str, object]:
         manifest = read_manifest(run / name)
         facts = {key: value for key, value in manifest.facts.items() if key != "loss_curve"}
         nodes[name] = {**manifest.model_dump(include={"kind", "hash", "parents", "versions"}), "facts": facts}
+    method_manifest = run / "method" / "T1" / f"s{seed}" / MANIFEST
+    code = read_manifest(method_manifest.parent).code if method_manifest.is_file() else {}
     teachers = {arm: e.artifacts[f"{arm}/s{seed}/{PLAIN}"] for arm in ("T1", "T0")}
     method = e.study.method.model_dump(mode="json")
-    return {"study": e.study.name, "method": method, "teachers": teachers, "artifacts": nodes}
+    return {"study": e.study.name, "method": method, "code": code, "teachers": teachers, "artifacts": nodes}

@@ -127,6 +127,7 @@ class Contract(Stored):
     owner: str
     released: date  # the day on which the folder was built
     expires: date | None  # the first waiver that ends; after it the fallback is served
+    recheck_days: int | None = None  # it is rechecked at least so often; null where nobody promised that
     seed: int  # of the artifacts: the first of the study, named before any was measured
     alpha: float  # of every one-sided test
     data: str  # hash of the data artifact

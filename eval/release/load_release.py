@@ -17,7 +17,6 @@ import base64
 import hashlib
 import json
 import logging
-import os
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,7 +63,10 @@ class Model(ABC):
     """A causal language model with one way in: token ids that start with the boundary token."""
 
     def __init__(self, raw: Any, folder: Path, boundary: int) -> None:
-        self.raw, self.tokenizer, self.boundary = raw, tokenizer_of(folder), boundary
+        from transformers import AutoTokenizer
+
+        self.raw, self.boundary = raw, boundary
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         self.ends = end_ids(folder, self.tokenizer)
 
     @abstractmethod
@@ -158,12 +160,6 @@ class OpenVinoModel(Model):
 ENGINES = {"torch": TorchModel, "openvino": OpenVinoModel}
 
 
-def tokenizer_of(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
 def end_ids(folder: Path, tokenizer: Any) -> set[int]:
     """Ids that end a text: that of the tokenizer, and those that a generation config lists."""
     named, file = [tokenizer.eos_token_id], folder / "generation_config.json"
@@ -212,14 +208,10 @@ def list_files(root: Path, below: str = "") -> set[str]:
     Raises:
         ReleaseError: something is a link: what it names is not part of the release.
     """
-    names = set()
-    for folder, folders, files in os.walk(root / below):
-        for name in [*folders, *files]:
-            path = Path(folder) / name
-            if path.is_symlink():
-                raise ReleaseError(f"{path.relative_to(root).as_posix()} is a link")
-        names |= {(Path(folder) / name).relative_to(root).as_posix() for name in files}
-    return names
+    every = {path.relative_to(root).as_posix(): path for path in (root / below).rglob("*")}
+    if links := sorted(name for name, path in every.items() if path.is_symlink()):
+        raise ReleaseError(f"{links[0]} is a link")
+    return {name for name, path in every.items() if path.is_file()}
 
 
 def check_new(root: Path, files: dict[str, Any], below: str = "") -> None:
@@ -291,9 +283,8 @@ def check_arm(arm: str, rollout: Path | None, root: Path, target: str, key: Publ
         if said != {name: value for name, value in state.items() if name != "log"}:
             raise ReleaseError(f"{rollout / ROLLOUT} is not what the last line of {ROLLOUT_LOG} says")
     if state.get("status") not in ("running", "complete"):
-        raise ReleaseError(
-            f"the rollout was {state.get('status')} on {state.get('time')}: {state.get('reason')}"
-        )
+        status, time, why = (state.get(name) for name in ("status", "time", "reason"))
+        raise ReleaseError(f"the rollout was {status} on {time}: {why}")
 
 
 def check_golden_answers(model: Model, answers: list[dict[str, Any]]) -> None:
@@ -303,9 +294,8 @@ def check_golden_answers(model: Model, answers: list[dict[str, Any]]) -> None:
             raise ReleaseError(f"the tokenizer reads {answer['text'][:20]!r} as {ids[:8]}...")
         tokens = model.generate(ids, new_tokens=len(answer["expected"]))
         if tokens != answer["expected"]:
-            raise ReleaseError(
-                f"{answer['text'][:20]!r} is continued with {tokens}, not {answer['expected']}"
-            )
+            problem = f"is continued with {tokens}, not {answer['expected']}"
+            raise ReleaseError(f"{answer['text'][:20]!r} {problem}")
 
 
 def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[str, Any]) -> Model:
@@ -333,6 +323,14 @@ def check_waiver(index: dict[str, Any], part: dict[str, Any], day: date) -> None
         raise ReleaseError(f"its waiver expired on {part['expires']}")
 
 
+def overdue(index: dict[str, Any], root: Path, history: Path | None, day: date) -> str | None:
+    """The day of the last recheck, or of the release, where it is longer ago than the contract promises."""
+    days, release = index.get("recheck_days"), sha256(root / MANIFEST)
+    looks = [json.loads(line) for line in read_bytes(history).splitlines()] if history else []
+    last = max([index["released"], *(one["time"][:10] for one in looks if one["release"] == release)])
+    return last if days and (day - date.fromisoformat(last)).days > days else None
+
+
 def load_release(
     path: str | Path,
     target: str,
@@ -342,6 +340,7 @@ def load_release(
     rollout: Path | None = None,
     rollout_key: Public | None = None,
     arm: str = "release",
+    history: Path | None = None,
 ) -> tuple[Model, Info]:
     """The model that was released for `target`, or the fallback with a logged reason.
 
@@ -355,6 +354,7 @@ def load_release(
         rollout: folder of `eval.watch.rollout`; where that says so, or is damaged, the fallback is served.
         rollout_key: public key of who signs its steps.
         arm: "fallback" to load that one.
+        history: file of `eval.watch.recheck --append`; a recheck that is overdue is logged.
 
     Raises:
         ReleaseError: files, signature or index are off, there is no such target, or the fallback is off.
@@ -392,8 +392,9 @@ def load_release(
             part = {**part, "device": "cpu"}  # it may be the device that is missing
             model = loaded(root, index, files, part)
     facts = {name: part[name] for name in ("folder", "engine", "verdict", "waiver", "expires")}
-    facts |= {"release": index["name"], "target": target, "context": index["context"]}
+    facts |= {"release": (name := index["name"]), "target": target, "context": index["context"]}
     if part["waiver"] and reason is None:
-        until = part["expires"]
-        log.warning("release %s ships on a waiver until %s: %s", index["name"], until, part["waiver"])
+        log.warning("release %s ships on a waiver until %s: %s", name, part["expires"], part["waiver"])
+    if since := overdue(index, root, history, day):
+        log.warning("release %s was not rechecked since %s, longer than it promises", name, since)
     return model, Info(**facts, fallback=reason is not None, reason=reason)

@@ -185,14 +185,14 @@ def test_a_disk_that_fails_serves_the_fallback(copy, loader, monkeypatch, error)
 
 def test_an_error_of_any_kind_serves_the_fallback(copy, loader, monkeypatch):
     """tokenizers raises a bare Exception, safetensors one of its own."""
-    original = loader.tokenizer_of
+    original = loader.end_ids
 
-    def failing(folder):
+    def failing(folder, tokenizer):
         if "variants" in folder.parts:
             raise Exception("data did not match any variant")
-        return original(folder)
+        return original(folder, tokenizer)
 
-    monkeypatch.setattr(loader, "tokenizer_of", failing)
+    monkeypatch.setattr(loader, "end_ids", failing)
     assert "data did not match any variant" in loader.load_release(copy, "cpu")[1].reason
 
 

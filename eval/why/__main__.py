@@ -1,0 +1,197 @@
+"""Where a release comes from, and what became of it: from the paper to the last look at it.
+
+    python -m eval.why --release FOLDER [--history FILE ...] [--rollout FOLDER ...] [--svg FILE]
+
+Told of the release's own files, which are checked first: the method and its code, teacher, student, variant,
+who signed, what was tried and not shipped, and when its contract was last checked. Histories are those of
+`eval.watch.recheck --append`, rollouts those of `eval.watch.rollout`. Exit codes: 0, 3 error.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+from eval.core.artifacts import MANIFEST, file_sha256, write_text
+from eval.core.commands import add_json, new_parser, write_json
+from eval.core.errors import EXIT_PASS, UserError, entry
+from eval.core.gate_file import GateFile, read_gate
+from eval.core.records import PLAIN
+from eval.release.contract_file import Contract
+from eval.report.format import estimate_cell
+from eval.report.lineage import Node, graph
+from eval.signoff.keys import read_trusted
+from eval.watch.chain import read_steps
+from eval.watch.history import read_history
+from eval.watch.verify import checked
+
+DIGITS = 12  # of a hash, in text
+WIDTH = 130  # columns where nobody can tell
+LINEAGE = "lineage.json"
+
+
+class Entry(NamedTuple):
+    """One thing that happened, or that something was made from."""
+
+    what: str
+    text: str
+    hash: str = ""
+
+
+def made_from(contract: Contract, lineage: dict[str, Any], gate: GateFile) -> Iterator[Entry]:
+    """From the paper to the artifacts that are shipped."""
+    artifacts, seed = lineage["artifacts"], f"s{contract.seed}"
+    card = artifacts[f"students/S1/{seed}"]["facts"].get("method") or {}
+    if card:
+        yield Entry("paper", card["paper"])
+        yield Entry("claim", card["claim"])
+    settings = json.dumps(lineage["method"].get("settings", {}), ensure_ascii=False)
+    yield Entry("method", f"{lineage['method']['name']} {settings}")
+    for name, digest in lineage.get("code", {}).items():
+        yield Entry("its code", name, digest)
+    gain = estimate_cell(gate.teacher_gain)
+    yield Entry("teacher", f"T1 with the method; it gains {gain} bits/byte", lineage["teachers"]["T1"])
+    yield Entry("its control", "T0 without the method", lineage["teachers"]["T0"])
+    for name, artifact in artifacts.items():
+        yield Entry(artifact["kind"], name, artifact["hash"])
+
+
+def not_shipped(contract: Contract, gate: GateFile) -> Iterator[Entry]:
+    """What the study tried beside: variants with their verdicts, and rivals of the student."""
+    shipped = {(name, target.recipe) for name, target in contract.targets.items()}
+    for row in gate.variants:
+        if (row.target, row.recipe) not in shipped:
+            yield Entry("not shipped", f"{row.recipe} on {row.target}: {row.verdict}: {row.reason}")
+
+
+def shipping(release: Path, contract: Contract) -> Iterator[Entry]:
+    """Who signed what, and what was built of it."""
+    for name, target in contract.targets.items():
+        sign = target.signature
+        signed = f"{target.recipe} on {name} ({target.verdict}) by {sign.by}, {sign.time}"
+        yield Entry("signed", signed, sign.key)
+        if target.waiver:
+            yield Entry("waived", f"until {target.waiver.expires}: {target.waiver.reason}")
+    text = f"{contract.name} of {contract.released}, answered for by {contract.owner}"
+    yield Entry("release", text, file_sha256(release / MANIFEST))
+
+
+def afterwards(release: Path, histories: list[Path], rollouts: list[Path]) -> Iterator[Entry]:
+    """Its rollouts step by step, and every look at its contract.
+
+    Raises:
+        UserError: a file is damaged, or of another release.
+    """
+    own = file_sha256(release / MANIFEST)
+    for folder in rollouts:
+        for step in read_steps(folder, None):
+            if step.state.release != own:
+                raise UserError(f"rollout {folder}", "of another release", "give those of this one")
+            text = f"{step.time} {step.decision} in stage {step.stage} by {step.by}: {step.reason}"
+            yield Entry("rollout", text)
+    for path in histories:
+        looks = read_history(path)
+        if not looks:
+            raise UserError(f"history {path}", "missing or empty", "give one that `--append` wrote")
+        for look in looks:
+            if look.release != own:
+                raise UserError(f"history {path}", "of another release", "give those of this one")
+            text = f"{look.time} {look.state} on {look.target}, {look.slice}: {look.reason}"
+            yield Entry("recheck", text)
+
+
+def tell(release: Path, contract: Contract, histories: list[Path], rollouts: list[Path]) -> list[Entry]:
+    """Everything, in the order in which it happened."""
+    gate = read_gate(release / "evidence")
+    lineage = json.loads((release / LINEAGE).read_text(encoding="utf-8"))
+    return [
+        *made_from(contract, lineage, gate),
+        *not_shipped(contract, gate),
+        *shipping(release, contract),
+        *afterwards(release, histories, rollouts),
+    ]
+
+
+def last_look(contract: Contract, entries: list[Entry]) -> str | None:
+    """What to say where the contract was not rechecked for longer than it promises."""
+    days = [date.fromisoformat(one.text[:10]) for one in entries if one.what == "recheck"]
+    last = max([contract.released, *days])
+    if contract.recheck_days is None or (datetime.now(UTC).date() - last).days <= contract.recheck_days:
+        return None
+    return f"not rechecked since {last}: its contract promises a recheck every {contract.recheck_days} days"
+
+
+def picture(contract: Contract, entries: list[Entry]) -> str:
+    """From the paper to the last look, as boxes with arrows."""
+    by_kind: dict[str, list[Entry]] = {}
+    for one in entries:
+        by_kind.setdefault(one.what, []).append(one)
+    seed, hashes = f"s{contract.seed}", {one.text: one.hash for one in entries}
+
+    def box(name: str, title: str, text: str, digest: str, parents: tuple[str, ...], column: int) -> Node:
+        return Node(name, title, text, {"": digest} if digest else {}, parents, column)
+
+    paper = by_kind.get("paper", [Entry("", "")])[0].text
+    nodes = [
+        box("method", contract.method, paper, "", (), 0),
+        box("data", "documents", "training, validation, shifted", hashes["data"], (), 0),
+        box("B", "base", "and fallback", hashes[f"base/{seed}"], ("data",), 1),
+        box("T1", "teacher", "with the method", by_kind["teacher"][0].hash, ("method", "B"), 2),
+        box("S1", "student", "", hashes[f"students/S1/{seed}"], ("B", "T1"), 3),
+    ]
+    for name, target in contract.targets.items():
+        above = "S1"
+        if target.recipe != PLAIN:
+            above = f"variant on {name}"
+            nodes.append(
+                box(above, target.recipe, f"{target.verdict} on {name}", target.artifact, ("S1",), 4)
+            )
+        who = f"{target.signature.by}, {target.signature.time[:10]}"
+        nodes.append(box(f"signed on {name}", f"signed for {name}", who, "", (above,), 5))
+    signed = tuple(f"signed on {name}" for name in contract.targets)
+    release = by_kind["release"][0]
+    nodes.append(box("release", "release", f"{contract.owner}, {contract.released}", release.hash, signed, 6))
+    for what in ("rollout", "recheck"):
+        if some := by_kind.get(what):
+            nodes.append(box(what, f"{len(some)} x {what}", some[-1].text, "", ("release",), 7))
+    return str(graph(nodes))
+
+
+@entry
+def main() -> int:
+    parser = new_parser(__doc__)
+    parser.add_argument("--release", required=True, type=Path, help="a folder that `eval.release` made")
+    about = "files that `eval.watch.recheck --append` wrote"
+    parser.add_argument("--history", nargs="+", type=Path, default=[], metavar="FILE", help=about)
+    about = "folders of `eval.watch.rollout`"
+    parser.add_argument("--rollout", nargs="+", type=Path, default=[], metavar="FOLDER", help=about)
+    about = "public keys, or files of allowed signers: these are trusted and no others"
+    parser.add_argument("--public", nargs="+", metavar="FILE", help=about)
+    parser.add_argument("--svg", type=Path, help="a picture of it")
+    add_json(parser)
+    args = parser.parse_args()
+    trusted = read_trusted(args.public) if args.public else None
+    contract, _ = checked(args.release, trusted, None)
+    entries = tell(args.release, contract, args.history, args.rollout)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    for one in entries:
+        digest = f"  {one.hash[:DIGITS]}" if one.hash else ""
+        console.print(Text.assemble((f"{one.what:>12}  ", "bold"), one.text, (digest, "dim")), soft_wrap=True)
+    late = last_look(contract, entries)
+    if late:
+        console.print(Text(late, style="yellow"), soft_wrap=True)
+    if trusted is None:
+        console.print(Text("no key is trusted: give --public to check who signed"), soft_wrap=True)
+    if args.svg:
+        write_text(args.svg, picture(contract, entries))
+    write_json(args.json, {"entries": [one._asdict() for one in entries], "overdue": late})
+    return EXIT_PASS
+
+
+if __name__ == "__main__":
+    main()
