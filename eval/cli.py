@@ -102,8 +102,8 @@ def _newer(path: Path, sources: list[Path]) -> bool:
 
 def steps(run: Path) -> Iterator[Step]:
     """What is done in a run, by the files that each command leaves; of costs their settings and bytes too."""
-    from eval.core.budget import load_budget  # pydantic takes a moment: help needs none of it
     from eval.core.checks import Artifacts, is_measured, read_unbuilt
+    from eval.core.plan import budget_of_run  # pydantic takes a moment: help needs none of it
     from eval.core.records import read_costs
     from eval.core.study import CHANGED, load_study, recipe_names
 
@@ -120,7 +120,7 @@ def steps(run: Path) -> Iterator[Step]:
     models = [("plain", arm, seed) for arm in ("B", "T0", "T1", *study.arms) for seed in seeds] + pairs
     done, state = _count(run, [f"records/score/{r}/{arm}-s{seed}.json" for r, arm, seed in models])
     yield Step("score", done, f"{state} models")
-    targets = {name: target for name, target in load_budget(study).targets.items() if target.required}
+    targets = {name: target for name, target in budget_of_run(study).targets.items() if target.required}
     artifacts, costs, measured = Artifacts(run, study), read_costs(run), {}
     for name, target in targets.items():
         measurable = [("plain", arm) for arm in ("S1", "B")]

@@ -26,7 +26,7 @@ from eval.core.commands import add_json, count, write_json
 from eval.core.errors import entry, require_one_of
 from eval.gate.quality import RESOLUTION, mean_part
 from eval.gate.verdicts import hold_failures, join_verdicts
-from eval.stats.crossed import MeanSquares, crossed_mean, crossed_variance, linearise, mean_squares
+from eval.stats.crossed import MeanSquares, crossed_variance, linearise, mean_squares
 from eval.stats.power import Components, components, power
 from scripts.simulate_parts import (
     ALPHA,
@@ -204,8 +204,8 @@ def count_verdicts(scenario: Scenario, s: int, gain: float, share: float, studie
     for teacher, student in draw_tables(scenario, gain, share, s, studies):
         for t, k in zip(teacher / 100, student / 100, strict=True):
             parts = [
-                mean_part("assay", crossed_mean(t), ALPHA, "", "", RESOLUTION),
-                mean_part("retention", crossed_mean(k - F * t), ALPHA, "", ""),
+                mean_part("assay", t, ALPHA, "", "", RESOLUTION),
+                mean_part("retention", k - F * t, ALPHA, "", ""),
             ]
             counts[join_verdicts(hold_failures(parts, ALPHA))] += 1
     return dict(counts)

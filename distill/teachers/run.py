@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.data.rows import distilled_split, training_rows
 from distill.method import Method, MethodContext, make_method
@@ -33,12 +33,14 @@ from distill.trainer.loop import Curve, accelerator
 from eval.core.artifacts import Key, digest, make_key, read_manifest, write_text
 from eval.core.documents import Row, collate, pad_id
 from eval.core.jobs import Progress
+from eval.core.records import PLAIN
 from eval.core.sections import Targets, Train
 from eval.core.sections.models import SERVER_ACCESS, Server
 from eval.core.study import Study
 from eval.engines import load_tokenizer
 
 TEACHERS = {"S1": "T1", "S0": "T0"}  # a student's teacher; CE has none
+ENGINE = "distill.teachers.engine"  # that runs a teacher
 ASKED_ROWS = 3  # training rows on which a server is tried
 CONTROL_FILE = "teachers/control"  # what a run knows of `teacher.control_file`
 TEACHER = "teacher"  # folder of the pretrained model that a study names, beside its bases
@@ -189,13 +191,28 @@ def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...]
     parents = _teacher_parents(study, side, {seeds[0], *bases})
     key = _fit_key(study, side, seeds[0], bases)
     if is_missing(study, name, key):
-        facts = {"arm": side, "seed": seeds[0], "method": study.method.name}
+        facts = {"arm": side, "seed": seeds[0], "recipe": PLAIN, "method": study.method.name}
+        facts |= engine_facts(study, side, seeds[0])
         with build_shared(study, name, kind="method", key=key, parents=parents, facts=facts) as temporary:
             if method.fits:
                 method.fit(
                     _method_context(study, teacher_name(side, seeds), temporary, seeds[0], bases, report)
                 )
         delete_scratch(study, teacher_name(side, seeds))
+
+
+def engine_facts(study: Study, side: str, seed: int) -> dict[str, Any]:
+    """What runs a teacher on a machine with the run folder, and the tokens of a request that it has room for.
+
+    Nothing of one that is asked elsewhere, or of several: what they cost is not known here.
+    """
+    named, folders = study.teacher, teacher_folders(study, side, seed)
+    if needs_named_teacher(study, side) and named and (named.server or named.file or len(folders) > 1):
+        return {}
+    config = AutoConfig.from_pretrained(folders[0], local_files_only=True).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    front = study_method(study, side).tokens_in_front(teacher_tokenizer(study, side, seed))
+    return {"engine": ENGINE, "room": None if limit is None else limit - front}
 
 
 def make_answering_teacher(study: Study, tokenizer: PreTrainedTokenizerBase) -> None:

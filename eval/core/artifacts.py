@@ -144,6 +144,11 @@ def remembered_hashes(files: dict[str, Path], memory: Path) -> dict[str, str]:
     return hashes
 
 
+def project_version() -> str:
+    """Name and version of this project, as installed."""
+    return f"absorb {_version('absorb')}".strip()
+
+
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what an artifact is; absent ones are left out."""
     return {name: version for name in VERSIONED if (version := _version(name))}

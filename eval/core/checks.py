@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from eval.core.artifacts import MANIFEST, Manifest, read_manifest
+from eval.core.artifacts import MANIFEST, Manifest, digest, read_manifest
 from eval.core.budget import Budget, Target, load_budget
 from eval.core.errors import UserError, require_one_of
 from eval.core.records import (
@@ -65,6 +65,24 @@ def read_unbuilt(run: Path) -> dict[str, str]:
         raise UserError(str(path), "holds no recipes with reasons", fix) from error
 
 
+def teacher_folder(folder: Path, side: str, seed: int) -> Path:
+    """Where what a method fitted for a teacher lies; of teachers that seeds share, at the first of them."""
+    return folder / "method" / side / f"s{seed}"
+
+
+def measured_hash(manifest: Manifest) -> str:
+    """What a cost is bound to: the bytes of a model; of a teacher also the models that it was made of."""
+    return digest([manifest.hash, manifest.parents]) if manifest.kind == "method" else manifest.hash
+
+
+def measured_bytes(folder: Path, manifest: Manifest) -> int:
+    """Bytes that loading needs: of a teacher what its method fitted, and the models that it was made of."""
+    if manifest.kind != "method":
+        return manifest.bytes
+    places = [folder / role.replace("base-", "base/") for role in manifest.parents if role != "data"]
+    return manifest.bytes + sum(read_manifest(place).bytes for place in places)
+
+
 class Artifacts:
     """The manifests of a run folder, each read once."""
 
@@ -103,6 +121,12 @@ class Artifacts:
             pairs["artifact"] = source.artifact, self.manifest(place).hash
             if isinstance(record, CostRecord):
                 pairs["disk_bytes"] = record.disk_bytes, self.manifest(place).bytes
+        elif isinstance(record, CostRecord):
+            place = teacher_folder(folder, record.arm, record.seed)
+            if (place / MANIFEST).is_file():
+                manifest = self.manifest(place)
+                pairs["artifact"] = source.artifact, measured_hash(manifest)
+                pairs["disk_bytes"] = record.disk_bytes, measured_bytes(folder, manifest)
         if isinstance(record, Score | Agreement):
             pairs["data"] = record.data, self.data.hash
         if isinstance(record, Agreement):

@@ -20,6 +20,7 @@ class Estimate(Stored):
     high: float | None
     p: float | None = None  # one-sided, of "the mean is at most 0"; null for scores
     unit: str = "bits/byte"
+    by_seed: list[float] = Field(default_factory=list)  # the same of each seed, in the order of `seeds`
 
 
 class KeptShare(Stored):
@@ -31,6 +32,7 @@ class KeptShare(Stored):
     method: str = "fieller"
     bootstrap_low: float | None = None
     bootstrap_high: float | None = None
+    by_seed: list[float] = Field(default_factory=list)  # of each seed's own two gains; empty where undefined
 
 
 class Link(Stored):
@@ -54,6 +56,7 @@ class Rival(Stored):
     what: str
     lead: Estimate  # bits/byte by which it is better than S1
     beats: bool  # beyond doubt: the lower bound of `lead` at alpha is above 0
+    spoiled: bool = False  # it ended worse than the base it began with: its training, not its idea, lost
 
 
 class Power(Stored):
@@ -83,6 +86,7 @@ class Part(Stored):
     p: float | None = None  # one-sided, of "it does not hold"
     p_fail: float | None = None  # one-sided, of "it holds"; null where it was counted, or could not be tested
     reason: str
+    remedy: str | None = None  # what would make it pass, in a few words; null where it does
 
 
 class Slice(Stored):
@@ -124,6 +128,27 @@ class Rate(Stored):
     p95: Number
     p99: Number
     follows: int  # processes that kept up: as many waited at the end as in a queue with their times
+
+
+class Comparison(Stored):
+    """Two variants on the same seeds and documents, and in the same rounds of measurements."""
+
+    recipe: str
+    over: str  # the other recipe
+    lead: Estimate  # bits/byte by which `recipe` is better, validation
+    decode: dict[str, Relative]  # target -> ratio of its decode p50 to the other's
+
+
+class Reference(Stored):
+    """What a release replaces or falls back to, measured in the same rounds: it is judged by no limit."""
+
+    arm: str  # T1: the teacher with its method; B: the fallback
+    target: str
+    cost: dict[str, Number] | None  # null where it was not measured
+    pick: dict[str, Relative] = Field(
+        default_factory=dict
+    )  # quantity -> the recommended variant's, as a share
+    how: str | None  # the command that measures it, or why none can
 
 
 class Load(Stored):
@@ -270,6 +295,10 @@ class Fixed(Stored):
 
 
 class Provenance(Stored):
+    tool: str = ""  # name and version of what judged
+    times: dict[str, list[str]] = Field(
+        default_factory=dict
+    )  # scores, costs by target: first and last record
     config: str
     data: str
     machines: list[dict[str, Any]]
@@ -311,6 +340,8 @@ class GateFile(Stored):
     rivals: list[Rival]
     power: Power | None
     variants: list[Variant]
+    references: list[Reference] = Field(default_factory=list)
+    comparisons: list[Comparison] = Field(default_factory=list)
     quality: dict[str, Quality] = Field(default_factory=dict)  # by recipe
     test_set: OnTestSet | None = None  # null: never opened
     fixed: Fixed | None  # null: nothing was fixed when the run was trained
@@ -331,9 +362,9 @@ def read_gate(run: Path) -> GateFile:
         raise UserError(f"{path}: {place}", expected_text(first), fix) from error
 
 
-COMMANDS = {"how", "folder"}  # for whoever runs commands: the folder as it was called then
+COMMANDS = {"how", "folder", "tool"}  # for whoever runs commands: the folder as it was called then
 # Sentences and what they are made of; figures of a resampling that decides nothing.
-PROSE = COMMANDS | {"title", "reason", "notes", "anomalies", "changes", "what"}
+PROSE = COMMANDS | {"title", "reason", "remedy", "notes", "anomalies", "changes", "what"}
 RESAMPLED = {"bootstrap_low", "bootstrap_high", "power_low", "power_high"}
 
 

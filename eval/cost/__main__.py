@@ -3,7 +3,8 @@
 Each measurement is a fresh process (`eval.cost.worker`), alone while it measures; this one sleeps meanwhile.
 Processes run in rounds, one of every variant in each, so that a ratio to a named variant is taken within a
 round, in one state of the machine. A variant is done when its record is of the same bytes and study and was
-taken in the same rounds as that of the plain student: what was half measured is measured again.
+taken in the same rounds as that of the plain student: what was half measured is measured again. The fallback
+and, where it can run here, the teacher with its method are measured beside them.
 
 On a machine without the run folder: `python -m eval.cost --target gpu --device cuda --variant FOLDER ...
 [--record FILE]`. Its records are joined with the run's by `python -m eval.cost.merge`.
@@ -26,7 +27,7 @@ def measure_together(plan: CostPlan) -> list[CostRecord]:
     return [
         CostRecord(
             **plan.facts(variant, source),
-            disk_bytes=variant.manifest.bytes,
+            disk_bytes=variant.bytes,
             processes=[a.process for a in answers[variant.label] if a.process],
         )
         for variant in plan.variants

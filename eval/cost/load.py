@@ -126,7 +126,12 @@ def build_table(plan: CostPlan, records: list[LoadRecord]) -> Table:
 @entry
 def main() -> None:
     measure_from_command(
-        __doc__, "load.jsonl", read=read_loads, measure=measure_together, build_table=build_table
+        __doc__,
+        "load.jsonl",
+        read=read_loads,
+        measure=measure_together,
+        build_table=build_table,
+        teacher=False,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from eval.core.budget import Budget, load_budget
+from eval.core.budget import Budget
 from eval.core.checks import (
     CE,
     CONTROL,
@@ -25,6 +25,7 @@ from eval.core.commands import add_json, add_study, new_parser, start_log, write
 from eval.core.documents import text_lines
 from eval.core.errors import UserError, entry, expected_text, require_one_of
 from eval.core.jobs import lock_folder
+from eval.core.plan import budget_of_run
 from eval.core.records import (
     TRAINING,
     CostRecord,
@@ -113,7 +114,7 @@ def merge_records(run: Path, study: Study, sources: list[str]) -> list[Record]:
     Raises:
         UserError: one does not belong here; then nothing is written.
     """
-    budget, artifacts = load_budget(study), Artifacts(run, study)
+    budget, artifacts = budget_of_run(study), Artifacts(run, study)
     every: list[tuple[str, Record]] = []
     for name in sources:
         path = Path(name)
@@ -127,7 +128,7 @@ def merge_records(run: Path, study: Study, sources: list[str]) -> list[Record]:
         require_one_of(
             f"{place}: arm",
             record.arm,
-            [FALLBACK, STUDENT, CONTROL, CE, *(TEACHERS if isinstance(record, Score) else ())],
+            [FALLBACK, STUDENT, CONTROL, CE, *(() if isinstance(record, LoadRecord) else TEACHERS)],
         )
         require_one_of(f"{place}: recipe", record.recipe, recipes)
         if record.seed not in study.seeds:

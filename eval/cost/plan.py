@@ -15,14 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, verify_artifact, write_text
-from eval.core.budget import Target, load_budget
-from eval.core.checks import Artifacts, is_measured
+from eval.core.budget import Target
+from eval.core.checks import TEACHERS, Artifacts, is_measured, measured_bytes, measured_hash, teacher_folder
 from eval.core.commands import add_json, add_keys_help, add_study, new_parser, start_log, write_json
 from eval.core.config import Frozen, validate_config
 from eval.core.documents import TRAIN, boundary_id, stream_documents
 from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError, require_one_of
 from eval.core.jobs import lock_folder
+from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, TRAINING, CostRecord, LoadRecord, Provenance, provenance, write_record
 from eval.core.sections import Cost
 from eval.core.study import Study, apply_overrides, check_trained, load_study, recipe_names
@@ -52,7 +53,16 @@ class Variant:
     @property
     def name(self) -> str:
         """As people see it."""
-        return "fallback" if self.subject.arm == "B" else self.recipe
+        return {"B": "fallback", TEACHERS[0]: "teacher"}.get(self.subject.arm, self.recipe)
+
+    @property
+    def hash(self) -> str:
+        return measured_hash(self.manifest)
+
+    @property
+    def bytes(self) -> int:
+        """That loading needs; a teacher lies at `method/T1/s0` of its run folder."""
+        return measured_bytes(self.folder.parents[2], self.manifest)
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class CostPlan:
             **self.cost.model_dump(include={"prompt_tokens", "new_tokens", "threads", "warmup"}),
             "target": self.target,
             "prompts": self.source,
-            "provenance": source.model_copy(update={"artifact": variant.manifest.hash}),
+            "provenance": source.model_copy(update={"artifact": variant.hash}),
         }
 
     def store(self, records: list[R]) -> None:
@@ -116,8 +126,12 @@ def read_variant(folder: Path) -> Variant:
     return Variant(folder, manifest, subject_of(manifest))
 
 
-def find_variants(study: Study) -> list[Variant]:
-    """The plain student S1 of the first seed, its variants in the order of the study, and its fallback."""
+def find_variants(study: Study, teacher: bool = True) -> list[Variant]:
+    """The plain student S1 of the first seed, its variants in the order of the study, and its fallback.
+
+    Args:
+        teacher: and the teacher with its method, where it can run here; a queue is not asked of it.
+    """
     seed, run = study.seeds[0], study.folder
     names = recipe_names(study)[1:]
     folders = [run / f"students/S1/s{seed}", *(run / f"variants/{name}/S1/s{seed}" for name in names)]
@@ -127,7 +141,20 @@ def find_variants(study: Study) -> list[Variant]:
         raise UserError(
             f"model {folders[0]}", "not trained yet", f"run python distill/train.py --config {run} first"
         )
-    return [read_variant(path) for path in complete]
+    found = [read_variant(path) for path in complete]
+    return [*found, *find_teacher(study)] if teacher else found
+
+
+def find_teacher(study: Study) -> list[Variant]:
+    """The teacher of the first seed, if its manifest names an engine and has room for a request."""
+    folder = teacher_folder(study.folder, TEACHERS[0], study.seeds[0])
+    if not (folder / MANIFEST).is_file() or "engine" not in (manifest := read_manifest(folder)).facts:
+        return []
+    room, asked = manifest.facts["room"], study.cost.prompt_tokens + study.cost.new_tokens
+    if room is not None and asked > room:
+        print(f"the teacher is not measured: a request has {asked} tokens, it has room for {room}")
+        return []
+    return [read_variant(folder)]
 
 
 def choose_variants(variants: list[Variant], recipes: list[str] | None, target: Target) -> list[Variant]:
@@ -178,14 +205,14 @@ def draw_prompts(cost: Cost, *models: Path) -> list[list[int]]:
     return [[rng.randrange(vocabulary) for _ in range(cost.prompt_tokens)] for _ in range(count)]
 
 
-def plan_from_run(args: argparse.Namespace, overrides: list[str]) -> CostPlan:
+def plan_from_run(args: argparse.Namespace, overrides: list[str], teacher: bool = True) -> CostPlan:
     """The variants of a run folder, on a target of its study's budget."""
     study = load_study(args.study, overrides)
     check_trained(study)
-    targets = load_budget(study).targets
+    targets = budget_of_run(study).targets
     target = targets[require_one_of("--target", args.target, list(targets))]
     require_device(args.target, target.device)
-    variants = choose_variants(find_variants(study), args.recipe, target)
+    variants = choose_variants(find_variants(study, teacher), args.recipe, target)
     verify_variants(variants)
     thing = f"slice {TRAIN!r}"
 
@@ -267,7 +294,7 @@ def require_device(target: str, device: str) -> None:
         raise UserError(f"target {target!r}", "no CUDA device here", fix)
 
 
-def plan_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
+def plan_from_command(doc: str, record: str, teacher: bool = True) -> tuple[CostPlan, Path | None]:
     """Parses the command line of `eval.cost` and `eval.cost.load`, and checks every variant's hashes.
 
     Returns the plan and the file of `--json`.
@@ -287,7 +314,7 @@ def plan_from_command(doc: str, record: str) -> tuple[CostPlan, Path | None]:
     add_json(parser)
     add_keys_help(parser)
     args, overrides = parser.parse_known_args()
-    plan = plan_from_folders(args, overrides) if args.variant else plan_from_run(args, overrides)
+    plan = plan_from_folders(args, overrides) if args.variant else plan_from_run(args, overrides, teacher)
     if plan.study:
         start_log(plan.study.folder)
     return plan, args.json
@@ -297,7 +324,7 @@ def are_measured(
     records: Sequence[CostRecord | LoadRecord], study: Study, target: str, variants: Sequence[Variant]
 ) -> bool:
     """True if every variant has a record of its bytes and these settings, all of them of the same rounds."""
-    wanted = [(variant.recipe, variant.manifest.hash) for variant in variants]
+    wanted = [(variant.recipe, variant.hash) for variant in variants]
     return is_measured(Artifacts(study.folder, study).rounds(records, target, wanted))
 
 
@@ -308,12 +335,13 @@ def measure_from_command(
     read: Callable[[Path], list[R]],
     measure: Callable[[CostPlan], list[R]],
     build_table: Callable[[CostPlan, list[R]], Table],
+    teacher: bool = True,
 ) -> None:
     """The command `eval.cost` or `eval.cost.load`: measures, stores and shows what `read` does not find.
 
     `--json` takes all records of the target: those of the run folder, or those just measured without one.
     """
-    plan, json_path = plan_from_command(doc, record)
+    plan, json_path = plan_from_command(doc, record, teacher)
     study, records = plan.study, list[R]()
     with lock_folder(study.folder) if study else nullcontext():
         if study and are_measured(read(study.folder), study, plan.target, plan.variants):

@@ -25,6 +25,7 @@ from eval.engines import Engine, engine_module, load_engine
 from eval.stats.queueing import poisson
 
 LEAST = 10  # requests whose service is measured, however long they take
+TRIES = 100  # texts, one of which has more than one token
 PATIENCE = 2  # times the duration of the arrivals: what was not served by then never is
 
 
@@ -37,6 +38,8 @@ def serve_request(engine: Engine, ids: Tensor, new_tokens: int, synchronize: Syn
     Greedy; a step ends when its tokens [B] are known to the host, so the argmax is part of it. The first
     step, the prefill, is therefore the time to first token of a server that has nothing else to do.
     """
+    if engine.writes:
+        return write_whole(engine, ids, new_tokens, synchronize)
     synchronize()
     stamps = [time.perf_counter()]
     logits, state = engine.prefill(ids)
@@ -48,6 +51,30 @@ def serve_request(engine: Engine, ids: Tensor, new_tokens: int, synchronize: Syn
         tokens = logits.argmax(-1).cpu()
     synchronize()
     return [*stamps, time.perf_counter()]
+
+
+def write_whole(engine: Engine, ids: Tensor, new_tokens: int, synchronize: Synchronize) -> list[float]:
+    """The same of an engine that writes whole texts: it is asked for one token, then for all.
+
+    The time that all take beyond the first, by their number, is that of each: their mean. A text that ends
+    before its second token says nothing of it, and is written anew.
+    """
+
+    def timed(count: int) -> tuple[float, int]:
+        synchronize()
+        start = time.perf_counter()
+        written = engine.write(ids, count)
+        synchronize()
+        return time.perf_counter() - start, written
+
+    start = time.perf_counter()
+    first, _ = timed(1)
+    whole, written = next(answer for _ in range(TRIES) if (answer := timed(new_tokens))[1] > 1)
+    if whole <= first:
+        fix = "set cost.new_tokens higher"
+        raise UserError("teacher", f"{written} tokens took no longer than the first of them", fix)
+    step = (whole - first) / (written - 1)
+    return [start, *(start + first + step * place for place in range(new_tokens))]
 
 
 def peak_memory(device: str) -> int:

@@ -39,6 +39,9 @@ class Engine(ABC):
     """A loaded causal language model with V rows of output; it serves one batch of decodes at a time."""
 
     batch_tokens: ClassVar[int] = 1024  # padded, per forward pass: more of them are no faster on a CPU
+    writes: ClassVar[bool] = (
+        False  # True: it writes whole texts by `write`, and has no `prefill` and `decode`
+    )
     computed_in: str | None = None  # the number format of products where it is not the stored one
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
@@ -77,6 +80,10 @@ class Engine(ABC):
     def borrowed(self, batch: Batch) -> Tensor:
         """The same without a copy: the memory may be that of the engine, valid until it runs again."""
         return self.logits(batch)
+
+    def write(self, ids: Tensor, new_tokens: int) -> int:
+        """Writes up to `new_tokens` after prompts [B, T]; returns how many the longest text has."""
+        raise NotImplementedError(f"{type(self).__name__} decodes token by token")
 
     @abstractmethod
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:

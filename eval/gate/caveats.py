@@ -5,14 +5,14 @@ from datetime import datetime
 
 from eval.core.artifacts import describe_accepted
 from eval.core.budget import Budget, load_budget
-from eval.core.checks import SLACK, STUDENT, TEACHERS, read_unbuilt
+from eval.core.checks import CE, SLACK, STUDENT, TEACHERS, read_unbuilt
 from eval.core.errors import UserError
 from eval.core.gate_file import Extent, Fixed, GateRun
 from eval.core.plan import current_recipes, list_changes, list_recipe_changes
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import recipe_names
 from eval.gate.evidence import Contrast, Evidence
-from eval.gate.quality import RESOLUTION
+from eval.gate.quality import RESOLUTION, RIVALS, harm_of_ce
 from eval.stats.crossed import PASS, crossed_mean
 from eval.stats.multiplicity import holm
 
@@ -34,6 +34,7 @@ def list_caveats(evidence: Evidence, budget: Budget, fixed: Fixed | None) -> lis
     return [
         *caveats,
         *_few_clusters(evidence, budget),
+        *_spoiled_ce(evidence),
         *_mixed_machines(evidence),
         *_computed_otherwise(evidence),
         *_test_documents(evidence),
@@ -166,6 +167,16 @@ def _few_clusters(evidence: Evidence, budget: Budget) -> list[str]:
         f"{FEW_CLUSTERS} say of others is unsure, and power is low; take documents of more of them"
         for name, count in counts.items()
         if count < FEW_CLUSTERS
+    ]
+
+
+def _spoiled_ce(evidence: Evidence) -> list[str]:
+    """A rival that its own training made worse is beaten by anything."""
+    if (CE, PLAIN) not in evidence.bits or (harm := harm_of_ce(evidence)) is None:
+        return []
+    return [
+        f"{RIVALS[evidence.study.ce_arm]} (CE) ended worse than the base that it began with, by "
+        f"{harm:.2g} bits/byte: it is no rival; give it its own best rate with ce_train"
     ]
 
 

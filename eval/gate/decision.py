@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from eval.core.artifacts import digest
+from eval.core.artifacts import digest, project_version
 from eval.core.budget import Budget, Target
 from eval.core.checks import CONTROL, STUDENT
 from eval.core.gate_file import (
@@ -38,9 +38,10 @@ from eval.gate.limits import (
     cost_parts,
     is_cost_expected,
     measured_load,
+    reference_costs,
     variant_costs,
 )
-from eval.gate.pick import add_holm, rank_variants
+from eval.gate.pick import add_holm, compare_variants, rank_variants
 from eval.gate.quality import (
     GAIN,
     Shares,
@@ -149,6 +150,7 @@ def unmeasured_part(target: str) -> Part:
         limit=0.0,
         unit="",
         reason=f"its cost was not measured on {target}",
+        remedy="measuring it",
     )
 
 
@@ -266,6 +268,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
     judged = {target: judge_target(evidence, budget, candidates, target) for target in budget.targets}
     rows = {target: marked for target, (marked, _) in judged.items()}
     as_good = {target: others for target, (_, others) in judged.items()}
+    recommended = {name: next((r.recipe for r in rows[name] if r.recommended), None) for name in rows}
     settings = budget.model_dump(mode="json")
     on_test = summarize_openings(evidence.openings, evidence.artifacts, digest(settings))
     verdict, reason = study_verdict(rows, as_good, budget.targets, budget.alpha, on_test)
@@ -283,7 +286,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
         reason=headline(verdict, reason, rivals, evidence.study.seeds),
         anomalies=[*shrunk, *list_anomalies(evidence, budget.alpha)],
         notes=list_caveats(evidence, budget, fixed),
-        recommended={name: next((r.recipe for r in rows[name] if r.recommended), None) for name in rows},
+        recommended=recommended,
         as_good=as_good,
         level=1 - 2 * budget.alpha,
         budget={**settings, "hash": digest(settings), "asked_by_study": evidence.study.budget},
@@ -303,11 +306,15 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
         rivals=rivals,
         power=retention_power(evidence, budget),
         variants=[row for name in rows for row in rows[name]],
+        references=reference_costs(evidence, budget.targets, recommended, budget.alpha),
+        comparisons=compare_variants(evidence, budget.alpha),
         quality=collect_qualities(evidence, next(iter(rows.values())), budget.alpha),
         test_set=on_test,
         fixed=fixed,
         extent=extent,
         provenance=Provenance(
+            tool=project_version(),
+            times=evidence.times,
             config=evidence.study.hash(),
             data=evidence.data,
             machines=evidence.machines,

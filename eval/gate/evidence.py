@@ -1,7 +1,7 @@
 """What the gate judges: the records of one run as tables, checked against the study and the artifacts."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -49,6 +49,7 @@ from eval.stats.crossed import linearise
 Array = NDArray[np.float64]
 C = TypeVar("C", CostRecord, LoadRecord)
 Model = tuple[str, str]  # arm, recipe
+REFERENCES = (TEACHERS[0], FALLBACK)  # beside the variants: what is replaced, and what is shipped instead
 BySeed = defaultdict[Model, dict[int, Any]]
 
 
@@ -99,6 +100,8 @@ class Evidence:
     plan: Plan | None  # what was fixed when training began
     first: str  # time of the earliest record that is judged
     loads: dict[tuple[str, str], list[LoadRecord]]  # (target, recipe) -> records of S1 under load, by seed
+    times: dict[str, list[str]]  # of the first and the last record: of scores, of costs by target
+    references: dict[tuple[str, str], list[CostRecord]]  # (target, arm) -> of the fallback and the teacher
 
     @property
     def arms(self) -> list[str]:
@@ -129,14 +132,18 @@ def collect_evidence(folder: Path, study: Study, budget: Budget) -> Evidence:
     unbuilt, artifacts = read_unbuilt(folder), Artifacts(folder, study)
     recipes = [name for name in recipe_names(study) if name not in unbuilt]
     tables = ScoreTables(artifacts, each_score(folder), wanted_models(study, recipes))
-    costs = _costs_of_study(study, budget, recipes, read_costs(folder))
+    every_cost = read_costs(folder)
+    costs = _costs_of_study(study, budget, recipes, every_cost)
     loads = _of_study(study, budget, recipes, read_loads(folder))
     measured: list[Record] = [*costs, *loads]
     for record in measured:
         artifacts.check(record)
     check_budget(budget, study, list(tables.columns))
     grouped = by_target(folder, study, budget, costs, tables.engines)
-    return build_evidence(tables, recipes, grouped, by_target(folder, study, budget, loads, tables.engines))
+    references = costs_of_references(artifacts, budget, every_cost)
+    return build_evidence(
+        tables, recipes, grouped, by_target(folder, study, budget, loads, tables.engines), references
+    )
 
 
 class ScoreTables:
@@ -244,9 +251,10 @@ def build_evidence(
     recipes: list[str],
     costs: dict[tuple[str, str], list[CostRecord]],
     loads: dict[tuple[str, str], list[LoadRecord]] | None = None,
+    references: dict[tuple[str, str], list[CostRecord]] | None = None,
 ) -> Evidence:
     """The tables of a run with what is known of their models."""
-    loads = loads or {}
+    loads, references = loads or {}, references or {}
     scores, artifacts, folder = tables.scores, tables.artifacts, tables.artifacts.folder
     used: list[Record] = [*scores, *(record for group in costs.values() for record in group)]
     used += [record for group in loads.values() for record in group]
@@ -277,7 +285,34 @@ def build_evidence(
         plan=read_plan(folder),
         first=min((record.provenance.time for record in used), key=datetime.fromisoformat),
         loads=loads,
+        times=_times(scores, costs, loads),
+        references=references,
     )
+
+
+def _times(
+    scores: list[Score], *measured: Mapping[tuple[str, str], Sequence[Record]]
+) -> dict[str, list[str]]:
+    """When the first and the last record was made: of `scores`, and of costs on each target."""
+    groups: dict[str, list[Record]] = {"scores": [*scores]}
+    for (target, _), records in (pair for group in measured for pair in group.items()):
+        groups.setdefault(target, []).extend(records)
+    times = {
+        name: sorted((r.provenance.time for r in of), key=datetime.fromisoformat)
+        for name, of in groups.items()
+    }
+    return {name: [of[0], of[-1]] for name, of in times.items()}
+
+
+def costs_of_references(
+    artifacts: Artifacts, budget: Budget, costs: Iterable[CostRecord]
+) -> dict[tuple[str, str], list[CostRecord]]:
+    """(target, arm) -> current records of the fallback and of the teacher; others are not shown."""
+    grouped: dict[tuple[str, str], list[CostRecord]] = {}
+    wanted = (r for r in costs if r.arm in REFERENCES and r.recipe == PLAIN and r.target in budget.targets)
+    for record in sorted(artifacts.current(wanted), key=lambda record: record.seed):
+        grouped.setdefault((record.target, record.arm), []).append(record)
+    return grouped
 
 
 def weight_shares(artifacts: Artifacts, recipes: list[str]) -> dict[str, tuple[float, float]]:

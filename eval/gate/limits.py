@@ -2,12 +2,15 @@
 
 import shlex
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.budget import AT_LOAD, UNITS, Limit, Quantity, Target
-from eval.core.gate_file import Load, Number, Part, Relative
+from eval.core.checks import FALLBACK, teacher_folder
+from eval.core.gate_file import Load, Number, Part, Reference, Relative
 from eval.core.records import PLAIN
 from eval.cost.estimates import (
     estimate_knees,
@@ -19,10 +22,12 @@ from eval.cost.estimates import (
     positive_ratio,
     summarize_load,
 )
-from eval.gate.evidence import Evidence
-from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
+from eval.gate.evidence import REFERENCES, Evidence
+from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict, t_quantile
 from eval.stats.ratios import Share
 
+SAVED = ("prefill_p50", "decode_p50", "peak_memory", "disk", "energy")  # what a pick may save of a reference
+MOST_PROCESSES = 100
 LEAST_LEVEL = 1e-6  # smaller p-values are told as this
 
 
@@ -59,6 +64,51 @@ def variant_costs(
     of = {str(name): limit.of for name, limit in limits.limits.items() if limit.of}
     names = [*list_quantities(records), *(AT_LOAD if (target, recipe) in evidence.loads else ())]
     return {name: quantity_at(evidence, target, recipe, name, of.get(name, PLAIN))(alpha) for name in names}
+
+
+def reference_costs(
+    evidence: Evidence, targets: dict[str, Target], picks: dict[str, str | None], alpha: float
+) -> list[Reference]:
+    """The teacher and the fallback where variants were measured, with the pick as a share of each."""
+    references = []
+    for target, arm in product(dict.fromkeys(target for target, _ in evidence.costs), REFERENCES):
+        records = evidence.references.get((target, arm), [])
+        plain, pick = (
+            evidence.costs.get((target, recipe or ""), []) for recipe in (PLAIN, picks.get(target))
+        )
+        cost = {
+            name: _with_ratio(
+                estimate_quantity(records, name, alpha), estimate_ratio(records, plain, name, alpha), PLAIN
+            )
+            for name in (list_quantities(records) if records else [])
+        }
+        shares = {
+            name: share
+            for name in SAVED
+            if name in cost and pick and (share := estimate_ratio(pick, records, name, alpha))
+        }
+        how = None if records else how_to_measure(evidence, target, arm, targets[target].device)
+        references.append(
+            Reference(
+                arm=arm,
+                target=target,
+                cost=cost or None,
+                pick={
+                    name: Relative(point=s.point, lower=s.low, upper=s.high, of=arm)
+                    for name, s in shares.items()
+                },
+                how=how,
+            )
+        )
+    return references
+
+
+def how_to_measure(evidence: Evidence, target: str, arm: str, device: str) -> str | None:
+    """The command that measures a reference; None for a teacher that no engine can run by itself."""
+    seed = evidence.study.seeds[0]
+    manifest = teacher_folder(evidence.folder, arm, seed) / MANIFEST
+    runs = arm == FALLBACK or (manifest.is_file() and "engine" in read_manifest(manifest.parent).facts)
+    return measure_command(evidence.folder, target, device) if runs else None
 
 
 def quantity_at(
@@ -146,7 +196,26 @@ def _limit_part(name: str, number: Number, limit: Limit) -> Part:
         limit=bound,
         unit=unit,
         reason=reason,
+        remedy=None if verdict == PASS else remedy(number, value, high if not least else low, limit),
     )
+
+
+def remedy(number: Number, value: float | None, bound: float | None, limit: Limit) -> str:
+    """What would bring a bound within its limit: more processes where the estimate is, else less cost."""
+    if value is None:
+        return f"{number.needs} timed requests" if number.needs else "a figure: it had none"
+    beyond = value / limit.value - 1 if limit.at_least is None else 1 - value / limit.value
+    if beyond >= 0:
+        how = "lower" if limit.at_least is None else "higher"
+        return f"{how} by {100 * abs(1 - limit.value / value):.2g} %"
+    if bound is None:
+        return "two processes at least"
+    sizes = np.arange(number.processes, MOST_PROCESSES + 1)
+    width = t_quantile(0.05, sizes - 1) / np.sqrt(sizes)  # of a bound, as it narrows
+    enough = sizes[width / width[0] * abs(bound - value) <= abs(limit.value - value)]
+    if not len(enough):
+        return f"an estimate further from its limit than {100 * abs(beyond):.2g} %"
+    return f"about {enough[0]} processes, now {number.processes}"
 
 
 def _missing_part(evidence: Evidence, target: str, recipe: str, name: Quantity, limit: Limit) -> Part:
@@ -164,6 +233,7 @@ def _missing_part(evidence: Evidence, target: str, recipe: str, name: Quantity, 
         limit=limit.value,
         unit=limit.unit or f"x {limit.of}",
         reason=reason,
+        remedy="measuring it",
     )
 
 
@@ -181,7 +251,8 @@ def cost_parts(
             quantity = quantity_at(evidence, target, recipe, name, limit.of or PLAIN)
             part = part.model_copy(update={"p_fail": least_level(quantity, limit)})
         if limit.of is not None and (why := why_unpaired(evidence, target, recipe, name, limit.of)):
-            part = part.model_copy(update={"reason": f"{name} cannot be compared: {why}"})
+            reason, cure = f"{name} cannot be compared: {why}", "measuring both in the same rounds"
+            part = part.model_copy(update={"reason": reason, "remedy": cure})
             assert part.verdict == INCONCLUSIVE
         parts.append(part)
     return parts

@@ -1,13 +1,46 @@
-"""What to recommend on a target: Holm over what could be shipped, then the best of those that are as fast."""
+"""What to recommend on a target: Holm over what could be shipped, then the best of those that are as fast.
+
+And what can be told between any two variants.
+"""
 
 import math
+from itertools import combinations
 from typing import Any
 
-from eval.core.gate_file import Variant
+from eval.core.checks import STUDENT
+from eval.core.gate_file import Comparison, Relative, Variant
+from eval.core.records import PLAIN, VALIDATION
 from eval.cost.estimates import estimate_ratio
-from eval.gate.evidence import Evidence
+from eval.gate.evidence import Contrast, Evidence
+from eval.gate.quality import estimate
 from eval.stats.crossed import PASS
 from eval.stats.multiplicity import holm
+
+PAIRED = 12  # recipes of which each is compared with each; the rest with `plain` alone
+
+
+def compare_variants(evidence: Evidence, alpha: float) -> list[Comparison]:
+    """Pairs of variants: they share seeds, documents and rounds, so that most of the noise cancels."""
+    pairs = [(one, other) for other, one in combinations(evidence.recipes[:PAIRED], 2)]
+    pairs += [(one, PLAIN) for one in evidence.recipes[PAIRED:]]
+    targets = dict.fromkeys(target for target, _ in evidence.costs)
+    comparisons = []
+    for one, other in pairs:
+        lead = estimate(evidence.gain(VALIDATION, Contrast(STUDENT, STUDENT, one, other)), alpha)
+        shares = {
+            target: estimate_ratio(
+                evidence.costs[target, one], evidence.costs[target, other], "decode_p50", alpha
+            )
+            for target in targets
+            if {(target, one), (target, other)} <= evidence.costs.keys()
+        }
+        decode = {
+            target: Relative(point=share.point, lower=share.low, upper=share.high, of=other)
+            for target, share in shares.items()
+            if share is not None
+        }
+        comparisons.append(Comparison(recipe=one, over=other, lead=lead, decode=decode))
+    return comparisons
 
 
 def is_affordable(row: Variant) -> bool:

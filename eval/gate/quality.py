@@ -41,13 +41,13 @@ def estimate(z: Array, alpha: float, tested: bool = True) -> Estimate:
     """The mean with the interval that decides: each end is a one-sided bound at alpha."""
     mean = crossed_mean(z)
     low, high = mean.bounds(alpha)
-    return Estimate(point=mean.point, low=low, high=high, p=mean.p if tested and not mean.problem else None)
+    p = mean.p if tested and not mean.problem else None
+    return Estimate(point=mean.point, low=low, high=high, p=p, by_seed=z.mean(axis=1).tolist())
 
 
-def mean_part(
-    name: str, mean: Mean, alpha: float, on_pass: str, on_fail: str, resolution: float = 0.0
-) -> Part:
+def mean_part(name: str, z: Array, alpha: float, on_pass: str, on_fail: str, resolution: float = 0.0) -> Part:
     """A test of mean > `resolution`, in bits/byte; the texts say what a PASS and a FAIL show."""
+    mean = crossed_mean(z)
     low, high = mean.bounds(alpha)
     verdict = mean.verdict(alpha, resolution)
     unsure = mean.problem or f"whether {on_pass} is open: the bounds are {low:+.4f} and {high:+.4f}"
@@ -62,18 +62,37 @@ def mean_part(
         p=mean.p,
         p_fail=mean.p_above(-resolution),
         reason={PASS: on_pass, FAIL: on_fail, INCONCLUSIVE: unsure}[verdict],
+        remedy=None if verdict == PASS else remedy(z, mean, alpha),
     )
+
+
+def remedy(z: Array, mean: Mean, alpha: float) -> str:
+    """What would make a test of mean > 0 pass: evidence where that may be enough, else a better model."""
+    if mean.problem:
+        return mean.problem.rpartition(": ")[2]
+    if mean.point <= 0:
+        return f"{-mean.point:.2g} bits/byte more than was seen, and its error on top"
+    (s, c), parts = z.shape, components(z)
+    needed = seeds_for(parts, mean.point, c, alpha), clusters_for(parts, mean.point, s, alpha)
+    wanted = [
+        f"{int(n)} {what}" for n, what in zip(needed, ("seeds", "clusters"), strict=True) if np.isfinite(n)
+    ]
+    if not wanted:
+        return f"a larger effect than the {mean.point:.2g} bits/byte that was seen"
+    now = f"now {s} seeds and {c} clusters of documents"
+    return f"about {' or '.join(wanted)} if what was seen is true ({now})"
 
 
 def assay_part(evidence: Evidence, name: str, alpha: float) -> Part:
     """Can this study see the teacher's gain at all? A method that harms is seen, too."""
-    mean = crossed_mean(evidence.gain(name, GAIN))
+    z = evidence.gain(name, GAIN)
+    mean = crossed_mean(z)
     _, high = mean.bounds(alpha)
     harm = f"by {-mean.point:.2g} bits/byte, {-high:.2g} at least" if high is not None else ""
     on_pass = f"the method improves the teacher on {name}"
     on_fail = f"there is no gain to keep: the method makes its teacher worse on {name} ({harm})"
     title = "assay" if name == VALIDATION else f"assay:{name}"
-    return mean_part(title, mean, alpha, on_pass, on_fail, RESOLUTION)
+    return mean_part(title, z, alpha, on_pass, on_fail, RESOLUTION)
 
 
 def surplus(evidence: Evidence, recipe: str, name: str, f: float) -> Array:
@@ -84,8 +103,8 @@ def surplus(evidence: Evidence, recipe: str, name: str, f: float) -> Array:
 def retention_part(evidence: Evidence, recipe: str, name: str, f: float, alpha: float) -> Part:
     """The surplus over the asked share is linear, so no ratio can blow up."""
     what = f"{f:g} of the teacher's gain is kept on {name}"
-    mean = crossed_mean(surplus(evidence, recipe, name, f))
-    return mean_part("retention", mean, alpha, f"at least {what}", f"less than {what}")
+    z = surplus(evidence, recipe, name, f)
+    return mean_part("retention", z, alpha, f"at least {what}", f"less than {what}")
 
 
 def guard_part(evidence: Evidence, recipe: str, budget: Budget, name: str = VALIDATION) -> Part:
@@ -97,21 +116,35 @@ def guard_part(evidence: Evidence, recipe: str, budget: Budget, name: str = VALI
     else:
         lead, what = variant - budget.g * student, f"{budget.g:g} of the student's gain over the base"
     on_pass, on_fail = f"at least {what} is kept", f"less than {what} is kept"
-    return mean_part("guard", crossed_mean(lead), budget.alpha, on_pass, on_fail)
+    return mean_part("guard", lead, budget.alpha, on_pass, on_fail)
 
 
 def fallback_part(evidence: Evidence, recipe: str, alpha: float, name: str = VALIDATION) -> Part:
     """S1v - B: a share of nothing would satisfy the guard, so the gain itself must be there too."""
-    mean = crossed_mean(evidence.gain(name, gain_over_base(recipe)))
+    lead = evidence.gain(name, gain_over_base(recipe))
     on_fail = "it is worse than the base that it would replace"
-    return mean_part("fallback", mean, alpha, "it beats the base", on_fail)
+    return mean_part("fallback", lead, alpha, "it beats the base", on_fail)
 
 
 def over_ce_part(evidence: Evidence, share: float, alpha: float) -> Part:
-    """(S1 - CE) - share (T1 - T0): what is absorbed is worth more than training without a teacher."""
+    """(S1 - CE) - share (T1 - T0): what is absorbed is worth more than training without a teacher.
+
+    A CE arm that ended worse than the base shows nothing: whoever beats it beats its learning rate.
+    """
     lead = evidence.gain(VALIDATION, GAIN_OVER_CE) - share * evidence.gain(VALIDATION, GAIN)
     what = f"the student beats {RIVALS[evidence.study.ce_arm]} by {share:g} of the teacher's gain"
-    return mean_part("over_ce", crossed_mean(lead), alpha, what, f"{what}: it does not")
+    part = mean_part("over_ce", lead, alpha, what, f"{what}: it does not")
+    if part.verdict != PASS or (harm := harm_of_ce(evidence)) is None:
+        return part
+    reason = f"{what}, but that ended worse than the base by {harm:.2g} bits/byte: it is no rival"
+    cure = "a CE arm at its own best rate (ce_train)"
+    return part.model_copy(update={"verdict": INCONCLUSIVE, "reason": reason, "remedy": cure})
+
+
+def harm_of_ce(evidence: Evidence) -> float | None:
+    """Bits/byte by which plain training ended worse than its base; None where it did not."""
+    gain = float(evidence.gain(VALIDATION, Contrast(CE, FALLBACK)).mean())
+    return -gain if gain < 0 else None
 
 
 def compare_rivals(evidence: Evidence, alpha: float) -> list[Rival]:
@@ -119,10 +152,9 @@ def compare_rivals(evidence: Evidence, alpha: float) -> list[Rival]:
     if (CE, PLAIN) not in evidence.bits:
         return []
     lead = evidence.gain(VALIDATION, Contrast(CE, STUDENT))
-    beats = crossed_mean(lead).verdict(alpha) == PASS
-    return [
-        Rival(arm=CE, what=RIVALS[evidence.study.ce_arm], lead=estimate(lead, alpha), beats=beats),
-    ]
+    beats, what = crossed_mean(lead).verdict(alpha) == PASS, RIVALS[evidence.study.ce_arm]
+    spoiled = harm_of_ce(evidence) is not None
+    return [Rival(arm=CE, what=what, lead=estimate(lead, alpha), beats=beats, spoiled=spoiled)]
 
 
 def slice_parts(evidence: Evidence, recipe: str, name: str, f: float, alpha: float) -> list[Part]:
@@ -131,7 +163,7 @@ def slice_parts(evidence: Evidence, recipe: str, name: str, f: float, alpha: flo
     changes: dict[str, object] = {"name": f"retention:{name}"}
     if assay.verdict != PASS:
         reason = f"no teacher gain is visible on {name}: {assay.reason}"
-        changes |= {"verdict": INCONCLUSIVE, "p_fail": None, "reason": reason}
+        changes |= {"verdict": INCONCLUSIVE, "p_fail": None, "reason": reason, "remedy": None}
     return [assay, retention.model_copy(update=changes)]
 
 
@@ -171,16 +203,17 @@ class Shares:
         return self.cache[gain, reference, name]
 
     def _compute(self, gain: Contrast, reference: Contrast, name: str) -> KeptShare:
-        ratio = fieller(self.evidence.gain(name, gain), self.evidence.gain(name, reference), self.alpha)
+        x, y = (self.evidence.gain(name, contrast) for contrast in (gain, reference))
+        ratio = fieller(x, y, self.alpha)
         if ratio is None:
             return KeptShare()
         low, high = None, None
         if name == VALIDATION:
             draws = self.means[:, self.columns[gain]] / self.means[:, self.columns[reference]]
             low, high = (float(v) for v in np.quantile(draws, [self.alpha, 1 - self.alpha]))
-        return KeptShare(
-            point=ratio.point, low=ratio.low, high=ratio.high, bootstrap_low=low, bootstrap_high=high
-        )
+        ends = {"low": ratio.low, "high": ratio.high, "bootstrap_low": low, "bootstrap_high": high}
+        by_seed = (x.mean(axis=1) / y.mean(axis=1)).tolist() if (y.mean(axis=1) > 0).all() else []
+        return KeptShare(point=ratio.point, **ends, by_seed=by_seed)
 
 
 def bootstrap_shares(evidence: Evidence, alpha: float) -> Shares:

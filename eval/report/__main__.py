@@ -16,12 +16,12 @@ from eval.core.commands import new_parser, study_from_command
 from eval.core.errors import UserError, entry
 from eval.core.gate_file import GateFile, read_gate
 from eval.core.study import Study
-from eval.report.budget_table import build_budget_table, csv_text
-from eval.report.format import data_lines, judged_by
+from eval.report.budget_table import csv_text
+from eval.report.format import data_lines
 from eval.report.markdown import render_markdown
 from eval.report.terminal import print_report
 
-WIDTH = 160  # columns of the table where nobody can tell, e.g. in a log
+WIDTH = 120  # columns of the table where nobody can tell, e.g. in a log
 
 
 def refuse_stale(gate: GateFile, study: Study, run: Path, fix: str) -> None:
@@ -41,13 +41,13 @@ def render_reports(run: Path, gate: GateFile) -> dict[str, str]:
 
     return {
         "table.md": render_markdown(gate, data_lines(run, gate)),
-        "table.csv": csv_text(build_budget_table(gate), judged_by(gate)),
+        "table.csv": csv_text(gate),
         "report.html": render_page(gate, run, (run / "study.yaml").read_text(encoding="utf-8")),
     }
 
 
 def console() -> Console:
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
     return Console(width=width, highlight=False)
 
 

@@ -6,14 +6,31 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from eval.core.gate_file import GateFile, Number, Variant
+from eval.core.gate_file import GateFile, Number, Part, Reference, Variant
 from eval.core.records import VALIDATION
-from eval.report.format import MISSING, TIMES, Cell, estimate_cell, fixed, part_verdict, shifted, significant
+from eval.report.format import (
+    MISSING,
+    NOT_MEASURED,
+    REFERENCES,
+    TIMES,
+    Cell,
+    estimate_cell,
+    fixed,
+    limit_text,
+    measured_on,
+    part_verdict,
+    remedy_text,
+    several,
+    shifted,
+    significant,
+    stamp,
+)
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS
 
 RANKS = [PASS, INCONCLUSIVE, FAIL]
 ALWAYS = ("prefill_p50", "prefill_p95", "decode_p50", "decode_p95", "peak_memory", "disk")
 WEIGHTS = {"zeros": "zero weights, share", "low_bit": "low-bit weights, share"}  # where a variant says it
+SEEDED = ("validation_bits_per_byte", "gain_retained")  # columns of which table.csv has each seed
 WHERE_MEASURED = ("knee", "throughput", "energy")  # columns of tables in which some variant has them
 UNITS = {
     **dict.fromkeys(("peak_memory", "device_memory", "disk"), "MiB"),
@@ -51,10 +68,35 @@ class Row:
 
 
 @dataclass(frozen=True)
+class ReferenceRow:
+    """The teacher or the fallback on a target: what it costs, and no verdict."""
+
+    name: str
+    target: str
+    costs: list[Cell]  # empty where it was not measured
+
+
+@dataclass(frozen=True)
 class BudgetTable:
     quality: list[Column]
     costs: list[Column]
     rows: list[Row]
+    references: list[ReferenceRow]
+
+    @property
+    def folded(self) -> dict[str, list[str]]:
+        """Target -> its recipes, where none was measured and all of them have a row on another target."""
+        measured = {row.variant.target for row in self.rows if row.costs}
+        shown = {row.variant.recipe for row in self.rows if row.variant.target in measured}
+        folds: dict[str, list[str]] = {}
+        for v in (row.variant for row in self.rows if row.variant.target not in measured):
+            folds.setdefault(v.target, []).append(v.recipe)
+        return {target: names for target, names in folds.items() if shown.issuperset(names)}
+
+    @property
+    def shown(self) -> list[Row]:
+        """The rows of the other targets."""
+        return [row for row in self.rows if row.variant.target not in self.folded]
 
     def by_recipe(self) -> list[Row]:
         """One row per recipe and engine, as in gate.json: quality is the same on every target."""
@@ -85,7 +127,21 @@ def build_budget_table(gate: GateFile, variants: list[Variant] | None = None) ->
             Row(v, i, quality_cells(gate, v), cost_cells(v, costs))
             for i, v in enumerate(gate.variants if variants is None else variants)
         ],
+        [ReferenceRow(REFERENCES[r.arm], r.target, reference_cells(r, costs)) for r in gate.references],
     )
+
+
+def reference_cells(reference: Reference, names: list[str]) -> list[Cell]:
+    cost = reference.cost
+    return [cost_cell(cost.get(name), reference.arm) for name in names] if cost else []
+
+
+def fold_lines(gate: GateFile, table: BudgetTable) -> dict[str, str]:
+    """A line for each target on which nothing was measured -> the command that measures it."""
+    how = {v.target: v.how or "" for v in reversed(gate.variants)}
+    return {
+        f"{target}: {several(names)}: {NOT_MEASURED}": how[target] for target, names in table.folded.items()
+    }
 
 
 def quality_cells(gate: GateFile, variant: Variant) -> list[Cell]:
@@ -113,23 +169,24 @@ def cost_cells(variant: Variant, names: list[str]) -> list[Cell]:
     """One cell per quantity; none where the variant was not measured."""
     if variant.cost is None:
         return []
-    return [
-        cost_cell(variant.cost.get(name), variant.recipe, part_verdict(variant, f"cost:{name}"))
-        for name in names
-    ]
+    limits = {part.name.removeprefix("cost:"): part for part in variant.parts}
+    return [cost_cell(variant.cost.get(name), variant.recipe, limits.get(name)) for name in names]
 
 
-def cost_cell(number: Number | None, recipe: str, verdict: str = "") -> Cell:
-    """The figure with its bound and its ratio to another variant, or what it would need."""
+def cost_cell(number: Number | None, recipe: str, limit: Part | None = None) -> Cell:
+    """The figure with its bounds and its limit or its ratio to another variant, or what it would need."""
+    verdict = limit.verdict if limit else ""
     if number is None:
-        return Cell(MISSING, verdict=verdict)
+        return Cell(NOT_MEASURED if limit else MISSING, verdict=verdict)
     needs = f"needs {number.needs} requests" if number.needs else MISSING
     if number.value is None:
         return Cell(needs, verdict=verdict)
     notes = [bound_note(number)] if bound_note(number) else []
     if number.upper is None:
         notes = [f"bound {needs}"]
-    if number.relative is not None and number.relative.of != recipe:
+    if limit is not None and (text := limit_text(limit)):
+        notes = [text] if limit.unit[:2] != "x " else [*notes, text]
+    elif number.relative is not None and number.relative.of != recipe:
         notes.append(f"{significant(number.relative.point)}{TIMES} {number.relative.of}")
     text = significant(number.value)
     return Cell(text, tuple(notes), verdict, number.value, number.lower, number.upper)
@@ -144,20 +201,34 @@ def bound_note(number: Number) -> str:
     return f"{'≥' if more else '≤'} {significant(bound)}"
 
 
-def csv_text(table: BudgetTable, judged_by: str) -> str:
-    """table.csv: one row per variant and target; every figure at full precision, its bounds and the verdict
-    of its part, and by what budget it was judged. A field is empty where there is nothing to say.
+def csv_text(gate: GateFile) -> str:
+    """table.csv: one row per variant and target, then the teacher and the fallback; every figure at full
+    precision, its bounds and the verdict of its part, the values of each seed, what would make it pass, and
+    by what it was judged and when. A field is empty where there is nothing to say.
     """
+    table = build_budget_table(gate)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     columns = [column.name for column in table.quality + table.costs]
     figures = [f"{name}{end}" for name in columns for end in ("", "_low", "_high", "_verdict")]
-    writer.writerow(["recipe", "target", "engine", "verdict", "recommended", *figures, "reason", "judged_by"])
+    seeds = [f"{name}_s{seed}" for name in SEEDED for seed in gate.seeds]
+    before = ["recipe", "target", "engine", "verdict", "recommended", "cost"]
+    writer.writerow([*before, *figures, *seeds, "reason", "to_pass", "judged"])
     for row in table.rows:
         v = row.variant
         cells = [*row.quality, *(row.costs or [Cell("")] * len(table.costs))]
-        names = [v.recipe, v.target, v.engine, v.verdict, str(v.recommended).lower()]
-        writer.writerow([*names, *(field for cell in cells for field in _fields(cell)), v.reason, judged_by])
+        when = measured_on(gate, v.target) if row.costs else NOT_MEASURED
+        names = [v.recipe, v.target, v.engine, v.verdict, str(v.recommended).lower(), when]
+        by_seed = [v.scores[VALIDATION].by_seed, v.kept_share.by_seed]
+        values = [text for of in by_seed for text in (map(repr, of) if of else [""] * len(gate.seeds))]
+        fields = [field for cell in cells for field in _fields(cell)]
+        writer.writerow([*names, *fields, *values, v.reason, remedy_text(v), stamp(gate)])
+    for beside in table.references:
+        cells = [*[Cell("")] * len(table.quality), *(beside.costs or [Cell("")] * len(table.costs))]
+        when = measured_on(gate, beside.target) if beside.costs else NOT_MEASURED
+        fields = [field for cell in cells for field in _fields(cell)]
+        rest = [""] * (len(seeds) + 2)
+        writer.writerow([beside.name, beside.target, "", "", "false", when, *fields, *rest, stamp(gate)])
     return out.getvalue()
 
 

@@ -51,6 +51,8 @@ class Point:
     recipe: str
     x: float  # ms per token
     y: float  # bits per byte
+    across: tuple[float, float] | None  # bounds of x
+    down: tuple[float, float] | None  # y with the bounds of its difference from `plain`: most noise is shared
     disk: float
     verdict: str
     recommended: bool
@@ -92,6 +94,9 @@ def _limits(stages: list[Stage]) -> tuple[float, float]:
 
 def _draw_stage(axes: Axes, y: int, stage: Stage) -> None:
     colour, value = COLOURS.get(stage.verdict, SERIES), stage.value
+    left, right = axes.get_xlim()
+    inside = [x for x in value.by_seed if left <= x <= right]
+    axes.plot(inside, [y] * len(inside), "|", color=MUTED, markersize=9, markeredgewidth=0.9)
     if value.low is not None and value.high is not None:
         axes.plot([value.low, value.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
     if value.point is not None:
@@ -126,12 +131,20 @@ def chain(gate: GateFile) -> Picture:
 def _points(gate: GateFile, target: str) -> list[Point]:
     """Measured variants on one target, fastest first."""
     points = []
+    leads = {
+        one.recipe: (one.lead.point - one.lead.high, one.lead.point - one.lead.low)
+        for one in gate.comparisons
+        if one.over == PLAIN and one.lead.low is not None and one.lead.high is not None
+    }
     for v in gate.variants:
         decode, disk = ((v.cost or {}).get(name) for name in ("decode_p50", "disk"))
         if v.target == target and decode and decode.value is not None:
             size = disk.value if disk and disk.value is not None else 0.0
             level = v.scores[VALIDATION].point
-            points.append(Point(v.recipe, decode.value, level, size, v.verdict, v.recommended))
+            across = None if decode.lower is None or decode.upper is None else (decode.lower, decode.upper)
+            lead = leads.get(v.recipe)
+            down = None if lead is None else (level + lead[0], level + lead[1])
+            points.append(Point(v.recipe, decode.value, level, across, down, size, v.verdict, v.recommended))
     return sorted(points, key=lambda p: (p.x, p.y))
 
 
@@ -173,7 +186,9 @@ def _log_ticks(axis: Axis) -> None:
 
 def _latency_axis(axes: Axes, points: list[Point]) -> None:
     """A logarithmic axis where the slowest would squeeze the rest against the edge; room for the names."""
-    low, high = points[0].x, points[-1].x
+    ends = [end for p in points for end in (p.x, *(p.across or ()))]
+    # a bound that says nothing would hide the rest
+    low, high = max(min(ends), points[0].x / 4), min(max(ends), 4 * points[-1].x)
     axes.set_xlabel("decode p50, ms per token")
     if high > 8 * low:
         axes.set_xscale("log")
@@ -206,6 +221,11 @@ def _scatter(axes: Axes, points: list[Point]) -> None:
         some = [p for p in points if p.verdict == verdict]
         area = np.array([30 + 220 * p.disk / biggest for p in some])
         x, y, colour = [p.x for p in some], [p.y for p in some], COLOURS[verdict]
+        for p in some:
+            if p.across:
+                axes.plot(p.across, [p.y, p.y], color=colour, linewidth=0.8, alpha=0.6, zorder=2)
+            if p.down:
+                axes.plot([p.x, p.x], p.down, color=colour, linewidth=0.8, alpha=0.6, zorder=2)
         axes.scatter(x, y, area, colour, marker=marker, edgecolors=PANEL, zorder=3)
     for p in points:
         if p.recommended:

@@ -1,13 +1,14 @@
 """gate.json in words and cells, for every table that shows it. Nothing is decided here."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from eval.core.artifacts import MANIFEST, read_manifest
+from eval.core.budget import AT_LOAD
 from eval.core.documents import describe_data
-from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Variant
+from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Part, Relative, Variant
 from eval.core.records import VALIDATION
 
 ARMS = {
@@ -28,10 +29,13 @@ PARTS = {
 }
 SYMBOLS = {"PASS": "✔", "FAIL": "✘", "INCONCLUSIVE": "?"}
 MISSING, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+NOT_MEASURED = "not measured yet"
 FOOTNOTE = (
-    f"≤ or ≥ is the confidence bound that a limit is held against; {TIMES} is the ratio to the named "
-    f"variant in the same run; {MISSING} stands where no honest figure could be had from what was measured."
+    f"{TIMES} is the ratio to the named variant in the same rounds; of [a, b] ≤ c, b is the bound that "
+    f"decides and c the limit (of ≥, a); ≤ or ≥ alone is a bound without a limit; {MISSING} stands where no "
+    "honest figure could be had from what was measured."
 )
+REFERENCES = {"T1": "teacher T1", "B": "fallback B"}
 
 
 @dataclass(frozen=True)
@@ -100,13 +104,63 @@ def gain_text(value: Estimate, level: float) -> str:
     return f"{cell.main} bits/byte, {level_text(level)} interval {cell.notes[0]}" if cell.notes else cell.main
 
 
+def limit_text(part: Part) -> str:
+    """The figure, its bounds and the limit, in the unit of the limit; of what was counted, no bounds."""
+    if part.estimate is None:
+        return ""
+    relative = part.unit.startswith("x ")
+    unit = f"{TIMES}" if relative else f" {part.unit}"
+    figure = f"{significant(part.estimate)}{unit}{part.unit[1:] if relative else ''}"
+    counted = part.low == part.high and part.low is not None
+    bounds = "" if counted else f"[{significant(part.low)}, {significant(part.high)}] "
+    sign = "≥" if part.name.removeprefix("cost:") in AT_LOAD else "≤"
+    held = f"{bounds}{sign} {part.limit:g}{unit}".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{figure} {held}"
+
+
+def remedy_text(variant: Variant) -> str:
+    """What would make a variant pass, part by part; empty where it does."""
+    wanted = [(part.name.removeprefix("cost:"), part.remedy) for part in variant.parts if part.remedy]
+    return "; ".join(f"{name.replace(':', ' ').replace('_', ' ')}: {remedy}" for name, remedy in wanted)
+
+
+def stamp(gate: GateFile) -> str:
+    """When, by what and by which budget was judged."""
+    judged = f"judged on {day(gate.runs[-1].time)}" if gate.runs else "judged"
+    return f"{judged} by {gate.provenance.tool or 'an earlier version'}, budget {judged_by(gate)}"
+
+
+def measured_on(gate: GateFile, what: str) -> str:
+    """The day or days of the records of `scores`, or of costs on a target."""
+    days = dict.fromkeys(map(day, gate.provenance.times.get(what, [])))
+    return f"measured on {' to '.join(days)}" if days else NOT_MEASURED
+
+
+def cost_stamp(gate: GateFile) -> str:
+    """The same of every target on which something was measured."""
+    measured = [target for target in gate.budget["targets"] if target in gate.provenance.times]
+    return "; ".join(f"{target}: {measured_on(gate, target)}" for target in measured) or NOT_MEASURED
+
+
+def saved_text(gate: GateFile) -> list[str]:
+    """What the pick of each target costs as a share of the teacher with its method, and of the fallback."""
+    lines = []
+    for reference in (r for r in gate.references if r.pick):
+        shares = [
+            f"{ratio_text(share)} of its {name.replace('_', ' ')}" for name, share in reference.pick.items()
+        ]
+        pick, what = gate.recommended[reference.target], REFERENCES[reference.arm]
+        lines.append(f"{pick} on {reference.target} takes, of {what}: {', '.join(shares)}")
+    return lines
+
+
 def judged_by(gate: GateFile) -> str:
     """The budget, and how it stands to the one that was fixed when training began."""
     name, fixed = gate.budget["name"], gate.fixed
     if fixed is None:
         return f"{name}, fixed beforehand by nobody"
     how = "another budget than the one fixed" if fixed.other else "fixed"
-    return f"{name}, {how} on {fixed.time}"
+    return f"{name}, {how} on {day(fixed.time)}"
 
 
 def remarks(gate: GateFile) -> list[str]:
@@ -186,6 +240,36 @@ def behaviour_cells(gate: GateFile) -> dict[str, list[Cell]]:
     }
 
 
+def comparison_rows(gate: GateFile) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of what can be told between two variants: bits per byte, and decode on each target."""
+    targets = list(dict.fromkeys(target for one in gate.comparisons for target in one.decode))
+    rows = []
+    for one in gate.comparisons:
+        ratios = [one.decode.get(target) for target in targets]
+        rows.append([one.recipe, one.over, lead_text(one.lead), *map(ratio_text, ratios)])
+    return ["variant", "over", "better by, bits/byte", *(f"decode p50, {t}" for t in targets)], rows
+
+
+def ratio_text(ratio: Relative | None) -> str:
+    if ratio is None:
+        return MISSING
+    return f"{significant(ratio.point)}{TIMES} [{significant(ratio.lower)}, {significant(ratio.upper)}]"
+
+
+def lead_text(value: Estimate) -> str:
+    """A difference of scores: small beside them, and so with more digits."""
+    bounds = f" [{fixed(value.low, 4)}, {fixed(value.high, 4)}]" if value.low is not None else ""
+    return f"{fixed(value.point, 4)}{bounds}"
+
+
+def seed_rows(gate: GateFile) -> list[tuple[str, list[float]]]:
+    """What every seed says by itself, where gate.json has it: arms, the teacher's gain, shares of it."""
+    rows = [(f"{arm}, bits/byte", gate.scores[arm][VALIDATION].by_seed) for arm in ARMS if arm in gate.scores]
+    rows.append(("T1 - T0, bits/byte", gate.teacher_gain.by_seed))
+    rows += [(f"{v.recipe}, share of the gain retained", v.kept_share.by_seed) for v in by_recipe(gate)]
+    return [(name, values) for name, values in rows if values]
+
+
 def task_arms(gate: GateFile) -> list[str]:
     """Arms that were scored on some task."""
     scored = {arm for quality in gate.quality.values() for scores in quality.tasks.values() for arm in scores}
@@ -202,11 +286,15 @@ def task_rows(gate: GateFile) -> list[tuple[str, str, list[Cell]]]:
     ]
 
 
-def measuring_commands(gate: GateFile) -> dict[str, str]:
-    """How to measure what was not: the variants that one command measures -> that command."""
+def measuring_commands(gate: GateFile, folded: Collection[str] = ()) -> dict[str, str]:
+    """How to measure what was not: the variants that one command measures -> that command.
+
+    Args:
+        folded: targets that are told elsewhere.
+    """
     recipes: dict[tuple[str, str], list[str]] = {}
     for v in gate.variants:
-        if v.how:
+        if v.how and v.target not in folded:
             recipes.setdefault((v.target, v.how), []).append(v.recipe)
     return {f"{several(names)} on {target}": how for (target, how), names in recipes.items()}
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from eval.report import figures as plots
 from eval.report import format as tables
 from eval.report import lineage
 from eval.report import slice_figures as spread
-from eval.report.budget_table import RANKS, build_budget_table
+from eval.report.budget_table import RANKS, build_budget_table, fold_lines
 from eval.report.evidence_pages import render_evidence
 
 Json = dict[str, Any]
@@ -29,6 +30,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = {
     "budget": "Budget table",
     "chain": "Gain retained, stage by stage",
+    "against": "Variant against variant",
     "pareto": "Size, latency and gain",
     "load": "Under load",
     "slices": "Slices and documents",
@@ -107,7 +109,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.globals.update(symbols=tables.SYMBOLS)
+    templates.globals.update(symbols=tables.SYMBOLS, to_pass=tables.remedy_text)
     templates.filters.update(
         day=tables.day,
         estimate=tables.estimate_cell,
@@ -135,13 +137,20 @@ def render_budget_rows(gate: GateFile, environment: Environment) -> Json:
     variants = sorted(
         gate.variants, key=lambda v: (not v.recommended, targets.index(v.target), RANKS.index(v.verdict))
     )
-    table = build_budget_table(gate, variants)
+    whole = build_budget_table(gate, variants)
+    rows = whole.shown
+    table = replace(whole, rows=rows)
     titles = ["variant", "target", "verdict", *(column.title for column in table.quality + table.costs)]
     macros: Any = environment.get_template("row.html.j2").make_module({"titles": titles})
     rest = table.rows[WRITTEN:]
     packs = (rest[i : i + PACK] for i in range(0, len(rest), PACK))
     return {
         "titles": titles,
+        "costs": [column.title for column in table.costs],
+        "references": table.references,
+        "folded": fold_lines(gate, whole),
+        "targets": list(dict.fromkeys(row.variant.target for row in rows)),
+        "unmeasured": tables.measuring_commands(gate, whole.folded),
         "written": [macros.row(row, render_evidence(gate, row.variant)) for row in table.rows[:WRITTEN]],
         "data": {
             "keys": [row.keys + [None] * (len(titles) - len(row.keys)) for row in table.rows],
@@ -161,6 +170,7 @@ def render_page(gate: GateFile, run: Path, study_yaml: str) -> str:
         UserError: a score record of a recommended variant cannot be read.
     """
     templates, pictures = environment(), figures(gate, run)
+    pictures["against"] = gate.comparisons
     pictures["behaviour"] = tables.behaviour_cells(gate) or tables.task_rows(gate)
     style, script = (Markup((TEMPLATES / name).read_text("utf-8")) for name in ("style.css", "table.js"))
     return templates.get_template("report.html.j2").render(
@@ -174,7 +184,13 @@ def render_page(gate: GateFile, run: Path, study_yaml: str) -> str:
         arms=tables.ARMS,
         slices=[VALIDATION, *tables.shifted(gate)],
         footnote=tables.FOOTNOTE,
-        unmeasured=tables.measuring_commands(gate),
+        stamp=tables.stamp(gate),
+        scored=tables.measured_on(gate, "scores"),
+        costed=tables.cost_stamp(gate),
+        saved=tables.saved_text(gate),
+        comparisons=tables.comparison_rows(gate),
+        seeds=tables.seed_rows(gate),
+        not_measured=tables.NOT_MEASURED,
         shares=tables.student_shares(gate),
         table=render_budget_rows(gate, templates),
         behaviour=tables.behaviour_cells(gate),

@@ -5,19 +5,30 @@ from collections.abc import Iterable
 
 from eval.core.gate_file import GateFile
 from eval.core.records import VALIDATION
-from eval.report.budget_table import BudgetTable, build_budget_table
+from eval.report.budget_table import BudgetTable, build_budget_table, fold_lines
 from eval.report.format import (
     ARMS,
     BEHAVIOUR,
     FOOTNOTE,
+    MISSING,
+    NOT_MEASURED,
     behaviour_cells,
     by_recipe,
+    comparison_rows,
+    cost_stamp,
     estimate_cell,
+    fixed,
     gain_text,
+    level_text,
+    measured_on,
     measuring_commands,
     recommended_text,
     remarks,
+    remedy_text,
+    saved_text,
+    seed_rows,
     shifted,
+    stamp,
     student_shares,
     task_arms,
     task_rows,
@@ -70,12 +81,29 @@ def quality_table(table: BudgetTable) -> str:
 
 def cost_table(table: BudgetTable) -> str:
     rows = []
-    for v, cells in ((row.variant, row.costs) for row in table.rows):
+    for v, cells in ((row.variant, row.costs) for row in table.shown):
         names = [escape(v.recipe) + (" \\*" if v.recommended else ""), escape(v.target), escape(v.engine)]
-        figures = list(map(str, cells)) or ["not measured"] * len(table.costs)
-        rows.append([*names, v.verdict, *figures, escape(v.reason)])
+        figures = list(map(str, cells)) or [NOT_MEASURED] * len(table.costs)
+        rows.append([*names, v.verdict, *figures, escape(v.reason), escape(remedy_text(v) or MISSING)])
+    for beside in table.references:
+        figures = list(map(str, beside.costs)) or [NOT_MEASURED] * len(table.costs)
+        rows.append([beside.name, escape(beside.target), *[MISSING] * 2, *figures, MISSING, MISSING])
     titles = [column.title for column in table.costs]
-    return markdown_table(["recipe", "target", "engine", "verdict", *titles, "reason"], rows)
+    return markdown_table(["recipe", "target", "engine", "verdict", *titles, "reason", "to pass"], rows)
+
+
+def seeds_table(gate: GateFile) -> list[str]:
+    """What each seed says by itself; nothing where gate.json does not hold it."""
+    rows = [[escape(name), *(fixed(x) for x in values)] for name, values in seed_rows(gate)]
+    heads = ["validation", *(f"seed {seed}" for seed in gate.seeds)]
+    return ["### Seed by seed", markdown_table(heads, rows)] if rows else []
+
+
+def comparison_table(gate: GateFile) -> list[str]:
+    titles, rows = comparison_rows(gate)
+    if not rows:
+        return []
+    return ["## Variant against variant", markdown_table(titles, [list(map(escape, row)) for row in rows])]
 
 
 def gains(gate: GateFile) -> str:
@@ -108,14 +136,17 @@ def caveats(gate: GateFile, data: Iterable[str] = ()) -> str:
 def render_markdown(gate: GateFile, data: Iterable[str] = ()) -> str:
     """table.md: the verdict, then quality (no figure of time), then cost and the verdicts it decides."""
     table = build_budget_table(gate)
-    how = "".join(f"- {escape(f'{names}: {how}')}\n" for names, how in measuring_commands(gate).items())
+    unmeasured = fold_lines(gate, table) | measuring_commands(gate, table.folded)
+    how = "".join(f"- {escape(f'{names}: {how}')}\n" for names, how in unmeasured.items())
     sections = [
         f"# {escape(gate.title or gate.study)}",
         f"**{gate.verdict}**: {escape(gate.reason)}",
         f"Recommended: {escape(recommended_text(gate))}.",
+        escape(f"{stamp(gate)}."),
         caveats(gate, data),
         "## Quality",
-        "Bits per byte, lower is better; intervals in brackets. Depends on the scores alone.",
+        f"Bits per byte, lower is better; {level_text(gate.level)} intervals in brackets. Scores: "
+        f"{measured_on(gate, 'scores')}.",
         gains(gate),
         "### Arms",
         arms_table(gate),
@@ -123,9 +154,14 @@ def render_markdown(gate: GateFile, data: Iterable[str] = ()) -> str:
         chain_table(gate),
         "### Variants",
         quality_table(table),
+        *seeds_table(gate),
         *behaviour_tables(gate),
         "## Cost and verdict",
+        escape(f"{cost_stamp(gate)}."),
         cost_table(table),
         f"\\* recommended on its target. {FOOTNOTE}",
+        *(f"{escape(line)}." for line in saved_text(gate)),
     ]
-    return "\n\n".join([*sections, *([f"### Not measured\n\n{how.rstrip()}"] if how else [])]) + "\n"
+    if how:
+        sections += ["### Not measured yet", how.rstrip()]
+    return "\n\n".join([*sections, *comparison_table(gate)]) + "\n"

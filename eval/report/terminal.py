@@ -8,15 +8,22 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.core.gate_file import STYLES, GateFile, Variant
-from eval.report.budget_table import WEIGHTS, BudgetTable, Row, build_budget_table
+from eval.report.budget_table import WEIGHTS, BudgetTable, Row, build_budget_table, fold_lines
 from eval.report.format import (
     FOOTNOTE,
     MISSING,
+    NOT_MEASURED,
+    SYMBOLS,
     Cell,
+    cost_stamp,
+    limit_text,
     measuring_commands,
     recommended_text,
     remarks,
+    remedy_text,
+    saved_text,
     select_variants,
+    stamp,
     test_set_line,
 )
 
@@ -38,60 +45,78 @@ def weight_lines(variant: Variant) -> list[str]:
 def table_row(table: BudgetTable, row: Row) -> list[Text]:
     """The cells of one row in fewer columns: two percentiles share one, and so do the slices."""
     v, quality = row.variant, row.quality
-    costs = ["not measured", "", "", ""]
-    if row.costs:
-        pairs = [row.costs[0:2], row.costs[2:4]]
-        costs = [f"{p50.main} / {p95.main}\n{upper_bounds([p50, p95])}" for p50, p95 in pairs]
-        costs += [cell.main for cell in row.costs[4:6]]
-    name = [f"{v.recipe}{' *' if v.recommended else ''}", v.engine, *weight_lines(v)]
-    names = [Text("\n".join(name)), Text(v.target)]
+    name = [f"{v.recipe}{' *' if v.recommended else ''}", f"{v.engine} on {v.target}", *weight_lines(v)]
     spans = ["\n".join([cell.main, *cell.notes]) for cell in quality[:3]]
     slices = [
-        f"{column.title.removeprefix('retained, ')} {cell.verdict or MISSING}"
+        f"{column.title.removeprefix('retained, ')} {SYMBOLS.get(cell.verdict, MISSING)}"
         for column, cell in zip(table.quality[3:], quality[3:], strict=True)
         if column.name not in WEIGHTS
     ]
-    verdict = Text(v.verdict, style=STYLES[v.verdict])
-    return [*names, verdict, *(Text(text) for text in [*spans, "\n".join(slices), *costs])]
+    verdict = Text.assemble((v.verdict, STYLES[v.verdict]), *(f"\n{one}" for one in slices))
+    return [Text("\n".join(name)), verdict, *map(Text, [*spans, *cost_texts(row.costs)])]
 
 
-def rich_table(gate: GateFile, budget: BudgetTable) -> Table:
+def cost_texts(costs: list[Cell]) -> list[str]:
+    """Two percentiles of prefill and of decode with their upper bounds, the peak of memory, bytes on disk."""
+    if not costs:
+        return [NOT_MEASURED, "", "", ""]
+    pairs = [costs[0:2], costs[2:4]]
+    texts = [f"{p50.main} / {short(p95)}\n{upper_bounds([p50, p95])}" for p50, p95 in pairs]
+    return texts + [cell.main for cell in costs[4:6]]
+
+
+def short(cell: Cell) -> str:
+    """Without the number of requests that it would need, which has no place here."""
+    return cell.main if cell.value is not None else MISSING
+
+
+def rich_table(budget: BudgetTable) -> Table:
     """The budget table as rich prints it; upper bounds stand below the percentiles."""
-    title = Text(gate.title or gate.study)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    left = ["variant", "target", "verdict"]
-    right = ["bits/byte", "gain\nretained", "guard\nshare"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    left, right = ["variant", "verdict"], ["bits/byte", "gain\nretained", "guard\nshare"]
     costs = ["prefill ms\np50 / p95", "decode ms\np50 / p95", "peak\nMiB", "disk\nMiB"]
-    for heading in [*left, *right, "slices", *costs]:
-        justify: JustifyMethod = "left" if heading in (*left, "slices") else "right"
+    for heading in [*left, *right, *costs]:
+        justify: JustifyMethod = "left" if heading in left else "right"
         table.add_column(heading, justify=justify, overflow="fold")
-    for row in budget.rows:
+    for row in budget.shown:
         table.add_row(*table_row(budget, row))
+    for beside in budget.references:
+        name = Text(f"{beside.name}\non {beside.target}")
+        table.add_row(name, MISSING, "", "", "", *map(Text, cost_texts(beside.costs)))
     return table
 
 
-def lines_below(gate: GateFile, variants: list[Variant]) -> Iterator[str]:
-    """What stands below the table: reasons, what is not shown, what is not measured."""
-    for v in variants:
-        yield f"{v.recipe} on {v.target}: {v.reason}"
-    if hidden := len(gate.variants) - len(variants):
+def lines_below(gate: GateFile, budget: BudgetTable) -> Iterator[str]:
+    """What stands below the table: limits, reasons and what would do, what is not shown or not measured."""
+    for v in (row.variant for row in budget.shown):
+        limits = [
+            f"{part.name.removeprefix('cost:').replace('_', ' ')} {limit_text(part)} {SYMBOLS[part.verdict]}"
+            for part in v.parts
+            if part.name.startswith("cost:") and part.estimate is not None
+        ]
+        reason = [] if v.verdict == "PASS" or v.reason in gate.reason else [v.reason]
+        to_pass = [f"to pass: {text}"] if (text := remedy_text(v)) else []
+        if lines := [*limits, *reason, *to_pass]:
+            yield f"{v.recipe} on {v.target}: {'; '.join(lines)}"
+    if hidden := len(gate.variants) - len(budget.rows):
         yield f"{hidden} more rows in table.md and report.html"
-    for names, how in measuring_commands(gate).items():
+    for line, how in fold_lines(gate, budget).items():
+        yield f"{line}; measure with {how}" if how else line
+    for names, how in measuring_commands(gate, budget.folded).items():
         yield f"to measure {names}: {how}"
 
 
 def print_report(gate: GateFile, console: Console, data: Iterable[str] = ()) -> None:
-    """Prints the budget table, its reasons and, last, the verdict."""
-    variants = select_variants(gate.variants, ROWS)
-    console.print(rich_table(gate, build_budget_table(gate, variants)))
-    for line in lines_below(gate, variants):
+    """Prints the verdict, the budget table, its reasons, and what it is conditional on."""
+    console.print(Text.assemble((gate.verdict, STYLES[gate.verdict]), f" {gate.reason}"))
+    console.print(Text(f"{gate.title or gate.study}: {stamp(gate)}; {cost_stamp(gate)}", style="dim"))
+    for line in saved_text(gate):
+        console.print(Text(line))
+    budget = build_budget_table(gate, select_variants(gate.variants, ROWS))
+    console.print(rich_table(budget))
+    for line in lines_below(gate, budget):
         console.print(Text(line))
     console.print(Text(f"* recommended ({recommended_text(gate)}). {FOOTNOTE}", style="dim"))
-    for line in (
-        *data,
-        test_set_line(gate),
-        *remarks(gate),
-    ):
+    for line in (*data, test_set_line(gate), *remarks(gate)):
         if line:
             console.print(Text(line))
-    console.print(Text(gate.verdict, style=STYLES[gate.verdict]), Text(gate.reason))

@@ -38,7 +38,10 @@ POWER = yaml.safe_load(
     "{clusters: 64, seeds: 3, effect: 0.02, power_now: 0.86, seeds_for_80: 3, clusters_for_80: 51}"
 )
 PROVENANCE = yaml.safe_load("""
-{data: def, versions: {python: 3.11.2, torch: 2.13.0},
+{tool: absorb 9.8.7,
+ times: {scores: ["2026-01-01T00:00:00+00:00", "2026-01-01T09:00:00+00:00"],
+         cpu: ["2026-01-01T11:00:00+00:00", "2026-01-02T09:00:00+00:00"]},
+ data: def, versions: {python: 3.11.2, torch: 2.13.0},
  machines: [{host: laptop, cpu: Some CPU @ 2.0 GHz, isa: AVX512, cores: 2, device: cpu}]}
 """)
 STUDY = yaml.safe_load("""
@@ -49,7 +52,8 @@ SCORES = {"B": 2.715, "T0": 2.71, "T1": 2.584, "CE": 2.69, "S0": 2.679, "S1": 2.
 
 
 def span(point: float, half: float) -> dict:
-    return {"point": point, "low": round(point - half, 6), "high": round(point + half, 6)}
+    by_seed = [round(point + part * half, 6) for part in (-0.5, 0.1, 0.4)]
+    return {"point": point, "low": round(point - half, 6), "high": round(point + half, 6), "by_seed": by_seed}
 
 
 def share_span(point: float, half: float = 0.11) -> dict:
@@ -135,7 +139,9 @@ TEST = yaml.safe_load("""
 def parts(share: float, guard: float, verdict: str) -> list[dict]:
     def part(name: str, value: float, limit: float, unit: str, reason: str) -> dict:
         held = {"estimate": value, "low": value * 0.8, "high": value * 1.3, "limit": limit, "unit": unit}
-        return {"name": name, "verdict": "PASS" if value > 0.01 else verdict, **held, "reason": reason}
+        word = "PASS" if value > 0.01 else verdict
+        remedy = None if word == "PASS" else "about 5 seeds or 90 clusters if what was seen is true"
+        return {"name": name, "verdict": word, **held, "reason": reason, "remedy": remedy}
 
     slow = "FAIL" if verdict == "FAIL" else "PASS"
     return [
@@ -191,6 +197,33 @@ def variant(row: tuple, target: str = "cpu", measured: bool = True) -> dict:
     }
 
 
+def reference(arm: str, decode: float) -> dict:
+    """The teacher or the fallback, which the pick is held against."""
+    saved = {"point": 0.71 / decode, "lower": 0.7 / decode, "upper": 0.73 / decode, "of": arm}
+    pick = {"decode_p50": saved, "disk": {"point": 0.13, "lower": 0.13, "upper": 0.13, "of": arm}}
+    return {"arm": arm, "target": "cpu", "cost": cost(decode, 6.3, arm), "pick": pick, "how": None}
+
+
+def comparisons() -> list[dict]:
+    """Each variant over `plain`."""
+    plain, *others = VARIANTS
+    return [
+        {
+            "recipe": row[0],
+            "over": "plain",
+            "lead": span(round(plain[2] - row[2], 6), 0.0123),
+            "decode": {"cpu": {"point": row[5] / 2.31, "lower": 0.2, "upper": 1.4, "of": "plain"}},
+        }
+        for row in others
+    ]
+
+
+RUN = yaml.safe_load("""
+{number: 1, time: "2026-01-02T10:00:00+00:00", plan: "", budget: default, budget_hash: "0", evidence: "0",
+ openings: 0, opening: null, verdict: PASS, previous: null}
+""")
+
+
 def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
     paths = sorted((run / "records").rglob("*.json"))
     records = {p.relative_to(run).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
@@ -210,6 +243,9 @@ def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
             "budget": BUDGET,
             "power": POWER,
             "variants": variants,
+            "references": [reference("T1", 6.9), reference("B", 2.4)],
+            "comparisons": comparisons(),
+            "runs": [RUN],
         },
         "reason": "int8 keeps the method's gain on cpu, beats the fallback and stays within every limit.",
         "recommended": {"cpu": "int8", "gpu": None},
