@@ -21,6 +21,7 @@ MODULES = {
     "agreement": "eval.score.agreement",
     "cost": "eval.cost",
     "load": "eval.cost.load",
+    "import": "eval.score.import",
     "merge": "eval.cost.merge",
     "power": "eval.gate.power",
     "gate": "eval.gate",
@@ -50,6 +51,7 @@ FLOW = {
 SIDE_COMMANDS = {
     "agreement": "flips and KL of variants beside their noise",
     "load": "latency under open-loop load",
+    "import": "scores that were made elsewhere, for the same gate",
     "merge": "joins records of other machines",
     "power": "seeds and documents that see the asked share",
     "test-set": "opens the test documents for one variant",

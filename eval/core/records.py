@@ -127,6 +127,7 @@ class Score(Stored):
     seed: int
     recipe: str = PLAIN
     engine: str  # torch, openvino; method for a teacher that carries one
+    by: str | None = None  # what scored it elsewhere, with its version; null: this project, by `engine`
     metric: Literal["bits_per_byte"] = "bits_per_byte"
     data: str  # hash of the data artifact
     documents: Documents

@@ -34,6 +34,7 @@ def list_caveats(evidence: Evidence, budget: Budget, fixed: Fixed | None) -> lis
     return [
         *caveats,
         *_few_clusters(evidence, budget),
+        *_scored_elsewhere(evidence),
         *_spoiled_ce(evidence),
         *_mixed_machines(evidence),
         *_computed_otherwise(evidence),
@@ -168,6 +169,17 @@ def _few_clusters(evidence: Evidence, budget: Budget) -> list[str]:
         for name, count in counts.items()
         if count < FEW_CLUSTERS
     ]
+
+
+def _scored_elsewhere(evidence: Evidence) -> list[str]:
+    """Scores that this project did not make, and whether some of one contrast were made otherwise."""
+    if not evidence.elsewhere:
+        return []
+    told = [f"{len(models)} by {by}, first {models[0]}" for by, models in evidence.elsewhere.items()]
+    count = sum(map(len, evidence.elsewhere.values()))
+    mixed = len(evidence.elsewhere) > 1 or count < len(evidence.artifacts)
+    why = ": models that are compared were scored by different programs, which may differ" if mixed else ""
+    return [f"scores were made elsewhere ({'; '.join(told)}){why}"]
 
 
 def _spoiled_ce(evidence: Evidence) -> list[str]:

@@ -100,6 +100,7 @@ class Evidence:
     plan: Plan | None  # what was fixed when training began
     first: str  # time of the earliest record that is judged
     loads: dict[tuple[str, str], list[LoadRecord]]  # (target, recipe) -> records of S1 under load, by seed
+    elsewhere: dict[str, list[str]]  # what scored models elsewhere -> arm/s<seed>/recipe
     times: dict[str, list[str]]  # of the first and the last record: of scores, of costs by target
     references: dict[tuple[str, str], list[CostRecord]]  # (target, arm) -> of the fallback and the teacher
 
@@ -285,6 +286,10 @@ def build_evidence(
         plan=read_plan(folder),
         first=min((record.provenance.time for record in used), key=datetime.fromisoformat),
         loads=loads,
+        elsewhere={
+            by: [f"{s.arm}/s{s.seed}/{s.recipe}" for s in scores if s.by == by]
+            for by in sorted({s.by for s in scores if s.by})
+        },
         times=_times(scores, costs, loads),
         references=references,
     )

@@ -145,7 +145,7 @@ def cost_stamp(gate: GateFile) -> str:
 def saved_text(gate: GateFile) -> list[str]:
     """What the pick of each target costs as a share of the teacher with its method, and of the fallback."""
     lines = []
-    for reference in (r for r in gate.references if r.pick):
+    for reference in (r for r in gate.references if r.pick and gate.recommended[r.target]):
         shares = [
             f"{ratio_text(share)} of its {name.replace('_', ' ')}" for name, share in reference.pick.items()
         ]

@@ -145,8 +145,7 @@ def render_markdown(gate: GateFile, data: Iterable[str] = ()) -> str:
         escape(f"{stamp(gate)}."),
         caveats(gate, data),
         "## Quality",
-        f"Bits per byte, lower is better; {level_text(gate.level)} intervals in brackets. Scores: "
-        f"{measured_on(gate, 'scores')}.",
+        f"Bits per byte, lower is better; {level_text(gate.level)} intervals in brackets.",
         gains(gate),
         "### Arms",
         arms_table(gate),
@@ -157,7 +156,7 @@ def render_markdown(gate: GateFile, data: Iterable[str] = ()) -> str:
         *seeds_table(gate),
         *behaviour_tables(gate),
         "## Cost and verdict",
-        escape(f"{cost_stamp(gate)}."),
+        escape(f"Scores {measured_on(gate, 'scores')}; costs on {cost_stamp(gate)}."),
         cost_table(table),
         f"\\* recommended on its target. {FOOTNOTE}",
         *(f"{escape(line)}." for line in saved_text(gate)),

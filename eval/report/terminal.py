@@ -23,9 +23,11 @@ from eval.report.format import (
     remedy_text,
     saved_text,
     select_variants,
+    several,
     stamp,
     test_set_line,
 )
+from eval.stats.crossed import PASS
 
 ROWS = 50  # more cannot be read here: table.md and the page have all
 
@@ -94,10 +96,14 @@ def lines_below(gate: GateFile, budget: BudgetTable) -> Iterator[str]:
             for part in v.parts
             if part.name.startswith("cost:") and part.estimate is not None
         ]
-        reason = [] if v.verdict == "PASS" or v.reason in gate.reason else [v.reason]
+        if limits:
+            yield f"{v.recipe} on {v.target}: {', '.join(limits)}"
+    reasons: dict[str, list[str]] = {}
+    for v in (row.variant for row in budget.shown if row.variant.verdict != PASS):
+        reason = [] if v.reason in gate.reason else [v.reason]  # it stands above
         to_pass = [f"to pass: {text}"] if (text := remedy_text(v)) else []
-        if lines := [*limits, *reason, *to_pass]:
-            yield f"{v.recipe} on {v.target}: {'; '.join(lines)}"
+        reasons.setdefault("; ".join(reason + to_pass), []).append(f"{v.recipe} on {v.target}")
+    yield from (f"{several(names)}: {text}" for text, names in reasons.items() if text)
     if hidden := len(gate.variants) - len(budget.rows):
         yield f"{hidden} more rows in table.md and report.html"
     for line, how in fold_lines(gate, budget).items():

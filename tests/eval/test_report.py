@@ -24,7 +24,7 @@ from eval.report import terminal
 from eval.report.__main__ import refuse_stale
 from eval.report.budget_table import build_budget_table
 from eval.report.figures import smooth
-from eval.report.format import part_verdict
+from eval.report.format import TIMES, part_verdict
 from eval.report.html import render_page
 from eval.report.markdown import render_markdown
 from tests.eval.report_run import HOSTILE, SLICES, VARIANTS, run_folder, variant
@@ -183,7 +183,9 @@ def test_hostile_words_stay_words(tmp_path):
     rows = [line for line in table.splitlines() if line.startswith("|")]
     for above, below in pairwise(rows):
         bars = [len(re.findall(r"(?<!\\)\|", line)) for line in (above, below)]
-        assert bars[0] == bars[1] or below.startswith(("| arm", "| stage", "| recipe"))
+        assert bars[0] == bars[1] or below.startswith(
+            ("| arm", "| stage", "| recipe", "| valid", "| variant")
+        )
 
 
 def numbers(value: object) -> list[float]:
@@ -197,7 +199,7 @@ def numbers(value: object) -> list[float]:
 def test_every_number_of_the_table_is_the_gates(demo):
     run, _, table, _ = demo
     known = numbers(json.loads((run / "gate.json").read_text()))
-    prose = re.sub(r"The test documents .*|Note: .*", "", table)
+    prose = re.sub(r"The test documents .*|Note: .*|judged on .*|.*measured on .*", "", table)
     bare = re.sub(r"p(50|95|99)|90 % interval|\b[A-Z]\d|[a-z]+[-a-z]*\d+(-[a-z]\w+)?", "", prose)
     shown = re.findall(r"\d+(?:\.\d+)?", re.sub(r"reason .*|[^|]*(?=\|$)", "", bare, flags=re.M))
     assert len(shown) > 250
@@ -212,21 +214,62 @@ def test_page_terminal_and_table_show_the_same_cells(demo):
     budget = build_budget_table(gate)
     text = "".join(Page(html).text)
     assert {"knee", "throughput"} < {column.name for column in budget.costs}
-    for row in budget.rows:
+    for row in budget.shown:
         for cell in row.quality + row.costs:
             assert str(cell) in table
             assert cell.main in text
         assert row.quality[0].main in out
+    for beside in budget.references:
+        assert beside.name in out
+        for cell in beside.costs:
+            assert str(cell) in table
+            assert cell.main in text
+
+
+def test_the_verdict_comes_first_and_no_line_is_wider_than_120_columns(demo):
+    out = demo[1]
+    assert out.startswith("PASS int8 keeps the method's gain on cpu")
+    assert max(map(len, out.splitlines()[:-1])) <= 120
+    assert out.count("decode is slower than the uncompressed student") == 1, "each reason once"
+
+
+def test_every_form_says_when_and_by_what_it_was_judged_and_what_was_not_measured(demo):
+    run, out, table, html = demo
+    text = " ".join("".join(Page(html).text).split())
+    csv_text = (run / "table.csv").read_text()
+    for form in (out, table, text, csv_text):
+        words = " ".join(form.split())
+        assert "judged on 2026-01-02 by absorb 9.8.7, budget" in words
+        assert "measured on 2026-01-01 to 2026-01-02" in words
+        assert "not measured yet" in words
+        assert "about 5 seeds or 90 clusters if what was seen is true" in words
+        assert "teacher T1" in words
+    for form in (out, table, text):
+        words = " ".join(form.replace("\N{NO-BREAK SPACE}", " ").split())
+        assert f"0.310{TIMES} plain [0.248, 0.403] ≤ 1{TIMES}" in words, (
+            "the bound that decides, beside its limit"
+        )
+        assert f"int8 on cpu takes, of teacher T1: 0.103{TIMES} [0.101, 0.106] of its decode p50" in words
+    assert "| int4 | plain | -0.0050 [-0.0173, 0.0073] |" in table
+    assert "-0.0050 [-0.0173, 0.0073]" in text
+    assert "| T1 - T0, bits/byte | 0.116 | 0.128 | 0.134 |" in table, "seed by seed"
+    assert html.count("0.116</td>") == 1
 
 
 def test_a_spreadsheet_reads_every_variant_with_bounds_and_verdicts(demo):
     run, gate = demo[0], read_gate(demo[0])
     with (run / "table.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
+    *rows, teacher, fallback = rows
     assert [(row["recipe"], row["target"], row["verdict"]) for row in rows] == [
         (v.recipe, v.target, v.verdict) for v in gate.variants
     ]
+    assert (teacher["recipe"], fallback["recipe"]) == ("teacher T1", "fallback B")
+    assert float(teacher["decode_p50"]) == gate.references[0].cost["decode_p50"].value
+    assert {row["cost"] for row in rows[:-1]} == {"measured on 2026-01-01 to 2026-01-02"}
+    assert rows[-1]["cost"] == "not measured yet"
     for row, v in zip(rows, gate.variants, strict=True):
+        assert [float(row[f"gain_retained_s{seed}"]) for seed in gate.seeds] == v.kept_share.by_seed
         share = v.kept_share
         cells = [row[f"gain_retained{end}"] for end in ("", "_low", "_high")]
         assert cells == ["" if x is None else repr(x) for x in (share.point, share.low, share.high)]
@@ -253,7 +296,7 @@ def test_percentiles_that_could_not_be_had_are_not_printed(tmp_path):
     first["cost"]["decode_p95"] |= {"value": None, "upper": None, "needs": 59}
     first["cost"]["prefill_p95"] |= {"value": None, "upper": None}
     table, html = made_here(run_folder(tmp_path, variants=[first]))
-    cells = [cell.strip() for cell in table.partition("## Cost")[2].splitlines()[4].split("|")]
+    cells = [cell.strip() for cell in table.partition("## Cost")[2].splitlines()[6].split("|")]
     assert cells[6] == "\N{EN DASH}"
     assert cells[8] == "needs 59 requests"
     assert "needs 59 requests" in html

@@ -1,0 +1,175 @@
+"""What stands beside a verdict: pairs of variants, the teacher and the fallback, seeds, what would make it pass."""
+
+import numpy as np
+import pytest
+import yaml
+
+from eval.core.artifacts import Key, build_artifact, read_manifest
+from eval.core.checks import measured_bytes, measured_hash
+from eval.core.records import CostRecord, write_record
+from eval.core.study import load_study
+from eval.cost.plan import find_teacher
+from eval.gate.decision import judge
+from eval.gate.quality import mean_part
+from eval.stats.crossed import crossed_mean
+from eval.stats.power import components, power
+from tests.eval.run_builder import Run, copy_run, edit, row
+
+
+def put_teacher(run: Run, seed: int = 0) -> None:
+    """What `distill` leaves of a teacher of two bases that runs in three times the time of `plain`."""
+    bases = {f"base-s{s}": read_manifest(run.path / f"base/s{s}").hash for s in (0, 1)}
+    facts = {"arm": "T1", "seed": seed, "recipe": "plain", "engine": "distill.teachers.engine", "room": 256}
+    folder = run.path / f"method/T1/s{seed}"
+    parents = {**bases, "data": read_manifest(run.path / "data").hash}
+    with build_artifact(
+        folder, kind="method", name="method", key=Key("m"), parents=parents, facts=facts
+    ) as aside:
+        (aside / "fitted").write_text("x" * 100)
+
+
+def measure_beside(run: Run, arm: str, factor: float) -> None:
+    """A cost record of the teacher or the fallback, in the rounds of the variants."""
+    record = CostRecord.model_validate_json((run.path / "records/cost/cpu/plain/S1-s0.json").read_text())
+    folder = run.path / ("base/s0" if arm == "B" else "method/T1/s0")
+    manifest = read_manifest(folder)
+    processes = [
+        process.model_copy(update={"decode_ms": [factor * ms for ms in process.decode_ms]})
+        for process in record.processes
+    ]
+    changes = {
+        "arm": arm,
+        "processes": processes,
+        "disk_bytes": measured_bytes(run.path, manifest),
+        "provenance": record.provenance.model_copy(update={"artifact": measured_hash(manifest)}),
+    }
+    write_record(run.path, record.model_copy(update=changes))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("beside")).make()
+    put_teacher(run)
+    measure_beside(run, "B", 1.0)
+    measure_beside(run, "T1", 3.0)
+    return run
+
+
+@pytest.fixture(scope="module")
+def gate(made):
+    return judge(made.path)
+
+
+def test_the_teacher_and_the_fallback_stand_beside_the_variants_with_what_the_pick_saves(made, gate):
+    teacher, fallback = gate.references
+    assert (teacher.arm, fallback.arm) == ("T1", "B")
+    assert teacher.cost["decode_p50"].relative.point == pytest.approx(3.0)
+    bytes_of_all = sum(read_manifest(made.path / f"base/s{s}").bytes for s in (0, 1)) + 100
+    assert teacher.cost["disk"].value == pytest.approx(bytes_of_all / 2**20)
+    assert gate.recommended["cpu"] == "int8"
+    pick = row(gate, "int8").cost["decode_p50"].relative
+    saved = teacher.pick["decode_p50"]
+    assert (saved.point, saved.of) == (pytest.approx(pick.point / 3), "T1")
+    assert saved.lower < saved.point < saved.upper
+    assert fallback.pick["decode_p50"].point == pytest.approx(pick.point)
+
+
+def test_a_teacher_of_other_bases_than_those_measured_is_not_measured_yet(made, tmp_path):
+    run = copy_run(made.folder, tmp_path)
+    edit(run.path / "method/T1/s0/manifest.json", lambda m: m["parents"].update({"base-s0": "0" * 64}))
+    teacher, fallback = judge(run.path).references
+    assert teacher.cost is None
+    assert teacher.how.startswith("python -m eval.cost --study")
+    assert fallback.cost is not None
+    edit(run.path / "method/T1/s0/manifest.json", lambda m: m["facts"].pop("engine"))
+    assert judge(run.path).references[0].how is None, "one that is asked elsewhere has no command"
+
+
+def test_the_teacher_is_measured_where_it_has_room_for_a_request(made, tmp_path, capsys):
+    run = copy_run(made.folder, tmp_path)
+    study = load_study(run.path)
+    (teacher,) = find_teacher(study)
+    assert (teacher.name, teacher.label) == ("teacher", "plain/T1-s0")
+    assert teacher.bytes == sum(read_manifest(run.path / f"base/s{s}").bytes for s in (0, 1)) + 100
+    edit(run.path / "method/T1/s0/manifest.json", lambda m: m["facts"].update(room=73))
+    assert find_teacher(study) == []
+    assert "a request has 74 tokens, it has room for 73" in capsys.readouterr().out
+
+
+def test_variants_are_compared_on_the_same_seeds_documents_and_rounds(made, tmp_path):
+    run = copy_run(made.folder, tmp_path)
+    for seed in run.seeds:  # without it, no document differs from another by more than the recipe does
+        more = 1.001 + 0.0005 * seed
+        change = lambda r, more=more: r["documents"].update(bits=[more * b for b in r["documents"]["bits"]])  # noqa: E731
+        edit(run.path / f"records/score/half/S1-s{seed}.json", change)
+    gate = judge(run.path)
+    pairs = {(one.recipe, one.over): one for one in gate.comparisons}
+    assert set(pairs) == {("int8", "plain"), ("half", "plain"), ("half", "int8")}
+    half = pairs["half", "int8"]
+    scores = {name: row(gate, name).scores["validation"] for name in ("half", "int8")}
+    assert half.lead.point == pytest.approx(scores["int8"].point - scores["half"].point)
+    assert half.lead.high < 0, "it is worse beyond doubt"
+    times = {name: row(gate, name).cost["decode_p50"].relative.point for name in ("half", "int8")}
+    assert half.decode["cpu"].point == pytest.approx(times["half"] / times["int8"])
+    width = half.lead.high - half.lead.low
+    assert width < scores["half"].high - scores["half"].low, "what both share cancels"
+
+
+def test_the_values_of_the_seeds_have_the_mean_that_is_told(gate):
+    every = [gate.teacher_gain, *(scores["validation"] for scores in gate.scores.values())]
+    every += [v.scores["far"] for v in gate.variants]
+    for value in every:
+        assert len(value.by_seed) == len(gate.seeds)
+        assert np.mean(value.by_seed) == pytest.approx(value.point)
+    share = row(gate, "int8").kept_share
+    kept = [a - b for a, b in zip(gate.scores["S0"]["validation"].by_seed, [0] * 4, strict=True)]
+    assert len(share.by_seed) == len(kept) == 4
+    assert min(share.by_seed) <= share.point <= max(share.by_seed)
+
+
+def test_what_would_make_a_part_pass_is_the_plan_of_its_power():
+    rng = np.random.default_rng(5)
+    z = 0.02 + 0.02 * rng.normal(size=(3, 1)) + 0.02 * rng.normal(size=(3, 30))
+    z += 0.015 - z.mean()
+    part = mean_part("retention", z, 0.05, "kept", "not kept")
+    assert part.verdict == "INCONCLUSIVE"
+    seeds = int(part.remedy.split()[1])
+    parts, effect = components(z), crossed_mean(z).point
+    assert power(parts, effect, seeds, 30, 0.05) >= 0.8 > power(parts, effect, seeds - 1, 30, 0.05)
+    assert "now 3 seeds and 30 clusters" in part.remedy
+    assert mean_part("retention", z + 1, 0.05, "kept", "not kept").remedy is None
+    worse = mean_part("retention", z - 1, 0.05, "kept", "not kept")
+    assert worse.verdict == "FAIL"
+    assert "bits/byte more than was seen" in worse.remedy
+
+
+def test_what_would_bring_a_cost_within_its_limit_is_told(made):
+    def remedies(limit: dict) -> str:
+        budget = {**made.budget, "targets": {"cpu": {"device": "cpu", "limits": {"decode_p50": limit}}}}
+        path = made.folder / "other.yaml"
+        path.write_text(yaml.safe_dump(budget))
+        part = row(judge(made.path, str(path)), "plain").parts[-1]
+        return f"{part.verdict}: {part.remedy}"
+
+    assert remedies({"at_most": 1.0, "unit": "ms"}) == "FAIL: lower by 52 %"
+    assert remedies({"at_most": 9.0, "unit": "ms"}) == "PASS: None"
+    assert remedies({"at_most": 2.15, "unit": "ms"}).startswith("INCONCLUSIVE: about ")
+    assert remedies({"at_most": 2.15, "unit": "ms"}).endswith(" processes, now 3")
+
+
+def test_a_rival_that_its_own_training_made_worse_is_no_rival(tmp_path):
+    gains = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": -0.05}
+    run = Run(tmp_path, gains=gains, recipes={"int8": ("openvino", 1.0, 0.6)})
+    run.budget["over_ce"] = 0.1
+    run.make()
+    result = judge(run.path)
+    assert result.rivals[0].spoiled
+    assert any("(CE) ended worse than the base" in note and "ce_train" in note for note in result.notes)
+    part = next(part for part in row(result, "int8").parts if part.name == "over_ce")
+    assert (part.verdict, part.remedy) == ("INCONCLUSIVE", "a CE arm at its own best rate (ce_train)")
+    assert result.verdict == "INCONCLUSIVE"
+
+
+def test_a_table_says_when_and_by_what_it_was_judged(gate):
+    assert gate.provenance.tool.startswith("absorb")
+    assert gate.provenance.times == {name: ["2026-01-01T00:00:00+00:00"] * 2 for name in ("scores", "cpu")}
