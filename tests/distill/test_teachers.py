@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from eval.core.errors import UserError
 from eval.core.jobs import run_in_turn
 from eval.core.sections import Targets
 from eval.core.study import load_study
-from eval.engines import load_tokenizer
+from eval.cost.worker import serve_request
+from eval.engines import load_engine, load_tokenizer
 from tests.distill.test_generate import GENERATION, lively
 from tests.distill.test_generate import rows as some_rows
 from tests.helpers import ROOT, run, tiny_study
@@ -249,3 +251,20 @@ def test_only_what_matters_decides_a_lesson(cached):
     assert key(source="online") == key(source="online", form="sampled", generation={"new_tokens": 3})
     assert key(source="on_policy") != key(source="on_policy", generation={"new_tokens": 3})
     assert key("CE", source="online") == key("CE", source="on_policy") is None
+
+
+def test_a_teacher_with_its_method_is_an_engine_whose_cost_can_be_measured(cached, monkeypatch):
+    """What `eval.cost` finds in the manifest: it says what the teacher says, and its texts can be timed."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as `load` sets it: put back afterwards
+    study, _ = cached
+    folder, threads = study.folder / "method/T1/s0", torch.get_num_threads()
+    facts = read_manifest(folder).facts
+    assert facts["room"] == study.base.architecture["max_position_embeddings"]
+    engine = load_engine(facts["engine"], folder, 1, "cpu")
+    batch = collate(list(training_rows(study, load_tokenizer(study.folder / "base/s0"))[:2]), 0)
+    with run_teacher(study, "T1", [0], teacher_group(study, "T1", 0)[0]) as teacher:
+        torch.testing.assert_close(engine.logits(batch), teacher.log_probs(batch))
+    stamps = serve_request(engine, batch.input_ids[:1, :8], 6, lambda: None)
+    assert len(stamps) == 7, "the start, and each of the six tokens"
+    assert all(later > earlier for earlier, later in pairwise(stamps))
+    torch.set_num_threads(threads)

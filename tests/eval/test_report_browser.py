@@ -11,7 +11,7 @@ import pytest
 
 from eval.core.gate_file import read_gate
 from eval.report.html import render_page as html_of
-from tests.eval.report_run import VARIANTS, run_folder
+from tests.eval.report_run import VARIANTS, run_folder, variant
 
 pytestmark = pytest.mark.browser
 
@@ -74,8 +74,9 @@ def browser() -> Iterator:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> SimpleNamespace:
-    """The gate of a run, its folder, and its report as a file."""
-    run = run_folder(tmp_path_factory.mktemp("runs"))
+    """The gate of a run, its folder, and its report as a file; one variant is of a target without figures."""
+    alone = variant(("only-gpu", *VARIANTS[6][1:]), "gpu", measured=False)
+    run = run_folder(tmp_path_factory.mktemp("runs"), variants=[*map(variant, VARIANTS), alone])
     gate = read_gate(run)
     path = run / "report.html"
     path.write_text(html_of(gate, run, "name: demo"), encoding="utf-8")
@@ -116,22 +117,22 @@ def test_columns_sort_up_and_down_and_what_was_not_measured_stays_last(visit):
     target = page.locator(SORT, has_text="target")
     target.click()
     target.click()
-    assert names(page)[:2] == ["nf4", "int8"], "what is equal stays as it was sorted before"
+    assert names(page)[:2] == ["only-gpu", "int8"], "what is equal stays as it was sorted before"
     head = page.locator(SORT, has_text="decode p50, ms")
     fastest = [row[0] for row in sorted(VARIANTS, key=lambda row: row[5])]
     head.click()
-    assert names(page) == [*fastest, "nf4"]
+    assert names(page) == [*fastest, "only-gpu"]
     assert page.locator("th[aria-sort]").all_text_contents() == ["decode p50, ms"]
     assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "ascending"
     head.focus()
     page.keyboard.press("Enter")
-    assert names(page) == [*fastest[::-1], "nf4"]
+    assert names(page) == [*fastest[::-1], "only-gpu"]
     assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "descending"
     for i in range(page.locator(SORT).count()):
         page.locator(SORT).nth(i).click()
         assert len(names(page)) == len(VARIANTS) + 1
     page.locator(SORT).first.click()
-    assert names(page) == sorted([*(row[0] for row in VARIANTS), "nf4"])
+    assert names(page) == sorted([*(row[0] for row in VARIANTS), "only-gpu"])
 
 
 def test_rows_are_filtered_and_their_number_is_shown(visit):
@@ -140,7 +141,7 @@ def test_rows_are_filtered_and_their_number_is_shown(visit):
     assert status.text_content() == "9 of 9 rows shown"
     assert status.get_attribute("aria-live") == "polite"
     page.get_by_label("Target").select_option("gpu")
-    assert names(page) == ["nf4"]
+    assert names(page) == ["only-gpu"]
     assert status.text_content() == "1 of 1 rows shown that match, of 9"
     page.get_by_label("Target").select_option("")
     page.get_by_label("Verdict").select_option("FAIL")
