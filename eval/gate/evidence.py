@@ -299,14 +299,11 @@ def _times(
     scores: list[Score], *measured: Mapping[tuple[str, str], Sequence[Record]]
 ) -> dict[str, list[str]]:
     """When the first and the last record was made: of `scores`, and of costs on each target."""
-    groups: dict[str, list[Record]] = {"scores": [*scores]}
+    groups = {"scores": [score.provenance.time for score in scores]}
     for (target, _), records in (pair for group in measured for pair in group.items()):
-        groups.setdefault(target, []).extend(records)
-    times = {
-        name: sorted((r.provenance.time for r in of), key=datetime.fromisoformat)
-        for name, of in groups.items()
-    }
-    return {name: [of[0], of[-1]] for name, of in times.items()}
+        groups.setdefault(target, []).extend(record.provenance.time for record in records)
+    ends, moment = (min, max), datetime.fromisoformat
+    return {name: [end(times, key=moment) for end in ends] for name, times in groups.items()}
 
 
 def costs_of_references(
