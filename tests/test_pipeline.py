@@ -16,6 +16,9 @@ import pytest
 import yaml
 
 from eval.core.config import read_yaml
+from eval.signoff.keys import new_key
+from eval.watch.routing import Plan
+from tests.eval.test_rollout import PLAN, requests, write_log
 from tests.helpers import ROOT, run
 
 pytestmark = pytest.mark.slow
@@ -183,6 +186,9 @@ def test_every_python_command_of_the_documents_is_a_command(tiny):
 README = (ROOT / "README.md").read_text()
 
 
+OUR_FILES = ("plan.yaml", "requests.jsonl", "history.jsonl", "sample.jsonl", "ops")  # that the README names
+
+
 def commands(heading):
     """The lines of the first bash block under a heading of the README, without their comments."""
     block = README.split(f"## {heading}\n")[1].split("```bash\n")[1].split("```")[0]
@@ -195,12 +201,16 @@ def as_here(words, study, folder, tmp_path):
         "configs/studies/default.yaml": str(study), "runs/default": str(folder), "depth25-int8": "int8",
         "runs/default/release/depth25-int8": str(folder / "release" / "int8"),
         "ada": str(tmp_path / "ada"), "ada.pub": str(tmp_path / "ada.pub"),
-        "my/new.jsonl": str(tmp_path / "new.jsonl"),
+        "my/new.jsonl": str(tmp_path / "new.jsonl"), "rollouts/first": str(tmp_path / "first"),
+        **{name: str(tmp_path / name) for name in OUR_FILES},
     }  # fmt: skip
     words = [here.get(word, word) for word in words]
     starts = {"python": [sys.executable], "accelerate": [sys.executable, "-m", "accelerate.commands.launch"]}
     program, rest = words[0], words[2:] if words[0] == "accelerate" else words[1:]
     return [*starts[program], *rest]
+
+
+JUDGES = {"eval.gate", "eval.gate.test_set"} | {f"eval.watch.{n}" for n in ("recheck", "monitor", "rollout")}
 
 
 def verdict_of(folder, recipe):
@@ -212,7 +222,13 @@ def test_the_readme_s_commands_run_as_printed(tiny, tmp_path):
     """Stage by stage, then from a verdict to a release; a variant that does not pass is signed with a waiver."""
     study, folder, _ = tiny
     lines = [f"The function number {i} returns the value of its argument plus {i}.\n" * 8 for i in range(12)]
-    (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    for name in ("new.jsonl", "sample.jsonl"):
+        (tmp_path / name).write_text(
+            "".join(json.dumps({"text": f"{name}: {line}"}) + "\n" for line in lines)
+        )
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN))
+    write_log(tmp_path / "requests.jsonl", requests(Plan(**PLAN), 1, 40))
+    new_key(tmp_path / "ops")
     stages, release = commands("Stage by stage"), commands("From a verdict to a release")
     assert len(stages) >= 7
     assert len(release) >= 9
@@ -221,7 +237,7 @@ def test_the_readme_s_commands_run_as_printed(tiny, tmp_path):
         if "eval.signoff" in command and "--by" in command and verdict_of(folder, "int8") != "PASS":
             command += ["--waive", "tiny on purpose", "--expires", str(date.today() + timedelta(days=30))]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-        judges = {"eval.gate", "eval.gate.test_set", "eval.watch.recheck"} & set(command)
+        judges = JUDGES & set(command)
         assert done.returncode in ((0, 1, 2) if judges else (0,)), f"{words}: {done.stdout}{done.stderr}"
     assert (folder / "release" / "int8" / "contract.yaml").is_file()
     assert "Ada L." in (folder / "signoff" / "index.html").read_text()
