@@ -252,9 +252,9 @@ def run_teacher(
             teacher_tokenizer(study, side, seeds[0]),
             answers_name(side, seeds).replace("/", "-"),
         )
-        kept = study.folder / "scratch" / place / teacher_hash(study, side, seeds)[:16]
+        store = study.folder / "scratch" / place / teacher_hash(study, side, seeds)[:16]
         server = study.teacher.server, study_method(study, side), tokenizer, study.targets.k
-        with closing(ServerTeacher(*server, kept)) as teacher:
+        with closing(ServerTeacher(*server, store)) as teacher:
             yield teacher
         return
     if study.teacher is not None and study.teacher.file is not None and needs_named_teacher(study, side):

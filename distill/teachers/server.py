@@ -129,7 +129,7 @@ class ServerTeacher(AnsweringTeacher):
     Args:
         tokenizer: of student and teacher.
         k: ids of a token.
-        kept: folder of answers that are not on disk elsewhere yet, a file a row; None: none is kept.
+        store: folder of answers that are not on disk elsewhere yet, a file a row; None: they are not stored.
     """
 
     unanswered = "rows whose tokens the server spells so that their ids cannot be told"
@@ -140,10 +140,10 @@ class ServerTeacher(AnsweringTeacher):
         method: Method,
         tokenizer: PreTrainedTokenizerBase,
         k: int,
-        kept: Path | None = None,
+        store: Path | None = None,
     ) -> None:
         super().__init__(method, 1 + max(tokenizer.get_vocab().values()))
-        self.server, self.client, self.k, self.kept = server, Client(server), k, kept
+        self.server, self.client, self.k, self.store = server, Client(server), k, store
         self.front = method.in_front(tokenizer)
         self.texts = [tokenizer.decode([i]) for i in range(self.vocabulary)]
         self.spellings = spellings(tokenizer, self.texts)
@@ -162,7 +162,7 @@ class ServerTeacher(AnsweringTeacher):
             tokens = batch.input_ids[i, :length].tolist()
             rows.append(Row(batch.documents[i], batch.domains[i], i, tokens))
         known: dict[int, Answer | None] = {
-            i: answer for i, row in enumerate(rows) if (answer := self._kept(row)) is not None
+            i: answer for i, row in enumerate(rows) if (answer := self._stored(row)) is not None
         }
         missing = [i for i in range(len(rows)) if i not in known]
         groups = [missing[i : i + self.server.batch] for i in range(0, len(missing), self.server.batch)]
@@ -182,7 +182,7 @@ class ServerTeacher(AnsweringTeacher):
         return [known[i] for i in range(len(rows))]
 
     def written(self, batch: Batch) -> None:
-        """Deletes the kept answers for a batch."""
+        """Deletes the stored answers for a batch."""
         for i, length in enumerate(batch.attention_mask.sum(1).tolist()):
             row = Row(batch.documents[i], batch.domains[i], i, batch.input_ids[i, :length].tolist())
             if (path := self._place(row)) is not None:
@@ -193,14 +193,14 @@ class ServerTeacher(AnsweringTeacher):
 
     def _place(self, row: Row) -> Path | None:
         name = digest([self._prompt(row), len(row.tokens), self.k])
-        return None if self.kept is None else self.kept / f"{name}.safetensors"
+        return None if self.store is None else self.store / f"{name}.safetensors"
 
-    def _kept(self, row: Row) -> Answer | None:
+    def _stored(self, row: Row) -> Answer | None:
         path = self._place(row)
         return Answer(**load_file(path)) if path is not None and path.is_file() else None
 
     def _ask(self, rows: list[Row], names: list[str]) -> list[Answer | None]:
-        """Answers for a few rows by one request, kept on disk; if refused one by one, to name the row."""
+        """Answers for a few rows by one request, stored; if refused one by one, to name the row."""
         try:
             choices = self._choices([self._prompt(row) for row in rows])
         except Refused as error:

@@ -63,17 +63,17 @@ def spellings(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Spel
     return [Spelling(texts), Spelling(pieces)]
 
 
-def columns(said: dict[str, Any]) -> list[list[Any]]:
+def columns(logprobs: dict[str, Any]) -> list[list[Any]]:
     """Texts of tokens, their log-probabilities, and a mapping of the likeliest, of either form of OpenAI's.
 
     In the new one (`content`, as llama.cpp writes it) an entry may name its id.
     """
-    if "content" not in said:
-        return [said[column] for column in ("tokens", "token_logprobs", "top_logprobs")]
+    if "content" not in logprobs:
+        return [logprobs[column] for column in ("tokens", "token_logprobs", "top_logprobs")]
 
     def name(entry: dict[str, Any]) -> str:
         return f"{BY_ID}{entry['id']}" if "id" in entry else str(entry["token"])
 
-    content = said["content"]
+    content = logprobs["content"]
     tops = [{name(one): one["logprob"] for one in entry["top_logprobs"]} for entry in content]
     return [[name(entry) for entry in content], [entry["logprob"] for entry in content], tops]

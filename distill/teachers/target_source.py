@@ -115,12 +115,12 @@ def _check_policy_gradient(targets: Targets) -> None:
     """Is every token drawn from the student's own distribution?"""
     expected: dict[str, Any] = {"source": "on_policy", "share": 1, "alignment": "tokens"}
     for name, value in expected.items():
-        if (found := getattr(targets, name)) != value:
-            problem = f"{found}, but policy_gradient learns from tokens that the student drew"
+        if (actual := getattr(targets, name)) != value:
+            problem = f"{actual}, but policy_gradient learns from tokens that the student drew"
             raise UserError(f"targets.{name}", problem, f"set it to {value}")
     for name in ("temperature", "top_p"):
-        if (found := getattr(targets.generation, name)) != 1:
-            problem = f"{found}, but policy_gradient takes draws from the student's own distribution"
+        if (actual := getattr(targets.generation, name)) != 1:
+            problem = f"{actual}, but policy_gradient takes draws from the student's own distribution"
             raise UserError(f"targets.generation.{name}", problem, "set it to 1")
 
 
@@ -128,8 +128,8 @@ def _check_answered_targets(study: Study, kind: str) -> None:
     """What a server or a file cannot say: it names the likeliest ids of every token of a row, once."""
     targets = study.targets
     for name, expected in {"source": "cached", "form": "top_k", "alignment": "tokens"}.items():
-        if (found := getattr(targets, name)) != expected:
-            problem = f"{found}, but teacher.{kind} names the likeliest ids of the student's tokens"
+        if (actual := getattr(targets, name)) != expected:
+            problem = f"{actual}, but teacher.{kind} names the likeliest ids of the student's tokens"
             raise UserError(f"targets.{name}", problem, f"set it to {expected}")
     if study.data.packing:
         problem = f"true, but a {kind} has every row by itself"

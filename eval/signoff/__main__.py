@@ -35,8 +35,8 @@ from eval.signoff.statement import (
     Subject,
     Waiver,
     bundle_hash,
+    current_versions,
     latest,
-    made_by,
     read_bundle,
     sign_statement,
     signoff_path,
@@ -177,7 +177,7 @@ def build_statement(
         files=files,
         figures=signed_figures(gate, row),
         judged=gate.runs[-1],
-        made=made_by(),
+        versions=current_versions(),
         previous=bundle_hash(path),
     )
     subject = [Subject(name=name, digest=Digest(sha256=files[name])) for name in subjects]
@@ -222,13 +222,14 @@ def verification_text(path: Path, signed: list[Signed], problems: list[str]) -> 
         return Text.assemble(f"{path}: ", ("does not hold", "bold red"), *reasons)
     lines = []
     for one in signed:
-        said = one.predicate
-        by = f"signed by {said.by} on {said.time} with the key of {one.holder}"
-        lines.append(f"{said.verdict} of {said.recipe} on {said.target}, {by}, by budget {said.policy.name}")
-        if not said.policy.fixed:
+        predicate = one.predicate
+        by = f"signed by {predicate.by} on {predicate.time} with the key of {one.holder}"
+        what = f"{predicate.verdict} of {predicate.recipe} on {predicate.target}"
+        lines.append(f"{what}, {by}, by budget {predicate.policy.name}")
+        if not predicate.policy.fixed:
             lines.append("by another budget than one that was fixed before the first figure")
-        if said.waiver:
-            lines.append(f"waived until {said.waiver.expires}: {said.waiver.reason}")
+        if predicate.waiver:
+            lines.append(f"waived until {predicate.waiver.expires}: {predicate.waiver.reason}")
     return Text.assemble(f"{path}: ", ("holds", "bold green"), *(f"\n  {text}" for text in lines))
 
 

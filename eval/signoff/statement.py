@@ -70,7 +70,7 @@ class Subject(ForwardCompatible):
     digest: Digest
 
 
-class Made(ForwardCompatible):
+class Versions(ForwardCompatible):
     """What computed the figures that are signed."""
 
     project: str  # version
@@ -101,7 +101,7 @@ class Predicate(ForwardCompatible):
     files: dict[str, str]  # path below the run folder -> sha256
     figures: dict[str, Any]  # of gate.json, sentences left out
     judged: GateRun  # the verdict of the gate that is signed
-    made: Made
+    versions: Versions
     previous: str | None  # sha256 of all lines before; null for the first
 
 
@@ -132,13 +132,13 @@ def signoff_path(folder: Path, recipe: str, target: str) -> Path:
 
 
 @cache
-def made_by() -> Made:
+def current_versions() -> Versions:
     """The versions at work here."""
     commit = None
     if (ROOT / ".git").exists() and (git := shutil.which("git")):
         words = [git, "-C", str(ROOT), "rev-parse", "HEAD"]
         commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or None
-    return Made(
+    return Versions(
         project=metadata.version("absorb"),
         commit=commit,
         python=platform.python_version(),

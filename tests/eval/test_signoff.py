@@ -93,9 +93,9 @@ def test_what_is_signed_is_verified_and_is_figures_and_versions(fresh, key, pub)
     assert {"plan.json", "gate.json", "report.html", "study.yaml", "data/manifest.json"} <= set(said.files)
     assert said.artifacts["S0/s3/int8"] == read_gate(fresh.path).provenance.artifacts["S0/s3/int8"]
     assert said.figures["row"]["holm_p"] == row_of(read_gate(fresh.path), "int8", "cpu").holm_p
-    assert (said.made.generator, said.made.project) == ("Philox", "0.3.0")
-    assert said.made.numpy
-    assert said.made.scipy
+    assert (said.versions.generator, said.versions.project) == ("Philox", "0.3.0")
+    assert said.versions.numpy
+    assert said.versions.scipy
     assert (said.policy.fixed, said.judged.number) == (True, 1)
 
 
