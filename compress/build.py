@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from compress.calibration import check_batch, check_rows, rounding_error
+from compress.calibration import check_batch, check_rows, own_rows, rounding_error
 from compress.model_size import cast_weights
 from compress.recipe import Context, Failures, Pass, PassReport, Recipe, Stage, check_reach
 from compress.verify import MODEL, save_reference
@@ -94,7 +94,7 @@ class VariantBuilder:
     def __init__(self, study: Study, variants: list[Variant]) -> None:
         from eval.engines.torch import load_checkpoint, stored_dtype
 
-        self.student = variants[0].student
+        self.student, self.row_tokens = variants[0].student, study.data.context
         parent, tokenizer = load_checkpoint(self.student.folder)
         self.scratch = scratch_folder(study)
         self.report: Callable[[float], None] = lambda share: None
@@ -132,6 +132,8 @@ class VariantBuilder:
         if key not in self.cache:
             model, reports = self.apply_passes(passes[:-1])
             context = self.context_after(passes[:-1])
+            if (own := passes[-1].calibration) is not None:
+                context = replace(context, rows=own_rows(own, context.tokenizer, self.row_tokens))
             check_rows(context, model)
             on_gpu = passes[-1].stage in (Stage.STRUCTURE, Stage.SPARSITY)
             if on_gpu and torch.cuda.is_available():  # many forward passes, and nothing that needs a CPU

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -13,9 +14,11 @@ from torch.nn.functional import cross_entropy, linear
 from transformers.pytorch_utils import Conv1D
 
 from compress.recipe import Context
+from distill.data.sources import read_source
 from distill.models.layers import decoder_layers
-from eval.core.documents import Batch, Row, batches, collate, tokens_per_batch
+from eval.core.documents import Batch, Row, batches, collate, tokens_per_batch, windows
 from eval.core.errors import UserError
+from eval.core.study import Calibration
 
 LEAST_ALLOWED = 1e-3  # nats between two computations of one log-probability
 LEAVE = "leave this pass, or this size, of this family out of the recipe"
@@ -26,6 +29,21 @@ ERRORS_ALLOWED = 16  # times what float32 leaves open on this very model
 def calibration_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """At most `count` of the rows, chosen by `seed` alone."""
     return random.Random(seed).sample(rows, min(count, len(rows)))
+
+
+def own_rows(calibration: Calibration, tokenizer: Any, context: int) -> list[Row]:
+    """Rows of a recipe's own documents: those of one document of each source in turn, until they are enough.
+
+    Raises:
+        UserError: a source cannot be read, or has no text.
+    """
+    sources, rows = [read_source(source) for source in calibration.documents], list[Row]()
+    for documents in zip_longest(*sources):
+        for document in (one for one in documents if one is not None):
+            rows += (row for row in windows(tokenizer, document, context) if len(row.tokens) > 1)
+        if len(rows) >= calibration.rows:
+            break
+    return rows[: calibration.rows]
 
 
 def check_rows(context: Context, model: Any) -> None:

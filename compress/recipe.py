@@ -19,7 +19,7 @@ from eval.core.config import Frozen, Stored, plugin_class, plugin_names, validat
 from eval.core.documents import Document, Row
 from eval.core.errors import UserError
 from eval.core.sections.precision import Choice, read_choice, replace_auto
-from eval.core.study import Study, read_recipe, recipe_names
+from eval.core.study import Calibration, Study, read_recipe, recipe_names
 
 if TYPE_CHECKING:  # heavy, and a command that has nothing to do should end at once
     import torch
@@ -114,8 +114,9 @@ class Pass(ABC):
     class Options(Frozen):
         """Accepted beside `pass:` in a recipe."""
 
-    def __init__(self, options: Frozen) -> None:
+    def __init__(self, options: Frozen, calibration: Calibration | None = None) -> None:
         self.options: Any = options
+        self.calibration = calibration  # of its recipe: what its rows are made of; none: training rows
 
     @property
     def name(self) -> str:
@@ -152,7 +153,12 @@ class Pass(ABC):
 
     @property
     def settings(self) -> list[Any]:
-        return [type(self).__qualname__, self.options.model_dump(mode="json")]
+        own = [type(self).__qualname__, self.options.model_dump(mode="json")]
+        if self.calibration is None:
+            return own
+        from distill.data.sources import fingerprint
+
+        return [*own, self.calibration.model_dump(mode="json"), *map(fingerprint, self.calibration.documents)]
 
     @cached_property
     def code(self) -> dict[str, str]:
@@ -186,8 +192,11 @@ def pass_class(name: str, where: str) -> type[Pass]:
     return plugin_class(PASSES, name, where, Pass, {"stage": Stage})
 
 
-def make_pass(entry: dict[str, Any], where: str) -> Pass:
+def make_pass(entry: dict[str, Any], where: str, calibration: Calibration | None = None) -> Pass:
     """The pass that one entry of a recipe names, with its options checked.
+
+    Args:
+        calibration: of the recipe; a recovery trains on training rows all the same.
 
     Raises:
         UserError: no such pass, an option that is not accepted, or a library that is not installed.
@@ -203,7 +212,7 @@ def make_pass(entry: dict[str, Any], where: str) -> Pass:
             extra = EXTRAS.get(module)
             fix = f"install the extra: pip install '.[{extra}]'" if extra else "install its package"
             raise UserError(f"{where}.pass", f"{name!r} needs {module}, not installed", fix)
-    return kind(checked)
+    return kind(checked, None if kind.stage == Stage.RECOVERY else calibration)
 
 
 def installed(module: str) -> bool:
@@ -241,7 +250,7 @@ def load_recipe(name: str, choice: Choice | None = None) -> Recipe:
     """
     path, raw = read_recipe(name)
     entries = replace_auto(raw.passes, choice or {})
-    passes = [make_pass(entry, f"{path}: passes.{i}") for i, entry in enumerate(entries)]
+    passes = [make_pass(e, f"{path}: passes.{i}", raw.calibration) for i, e in enumerate(entries)]
     check_order(passes, str(path))
     return Recipe(raw.name, raw.target, tuple(passes))
 

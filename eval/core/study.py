@@ -28,6 +28,7 @@ from eval.core.records import PLAIN
 from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Train
 from eval.core.sections.models import ACCESS_KEYS, SERVER_ACCESS, Teacher
 from eval.core.sections.precision import PRECISION, has_auto, read_choice, replace_auto
+from eval.core.sections.source import Source
 
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
@@ -297,6 +298,15 @@ def _made_by(folder: Path) -> str | None:
         return None
 
 
+class Calibration(Frozen):
+    """Rows that passes calibrate on, in place of training rows."""
+
+    documents: list[Source] = Field(
+        min_length=1, description="sources of them; one document of each in turn is taken"
+    )
+    rows: int = Field(128, gt=0, description="rows that are made of them, at most")
+
+
 class RecipeFile(Frozen):
     """A file of configs/recipes."""
 
@@ -305,6 +315,7 @@ class RecipeFile(Frozen):
     passes: list[dict[str, Any]] = Field(
         min_length=1, description="in order: `pass: NAME` and its options, or `include: RECIPE`"
     )
+    calibration: Calibration | None = Field(None, exclude_if=lambda value: value is None)
 
 
 def read_recipe(name: str) -> tuple[Path, RecipeFile]:
@@ -339,6 +350,9 @@ def _recipe_at(path: Path, chain: tuple[Path, ...] = ()) -> RecipeFile:
         if included.target != recipe.target:
             fix = f"include recipes for {recipe.target}, the target of this one"
             raise UserError(f"{thing}.include", f"{entry['include']} is for {included.target}", fix)
+        if included.calibration is not None:
+            fix = "give it in the recipe that includes, and take it out there"
+            raise UserError(f"{thing}.include", f"{entry['include']} has a calibration of its own", fix)
         passes += included.passes
     return recipe.model_copy(update={"passes": passes})
 

@@ -6,13 +6,17 @@ import textwrap
 from dataclasses import replace
 
 import pytest
+import torch
+import yaml
 
-from compress.calibration import check_rows
-from compress.pipeline import empty_model
-from compress.recipe import make_pass
+from compress.build import Variant, VariantBuilder, build_variants
+from compress.calibration import check_rows, own_rows
+from compress.pipeline import empty_model, find_students
+from compress.recipe import load_recipe, make_pass
 from eval.core.checks import read_unbuilt
 from eval.core.documents import Row
 from eval.core.errors import UserError
+from eval.core.study import RecipeFile
 from eval.gate.decision import judge
 from eval.score.__main__ import missing_lines
 from tests.compress.student_run import build_student_run, context_of, recipe_file
@@ -130,3 +134,59 @@ def test_calibration_that_is_empty_or_of_another_tokenizer(done, tmp_path):
         UserError, match="token id 999, the model has 320 tokens; give rows of the model's own"
     ):
         check_rows(replace(context, rows=[Row("d", "x", 0, [1, 999])]), context.parent)
+
+
+def recipe_with(folder, name, text, passes, **calibration):
+    """A recipe with documents of its own."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in text))
+    source = {"kind": "dataset", "path": "json", "data_files": str(folder / f"{name}.jsonl")}
+    settings = {
+        "name": name,
+        "target": "cpu",
+        "passes": passes,
+        "calibration": {"documents": [source], **calibration},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    return str(folder / f"{name}.yaml")
+
+
+def test_a_recipe_calibrates_on_documents_of_its_own(done, tmp_path):
+    study, _, _ = done
+    passes, train = [{"pass": "wanda", "rows": 8}], {"steps": 1, "rows": 4}
+    place = recipe_with(tmp_path, "own", ["stone river " * 40, "rain under trees " * 40], passes)
+    plain, own = load_recipe(recipe_file(tmp_path, "plain-rows", *passes)), load_recipe(place)
+    assert plain.passes[0].identity != own.passes[0].identity
+    student = find_students(study)[0]
+    zeros = []
+    for recipe in (plain, own):
+        builder = VariantBuilder(study, [Variant(student, recipe)])
+        model, _ = builder.apply_passes(recipe.passes)
+        zeros.append(model.model.layers[1].mlp.down_proj.weight == 0)
+    assert not torch.equal(*zeros)
+    rows = own_rows(own.passes[0].calibration, builder.context.tokenizer, 32)
+    assert "river" in builder.context.tokenizer.decode(rows[0].tokens)
+    with_recovery = recipe_with(
+        tmp_path, "both", ["a"], [*passes, {"pass": "recover", "train": train}], rows=5
+    )
+    wanda, recover = load_recipe(with_recovery).passes
+    assert (wanda.calibration.rows, recover.calibration) == (5, None)
+    before = own.passes[0].settings
+    (tmp_path / "own.jsonl").write_text('{"text": "another"}\n')
+    assert load_recipe(place).passes[0].settings != before, "the state of the sources is in the key"
+
+
+def test_own_documents_without_text_and_calibration_in_an_included_recipe(done, tmp_path):
+    study, _, _ = done
+    place = recipe_with(tmp_path, "none", [], [{"pass": "wanda"}])
+    failures = build_variants(
+        study, [Variant(find_students(study)[0], load_recipe(place))], lambda share: None
+    )
+    assert "no rows" in failures["none"] or "no row" in failures["none"] or "empty" in failures["none"]
+    with pytest.raises(UserError, match=r"passes\.0\.include: .*none.yaml has a calibration of its own"):
+        load_recipe(recipe_file(tmp_path, "outer", {"include": place}))
+
+
+def test_a_recipe_without_calibration_is_written_as_before():
+    """The hash of a plan that was fixed earlier stays as it was."""
+    file = RecipeFile(name="a", target="cpu", passes=[{"pass": "wanda"}])
+    assert list(file.model_dump(mode="json")) == ["name", "target", "passes"]
