@@ -33,6 +33,7 @@ MODULES = {
     "release": "eval.release",
     "recheck": "eval.watch.recheck",
     "monitor": "eval.watch.monitor",
+    "serve": "eval.serve",
     "rollout": "eval.watch.rollout",
     "why": "eval.why",
 }
@@ -56,6 +57,7 @@ SIDE_COMMANDS = {
     "power": "seeds and documents that see the asked share",
     "test-set": "opens the test documents for one variant",
     "challenge": "the study again with one thing changed at a time",
+    "serve": "a release and its fallback over HTTP, as the rollout says",
     "monitor": "a release on traffic, for cron: is the method fading, or the world harder?",
     "rollout": "a release stage by stage beside its fallback: PROMOTE, HOLD or ROLL BACK",
     "why": "from the paper to the last look at a release: what it was made from, who answers for it",

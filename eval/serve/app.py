@@ -1,0 +1,131 @@
+"""The HTTP side of the server: bodies, answers, the log of requests."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from eval.serve.router import Ask, Refused, Router, Told
+from eval.watch.routing import now
+
+
+class Body(BaseModel):
+    """What both kinds of requests hold."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str | None = Field(None, min_length=1, max_length=1000)  # none: each request is one of its own
+    domain: str = ""
+    tenant: str = ""
+
+
+class Generate(Body):
+    prompt: str
+    new_tokens: int = Field(32, ge=1, le=4096)
+    stream: bool = False
+
+
+class Score(Body):
+    text: str = Field(min_length=1)
+
+
+class Log:
+    """The log of requests that `eval.watch.rollout step` reads; no text is kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.stream = path.open("a", encoding="utf-8", buffering=1) if path else None
+
+    def write(self, ask: Ask, told: Told) -> None:
+        if self.stream is not None and told.served_by:
+            row = {"key": ask.key, "time": now(), **vars(told), **told.result}
+            del row["result"]
+            about = {"domain": ask.domain, "tenant": ask.tenant, "prompt_bytes": ask.prompt_bytes}
+            self.stream.write(json.dumps(row | about) + "\n")
+
+
+def facts(told: Told) -> dict[str, Any]:
+    """What a client is told beside the answer."""
+    return {"arm": told.arm, "served_by": told.served_by, "fallback_ms": told.fallback_ms, **told.result}
+
+
+class Server:
+    def __init__(self, router: Router, log: Log, most: int, golden_every: float) -> None:
+        self.router, self.log, self.most, self.golden_every = router, log, most, golden_every
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """The models and what looks after them, for as long as the server runs."""
+        router = self.router
+        router.read_rollout()
+        jobs = [child.supervise() for child in router.children.values()]
+        jobs += [router.follow_rollout(), router.check_golden(self.golden_every)]
+        tasks = [asyncio.create_task(job) for job in jobs]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def ask(self, body: Body, **what: Any) -> tuple[Ask, Told]:
+        starting = not all(child.facts for child in self.router.children.values())
+        if starting or self.router.in_flight >= self.most:
+            why = "models are loaded" if starting else f"{self.most} requests are open"
+            raise HTTPException(503, why, headers={"Retry-After": "1"})
+        ask = Ask(body.key or uuid.uuid4().hex, what, body.domain, body.tenant)
+        return ask, Told(*self.router.deal(ask))
+
+    async def whole(self, ask: Ask, told: Told) -> str:
+        try:
+            return "".join([piece async for piece in self.router.answer(ask, told)])
+        except Refused as error:
+            raise HTTPException(413, str(error)) from error
+        finally:
+            self.log.write(ask, told)
+
+    async def lines(self, ask: Ask, told: Told) -> AsyncIterator[str]:
+        """An answer as JSON Lines, a line a token."""
+        try:
+            async for piece in self.router.answer(ask, told):
+                yield json.dumps({"text": piece}) + "\n"
+            yield json.dumps({"done": True, **facts(told)}) + "\n"
+        except Refused as error:
+            yield json.dumps({"error": str(error)}) + "\n"
+        finally:
+            self.log.write(ask, told)
+
+    async def generate(self, body: Generate) -> Any:
+        ask, told = self.ask(body, prompt=body.prompt, new_tokens=body.new_tokens)
+        if body.stream:
+            return StreamingResponse(self.lines(ask, told), media_type="application/x-ndjson")
+        return {"text": await self.whole(ask, told), **facts(told)}
+
+    async def score(self, body: Score) -> dict[str, Any]:
+        ask, told = self.ask(body, text=body.text)
+        await self.whole(ask, told)
+        return facts(told)
+
+    async def healthz(self, response: Response) -> dict[str, Any]:
+        children = self.router.children
+        response.status_code = 200 if self.router.ready else 503
+        listed = {
+            name: {**child.facts, "ready": child.ready.is_set(), "pid": child.pid}
+            for name, child in children.items()
+        }
+        return {"ready": self.router.ready, "off": self.router.off, "children": listed}
+
+    async def metrics(self) -> Response:
+        return Response(self.router.metrics(), media_type="text/plain; version=0.0.4")
+
+    def app(self) -> FastAPI:
+        app = FastAPI(title="absorb", lifespan=self.lifespan)
+        app.post("/generate", response_model=None)(self.generate)
+        app.post("/score")(self.score)
+        app.get("/healthz")(self.healthz)
+        app.get("/metrics", response_model=None)(self.metrics)
+        return app

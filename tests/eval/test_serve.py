@@ -1,0 +1,223 @@
+"""The real server: streaming, readiness, metrics, its log as evidence of a rollout, and a process that is killed."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+import yaml
+
+from eval.release.load_release import load_release
+from eval.serve.children import Child
+from eval.serve.router import Ask, Router, Told
+from eval.watch import chain, rollout
+from eval.watch.routing import Plan, arm_of
+from scripts.bench_server import free_port
+from tests.eval.test_rollout import given
+from tests.helpers import ROOT
+from tests.helpers import run as command
+
+PLAN = {"name": "served", "stages": [{"share": 0.5}], "measures": {"errors": {"worse_by": 0.1}}}
+
+
+@pytest.fixture(scope="module")
+def served(release, released_run, tmp_path_factory):
+    """A server with a rollout that gives half of the keys to the release."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "plan.yaml").write_text(yaml.safe_dump(PLAN))
+    key = released_run.folder / "key"
+    (folder / "rollout").mkdir()
+    words = ["--rollout", folder / "rollout", "--release", release, "--plan", folder / "plan.yaml"]
+    rollout.start(given("start", *words, "--by", "Ada", "--key", key))
+    port = free_port()
+    words = [
+        "--release",
+        release,
+        "--rollout",
+        folder / "rollout",
+        "--log",
+        folder / "log.jsonl",
+        "--port",
+        port,
+    ]
+    words += ["--golden", 1, "--rollout-key", f"{key}.pub"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "eval.serve", *map(str, words)], cwd=ROOT, env=env
+    ) as process:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=240) as client:
+            wait_for(lambda: is_ready(client))
+            yield client, folder, key
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+
+
+def wait_for(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "took too long"
+        time.sleep(0.2)
+
+
+def is_ready(client):
+    try:
+        return client.get("/healthz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def key_of(arm):
+    plan = Plan.model_validate(PLAN)
+    return next(name for name in map(str, range(100)) if arm_of(plan, 1, name) == arm)
+
+
+@pytest.mark.slow
+def test_each_arm_answers_as_its_model_does_whole_and_in_pieces(served, release):
+    client, folder, _ = served
+    for arm in ("release", "fallback"):
+        model, _ = load_release(release, "cpu", arm=arm)
+        prompt = "def return self"
+        expected = model.tokenizer.decode(model.generate(prompt, 6))
+        body = {"prompt": prompt, "new_tokens": 6, "key": key_of(arm)}
+        whole = client.post("/generate", json=body).json()
+        assert (whole["text"], whole["arm"], whole["served_by"]) == (expected, arm, arm)
+        with client.stream("POST", "/generate", json=body | {"stream": True}) as reply:
+            lines = [json.loads(line) for line in reply.iter_lines()]
+        assert len(lines) > 2
+        assert "".join(line.get("text", "") for line in lines) == expected
+        assert lines[-1]["served_by"] == arm
+        score = client.post("/score", json={"text": prompt, "key": key_of(arm)}).json()
+        assert score["bytes"] == len(prompt)
+        assert score["bits"] > 1
+    assert client.post("/generate", json={"prompt": "a " * 500}).status_code == 413
+    assert client.post("/generate", json={"promt": "a"}).status_code == 422
+    text = client.get("/metrics").text
+    pattern = r'# TYPE \w+ \w+|\w+(\{(\w+="[^"]*",?)+\})? [-+.e\d]+'
+    assert all(re.fullmatch(pattern, line) for line in text.splitlines())
+    assert 'absorb_requests_total{arm="release",served_by="release",outcome="answered"} 3' in text
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 6, "what was refused is no evidence"
+
+
+@pytest.mark.slow
+def test_no_request_is_lost_when_the_release_is_killed_and_its_log_is_evidence(served):
+    client, folder, key = served
+
+    async def load():
+        url, done = str(client.base_url), []
+        async with httpx.AsyncClient(base_url=url, timeout=120) as many:
+
+            async def one(number):
+                await asyncio.sleep(0.02 * number)
+                body = {"prompt": "the river", "new_tokens": 20, "key": f"k{number}"}
+                reply = await many.post("/generate", json=body)
+                done.append((reply.status_code, reply.json()))
+
+            async def kill():
+                await asyncio.sleep(0.5)
+                child = (await many.get("/healthz")).json()["children"]["release"]
+                os.kill(child["pid"], signal.SIGKILL)
+
+            await asyncio.gather(kill(), *(one(number) for number in range(60)))
+        return done
+
+    answers = asyncio.run(load())
+    assert [status for status, _ in answers] == [200] * 60
+    over = [body for _, body in answers if body["arm"] == "release" and body["served_by"] == "fallback"]
+    assert over, "some were dealt to the release while it was dead"
+    assert all(body["text"] for _, body in answers)
+    wait_for(lambda: client.get("/healthz").json()["children"]["release"]["ready"])
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert sum(row["error"] for row in rows) == len(over)
+    words = ["--rollout", folder / "rollout", "--log", folder / "log.jsonl", "--by", "cron", "--key", key]
+    step = rollout.step(given("step", *words))
+    assert step.sums["release"].errors == len(over)
+    assert step.sums["release"].requests + step.sums["fallback"].requests == len({row["key"] for row in rows})
+
+
+@pytest.mark.slow
+def test_a_rollout_that_goes_back_is_obeyed_at_once(served):
+    client, folder, key = served
+    body = {"prompt": "the river", "new_tokens": 2, "key": key_of("release")}
+    assert client.post("/generate", json=body).json()["served_by"] == "release"
+    words = ["--rollout", folder / "rollout", "--roll-back", "a user", "--by", "Bo", "--key", key]
+    done = command("-m", "eval.watch.rollout", "step", *words)
+    assert done.returncode == 1, done.stderr
+    wait_for(lambda: "rolled back" in client.get("/healthz").json()["off"], 10)
+    assert client.post("/generate", json=body).json()["served_by"] == "fallback"
+    assert chain.read_steps(folder / "rollout", None)[-1].reason == "a user"
+
+
+class Dying(Child):
+    """A child that says two pieces and ends."""
+
+    async def ask(self, request):
+        from eval.serve.children import ChildDied
+
+        for piece in ("a", "b"):
+            yield {"piece": piece}
+        raise ChildDied("gone")
+
+
+class Steady(Child):
+    """A child that goes on counting after its prompt."""
+
+    async def ask(self, request):
+        for number in range(request["new_tokens"]):
+            yield {"piece": f"{request['prompt']}{number};"}
+        yield {"done": True}
+
+
+def test_the_fallback_goes_on_after_what_was_said(tmp_path):
+    release, fallback = Dying("release", {}, 5), Steady("fallback", {}, 5)
+    release.facts = fallback.facts = {"fallback": False}
+
+    async def answer():
+        for child in (release, fallback):
+            child.ready.set()
+        router = Router(release, fallback, tmp_path, "cpu", None, None)
+        told = Told(*router.deal(Ask("k", {})))
+        ask = Ask("k", {"prompt": "p", "new_tokens": 3})
+        return [piece async for piece in router.answer(ask, told)], told, router.metrics()
+
+    said, told, metrics = asyncio.run(answer())
+    assert said == ["a", "b", "pab0;"]
+    assert (told.arm, told.served_by, told.error, told.why) == ("release", "fallback", True, "gone")
+    assert told.fallback_ms is not None
+    assert 'absorb_requests_total{arm="release",served_by="fallback",outcome="failed over"} 1' in metrics
+
+
+def test_a_child_that_dies_is_told_to_who_waits_and_is_started_again():
+    """A real process in place of the model: it dies at the word `die`."""
+    program = (
+        "import json, sys\n"
+        "print(json.dumps({'ready': True, 'fallback': False}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    asked = json.loads(line)\n"
+        "    if asked['prompt'] == 'die': sys.exit(1)\n"
+        "    print(json.dumps({'id': asked['id'], 'done': True}), flush=True)\n"
+    )
+
+    async def live():
+        child = Child("release", {}, 30)
+        child.words = [sys.executable, "-c", program]
+        task = asyncio.create_task(child.supervise())
+        await asyncio.wait_for(child.ready.wait(), 30)
+        said = [message async for message in child.ask({"prompt": "hello"})]
+        with pytest.raises(RuntimeError, match="release ended"):
+            _ = [message async for message in child.ask({"prompt": "die"})]
+        await asyncio.wait_for(child.ready.wait(), 30)
+        again = [message async for message in child.ask({"prompt": "hello"})]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return said, again, child
+
+    said, again, child = asyncio.run(live())
+    assert said == again == [{"done": True}]
+    assert child.starts == 2
+    assert child.process.returncode is not None, "it does not outlive its server"
