@@ -211,6 +211,7 @@ class Server(Stored):
 
     service_ms: Times  # of requests that followed each other without a pause
     rates: list[Arrivals]
+    computed_in: str | None = None  # number format of the products, if it is not that of the weights
 
 
 class LoadRecord(TargetRecord):

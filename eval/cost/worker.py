@@ -167,7 +167,7 @@ def serve_open_loop(engine: Engine, order: Order, synchronize: Synchronize) -> S
         served = list(serve_arrivals(arrivals, PATIENCE * load.seconds, serve))
         first, done = (1e3 * np.asarray(served).reshape(-1, 2)).T.tolist()
         rates.append(Arrivals(rate=rate, arrival_s=arrivals, first_ms=first, done_ms=done))
-    return Server(service_ms=services, rates=rates)
+    return Server(service_ms=services, rates=rates, computed_in=engine.computed_in)
 
 
 def carry_out(order: Order) -> Answer:

@@ -1,6 +1,7 @@
 """What a verdict is conditional on, in sentences that stand beside it."""
 
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 
 from eval.core.artifacts import describe_accepted
@@ -9,7 +10,7 @@ from eval.core.checks import CE, SLACK, STUDENT, TEACHERS, read_unbuilt
 from eval.core.errors import UserError
 from eval.core.gate_file import Extent, Fixed, GateRun
 from eval.core.plan import current_recipes, list_changes, list_recipe_changes
-from eval.core.records import PLAIN, VALIDATION
+from eval.core.records import PLAIN, VALIDATION, CostRecord, LoadRecord
 from eval.core.study import recipe_names
 from eval.gate.evidence import Contrast, Evidence
 from eval.gate.quality import RESOLUTION, RIVALS, harm_of_ce
@@ -219,7 +220,9 @@ def _mixed_machines(evidence: Evidence) -> list[str]:
 def _computed_otherwise(evidence: Evidence) -> list[str]:
     """Variants whose cost is that of another number format than the one they are stored in."""
     formats: dict[tuple[str, str], set[str]] = {}
-    for (target, recipe), records in evidence.costs.items():
+    measured: list[tuple[tuple[str, str], Sequence[CostRecord | LoadRecord]]]
+    measured = [*evidence.costs.items(), *evidence.loads.items()]
+    for (target, recipe), records in measured:
         for process in (process for record in records for process in record.processes):
             if process.computed_in:
                 formats.setdefault((target, process.computed_in), set()).add(recipe)

@@ -13,7 +13,7 @@ import yaml
 from eval.core.errors import UserError
 from eval.core.records import SampleScores
 from eval.core.sections import Task
-from eval.engines import silenced
+from eval.engines import load_tokenizer, silenced
 from eval.score.samples import check_lm_eval_installed, is_file, lm_eval_name
 
 CLASSES = {"torch": "hf", "openvino": "openvino"}  # engine -> the harness's name for it
@@ -40,9 +40,17 @@ def run_lm_eval(task: Task, engine: str, folder: Path, device: str = "cpu") -> t
         near = ", ".join(get_close_matches(name, manager.all_tasks)) or "`lm-eval ls tasks` lists them"
         fix = f"take the name of one that it has: {near}"
         raise UserError(f"task lm_eval:{path}", "lm-evaluation-harness has no such task", fix)
+    asked = task.harness
+    if asked.chat_template and load_tokenizer(folder).chat_template is None:
+        fix = "leave data.tasks.*.harness.chat_template out"
+        raise UserError(f"task lm_eval:{path}", f"the tokenizer of {folder} has no chat template", fix)
+    bos = {} if asked.bos is None else {"add_bos_token": asked.bos}
     results = simple_evaluate(
         model=CLASSES[engine],
-        model_args={"pretrained": str(folder), "dtype": "auto"},
+        model_args={"pretrained": str(folder), "dtype": number_format(engine, folder, device), **bos},
+        num_fewshot=asked.shots,
+        apply_chat_template=asked.chat_template,
+        gen_kwargs=asked.generation or None,
         tasks=[name],
         task_manager=manager,
         device=device,
@@ -53,6 +61,19 @@ def run_lm_eval(task: Task, engine: str, folder: Path, device: str = "cpu") -> t
     )
     assert results is not None, "None is for the other ranks of a distributed run"
     return sample_scores(results["samples"])
+
+
+def number_format(engine: str, folder: Path, device: str) -> str:
+    """That in which this project's engine computes the same model: scores by both are of one arithmetic."""
+    if engine != "torch":
+        return "auto"
+    import torch
+
+    from eval.engines.torch import check_folder, computing_dtype, stored_dtype
+
+    if check_folder(folder):
+        return "auto"  # quantized
+    return str(computing_dtype(stored_dtype(folder), torch.device(device))).removeprefix("torch.")
 
 
 def sample_scores(samples: dict[str, list[dict[str, Any]]]) -> tuple[SampleScores, str]:

@@ -18,12 +18,14 @@ from eval.core.sections import Load
 from eval.core.study import load_study
 from eval.cost.estimates import estimate_knees, summarize_load
 from eval.cost.load import build_table, choose_rates, rates_from_knee
+from eval.cost.orders import OpenLoop, Order
 from eval.cost.plan import are_measured, find_variants, plan_from_run
-from eval.cost.worker import serve_arrivals
+from eval.cost.worker import serve_arrivals, serve_open_loop
+from eval.engines import load_engine
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
 from eval.stats.queueing import capacity, finished, knee, longest_queue, outcome, poisson
-from tests.eval.run_builder import COST, HOST, Run, fake_run, row
+from tests.eval.run_builder import COST, HOST, Run, fake_run, row, torch_model
 from tests.helpers import run
 
 MU = 100.0  # requests per second of the server
@@ -327,3 +329,15 @@ def test_a_bound_of_the_knee_holds_the_chance_of_its_arrivals():
     assert len(set(knees[0])) == 3
     assert knees[0].tolist() == knees[1].tolist()
     assert knees[0].std() / knees[0].mean() < 0.05
+
+
+def test_a_record_of_load_says_in_which_number_format_was_computed(tmp_path):
+    torch_model()(tmp_path)
+    engine = load_engine("torch", tmp_path)
+    engine.computed_in = "float32"  # as of one that is stored in bfloat16, where that is slower
+    order = Order(
+        **{"engine": "torch", "folder": str(tmp_path), "device": "cpu", "threads": 1, "prompts": [[1, 2, 3]]},
+        **{"warmup": 1, "new_tokens": 2, "batch_sizes": [1]},
+        load=OpenLoop(rates=[], seconds=0.01, seed=0),
+    )
+    assert serve_open_loop(engine, order, lambda: None).computed_in == "float32"
