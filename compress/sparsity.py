@@ -37,9 +37,7 @@ class SparsityPass(Pass):
         rows: int = Field(32, gt=0)  # training rows that calibrate
         allocation: Literal["uniform", "owl"] = "uniform"  # of the zeros over the layers
         owl_outlier: float = Field(5.0, gt=0)  # times the mean score of a layer: above it lie outliers
-        owl_reach: float = Field(
-            0.08, gt=0, lt=1
-        )  # how far the sparsity of a layer may lie from the mean, about
+        owl_reach: float = Field(0.08, gt=0, lt=1)  # half of the spread of the layers' sparsities
 
         @model_validator(mode="after")
         def fits_together(self) -> Self:
@@ -73,8 +71,9 @@ class SparsityPass(Pass):
 
     def preview(self, model: PreTrainedModel) -> PreTrainedModel:
         chosen = self.options.choose(weight_modules(model))
+        names = names_of(model)
         layers = decoder_layers(model)[2]
-        if not any(self._fits(m) for m in layers.modules() if names_of(model)[m] in chosen):
+        if not any(self._fits(module) for module in layers.modules() if names[module] in chosen):
             raise UserError(self.name, NO_LAYER, "leave the pass out of the recipe")
         return model
 
@@ -145,11 +144,15 @@ class SparsityPass(Pass):
         ]
         modules = {name: m for layer in by_layer for name, m in layer.items()}
         norms = dense_norms(model, modules, context, options.rows)
-        scores = [
-            [wanda_scores(m.weight, norms[n].to(m.weight.device)) for n, m in layer.items()]
+        outliers = [
+            outlier_share(
+                [wanda_scores(m.weight, norms[name].to(m.weight.device)) for name, m in layer.items()],
+                options.owl_outlier,
+            )
+            if layer
+            else 0.0
             for layer in by_layer
         ]
-        outliers = [outlier_share(layer, options.owl_outlier) if layer else 0.0 for layer in scores]
         weights = [sum(m.weight.numel() for m in layer.values()) for layer in by_layer]
         shares = owl_sparsity(outliers, weights, options.sparsity, options.owl_reach)
         if not 0 <= min(shares) <= max(shares) < 1:

@@ -50,6 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "wanda50-owl": {"pass": "wanda", "allocation": "owl"},
     "sparsegpt50": {"pass": "sparsegpt"},
     "int8": {"pass": "openvino", "weights": "int8"},
+    "int8-asym": {"pass": "openvino", "weights": "int8", "sym": False},
     "int4-g64": G64,
     "int4-g64-awq": {**G64, "awq": True},
     "int4-g64-se": {**G64, "scale_estimation": True},

@@ -22,6 +22,7 @@ pytestmark = [
 RECOVER = {"pass": "recover", "train": {"steps": 4, "rows": 4, "optimizer": {"name": "muon", "lr": 0.01}}}
 RECIPES = {
     "wanda": [{"pass": "wanda", "rows": 4}],
+    "sparsegpt": [{"pass": "sparsegpt", "rows": 4}],
     "shallow": [{"pass": "drop_layers", "share": 0.25, "rows": 4}, RECOVER],
     "nf4": [{"pass": "bitsandbytes", "format": "nf4"}],
     "int8-bnb": [{"pass": "bitsandbytes", "format": "int8"}],
