@@ -5,8 +5,8 @@ and scored in bits per byte on Python's own sources; calibration rows come from 
 ones. What others published must come out again: at 50 % zeros magnitude is far behind Wanda and SparseGPT;
 rounding to nearest loses more than AWQ with scale estimation; 8 bits lose nearly nothing.
 
-The GGUF file of the package lies on a grid of 4 bits in groups of 32, with a zero point: int4 of that very
-form (`int4-asym-g32`) finds its own grid again, and its loss says nothing of other models.
+The GGUF file of the package lies on a grid of 4 bits in groups of 32, with a minimum: int4 of nearly that
+form (`int4-asym-g32`) is flattered, and its loss says little of other models.
 """
 
 import argparse
@@ -56,6 +56,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "int4-g64-se": {**G64, "scale_estimation": True},
     "int4-g64-awq-se": {**G64, "awq": True, "scale_estimation": True},
     "int4-g64-gptq": {**G64, "gptq": True},
+    "int4-g64-se-gptq": {**G64, "scale_estimation": True, "gptq": True},
+    "int4-g64-awq-se-gptq": {**G64, "awq": True, "scale_estimation": True, "gptq": True},
     "int4-g64-lora": {**G64, "lora_correction": True},
     "int4-asym-g64": {**G64, "sym": False},
     "int4-asym-g32": {**INT4, "sym": False},
