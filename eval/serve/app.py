@@ -12,7 +12,7 @@ from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from eval.serve.router import Ask, Refused, Router, Told
+from eval.serve.router import Ask, Outcome, Refused, Router
 from eval.watch.routing import now
 
 
@@ -42,17 +42,22 @@ class Log:
     def __init__(self, path: Path | None) -> None:
         self.stream = path.open("a", encoding="utf-8", buffering=1) if path else None
 
-    def write(self, ask: Ask, told: Told) -> None:
-        if self.stream is not None and told.served_by:
-            row = {"key": ask.key, "time": now(), **vars(told), **told.result}
+    def write(self, ask: Ask, outcome: Outcome) -> None:
+        if self.stream is not None and outcome.served_by:
+            row = {"key": ask.key, "time": now(), **vars(outcome), **outcome.result}
             del row["result"]
             about = {"domain": ask.domain, "tenant": ask.tenant, "prompt_bytes": ask.prompt_bytes}
             self.stream.write(json.dumps(row | about) + "\n")
 
 
-def facts(told: Told) -> dict[str, Any]:
-    """What a client is told beside the answer."""
-    return {"arm": told.arm, "served_by": told.served_by, "fallback_ms": told.fallback_ms, **told.result}
+def facts(outcome: Outcome) -> dict[str, Any]:
+    """What a client gets beside the answer."""
+    return {
+        "arm": outcome.arm,
+        "served_by": outcome.served_by,
+        "fallback_ms": outcome.fallback_ms,
+        **outcome.result,
+    }
 
 
 class Server:
@@ -72,43 +77,43 @@ class Server:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def ask(self, body: Body, **what: Any) -> tuple[Ask, Told]:
+    def ask(self, body: Body, **what: Any) -> tuple[Ask, Outcome]:
         starting = not all(child.facts for child in self.router.children.values())
         if starting or self.router.in_flight >= self.most:
             why = "models are loaded" if starting else f"{self.most} requests are open"
             raise HTTPException(503, why, headers={"Retry-After": "1"})
         ask = Ask(body.key or uuid.uuid4().hex, what, body.domain, body.tenant)
-        return ask, Told(*self.router.deal(ask))
+        return ask, Outcome(*self.router.deal(ask))
 
-    async def whole(self, ask: Ask, told: Told) -> str:
+    async def whole(self, ask: Ask, outcome: Outcome) -> str:
         try:
-            return "".join([piece async for piece in self.router.answer(ask, told)])
+            return "".join([piece async for piece in self.router.answer(ask, outcome)])
         except Refused as error:
             raise HTTPException(413, str(error)) from error
         finally:
-            self.log.write(ask, told)
+            self.log.write(ask, outcome)
 
-    async def lines(self, ask: Ask, told: Told) -> AsyncIterator[str]:
+    async def lines(self, ask: Ask, outcome: Outcome) -> AsyncIterator[str]:
         """An answer as JSON Lines, a line a token."""
         try:
-            async for piece in self.router.answer(ask, told):
+            async for piece in self.router.answer(ask, outcome):
                 yield json.dumps({"text": piece}) + "\n"
-            yield json.dumps({"done": True, **facts(told)}) + "\n"
+            yield json.dumps({"done": True, **facts(outcome)}) + "\n"
         except Refused as error:
             yield json.dumps({"error": str(error)}) + "\n"
         finally:
-            self.log.write(ask, told)
+            self.log.write(ask, outcome)
 
     async def generate(self, body: Generate) -> Any:
-        ask, told = self.ask(body, prompt=body.prompt, new_tokens=body.new_tokens)
+        ask, outcome = self.ask(body, prompt=body.prompt, new_tokens=body.new_tokens)
         if body.stream:
-            return StreamingResponse(self.lines(ask, told), media_type="application/x-ndjson")
-        return {"text": await self.whole(ask, told), **facts(told)}
+            return StreamingResponse(self.lines(ask, outcome), media_type="application/x-ndjson")
+        return {"text": await self.whole(ask, outcome), **facts(outcome)}
 
     async def score(self, body: Score) -> dict[str, Any]:
-        ask, told = self.ask(body, text=body.text)
-        await self.whole(ask, told)
-        return facts(told)
+        ask, outcome = self.ask(body, text=body.text)
+        await self.whole(ask, outcome)
+        return facts(outcome)
 
     async def healthz(self, response: Response) -> dict[str, Any]:
         children = self.router.children

@@ -1,4 +1,4 @@
-"""Models as supervised child processes: one that dies is started again, who waits for it is told at once."""
+"""Models as supervised child processes: one that dies is started again, who waits for it learns it at once."""
 
 import asyncio
 import itertools

@@ -1,6 +1,6 @@
 """Who answers a request: release or fallback, by the rollout; the fallback where the release does not.
 
-Every request is answered or refused, whatever becomes of the release's process: what it has already said is
+Every request is answered or refused, whatever becomes of the release's process: what it has already sent is
 kept, and the fallback goes on after it.
 """
 
@@ -41,7 +41,7 @@ class Ask:
 
 
 @dataclass
-class Told:
+class Outcome:
     """What became of a request, as it is logged."""
 
     arm: Arm
@@ -85,9 +85,9 @@ class Router:
             return
         try:
             check_arm("release", self.rollout, self.root, self.target, self.rollout_key)
-            said = read_json(self.rollout / ROLLOUT)
-            said.pop("log", None)
-            self.state, why = State.model_validate(said), ""
+            state = read_json(self.rollout / ROLLOUT)
+            state.pop("log", None)
+            self.state, why = State.model_validate(state), ""
         except (ReleaseError, ValueError) as error:
             why = " ".join(str(error).split())
         if why != self.stopped:
@@ -132,17 +132,17 @@ class Router:
         plan, stage = self.state.plan, self.state.stage
         return arm_of(plan, stage, ask.key, ask.domain, ask.tenant, ask.prompt_bytes), stage
 
-    async def answer(self, ask: Ask, told: Told) -> AsyncIterator[str]:
-        """The pieces of an answer; `told` then holds what became of it.
+    async def answer(self, ask: Ask, outcome: Outcome) -> AsyncIterator[str]:
+        """The pieces of an answer; `outcome` then holds what became of it.
 
         Raises:
             Refused: no model of this release answers such a request.
         """
-        begin, said = time.perf_counter(), list[str]()
+        begin, sent = time.perf_counter(), list[str]()
         failed: float | None = None
         self.in_flight += 1
         try:
-            if told.arm == "release":
+            if outcome.arm == "release":
                 release = self.children["release"]
                 off = self.off
                 if release.ready.is_set() and release.facts["fallback"]:
@@ -150,57 +150,59 @@ class Router:
                 try:
                     if off:
                         raise ChildDied(off)
-                    async for piece in self._from(release, ask.body, said, told):
+                    async for piece in self._from(release, ask.body, sent, outcome):
                         yield piece
-                    told.served_by = "release"
+                    outcome.served_by = "release"
                     return
                 except ChildDied as error:
-                    told.error, told.why, failed = True, str(error), time.perf_counter()
-            async for piece in self._from_fallback(ask.body, said, told):
+                    outcome.error, outcome.why, failed = True, str(error), time.perf_counter()
+            async for piece in self._from_fallback(ask.body, sent, outcome):
                 if failed is not None:
-                    self._fell_back(told, failed)
+                    self._fell_back(outcome, failed)
                     failed = None
                 yield piece
             if failed is not None:
-                self._fell_back(told, failed)
-            told.served_by = "fallback"
+                self._fell_back(outcome, failed)
+            outcome.served_by = "fallback"
         finally:
             self.in_flight -= 1
             spent = time.perf_counter() - begin
-            told.latency_ms = 1e3 * spent
-            outcome = "failed over" if told.error else "answered" if told.served_by else "not answered"
-            self.counts[told.arm, told.served_by or "nobody", outcome] += 1
+            outcome.latency_ms = 1e3 * spent
+            how = "failed over" if outcome.error else "answered" if outcome.served_by else "not answered"
+            self.counts[outcome.arm, outcome.served_by or "nobody", how] += 1
             self.seconds += spent
             self.histogram.update(limit for limit in BUCKETS if spent <= limit)
 
-    def _fell_back(self, told: Told, failed: float) -> None:
-        told.fallback_ms = 1e3 * (time.perf_counter() - failed)
-        self.longest_fallback_ms = max(self.longest_fallback_ms, told.fallback_ms)
+    def _fell_back(self, outcome: Outcome, failed: float) -> None:
+        outcome.fallback_ms = 1e3 * (time.perf_counter() - failed)
+        self.longest_fallback_ms = max(self.longest_fallback_ms, outcome.fallback_ms)
 
     async def _from(
-        self, child: Child, body: dict[str, Any], said: list[str], told: Told
+        self, child: Child, body: dict[str, Any], sent: list[str], outcome: Outcome
     ) -> AsyncIterator[str]:
         """What one child says, after what was said already."""
         if "prompt" in body:
-            left = body["new_tokens"] - len(said)
+            left = body["new_tokens"] - len(sent)
             if left <= 0:
                 return
-            body = {"prompt": body["prompt"] + "".join(said), "new_tokens": left}
+            body = {"prompt": body["prompt"] + "".join(sent), "new_tokens": left}
         async for message in child.ask(body):
             if "refused" in message:
                 raise Refused(message["refused"])
             if "piece" in message:
-                said.append(message["piece"])
+                sent.append(message["piece"])
                 yield message["piece"]
             else:
-                told.result = {name: message[name] for name in ("bits", "bytes") if name in message}
+                outcome.result = {name: message[name] for name in ("bits", "bytes") if name in message}
 
-    async def _from_fallback(self, body: dict[str, Any], said: list[str], told: Told) -> AsyncIterator[str]:
+    async def _from_fallback(
+        self, body: dict[str, Any], sent: list[str], outcome: Outcome
+    ) -> AsyncIterator[str]:
         fallback = self.children["fallback"]
         for attempt in range(1, ATTEMPTS + 1):
             await asyncio.wait_for(fallback.ready.wait(), fallback.patience)
             try:
-                async for piece in self._from(fallback, body, said, told):
+                async for piece in self._from(fallback, body, sent, outcome):
                     yield piece
                 return
             except ChildDied:

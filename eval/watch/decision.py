@@ -225,14 +225,14 @@ def finite(value: Any) -> float | None:
 def findings(plan: Plan, number: int, looks: dict[Arm, list[Sums]]) -> list[Finding]:
     """Every measure of the plan, by all looks of a stage so far."""
     arms = [windows_of(looks[arm]) for arm in ARMS]
-    found = []
+    results = []
     for name, measure in plan.measures.items():
         points = [points_of(name, arm)[0] for arm in arms]
         bounds = whole_stage(plan, number, name, *arms)
         lows = least_worse(plan, number, name, *arms)
         first = int(np.argmax(lows))
         broken = bool(lows[first] > measure.worse_by)
-        found.append(
+        results.append(
             Finding(
                 measure=name,
                 release=finite(points[0]),
@@ -246,24 +246,24 @@ def findings(plan: Plan, number: int, looks: dict[Arm, list[Sums]]) -> list[Find
                 at_least=finite(lows[first]) if broken else None,
             )
         )
-    return found
+    return results
 
 
-def decide(found: list[Finding]) -> tuple[Decision, str]:
+def decide(results: list[Finding]) -> tuple[Decision, str]:
     """The decision, and why."""
-    if broken := [one for one in found if one.broken_since is not None]:
+    if broken := [one for one in results if one.broken_since is not None]:
         one = broken[0]
         since = "" if one.broken_since == 1 else f" since look {one.broken_since} of this stage"
         return (
             ROLL_BACK,
             f"{one.measure} is worse by {one.at_least:.4g} at least{since}, allowed {one.allowed:g}",
         )
-    if missing := [one for one in found if one.high is None]:
+    if missing := [one for one in results if one.high is None]:
         one = missing[0]
         return HOLD, f"{one.measure}: {one.values[0]} and {one.values[1]} values say nothing yet"
-    if few := [one for one in found if min(one.values) < LEAST]:
+    if few := [one for one in results if min(one.values) < LEAST]:
         return HOLD, f"{few[0].measure}: {min(few[0].values)} values of an arm, {LEAST} are the fewest"
-    if unsure := [one for one in found if not one.holds]:
+    if unsure := [one for one in results if not one.holds]:
         one = unsure[0]
         return HOLD, f"{one.measure} may be worse by {one.high:.4g}, allowed {one.allowed:g}"
-    return PROMOTE, "; ".join(f"{one.measure} is worse by {one.high:.4g} at most" for one in found)
+    return PROMOTE, "; ".join(f"{one.measure} is worse by {one.high:.4g} at most" for one in results)

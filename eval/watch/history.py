@@ -157,12 +157,12 @@ def series_of(looks: list[Look], domain: str | None = None) -> Series:
     domains: list[str] = []
     for look in looks:
         seen = look.seen
-        kept = [i for i in range(len(seen.id)) if domain in (None, seen.domain[i])]
-        if kept:
+        rows = [i for i in range(len(seen.id)) if domain in (None, seen.domain[i])]
+        if rows:
             starts.append(len(places))
             first.append(len(domains))
             days.append(look.day)
-        for i in kept:
+        for i in rows:
             size, group = seen.bytes[i], f"{seen.domain[i]}\0{seen.group[i]}"
             at = places.setdefault(group, len(places))
             for name, column in sums.items():

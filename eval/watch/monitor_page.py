@@ -59,14 +59,14 @@ def picture(
 
 
 def page_of(
-    contract: Contract, target: str, before: Bits, looks: list[Look], parts: Sequence[Any], kept: float
+    contract: Contract, target: str, before: Bits, looks: list[Look], parts: Sequence[Any], share: float
 ) -> str:
     """The page, whole."""
     level = contract.alpha / PARTS
     pictures = []
     for of in ("control", "fallback"):
         was = float(before.over(of).mean())
-        lines = [(was, "when released"), (kept * was, f"{100 * kept:.0f} % of it")]
+        lines = [(was, "when released"), (share * was, f"{100 * share:.0f} % of it")]
         pictures.append(picture(of, looks, lines, level, f"Saved over the {of}"))
     usual = float(before.level("fallback").mean())
     lines = [(usual, "when released"), (usual * (1 + HARDER), f"{100 * HARDER:.0f} % more")]

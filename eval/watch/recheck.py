@@ -83,16 +83,16 @@ def recheck(release: Path, contract: Contract, target: str, name: str, documents
     seen = see(release, contract, shipped, documents)
     now = bits_of(seen)
     values = drift_values(now, np.asarray(seen.tokens, float), seen.unigram)
-    found = findings(shipped.gain[name], before.bits, now, contract.alpha)
-    return Result(found, drifts(before.values, values), len(documents), before.slice)
+    results = findings(shipped.gain[name], before.bits, now, contract.alpha)
+    return Result(results, drifts(before.values, values), len(documents), before.slice)
 
 
 def judge_series(contract: Contract, target: str, name: str, before: Before, series: Series) -> Result:
     """The contract on everything that was seen so far, by bounds that hold at every look."""
     alpha = contract.alpha
-    found = findings_so_far(contract.targets[target].gain[name], before.bits, series, alpha)
+    results = findings_so_far(contract.targets[target].gain[name], before.bits, series, alpha)
     drift = drifts_so_far(before.values, series.values, series.first, alpha, series.tuned)
-    return Result(found, drift, len(series.domain), before.slice, len(series.days))
+    return Result(results, drift, len(series.domain), before.slice, len(series.days))
 
 
 def append_look(
@@ -106,8 +106,8 @@ def append_look(
     seen = see(release, contract, contract.targets[target], documents)
     look = new_look(looks, release, contract, target, name, seen)
     result = judge_series(contract, target, name, before, series_of([*looks, look]))
-    said = {"state": verdict(result.findings), "reason": diagnosis(result.findings)}
-    write_history(path, [*looks, look.model_copy(update=said)])
+    outcome = {"state": verdict(result.findings), "reason": diagnosis(result.findings)}
+    write_history(path, [*looks, look.model_copy(update=outcome)])
     return result
 
 

@@ -148,7 +148,7 @@ def step(args: argparse.Namespace) -> Step:
         write_state(folder, last)  # the step before was cut off after its line
     if last.status == "rolled back" or (last.status == "complete" and args.log):
         raise UserError(f"rollout {folder}", f"{last.status}: {last.reason}", "start a new one")
-    found, counted = list[Finding](), None
+    results, counted = list[Finding](), None
     decision: Decision = ROLL_BACK
     reason = args.roll_back
     if args.log:
@@ -157,8 +157,8 @@ def step(args: argparse.Namespace) -> Step:
             ignored = ", ".join(f"{count} {why}" for why, count in counted.ignored.items())
             raise UserError(f"--log {args.log}", f"no request that counts ({ignored})", "give new requests")
         looks = looks_of(steps, last.stage)
-        found = findings(last.plan, last.stage, {arm: [*looks[arm], counted.sums[arm]] for arm in ARMS})
-        decision, reason = decide(found)
+        results = findings(last.plan, last.stage, {arm: [*looks[arm], counted.sums[arm]] for arm in ARMS})
+        decision, reason = decide(results)
     time, number = now(), len(steps) + 1
     state = last.model_copy(update={**after(last, decision), "step": number, "time": time, "reason": reason})
     keys = None
@@ -180,7 +180,7 @@ def step(args: argparse.Namespace) -> Step:
         keys=keys,
         ignored=dict(counted.ignored) if counted else {},
         sums=counted.sums if counted else None,
-        findings=found,
+        findings=results,
         state=state,
     )
     append_step(folder, line, signer)
@@ -207,8 +207,8 @@ def check_decisions(folder: Path, steps: list[Step]) -> None:
         where, fix = f"{log_path(folder)}: line {one.number}", "ask who signed it"
         state = before.state
         if not one.by_hand:
-            found = findings(state.plan, state.stage, looks_of(steps[: one.number], state.stage))
-            decision, _ = decide(found)
+            results = findings(state.plan, state.stage, looks_of(steps[: one.number], state.stage))
+            decision, _ = decide(results)
             if decision != one.decision:
                 raise UserError(where, f"says {one.decision}, its figures say {decision}", fix)
         elif one.decision != ROLL_BACK:
@@ -239,12 +239,12 @@ def describe(state: State) -> str:
     return f"{state.contract} ({state.owner}) on {state.target}, {where}"
 
 
-def table_of(found: list[Finding], stage: int) -> Table:
+def table_of(results: list[Finding], stage: int) -> Table:
     table = Table(
         "", "release", "fallback", "values", "worse by", "bounds at every look", "allowed", "",
         title=f"stage {stage}, everything so far",
     )  # fmt: skip
-    for one in found:
+    for one in results:
         shown = [significant(x) if x is not None else "" for x in (one.release, one.fallback)]
         low, high = (f"{x:+.4g}" if x is not None else "?" for x in (one.low, one.high))
         mark = ROLL_BACK if one.broken_since is not None else "holds" if one.holds else "open"

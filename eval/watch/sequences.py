@@ -156,7 +156,7 @@ def blame(before: Bits, series: Series, drift: list[Moved], alpha: float) -> Bla
         drift: of the input, at alpha / `PARTS`.
     """
     level = alpha / PARTS
-    fading = [said for of in ("control", "fallback") if (said := faded(of, before, series, level))]
+    fading = [line for of in ("control", "fallback") if (line := faded(of, before, series, level))]
     hardest = hardest_since(series, before, level)
     usual = float(before.level("fallback").mean())
     harder = []

@@ -15,7 +15,7 @@ import yaml
 
 from eval.release.load_release import load_release
 from eval.serve.children import Child
-from eval.serve.router import Ask, Router, Told
+from eval.serve.router import Ask, Outcome, Router
 from eval.watch import chain, rollout
 from eval.watch.routing import Plan, arm_of
 from scripts.bench_server import free_port
@@ -181,14 +181,19 @@ def test_the_fallback_goes_on_after_what_was_said(tmp_path):
         for child in (release, fallback):
             child.ready.set()
         router = Router(release, fallback, tmp_path, "cpu", None, None)
-        told = Told(*router.deal(Ask("k", {})))
+        outcome = Outcome(*router.deal(Ask("k", {})))
         ask = Ask("k", {"prompt": "p", "new_tokens": 3})
-        return [piece async for piece in router.answer(ask, told)], told, router.metrics()
+        return [piece async for piece in router.answer(ask, outcome)], outcome, router.metrics()
 
-    said, told, metrics = asyncio.run(answer())
-    assert said == ["a", "b", "pab0;"]
-    assert (told.arm, told.served_by, told.error, told.why) == ("release", "fallback", True, "gone")
-    assert told.fallback_ms is not None
+    pieces, outcome, metrics = asyncio.run(answer())
+    assert pieces == ["a", "b", "pab0;"]
+    assert (outcome.arm, outcome.served_by, outcome.error, outcome.why) == (
+        "release",
+        "fallback",
+        True,
+        "gone",
+    )
+    assert outcome.fallback_ms is not None
     assert 'absorb_requests_total{arm="release",served_by="fallback",outcome="failed over"} 1' in metrics
 
 
