@@ -1,4 +1,4 @@
-"""Models as supervised child processes: one that dies is started again, who waits for it learns it at once."""
+"""Models as supervised child processes: one that dies is started again, and who waits learns it at once."""
 
 import asyncio
 import itertools
