@@ -23,7 +23,6 @@ if ((todo)); then
     step python distill/train.py --config "$study"
     step python -m compress.run --study "$study"           # recipes x {S1, S0} x seeds
     step python -m eval.score --study "$study"             # quality of every model, in new processes
-    step python -m eval.score.agreement --study "$study"   # flips and KL of variants against their student
     step python -m eval.cost --study "$study" --target cpu # latency, memory and size, in fresh processes
     python scripts/finished.py --study "$study" --mark & # beside the verdict, which changes nothing that it reads
 fi
