@@ -7,7 +7,7 @@ import sys
 
 from eval.core.commands import new_parser, study_from_command
 from eval.core.errors import EXIT_ERROR, EXIT_PASS, UserError, entry
-from eval.core.jobs import lock_folder, prepare_workers
+from eval.core.jobs import lock_folder
 
 
 @entry
@@ -20,7 +20,6 @@ def main() -> int:
             "missing",
             "train the students first: python distill/train.py --config STUDY",
         )
-    prepare_workers()
     # This import takes seconds: a mistake in the study is reported before it.
     from compress.pipeline import ARMS, make_variants
 

@@ -15,7 +15,6 @@ if __name__ == "__main__":
 from eval.core.checks import check_plan
 from eval.core.commands import new_parser, start_log, study_from_command
 from eval.core.errors import UserError, entry
-from eval.core.jobs import prepare_workers
 from eval.core.study import make_run_folder
 
 TRAINED = ("data", "tokenizer", "base", "method", "targets", "student")  # what --accept-old may name
@@ -46,8 +45,6 @@ def main() -> None:
     study, args = study_from_command(parser, trained=False, stages=TRAINED)
     check_plan(study)
     start_log(make_run_folder(study))
-    if "RANK" not in os.environ:  # the processes of a distributed launch have no workers
-        prepare_workers()
     # This import takes seconds: a mistake in the study is reported before it.
     from distill.pipeline import train_study
 

@@ -261,7 +261,7 @@ def run_jobs(title: str, jobs: list[Job], workers: int) -> dict[str, Any]:
         _assert_importable(job)
     if not jobs:
         return {}
-    context = multiprocessing.get_context("forkserver" if prepare_workers() else "spawn")
+    context = _context()
     board = Board(title, {job.name: job.weight for job in jobs})
     results, waiting, running = dict[str, Any](), list(jobs), list[_Worker]()
     try:
@@ -297,23 +297,17 @@ def _assert_importable(job: Job) -> None:
         )
 
 
-def prepare_workers() -> bool:
-    """Starts the process from which workers are forked: it imports heavy libraries, and none of ours.
-
-    A command that will run jobs calls this first: its own imports go on meanwhile.
-
-    Returns:
-        whether forking is safe here; else workers are started from nothing.
-    """
+def _context() -> BaseContext:
+    """Fresh processes; where forking is safe, from one that has imported heavy libraries and none of ours."""
     # The name of its socket, below the folder for temporary files, has at most 107 bytes.
     if sys.platform != "linux" or len(tempfile.gettempdir()) > 70:
-        return False
+        return multiprocessing.get_context("spawn")
     forkserver.set_forkserver_preload(HEAVY)
     resource_tracker.ensure_running()  # its own start would unblock the signal below
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C in its imports would be a traceback
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    return True
+    return multiprocessing.get_context("forkserver")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder, read_unbuilt
 from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import entry
-from eval.core.jobs import Job, lock_folder, prepare_workers, run_jobs
+from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.records import PLAIN, VALIDATION, read_scores, read_task_scores
 from eval.core.study import Study, recipe_names
 from eval.engines import subject_of
@@ -94,11 +94,10 @@ def main() -> None:
     parser = new_parser(__doc__)
     add_device(parser)
     study, args = study_from_command(parser, measures=True)
-    read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
-    prepare_workers()
     from eval.score.scoring import corpus_bits_per_byte, model_folders
     from eval.score.task_scores import mean_task_scores
 
+    read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
     with lock_folder(study.folder):
         done = score_run(study, args.device)
     bits = corpus_bits_per_byte(read_scores(study.folder))
