@@ -5,6 +5,7 @@ import csv
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from eval.core.gate_file import GateFile, Number, Part, Reference, Variant
 from eval.core.records import VALIDATION
@@ -83,7 +84,7 @@ class BudgetTable:
     rows: list[Row]
     references: list[ReferenceRow]
 
-    @property
+    @cached_property
     def folded(self) -> dict[str, list[str]]:
         """Target -> its recipes, where none was measured and all of them have a row on another target."""
         measured = {row.variant.target for row in self.rows if row.costs}
