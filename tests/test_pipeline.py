@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import date, timedelta
 from itertools import pairwise
 
+import httpx
 import pytest
 import yaml
 
 from eval.core.config import read_yaml
 from eval.signoff.keys import new_key
 from eval.watch.routing import Plan
+from scripts.bench_server import free_port
 from tests.eval.test_rollout import PLAN, requests, write_log
 from tests.helpers import ROOT, run
 
@@ -213,6 +216,23 @@ def as_here(words, study, folder, tmp_path):
 JUDGES = {"eval.gate", "eval.gate.test_set"} | {f"eval.watch.{n}" for n in ("recheck", "monitor", "rollout")}
 
 
+def serves(command):
+    """Starts a server, waits until it can answer, and ends it as Ctrl-C does."""
+    address = f"http://127.0.0.1:{(port := free_port())}/healthz"
+    process = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    with process:
+        end, ready = time.monotonic() + 120, False
+        while not ready:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < end, "not ready in two minutes"
+            time.sleep(0.5)
+            with suppress(httpx.TransportError):
+                ready = httpx.get(address).status_code == 200
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode in (0, 130)
+
+
 def verdict_of(folder, recipe):
     gate = json.loads((folder / "gate.json").read_text())
     return next(v["verdict"] for v in gate["variants"] if (v["recipe"], v["target"]) == (recipe, "cpu"))
@@ -236,6 +256,9 @@ def test_the_readme_s_commands_run_as_printed(tiny, tmp_path):
         command = as_here(words, study, folder, tmp_path)
         if "eval.signoff" in command and "--by" in command and verdict_of(folder, "int8") != "PASS":
             command += ["--waive", "tiny on purpose", "--expires", str(date.today() + timedelta(days=30))]
+        if "eval.serve" in command:
+            serves(command)
+            continue
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
         judges = JUDGES & set(command)
         assert done.returncode in ((0, 1, 2) if judges else (0,)), f"{words}: {done.stdout}{done.stderr}"
