@@ -80,10 +80,6 @@ class CostPlan:
     study: Study | None = None  # of the run folder that takes the records
     record: Path | None = None  # the file that takes them where there is no run folder
 
-    @property
-    def workers(self) -> int:
-        return self.study.workers if self.study else 1
-
     def provenance(self) -> Provenance:
         """Of all that is measured together: it shares one time."""
         return provenance("", self.config, *describe_device(self.device))
