@@ -229,3 +229,20 @@ def signed_by(envelope: "Envelope", key: "SSlibKey") -> bool:
     except VerificationError:
         return False
     return True
+
+
+def signer_name(envelope: "Envelope", key: "SSlibKey", trusted: Trusted | None, where: str, fix: str) -> str:
+    """Whose `key` has signed these bytes; empty without `trusted` keys, which only says that they are whole.
+
+    Raises:
+        UserError: the signature does not hold, or the key is not trusted.
+    """
+    if not signed_by(envelope, key):
+        raise UserError(where, "the signature does not fit the bytes: they were changed", fix)
+    if trusted is None:
+        return ""
+    if key.keyid not in trusted:
+        names = ", ".join(f"{holder.name} {keyid[:12]}" for keyid, holder in trusted.items())
+        problem = f"signed with the unknown key {key.keyid[:12]}; trusted: {names}"
+        raise UserError(where, problem, "ask the signer for the public key, or another signer")
+    return trusted[key.keyid].name

@@ -25,7 +25,7 @@ from eval.core.artifacts import file_sha256
 from eval.core.config import ROOT
 from eval.core.errors import UserError, expected_text
 from eval.core.gate_file import GateRun
-from eval.signoff.keys import AGAIN, Trusted, envelope, from_text, signed_by, wrapped
+from eval.signoff.keys import AGAIN, Trusted, envelope, from_text, signed_by, signer_name, wrapped
 from eval.stats.crossed import GENERATOR, PASS, Verdict
 
 if TYPE_CHECKING:
@@ -223,13 +223,7 @@ def _read_line(text: str, where: str, number: int, trusted: Trusted | None) -> S
     except (ValidationError, ValueError) as error:
         reason = expected_text(error.errors()[0]) if isinstance(error, ValidationError) else error
         raise UserError(where, f"no statement of this kind ({reason})", AGAIN) from error
-    if not signed_by(outside, named):
-        raise UserError(where, "the signature does not fit the bytes: they were changed", AGAIN)
-    if trusted is not None and named.keyid not in trusted:
-        names = ", ".join(f"{holder.name} {keyid[:12]}" for keyid, holder in trusted.items())
-        reason = f"signed with the unknown key {named.keyid[:12]}; trusted: {names}"
-        raise UserError(where, reason, "ask the signer for the public key, or another signer")
-    holder = trusted[named.keyid].name if trusted is not None else ""
+    holder = signer_name(outside, named, trusted, where, AGAIN)
     return Signed(statement, named.keyid, holder, number)
 
 

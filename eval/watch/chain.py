@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from eval.core.artifacts import file_sha256, write_text
 from eval.core.config import Stored
 from eval.core.errors import UserError, expected_text
-from eval.signoff.keys import Trusted, envelope, from_text, signed_by, wrapped
+from eval.signoff.keys import Trusted, envelope, from_text, signer_name, wrapped
 from eval.signoff.statement import TYPE
 from eval.watch.decision import Finding, Sums
 from eval.watch.routing import Arm, Plan
@@ -120,12 +120,7 @@ def _read_line(line: str, where: str, trusted: Trusted | None) -> Step:
         raise UserError(where, f"no step of a rollout ({expected_text(error.errors()[0])})", BACK) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(where, f"no step of a rollout ({error})", BACK) from error
-    if not signed_by(outside, key):
-        raise UserError(where, "the signature does not fit the bytes: they were changed", BACK)
-    if trusted is not None and key.keyid not in trusted:
-        names = ", ".join(f"{holder.name} {keyid[:12]}" for keyid, holder in trusted.items())
-        problem = f"signed with the unknown key {key.keyid[:12]}; trusted: {names}"
-        raise UserError(where, problem, "ask who signed for the public key")
+    signer_name(outside, key, trusted, where, BACK)
     return step
 
 
