@@ -28,6 +28,7 @@ MODULES = {
     "test-set": "eval.gate.test_set",
     "challenge": "eval.challenge",
     "try": "eval.challenge.first_look",
+    "compare": "eval.compare",
     "report": "eval.report",
     "sign": "eval.signoff",
     "release": "eval.release",
@@ -61,6 +62,7 @@ SIDE_COMMANDS = {
     "monitor": "a release on traffic, for cron: is the method fading, or the world harder?",
     "rollout": "a release stage by stage beside its fallback: PROMOTE, HOLD or ROLL BACK",
     "why": "from the paper to the last look at a release: what it was made from, who answers for it",
+    "compare": "the methods of several studies in one table, and parts left out",
     "try": "a first look at a method of yours, in a minute or two",
 }
 UNREADABLE = "gate.json cannot be read"

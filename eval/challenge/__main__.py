@@ -6,7 +6,6 @@ row shares with the study is not made again; a command that was stopped goes on 
 row is that of the study's budget: at least f of the teacher's gain is kept, over the control.
 """
 
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -27,8 +26,8 @@ from eval.challenge.outcome import (
     rival_claims,
 )
 from eval.challenge.rows import SAME, Row, plan_rows
-from eval.challenge.runs import run_study
-from eval.core.artifacts import link_files, write_text
+from eval.challenge.runs import run_study, share_artifacts
+from eval.core.artifacts import write_text
 from eval.core.budget import Budget
 from eval.core.checks import check_plan
 from eval.core.commands import new_parser, study_from_command, write_json
@@ -37,7 +36,6 @@ from eval.core.gate_file import Estimate
 from eval.core.study import Study, check_trained, study_text
 from eval.gate.evidence import Evidence
 
-SHARED = ("data", "tokens", "base", "method", "targets", "students")  # of a run folder: known by their keys
 WIDTH = 118  # columns of the table where it is not for a terminal
 
 
@@ -103,15 +101,6 @@ def read_done(study: Study) -> tuple[Evidence, Budget] | None:
         return read_evidence(study)
     except UserError:  # it is run, and then read again
         return None
-
-
-def share_artifacts(source: Path, run: Path) -> None:
-    """Links the artifacts of another run: what has the same key is found, all else is made anew."""
-    new = run.with_name(f".{run.name}")
-    folders = [source / name for name in SHARED]
-    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-    link_files(source, new, [str(path.relative_to(source)) for path in files])
-    os.rename(new, run)
 
 
 def show(outcomes: list[Outcome], console: Console) -> None:

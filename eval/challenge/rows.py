@@ -1,7 +1,7 @@
 """The rows of a challenge: one change of a study each, as overrides of its keys, the cheapest first."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,26 @@ def plan_rows(study: Study, extra: list[str]) -> tuple[list[Row], dict[str, str]
     if study.base.architecture is None:
         skipped["another base"] = "give one: --row 'other_base=--base.path PATH'"
     skipped["other data of the same domain"] = "give some: --row 'other_data=--data.documents [...]'"
-    for text in extra:
+    rows += own_rows(extra, {row.name for row in rows})
+    return sorted(rows, key=lambda row: row.trains), skipped
+
+
+def own_rows(texts: list[str], taken: Iterable[str] = ()) -> list[Row]:
+    """Rows of the user's own: `name=--KEY VALUE ...` each.
+
+    Raises:
+        UserError: one has another form, or a name that is taken.
+    """
+    rows: list[Row] = []
+    for text in texts:
         name, _, words = text.partition("=")
-        if not re.fullmatch(NAME, name) or not words.startswith("--") or name in {row.name for row in rows}:
+        names = {*taken, *(row.name for row in rows)}
+        if not re.fullmatch(NAME, name) or not words.startswith("--") or name in names:
             problem = f"found {text!r}, expected a new name of a-z, 0-9 and _, then = and keys of the study"
             raise UserError("--row", problem, "write it like --row 'long=--train.epochs 4'")
         keys = [word.partition(" ") for word in re.split(r"\s+(?=--)", words.strip())]
         rows.append(Row(name, words, tuple(f"{key}={value}" for key, _, value in keys), 3))
-    return sorted(rows, key=lambda row: row.trains), skipped
+    return rows
 
 
 def _flags(values: dict[str, Any]) -> tuple[str, ...]:

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eval.core.artifacts import write_text
+from eval.core.artifacts import link_files, write_text
 from eval.core.errors import UserError
 from eval.core.study import Study, study_text
 
+SHARED = ("data", "tokens", "base", "method", "targets", "students")  # of a run folder: known by their keys
 COMMANDS = (("distill.train", "--config"), ("eval.score", "--study"))
 
 
@@ -41,3 +42,12 @@ def run_study(study: Study, path: Path | None = None) -> None:
                 stream.seek(start)
                 lines = stream.read().strip().splitlines() or [""]
             raise UserError(f"study {study.name}", f"{module} ended with {code}: {lines[-1]}", f"see {log}")
+
+
+def share_artifacts(source: Path, run: Path) -> None:
+    """Links the artifacts of another run: what has the same key is found, all else is made anew."""
+    new = run.with_name(f".{run.name}")
+    folders = [source / name for name in SHARED]
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    link_files(source, new, [str(path.relative_to(source)) for path in files])
+    os.rename(new, run)

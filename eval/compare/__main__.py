@@ -1,0 +1,179 @@
+"""`python -m eval.compare --study A --study B ...`: the methods of several studies in one table.
+
+Each study is trained and scored already. `--row NAME=--KEY VALUE ...` is the first one again with a change,
+trained and scored beside it in `runs/NAME-compare/`: a part left out, or a rival. What both share is not made
+again. The p-values are those of "the student keeps nothing of a gain", after Holm over the studies. Give the
+whole method first and then ever smaller parts: the smallest that keeps as much, but for `--margin`, is named.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from eval.challenge.rows import own_rows
+from eval.challenge.runs import run_study, share_artifacts
+from eval.compare.contrasts import ABSORBED, SERVED, Compared, compare, smallest
+from eval.core.artifacts import write_text
+from eval.core.budget import Budget
+from eval.core.checks import check_plan
+from eval.core.commands import add_json, new_parser, write_json
+from eval.core.errors import EXIT_PASS, UserError, entry
+from eval.core.gate_file import Estimate, GateFile, read_gate
+from eval.core.plan import budget_of_run
+from eval.core.study import Study, check_trained, load_study, study_text
+from eval.gate.evidence import Evidence, collect_evidence
+from eval.report.format import MISSING, TIMES
+from eval.report.markdown import markdown_table
+
+WIDTH = 150  # columns of the table where it is not for a terminal
+TITLES = {
+    "study": "study",
+    "gain": "teacher's gain T1 - T0",
+    "lead": "student's lead S1 - S0",
+    "share": "share",
+    "over_ce": "S1 - CE",
+    "decode_p50": "teacher's decode",
+    "peak_memory": "teacher's memory",
+    "holm_p": "p (Holm)",
+    "result": "result",
+    "verdict": "gate",
+}
+
+
+def train_rows(whole: Study, texts: list[str]) -> list[Study]:
+    """The first study again with one change each, trained and scored; what is done is found by its keys."""
+    rows = own_rows(texts)
+    folder = whole.folder.with_name(f"{whole.name}-compare")
+    studies: list[Study] = []
+    if rows:
+        folder.mkdir(parents=True, exist_ok=True)
+        parent = folder / "study.yaml"
+        write_text(parent, study_text(whole))
+        studies = [row.study(parent, folder) for row in rows]
+    for study in studies:
+        check_plan(study)  # before the first is trained
+    start = time.monotonic()
+    for place, study in enumerate(studies, start=1):
+        if not study.folder.exists():
+            share_artifacts(whole.folder, study.folder)
+        run_study(study)
+        seconds = time.monotonic() - start
+        rest = seconds / place * (len(studies) - place)
+        text = f"{study.name} done, {place} of {len(studies)}, {seconds:.0f} s, about {rest:.0f} s left"
+        print(f"compare: {text}", file=sys.stderr, flush=True)
+    return studies
+
+
+def read_study(study: Study) -> tuple[Evidence, Budget]:
+    check_trained(study)
+    budget = budget_of_run(study)
+    return collect_evidence(study.folder, study, budget), budget
+
+
+def gate_of(study: Study) -> GateFile | None:
+    return read_gate(study.folder) if (study.folder / "gate.json").is_file() else None
+
+
+def bounds_text(value: Estimate | None) -> str:
+    if value is None:
+        return MISSING
+    if value.low is None or value.high is None:
+        return f"{value.point:+.3f}"
+    return f"{value.point:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+
+
+def cells(row: Compared, gate: GateFile | None) -> dict[str, str]:
+    share = MISSING if row.share is None else "{:.2f} [{:.2f}, {:.2f}]".format(*row.share)
+    served = {name: row.teacher.get(name) for name in SERVED}
+    return {
+        "study": row.study if row.study == row.method else f"{row.study} ({row.method})",
+        "gain": bounds_text(row.gain),
+        "lead": bounds_text(row.lead),
+        "share": share,
+        "over_ce": bounds_text(row.over_ce),
+        **{
+            name: MISSING if one is None else f"{one.point:.1f}{TIMES} [{one.lower:.1f}, {one.upper:.1f}]"
+            for name, one in served.items()
+        },
+        "holm_p": f"{row.holm_p:.2g}",
+        "result": row.result,
+        "verdict": MISSING if gate is None else gate.verdict,
+    }
+
+
+def notes(rows: list[Compared], margin: float) -> list[str]:
+    """What stands under the table: pairs with the first study, and the smallest that is as good."""
+    lines = []
+    for row in rows[1:]:
+        if row.behind is None:
+            lines.append(f"{row.study}: other documents or seeds than {rows[0].study}: no pair with it")
+        else:
+            good = "no more than" if row.as_good else "not shown to be less than"
+            pair = f"{row.study}: {bounds_text(row.behind)} behind {rows[0].study}"
+            lines.append(f"{pair}, {good} {margin:g} of its gain")
+    named = smallest(rows)
+    if any(row.behind is not None for row in rows[1:]):
+        lines.append(
+            f"the smallest, in the order given, that keeps as much: {named.study}"
+            if named is not None
+            else f"{rows[0].study} is not shown to be absorbed: there is nothing to keep"
+        )
+    return lines
+
+
+def margin_type(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number between 0 and 1")
+    return value
+
+
+@entry
+def main() -> int:
+    parser = new_parser(__doc__)
+    about = "a trained study's YAML file, name, or run folder; the first one is what others are compared with"
+    parser.add_argument("--study", action="append", required=True, metavar="STUDY", help=about)
+    about = (
+        "the first study with a change: NAME=--KEY VALUE ..., keys of the study; may be given several times"
+    )
+    parser.add_argument("--row", action="append", default=[], metavar="ROW", help=about)
+    about = "share of the first one's gain by which another may fall behind (default: 0.1)"
+    parser.add_argument("--margin", type=margin_type, default=0.1, metavar="M", help=about)
+    about = "also write the table to this file, as Markdown"
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help=about)
+    add_json(parser)
+    args = parser.parse_args()
+    studies = [load_study(where) for where in args.study]
+    for study in studies:
+        check_trained(study)
+    studies += train_rows(studies[0], args.row)
+    if len(studies) < 2:
+        raise UserError("--study", "one study", "give another one, or a change of it with --row")
+    rows = compare([read_study(study) for study in studies], args.margin)
+    table = [cells(row, gate_of(study)) for row, study in zip(rows, studies, strict=True)]
+    shown = Table(*TITLES.values(), title="bits per byte, each with its bounds at alpha")
+    for line in table:
+        shown.add_row(*(line[name] for name in TITLES))
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDTH)).print(shown)
+    remarks = notes(rows, args.margin)
+    print("\n".join(remarks))
+    absorbed = sum(row.result == ABSORBED for row in rows)
+    print(f"{absorbed} of {len(rows)} absorbed")
+    if args.markdown is not None:
+        text = markdown_table([*TITLES.values()], [[line[name] for name in TITLES] for line in table])
+        write_text(args.markdown, f"{text}\n")
+    write_json(args.json, {"margin": args.margin, "rows": rows, "notes": remarks})
+    return EXIT_PASS
+
+
+if __name__ == "__main__":
+    main()

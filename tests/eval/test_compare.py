@@ -1,0 +1,138 @@
+"""Several methods in one table: the tests that decide, pairs with the first one, the smallest that is as good."""
+
+import json
+
+import pytest
+import yaml
+
+from eval.compare.__main__ import notes
+from eval.compare.contrasts import ABSORBED, HARMS, NOT_SEEN, NOT_SHOWN, compare, smallest
+from eval.core.budget import load_budget
+from eval.core.errors import UserError
+from eval.core.study import load_study
+from eval.gate.evidence import collect_evidence
+from eval.stats.crossed import crossed_mean
+from tests.eval.run_builder import GAINS, Run
+from tests.helpers import run as command
+
+
+def evidence_of(folder, **changes):
+    built = Run(folder, **changes).make()
+    study = load_study(built.path)
+    budget = load_budget(study)
+    return collect_evidence(built.path, study, budget), budget
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """A whole method, a part that does as much, one that does half, one without a gain, and a harmful one."""
+    gains = {
+        "whole": {},
+        "part": {"S1": 0.119},
+        "half": {"S1": 0.07},
+        "lost": {"S1": 0.03},
+        "none": {"T1": 0.0, "S1": 0.03},
+        "harm": {"T1": -0.1, "S1": -0.05},
+    }
+    return {
+        name: evidence_of(tmp_path_factory.mktemp(name), gains=GAINS | change, noise=0.002 + 0.0004 * place)
+        for place, (name, change) in enumerate(gains.items())
+    }
+
+
+def test_each_study_says_whether_its_gain_was_absorbed(studies):
+    rows = compare(list(studies.values()), 0.1)
+    assert [row.result for row in rows] == [ABSORBED, ABSORBED, ABSORBED, NOT_SHOWN, NOT_SEEN, HARMS]
+    assert rows[0].lead.point == pytest.approx(0.09, abs=0.01)
+    assert rows[2].share[1] < 0.04 / 0.12 < rows[2].share[2]
+    assert rows[4].share is None
+
+
+def test_p_is_that_of_both_tests_and_grows_with_the_studies(studies):
+    from eval.core.records import PLAIN, VALIDATION
+    from eval.gate.quality import GAIN, kept_gain
+
+    alone, among = compare([studies["half"]], 0.1)[0], compare(list(studies.values()), 0.1)[2]
+    evidence = studies["half"][0]
+    tables = evidence.gain(VALIDATION, GAIN), evidence.gain(VALIDATION, kept_gain(PLAIN))
+    assert alone.p == among.p == alone.holm_p == max(crossed_mean(table).p for table in tables)
+    smaller = sum(row.p < among.p for row in compare(list(studies.values()), 0.1))
+    assert among.holm_p == pytest.approx(among.p * (6 - smaller))
+
+
+def test_the_smallest_part_that_keeps_as_much_is_named(studies):
+    rows = compare([studies[name] for name in ("whole", "part", "half")], 0.1)
+    assert [row.as_good for row in rows] == [None, True, False]
+    assert rows[2].behind.low < 0.05 < rows[2].behind.high
+    assert smallest(rows) is rows[1]
+    assert "keeps as much: toy" in notes(rows, 0.1)[-1]
+    assert smallest(compare([studies[name] for name in ("lost", "whole")], 0.1)) is None
+    in_between = compare([studies[name] for name in ("whole", "half", "part")], 0.1)
+    assert smallest(in_between) is in_between[0], "the first that is not as good ends the search"
+
+
+def test_other_documents_make_no_pair(studies, tmp_path):
+    other = evidence_of(tmp_path, seeds=[0, 1, 2])
+    rows = compare([studies["whole"], other], 0.1)
+    assert rows[1].as_good is None
+    assert "no pair" in notes(rows, 0.1)[0]
+
+
+def test_another_alpha_is_refused(studies):
+    evidence, budget = studies["part"]
+    with pytest.raises(UserError, match=r"alpha 0\.01 in its budget, 0\.05 in that of toy"):
+        compare([studies["whole"], (evidence, budget.model_copy(update={"alpha": 0.01}))], 0.1)
+
+
+def test_the_command_shows_a_table_and_writes_it(tmp_path):
+    runs = [Run(tmp_path / name, gains=GAINS | change).make() for name, change in CHANGES.items()]
+    words = [word for one in runs for word in ("--study", one.path)]
+    files = ["--json", tmp_path / "out.json", "--markdown", tmp_path / "out.md"]
+    done = command("-m", "eval.compare", *words, *files)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 absorbed" in done.stdout
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["result"] for row in rows] == [ABSORBED, ABSORBED]
+    assert (tmp_path / "out.md").read_text().count("\n") == 4
+
+
+CHANGES = {"one": {}, "two": {"S1": 0.08}}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "one study"),
+        (["--row", "less"], "expected a new name"),
+        (["--margin", "2"], "a number between 0 and 1"),
+        (["--study", "nowhere"], "no such file or folder"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, words, message):
+    whole = Run(tmp_path).make()
+    done = command("-m", "eval.compare", "--study", whole.path, *words)
+    assert done.returncode == 3
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_row_is_trained_beside_the_study_and_shares_its_base(tmp_path):
+    from tests.helpers import tiny_study
+
+    raw = yaml.safe_load(tiny_study(tmp_path).read_text()) | {"name": "whole"}
+    path = tmp_path / "whole.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    for words in (["distill/train.py", "--config", path], ["-m", "eval.score", "--study", path]):
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+    row = "other=--train.optimizer.lr 0.001"
+    for _ in range(2):  # the second time nothing is left to do
+        done = command("-m", "eval.compare", "--study", path, "--row", row, "--json", tmp_path / "out.json")
+        assert done.returncode == 0, done.stderr
+    study = load_study(path)
+    base, other = study.folder / "base", study.folder.with_name("whole-compare") / "other/base"
+    weights = next(base.rglob("model.safetensors"))
+    assert (other / weights.relative_to(base)).samefile(weights)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [one["study"] for one in rows] == ["whole", "other"]
