@@ -36,6 +36,7 @@ from eval.core.study import Study, load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.gate.evidence import Evidence, collect_evidence
 from eval.release import load_release
+from eval.release.bom import BOM, bill_of_materials
 from eval.release.card import card
 from eval.release.contract import build_contract, inputs, lineage, shipped
 from eval.release.contract_file import CONTRACT, Contract, Saving, Signature, Target, contract_text
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from securesystemslib.signer import Signer
     from transformers import PreTrainedTokenizerBase
 
-CARD = "README.md"
+CARD, LINEAGE = "README.md", "lineage.json"
 RELEASE: Final = "https://absorb.example/release/v1"  # type of the predicate that signs a folder
 
 
@@ -189,7 +190,7 @@ class ReleaseFolder:
             "recheck_days": recheck_days,
         }
         self.write(load_release.INDEX, _json({**facts, "targets": index, "fallback": fallback}))
-        self.write("lineage.json", _json(lineage(sources.run, sources.evidence, sources.recipes)))
+        self.write(LINEAGE, _json(lineage(sources.run, sources.evidence, sources.recipes)))
         shutil.copy(load_release.__file__, self.place / "load_release.py")
         return self.tried(contract)
 
@@ -204,6 +205,8 @@ class ReleaseFolder:
         contract = contract.model_copy(update={"targets": targets})
         base = study.base
         self.write(CONTRACT, contract_text(contract))
+        behind = json.loads((self.place / LINEAGE).read_text(encoding="utf-8"))
+        self.write(BOM, _json(bill_of_materials(contract, behind)))
         self.write(CARD, card(contract, base.path if base.is_on_hub else None))
         return contract
 

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from distill.models.load import train_tokenizer
-from eval.core.artifacts import Key, Manifest, build_artifact, read_manifest
+from eval.core.artifacts import Key, Manifest, build_artifact, digest, read_manifest
 from eval.core.commands import write_json
 from eval.core.config import ROOT
 from eval.core.gate_file import GateFile, Variant, read_gate
@@ -58,6 +58,10 @@ BUDGET = {
         "gpu": {"device": "cuda", "required": False},
     },
 }
+
+
+def teacher_hash(arm: str, seed: int) -> str:
+    return digest(f"teacher {arm} {seed}")
 
 
 @dataclass
@@ -202,8 +206,8 @@ class Run:
         for seed in self.seeds:
             base = self.artifact(f"base/s{seed}", data)
             for arm in self.gains:
-                teacher = {"teacher": f"teacher {TEACHERS[arm]} {seed}"} if arm in TEACHERS else {}
-                plain = base if arm == "B" else f"teacher {arm} {seed}"
+                teacher = {"teacher": teacher_hash(TEACHERS[arm], seed)} if arm in TEACHERS else {}
+                plain = base if arm == "B" else teacher_hash(arm, seed)
                 if arm in ("S1", "S0", "CE"):
                     plain = self.artifact(f"students/{arm}/s{seed}", {**data, "base": base, **teacher})
                 self.score(arm, seed, plain)

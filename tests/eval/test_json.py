@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.eval.run_builder import COST, Run, copy_run, facts, fake_run, put, torch_model
+from tests.eval.run_builder import COST, Run, copy_run, facts, fake_run, put, teacher_hash, torch_model
 from tests.eval.test_test_set import OpenedRun
 from tests.helpers import run, text
 
@@ -68,7 +68,7 @@ def opening(request, folder):
     toy.make()
     for arm in ("T0", "T1"):
         for seed in toy.seeds:
-            toy.test_score(arm, seed, f"teacher {arm} {seed}")
+            toy.test_score(arm, seed, teacher_hash(arm, seed))
     done = run("-m", "eval.gate.test_set", "--study", toy.path, "--by", "Ada", "--json", folder / "out.json")
     assert done.returncode in (1, 2), done.stderr  # random models keep nothing
     return json.loads((folder / "out.json").read_text())

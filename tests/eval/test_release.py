@@ -80,6 +80,39 @@ def test_a_release_holds_what_it_promises(released_run, release):
     assert lineage["teachers"]["T1"] == lineage["artifacts"]["students/S1/s0"]["parents"]["teacher"]
 
 
+def test_the_bill_of_materials_fits_the_published_schema_and_says_what_was_measured(release):
+    import cyclonedx.schema._res as schemas
+    from jsonschema import Draft7Validator
+    from referencing import Registry, Resource
+
+    folder = Path(schemas.__path__[0])
+    read = {name: json.loads((folder / f"{name}.SNAPSHOT.schema.json").read_text()) for name in SCHEMAS}
+    resources = [(f"http://cyclonedx.org/schema/{name}.SNAPSHOT.schema.json", Resource.from_contents(schema))
+                 for name, schema in read.items()]  # fmt: skip
+    bom = json.loads((release / "bom.cdx.json").read_text())
+    Draft7Validator(read[SCHEMAS[0]], registry=Registry().with_resources(resources)).validate(bom)
+    contract = yaml.safe_load((release / "contract.yaml").read_text())
+    parts = {part["bom-ref"]: part for part in bom["components"]}
+    variant = parts["variant:cpu"]
+    assert variant["hashes"][0]["content"] == contract["targets"]["cpu"]["artifact"]
+    metrics = {
+        (metric["type"], metric.get("slice")): metric
+        for metric in variant["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    }
+    saving = contract["targets"]["cpu"]["gain"]["far"]["over_control"]["measured"]
+    shown = metrics["bits_per_byte_saved_over_control", "far"]
+    assert float(shown["value"]) == saving["point"]
+    assert float(shown["confidenceInterval"]["lowerBound"]) == saving["low"]
+    links = {one["ref"]: one["dependsOn"] for one in bom["dependencies"]}
+    assert set(links) == {*parts, "release"}, "every part says what it was made from"
+    assert links["variant:cpu"] == ["variants/small/S1/s0"]
+    assert "students/S1/s0" in links["variants/small/S1/s0"]
+    assert "data" in links["students/S1/s0"]
+
+
+SCHEMAS = ("bom-1.6", "spdx", "jsf-0.82")
+
+
 def test_the_card_can_be_read_by_other_programs(release):
     card = ModelCard.load(release / "README.md")
     results = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}

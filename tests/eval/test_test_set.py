@@ -16,7 +16,7 @@ from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import Evidence, collect_evidence
 from eval.gate.history import opening_path, read_openings, summarize_openings, write_opening
 from eval.gate.test_set import check_teachers, choose_variant, judge_test_set, next_opening
-from tests.eval.run_builder import GAINS, Run, copy_run, edit, tokenizer, torch_model
+from tests.eval.run_builder import GAINS, Run, copy_run, edit, teacher_hash, tokenizer, torch_model
 from tests.helpers import run, text
 
 TEXTS = {f"test-{i}": text("code", 50 + i, words=20 + 5 * (i % 3)) for i in range(12)}
@@ -71,7 +71,7 @@ def opened_folder(tmp_path_factory) -> Path:
     run.make()
     for arm in ("T0", "T1"):
         for seed in run.seeds:
-            run.test_score(arm, seed, f"teacher {arm} {seed}")
+            run.test_score(arm, seed, teacher_hash(arm, seed))
     return run.folder
 
 

@@ -1,0 +1,129 @@
+"""The bill of materials of a release, in a form that other programs read: CycloneDX 1.6, JSON.
+
+The models that it holds, what they were made from, and what was measured of them: every figure with its slice
+and its bounds (`modelCard.quantitativeAnalysis`). Hashes are those of manifests, which hold every file.
+"""
+
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, time
+from typing import Any, Final
+
+from eval.core.artifacts import digest, project_version
+from eval.core.gate_file import Estimate
+from eval.core.records import PLAIN
+from eval.release.card import METRICS, own_share
+from eval.release.contract_file import Contract, Cost, Target
+
+BOM: Final = "bom.cdx.json"  # the name by which tools know the format
+SPEC: Final = "1.6"
+MODEL: Final = "machine-learning-model"
+BOUNDS = "of quality over documents, two-sided, 95 %; of costs one-sided, each at {:g}"
+Component = dict[str, Any]
+
+
+def bill_of_materials(contract: Contract, lineage: dict[str, Any]) -> dict[str, Any]:
+    """The BOM of a release: its contract, and `lineage.json` for what its models were made from."""
+    variants = {f"variant:{name}": target for name, target in contract.targets.items()}
+    models = [_variant(ref, contract, target, lineage) for ref, target in variants.items()]
+    models.append(_model("fallback", "fallback", contract.fallback, "served where the release must not be"))
+    sources, links = _made_from(lineage)
+    root = _model("release", contract.name, digest(contract.model_dump(mode="json")), contract.method)
+    root |= {"version": contract.released.isoformat(), "publisher": contract.owner}
+    ends = {ref: f"students/S1/s{contract.seed}" for ref in variants}
+    for ref, target in variants.items():
+        made = f"variants/{target.recipe}/S1/s{contract.seed}"
+        ends[ref] = made if target.recipe != PLAIN and made in links else ends[ref]
+    depends = {
+        "release": [*variants, "fallback"],
+        **{ref: [end] for ref, end in ends.items() if end in links},
+    }
+    base = f"base/s{contract.seed}"
+    depends["fallback"] = [base] if base in links else []
+    return {
+        "$schema": f"http://cyclonedx.org/schema/bom-{SPEC}.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": SPEC,
+        "serialNumber": uuid.uuid5(uuid.NAMESPACE_URL, root["hashes"][0]["content"]).urn,
+        "version": 1,
+        "metadata": {
+            "timestamp": datetime.combine(contract.released, time(), UTC).isoformat(),
+            "tools": {
+                "components": [{"type": "application", "name": "absorb", "version": project_version()}]
+            },
+            "component": root,
+        },
+        "components": [*models, *sources],
+        "dependencies": [{"ref": ref, "dependsOn": on} for ref, on in (depends | links).items()],
+    }
+
+
+def _model(ref: str, name: str, sha256: str, text: str) -> Component:
+    return {
+        "type": MODEL,
+        "bom-ref": ref,
+        "name": name,
+        "description": text,
+        "hashes": [{"alg": "SHA-256", "content": sha256}],
+    }
+
+
+def _variant(ref: str, contract: Contract, target: Target, lineage: dict[str, Any]) -> Component:
+    about = f"a plain student of the method {contract.method}, after the recipe {target.recipe}"
+    student = lineage["artifacts"].get(f"students/S1/s{contract.seed}", {}).get("facts", {})
+    limits = student.get("method", {}).get("limits")
+    considerations = {"useCases": [f"texts of up to {contract.inputs.context_tokens} tokens"]}
+    return _model(ref, f"{contract.name}: {target.recipe}", target.artifact, about) | {
+        "modelCard": {
+            "modelParameters": {"task": "text-generation", "datasets": [{"ref": "data"}]},
+            "quantitativeAnalysis": {"performanceMetrics": [*_metrics(target)]},
+            "considerations": considerations | ({"technicalLimitations": [limits]} if limits else {}),
+            "properties": [
+                {"name": "absorb:verdict", "value": target.verdict},
+                {"name": "absorb:engine", "value": target.engine},
+                {"name": "absorb:signed-by", "value": target.signature.by},
+                {"name": "absorb:bounds", "value": BOUNDS.format(contract.alpha)},
+            ],
+        }
+    }
+
+
+def _metrics(target: Target) -> Iterator[dict[str, Any]]:
+    for name, gain in target.gain.items():
+        share, *savings = METRICS
+        yield _metric("bits_per_byte", gain.level.point, name, gain.level)
+        if (own := own_share(gain)) is not None:
+            yield _metric(share, own, name)
+        for metric, saving in zip(savings, (gain.over_control, gain.over_fallback), strict=True):
+            yield _metric(metric, saving.measured.point, name, saving.measured)
+    for cost in target.cost:
+        if cost.measured is not None:
+            yield _metric(f"{cost.quantity} ({cost.unit})", cost.measured, span=cost)
+
+
+def _metric(
+    kind: str, value: float, name: str | None = None, span: Estimate | Cost | None = None
+) -> dict[str, Any]:
+    metric: dict[str, Any] = {"type": kind, "value": repr(value)}
+    if name is not None:
+        metric["slice"] = name
+    if span is not None and span.low is not None and span.high is not None:
+        metric["confidenceInterval"] = {"lowerBound": repr(span.low), "upperBound": repr(span.high)}
+    return metric
+
+
+def _made_from(lineage: dict[str, Any]) -> tuple[list[Component], dict[str, list[str]]]:
+    """Every artifact and teacher behind the release, and what each was made from."""
+    artifacts = lineage["artifacts"]
+    by_hash = {node["hash"]: name for name, node in artifacts.items()}
+    components: list[Component] = []
+    links: dict[str, list[str]] = {}
+    for name, node in artifacts.items():
+        made = _model(name, name, node["hash"], f"{node['kind']} artifact of the study {lineage['study']}")
+        components.append(made | {"type": "data"} if node["kind"] == "data" else made)
+        parents = [by_hash[sha] for sha in node["parents"].values() if sha in by_hash]
+        links[name] = sorted(set(parents) - {name})
+    for arm, sha in lineage["teachers"].items():
+        components.append(_model(arm, f"teacher {arm}", sha, f"of the study {lineage['study']}"))
+        links[arm] = []
+    return components, links
