@@ -231,6 +231,23 @@ def check_same_answers(model: Any, batch: Batch, before: Tensor, after: Tensor, 
         raise UserError(f"{thing} of model type {model.config.model_type!r}", problem, LEAVE)
 
 
+def check_export(thing: str, model: Any, exported: Any, batch: Batch) -> None:
+    """Compares log-probabilities of an exported model on `batch` with those of the `model` it was made of.
+
+    Raises:
+        UserError: they differ by more than float32 leaves open on `model`.
+    """
+    allowed = allowed_difference(rounding_error(model, batch))
+    differences = (log_probs(exported, batch) - log_probs(model, batch))[batch.attention_mask.bool()]
+    if not (difference := float(differences.abs().max())) <= allowed:
+        raise UserError(
+            f"{thing} of {type(model).__name__}",
+            f"log-probabilities differ from torch by up to {difference:.3g} nats, where float32 "
+            f"on this model explains {allowed:.3g}",
+            "it is another model: leave the pass out of the recipe for this architecture",
+        )
+
+
 def rounding_error(model: Any, batch: Batch) -> float:
     """Largest change of a log-probability, in nats, when every product is summed in float64 and rounded once.
 

@@ -16,7 +16,7 @@ import rich
 import torch
 from torch import Tensor
 
-from compress.calibration import allowed_difference, check_batch, log_probs, rounding_error
+from compress.calibration import check_batch, check_export
 from compress.recipe import Context
 from eval.core.errors import UserError
 from eval.engines import silenced
@@ -87,8 +87,6 @@ def export(model: PreTrainedModel, context: Context, ir_folder: Path) -> None:
     ir_folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=ir_folder.parent) as folder:
         source, exported_ir, numbered_ir = (Path(folder) / name for name in ("torch", "aside", "whole"))
-        batch = check_batch(context.rows, context.pad)
-        answers, allowed = log_probs(model, batch), allowed_difference(rounding_error(model, batch))
         model.save_pretrained(source)
         try:
             main_export(
@@ -103,14 +101,7 @@ def export(model: PreTrainedModel, context: Context, ir_folder: Path) -> None:
             fix = "leave the pass out of the recipe for this architecture"
             raise UserError(f"openvino export of {type(model).__name__}", message, fix) from error
         exported = load(exported_ir)
-        difference = (log_probs(exported, batch) - answers)[batch.attention_mask.bool()].abs().max()
-        if not float(difference) <= allowed:
-            raise UserError(
-                f"openvino export of {type(model).__name__}",
-                f"log-probabilities differ from torch by up to {float(difference):.3g} nats, where float32 "
-                f"on this model explains {allowed:.3g}",
-                "it is another model: leave the pass out of the recipe for this architecture",
-            )
+        check_export("openvino export", model, exported, check_batch(context.rows, context.pad))
         number_names(exported.model)
         exported.save_pretrained(numbered_ir)
         numbered_ir.rename(ir_folder)

@@ -30,6 +30,7 @@ Failures = dict[str, str]  # name of a recipe -> why it could not be applied
 PASSES = "compress.passes"  # the registry: a file each
 # module -> extra of pyproject.toml
 EXTRAS = {"optimum.intel": "openvino", "openvino": "openvino", "nncf": "openvino", "bitsandbytes": "gpu"}
+EXTRAS |= dict.fromkeys(("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"), "onnxruntime")
 
 
 class Stage(IntEnum):

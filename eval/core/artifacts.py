@@ -52,7 +52,8 @@ VERSIONS = {
 # Where the artifacts of a run lie, and what they are called in a sentence.
 FOLDERS = {"data": "documents", "tokenizer": "tokenizer", "base": "bases", "method": "teachers"}
 FOLDERS |= {name: name for name in ("tokens", "targets", "students", "variants")}
-VERSIONED = (*_MODELS, "peft", "accelerate", "bitsandbytes", "optimum-intel", "openvino", "nncf")
+_ENGINES = ("bitsandbytes", "optimum-intel", "openvino", "nncf", "onnxruntime", "onnxruntime-genai")
+VERSIONED = (*_MODELS, "peft", "accelerate", *_ENGINES)
 
 
 class FileEntry(BaseModel):

@@ -149,6 +149,7 @@ class ReleaseFolder:
         """What the loader must know of an artifact: where it lies, its engine, and how to try it out."""
         if name not in self.parts:
             engine = subject_of(read_manifest(self.place / name)).engine
+            require_one_of(f"engine of {name}", engine, list(load_release.ENGINES))
             documents = list(islice(stream_documents(self.sources.run / "data", TRAIN), CANDIDATES))
             loaded = load_engine(engine, self.place / name)
             answers = build_golden_answers(loaded, documents, self.sources.study.data.context)

@@ -16,7 +16,7 @@ from eval.core.sections import Task
 from eval.engines import load_tokenizer, silenced
 from eval.score.samples import check_lm_eval_installed, is_file, lm_eval_name
 
-CLASSES = {"torch": "hf", "openvino": "openvino"}  # engine -> the harness's name for it
+CLASSES = {"torch": "hf", "openvino": "openvino"}  # engine -> the harness's name for it; it has no others
 BATCH = 8  # rows on a CPU; on a GPU as many as the harness finds that fit
 PREFERRED = ("acc_norm", "acc", "exact_match", "f1")
 
@@ -26,9 +26,13 @@ def run_lm_eval(task: Task, engine: str, folder: Path, device: str = "cpu") -> t
     """Scores of the model in `folder`, one per sample, and the name of their metric.
 
     Raises:
-        UserError: the harness is not installed, has no such task, or a score is not between 0 and 1.
+        UserError: the harness is not installed, has no such task or no class for the engine, or a score is
+            not between 0 and 1.
     """
     check_lm_eval_installed(task)
+    if engine not in CLASSES:
+        fix = "take tasks of lm_eval out of the study, or the recipes of this engine"
+        raise UserError(f"engine {engine!r}", f"lm-evaluation-harness runs {', '.join(CLASSES)}", fix)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

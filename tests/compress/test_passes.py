@@ -34,6 +34,12 @@ CASES = {
         {"weights": "fp32"},
         {"weights": "int4", "group_size": 64, "awq": True, "scale_estimation": True, "rows": 4},
     ],
+    "onnxruntime": [
+        {"weights": "fp32"},
+        {"weights": "int8"},
+        {"weights": "int8-dynamic"},
+        {"weights": "int4"},
+    ],
 }
 ALL = [
     pytest.param(name, options, id=f"{name}-{i}")

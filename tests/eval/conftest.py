@@ -34,6 +34,22 @@ def openvino_folder(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def onnxruntime_folder(checkpoint, tmp_path_factory):
+    """The same model as a graph for ONNX Runtime, in float32."""
+    from compress.engine_files import EngineFiles
+    from compress.onnx_graph import build, save
+    from eval.engines.torch import load_checkpoint
+
+    folder = tmp_path_factory.mktemp("onnxruntime")
+    model, words = load_checkpoint(checkpoint)
+    files = EngineFiles("onnxruntime", folder / "work", model)
+    save(build(model, words, folder / "work"), files.folder)
+    files.save_pretrained(folder / "model")
+    words.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
 def released_run(tmp_path_factory):
     """A run of real tiny models with its gate and a sign-off of the variant `small`."""
     from eval.signoff.keys import new_key

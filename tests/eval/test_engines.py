@@ -18,7 +18,13 @@ from eval.engines.torch import load_checkpoint
 from tests.eval.run_builder import tokenizer
 from tests.helpers import run, tiny_model
 
-ENGINES = ["torch", "openvino"]
+ENGINES = ["torch", "openvino", "onnxruntime"]
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint, openvino_folder, onnxruntime_folder):
+    """The same model in the format of each engine, in float32."""
+    return {"torch": checkpoint, "openvino": openvino_folder, "onnxruntime": onnxruntime_folder}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +36,8 @@ def batch():
 
 
 @pytest.fixture
-def engine(request, checkpoint, openvino_folder):
-    return load_engine(request.param, {"torch": checkpoint, "openvino": openvino_folder}[request.param])
+def engine(request, folders):
+    return load_engine(request.param, folders[request.param])
 
 
 @pytest.mark.parametrize("engine", ENGINES, indirect=True)
@@ -73,11 +79,22 @@ def test_a_cpu_that_is_slow_in_the_stored_format_computes_in_float32(
         torch.testing.assert_close(engine.logits(batch), wanted, **exact)
 
 
-def test_openvino_in_float32_says_what_torch_says(checkpoint, openvino_folder, batch):
-    one = load_engine("torch", checkpoint).logits(batch)
-    other = load_engine("openvino", openvino_folder).logits(batch)
-    real = batch.attention_mask.bool()
-    torch.testing.assert_close(other[real], one[real], atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("engine", ENGINES[1:], indirect=True)
+def test_in_float32_it_says_what_torch_says_and_writes_the_same(engine, checkpoint, batch):
+    torch_engine, real = load_engine("torch", checkpoint), batch.attention_mask.bool()
+    wanted = torch_engine.logits(batch)[real]
+    torch.testing.assert_close(engine.logits(batch)[real], wanted, atol=1e-5, rtol=1e-4)
+    assert greedy(engine, batch.input_ids[:2, :9], 150) == greedy(torch_engine, batch.input_ids[:2, :9], 150)
+
+
+def greedy(engine, ids, new_tokens):
+    """The likeliest tokens after two prompts, one by one: more of them than a cache has room for at first."""
+    logits, state = engine.prefill(ids)
+    written = [logits.argmax(-1).tolist()]
+    while len(written) < new_tokens:
+        logits, state = engine.decode(torch.tensor(written[-1]), state)
+        written.append(logits.argmax(-1).tolist())
+    return written
 
 
 def test_load_checkpoint_gives_back_the_weights_silently(tmp_path, capfd):
@@ -167,18 +184,35 @@ def test_a_damaged_folder_is_refused_in_one_line(name, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("engine", "file", "content", "message"),
     [
-        (lambda f: (f / "openvino_model.xml").unlink(), "no openvino_model.xml"),
-        (lambda f: (f / "openvino_model.xml").write_text("<net"), "cannot be read"),
-        (lambda f: (f / "openvino_model.bin").write_bytes(b"0"), "cannot be read"),
+        ("openvino", "openvino_model.xml", None, "no openvino_model.xml"),
+        ("openvino", "openvino_model.xml", b"<net", "cannot be read"),
+        ("openvino", "openvino_model.bin", b"0", "cannot be read"),
+        ("onnxruntime", "model.onnx", None, r"no model\.onnx; make it with the pass onnxruntime"),
+        ("onnxruntime", "model.onnx", b"<net", "cannot be read"),
+        ("onnxruntime", "model.onnx.data", b"0", "cannot be read"),
+        ("onnxruntime", "model.onnx.data", None, "cannot be read"),
     ],
 )
-def test_a_damaged_openvino_folder_is_refused(damage, message, openvino_folder, tmp_path):
-    folder = Path(shutil.copytree(openvino_folder, tmp_path / "model"))
-    damage(folder)
-    with pytest.raises(UserError, match=message):
-        load_engine("openvino", folder)
+def test_a_damaged_folder_of_an_engine_is_refused(engine, file, content, message, folders, tmp_path):
+    folder = Path(shutil.copytree(folders[engine], tmp_path / "model"))
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_engine(engine, folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_graph_of_another_maker_is_refused(tmp_path):
+    helper = pytest.importorskip("onnx").helper
+    port = [helper.make_tensor_value_info(name, 1, [1]) for name in ("pixels", "logits")]
+    graph = helper.make_graph([helper.make_node("Identity", ["pixels"], ["logits"])], "g", port[:1], port[1:])
+    made = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)])
+    (tmp_path / "model.onnx").write_bytes(made.SerializeToString())
+    with pytest.raises(UserError, match="it has an input 'pixels'; make it with the pass onnxruntime"):
+        load_engine("onnxruntime", tmp_path)
 
 
 def test_unknown_engines_and_devices_are_answered_with_what_there_is(checkpoint):
@@ -194,27 +228,30 @@ def test_cuda_without_a_device_is_refused(checkpoint):
         load_engine("torch", checkpoint, device="cuda")
 
 
-def test_a_missing_openvino_names_the_extra(tmp_path):
+@pytest.mark.parametrize("name", ENGINES[1:])
+def test_a_missing_library_names_the_extra(name):
     script = (
-        "import sys; sys.modules['openvino'] = None\n"
+        f"import sys; sys.modules[{name!r}] = None\n"
         "from eval.core.errors import entry\nfrom eval.engines import load_engine\n"
-        "entry(lambda: load_engine('openvino', 'nowhere'))()"
+        f"entry(lambda: load_engine({name!r}, 'nowhere'))()"
     )
     done = run("-c", script)
     assert done.returncode == 3
     assert done.stderr == (
-        "error: engine 'openvino': openvino is not installed; install the extra: pip install '.[openvino]'\n"
+        f"error: engine '{name}': {name} is not installed; install the extra: pip install '.[{name}]'\n"
     )
 
 
-def test_a_lean_engine_imports_no_library_of_another(openvino_folder):
+@pytest.mark.parametrize("name", ENGINES[1:])
+def test_a_lean_engine_imports_no_library_of_another(name, folders):
     """What a measured process imports counts in its peak memory."""
+    others = ("transformers", "optimum", "datasets", "onnx", "onnxruntime_genai", "gguf", *ENGINES[1:])
     script = (
         "import sys; from eval.engines import load_engine\n"
-        f"load_engine('openvino', {str(openvino_folder)!r})\n"
-        "print([name for name in ('transformers', 'optimum', 'datasets') if name in sys.modules])"
+        f"load_engine({name!r}, {str(folders[name])!r})\n"
+        f"print([name for name in {others!r} if name in sys.modules])"
     )
-    assert run("-c", script).stdout == "[]\n"
+    assert run("-c", script).stdout == f"['{name}']\n"
 
 
 def test_libraries_are_silent_inside_and_as_they_were_after():
