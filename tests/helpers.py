@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,17 +137,36 @@ def tiny_study(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def complete(
+    command: list[str | Path], timeout: float = 300, cwd: Path = ROOT, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end. After `timeout` seconds it is killed with all that it started."""
+    with subprocess.Popen(
+        list(map(str, command)),
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **env},
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException as error:
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # its children hold the pipes too: they would be waited for
+            out, err = process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise AssertionError(f"{command} took more than {timeout} s:\n{out}\n{err}") from None
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
 def run(*words: str | Path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
     """`python WORDS...` from the project's root."""
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
-    )
+    one_thread = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return complete([sys.executable, *words], timeout, **{**one_thread, **env})
 
 
 def launch(

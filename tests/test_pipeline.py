@@ -22,7 +22,7 @@ from eval.signoff.keys import new_key
 from eval.watch.routing import Plan
 from scripts.bench_server import free_port
 from tests.eval.test_rollout import PLAN, requests, write_log
-from tests.helpers import ROOT, run
+from tests.helpers import ROOT, complete, run
 
 pytestmark = pytest.mark.slow
 HELP = """
@@ -38,11 +38,7 @@ for module in sys.argv[1:]:
 
 
 def pipeline(study, timeout=900):
-    return subprocess.run(
-        ["bash", "scripts/pipeline.sh", str(study)],
-        cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
-        env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+    return complete(["bash", "scripts/pipeline.sh", study], timeout, COLUMNS="200")
 
 
 def lasting(folder):
@@ -259,7 +255,7 @@ def test_the_readme_s_commands_run_as_printed(tiny, tmp_path):
         if "eval.serve" in command:
             serves(command)
             continue
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+        done = complete(command, timeout=600)
         judges = JUDGES & set(command)
         assert done.returncode in ((0, 1, 2) if judges else (0,)), f"{words}: {done.stdout}{done.stderr}"
     assert (folder / "release" / "int8" / "contract.yaml").is_file()

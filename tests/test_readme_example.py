@@ -14,7 +14,7 @@ import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from eval.core.config import read_yaml
-from tests.helpers import ROOT, SHAPE, WORDS, text, tiny_tokenizer
+from tests.helpers import ROOT, SHAPE, WORDS, complete, text, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 COPIED = ("compress", "configs", "distill", "eval", "scripts", "pyproject.toml", "requirements.lock")
@@ -63,10 +63,7 @@ def test_the_example_runs_as_printed(tree):
     write(tree / "mine.yaml", block(section, "yaml"))
     words = shlex.split(block(section, "bash"), comments=True)
     assert words == ["bash", "scripts/pipeline.sh", "mine.yaml"]
-    done = subprocess.run(
-        words, cwd=tree, capture_output=True, text=True, timeout=1800, check=False,
-        env={**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    done = complete(words, timeout=800, cwd=tree, COLUMNS="200", HF_HUB_OFFLINE="1")
     assert done.returncode in (0, 1, 2), done.stdout + done.stderr
     run = tree / "runs" / "mine"
     gate = json.loads((run / "gate.json").read_text())
