@@ -161,6 +161,7 @@ def test_variants_load_where_the_project_is_absent(done, tmp_path):
     assert result.stdout.endswith("all load\n"), result.stderr
 
 
+@pytest.mark.slow
 def test_a_second_call_does_nothing_and_a_lost_variant_alone_is_remade(done):
     study, _, _ = done
     before = {

@@ -127,6 +127,7 @@ def test_a_tokenizer_with_the_files_of_a_verified_one_is_not_read_again(tmp_path
         export(model, again, tmp_path / "changed", "Student.", DOCUMENTS, verified=tmp_path / "base")
 
 
+@pytest.mark.slow
 def test_a_study_on_a_gguf_file_makes_a_plain_base(tmp_path):
     file = write_gguf(tmp_path / "model.gguf", tiny_model(), tiny_tokenizer())
     study = tiny_study(tmp_path, base={"path": str(file)}, seeds=[0])
@@ -202,6 +203,7 @@ def test_a_trained_tokenizer_is_held_against_its_own_ids_by_the_jobs_that_read_i
         check_ids(tokenizer, DOCUMENTS, sha256, Path("tokenizer"))
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_an_earlier_version_without_ids_is_read_back_at_the_export(tmp_path):
     study = tiny_study(tmp_path, seeds=[0], method={"name": "placebo"})
     assert run("distill/train.py", "--config", study, "--until", "data").returncode == 0

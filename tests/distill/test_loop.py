@@ -160,6 +160,7 @@ if acc.is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_processes_and_that_of_the_first_is_that_of_one(tmp_path):
     """The same mask on every process would drop the same units of all their rows."""
     alone, first, second = results_of_one_and_two(DROPOUT, tmp_path)

@@ -69,6 +69,7 @@ def sized(tmp_path_factory):
     return study
 
 
+@pytest.mark.slow
 def test_the_method_of_size_has_the_large_model_and_the_base_as_its_teachers(sized):
     groups = teacher_groups(sized.model_copy(update={"seeds": [0, 1]}))
     assert groups == {"T1": {(0,): [0, 1]}, "T0": {(0,): [0, 1]}}, (

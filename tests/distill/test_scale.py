@@ -112,6 +112,7 @@ if acc.is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_shards_train_the_model_that_one_process_trains(tmp_path):
     """FSDP 2 on two gloo processes, the teacher in shards too, stopped and continued, against one process."""
     one = tiny_model()

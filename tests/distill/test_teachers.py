@@ -97,6 +97,7 @@ runpy.run_path(f"{root}/distill/train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_and_keep_what_one_does(cached, tmp_path):
     """The rows of an on-policy step, then the command, in two processes of one launch."""
     study, path = cached

@@ -206,6 +206,7 @@ def test_a_base_may_be_a_folder_and_targets_online(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_base_alone_then_an_override(tmp_path):
     path = tiny_study(tmp_path)
     done = run("distill/train.py", "--until", "bases", "--config", path, "--base.train.steps", "3")
@@ -254,6 +255,7 @@ def test_special_tokens_beyond_the_model_are_refused_where_a_document_has_one(tm
     assert max(max(ids) for ids in draw_prompts(study.cost, engine.folder)) < 320
 
 
+@pytest.mark.slow
 def test_a_teacher_too_must_have_a_row_for_every_token_of_the_documents(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})

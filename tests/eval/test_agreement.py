@@ -164,6 +164,7 @@ def test_a_record_that_cannot_be_true_is_refused(tmp_path, changes, message):
         read_agreements(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_compares_once_and_again_only_what_changed(tmp_path, openvino_folder):
     study, folder = fake_run(tmp_path)
     put(folder, "students/S1/s0", torch_model(seed=7), **facts("S1"))

@@ -259,6 +259,7 @@ def test_a_script_that_slips_in_does_not_run(browser, demo):
     page.close()
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_open_sort_and_filter(visit, demo):
     some = [v.model_copy(update={"recommended": False}) for v in demo.gate.variants]
     many = [some[i % 9].model_copy(update={"recipe": f"r{i}", "p": 0.0}) for i in range(10_000)]
