@@ -138,7 +138,7 @@ def tiny_study(folder: Path, **changes: Any) -> Path:
 
 
 def complete(
-    command: list[str | Path], timeout: float = 300, cwd: Path = ROOT, **env: str
+    command: list[str | Path], timeout: float = 300, cwd: Path = ROOT, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end. After `timeout` seconds it is killed with all that it started."""
     with subprocess.Popen(
@@ -148,7 +148,7 @@ def complete(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, **env},
+        env={**os.environ, **(env or {})},
     ) as process:
         try:
             out, err = process.communicate(timeout=timeout)
@@ -166,7 +166,7 @@ def complete(
 def run(*words: str | Path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
     """`python WORDS...` from the project's root."""
     one_thread = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return complete([sys.executable, *words], timeout, **{**one_thread, **env})
+    return complete([sys.executable, *words], timeout, env={**one_thread, **env})
 
 
 def launch(

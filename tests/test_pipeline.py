@@ -38,7 +38,7 @@ for module in sys.argv[1:]:
 
 
 def pipeline(study, timeout=900):
-    return complete(["bash", "scripts/pipeline.sh", study], timeout, COLUMNS="200")
+    return complete(["bash", "scripts/pipeline.sh", study], timeout, env={"COLUMNS": "200"})
 
 
 def lasting(folder):

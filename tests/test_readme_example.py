@@ -63,7 +63,7 @@ def test_the_example_runs_as_printed(tree):
     write(tree / "mine.yaml", block(section, "yaml"))
     words = shlex.split(block(section, "bash"), comments=True)
     assert words == ["bash", "scripts/pipeline.sh", "mine.yaml"]
-    done = complete(words, timeout=800, cwd=tree, COLUMNS="200", HF_HUB_OFFLINE="1")
+    done = complete(words, timeout=800, cwd=tree, env={"COLUMNS": "200", "HF_HUB_OFFLINE": "1"})
     assert done.returncode in (0, 1, 2), done.stdout + done.stderr
     run = tree / "runs" / "mine"
     gate = json.loads((run / "gate.json").read_text())
