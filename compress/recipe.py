@@ -31,6 +31,7 @@ PASSES = "compress.passes"  # the registry: a file each
 # module -> extra of pyproject.toml
 EXTRAS = {"optimum.intel": "openvino", "openvino": "openvino", "nncf": "openvino", "bitsandbytes": "gpu"}
 EXTRAS |= dict.fromkeys(("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"), "onnxruntime")
+EXTRAS |= dict.fromkeys(("llama_cpp", "gguf"), "llama_cpp")
 
 
 class Stage(IntEnum):

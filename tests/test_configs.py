@@ -1,5 +1,7 @@
 """Every YAML under configs/ is what its folder says, and an error names the place, the value and the fix."""
 
+from importlib.util import find_spec
+
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -39,6 +41,9 @@ def test_every_config_is_read():
             make_method(study.method)
             assert load_budget(study).targets
             assert [load_recipe(name) for name in study.recipes] or study.name == "try"
+        elif path.stem.startswith("gguf") and find_spec("llama_cpp") is None:  # the lock leaves it out
+            with pytest.raises(UserError, match=r"install the extra: pip install '\.\[llama_cpp\]'"):
+                load_recipe(path.stem)
         elif kind == "recipes":
             assert load_recipe(path.stem).name == path.stem
         elif kind == "accelerate":
@@ -47,7 +52,7 @@ def test_every_config_is_read():
             assert settings.distributed_type == LAUNCHED[path.stem]
         else:
             assert validate_config(Budget, read_yaml(path, "budgets"), str(path)).name == path.stem
-    assert seen == {"studies": 7, "methods": 13, "recipes": 15, "budgets": 3, "accelerate": 3}
+    assert seen == {"studies": 7, "methods": 13, "recipes": 17, "budgets": 3, "accelerate": 3}
 
 
 def test_mandatory_slices_of_a_studys_budget_are_slices_of_its_data():

@@ -53,7 +53,7 @@ VERSIONS = {
 FOLDERS = {"data": "documents", "tokenizer": "tokenizer", "base": "bases", "method": "teachers"}
 FOLDERS |= {name: name for name in ("tokens", "targets", "students", "variants")}
 _ENGINES = ("bitsandbytes", "optimum-intel", "openvino", "nncf", "onnxruntime", "onnxruntime-genai")
-VERSIONED = (*_MODELS, "peft", "accelerate", *_ENGINES)
+VERSIONED = (*_MODELS, "peft", "accelerate", *_ENGINES, "llama-cpp-python")
 
 
 class FileEntry(BaseModel):

@@ -50,6 +50,26 @@ def onnxruntime_folder(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def llama_cpp_folder(checkpoint, tmp_path_factory):
+    """The same model as a GGUF file, in float32; without llama.cpp none."""
+    from importlib.util import find_spec
+
+    if find_spec("llama_cpp") is None:
+        return None
+    from compress.engine_files import EngineFiles
+    from compress.gguf_file import MODEL, write
+    from eval.engines.torch import load_checkpoint
+
+    folder = tmp_path_factory.mktemp("llama_cpp")
+    model, words = load_checkpoint(checkpoint)
+    files = EngineFiles("llama_cpp", folder / "work", model)
+    write(model, words, ["def f(x): return x"], files.folder / MODEL)
+    files.save_pretrained(folder / "model")
+    words.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
 def released_run(tmp_path_factory):
     """A run of real tiny models with its gate and a sign-off of the variant `small`."""
     from eval.signoff.keys import new_key

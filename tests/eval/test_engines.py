@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,14 @@ from tests.eval.run_builder import tokenizer
 from tests.helpers import run, tiny_model
 
 ENGINES = ["torch", "openvino", "onnxruntime"]
+ENGINES += ["llama_cpp"] if find_spec("llama_cpp") else []  # the lock leaves it out: it must be compiled
 
 
 @pytest.fixture(scope="module")
-def folders(checkpoint, openvino_folder, onnxruntime_folder):
+def folders(checkpoint, openvino_folder, onnxruntime_folder, llama_cpp_folder):
     """The same model in the format of each engine, in float32."""
-    return {"torch": checkpoint, "openvino": openvino_folder, "onnxruntime": onnxruntime_folder}
+    ready = {"torch": checkpoint, "openvino": openvino_folder, "onnxruntime": onnxruntime_folder}
+    return {**ready, "llama_cpp": llama_cpp_folder}
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +196,13 @@ def test_a_damaged_folder_is_refused_in_one_line(name, checkpoint, tmp_path):
         ("onnxruntime", "model.onnx", b"<net", "cannot be read"),
         ("onnxruntime", "model.onnx.data", b"0", "cannot be read"),
         ("onnxruntime", "model.onnx.data", None, "cannot be read"),
+        ("llama_cpp", "model.gguf", None, r"no model\.gguf; make it with the pass llama_cpp"),
+        ("llama_cpp", "model.gguf", b"GGUF", "llama.cpp cannot read it; delete the folder"),
     ],
 )
 def test_a_damaged_folder_of_an_engine_is_refused(engine, file, content, message, folders, tmp_path):
+    if engine not in ENGINES:
+        pytest.skip(f"{engine} is not installed")
     folder = Path(shutil.copytree(folders[engine], tmp_path / "model"))
     (folder / file).unlink()
     if content is not None:
@@ -228,7 +235,7 @@ def test_cuda_without_a_device_is_refused(checkpoint):
         load_engine("torch", checkpoint, device="cuda")
 
 
-@pytest.mark.parametrize("name", ENGINES[1:])
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "llama_cpp"])
 def test_a_missing_library_names_the_extra(name):
     script = (
         f"import sys; sys.modules[{name!r}] = None\n"
