@@ -35,6 +35,7 @@ CASES = {
         {"weights": "fp32"},
         {"weights": "int4", "group_size": 64, "awq": True, "scale_estimation": True, "rows": 4},
     ],
+    "llama_cpp": [{"weights": "f32"}, {"weights": "q8_0"}, {"weights": "q4_0"}],
     "onnxruntime": [
         {"weights": "fp32"},
         {"weights": "int8"},
