@@ -27,6 +27,10 @@ except ModuleNotFoundError as missing:
 DEVICES = ("cpu",)
 MODEL = "openvino_model.xml"
 INPUTS = {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+FIRST_LOGITS = (
+    "first_logits"  # an input that is added: the position in the row from which logits are computed
+)
+LAST = 2**63 - 1
 # Arithmetic and cache in float32: the runtime's defaults may round both to 16 bits, by the machine's ISA,
 # and a score would then depend on where it was taken. Weights stay as the variant stores them.
 EXACT = {
@@ -50,11 +54,14 @@ class OpenVinoEngine(Engine):
         try:
             core = openvino.Core()
             model = core.read_model(path)
+            named = {name for port in model.inputs for name in port.get_names()}
+            if not named - INPUTS:
+                compute_logits_from(model)
             compiled = core.compile_model(model, "CPU", {**EXACT, "INFERENCE_NUM_THREADS": threads})
         except RuntimeError as error:
             raise UserError(f"model {path}", f"cannot be read ({first_line(error)})", REMAKE) from error
         self.inputs = {name for port in compiled.inputs for name in port.get_names()}
-        if other := sorted(self.inputs - INPUTS):
+        if other := sorted(named - INPUTS):
             raise UserError(
                 f"model {path}",
                 f"it has an input {other[0]!r}",
@@ -63,8 +70,8 @@ class OpenVinoEngine(Engine):
         self.request = compiled.create_infer_request()
         super().__init__(folder, compiled.output("logits").get_partial_shape()[2].get_length())
 
-    def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64], past: int) -> Tensor:
-        """[B, T, V] for ids [B, T] and a mask [B, past + T]; `past` tokens are in the cache already.
+    def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64], past: int, first: int = 0) -> Tensor:
+        """[B, T - first, V] for ids [B, T] and a mask [B, past + T]; `past` tokens are in the cache already.
 
         The memory is the request's own, and is written again by the next run.
         """
@@ -76,6 +83,7 @@ class OpenVinoEngine(Engine):
             "attention_mask": mask,
             "position_ids": np.tile(np.arange(past, past + length), (batch, 1)),
             "beam_idx": np.arange(batch, dtype=np.int32),
+            FIRST_LOGITS: np.array([first], dtype=np.int64),
         }
         self.request.infer({name: feeds[name] for name in self.inputs}, share_inputs=True, share_outputs=True)
         return torch.from_numpy(self.request.get_tensor("logits").data)
@@ -88,11 +96,42 @@ class OpenVinoEngine(Engine):
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, int]:
         array = self.check_ids(ids).numpy()
-        return self._run(array, np.ones_like(array), past=0)[:, -1].clone(), array.shape[1]
+        length = array.shape[1]
+        return self._run(array, np.ones_like(array), past=0, first=length - 1)[:, -1].clone(), length
 
     def decode(self, tokens: Tensor, state: int) -> tuple[Tensor, int]:
         mask = np.ones((len(tokens), state + 1), dtype=np.int64)
         return self._run(tokens[:, None].numpy(), mask, past=state)[:, -1].clone(), state + 1
+
+
+def compute_logits_from(model: openvino.Model) -> None:
+    """Adds the input that says from which position of the row the head computes logits.
+
+    A head whose logits come of more than one product, as with a correction of low rank, is left as it is: it
+    computes all of them.
+    """
+    from openvino import opset13 as operators
+
+    node = model.output("logits").get_node()
+    while node.get_type_name() != "MatMul":
+        varying = [value.get_node() for value in node.input_values() if not _is_constant(value.get_node())]
+        if len(varying) != 1:
+            return
+        node = varying[0]
+    hidden = node.input_value(0)
+    first = operators.parameter([1], np.int64, name=FIRST_LOGITS)
+    first.output(0).set_names({FIRST_LOGITS})
+    one, axis = operators.constant([1], np.int64), operators.constant([1], np.int64)
+    part = operators.slice(hidden, first, operators.constant([LAST], np.int64), one, axis)
+    node.input(0).replace_source_output(part.output(0))
+    model.add_parameters([first])
+    model.validate_nodes_and_infer_types()
+
+
+def _is_constant(node: openvino.Node) -> bool:
+    while node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "Constant")
 
 
 def load(folder: Path, threads: int, device: str) -> Engine:

@@ -6,6 +6,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.engines import load_engine, load_tokenizer, silenced
+from eval.engines.openvino import EXACT, compute_logits_from
 from eval.engines.torch import load_checkpoint
 from tests.eval.run_builder import tokenizer
 from tests.helpers import run, tiny_model
@@ -98,6 +100,46 @@ def greedy(engine, ids, new_tokens):
         logits, state = engine.decode(torch.tensor(written[-1]), state)
         written.append(logits.argmax(-1).tolist())
     return written
+
+
+def head_model(two_products):
+    """A head with capped logits, or one whose logits are the sum of two products."""
+    openvino = pytest.importorskip("openvino")
+    from openvino import opset13 as op
+
+    hidden = op.parameter([-1, -1, 4], np.float32, name="hidden")
+    weight = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    logits = op.matmul(hidden, op.constant(weight), False, True)
+    if two_products:
+        logits = op.add(logits, op.matmul(hidden, op.constant(0.1 * weight), False, True))
+    else:
+        logits = op.multiply(
+            op.tanh(op.divide(logits, op.constant(np.float32(3)))), op.constant(np.float32(3))
+        )
+    result = op.result(logits)
+    result.output(0).set_names({"logits"})
+    return openvino.Model([result], [hidden]), openvino
+
+
+def test_a_head_of_openvino_computes_the_last_logits_alone_where_they_are_of_one_product():
+    inputs = np.random.default_rng(1).normal(size=(2, 5, 4)).astype(np.float32)
+    for two_products in (False, True):
+        model, openvino = head_model(two_products)
+        wanted = openvino.compile_model(model, "CPU", EXACT)([inputs])[0]
+        compute_logits_from(model)
+        run_model = openvino.compile_model(model, "CPU", EXACT)
+        if two_products:
+            assert len(run_model.inputs) == 1
+            np.testing.assert_array_equal(run_model([inputs])[0], wanted)
+        else:
+            for first in (0, 4):
+                np.testing.assert_allclose(run_model([inputs, [first]])[0], wanted[:, first:], rtol=1e-6)
+
+
+def test_a_prompt_costs_openvino_the_logits_of_its_last_token(openvino_folder, batch):
+    engine = load_engine("openvino", openvino_folder)
+    engine.prefill(batch.input_ids[:2, :9])
+    assert tuple(engine.request.get_tensor("logits").shape) == (2, 1, engine.vocabulary)
 
 
 def test_load_checkpoint_gives_back_the_weights_silently(tmp_path, capfd):
