@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
+from shutil import copyfile
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -70,7 +71,7 @@ class LlamaCpp(Pass):
         plain = context.scratch / "gguf-f32" / MODEL
         tokenizer = self._plain(model, context, plain)
         if weights == "f32":
-            (result.folder / MODEL).write_bytes(plain.read_bytes())
+            copyfile(plain, result.folder / MODEL)
         else:
             quantize(plain, result.folder / MODEL, weights)
         facts, after = _compare(plain, result.folder / MODEL, before)

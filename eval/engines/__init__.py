@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 TEMPLATE_NAME = "[A-Za-z0-9_-]+"  # of a chat template: transformers makes a file name of it, unchecked
+# onnxruntime, by whomever it is imported, would write an id to the home folder and call out.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 REMAKE = "delete the folder and run the command that makes it again"
 
 

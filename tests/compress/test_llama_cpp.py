@@ -133,6 +133,17 @@ def test_what_it_cannot_do_is_said_before_any_work(context):
         make_pass({"pass": "llama_cpp", "weights": "q3"}, "here")
 
 
+def test_a_build_with_amx_is_refused_before_any_work(context, monkeypatch):
+    """Compiled so by GCC 12, it ended the process."""
+    said = b"CPU : AVX512 = 1 | AMX_INT8 = 1 | REPACK = 1 | "
+    monkeypatch.setattr("llama_cpp.llama_print_system_info", lambda: said)
+    with pytest.raises(
+        UserError, match=r"was compiled with AMX.*; compile it without: CMAKE_ARGS="
+    ) as caught:
+        make_pass({"pass": "llama_cpp", "weights": "q8_0"}, "here").preview(model_of(context))
+    assert "\n" not in str(caught.value)
+
+
 def test_the_command_builds_verifies_and_scores_them(tmp_path):
     recipes = [
         recipe_file(tmp_path, weights, {"pass": "llama_cpp", "weights": weights})

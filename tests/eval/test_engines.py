@@ -292,7 +292,9 @@ def test_a_missing_library_names_the_extra(name):
 
 
 @pytest.mark.parametrize("name", ENGINES[1:])
-def test_a_lean_engine_imports_no_library_of_another(name, folders):
+def test_a_lean_engine_imports_no_library_of_another_and_leaves_the_home_folder_alone(
+    name, folders, tmp_path
+):
     """What a measured process imports counts in its peak memory."""
     others = ("transformers", "optimum", "datasets", "onnx", "onnxruntime_genai", "gguf", *ENGINES[1:])
     script = (
@@ -300,7 +302,8 @@ def test_a_lean_engine_imports_no_library_of_another(name, folders):
         f"load_engine({name!r}, {str(folders[name])!r})\n"
         f"print([name for name in {others!r} if name in sys.modules])"
     )
-    assert run("-c", script).stdout == f"['{name}']\n"
+    assert run("-c", script, HOME=str(tmp_path)).stdout == f"['{name}']\n"
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_libraries_are_silent_inside_and_as_they_were_after():
