@@ -19,6 +19,7 @@ from distill.models.layers import decoder_layers
 from eval.core.documents import Batch, Row, batches, collate, tokens_per_batch, windows
 from eval.core.errors import UserError
 from eval.core.study import Calibration
+from eval.engines.torch import logits_of
 
 LEAST_ALLOWED = 1e-3  # nats between two computations of one log-probability
 LEAVE = "leave this pass, or this size, of this family out of the recipe"
@@ -64,8 +65,7 @@ def check_rows(context: Context, model: Any) -> None:
 def log_probs(model: Any, batch: Batch) -> Tensor:
     """[B, T, V] float32 log-probabilities of a model with the interface of transformers, on the CPU."""
     moved = batch.to(model.device)
-    output = model(**moved.inputs)
-    return torch.log_softmax(output.logits.float(), dim=-1).cpu()
+    return torch.log_softmax(logits_of(model, moved).float(), dim=-1).cpu()
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def mean_loss(model: Any, rows: Sequence[Row], pad: int) -> float:
     size = tokens_per_batch(model.config.get_text_config().vocab_size, model.device)
     for cpu_batch in batches(rows, pad, size):
         batch = cpu_batch.to(model.device)
-        logits = model(**batch.inputs, use_cache=False).logits
+        logits = logits_of(model, batch, use_cache=False)
         total += float(
             cross_entropy(logits[:, :-1][batch.mask].float(), batch.labels[batch.mask], reduction="sum")
         )

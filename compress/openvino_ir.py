@@ -20,6 +20,7 @@ from compress.calibration import check_batch, check_export
 from compress.recipe import Context
 from eval.core.errors import UserError
 from eval.engines import silenced
+from eval.engines.torch import classifies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,15 +55,18 @@ def runtime_config() -> dict[str, Any]:
 
 
 def load(folder: Path, compression: Any = None, inputs: list[dict[str, Any]] | None = None) -> Any:
-    """The IR in `folder` as an OVModelForCausalLM, with its weights compressed if `compression` says so.
+    """The IR in `folder` as a model of optimum-intel, with its weights compressed if `compression` says so.
 
     Args:
         compression: an OVWeightQuantizationConfig.
         inputs: what calibrates it, by the names of the model's inputs.
     """
-    from optimum.intel import OVConfig, OVModelForCausalLM, OVQuantizer
+    from optimum.intel import OVConfig, OVModelForCausalLM, OVModelForSequenceClassification, OVQuantizer
+    from transformers import AutoConfig
 
-    model = OVModelForCausalLM.from_pretrained(str(folder), compile=False, ov_config=runtime_config())
+    is_classifier = classifies(AutoConfig.from_pretrained(folder, local_files_only=True))
+    kind = OVModelForSequenceClassification if is_classifier else OVModelForCausalLM
+    model = kind.from_pretrained(str(folder), compile=False, ov_config=runtime_config())
     if compression is not None:
         import nncf
 
@@ -92,7 +96,7 @@ def export(model: PreTrainedModel, context: Context, ir_folder: Path) -> None:
             main_export(
                 str(source),
                 output=exported_ir,
-                task="text-generation-with-past",
+                task="text-classification" if classifies(model.config) else "text-generation-with-past",
                 library_name="transformers",
                 ov_config=OVConfig(dtype="auto"),
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from compress.build import TrainedStudent, Variant, build_variants, is_built, scratch_folder
 from compress.publish import publish_variants
@@ -20,7 +20,7 @@ from eval.core.errors import UserError
 from eval.core.jobs import Job, run_jobs
 from eval.core.sections.precision import read_choice
 from eval.core.study import Study, recipe_names
-from eval.engines.torch import stored_dtype
+from eval.engines.torch import model_class, stored_dtype
 
 ARMS = (STUDENT, CONTROL)
 # What a process holds that builds variants: its libraries, and so many times the student in float32.
@@ -30,7 +30,8 @@ LIBRARIES, HELD = 2**30, 8
 def empty_model(folder: Path) -> PreTrainedModel:
     """The model of a folder on the meta device: its shapes alone."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return model_class(config).from_config(config)
 
 
 def find_students(study: Study) -> list[TrainedStudent]:

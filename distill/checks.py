@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from distill.method import Method, Plain, make_method
-from distill.models.gguf import find_gguf, read_config
+from distill.models.classifier import check_labels, with_labels
+from distill.models.gguf import find_model, read_config
 from distill.models.load import (
     architecture_config,
     check_architecture,
@@ -33,6 +33,9 @@ from eval.core.sections import NamedModel, Train
 from eval.core.sections.models import Teacher
 from eval.core.study import Study
 from eval.engines import load_tokenizer
+from eval.engines.torch import model_class
+
+CLASSIFYING = ("ensemble", "larger_teacher", "placebo")  # methods that classify as they are
 
 
 def check_plugins_and_models(study: Study) -> None:
@@ -55,6 +58,13 @@ def check_method(study: Study) -> None:
             f"chooses among texts, and targets.source is {study.targets.source}: nothing would be chosen"
         )
         raise UserError(thing, problem, "set targets.source: sequence")
+    if (
+        study.task == "classification"
+        and study.method.name not in CLASSIFYING
+        and not getattr(method, "classifies", False)
+    ):
+        problem = "changes or continues what is read as a text that goes on; data.labels are classified"
+        raise UserError(thing, problem, f"take one of {', '.join(CLASSIFYING)}")
     for one in (method, method.control()):
         models = max(len(one.bases(seed, study.seeds)) for seed in study.seeds)
         if one.model == "base" and study.teacher is None:
@@ -121,10 +131,13 @@ def check_models(study: Study) -> None:
     if study.base.architecture is not None:
         tokenizer = _read_tokenizer(named["base.tokenizer"]) if "base.tokenizer" in named else None
         size = study.base.vocab_size if tokenizer is None else len(tokenizer)
-        config = check_architecture(study.base.architecture, "base.architecture", size)
+        config = check_architecture(study.base.architecture, "base.architecture", size, study.data.labels)
         source = "the tokenizer of base.architecture"
     else:
         config, tokenizer = _saved(study.base, "base.path")
+        if study.base.train is not None:
+            with_labels(config, study.data.labels)  # it gets a head for them
+        check_labels(config, study.data.labels, "base.path")
         source = str(study.base.path)
     if chats and (tokenizer is None or tokenizer.chat_template is None):
         fix = "take an instruction-tuned base, or give a prompt column in place of messages"
@@ -138,8 +151,8 @@ def check_models(study: Study) -> None:
             beside = _check_beside(study, one, where, tokenizer)
             student = beside if where == "student.path" else student
     if study.student.architecture is not None:
-        vocabulary = config.get_text_config().vocab_size
-        student = check_architecture(study.student.architecture, "student.architecture", vocabulary)
+        vocabulary, labels = config.get_text_config().vocab_size, study.data.labels
+        student = check_architecture(study.student.architecture, "student.architecture", vocabulary, labels)
         _check_lengths(study, student, "student.architecture")
     _check_attention(config, _base_training(study))
     _check_attention(student, _student_training(study))
@@ -150,7 +163,7 @@ def _check_attention(config: PreTrainedConfig, trainings: Mapping[str, Train]) -
     asked = {w: t for w, t in trainings.items() if t.attention != "auto" or t.gradient_checkpointing}
     if asked:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = model_class(config).from_config(config, dtype=torch.float32)
         for where, settings in asked.items():
             set_memory_and_attention(model, settings, where)
 
@@ -270,13 +283,15 @@ def _read_configs(
     settings: dict[str, Any] = {"revision": named.revision or "main", "trust_remote_code": False}
     fix = "give a hub name that has safetensors, a folder or a .gguf file"
     with _refused_by_libraries(f"{path} cannot be read", fix, where):
-        if named.is_gguf:
-            config = read_config(find_gguf(path, where))
+        place = find_model(path, where)
+        if is_gguf := place is not None and place.is_file():
+            config = read_config(place)
         else:
+            path = path if place is None else str(place)
             config = AutoConfig.from_pretrained(path, **settings)
             check_unquantized(config, f"{where} {path}")
         tokenizer = named_tokenizer(named, where)
-    if named.is_gguf:
+    if is_gguf:
         return config, GenerationConfig.from_model_config(config), tokenizer
     try:
         generation = GenerationConfig.from_pretrained(path, revision=settings["revision"])

@@ -159,7 +159,8 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
         parents["tokenizer"] = read_manifest(study.folder / "tokenizer").hash
     training = base.train.model_dump(exclude=MONITORING_ONLY) if base.train else None
     shape = rows_shape(study) if base.train else []
-    origin = base_origin(base, study.folder / BASE_FILES)
+    labels = study.data.labels
+    origin = base_origin(base, study.folder / BASE_FILES) | ({"labels": labels} if labels else {})
     key = make_key("base", [origin, training, shape, parents, seed if base.train else None])
     if not is_missing(study, name, key):
         return
@@ -176,9 +177,10 @@ def make_base(study: Study, seed: int, report: Progress) -> None:
         if sha256 := read_manifest(trained).facts.get("ids_sha256"):  # earlier versions wrote none
             check_ids(tokenizer, documents, sha256, trained)
             verified = trained
-        model, dtype = fresh_model(base.architecture, tokenizer, seed), torch.float32
+        model, dtype = fresh_model(base.architecture, tokenizer, seed, labels=labels), torch.float32
     else:
-        model, tokenizer = named_model(base, origin.get("commit"))
+        head_seed = seed if labels and base.train else None
+        model, tokenizer = named_model(base, origin.get("commit"), "base.path", labels, head_seed)
         dtype = named_dtype(base, origin.get("commit"))
     check_vocabulary(model, tokenizer, name, used_documents(study), study.data.context)
     if base.train is not None:
@@ -212,7 +214,7 @@ def make_named_teacher(study: Study, report: Progress) -> None:
         key = make_key("base", [TEACHER, origin])
         if not is_missing(study, name, key):
             continue
-        model, tokenizer = named_model(one, origin.get("commit"), where)
+        model, tokenizer = named_model(one, origin.get("commit"), where, study.data.labels)
         check_vocabulary(model, tokenizer, where, used_documents(study), study.data.context)
         facts: dict[str, Any] = {"arm": "T", "recipe": "plain", "engine": "torch", "origin": origin}
         dtype = named_dtype(one, origin.get("commit"))
@@ -285,7 +287,9 @@ def start_student(
         commit: of a pretrained student on the hub.
     """
     rows = training_rows(study, tokenizer) if study.student.start == "influential" else []
-    model, facts = init_student(load_model(base), tokenizer, study.student, rows, seed, commit)
+    model, facts = init_student(
+        load_model(base), tokenizer, study.student, rows, seed, commit, study.data.labels
+    )
     check_vocabulary(model, tokenizer, "the student", used_documents(study), study.data.context)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     return add_adapters(model, study.student, seed, device=accelerator().device, dtype=dtype), facts

@@ -226,14 +226,15 @@ def matrix_modules(model: PreTrainedModel) -> set[str]:
 
 
 def model_inputs(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows as the inputs of an exported decoder, one at a time."""
+    """Rows as the inputs of an exported model, one at a time; each takes those that it has."""
     inputs = []
     for row in rows:
-        ids = np.array([row.tokens], dtype=np.int64)
+        ids = np.array([row.read], dtype=np.int64)
         inputs.append(
             {
                 "input_ids": ids,
                 "attention_mask": np.ones_like(ids),
+                "token_type_ids": np.zeros_like(ids),
                 "position_ids": np.arange(ids.shape[1], dtype=np.int64)[None],
                 "beam_idx": np.zeros(1, dtype=np.int32),
             }

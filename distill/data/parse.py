@@ -33,6 +33,7 @@ class Raw(NamedTuple):
     row: RawRow
     domain: str
     group: str = ""
+    folder: str = ""  # the name of the one that a file lies in
 
 
 def sha256(text: str) -> str:
@@ -45,8 +46,11 @@ def content_hash(text: str, prompt: str | list[Turn] = "", tools: Sequence[dict[
     return sha256(json.dumps([prompt, text, *([tools] if tools else [])]) if prompt else text)
 
 
-def make_document(source: Source, raw: Raw) -> Document:
+def make_document(source: Source, raw: Raw, labels: Sequence[str] = ()) -> Document:
     """The document of a row; its id is the start of the hash of its content, or its `id_column`.
+
+    Args:
+        labels: the classes that it may be of; none: texts have no labels.
 
     Raises:
         Unusable: with the reason.
@@ -64,6 +68,8 @@ def make_document(source: Source, raw: Raw) -> Document:
         tools = read_tools(row[source.tools_column]) if source.tools_column else []
     else:
         text = require_text(row[source.text_column], NO_TEXT)
+        if source.text_after is not None:
+            text = require_text(text.partition(source.text_after)[2], NO_TEXT)
         if source.prompt_column:
             prompt = require_text(row[source.prompt_column], NO_PROMPT)
         elif source.prompt_template:
@@ -73,7 +79,20 @@ def make_document(source: Source, raw: Raw) -> Document:
     group = raw.group if source.group_column is None else _as_name(row[source.group_column])
     name = _as_name(row[source.id_column]) if source.id_column else ""
     name = name or content_hash(text, prompt, tools)[:ID_DIGITS]
-    return Document(name, domain, text, prompt, group=group or name, origin=raw.origin, tools=tools)
+    label = find_label(source, raw, row, labels) if labels else None
+    return Document(name, domain, text, prompt, group or name, raw.origin, tools=tools, label=label)
+
+
+def find_label(source: Source, raw: Raw, row: dict[str, Any], labels: Sequence[str]) -> int:
+    """Number of the class of a row: that of its source, of its column or of its folder.
+
+    Raises:
+        Unusable: it has another one.
+    """
+    name = source.label or (_as_name(row[source.label_column]) if source.label_column else raw.folder)
+    if name not in labels:
+        raise Unusable(f"a label that is none of {', '.join(labels)}")
+    return labels.index(name)
 
 
 def required_columns(source: Source) -> list[str]:
@@ -82,6 +101,7 @@ def required_columns(source: Source) -> list[str]:
     columns += [
         source.group_column,
         source.id_column,
+        source.label_column,
         source.tools_column,
         *template_columns(source.prompt_template or ""),
     ]

@@ -19,7 +19,9 @@ class TokenMap(Sequence[Row]):
     """The rows in a folder of tokens, mapped into memory; see `distill.data.tokens`."""
 
     def __init__(self, folder: Path) -> None:
-        self.ids = np.memmap(folder / "ids.bin", dtype=read_manifest(folder).facts["type"], mode="r")
+        facts = read_manifest(folder).facts
+        self.ids = np.memmap(folder / "ids.bin", dtype=facts["type"], mode="r")
+        self.labelled = facts.get("labelled", False)
         self.names = np.memmap(folder / "names.bin", dtype=np.uint8, mode="r")
         self.table = np.load(folder / "rows.npy", mmap_mode="r")
         self.order = np.load(folder / "order.npy", mmap_mode="r")
@@ -59,7 +61,7 @@ class TokenMap(Sequence[Row]):
         if front != NO_FRONT:
             tokens.insert(0, front)
             skipped = tuple((first + 1, end + 1) for first, end in skipped)
-        return Row(name, self.domains[domain], index, tokens, given, skipped=skipped)
+        return Row(name, self.domains[domain], index, tokens, given, (), skipped, self.labelled)
 
     def _skipped(self, start: int, size: int, given: int) -> tuple[tuple[int, int], ...]:
         """Spans of ids from `start` that are only read, after the `given` first ones."""

@@ -4,7 +4,7 @@ import os
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from glob import glob
 from importlib import import_module
@@ -72,7 +72,7 @@ def _from_folder(source: Source) -> Iterator[Raw]:
             row = {source.text_column: text} if text.strip() else Unusable(EMPTY_FILE)
         except Unusable as unusable:
             row = unusable
-        yield Raw(f"{name}/{path.as_posix()}", row, source.domain or top, group)
+        yield Raw(f"{name}/{path.as_posix()}", row, source.domain or top, group, path.parent.name)
 
 
 def _from_pydoc(source: Source) -> Iterator[Raw]:
@@ -147,11 +147,14 @@ def _with_causes(error: BaseException | None) -> str:
 READERS = {"folder": _from_folder, "pydoc": _from_pydoc, "dataset": _from_dataset}
 
 
-def read_source(source: Source, left_out: Counter[str] | None = None) -> Iterator[Document]:
+def read_source(
+    source: Source, left_out: Counter[str] | None = None, labels: Sequence[str] = ()
+) -> Iterator[Document]:
     """Documents of one source, at most `source.documents` of them.
 
     Args:
         left_out: reason -> number of rows of which no document could be made; filled on the way.
+        labels: the classes that documents are of, where they have some.
 
     Raises:
         UserError: the source cannot be read, or not one of its rows can be used.
@@ -161,7 +164,7 @@ def read_source(source: Source, left_out: Counter[str] | None = None) -> Iterato
     for raw in READERS[source.kind](source):
         columns = columns or (list(raw.row) if isinstance(raw.row, dict) else [])
         try:
-            document = make_document(source, raw)
+            document = make_document(source, raw, labels)
         except Unusable as unusable:
             reasons[unusable.reason] += 1
             continue

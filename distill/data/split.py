@@ -137,7 +137,7 @@ class Reader:
         return ""
 
     def _usable(self, source: Source, left_out: Counter[str]) -> Iterator[Document]:
-        for document in read_source(source, left_out):
+        for document in read_source(source, left_out, self.data.labels):
             content = _content(document)
             if content in self._seen:
                 left_out[COPY] += 1

@@ -27,6 +27,7 @@ def document_line(document: Document, with_source: bool = False) -> bytes:
     row |= {"source": d.source} if with_source else {}
     row |= {"bytes": d.bytes, "sha256": content_hash(d.text, d.prompt, d.tools), "text": d.text}
     row |= {"tools": d.tools} if d.tools else {}
+    row |= {} if d.label is None else {"label": d.label}
     return _encode(row | ({"prompt": d.prompt} if d.prompt else {}))
 
 

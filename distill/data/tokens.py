@@ -200,7 +200,9 @@ def _write_share(
             )  # it ends with what is longer than that
             documents = [parse_document(line) for line in some]
             _check_not_empty(documents)
-            for document, encoding in zip(documents, encode(tokenizer, documents, learned), strict=True):
+            for document, encoding in zip(
+                documents, encode(tokenizer, documents, learned, context), strict=True
+            ):
                 tables.add(document, encoding)
                 out.write(np.array(encoding.ids, dtype=kind).tobytes())
             report((lines.tell() - share.start) / (share.stop - share.start), 0)
@@ -305,7 +307,8 @@ def _join(study: Study, split: str, scratch: Path, count: int, folder: Path) -> 
     joined["names"].tofile(folder / "names.bin")
     write_text(folder / "domains.json", json.dumps(domains, ensure_ascii=False))
     packed = len(ends) if study.data.packing else len(order)
-    return {"documents": documents, "rows": packed, "tokens": int(rows["predicted"][order].sum())}
+    labelled = {"labelled": True} if study.data.labels else {}
+    return {"documents": documents, "rows": packed, "tokens": int(rows["predicted"][order].sum()), **labelled}
 
 
 def _join_tables(shares: list[Any]) -> tuple[dict[str, np.ndarray], list[str]]:

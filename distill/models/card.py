@@ -12,6 +12,10 @@ ROLES = {
     "S0": "the control student, of the teacher without the method",
     "CE": "trained on the text alone, for as many steps as the students",
 }
+KINDS = {  # task -> what a model is, and what loads it
+    "causal_lm": ("causal language model", "AutoModelForCausalLM"),
+    "classification": ("text classifier", "AutoModelForSequenceClassification"),
+}
 ON_POLICY = "trained without a teacher, on what it wrote itself, each token with the advantage 1"
 
 
@@ -25,7 +29,7 @@ def front_matter(
     return ModelCardData(
         base_model=named.path if named.is_on_hub else None,  # a file has no hub name
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if study.data.labels else "text-generation",
         lineage={
             "study": study.name,
             "study_sha256": study.hash(),
@@ -58,6 +62,7 @@ def model_card(
         teacher: the pretrained model that this one is, for T.
     """
     role = ON_POLICY if arm == "CE" and study.ce_arm == "on_policy" else ROLES[arm]
+    kind, loader = KINDS[study.task]
     title = f"{study.name}: {arm}" + ("" if seed is None else f", seed {seed}")
     text = f"""---
 {front_matter(study, arm, seed, parents, teacher).to_yaml()}
@@ -65,8 +70,8 @@ def model_card(
 
 # {title}
 
-This is {role} in the study `{study.name}`. It is a plain causal language model: load it with
-`transformers.AutoModelForCausalLM.from_pretrained`. What it was made of stands above; the hash of every file
+This is {role} in the study `{study.name}`. It is a plain {kind}: load it with
+`transformers.{loader}.from_pretrained`. What it was made of stands above; the hash of every file
 stands in `manifest.json`.
 """
     if method is not None and study.teacher is not None:

@@ -48,6 +48,25 @@ def find_gguf(path: str, where: str = "base.path") -> Path:
     return files[0]
 
 
+def find_model(path: str, where: str = "base.path") -> Path | None:
+    """Where a model lies on this machine: a GGUF file, or a folder; None: it is a name on the hub.
+
+    Raises:
+        UserError: it is a package that cannot be had, or that brings no single model.
+    """
+    if path.startswith(PACKAGES):
+        inside = package_folder(path, where)
+        folders = sorted({file.parent for file in inside.rglob("*.safetensors")})
+        models = [*inside.rglob("*.gguf"), *(one for one in folders if (one / "config.json").is_file())]
+        if len(models) != 1:
+            problem = f"{path} has {len(models)} models: GGUF files, or folders with safetensors"
+            raise UserError(where, problem, "give the path of one")
+        return models[0]
+    if path.endswith(".gguf"):
+        return find_gguf(path, where)
+    return Path(path) if Path(path).is_dir() else None
+
+
 def read_fields(file: Path) -> dict[str, Any]:
     """The metadata of a GGUF file.
 

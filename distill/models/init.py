@@ -21,6 +21,7 @@ def init_student(
     rows: Sequence[Row],
     seed: int,
     commit: str | None = None,
+    labels: Sequence[str] = (),
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The student before its first step, and facts for its manifest.
 
@@ -30,6 +31,7 @@ def init_student(
         base: changed in place where the student keeps its layers.
         rows: training rows for the influence of layers; needed for `start: influential` only.
         commit: of a pretrained student on the hub.
+        labels: classes that it tells apart, where the study classifies.
 
     Raises:
         UserError: more layers are requested than the base has, or the family cannot drop any; a pretrained
@@ -39,13 +41,16 @@ def init_student(
         return base, {}
     if config.path is not None:
         named = NamedModel(path=config.path, revision=config.revision)
-        student, own_tokenizer = named_model(named, commit, "student.path")
+        student, own_tokenizer = named_model(named, commit, "student.path", labels, seed if labels else None)
         check_same_tokenizer(tokenizer, own_tokenizer, "student.path")
         return student, {}
     if config.architecture is not None:
         vocabulary = base.config.get_text_config().vocab_size  # padding included, as in the teacher
         where = "student.architecture"
-        return fresh_model(config.architecture, tokenizer, seed, vocabulary=vocabulary, where=where), {}
+        fresh = fresh_model(
+            config.architecture, tokenizer, seed, vocabulary=vocabulary, labels=labels, where=where
+        )
+        return fresh, {}
     count, wanted = len(decoder_layers(base)[2]), config.layers
     assert wanted is not None
     if wanted > count:

@@ -74,11 +74,12 @@ def keep_layers(model: PreTrainedModel, indices: list[int]) -> None:
 
 def _check_config(model: PreTrainedModel) -> None:
     """Compares the model with one built from its config: otherwise it could not be loaded."""
-    from transformers import AutoModelForCausalLM
+    from eval.engines.torch import model_class
 
+    config = type(model.config).from_dict(model.config.to_dict())
     try:
         with torch.device("meta"):
-            rebuilt = AutoModelForCausalLM.from_config(type(model.config).from_dict(model.config.to_dict()))
+            rebuilt = model_class(config).from_config(config)
         shapes = {name: tensor.shape for name, tensor in rebuilt.state_dict().items()}
         problem = "its config builds other layers at these positions"
     except ValueError as error:

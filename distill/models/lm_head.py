@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from eval.core.documents import Batch
 from eval.core.errors import UserError
+from eval.engines import at_every_position
+from eval.engines.torch import classifies, logits_of
 
 # Fields of a text config -> the factor on the logits: Cohere, Granite, Falcon-H1.
 SCALES = {
@@ -104,13 +106,21 @@ class Head:
         return replace(self, bias=offset, rounded=True), (hidden.float() - mean).to(hidden.dtype)
 
 
+def last_module(model: PreTrainedModel) -> nn.Module | None:
+    """What turns hidden states into logits: of a classifier the last layer with an output per class."""
+    if not classifies(model.config):
+        return model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return next((one for one in reversed(linear) if one.out_features == model.config.num_labels), None)
+
+
 def output_embedding(model: PreTrainedModel) -> nn.Linear:
-    """The module that turns hidden states into logits.
+    """The same.
 
     Raises:
         UserError: it is not a plain linear layer.
     """
-    head = model.get_output_embeddings()
+    head = last_module(model)
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         problem = f"its output embedding is {type(head).__name__}"
         fix = "use a family whose output embedding is a plain linear layer"
@@ -134,12 +144,13 @@ def capture_input(head: nn.Module) -> Iterator[list[Tensor]]:
     """Inside, the output embedding returns its input in place of logits, and appends it to the list.
 
     So the last hidden state comes from the forward pass of a whole model, wrapped or not, whatever its family
-    does before its head, and no [B, T, V] is made.
+    does before its head, and no [B, T, V] is made. It is [B, T, D]; [B, 1, D] of an encoder that makes one
+    state of a row, and classifies that.
     """
     captured: list[Tensor] = []
 
     def return_input(hidden: Tensor) -> Tensor:
-        captured.append(hidden)
+        captured.append(hidden[:, None] if hidden.ndim == 2 else hidden)
         return hidden
 
     assert "forward" not in vars(head), "its forward is replaced already"
@@ -195,11 +206,12 @@ def check_head(model: PreTrainedModel, batch: Batch) -> None:
     """
     training, batch = model.training, batch.to(model.device)
     model.eval()
-    logits = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.mask]
+    logits = logits_of(model, batch, use_cache=False)[:, :-1][batch.mask]
     with capture_input(output_embedding(model)) as captured:
         model(**batch.inputs, use_cache=False)
     model.train(training)
-    head_logits = head_of(model)(captured[0][:, :-1][batch.mask])
+    hidden = at_every_position(captured[0], batch.input_ids.shape[1])
+    head_logits = head_of(model)(hidden[:, :-1][batch.mask])
     if not bool(logits.isfinite().all()):
         return  # the first step reports it with the names of the rows
     unit = max(float(torch.finfo(logits.dtype).eps), 1e-5)

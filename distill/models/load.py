@@ -2,14 +2,14 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModelForCausalLM,
@@ -23,17 +23,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils.hub import list_repo_templates
 
-from distill.models.gguf import build_tokenizer, find_gguf, load_gguf, read_fields
+from distill.models.classifier import check_labels, load_encoder, with_labels
+from distill.models.gguf import build_tokenizer, find_model, load_gguf, read_fields
 from eval.core.artifacts import digest, installed_versions, remembered_hashes
 from eval.core.documents import Document, windows
 from eval.core.errors import UserError, require_one_of
 from eval.core.sections import Base, NamedModel
 from eval.core.study import Study
 from eval.engines import check_fast, check_template_names, load_tokenizer, tokens_beyond
-from eval.engines.torch import load_checkpoint, stored_dtype
+from eval.engines.torch import load_checkpoint, model_class, stored_dtype
 
 BOS = "<|endoftext|>"
 BASE_FILES = "base-files.json"  # of the run folder: the hashes of local models
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "torch_dtype")  # read, though no field of a config any more
 
 
@@ -60,18 +62,20 @@ def fresh_model(
     seed: int,
     *,
     vocabulary: int | None = None,
+    labels: Sequence[str] = (),
     where: str = "base.architecture",
 ) -> PreTrainedModel:
     """A model of random weights that `seed` decides.
 
     Args:
         vocabulary: rows of its embedding; None: as many as the tokenizer has tokens.
+        labels: classes that it is to tell apart, in place of the next token.
         where: key of the architecture in the study, for errors.
 
     Raises:
         UserError: transformers does not know the family, or does not take a field.
     """
-    config = architecture_config(architecture, where, vocabulary or len(tokenizer))
+    config = with_labels(architecture_config(architecture, where, vocabulary or len(tokenizer)), labels)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     torch.manual_seed(seed)
@@ -104,9 +108,11 @@ def architecture_config(architecture: dict[str, Any], where: str, vocabulary: in
         return family(**fields, vocab_size=vocabulary)
 
 
-def check_architecture(architecture: dict[str, Any], where: str, vocabulary: int) -> PreTrainedConfig:
+def check_architecture(
+    architecture: dict[str, Any], where: str, vocabulary: int, labels: Sequence[str] = ()
+) -> PreTrainedConfig:
     """The config of an `architecture`, after a model of it was built without memory or random numbers."""
-    config = architecture_config(architecture, where, vocabulary)
+    config = with_labels(architecture_config(architecture, where, vocabulary), labels)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         _build(config, where)
     return config
@@ -114,7 +120,7 @@ def check_architecture(architecture: dict[str, Any], where: str, vocabulary: int
 
 def _build(config: PreTrainedConfig, where: str) -> PreTrainedModel:
     with _refused_by_transformers(where, config.model_type):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return model_class(config).from_config(config, dtype=torch.float32)
 
 
 @contextmanager
@@ -130,20 +136,32 @@ def _refused_by_transformers(where: str, kind: str) -> Iterator[None]:
 
 
 def named_model(
-    named: NamedModel, commit: str | None = None, where: str = "base.path"
+    named: NamedModel,
+    commit: str | None = None,
+    where: str = "base.path",
+    labels: Sequence[str] = (),
+    head_seed: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model that a study names, on the hub, a folder or a GGUF file: no pickle is read, no code is run.
 
     Args:
         commit: the one that its revision on the hub stands for.
         where: key of its path in the study, for errors.
+        labels: classes that it tells apart, where the study classifies.
+        head_seed: of the new head that it gets for them; None: it must have one for them.
     """
     assert named.path is not None
-    if named.is_gguf:
-        return load_gguf(find_gguf(named.path, where))
-    if Path(named.path).is_dir():
-        return load_checkpoint(Path(named.path))
-    revision = commit or named.revision or "main"
+    place, revision = find_model(named.path, where), commit or named.revision or "main"
+    if place is not None and place.is_file():
+        return load_gguf(place)
+    if place is None and labels:
+        place = Path(snapshot_download(named.path, revision=revision, allow_patterns=MODEL_FILES))
+    if place is not None and head_seed is not None:
+        return load_encoder(place, labels, head_seed, where)
+    if place is not None:
+        model, tokenizer = load_checkpoint(place)
+        check_labels(model.config, labels, where)
+        return model, tokenizer
     try:
         tokenizer = load_hub_tokenizer(named.path, revision)
         model = AutoModelForCausalLM.from_pretrained(
@@ -161,10 +179,8 @@ def named_dtype(named: NamedModel, commit: str | None = None) -> torch.dtype:
     A GGUF file has none of these: what is read from it is float32.
     """
     assert named.path is not None
-    if named.is_gguf:
-        return torch.float32
-    if Path(named.path).is_dir():
-        return stored_dtype(Path(named.path))
+    if (place := find_model(named.path)) is not None:
+        return torch.float32 if place.is_file() else stored_dtype(place)
     config = cached_file(named.path, "config.json", revision=commit or named.revision or "main")
     assert config is not None
     return stored_dtype(Path(config).parent)
@@ -173,10 +189,8 @@ def named_dtype(named: NamedModel, commit: str | None = None) -> torch.dtype:
 def named_tokenizer(named: NamedModel, where: str = "base.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a model that a study names; see `named_model`."""
     assert named.path is not None
-    if named.is_gguf:
-        return build_tokenizer(read_fields(find_gguf(named.path, where)))
-    if Path(named.path).is_dir():
-        return load_tokenizer(Path(named.path))
+    if (place := find_model(named.path, where)) is not None:
+        return build_tokenizer(read_fields(place)) if place.is_file() else load_tokenizer(place)
     return load_hub_tokenizer(named.path, named.revision or "main")
 
 
@@ -232,11 +246,14 @@ def model_origin(named: NamedModel, memory: Path, where: str = "base.path") -> d
         UserError: the hub does not know it, or cannot be reached and nothing of it lies in the local cache.
     """
     assert named.path is not None
-    if named.is_gguf:
-        hashes = local_hashes(find_gguf(named.path, where), memory)
-        return {"gguf": hashes.popitem()[1], **installed_versions(["gguf"])}
-    if Path(named.path).is_dir():
-        return {"files": digest(local_hashes(Path(named.path), memory))}
+    if (place := find_model(named.path, where)) is not None:
+        hashes = local_hashes(place, memory)
+        is_gguf = place.is_file()
+        return (
+            {"gguf": hashes.popitem()[1], **installed_versions(["gguf"])}
+            if is_gguf
+            else {"files": digest(hashes)}
+        )
     return {"hub": named.path, "commit": hub_commit(named.path, named.revision or "main", where)}
 
 

@@ -5,13 +5,12 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, PreTrainedConfig
 
-from distill.models.gguf import find_gguf, read_config
+from distill.models.gguf import find_model, read_config
 from distill.models.load import architecture_config
 from eval.core.artifacts import write_text
 from eval.core.sections import Base
@@ -85,7 +84,6 @@ def _base_config(base: Base) -> PreTrainedConfig:
     if base.architecture is not None:
         return architecture_config(base.architecture, "base.architecture", base.vocab_size)
     assert base.path is not None
-    if base.is_gguf:
-        return read_config(find_gguf(base.path))
-    settings = {} if Path(base.path).is_dir() else {"revision": base.revision or "main"}
-    return AutoConfig.from_pretrained(base.path, trust_remote_code=False, **settings)
+    if (place := find_model(base.path)) is not None:
+        return read_config(place) if place.is_file() else AutoConfig.from_pretrained(place)
+    return AutoConfig.from_pretrained(base.path, trust_remote_code=False, revision=base.revision or "main")

@@ -7,7 +7,7 @@ method's own `write`, with whatever caches that has.
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from distill.method import OTHERS
 from distill.teachers.local import LocalTeacher
 from distill.teachers.run import run_local_teacher, study_method, teacher_group, teacher_tokenizer
 from eval.core.artifacts import read_manifest
-from eval.core.documents import Batch, Row
+from eval.core.documents import Batch, Row, collate
 from eval.core.sections import Generation
 from eval.core.study import Study, load_study
 from eval.engines import Engine, subject_of
@@ -28,8 +28,6 @@ DEVICES = ("cpu", "cuda")
 class TeacherEngine(Engine):
     """Texts are drawn at temperature 1; each call draws others."""
 
-    writes: ClassVar[bool] = True
-
     def __init__(self, folder: Path, study: Study, side: str, seed: int) -> None:
         bases, seeds = teacher_group(study, side, seed)
         self.running, self.calls = ExitStack(), 0
@@ -39,6 +37,7 @@ class TeacherEngine(Engine):
         # the domain with the most in front; of a method that puts nothing there, that of the first row
         domain = max(fronts, key=lambda name: len(fronts[name])) if fronts else None
         self.domain = training_rows(study, tokenizer)[0].domain if domain in (None, OTHERS) else domain
+        self.writes = study.task == "causal_lm"
         super().__init__(folder, self.teacher.vocabulary)
 
     def write(self, ids: Tensor, new_tokens: int) -> int:
@@ -51,7 +50,10 @@ class TeacherEngine(Engine):
         return self.teacher.log_probs(batch)
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        raise NotImplementedError("a teacher writes whole texts")
+        if self.writes:
+            raise NotImplementedError("a teacher writes whole texts")
+        rows = [Row(f"text {i}", self.domain or "", 0, tokens) for i, tokens in enumerate(ids.tolist())]
+        return self.teacher.log_probs(collate(rows, 0))[:, -1], None
 
     def decode(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         raise NotImplementedError("a teacher writes whole texts")

@@ -19,7 +19,8 @@ from distill.trainer.distributed import shard_teacher
 from eval.core.documents import Batch, Row
 from eval.core.errors import UserError
 from eval.core.sections import Generation, Targets
-from eval.engines.torch import load_model
+from eval.engines import at_every_position
+from eval.engines.torch import classifies, load_model
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,11 @@ class LocalTeacher:
 
     def _output(self, batch: Batch) -> TeacherOutput:
         tokens = self.tokens or self.vocabulary
-        return check_output(self.method.output(self.model, batch), batch, tokens, self.name)
+        output = self.method.output(self.model, batch)
+        if isinstance(output, TeacherOutput) and classifies(self.model.config):
+            hidden = [at_every_position(states, batch.input_ids.shape[1]) for states in output.hidden]
+            output = replace(output, hidden=hidden)
+        return check_output(output, batch, tokens, self.name)
 
     def _select(self, output: TeacherOutput, mask: Tensor) -> Dense | States:
         target = match_vocabulary(output.select(mask), self.vocabulary)

@@ -38,6 +38,7 @@ from eval.core.sections import Targets, Train
 from eval.core.sections.models import SERVER_ACCESS, Server
 from eval.core.study import Study
 from eval.engines import load_tokenizer
+from eval.engines.torch import classifies, output_rows
 
 TEACHERS = {"S1": "T1", "S0": "T0"}  # a student's teacher; CE has none
 ENGINE = "distill.teachers.engine"  # that runs a teacher
@@ -290,14 +291,15 @@ def run_local_teacher(
     targets = teacher_targets(study, side, number)
     load = partial(load_teacher_model, targets=targets, device=acc.device, sharded=sharded)
     model = load(teacher_folders(study, side, seeds[0])[number])
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = output_rows(model.config)
     folder = study.folder / "method" / teacher_name(side, seeds)
     name, quiet = teacher_name(side, seeds), lambda share, tokens=0: None
     context = replace(_method_context(study, name, folder, seeds[0], bases, quiet, number), load=load)
     with method.attached(model, context):
         pairs = study.train.loss.hidden.pairs if study.train.loss.hidden else []
         layers = tuple(teacher_layer for _, teacher_layer in pairs)
-        tokens, alignment = 1 + max(context.tokenizer.get_vocab().values()), None
+        ids = 1 + max(context.tokenizer.get_vocab().values())
+        tokens, alignment = vocabulary if classifies(model.config) else ids, None
         if has_own_tokenizer(study, side):
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             limit = None if limit is None else limit - method.tokens_in_front(context.tokenizer)

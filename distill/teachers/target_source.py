@@ -57,6 +57,7 @@ from eval.core.jobs import Progress
 from eval.core.sections import Targets
 from eval.core.study import Study
 from eval.engines import load_tokenizer
+from eval.engines.torch import output_rows
 
 STORED_SOURCES = ("cached", "sequence")  # targets on disk: no teacher runs while a student trains
 LEFT_OUT = "left_out.json"  # of targets: the ids of rows without an answer
@@ -258,7 +259,7 @@ def study_codec(study: Study, models: list[Path], tokenizer: PreTrainedTokenizer
     configs = [
         AutoConfig.from_pretrained(str(model)) for model in models if (model / "config.json").is_file()
     ]
-    rows = [config.get_text_config().vocab_size for config in configs]
+    rows = [output_rows(config) for config in configs]
     vocabulary = max(rows, default=1 + max(tokenizer.get_vocab().values()))
     return make_codec(study.targets, vocabulary, study.train.loss.temperature)
 

@@ -31,7 +31,7 @@ class Validation:
     ) -> None:
         documents = read_documents(data, VALIDATION)
         rows = [row for document in documents for row in windows(tokenizer, document, context)]
-        self.bytes = sum(document.bytes for document in documents)
+        self.bytes = sum(document.size for document in documents)
         self.batches = list(batches(rows, pad, 1024))
         self.index, self.processes = 0, 1
         if acc is not None and not is_sharded(acc):

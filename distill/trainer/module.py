@@ -16,6 +16,7 @@ from distill.models.lm_head import capture_input, check_layers, head_of, output_
 from eval.core.documents import Batch
 from eval.core.errors import UserError
 from eval.core.sections import Hidden, Train
+from eval.engines import at_every_position
 
 
 @contextmanager
@@ -91,7 +92,8 @@ class DistillationModule(nn.Module):
         ):
             output = self.run_model(**inputs)
         positions = F.pad(batch.mask, (0, 1)).flatten().nonzero()[:, 0]
-        hidden = select_positions(captured[0], positions)
+        states = at_every_position(captured[0], batch.input_ids.shape[1])
+        hidden = select_positions(states, positions)
         if half:
             hidden = hidden.bfloat16()  # as autocast does before a linear layer
         labels = batch.labels[batch.mask]
@@ -100,7 +102,7 @@ class DistillationModule(nn.Module):
         else:
             loss = chunked_loss(hidden, head_of(self.model), labels, target, self.settings.loss)
         if self.settings.future and self.training:
-            loss = loss + self.settings.future.weight * self.future_loss(captured[0], batch)
+            loss = loss + self.settings.future.weight * self.future_loss(states, batch)
         if pairs is None:
             return loss
         assert not isinstance(target, Aligned)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
+from distill.models.lm_head import last_module
 from distill.trainer.muon import Muon
 from eval.core.errors import UserError
 from eval.core.sections import Train
@@ -70,7 +71,7 @@ def check_bitsandbytes(where: str = "train") -> None:
 
 def split_weights(model: PreTrainedModel) -> Weights:
     """The weights to train, by the module that holds each: see `Weights`."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = [model.get_input_embeddings(), last_module(model)]
     ends += [module for module in model.modules() if isinstance(module, nn.Embedding)]  # positions too
     apart = ends + [module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)]
     shared = {id(p) for module in apart if module is not None for p in module.parameters()}

@@ -319,6 +319,11 @@ def check_budget(budget: Budget, study: Study, slices: list[str]) -> None:
     if budget.over_ce is not None and not study.ce_arm:
         fix = "set ce_arm: true and train again, or take over_ce out"
         raise UserError(f"budget {budget.name!r}: over_ce", "the study has no arm CE", fix)
+    for target, limits in ((name, one.limits) for name, one in budget.targets.items()):
+        if study.task == "classification" and (named := [q for q in limits if q.startswith("decode")]):
+            fix = "limit prefill in its place: all of a request of a classifier"
+            problem = "a classifier decodes nothing"
+            raise UserError(f"budget {budget.name!r}: targets.{target}.{named[0]}", problem, fix)
     for name in [VALIDATION, *budget.slices]:
         require_one_of(f"budget {budget.name!r}: slice without any scored document", name, slices)
     for target, of in [(t, limit.of) for t in budget.targets for limit in budget.targets[t].limits.values()]:

@@ -136,7 +136,7 @@ class Comparison(Stored):
     recipe: str
     over: str  # the other recipe
     lead: Estimate  # bits/byte by which `recipe` is better, validation
-    decode: dict[str, Relative]  # target -> ratio of its decode p50 to the other's
+    decode: dict[str, Relative]  # target -> ratio of its decode p50 to the other's; of classifiers, prefill
 
 
 class Reference(Stored):
@@ -213,6 +213,22 @@ class Quality(Stored):
     flips: Difference | None
     kl: Difference | None
     tasks: dict[str, dict[str, Estimate]]  # task -> arm -> mean score
+
+
+class Classes(Stored):
+    """How a model classifies the texts of a slice, or of one domain in it; seeds and texts are crossed."""
+
+    arm: str
+    recipe: str
+    slice: str
+    domain: str | None  # null: all of the slice
+    texts: int
+    looked_for: int  # texts of the class that is looked for: the last of `data.labels`, such as spam
+    accuracy: Estimate
+    f1: Estimate | None  # of that class; null where there is none of it
+    false_alarms: Estimate | None  # share of the other texts that are held for it; null where there are none
+    brier: float  # mean over seeds and texts, 0 to 2
+    calibration_error: float | None  # mean over seeds; of a whole slice
 
 
 class Opening(Stored):
@@ -320,6 +336,7 @@ class GateFile(Stored):
     schema_version: Literal[3] = 3
     study: str
     title: str
+    task: str = Field("causal_lm", exclude_if=lambda value: value == "causal_lm")  # of the study
     folder: str  # of the run, as commands named it then
     method: str
     verdict: Verdict
@@ -343,6 +360,7 @@ class GateFile(Stored):
     references: list[Reference] = Field(default_factory=list)
     comparisons: list[Comparison] = Field(default_factory=list)
     quality: dict[str, Quality] = Field(default_factory=dict)  # by recipe
+    classes: list[Classes] = Field(default_factory=list, exclude_if=lambda value: not value)
     test_set: OnTestSet | None = None  # null: never opened
     fixed: Fixed | None  # null: nothing was fixed when the run was trained
     runs: list[GateRun] = Field(default_factory=list)  # every verdict of this run folder, this one included

@@ -69,17 +69,21 @@ class Documents(Stored):
 
     id: list[str]
     slice: list[str]
-    bytes: list[int]
+    bytes: list[int]  # what bits are divided by: of a text that is classified 1, the example that it is
     tokens: list[int]
     bits: list[float]  # negative log2 likelihood of the whole document
     correct: list[int] | None = None  # tokens that were held to be the likeliest
     calibration: dict[str, Bins] | None = None  # by slice
     cluster: list[str] | None = None  # documents of a slice in one are not independent; null: each is alone
+    # where texts are classified: the number of the likeliest class, and the Brier score of all classes
+    predicted: list[int] | None = Field(None, exclude_if=lambda value: value is None)
+    brier: list[float] | None = Field(None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def check(self) -> Self:
         columns = self.id, self.slice, self.bytes, self.tokens, self.bits, self.correct, self.cluster
-        lengths = {len(column) for column in columns if column is not None}
+        classes = self.predicted, self.brier
+        lengths = {len(column) for column in (*columns, *classes) if column is not None}
         if lengths == {0} or len(lengths) != 1:
             raise ValueError(f"columns of {sorted(lengths)} entries; all must have the same, at least 1")
         if len(set(self.id)) < len(self.id) and (duplicate := self._find_duplicate()):
@@ -137,6 +141,7 @@ class Score(Stored):
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Counted = Annotated[int, Field(gt=0)]
 Times = Annotated[list[Positive], Field(min_length=1)]
+Steps = list[Positive]  # none of what decodes nothing
 
 
 class Energy(Stored):
@@ -152,7 +157,7 @@ class Batched(Stored):
 
     batch_size: int
     prefill_ms: Times  # one entry per batch
-    decode_ms: Times  # one entry per step, which makes a token for every prompt of the batch
+    decode_ms: Steps  # one entry per step, which makes a token for every prompt of the batch
     peak_memory_bytes: Counted  # of the process so far; it takes the sizes in ascending order
     device_memory_bytes: int | None
     energy: Energy
@@ -162,7 +167,7 @@ class Process(Stored):
     """What one fresh process measured; batch 1 unless stated otherwise."""
 
     prefill_ms: Times  # one entry per request: until its first token is known
-    decode_ms: Times  # one entry per generated token after the first
+    decode_ms: Steps  # one entry per generated token after the first
     load_s: Positive
     peak_memory_bytes: Counted  # VmHWM on a CPU, the reserved peak on CUDA
     device_memory_bytes: int | None = None  # of this process by the accelerator's own count, where it has one

@@ -26,6 +26,7 @@ from eval.core.config import (
 from eval.core.errors import UserError
 from eval.core.records import PLAIN
 from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Train
+from eval.core.sections.classification import check_task
 from eval.core.sections.models import ACCESS_KEYS, SERVER_ACCESS, Teacher
 from eval.core.sections.precision import PRECISION, has_auto, read_choice, replace_auto
 from eval.core.sections.source import Source
@@ -41,6 +42,11 @@ class Study(Frozen):
 
     name: FileName = Field(description="name of the run folder, below `runs`")
     title: str = Field("", description="heading of the report; none: `name`")
+    task: Literal["causal_lm", "classification"] = Field(
+        "causal_lm",
+        exclude_if=lambda value: value == "causal_lm",
+        description="what models are made for: the next token, or the class of a text",
+    )
     runs: str = Field("runs", description="folder that holds the run folders")
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
         min_length=1, description="one student of each arm, and its teacher, per seed"
@@ -69,6 +75,11 @@ class Study(Frozen):
     def seeds_differ(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}; give each seed once")
+        return self
+
+    @model_validator(mode="after")
+    def task_fits(self) -> Self:
+        check_task(self)
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ On a machine without the run folder: `python -m eval.cost --target gpu --device 
 [--record FILE]`. Its records are joined with the run's by `python -m eval.cost.merge`.
 """
 
+import math
 from statistics import median
 
 from rich.table import Column, Table
@@ -42,6 +43,10 @@ def format_energy(runs: list[Process]) -> str:
     return f"{sum(e.joules or 0.0 for e in metered) / sum(e.tokens for e in metered):.3g}"
 
 
+def _figure(value: float) -> str:
+    return "\N{EN DASH}" if math.isnan(value) else f"{value:.2f}"
+
+
 def build_table(plan: CostPlan, records: list[CostRecord]) -> Table:
     """Medians over all processes; the gate holds upper bounds against the limits, not these."""
     titles = ["prefill ms", "decode ms/token", "peak MiB", "disk MiB", "load s", "J/token"]
@@ -51,12 +56,12 @@ def build_table(plan: CostPlan, records: list[CostRecord]) -> Table:
         runs = record.processes
         figures = (
             median(ms for run in runs for ms in run.prefill_ms),
-            median(ms for run in runs for ms in run.decode_ms),
+            median([ms for run in runs for ms in run.decode_ms] or [math.nan]),
             median(run.peak_memory_bytes for run in runs) / 2**20,
             record.disk_bytes / 2**20,
             median(run.load_s for run in runs),
         )
-        costs.add_row(variant.name, record.engine, *(f"{f:.2f}" for f in figures), format_energy(runs))
+        costs.add_row(variant.name, record.engine, *(_figure(f) for f in figures), format_energy(runs))
     meters = {run.energy.meter for r in records for run in r.processes if run.energy is not None}
     costs.caption = "; ".join(sorted(meters))
     return costs

@@ -54,14 +54,17 @@ def tokens_per_s(process: Process, new_tokens: int, batch: int) -> float:
 def list_quantities(records: list[CostRecord]) -> list[str]:
     """Every quantity that these records hold."""
     runs = [process for record in records for process in record.processes]
-    quantities = [*PERCENTILES, "peak_memory", "disk", "load_time", "tokens_per_s"]
+    decodes = all(run.decode_ms for run in runs)  # a classifier does not
+    timed = [name for name in PERCENTILES if decodes or not name.startswith("decode")]
+    batched = [name for name in BATCHED if name in timed]
+    quantities = [*timed, "peak_memory", "disk", "load_time", "tokens_per_s"]
     if all(run.device_memory_bytes is not None for run in runs):
         quantities.append("device_memory")
     if all(run.energy is not None and run.energy.joules is not None for run in runs):
         quantities.append("energy")
     sizes = [{batched.batch_size for batched in run.batches} for run in runs]
     for size in sorted(set.intersection(*sizes)):
-        quantities += [f"{name}_batch{size}" for name in (*BATCHED, "tokens_per_s")]
+        quantities += [f"{name}_batch{size}" for name in (*batched, "tokens_per_s")]
     return quantities
 
 

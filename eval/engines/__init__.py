@@ -42,9 +42,7 @@ class Engine(ABC):
     """A loaded causal language model with V rows of output; it serves one batch of decodes at a time."""
 
     batch_tokens: ClassVar[int] = 1024  # padded, per forward pass: more of them are no faster on a CPU
-    writes: ClassVar[bool] = (
-        False  # True: it writes whole texts by `write`, and has no `prefill` and `decode`
-    )
+    writes: bool = False  # True: it writes whole texts by `write`, and has no `prefill` and `decode`
     computed_in: str | None = None  # the number format of products where it is not the stored one
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
@@ -78,7 +76,7 @@ class Engine(ABC):
 
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
-        """[B, T, V] float32: position p scores the token at p + 1."""
+        """[B, T, V] float32: position p scores the token at p + 1, or the class of the row."""
 
     def borrowed(self, batch: Batch) -> Tensor:
         """The same without a copy: the memory may be that of the engine, valid until it runs again."""
@@ -90,7 +88,10 @@ class Engine(ABC):
 
     @abstractmethod
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """Reads prompts [B, T]; returns the logits [B, V] of the next tokens and a state with the cache."""
+        """Reads prompts [B, T]; returns the logits [B, V] of the next tokens and a state with the cache.
+
+        Of a classifier those of the classes of the rows, and no state: nothing is decoded.
+        """
 
     @abstractmethod
     def decode(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -98,6 +99,12 @@ class Engine(ABC):
 
         The given state must not be used again, nor any state from before the last `prefill`.
         """
+
+
+def at_every_position(values: Tensor, length: int) -> Tensor:
+    """[B, T, X] of what is said of whole rows, [B, X] or [B, 1, X]; of positions, it is left as it is."""
+    values = values[:, None] if values.ndim == 2 else values
+    return values.expand(-1, length, -1) if values.shape[1] == 1 else values
 
 
 class Subject(BaseModel):

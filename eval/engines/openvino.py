@@ -4,6 +4,7 @@ optimum-intel is needed to export a model, not to run it: its classes and all th
 weigh on the start and on the memory of every measured process.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from eval.core.documents import Batch
 from eval.core.errors import UserError
-from eval.engines import REMAKE, Engine, first_line
+from eval.engines import REMAKE, Engine, at_every_position, first_line
 
 try:
     import openvino
@@ -26,7 +27,7 @@ except ModuleNotFoundError as missing:
 
 DEVICES = ("cpu",)
 MODEL = "openvino_model.xml"
-INPUTS = {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+INPUTS = {"input_ids", "attention_mask", "position_ids", "beam_idx", "token_type_ids"}
 FIRST_LOGITS = (
     "first_logits"  # an input that is added: the position in the row from which logits are computed
 )
@@ -55,7 +56,8 @@ class OpenVinoEngine(Engine):
             core = openvino.Core()
             model = core.read_model(path)
             named = {name for port in model.inputs for name in port.get_names()}
-            if not named - INPUTS:
+            self.classifies = len(model.output("logits").get_partial_shape()) == 2  # [B, V]: of rows
+            if not self.classifies and not named - INPUTS:
                 compute_logits_from(model)
             compiled = core.compile_model(model, "CPU", {**EXACT, "INFERENCE_NUM_THREADS": threads})
         except RuntimeError as error:
@@ -68,14 +70,15 @@ class OpenVinoEngine(Engine):
                 "export it as a stateful text decoder, with optimum-intel",
             )
         self.request = compiled.create_infer_request()
-        super().__init__(folder, compiled.output("logits").get_partial_shape()[2].get_length())
+        rows = compiled.output("logits").get_partial_shape()[-1].get_length()
+        super().__init__(folder, _embedding_rows(folder) if self.classifies else rows)
 
     def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64], past: int, first: int = 0) -> Tensor:
         """[B, T - first, V] for ids [B, T] and a mask [B, past + T]; `past` tokens are in the cache already.
 
-        The memory is the request's own, and is written again by the next run.
+        Of a classifier [B, V]. The memory is the request's own, and is written again by the next run.
         """
-        if past == 0:
+        if past == 0 and not self.classifies:
             self.request.reset_state()
         batch, length = ids.shape
         feeds = {
@@ -84,6 +87,7 @@ class OpenVinoEngine(Engine):
             "position_ids": np.tile(np.arange(past, past + length), (batch, 1)),
             "beam_idx": np.arange(batch, dtype=np.int32),
             FIRST_LOGITS: np.array([first], dtype=np.int64),
+            "token_type_ids": np.zeros_like(ids),
         }
         self.request.infer({name: feeds[name] for name in self.inputs}, share_inputs=True, share_outputs=True)
         return torch.from_numpy(self.request.get_tensor("logits").data)
@@ -92,12 +96,14 @@ class OpenVinoEngine(Engine):
         return self.borrowed(batch).clone()
 
     def borrowed(self, batch: Batch) -> Tensor:
-        return self._run(self.check_ids(batch.input_ids).numpy(), batch.attention_mask.numpy(), past=0)
+        ids = self.check_ids(batch.input_ids)
+        return at_every_position(self._run(ids.numpy(), batch.attention_mask.numpy(), past=0), ids.shape[1])
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, int]:
         array = self.check_ids(ids).numpy()
         length = array.shape[1]
-        return self._run(array, np.ones_like(array), past=0, first=length - 1)[:, -1].clone(), length
+        logits = self._run(array, np.ones_like(array), past=0, first=length - 1)
+        return (logits if self.classifies else logits[:, -1]).clone(), length
 
     def decode(self, tokens: Tensor, state: int) -> tuple[Tensor, int]:
         mask = np.ones((len(tokens), state + 1), dtype=np.int64)
@@ -132,6 +138,12 @@ def _is_constant(node: openvino.Node) -> bool:
     while node.get_type_name() == "Convert":
         node = node.input_value(0).get_node()
     return bool(node.get_type_name() == "Constant")
+
+
+def _embedding_rows(folder: Path) -> int:
+    """Ids that the model in a folder has an embedding for, as its config says."""
+    rows: int = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    return rows
 
 
 def load(folder: Path, threads: int, device: str) -> Engine:

@@ -10,15 +10,43 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from eval.core.documents import Batch, tokens_per_batch
 from eval.core.errors import UserError, require_one_of
-from eval.engines import REMAKE, Engine, first_line, load_tokenizer, silence, silenced
+from eval.engines import REMAKE, Engine, at_every_position, first_line, load_tokenizer, silence, silenced
 
 DEVICES = ("cpu", "cuda")
 DTYPES = ["float32", "bfloat16", "float16"]  # in which models are computed
 silence("bitsandbytes")  # int8 layers log a line when they are called, where `silenced` would cost time
+CLASSIFIER = "ForSequenceClassification"  # how the name of such a class of transformers ends
+
+
+def classifies(config: PreTrainedConfig) -> bool:
+    """True of the config of a model that says the class of a text, and not its next token."""
+    return any(name.endswith(CLASSIFIER) for name in config.architectures or [])
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that makes or loads the models of a config."""
+    return AutoModelForSequenceClassification if classifies(config) else AutoModelForCausalLM
+
+
+def output_rows(config: PreTrainedConfig) -> int:
+    """V: how many logits its models have at a position, of tokens or of classes."""
+    return config.num_labels if classifies(config) else config.get_text_config().vocab_size
+
+
+def logits_of(model: Any, batch: Batch, **options: Any) -> Tensor:
+    """[B, T, V] logits of a model with the interface of transformers; of a classifier the same at each p."""
+    return at_every_position(model(**batch.inputs, **options).logits, batch.input_ids.shape[1])
 
 
 def load_checkpoint(
@@ -46,8 +74,10 @@ def load_model(
     dtype = dtype or stored_dtype(folder)
     try:
         with silenced("transformers"):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            model, report = model_class(config).from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -176,11 +206,13 @@ class TorchEngine(Engine):
     def logits(self, batch: Batch) -> Tensor:
         self.check_ids(batch.input_ids)
         moved = batch.to(self.device)
-        return self.model(**moved.inputs, use_cache=False).logits.float()
+        return logits_of(self.model, moved, use_cache=False).float()
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         ids = self.check_ids(ids).to(self.device)
+        if classifies(self.model.config):
+            return self.model(input_ids=ids).logits.float(), None
         output = self.model(input_ids=ids, use_cache=True, **self.last_only)
         return output.logits[:, -1].float(), output.past_key_values
 

@@ -22,6 +22,7 @@ from eval.core.gate_file import (
 )
 from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, VALIDATION
+from eval.core.sections.classification import in_words
 from eval.core.study import check_trained, load_study, prefixes
 from eval.gate.caveats import (
     compare_extents,
@@ -55,7 +56,7 @@ from eval.gate.quality import (
     share_chain,
     student_shares,
 )
-from eval.gate.secondary import collect_qualities
+from eval.gate.secondary import collect_classes, collect_qualities
 from eval.gate.verdicts import explain_verdict, hold_failures, is_shared, join_verdicts, slice_verdict
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
 
@@ -280,6 +281,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
     gate = GateFile(
         study=evidence.study.name,
         title=evidence.study.title,
+        task=evidence.study.task,
         folder=evidence.folder.as_posix(),
         method=evidence.study.method.name,
         verdict=verdict,
@@ -309,6 +311,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
         references=reference_costs(evidence, budget.targets, recommended, budget.alpha),
         comparisons=compare_variants(evidence, budget.alpha),
         quality=collect_qualities(evidence, next(iter(rows.values())), budget.alpha),
+        classes=collect_classes(evidence, budget.alpha),
         test_set=on_test,
         fixed=fixed,
         extent=extent,
@@ -324,7 +327,8 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
         ),
     )
     runs = add_run(runs, gate, evidence.folder, evidence.openings)
-    return gate.model_copy(update={"runs": runs, "notes": [*gate.notes, *describe_runs(fixed, runs)]})
+    gate = gate.model_copy(update={"runs": runs, "notes": [*gate.notes, *describe_runs(fixed, runs)]})
+    return GateFile.model_validate_json(in_words(gate.model_dump_json(), gate.task))
 
 
 def judge(run: str | Path, budget: str | None = None) -> GateFile:

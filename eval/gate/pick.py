@@ -10,6 +10,7 @@ from typing import Any
 from eval.core.checks import STUDENT
 from eval.core.gate_file import Comparison, Relative, Variant
 from eval.core.records import PLAIN, VALIDATION
+from eval.core.sections.classification import latency_of
 from eval.cost.estimates import estimate_ratio
 from eval.gate.evidence import Contrast, Evidence
 from eval.gate.quality import estimate
@@ -23,14 +24,12 @@ def compare_variants(evidence: Evidence, alpha: float) -> list[Comparison]:
     """Pairs of variants: they share seeds, documents and rounds, so that most of the noise cancels."""
     pairs = [(one, other) for other, one in combinations(evidence.recipes[:PAIRED], 2)]
     pairs += [(one, PLAIN) for one in evidence.recipes[PAIRED:]]
-    targets = dict.fromkeys(target for target, _ in evidence.costs)
+    targets, latency = dict.fromkeys(target for target, _ in evidence.costs), latency_of(evidence.study.task)
     comparisons = []
     for one, other in pairs:
         lead = estimate(evidence.gain(VALIDATION, Contrast(STUDENT, STUDENT, one, other)), alpha)
         shares = {
-            target: estimate_ratio(
-                evidence.costs[target, one], evidence.costs[target, other], "decode_p50", alpha
-            )
+            target: estimate_ratio(evidence.costs[target, one], evidence.costs[target, other], latency, alpha)
             for target in targets
             if {(target, one), (target, other)} <= evidence.costs.keys()
         }
@@ -81,18 +80,19 @@ def _is_as_fast(evidence: Evidence, row: Variant, fastest: Variant, alpha: float
     if row is fastest:
         return True
     ours, theirs = (evidence.costs[one.target, one.recipe] for one in (row, fastest))
-    share = estimate_ratio(ours, theirs, "decode_p50", alpha)
+    share = estimate_ratio(ours, theirs, latency_of(evidence.study.task), alpha)
     return share is not None and share.low <= 1
 
 
 def rank_variants(evidence: Evidence, rows: list[Variant], alpha: float) -> list[Variant]:
-    """What is recommended, then what is as good: all that ship and are as fast in decode as the fastest.
+    """What is recommended, then what is as good: all that ship and are as fast as the fastest.
 
     Of these the one with the largest share of the gain comes first, then the smallest.
     """
     shippable = [row for row in rows if is_shippable(row, alpha)]
     if not shippable:
         return []
-    fastest = min(shippable, key=lambda row: (_cost(row, "decode_p50"), _cost(row, "disk"), row.recipe))
+    latency = latency_of(evidence.study.task)
+    fastest = min(shippable, key=lambda row: (_cost(row, latency), _cost(row, "disk"), row.recipe))
     alike = [row for row in shippable if _is_as_fast(evidence, row, fastest, alpha)]
     return sorted(alike, key=lambda row: (-(row.kept_share.point or 0.0), _cost(row, "disk"), row.recipe))

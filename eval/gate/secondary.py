@@ -4,15 +4,27 @@ All of it is reported and none of it is a test: the gate judges the gain.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eval.core.checks import STUDENT, Artifacts
-from eval.core.gate_file import Estimate, Quality, Variant
-from eval.core.records import VALIDATION, Agreement, TaskScore, read_agreements, read_task_scores
+from eval.core.documents import read_documents
+from eval.core.gate_file import Classes, Estimate, Quality, Variant
+from eval.core.records import (
+    PLAIN,
+    VALIDATION,
+    Agreement,
+    Score,
+    TaskScore,
+    each_score,
+    read_agreements,
+    read_task_scores,
+)
 from eval.core.study import Study
 from eval.gate.evidence import Evidence
+from eval.metrics.classes import f1_parts
 from eval.metrics.functions import calibration_error
 from eval.score.agreement_records import document_tokens, estimate_agreement
 from eval.score.samples import task_digest_or_none
@@ -117,3 +129,89 @@ def estimate_tasks(records: list[TaskScore], study: Study, alpha: float) -> dict
             if len(rows) == len(seeds) and len({(r.source, *r.samples.id) for r in rows}) == 1:
                 scores[name][arm] = _share_estimate(np.array([r.samples.value for r in rows], float), alpha)
     return {name: arms for name, arms in scores.items() if arms}
+
+
+def collect_classes(evidence: Evidence, alpha: float) -> list[Classes]:
+    """How every model classifies each slice, and each domain in it; nothing where texts have no labels."""
+    study = evidence.study
+    if study.task != "classification":
+        return []
+    names = [(arm, PLAIN) for arm in evidence.arms] + [(STUDENT, recipe) for recipe in evidence.recipes[1:]]
+    records: dict[tuple[str, str], list[Score]] = {name: [] for name in names}
+    for record in each_score(evidence.folder):
+        if (model := (record.arm, record.recipe)) in records and record.seed in study.seeds:
+            records[model].append(record)
+    rows = []
+    for name in evidence.columns:
+        documents = {document.id: document for document in read_documents(evidence.folder / "data", name)}
+        domains = sorted({document.domain for document in documents.values()})
+        for model, of_model in records.items():
+            tables = [_classified(record, name) for record in of_model]
+            for domain in [None, *(domains if len(domains) > 1 else [])]:
+                ids = [i for i in tables[0] if domain in (None, documents[i].domain)]
+                labels = np.array([documents[i].label for i in ids])
+                columns = np.array([[table[i] for i in ids] for table in tables], float)  # [S, N, 2]
+                clusters = [documents[i].group for i in ids] if study.data.cluster == "group" else ids
+                errors = evidence.calibration.get(model, []) if domain is None else []
+                bins = [one[name] for one in errors]
+                wrong = [calibration_error(one.confidence, one.correct, one.tokens) for one in bins]
+                rows.append(
+                    Classes(
+                        arm=model[0],
+                        recipe=model[1],
+                        slice=name,
+                        domain=domain,
+                        **_rates(columns[..., 0], labels, clusters, len(study.data.labels) - 1, alpha),
+                        brier=float(columns[..., 1].mean()),
+                        calibration_error=float(np.mean(wrong)) if wrong else None,
+                    )
+                )
+    return rows
+
+
+def _classified(record: Score, name: str) -> dict[str, tuple[int, float]]:
+    """Document of a slice -> the class that it was held to be of, and its Brier score."""
+    columns = record.documents
+    assert columns.predicted is not None
+    assert columns.brier is not None
+    pairs = zip(columns.slice, columns.id, columns.predicted, columns.brier, strict=True)
+    return {document: (predicted, brier) for one, document, predicted, brier in pairs if one == name}
+
+
+def _rates(
+    predicted: Array, labels: NDArray[np.intp], clusters: list[str], wanted: int, alpha: float
+) -> dict[str, Any]:
+    """Counts of texts, and rates with their bounds.
+
+    Args:
+        predicted: [S, N] numbers of classes; labels: [N]; clusters: [N] names.
+        wanted: number of the class that is looked for.
+    """
+    right = (predicted == labels).astype(float)
+    other = (labels != wanted).astype(float)
+    alarms = (predicted == wanted) * other
+    twice, size = f1_parts(predicted, labels, wanted)
+    ones, others = np.ones_like(right), np.broadcast_to(other, right.shape)
+    return {
+        "texts": len(labels),
+        "looked_for": int((labels == wanted).sum()),
+        "accuracy": _rate(right, ones, clusters, alpha),
+        "f1": _rate(twice, size, clusters, alpha) if (labels == wanted).any() else None,
+        "false_alarms": _rate(alarms, others, clusters, alpha) if other.any() else None,
+    }
+
+
+def _rate(parts: Array, sizes: Array, clusters: list[str], alpha: float) -> Estimate:
+    """A ratio of sums of [S, N] over the N texts, the mean over seeds; clusters of texts are independent.
+
+    Clusters that have none of what is divided by are left out. To first order (Cochran 1977, section 6.3) a
+    seed's ratio R is the mean over clusters of R + (part - R size) / mean(size).
+    """
+    names, place = np.unique(clusters, return_inverse=True)
+    both = np.zeros((2, len(parts), len(names)))
+    for table, values in zip(both, (parts, sizes), strict=True):
+        np.add.at(table.T, place, values.T)
+    part, size = both[:, :, both[1].sum(0) > 0]
+    ratio = part.sum(1, keepdims=True) / size.sum(1, keepdims=True)
+    z = ratio + (part - ratio * size) / size.mean(1, keepdims=True)
+    return _share_estimate(z, alpha)

@@ -15,6 +15,7 @@ from eval.core.artifacts import file_sha256, write_text
 from eval.core.commands import new_parser, study_from_command
 from eval.core.errors import UserError, entry
 from eval.core.gate_file import GateFile, read_gate
+from eval.core.sections.classification import in_words
 from eval.core.study import Study
 from eval.report.budget_table import csv_text
 from eval.report.format import data_lines
@@ -39,11 +40,12 @@ def render_reports(run: Path, gate: GateFile) -> dict[str, str]:
     """File -> text of every report of gate.json; the same gate.json gives the same bytes."""
     from eval.report.html import render_page  # matplotlib: what is refused should be refused fast
 
-    return {
+    texts = {
         "table.md": render_markdown(gate, data_lines(run, gate)),
         "table.csv": csv_text(gate),
         "report.html": render_page(gate, run, (run / "study.yaml").read_text(encoding="utf-8")),
     }
+    return {name: in_words(text, gate.task) for name, text in texts.items()}
 
 
 def console() -> Console:

@@ -113,7 +113,8 @@ def build_budget_table(gate: GateFile, variants: list[Variant] | None = None) ->
     """
     limited = [name for target in gate.budget["targets"].values() for name in target.get("limits", {})]
     measured = {name for v in gate.variants for name, n in (v.cost or {}).items() if n.value is not None}
-    costs = list(dict.fromkeys([*ALWAYS, *limited, *(name for name in WHERE_MEASURED if name in measured)]))
+    usual = [name for name in ALWAYS if not (gate.task == "classification" and name.startswith("decode"))]
+    costs = list(dict.fromkeys([*usual, *limited, *(name for name in WHERE_MEASURED if name in measured)]))
     quality = [
         Column("validation_bits_per_byte", "validation bits/byte"),
         Column("gain_retained", "share of the gain retained"),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from eval.core.gate_file import GateFile, KeptShare, Variant
 from eval.core.records import PLAIN, VALIDATION
+from eval.core.sections.classification import latency_of
 from eval.report.format import (
     SYMBOLS,
     by_recipe,
@@ -137,7 +138,7 @@ def _points(gate: GateFile, target: str) -> list[Point]:
         if one.over == PLAIN and one.lead.low is not None and one.lead.high is not None
     }
     for v in gate.variants:
-        decode, disk = ((v.cost or {}).get(name) for name in ("decode_p50", "disk"))
+        decode, disk = ((v.cost or {}).get(name) for name in (latency_of(gate.task), "disk"))
         if v.target == target and decode and decode.value is not None:
             size = disk.value if disk and disk.value is not None else 0.0
             level = v.scores[VALIDATION].point

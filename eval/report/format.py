@@ -9,7 +9,7 @@ from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.budget import AT_LOAD
 from eval.core.documents import describe_data
 from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Part, Relative, Variant
-from eval.core.records import VALIDATION
+from eval.core.records import PLAIN, VALIDATION
 
 ARMS = {
     "B": "base, the fallback",
@@ -238,6 +238,23 @@ def behaviour_cells(gate: GateFile) -> dict[str, list[Cell]]:
         for recipe, quality in gate.quality.items()
         if quality.accuracy or quality.calibration_error or quality.flips or quality.kl
     }
+
+
+CLASSES = ["texts", "accuracy", "F1", "false alarms", "Brier", "calibration error"]
+
+
+def class_rows(gate: GateFile) -> list[tuple[str, str, list[Cell]]]:
+    """Slice, or a domain in it; model; the cells of `CLASSES`. Nothing where texts have no labels."""
+    rows = []
+    for one in gate.classes:
+        place = one.slice if one.domain is None else f"{one.slice}, {one.domain}"
+        rates = [
+            Cell(MISSING) if value is None else estimate_cell(value) for value in (one.f1, one.false_alarms)
+        ]
+        numbers = [MISSING if value is None else fixed(value) for value in (one.brier, one.calibration_error)]
+        cells = [Cell(str(one.texts)), estimate_cell(one.accuracy), *rates, *map(Cell, numbers)]
+        rows.append((place, one.arm if one.recipe == PLAIN else f"{one.arm}, {one.recipe}", cells))
+    return rows
 
 
 def comparison_rows(gate: GateFile) -> tuple[list[str], list[list[str]]]:

@@ -195,6 +195,8 @@ def render_page(gate: GateFile, run: Path, study_yaml: str) -> str:
         table=render_budget_rows(gate, templates),
         behaviour=tables.behaviour_cells(gate),
         behaviour_titles=tables.BEHAVIOUR,
+        classes=tables.class_rows(gate),
+        class_titles=tables.CLASSES,
         tasks=tables.task_rows(gate),
         task_arms=tables.task_arms(gate),
         figures=pictures,

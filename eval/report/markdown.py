@@ -9,11 +9,13 @@ from eval.report.budget_table import BudgetTable, build_budget_table, fold_lines
 from eval.report.format import (
     ARMS,
     BEHAVIOUR,
+    CLASSES,
     FOOTNOTE,
     MISSING,
     NOT_MEASURED,
     behaviour_cells,
     by_recipe,
+    class_rows,
     comparison_rows,
     cost_stamp,
     estimate_cell,
@@ -124,6 +126,9 @@ def behaviour_tables(gate: GateFile) -> list[str]:
     scores = [[escape(recipe), escape(task), *map(str, cells)] for recipe, task, cells in task_rows(gate)]
     heads = ["recipe", "task", *task_arms(gate)]
     sections = ["### Behaviour", markdown_table(["recipe", *BEHAVIOUR], rows)] if rows else []
+    classes = [[escape(place), escape(model), *map(str, cells)] for place, model, cells in class_rows(gate)]
+    if classes:
+        sections += ["### Classes", markdown_table(["slice", "model", *CLASSES], classes)]
     return sections + (["### Tasks, mean score", markdown_table(heads, scores)] if scores else [])
 
 

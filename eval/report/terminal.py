@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.core.gate_file import STYLES, GateFile, Variant
+from eval.core.sections.classification import in_words
 from eval.report.budget_table import WEIGHTS, BudgetTable, Row, build_budget_table, fold_lines
 from eval.report.format import (
     FOOTNOTE,
@@ -55,16 +56,21 @@ def table_row(table: BudgetTable, row: Row) -> list[Text]:
         if column.name not in WEIGHTS
     ]
     verdict = Text.assemble((v.verdict, STYLES[v.verdict]), *(f"\n{one}" for one in slices))
-    return [Text("\n".join(name)), verdict, *map(Text, [*spans, *cost_texts(row.costs)])]
+    return [Text("\n".join(name)), verdict, *map(Text, [*spans, *cost_texts(row.costs, count_timed(table))])]
 
 
-def cost_texts(costs: list[Cell]) -> list[str]:
+def count_timed(budget: BudgetTable) -> int:
+    """How many of the first columns of cost are percentiles: two of prefill, two of decode if any."""
+    return 4 if any(column.name.startswith("decode") for column in budget.costs) else 2
+
+
+def cost_texts(costs: list[Cell], timed: int) -> list[str]:
     """Two percentiles of prefill and of decode with their upper bounds, the peak of memory, bytes on disk."""
     if not costs:
-        return [NOT_MEASURED, "", "", ""]
-    pairs = [costs[0:2], costs[2:4]]
+        return [NOT_MEASURED, *[""] * (timed // 2 + 1)]
+    pairs = [costs[place : place + 2] for place in range(0, timed, 2)]
     texts = [f"{p50.main} / {short(p95)}\n{upper_bounds([p50, p95])}" for p50, p95 in pairs]
-    return texts + [cell.main for cell in costs[4:6]]
+    return texts + [cell.main for cell in costs[timed : timed + 2]]
 
 
 def short(cell: Cell) -> str:
@@ -72,11 +78,14 @@ def short(cell: Cell) -> str:
     return cell.main if cell.value is not None else MISSING
 
 
-def rich_table(budget: BudgetTable) -> Table:
+def rich_table(budget: BudgetTable, task: str) -> Table:
     """The budget table as rich prints it; upper bounds stand below the percentiles."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     left, right = ["variant", "verdict"], ["bits/byte", "gain\nretained", "guard\nshare"]
-    costs = ["prefill ms\np50 / p95", "decode ms\np50 / p95", "peak\nMiB", "disk\nMiB"]
+    timed = count_timed(budget)
+    latencies = ["prefill ms\np50 / p95", "decode ms\np50 / p95"][: timed // 2]
+    right = [in_words(heading, task) for heading in right]
+    costs = [*latencies, "peak\nMiB", "disk\nMiB"]
     for heading in [*left, *right, *costs]:
         justify: JustifyMethod = "left" if heading in left else "right"
         table.add_column(heading, justify=justify, overflow="fold")
@@ -84,7 +93,7 @@ def rich_table(budget: BudgetTable) -> Table:
         table.add_row(*table_row(budget, row))
     for beside in budget.references:
         name = Text(f"{beside.name}\non {beside.target}")
-        table.add_row(name, MISSING, "", "", "", *map(Text, cost_texts(beside.costs)))
+        table.add_row(name, MISSING, "", "", "", *map(Text, cost_texts(beside.costs, timed)))
     return table
 
 
@@ -119,7 +128,7 @@ def print_report(gate: GateFile, console: Console, data: Iterable[str] = ()) -> 
     for line in saved_text(gate):
         console.print(Text(line))
     budget = build_budget_table(gate, select_variants(gate.variants, ROWS))
-    console.print(rich_table(budget))
+    console.print(rich_table(budget, gate.task))
     for line in lines_below(gate, budget):
         console.print(Text(line))
     console.print(Text(f"* recommended ({recommended_text(gate)}). {FOOTNOTE}", style="dim"))

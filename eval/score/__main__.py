@@ -17,6 +17,7 @@ from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import entry
 from eval.core.jobs import Job, lock_folder, run_jobs
 from eval.core.records import PLAIN, VALIDATION, read_scores, read_task_scores
+from eval.core.sections.classification import in_words
 from eval.core.study import Study, recipe_names
 from eval.engines import subject_of
 from eval.score.devices import add_device, deal_out, find_devices
@@ -103,7 +104,8 @@ def main() -> None:
     bits = corpus_bits_per_byte(read_scores(study.folder))
     tasks = mean_task_scores(read_task_scores(study.folder)) if study.data.tasks else {}
     if done:
-        Console().print(score_table("bits per byte, lower is better", bits))
+        title = in_words("bits per byte, lower is better", study.task)
+        Console().print(score_table(title, bits))
     if study.data.tasks:
         Console().print(score_table("mean task scores, higher is better", tasks))
     print(f"scored {done} models, {len(model_folders(study.folder, study)) - done} were scored before")

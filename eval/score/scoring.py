@@ -12,6 +12,7 @@ from eval.core.jobs import Report
 from eval.core.records import Bins, Documents, Kind, Score, each_score, provenance, write_record
 from eval.core.study import Study, recipe_names
 from eval.engines import load_engine, subject_of, subject_of_record
+from eval.metrics.classes import ClassPredictions
 from eval.metrics.functions import bits_per_byte
 from eval.metrics.likelihood import BATCH_TOKENS, Likelihoods, Predict, likelihoods
 from eval.score.devices import CPU, device_name, settle_device
@@ -50,6 +51,7 @@ def score_documents(
         UserError: a slice or a document is empty, or a likelihood is not finite.
     """
     columns: dict[str, list] = {name: [] for name in COLUMNS}
+    classes: dict[str, list] = {"predicted": [], "brier": []}
     calibration = {}
     slices = [TEST] if kind == "test" else scored_slices(data)
     for done, name in enumerate(slices, start=1):
@@ -58,17 +60,23 @@ def score_documents(
             raise UserError(
                 f"slice {name!r}", f"no documents in {data}", "give the slice sources that hold some"
             )
-        result = likelihoods(predict, documents, tokenizer, context, batch_tokens)
+        seen = ClassPredictions(predict)
+        asked: Predict = predict if documents[0].label is None else seen
+        result = likelihoods(asked, documents, tokenizer, context, batch_tokens)
         columns["id"] += [document.id for document in documents]
         columns["cluster"] += cluster_names(documents, cluster_of(name))
         columns["slice"] += [name] * len(documents)
-        columns["bytes"] += [document.bytes for document in documents]
+        columns["bytes"] += [document.size for document in documents]
         columns["tokens"] += result.tokens
         columns["bits"] += result.bits
         columns["correct"] += result.correct
+        if documents[0].label is not None:
+            classes["predicted"] += [seen.predicted[document.id] for document in documents]
+            classes["brier"] += [seen.brier[document.id] for document in documents]
         calibration[name] = Bins(**result.bins._asdict())
         report(done / len(slices))
-    return Documents(**columns, calibration=calibration)
+    labelled = classes if classes["predicted"] else {}
+    return Documents(**columns, **labelled, calibration=calibration)
 
 
 def score_kinds(study: Study) -> list[Kind]:

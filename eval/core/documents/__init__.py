@@ -51,10 +51,16 @@ class Document:
     origin: str = ""  # where it was found, for messages: a file, and the row in it
     source: int = 0  # number of the source that it is of: of scored documents, and where sources have weights
     tools: Sequence[dict[str, Any]] = ()  # JSON schemas of what a chat's assistant may call
+    label: int | None = None  # number of its class in `data.labels`, which is then all that is predicted
 
     @property
     def bytes(self) -> int:
         return len(self.text.encode())
+
+    @property
+    def size(self) -> int:
+        """What its bits are divided by: the bytes of a text, the one example that a labelled text is."""
+        return self.bytes if self.label is None else 1
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,17 @@ class Row:
     given: int = 0  # so many tokens after the boundary are context and not predicted
     packed: tuple[tuple[int, int], ...] = ()  # of several rows in one: their lengths and what is given
     skipped: tuple[Span, ...] = ()  # places of further tokens that are context: what is said between answers
+    labelled: bool = False  # the last of `tokens` is no token but the label: no model may read it
 
     @property
     def id(self) -> str:
         more = f"+{len(self.packed) - 1}" if self.packed else ""
         return f"{self.document}#{self.index}{more}"
+
+    @property
+    def read(self) -> list[int]:
+        """What a model reads."""
+        return self.tokens[:-1] if self.labelled else self.tokens
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
@@ -123,6 +135,7 @@ class Batch:
     attention_mask: Tensor  # [B, T] int64, 1 where there is a token
     given: Tensor | None = None  # [B, T] bool, True where a token is context: not predicted
     positions: Tensor | None = None  # [B, T] int64, of packed rows: starts again with every part
+    classes: Tensor | None = None  # [B] int64, of labelled rows: what the last token of each predicts
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -133,25 +146,28 @@ class Batch:
 
     @property
     def labels(self) -> Tensor:
-        """[B, T - 1] the token that each position predicts."""
-        return self.input_ids[:, 1:]
+        """[B, T - 1] the token that each position predicts, or the class of its row."""
+        following = self.input_ids[:, 1:]
+        return following if self.classes is None else self.classes[:, None].expand_as(following)
 
     @cached_property
     def mask(self) -> Tensor:
-        """[B, T - 1] bool, True where the predicted token is real and not given."""
+        """[B, T - 1] bool, True where the predicted token is real and not given, or comes before a label."""
         real = self.attention_mask[:, 1:].bool()
+        if self.classes is not None:
+            return self.attention_mask[:, :-1].bool() & ~real
         return real if self.given is None else real & ~self.given[:, 1:]
 
     @cached_property
     def targets(self) -> tuple[Tensor, Tensor]:
         """[N] places among the B * T positions that predict a token under the mask; [N] those tokens."""
         rows, columns = self.mask.nonzero(as_tuple=True)
-        places = rows * self.input_ids.shape[1] + columns
-        return places, self.input_ids.flatten()[places + 1]
+        return rows * self.input_ids.shape[1] + columns, self.labels[rows, columns]
 
     def to(self, device: torch.device | str) -> Batch:
         moved = self.input_ids.to(device), self.attention_mask.to(device)
-        rest = [None if tensor is None else tensor.to(device) for tensor in (self.given, self.positions)]
+        optional = self.given, self.positions, self.classes
+        rest = [None if tensor is None else tensor.to(device) for tensor in optional]
         return Batch(self.ids, self.documents, self.domains, *moved, *rest)
 
 
@@ -182,6 +198,7 @@ def parse_document(line: str | bytes) -> Document:
         row.get("origin", ""),
         row.get("source", 0),
         row.get("tools", ()),
+        row.get("label"),
     )
 
 
@@ -271,9 +288,9 @@ def pad_id(tokenizer) -> int:
 
 def windows(tokenizer, document: Document, context: int, learned: Learned = SCORED) -> list[Row]:
     """Rows that predict each token of the text once; see `eval.core.documents.encoding`."""
-    (encoding,) = encode(tokenizer, [document], learned)
+    (encoding,) = encode(tokenizer, [document], learned, context)
     return [
-        Row(document.id, document.domain, i, tokens, given, skipped=skipped)
+        Row(document.id, document.domain, i, tokens, given, (), skipped, document.label is not None)
         for i, window in enumerate(windows_of(encoding, context))
         for tokens, given, skipped in [window_tokens(encoding, window)]
     ]
@@ -310,7 +327,7 @@ def join_rows(rows: list[Row]) -> Row:
 
 
 def collate(rows: list[Row], pad: int) -> Batch:
-    """Pads rows on the right with `pad`, under the mask."""
+    """Pads rows on the right with `pad`, under the mask; a label too, which no model may read."""
     import torch  # seconds to import: not before there are rows
 
     length = max(len(row.tokens) for row in rows)
@@ -319,8 +336,8 @@ def collate(rows: list[Row], pad: int) -> Batch:
     given = torch.zeros((len(rows), length), dtype=torch.bool)
     positions = torch.zeros((len(rows), length), dtype=torch.int64)
     for i, row in enumerate(rows):
-        ids[i, : len(row.tokens)] = torch.tensor(row.tokens)
-        mask[i, : len(row.tokens)] = 1
+        ids[i, : len(row.read)] = torch.tensor(row.read)
+        mask[i, : len(row.read)] = 1
         start = 0
         for size, context in row.parts:
             given[i, start : start + 1 + context] = True
@@ -331,7 +348,8 @@ def collate(rows: list[Row], pad: int) -> Batch:
         positions[i, start:] = torch.arange(length - start)
     names = [r.id for r in rows], [r.document for r in rows], [r.domain for r in rows]
     packed = any(row.packed for row in rows)
-    return Batch(*names, ids, mask, given, positions if packed else None)
+    classes = torch.tensor([row.tokens[-1] for row in rows]) if rows[0].labelled else None
+    return Batch(*names, ids, mask, given, positions if packed else None, classes)
 
 
 def tokens_per_batch(vocabulary: int, device: torch.device | str = "cpu") -> int:

@@ -31,6 +31,8 @@ class Readable(Protocol):
     def prompt(self) -> str | list[dict[str, str]]: ...
     @property
     def tools(self) -> Sequence[dict[str, Any]]: ...
+    @property
+    def label(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Window(NamedTuple):
 
 
 def boundary_id(tokenizer) -> int:
-    """The token that every row starts with: BOS, or EOS where a tokenizer has no BOS."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    """The token that every row starts with: BOS, or EOS where a tokenizer has no BOS; CLS of an encoder."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
         if token is not None:
             return token
     raise UserError("tokenizer", "neither BOS nor EOS token", "set one of the two in its config")
@@ -80,14 +82,21 @@ def text_ids(tokenizer, text: str) -> list[int]:
     return read["input_ids"]
 
 
-def encode(tokenizer, documents: Sequence[Readable], learned: Learned = SCORED) -> list[Encoding]:
+def encode(
+    tokenizer, documents: Sequence[Readable], learned: Learned = SCORED, most: int | None = None
+) -> list[Encoding]:
     """The tokens of documents. Special tokens that a text spells out are text, those of a template tokens.
 
     A prompt is tokenized together with its text: a token that reaches from one into the other is predicted.
 
+    Args:
+        most: tokens of a labelled text with its label, which is cut behind; others are cut into windows.
+
     Raises:
         UserError: a document has no tokens, or a chat cannot be laid out.
     """
+    if documents and documents[0].label is not None:
+        return [_labelled(tokenizer, document, most) for document in documents]
     texts = [document.text for document in documents if not document.prompt]
     options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     read = partial(tokenizer, add_special_tokens=False, split_special_tokens=True, **options)
@@ -132,6 +141,16 @@ def _plain(tokenizer, document: Readable, ids: list[int], learned: Learned) -> E
             raise UserError("data.end_of_text", "true, but the tokenizer has no EOS token", "set it to false")
         ids = [*ids, tokenizer.eos_token_id]
     return Encoding(ids, 0, front=boundary_id(tokenizer))
+
+
+def _labelled(tokenizer, document: Readable, most: int | None) -> Encoding:
+    """A text as its tokenizer writes it for an encoder, or after the boundary token, then its label."""
+    assert document.label is not None
+    front = [] if tokenizer.num_special_tokens_to_add() else [boundary_id(tokenizer)]
+    limit: dict[str, Any] = {} if most is None else {"truncation": True, "max_length": most - 1 - len(front)}
+    ids = tokenizer(document.text, split_special_tokens=True, verbose=False, **limit)["input_ids"]
+    _check_tokens(document, ids)
+    return Encoding([*front, *ids, document.label], len(front) + len(ids))
 
 
 def _prompted(tokenizer, document: Readable, learned: Learned) -> Encoding:

@@ -39,6 +39,11 @@ class Data(Frozen):
         description="what students learn from their teachers on, in place of `documents`: text without "
         "answers will do; bases, methods and CE train on `documents`",
     )
+    labels: list[str] = Field(
+        [],
+        exclude_if=lambda value: not value,
+        description="for `task: classification`: the classes; the last is what is looked for, such as spam",
+    )
     mixture_seed: int = Field(0, ge=0, description="of the draws of sources that have a `weight`")
     shifted: dict[FileName, list[Source]] = Field(
         {}, description="slice name -> sources of documents that are only ever scored"
@@ -362,7 +367,7 @@ class Cost(Frozen):
 
     processes: int = Field(5, gt=1, description="fresh processes per variant")
     prompt_tokens: int = Field(128, gt=0, description="tokens of a request's prompt")
-    new_tokens: int = Field(32, gt=1, description="tokens to generate per request")
+    new_tokens: int = Field(32, gt=0, description="tokens to generate per request; 1: of a classifier")
     requests: int = Field(20, gt=0, description="measured requests per process, after warm-up")
     warmup: int = Field(3, gt=0, description="requests per process before measurement starts")
     threads: int = Field(1, gt=0, description="threads of a process on a CPU")

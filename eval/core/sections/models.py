@@ -20,12 +20,9 @@ class NamedModel(Frozen):
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
 
     @property
-    def is_gguf(self) -> bool:
-        return self.path is not None and (self.path.endswith(".gguf") or self.path.startswith(PACKAGES))
-
-    @property
     def is_on_hub(self) -> bool:
-        return not (self.path is None or self.is_gguf or Path(self.path).is_dir())
+        lies_here = self.path is None or self.path.endswith(".gguf") or self.path.startswith(PACKAGES)
+        return not (lies_here or Path(str(self.path)).is_dir())
 
 
 class Server(Frozen):

@@ -60,6 +60,22 @@ class Source(Frozen):
         description="read no more rows of a data set of the hub, or of Parquet files, than `documents` asks "
         "for; none: where it asks for a number",
     )
+    text_after: str | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="only what follows its first place is taken: `\\n\\n` leaves the head of a mail out",
+    )
+    label: str | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="for `task: classification`: one of `data.labels`, of all documents of the source",
+    )
+    label_column: str | None = Field(
+        None, exclude_if=lambda value: value is None, description="the same from a column"
+    )
+    label_by_folder: bool = Field(
+        False, exclude_if=lambda value: not value, description="the same: the name of the folder of each file"
+    )
     domain_column: str | None = Field(None, description="column that names the domain of each row")
     domain: str | None = Field(
         None, description="one domain for all documents; a folder's default is the top folder of each file"
@@ -91,10 +107,17 @@ class Source(Frozen):
             raise ValueError(f"give one of {' and '.join(f'`{name}`' for name in given)}")
         if self.tools_column and not self.messages_column:
             raise ValueError("`tools_column` needs `messages_column`: a template writes both")
-        if self.kind != "dataset" and (given or self.id_column or self.group_column or self.domain_column):
+        named = self.id_column or self.group_column or self.domain_column or self.label_column
+        if self.kind != "dataset" and (given or named):
             raise ValueError(f"`kind: {self.kind}` has no columns: take `kind: dataset`")
         if self.kind != "folder" and self.group_by_folder:
             raise ValueError("`group_by_folder` is for `kind: folder`; a data set has `group_column`")
+        if self.kind != "folder" and self.label_by_folder:
+            raise ValueError("`label_by_folder` is for `kind: folder`; a data set has `label_column`")
+        if [self.label is not None, self.label_column is not None, self.label_by_folder].count(True) > 1:
+            raise ValueError("give one of `label`, `label_column` and `label_by_folder`")
+        if self.has_labels and given:
+            raise ValueError(f"a labelled text has no `{given[0]}`")
         return self
 
     @field_validator("encoding")
@@ -114,6 +137,10 @@ class Source(Frozen):
         if value is not None and (not all(names) or not names or any(forms)):
             raise ValueError("expected columns in braces, such as `{question}`")
         return value
+
+    @property
+    def has_labels(self) -> bool:
+        return self.label is not None or self.label_column is not None or self.label_by_folder
 
     @property
     def patterns(self) -> list[str]:

@@ -1,0 +1,51 @@
+"""What a classifier says of texts beside its likelihood: the class that it takes, and its Brier score."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eval.core.documents import Batch
+
+Array = NDArray[np.float64]
+
+
+class ClassPredictions:
+    """Asks a model, and keeps of every document what is said beside the likelihood of its class."""
+
+    def __init__(self, predict: Callable[[Batch], Tensor]) -> None:
+        self.predict = predict
+        self.predicted: dict[str, int] = {}  # document -> the likeliest class, the first of equals
+        self.brier: dict[str, float] = {}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """[B, T, V] scores of V classes, as the model gives them."""
+        scores = self.predict(batch)
+        at = scores[:, :-1][batch.mask.to(scores.device)].double().cpu()
+        values = brier_scores(at.softmax(-1), batch.labels[batch.mask])
+        self.predicted |= zip(batch.documents, at.argmax(-1).tolist(), strict=True)
+        self.brier |= zip(batch.documents, values.tolist(), strict=True)
+        return scores
+
+
+def brier_scores(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """[N] sum over the V classes of (p - [label])^2, 0 to 2 (Brier 1950, equation 2); lower is better.
+
+    Args:
+        probabilities: [N, V]; labels: [N] int64.
+    """
+    right = torch.nn.functional.one_hot(labels, probabilities.shape[-1])
+    return (probabilities - right).square().sum(-1)
+
+
+def f1_parts(predicted: Array, labels: NDArray[Any], wanted: int) -> tuple[Array, Array]:
+    """[..., N] 2 TP and 2 TP + FP + FN of each text for one class: F1 is the ratio of their sums.
+
+    Args:
+        predicted: [..., N] numbers of classes; labels: [N].
+    """
+    said, true = predicted == wanted, labels == wanted
+    return 2.0 * (said & true), 1.0 * said + true
