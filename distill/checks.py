@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distill.method import Method, Plain, make_method
+from distill.method import Method, Plain, make_method, method_class
 from distill.models.classifier import check_labels, with_labels
 from distill.models.gguf import find_model, read_config
 from distill.models.load import (
@@ -52,19 +52,19 @@ def check_method(study: Study) -> None:
         UserError: the method or its options are unknown, it refuses the bases of the study, or it does not go
             with the model that it is to run in.
     """
-    method, thing = make_method(study.method), f"method {study.method.name}"
+    thing = f"method {study.method.name}"
+    classifies = study.method.name in CLASSIFYING or getattr(
+        method_class(study.method.name), "classifies", False
+    )
+    if study.task == "classification" and not classifies:
+        problem = "changes or continues a text that goes on, and texts are classified"
+        raise UserError(thing, problem, f"take one of {', '.join(CLASSIFYING)}")
+    method = make_method(study.method)
     if method.only_writes and study.targets.source != "sequence":
         problem = (
             f"chooses among texts, and targets.source is {study.targets.source}: nothing would be chosen"
         )
         raise UserError(thing, problem, "set targets.source: sequence")
-    if (
-        study.task == "classification"
-        and study.method.name not in CLASSIFYING
-        and not getattr(method, "classifies", False)
-    ):
-        problem = "changes or continues what is read as a text that goes on; data.labels are classified"
-        raise UserError(thing, problem, f"take one of {', '.join(CLASSIFYING)}")
     for one in (method, method.control()):
         models = max(len(one.bases(seed, study.seeds)) for seed in study.seeds)
         if one.model == "base" and study.teacher is None:

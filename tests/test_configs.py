@@ -52,7 +52,7 @@ def test_every_config_is_read():
             assert settings.distributed_type == LAUNCHED[path.stem]
         else:
             assert validate_config(Budget, read_yaml(path, "budgets"), str(path)).name == path.stem
-    assert seen == {"studies": 7, "methods": 13, "recipes": 17, "budgets": 3, "accelerate": 3}
+    assert seen == {"studies": 8, "methods": 13, "recipes": 17, "budgets": 4, "accelerate": 3}
 
 
 def test_mandatory_slices_of_a_studys_budget_are_slices_of_its_data():
@@ -238,7 +238,8 @@ def test_a_study_is_frozen_and_its_hash_covers_what_decides_the_models():
 
 def test_wrong_names_and_broken_files_are_refused(tmp_path):
     with pytest.raises(
-        UserError, match=r"budgets config: 'defalt'; no such file; known by name: default, smollm2, tiny"
+        UserError,
+        match=r"budgets config: 'defalt'; no such file; known by name: default, smollm2, spam, tiny",
     ):
         find_config("budgets", "defalt")
     broken = tmp_path / "broken.yaml"

@@ -22,7 +22,7 @@ from eval.core.gate_file import (
 )
 from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, VALIDATION
-from eval.core.sections.classification import in_words
+from eval.core.sections.classification import BITS, in_words
 from eval.core.study import check_trained, load_study, prefixes
 from eval.gate.caveats import (
     compare_extents,
@@ -328,7 +328,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
     )
     runs = add_run(runs, gate, evidence.folder, evidence.openings)
     gate = gate.model_copy(update={"runs": runs, "notes": [*gate.notes, *describe_runs(fixed, runs)]})
-    return GateFile.model_validate_json(in_words(gate.model_dump_json(), gate.task))
+    return GateFile.model_validate_json(in_words(gate.model_dump_json(), gate.task, BITS))
 
 
 def judge(run: str | Path, budget: str | None = None) -> GateFile:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.core.checks import STUDENT, Artifacts
-from eval.core.documents import read_documents
+from eval.core.documents import cluster_names, read_documents
 from eval.core.gate_file import Classes, Estimate, Quality, Variant
 from eval.core.records import (
     PLAIN,
@@ -148,10 +148,10 @@ def collect_classes(evidence: Evidence, alpha: float) -> list[Classes]:
         for model, of_model in records.items():
             tables = [_classified(record, name) for record in of_model]
             for domain in [None, *(domains if len(domains) > 1 else [])]:
-                ids = [i for i in tables[0] if domain in (None, documents[i].domain)]
-                labels = np.array([documents[i].label for i in ids])
-                columns = np.array([[table[i] for i in ids] for table in tables], float)  # [S, N, 2]
-                clusters = [documents[i].group for i in ids] if study.data.cluster == "group" else ids
+                chosen = [documents[i] for i in tables[0] if domain in (None, documents[i].domain)]
+                labels = np.array([document.label for document in chosen])
+                columns = np.array([[table[d.id] for d in chosen] for table in tables], float)  # [S, N, 2]
+                clusters = cluster_names(chosen, study.data.cluster_of(name))
                 errors = evidence.calibration.get(model, []) if domain is None else []
                 bins = [one[name] for one in errors]
                 wrong = [calibration_error(one.confidence, one.correct, one.tokens) for one in bins]

@@ -363,6 +363,9 @@ def main() -> None:
     parser.add_argument("--recheck-days", type=count, metavar="DAYS", help=about)
     parser.add_argument("--out", help="the folder to build (default: RUN/release/NAME)")
     study, args = study_from_command(parser)
+    if study.task != "causal_lm":
+        fix = "ship the variant's folder with its sign-off: transformers or OpenVINO load it"
+        raise UserError("eval.release", f"task {study.task}: its loader and its contract are of text", fix)
     run, now = study.folder, datetime.now(UTC).date()
     sources = verify_signoffs(run, args.variant, read_trusted(args.public), now)
     out = Path(args.out) if args.out else run / "release" / "-".join(sources.recipes)

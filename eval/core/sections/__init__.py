@@ -71,7 +71,7 @@ class Data(Frozen):
     cluster: Literal["group", "domain", "source", "none"] | None = Field(
         None,
         description="what scored documents are not independent by; none given: their group, where a source "
-        "of the slice has groups, else their domain",
+        "of the slice has groups or texts have labels, else their domain",
     )
     scored_bytes: int = Field(4096, gt=0, description="bytes to which a scored document is cut")
     context: int = Field(256, gt=1, description="tokens per row, in training and in scoring")
@@ -104,7 +104,7 @@ class Data(Frozen):
         """What the documents of a slice are not independent by: `cluster`, or what its sources suggest."""
         sources = self.shifted.get(name, self.documents)
         grouped = any(source.group_column or source.group_by_folder for source in sources)
-        return self.cluster or ("group" if grouped else "domain")
+        return self.cluster or ("group" if grouped or self.labels else "domain")
 
 
 class Optimizer(Frozen):

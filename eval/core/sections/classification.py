@@ -19,11 +19,14 @@ SETTINGS: dict[str, Any] = {
     "teacher.file": None,
     "cost.new_tokens": 1,
 }
-# What tables and sentences call things that are others here: one example takes the place of all its bytes.
-WORDS = {
+# What sentences call things that are others here: one example takes the place of all bytes of a text.
+BITS = {
     "bits/byte": "bits/example",
     "Bits per byte": "Bits per example",
     "bits per byte": "bits per example",
+}
+WORDS = {  # and tables
+    **BITS,
     "bits/token": "bits/example",
     "per token": "per example",
     "J/token": "J/example",
@@ -36,10 +39,10 @@ WORDS = {
 SOURCES = ("cached", "online")  # of targets: a classifier writes nothing
 
 
-def in_words(text: str, task: str) -> str:
-    """A text for people, or one of gate.json, with the words of its task."""
+def in_words(text: str, task: str, words: dict[str, str] = WORDS) -> str:
+    """A text for people with the words of its task."""
     if task == "classification":
-        for word, other in WORDS.items():
+        for word, other in words.items():
             text = text.replace(word, other)
     return text
 
