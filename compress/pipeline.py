@@ -20,9 +20,10 @@ from eval.core.errors import UserError
 from eval.core.jobs import Job, run_jobs
 from eval.core.sections.precision import read_choice
 from eval.core.study import Study, recipe_names
-from eval.engines.torch import model_class, stored_dtype
+from eval.engines.torch import classifies, model_class, stored_dtype
 
 ARMS = (STUDENT, CONTROL)
+CLASSIFYING = ("openvino", "drop_layers")  # passes that go over classifiers too
 # What a process holds that builds variants: its libraries, and so many times the student in float32.
 LIBRARIES, HELD = 2**30, 8
 
@@ -79,6 +80,10 @@ def unfit_recipes(variants: list[Variant]) -> Failures:
         try:
             model = empty_model(variants[0].student.folder)
             for step in recipe.passes:
+                if classifies(model.config) and step.name not in CLASSIFYING:
+                    problem = "is made for models of the next token, and the students classify"
+                    fix = f"take recipes of {' and '.join(CLASSIFYING)}"
+                    raise UserError(f"pass {step.name}", problem, fix)
                 model = step.preview(model)
         except UserError as error:
             failures[recipe.name] = str(error)

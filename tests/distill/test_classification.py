@@ -16,8 +16,11 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from compress.build import TrainedStudent, Variant
 from compress.calibration import mean_loss
 from compress.passes.drop_layers import choose_layers
+from compress.pipeline import unfit_recipes
+from compress.recipe import load_recipe
 from distill.losses.teacher_output import Dense
 from distill.method import plain_output
 from distill.models.classifier import load_encoder
@@ -173,6 +176,15 @@ def test_the_layer_that_goes_is_the_one_whose_absence_costs_least(tokenizer):
             losses.append(8 * float(model(**batch.inputs, labels=batch.classes).loss))
     assert mean_loss(model, rows, 0) == pytest.approx(sum(losses) / 8, rel=1e-5)
     assert choose_layers(model, rows, 0, 1) == {1}
+
+
+def test_a_recipe_of_another_pass_is_left_out_and_says_why(tokenizer, tmp_path):
+    bert().save_pretrained(tmp_path)
+    student = TrainedStudent("S1", 0, tmp_path, "", "", (32, 8))
+    every = [Variant(student, load_recipe(name)) for name in ("int8", "depth25", "width25", "nf4", "wanda50")]
+    unfit = unfit_recipes(every)
+    assert set(unfit) == {"depth25", "width25", "nf4", "wanda50"}  # depth25 trains again
+    assert "the students classify; take recipes of openvino and drop_layers" in unfit["wanda50"]
 
 
 def labelled_study(folder, **changes):
