@@ -36,7 +36,7 @@ def base(tmp_path_factory):
         ),
         (
             ["--budget", "defalt"],
-            r"budgets config: 'defalt'; no such file; known by name: default, smollm2, tiny",
+            r"budgets config: 'defalt'; no such file; known by name: default, smollm2, spam, tiny",
         ),
         (["--recipes", "[int9]"], r"recipes config: 'int9'; no such file"),
         (["--recipes", "[int8, int8]"], r"name: 'int8'; another recipe has it"),
