@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from distill.method import Method, Plain, make_method, method_class
-from distill.models.classifier import check_labels, with_labels
 from distill.models.gguf import find_model, read_config
 from distill.models.load import (
     architecture_config,
@@ -33,7 +32,7 @@ from eval.core.sections import NamedModel, Train
 from eval.core.sections.models import Teacher
 from eval.core.study import Study
 from eval.engines import load_tokenizer
-from eval.engines.torch import model_class
+from eval.engines.torch import check_labels, model_class, with_labels
 
 CLASSIFYING = ("ensemble", "larger_teacher", "placebo")  # methods that classify as they are
 

@@ -23,7 +23,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils.hub import list_repo_templates
 
-from distill.models.classifier import check_labels, load_encoder, with_labels
 from distill.models.gguf import build_tokenizer, find_model, load_gguf, read_fields
 from eval.core.artifacts import digest, installed_versions, remembered_hashes
 from eval.core.documents import Document, windows
@@ -31,7 +30,14 @@ from eval.core.errors import UserError, require_one_of
 from eval.core.sections import Base, NamedModel
 from eval.core.study import Study
 from eval.engines import check_fast, check_template_names, load_tokenizer, tokens_beyond
-from eval.engines.torch import load_checkpoint, model_class, stored_dtype
+from eval.engines.torch import (
+    check_labels,
+    load_checkpoint,
+    load_encoder,
+    model_class,
+    stored_dtype,
+    with_labels,
+)
 
 BOS = "<|endoftext|>"
 BASE_FILES = "base-files.json"  # of the run folder: the hashes of local models

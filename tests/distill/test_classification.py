@@ -23,7 +23,6 @@ from compress.pipeline import unfit_recipes
 from compress.recipe import load_recipe
 from distill.losses.teacher_output import Dense
 from distill.method import plain_output
-from distill.models.classifier import load_encoder
 from distill.models.layers import keep_layers
 from distill.models.lm_head import check_head
 from distill.trainer.module import DistillationModule
@@ -32,7 +31,7 @@ from eval.core.errors import UserError
 from eval.core.records import read_scores
 from eval.core.sections import Loss, Train
 from eval.core.study import load_study
-from eval.engines.torch import CLASSIFIER, TorchEngine, logits_of
+from eval.engines.torch import CLASSIFIER, TorchEngine, load_encoder, logits_of
 from eval.metrics.classes import ClassPredictions, brier_scores, f1_parts
 from eval.metrics.likelihood import likelihoods
 from tests.helpers import SHAPE, run, text, tiny_tokenizer
