@@ -29,7 +29,7 @@ def sparsegpt(weight: Tensor, hessian: Tensor, rule: Rule, block: int = BLOCK) -
     h = h + torch.diag(dead + DAMPING * h.diagonal().mean())
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     if rule.pattern is not None:  # a block holds whole groups
-        block -= block % rule.pattern[1] if block > rule.pattern[1] else 0
+        block = max(rule.pattern[1], block - block % rule.pattern[1])
     for start in range(0, w.shape[1], block):
         end = min(start + block, w.shape[1])
         part, own = w[:, start:end], factor[start:end, start:end]

@@ -1,6 +1,8 @@
 """Trains and scores a study by its commands, each in a process of its own with a log."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +37,11 @@ def run_study(study: Study, path: Path | None = None) -> None:
             start = stream.tell()
             words = [sys.executable, "-m", module, flag, str(config)]
             code = subprocess.run(words, stdout=stream, stderr=stream, env=env, check=False).returncode
-        if code < 0 or code == 130:
+        if code in (130, -signal.SIGINT):
             raise KeyboardInterrupt  # a child is stopped with its parent, by Ctrl-C
+        if code < 0:
+            problem = f"{module} was ended by {signal.Signals(-code).name}"
+            raise UserError(f"study {study.name}", problem, "free some memory, and run this again")
         if code:
             with log.open(encoding="utf-8", errors="replace") as stream:
                 stream.seek(start)
@@ -47,6 +52,7 @@ def run_study(study: Study, path: Path | None = None) -> None:
 def share_artifacts(source: Path, run: Path) -> None:
     """Links the artifacts of another run: what has the same key is found, all else is made anew."""
     new = run.with_name(f".{run.name}")
+    shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
     folders = [source / name for name in SHARED]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     link_files(source, new, [str(path.relative_to(source)) for path in files])

@@ -21,7 +21,7 @@ from eval.compare.contrasts import ABSORBED, SERVED, Compared, compare, smallest
 from eval.core.artifacts import write_text
 from eval.core.budget import Budget
 from eval.core.checks import check_plan
-from eval.core.commands import add_json, new_parser, write_json
+from eval.core.commands import NewFile, add_json, new_parser, write_json
 from eval.core.errors import EXIT_PASS, UserError, entry
 from eval.core.gate_file import Estimate, GateFile, read_gate
 from eval.core.plan import budget_of_run
@@ -113,9 +113,9 @@ def notes(rows: list[Compared], margin: float) -> list[str]:
         if row.behind is None:
             lines.append(f"{row.study}: other documents or seeds than {rows[0].study}: no pair with it")
         else:
-            good = "no more than" if row.as_good else "not shown to be less than"
+            good = "it keeps more than" if row.as_good else "it is not shown to keep"
             pair = f"{row.study}: {bounds_text(row.behind)} behind {rows[0].study}"
-            lines.append(f"{pair}, {good} {margin:g} of its gain")
+            lines.append(f"{pair}, {good} {1 - margin:g} of its lead")
     named = smallest(rows)
     if any(row.behind is not None for row in rows[1:]):
         lines.append(
@@ -145,15 +145,19 @@ def main() -> int:
         "the first study with a change: NAME=--KEY VALUE ..., keys of the study; may be given several times"
     )
     parser.add_argument("--row", action="append", default=[], metavar="ROW", help=about)
-    about = "share of the first one's gain by which another may fall behind (default: 0.1)"
+    about = "share of the first one's lead by which another may fall behind (default: 0.1)"
     parser.add_argument("--margin", type=margin_type, default=0.1, metavar="M", help=about)
     about = "also write the table to this file, as Markdown"
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help=about)
+    parser.add_argument("--markdown", type=Path, action=NewFile, metavar="FILE", help=about)
     add_json(parser)
     args = parser.parse_args()
     studies = [load_study(where) for where in args.study]
-    for study in studies:
+    for place, study in enumerate(studies):
         check_trained(study)
+        for other in studies[:place]:
+            if study.folder.resolve() == other.folder.resolve() or study.name == other.name:
+                problem = f"{study.name!r} of {other.folder} and of {study.folder}"
+                raise UserError("--study", problem, "give studies of different names, each once")
     studies += train_rows(studies[0], args.row)
     if len(studies) < 2:
         raise UserError("--study", "one study", "give another one, or a change of it with --row")

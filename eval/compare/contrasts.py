@@ -36,18 +36,18 @@ class Compared(Frozen):
     teacher: dict[str, Relative]  # quantity -> the teacher's, as a multiple of the student's
     seeds: int
     clusters: int
-    p: float  # of "the student keeps nothing of a gain": the larger of those of `gain` and `lead`
+    p: float  # of "the student keeps nothing of a gain": the larger of those of gain and lead
     holm_p: float  # adjusted over the studies
     result: str
     behind: Estimate | None = None  # bits/byte by which the first one's lead is larger; null where not paired
-    as_good: bool | None = None  # its lead is less than the margin behind that of the first
+    as_good: bool | None = None  # it keeps more than 1 - margin of the first one's lead
 
 
 def compare(studies: Sequence[tuple[Evidence, Budget]], margin: float) -> list[Compared]:
     """Every study beside the others, and beside the first one where documents and seeds are the same.
 
     Args:
-        margin: share of the first study's gain that a lead may be behind its own.
+        margin: share of the first study's lead that another one may be behind.
 
     Raises:
         UserError: the studies have another alpha.
@@ -68,6 +68,7 @@ def compare(studies: Sequence[tuple[Evidence, Budget]], margin: float) -> list[C
 
 def _compared(evidence: Evidence, alpha: float) -> Compared:
     gain, lead = evidence.gain(VALIDATION, GAIN), evidence.gain(VALIDATION, kept_gain(PLAIN))
+    seen = crossed_mean(gain - RESOLUTION)  # as the gate asks it
     share = fieller(lead, gain, alpha)
     over_ce = evidence.gain(VALIDATION, GAIN_OVER_CE) if CE in evidence.arms else None
     return Compared(
@@ -80,7 +81,7 @@ def _compared(evidence: Evidence, alpha: float) -> Compared:
         teacher=_served(evidence, alpha),
         seeds=gain.shape[0],
         clusters=gain.shape[1],
-        p=max(crossed_mean(gain).p, crossed_mean(lead).p),
+        p=max(seen.p, crossed_mean(lead).p),
         holm_p=1.0,
         result="",
     )
@@ -115,16 +116,15 @@ def _beside(evidence: Evidence, whole: Evidence, margin: float, alpha: float) ->
     if evidence is whole or not same:
         return {}
     first = whole.gain(VALIDATION, kept_gain(PLAIN))
-    behind = first - evidence.gain(VALIDATION, kept_gain(PLAIN))
-    room = margin * whole.gain(VALIDATION, GAIN) - behind
+    lead = evidence.gain(VALIDATION, kept_gain(PLAIN))
     return {
-        "behind": estimate(behind, alpha, tested=False),
-        "as_good": crossed_mean(room).verdict(alpha) == PASS,
+        "behind": estimate(first - lead, alpha, tested=False),
+        "as_good": crossed_mean(lead - (1 - margin) * first).verdict(alpha) == PASS,
     }
 
 
 def smallest(rows: Sequence[Compared]) -> Compared | None:
-    """The last study, given from the whole to its smallest part, that is as good as the first one.
+    """The last study, given from the whole to its smallest part, that is absorbed and as good as the first.
 
     None where the first one is not absorbed.
 
@@ -135,7 +135,7 @@ def smallest(rows: Sequence[Compared]) -> Compared | None:
         return None
     named = rows[0]
     for row in rows[1:]:
-        if not row.as_good:
+        if not row.as_good or row.result != ABSORBED:
             break
         named = row
     return named

@@ -157,7 +157,7 @@ def add_keys_help(parser: argparse.ArgumentParser) -> None:
         parser.epilog = keys_help(Study).replace("%", "%%")
 
 
-class _NewFile(argparse.Action):
+class NewFile(argparse.Action):
     """A path to write to. A file there is deleted at once: after an error it would pass for the result."""
 
     def __call__(
@@ -182,7 +182,7 @@ def _is_stream(path: Path) -> bool:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Takes `--json FILE`, for `write_json`."""
     about = "also write the result to this file, as JSON"
-    parser.add_argument("--json", type=Path, action=_NewFile, metavar="FILE", help=about)
+    parser.add_argument("--json", type=Path, action=NewFile, metavar="FILE", help=about)
 
 
 def write_json(path: Path | None, result: Any) -> None:

@@ -25,7 +25,7 @@ from eval.engines import Engine, engine_module, load_engine
 from eval.stats.queueing import poisson
 
 LEAST = 10  # requests whose service is measured, however long they take
-TRIES = 100  # texts, one of which has more than one token
+TRIES = 100  # texts, one of which tells the time of a token
 PATIENCE = 2  # times the duration of the arrivals: what was not served by then never is
 
 
@@ -57,7 +57,8 @@ def write_whole(engine: Engine, ids: Tensor, new_tokens: int, synchronize: Synch
     """The same of an engine that writes whole texts: it is asked for one token, then for all.
 
     The time that all take beyond the first, by their number, is that of each: their mean. A text that ends
-    before its second token says nothing of it, and is written anew.
+    before its second token says nothing of it, nor does one after a first token that was held up: both are
+    written anew.
     """
 
     def timed(count: int) -> tuple[float, int]:
@@ -68,11 +69,13 @@ def write_whole(engine: Engine, ids: Tensor, new_tokens: int, synchronize: Synch
         return time.perf_counter() - start, written
 
     start = time.perf_counter()
-    first, _ = timed(1)
-    whole, written = next(answer for _ in range(TRIES) if (answer := timed(new_tokens))[1] > 1)
-    if whole <= first:
-        fix = "set cost.new_tokens higher"
-        raise UserError("teacher", f"{written} tokens took no longer than the first of them", fix)
+    for _ in range(TRIES):
+        (first, _), (whole, written) = timed(1), timed(new_tokens)
+        if written > 1 and whole > first:
+            break
+    else:
+        problem = f"in {TRIES} tries no text of {new_tokens} tokens took longer than its first token"
+        raise UserError("teacher", problem, "set cost.new_tokens higher, or measure on a quieter machine")
     step = (whole - first) / (written - 1)
     return [start, *(start + first + step * place for place in range(new_tokens))]
 

@@ -116,6 +116,7 @@ def _made_from(lineage: dict[str, Any]) -> tuple[list[Component], dict[str, list
     """Every artifact and teacher behind the release, and what each was made from."""
     artifacts = lineage["artifacts"]
     by_hash = {node["hash"]: name for name, node in artifacts.items()}
+    by_hash |= {sha: arm for arm, sha in lineage["teachers"].items()}
     components: list[Component] = []
     links: dict[str, list[str]] = {}
     for name, node in artifacts.items():
@@ -125,5 +126,5 @@ def _made_from(lineage: dict[str, Any]) -> tuple[list[Component], dict[str, list
         links[name] = sorted(set(parents) - {name})
     for arm, sha in lineage["teachers"].items():
         components.append(_model(arm, f"teacher {arm}", sha, f"of the study {lineage['study']}"))
-        links[arm] = []
+        links[arm] = ["data"] if "data" in artifacts else []
     return components, links

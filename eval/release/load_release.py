@@ -4,9 +4,8 @@
     model, info = load_release("path/to/release", target="cpu", public_key="ada.pub")
     model.generate("Once upon", new_tokens=32)      # token ids; model.tokenizer.decode(...) gives the text
 
-This one file needs `transformers`, and the engine of the artifact: torch or openvino; to check a signature
-`cryptography` too. It imports nothing of the project that made the release. Weights are safetensors or
-OpenVINO's format; no code of the folder runs.
+This file needs `transformers`, the engine of the artifact (torch or openvino), and `cryptography` to check a
+signature; nothing of the project that made the release. Weights are safetensors or OpenVINO's; no code runs.
 
 **The copy of this file inside a release finds accidents only**: whoever can change the folder can change the
 loader in it. Against a hand that means it, take the loader from elsewhere, with the key of whoever signed:
@@ -325,9 +324,14 @@ def check_waiver(index: dict[str, Any], part: dict[str, Any], day: date) -> None
 
 def overdue(index: dict[str, Any], root: Path, history: Path | None, day: date) -> str | None:
     """The day of the last recheck, or of the release, where it is longer ago than the contract promises."""
-    days, release = index.get("recheck_days"), sha256(root / MANIFEST)
-    looks = [json.loads(line) for line in read_bytes(history).splitlines()] if history else []
-    last = max([index["released"], *(one["time"][:10] for one in looks if one["release"] == release)])
+    days, release, last = index.get("recheck_days"), sha256(root / MANIFEST), index["released"]
+    try:
+        looks = [json.loads(line) for line in read_bytes(history).splitlines()] if history else []
+        last = max(
+            [last, *(str(date.fromisoformat(x["time"][:10])) for x in looks if x["release"] == release)]
+        )
+    except (ReleaseError, ValueError, KeyError, TypeError) as error:
+        log.warning("history %s cannot be read: %s", history, error)
     return last if days and (day - date.fromisoformat(last)).days > days else None
 
 
@@ -346,14 +350,12 @@ def load_release(
 
     Args:
         path: the release folder.
-        target: one of the targets of its contract.
         sha256_of_manifest: as `eval.release` printed it. The hashes find accidents; this also finds a hand
             that rewrote the hashes, if this loader is not that of the folder.
         public_key: file of the key that signed the folder, in PEM, or its 32 bytes: it finds the same.
         today: a day to come, to see what will be served then.
         rollout: folder of `eval.watch.rollout`; where that says so, or is damaged, the fallback is served.
-        rollout_key: public key of who signs its steps.
-        arm: "fallback" to load that one.
+        rollout_key: public key of who signs its steps. arm: "fallback" to load that one.
         history: file of `eval.watch.recheck --append`; a recheck that is overdue is logged.
 
     Raises:
@@ -362,7 +364,7 @@ def load_release(
     root, now = Path(path), datetime.now(UTC).date()
     day = max(today or now, now)
     listed = read_json(root / MANIFEST)
-    if sha256_of_manifest is not None and sha256(root / MANIFEST) != sha256_of_manifest:
+    if sha256_of_manifest not in (None, sha256(root / MANIFEST)):
         raise ReleaseError(f"{root / MANIFEST} is not the one that was released")
     files = listed.get("files") if isinstance(listed, dict) else None
     if not isinstance(files, dict) or INDEX not in files:

@@ -13,6 +13,7 @@ the manifest of what was scored. docs/quality.md has an example.
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,9 +71,13 @@ def read_row(where: str, row: dict[str, Any]) -> tuple[Key, str, float, int | No
         UserError: a field is missing, or what it holds is no likelihood.
     """
     if "doc" in row and "filtered_resps" in row:  # a sample of lm-evaluation-harness, loglikelihood_rolling
-        first = row["filtered_resps"][0]
-        likelihood = first[0] if isinstance(first, list) else first
-        row = {**row["doc"], "nats": -float(likelihood)}
+        try:
+            first = row["filtered_resps"][0]
+            likelihood = float(first[0] if isinstance(first, list) else first)
+            row = {**row["doc"], "nats": -likelihood}
+        except (TypeError, ValueError, IndexError, KeyError) as error:
+            problem = f"no sample of loglikelihood_rolling: {type(error).__name__}"
+            raise UserError(where, problem, "give the samples as lm-evaluation-harness wrote them") from error
     for name in ("slice", "id", "sha256"):
         if not isinstance(row.get(name), str):
             raise UserError(f"{where}: {name}", repr(row.get(name)), "give it as a text, as in the export")
@@ -83,8 +88,9 @@ def read_row(where: str, row: dict[str, Any]) -> tuple[Key, str, float, int | No
     value, tokens = row[given[0]], row.get("tokens")
     if given[0] == "logprobs":
         known = [one for one in value if one is not None] if isinstance(value, list) else []
-        value, tokens = (-sum(known) if known else None), len(known)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        usable = known and all(_is_number(one) and -math.inf < one <= 0 for one in known)
+        value, tokens = (-sum(known) if usable else value), len(known)
+    if not _is_number(value) or not 0 <= value < math.inf:
         raise UserError(f"{where}: {given[0]}", repr(value)[:60], "give a finite likelihood of at most 1")
     if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
         raise UserError(
@@ -92,6 +98,11 @@ def read_row(where: str, row: dict[str, Any]) -> tuple[Key, str, float, int | No
         )
     bits = value if given[0] == "bits" else value / math.log(2)
     return (row["slice"], row["id"]), row["sha256"], float(bits), tokens
+
+
+def _is_number(value: Any) -> bool:
+    """A number that float64 can hold: JSON has whole numbers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def read_columns(run: Path, study: Study, path: Path) -> Documents:
@@ -201,7 +212,7 @@ def main() -> None:
         print(f"{len(lines)} documents in {args.export}")
         return
     given = {name: getattr(args, name) for name in ("file", "arm", "seed", "artifact", "by")}
-    if absent := [name for name, value in given.items() if value is None]:
+    if absent := [name for name, value in given.items() if not str("" if value is None else value).strip()]:
         raise UserError("eval.score.import", f"no {', '.join(absent)}", "give them, or --export FILE")
     given["path"] = given.pop("file")
     with lock_folder(study.folder):

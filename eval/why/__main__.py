@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256, write_text
-from eval.core.commands import add_json, new_parser, write_json
+from eval.core.commands import NewFile, add_json, new_parser, write_json
 from eval.core.errors import EXIT_PASS, UserError, entry
 from eval.core.gate_file import GateFile, read_gate
 from eval.core.records import PLAIN
 from eval.release.contract_file import Contract
 from eval.report.format import estimate_cell
 from eval.report.lineage import Node, graph
-from eval.signoff.keys import read_trusted
+from eval.signoff.keys import Trusted, read_trusted
 from eval.watch.chain import read_steps
 from eval.watch.history import read_history
 from eval.watch.verify import checked
@@ -62,11 +62,14 @@ def made_from(contract: Contract, lineage: dict[str, Any], gate: GateFile) -> It
 
 
 def not_shipped(contract: Contract, gate: GateFile) -> Iterator[Entry]:
-    """What the study tried beside: variants with their verdicts, and rivals of the student."""
+    """What the study tried beside: variants with their verdicts, and rivals that beat the student."""
     shipped = {(name, target.recipe) for name, target in contract.targets.items()}
     for row in gate.variants:
         if (row.target, row.recipe) not in shipped:
             yield Entry("not shipped", f"{row.recipe} on {row.target}: {row.verdict}: {row.reason}")
+    for rival in gate.rivals:
+        if rival.beats:
+            yield Entry("rival", f"{rival.what}: better by {estimate_cell(rival.lead)} bits/byte")
 
 
 def shipping(release: Path, contract: Contract) -> Iterator[Entry]:
@@ -81,15 +84,23 @@ def shipping(release: Path, contract: Contract) -> Iterator[Entry]:
     yield Entry("release", text, file_sha256(release / MANIFEST))
 
 
-def afterwards(release: Path, histories: list[Path], rollouts: list[Path]) -> Iterator[Entry]:
-    """Its rollouts step by step, and every look at its contract.
+def afterwards(
+    release: Path, histories: list[Path], rollouts: list[Path], trusted: Trusted | None
+) -> list[Entry]:
+    """Its rollouts step by step, and every look at its contract, by their time.
 
     Raises:
-        UserError: a file is damaged, or of another release.
+        UserError: a file is damaged, of another release, or signed with a key that is not trusted.
     """
+    return sorted(_later(release, histories, rollouts, trusted), key=lambda entry: entry.text.split()[0])
+
+
+def _later(
+    release: Path, histories: list[Path], rollouts: list[Path], trusted: Trusted | None
+) -> Iterator[Entry]:
     own = file_sha256(release / MANIFEST)
     for folder in rollouts:
-        for step in read_steps(folder, None):
+        for step in read_steps(folder, trusted):
             if step.state.release != own:
                 raise UserError(f"rollout {folder}", "of another release", "give those of this one")
             text = f"{step.time} {step.decision} in stage {step.stage} by {step.by}: {step.reason}"
@@ -105,7 +116,9 @@ def afterwards(release: Path, histories: list[Path], rollouts: list[Path]) -> It
             yield Entry("recheck", text)
 
 
-def tell(release: Path, contract: Contract, histories: list[Path], rollouts: list[Path]) -> list[Entry]:
+def tell(
+    release: Path, contract: Contract, histories: list[Path], rollouts: list[Path], trusted: Trusted | None
+) -> list[Entry]:
     """Everything, in the order in which it happened."""
     gate = read_gate(release / "evidence")
     lineage = json.loads((release / LINEAGE).read_text(encoding="utf-8"))
@@ -113,7 +126,7 @@ def tell(release: Path, contract: Contract, histories: list[Path], rollouts: lis
         *made_from(contract, lineage, gate),
         *not_shipped(contract, gate),
         *shipping(release, contract),
-        *afterwards(release, histories, rollouts),
+        *afterwards(release, histories, rollouts, trusted),
     ]
 
 
@@ -170,14 +183,16 @@ def main() -> int:
     parser.add_argument("--history", nargs="+", type=Path, default=[], metavar="FILE", help=about)
     about = "folders of `eval.watch.rollout`"
     parser.add_argument("--rollout", nargs="+", type=Path, default=[], metavar="FOLDER", help=about)
-    about = "public keys, or files of allowed signers: these are trusted and no others"
+    about = (
+        "public keys, or files of allowed signers, of sign-offs and rollouts: these are trusted and no others"
+    )
     parser.add_argument("--public", nargs="+", metavar="FILE", help=about)
-    parser.add_argument("--svg", type=Path, help="a picture of it")
+    parser.add_argument("--svg", type=Path, action=NewFile, metavar="FILE", help="a picture of it")
     add_json(parser)
     args = parser.parse_args()
     trusted = read_trusted(args.public) if args.public else None
     contract, _ = checked(args.release, trusted, None)
-    entries = tell(args.release, contract, args.history, args.rollout)
+    entries = tell(args.release, contract, args.history, args.rollout, trusted)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     for one in entries:
         digest = f"  {one.hash[:DIGITS]}" if one.hash else ""

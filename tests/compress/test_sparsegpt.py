@@ -46,7 +46,7 @@ def test_unstructured_masks_and_weights_against_the_dense_reference(block, share
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8)])
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (12, 24)])
 def test_n_of_m_masks_and_weights_against_the_dense_reference(pattern):
     weight, x = layer(seed=1)
     expected = dense_reference(weight, x, 24, pattern=pattern)

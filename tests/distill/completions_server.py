@@ -154,8 +154,8 @@ def serve(options, ready):
 
 @contextmanager
 def serving(folder, **options):
-    """The port of a server; forked, so that nothing is imported again."""
-    context = get_context("fork")
+    """The port of a server. Not forked: it would hold the pipes of the test's own process open."""
+    context = get_context("forkserver")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(Options(folder, **options), theirs), daemon=True)
     process.start()

@@ -79,16 +79,17 @@ class Run:
     time: str = "2026-01-01T00:00:00+00:00"  # of every record
     load: dict | None = None  # how the study measures under load
     clusters: int | None = None  # of the documents of each slice, which are none without
+    name: str = "toy"
 
     @property
     def path(self) -> Path:
-        return self.folder / "runs" / "toy"
+        return self.folder / "runs" / self.name
 
     @property
     def study(self) -> Study:
         return Study.model_validate(
             {
-                "name": "toy",
+                "name": self.name,
                 "title": "A toy",
                 "runs": str(self.folder / "runs"),
                 "seeds": self.seeds,

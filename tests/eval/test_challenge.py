@@ -21,6 +21,7 @@ from eval.challenge.outcome import (
     rival_claims,
 )
 from eval.challenge.rows import PLACEBO, SAME, plan_rows
+from eval.challenge.runs import run_study, share_artifacts
 from eval.core.errors import UserError
 from eval.core.study import load_study
 from eval.stats.crossed import crossed_mean
@@ -202,3 +203,26 @@ def test_a_row_is_run_once_and_makes_only_what_its_change_touches(tmp_path):
     assert again.run() == []
     assert again.outcomes() == challenge.outcomes()
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")} == before
+
+
+def test_what_a_killed_command_left_is_no_obstacle(tmp_path):
+    source, new = tmp_path / "runs/one", tmp_path / "runs/two"
+    (source / "data").mkdir(parents=True)
+    (source / "data/train.jsonl").write_text("x")
+    (tmp_path / "runs/.two/data").mkdir(parents=True)
+    os.link(source / "data/train.jsonl", tmp_path / "runs/.two/data/train.jsonl")
+    share_artifacts(source, new)
+    assert (new / "data/train.jsonl").samefile(source / "data/train.jsonl")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize(("number", "error"), [(9, UserError), (2, KeyboardInterrupt)])
+def test_a_command_that_was_killed_is_no_ctrl_c(tmp_path, monkeypatch, number, error):
+    study = load_study("tiny", runs=str(tmp_path))
+    monkeypatch.setattr("eval.challenge.runs.sys.executable", tmp_path / "killed")
+    (tmp_path / "killed").write_text(f"#!/bin/sh\nkill -{number} $$\n")
+    (tmp_path / "killed").chmod(0o755)
+    with pytest.raises(error) as caught:
+        run_study(study)
+    if error is UserError:
+        assert "distill.train was ended by SIGKILL; free some memory" in str(caught.value)

@@ -1,6 +1,7 @@
 """Several methods in one table: the tests that decide, pairs with the first one, the smallest that is as good."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -16,11 +17,15 @@ from tests.eval.run_builder import GAINS, Run
 from tests.helpers import run as command
 
 
-def evidence_of(folder, **changes):
+def evidence_of(folder, name="toy", **changes):
     built = Run(folder, **changes).make()
     study = load_study(built.path)
     budget = load_budget(study)
-    return collect_evidence(built.path, study, budget), budget
+    evidence = collect_evidence(built.path, study, budget)
+    return replace(evidence, study=study.model_copy(update={"name": name})), budget
+
+
+NOISE = {"little": 1e-3, "rounding": 1e-7}
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +38,32 @@ def studies(tmp_path_factory):
         "lost": {"S1": 0.03},
         "none": {"T1": 0.0, "S1": 0.03},
         "harm": {"T1": -0.1, "S1": -0.05},
+        "little": {"S1": 0.045},
+        "rounding": {"T1": 4e-6, "S1": 0.03 + 4e-6},
     }
     return {
-        name: evidence_of(tmp_path_factory.mktemp(name), gains=GAINS | change, noise=0.002 + 0.0004 * place)
+        name: evidence_of(
+            tmp_path_factory.mktemp(name),
+            name,
+            gains=GAINS | change,
+            noise=NOISE.get(name, 0.002 + 0.0004 * place),
+        )
         for place, (name, change) in enumerate(gains.items())
     }
 
 
 def test_each_study_says_whether_its_gain_was_absorbed(studies):
     rows = compare(list(studies.values()), 0.1)
-    assert [row.result for row in rows] == [ABSORBED, ABSORBED, ABSORBED, NOT_SHOWN, NOT_SEEN, HARMS]
+    assert {row.study: row.result for row in rows} == {
+        "whole": ABSORBED,
+        "part": ABSORBED,
+        "half": ABSORBED,
+        "lost": NOT_SHOWN,
+        "none": NOT_SEEN,
+        "harm": HARMS,
+        "little": ABSORBED,
+        "rounding": NOT_SEEN,  # as the gate says: float32 scores do not resolve it
+    }
     assert rows[0].lead.point == pytest.approx(0.09, abs=0.01)
     assert rows[2].share[1] < 0.04 / 0.12 < rows[2].share[2]
     assert rows[4].share is None
@@ -50,14 +71,14 @@ def test_each_study_says_whether_its_gain_was_absorbed(studies):
 
 def test_p_is_that_of_both_tests_and_grows_with_the_studies(studies):
     from eval.core.records import PLAIN, VALIDATION
-    from eval.gate.quality import GAIN, kept_gain
+    from eval.gate.quality import GAIN, RESOLUTION, kept_gain
 
     alone, among = compare([studies["half"]], 0.1)[0], compare(list(studies.values()), 0.1)[2]
     evidence = studies["half"][0]
-    tables = evidence.gain(VALIDATION, GAIN), evidence.gain(VALIDATION, kept_gain(PLAIN))
+    tables = evidence.gain(VALIDATION, GAIN) - RESOLUTION, evidence.gain(VALIDATION, kept_gain(PLAIN))
     assert alone.p == among.p == alone.holm_p == max(crossed_mean(table).p for table in tables)
-    smaller = sum(row.p < among.p for row in compare(list(studies.values()), 0.1))
-    assert among.holm_p == pytest.approx(among.p * (6 - smaller))
+    upto = sorted(p for p in (row.p for row in compare(list(studies.values()), 0.1)) if p <= among.p)
+    assert among.holm_p == pytest.approx(max(p * (len(studies) - rank) for rank, p in enumerate(upto)))
 
 
 def test_the_smallest_part_that_keeps_as_much_is_named(studies):
@@ -65,10 +86,13 @@ def test_the_smallest_part_that_keeps_as_much_is_named(studies):
     assert [row.as_good for row in rows] == [None, True, False]
     assert rows[2].behind.low < 0.05 < rows[2].behind.high
     assert smallest(rows) is rows[1]
-    assert "keeps as much: toy" in notes(rows, 0.1)[-1]
+    assert notes(rows, 0.1)[-1].endswith("keeps as much: part")
     assert smallest(compare([studies[name] for name in ("lost", "whole")], 0.1)) is None
     in_between = compare([studies[name] for name in ("whole", "half", "part")], 0.1)
     assert smallest(in_between) is in_between[0], "the first that is not as good ends the search"
+    of_little = compare([studies[name] for name in ("little", "lost")], 0.1)
+    assert of_little[0].result == ABSORBED
+    assert smallest(of_little) is of_little[0], "a part that keeps nothing keeps less, however little that is"
 
 
 def test_other_documents_make_no_pair(studies, tmp_path):
@@ -80,13 +104,14 @@ def test_other_documents_make_no_pair(studies, tmp_path):
 
 def test_another_alpha_is_refused(studies):
     evidence, budget = studies["part"]
-    with pytest.raises(UserError, match=r"alpha 0\.01 in its budget, 0\.05 in that of toy"):
+    with pytest.raises(UserError, match=r"study part: alpha 0\.01 in its budget, 0\.05 in that of whole"):
         compare([studies["whole"], (evidence, budget.model_copy(update={"alpha": 0.01}))], 0.1)
 
 
 def test_the_command_shows_a_table_and_writes_it(tmp_path):
-    runs = [Run(tmp_path / name, gains=GAINS | change).make() for name, change in CHANGES.items()]
-    words = [word for one in runs for word in ("--study", one.path)]
+    words = []
+    for name, change in CHANGES.items():
+        words += ["--study", Run(tmp_path / name, gains=GAINS | change, name=name).make().path]
     files = ["--json", tmp_path / "out.json", "--markdown", tmp_path / "out.md"]
     done = command("-m", "eval.compare", *words, *files)
     assert done.returncode == 0, done.stderr
@@ -106,10 +131,13 @@ CHANGES = {"one": {}, "two": {"S1": 0.08}}
         (["--row", "less"], "expected a new name"),
         (["--margin", "2"], "a number between 0 and 1"),
         (["--study", "nowhere"], "no such file or folder"),
+        (["--study", "SAME"], "give studies of different names, each once"),
+        (["--markdown", "."], "is a folder"),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, words, message):
     whole = Run(tmp_path).make()
+    words = [whole.path if word == "SAME" else word for word in words]
     done = command("-m", "eval.compare", "--study", whole.path, *words)
     assert done.returncode == 3
     assert message in done.stderr

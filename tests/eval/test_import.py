@@ -103,6 +103,18 @@ def test_log_probabilities_and_samples_of_the_harness_are_the_same_scores(scored
             assert set(record.documents.tokens) == {2}, "those that are predicted"
 
 
+def without_nats(row, **fields):
+    return {name: value for name, value in row.items() if name != "nats"} | fields
+
+
+def test_who_scored_must_be_said(scored, tmp_path):
+    run, _, rows = scored
+    facts = given(run) | {"by": " "}
+    words = [word for name in ("arm", "seed", "artifact", "by") for word in (f"--{name}", facts[name])]
+    done = command("--study", run, *words, write(tmp_path / "s1.jsonl", rows))
+    assert (done.returncode, "no by; give them" in done.stderr) == (3, True)
+
+
 @pytest.mark.parametrize(
     ("spoil", "changes", "words"),
     [
@@ -114,6 +126,13 @@ def test_log_probabilities_and_samples_of_the_harness_are_the_same_scores(scored
         (lambda rows: rows[0].update(nats=-1.0), {}, "line 1: nats: -1.0"),
         (lambda rows: rows[0].update(nats=math.nan), {}, "line 1: nats: nan"),
         (lambda rows: rows[0].update(bits=1.0), {}, "2 of them given"),
+        (lambda rows: rows[0].update(nats=10**400), {}, "line 1: nats: 1000"),
+        (lambda rows: rows.__setitem__(0, without_nats(rows[0], logprobs=["a"])), {}, "line 1: logprobs"),
+        (lambda rows: rows.__setitem__(0, without_nats(rows[0], logprobs=[-9.0, 5.0])), {}, "1: logprobs"),
+        (lambda rows: rows[0].update(doc={}, filtered_resps=[]), {}, "no sample of loglikelihood_rolling"),
+        (lambda rows: rows[0].update(doc={}, filtered_resps=[[]]), {}, "no sample of loglikelihood_roll"),
+        (lambda rows: rows[0].update(doc={}, filtered_resps=["x"]), {}, "no sample of loglikelihood_roll"),
+        (lambda rows: rows[0].update(doc=5, filtered_resps=[-1.0]), {}, "no sample of loglikelihood_roll"),
         (lambda rows: None, {"artifact": "0" * 64}, "--artifact: 000000000000 was scored"),
         (lambda rows: None, {"seed": 7}, "--seed: 7; the study has"),
         (lambda rows: None, {"recipe": "int9"}, "did you mean 'int8'"),

@@ -107,7 +107,8 @@ def test_the_bill_of_materials_fits_the_published_schema_and_says_what_was_measu
     assert set(links) == {*parts, "release"}, "every part says what it was made from"
     assert links["variant:cpu"] == ["variants/small/S1/s0"]
     assert "students/S1/s0" in links["variants/small/S1/s0"]
-    assert "data" in links["students/S1/s0"]
+    assert {"data", "T1"} <= set(links["students/S1/s0"])
+    assert "T0" in links["students/S0/s0"]
 
 
 SCHEMAS = ("bom-1.6", "spdx", "jsf-0.82")

@@ -49,6 +49,8 @@ def test_everything_behind_a_release_is_told_with_its_hash(promised, released_ru
     files = ["--history", history, "--rollout", tmp_path / "rollout", "--svg", svg, "--json", answer]
     public = ["--public", released_run.folder / "key.pub"]
     done = command("-m", "eval.why", "--release", promised, *files, *public)
+    assert (done.returncode, "signed with the unknown key" in done.stderr) == (3, True), "of the rollout"
+    done = command("-m", "eval.why", "--release", promised, *files, *public, f"{key}.pub")
     assert done.returncode == 0, done.stderr
     entries = json.loads(answer.read_text())["entries"]
     kinds = [one["what"] for one in entries]
