@@ -3,8 +3,8 @@
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from eval.serve.router import Ask, Outcome, Refused, Router
+from eval.serve.router import Ask, Outcome, Refused, Router, Unanswered
 from eval.watch.routing import now
+
+LATER = {"Retry-After": "1"}  # seconds
 
 
 class Body(BaseModel):
@@ -37,15 +39,19 @@ class Score(Body):
 
 
 class Log:
-    """The log of requests that `eval.watch.rollout step` reads; no text is kept."""
+    """The log of requests that `eval.watch.rollout step` reads; no text is kept.
+
+    Every request that was dealt and not refused is in it, however it ended: were those left out whose clients
+    gave up, a release that is too slow would show neither errors nor latencies.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.stream = path.open("a", encoding="utf-8", buffering=1) if path else None
 
     def write(self, ask: Ask, outcome: Outcome) -> None:
-        if self.stream is not None and outcome.served_by:
+        if self.stream is not None and outcome.stage and not outcome.refused:
             row = {"key": ask.key, "time": now(), **vars(outcome), **outcome.result}
-            del row["result"]
+            del row["result"], row["refused"]
             about = {"domain": ask.domain, "tenant": ask.tenant, "prompt_bytes": ask.prompt_bytes}
             self.stream.write(json.dumps(row | about) + "\n")
 
@@ -81,28 +87,36 @@ class Server:
         starting = not all(child.facts for child in self.router.children.values())
         if starting or self.router.in_flight >= self.most:
             why = "models are loaded" if starting else f"{self.most} requests are open"
-            raise HTTPException(503, why, headers={"Retry-After": "1"})
+            raise HTTPException(503, why, headers=LATER)
         ask = Ask(body.key or uuid.uuid4().hex, what, body.domain, body.tenant)
         return ask, Outcome(*self.router.deal(ask))
 
-    async def whole(self, ask: Ask, outcome: Outcome) -> str:
+    async def logged(self, ask: Ask, outcome: Outcome) -> AsyncGenerator[str, None]:
+        """The pieces of an answer; what became of it is logged when it ends, is cut off or fails."""
         try:
-            return "".join([piece async for piece in self.router.answer(ask, outcome)])
-        except Refused as error:
-            raise HTTPException(413, str(error)) from error
+            async with aclosing(self.router.answer(ask, outcome)) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
             self.log.write(ask, outcome)
+
+    async def whole(self, ask: Ask, outcome: Outcome) -> str:
+        try:
+            return "".join([piece async for piece in self.logged(ask, outcome)])
+        except Refused as error:
+            raise HTTPException(413, str(error)) from error
+        except Unanswered as error:
+            raise HTTPException(503, str(error), headers=LATER) from error
 
     async def lines(self, ask: Ask, outcome: Outcome) -> AsyncIterator[str]:
         """An answer as JSON Lines, a line a token."""
         try:
-            async for piece in self.router.answer(ask, outcome):
-                yield json.dumps({"text": piece}) + "\n"
+            async with aclosing(self.logged(ask, outcome)) as pieces:
+                async for piece in pieces:
+                    yield json.dumps({"text": piece}) + "\n"
             yield json.dumps({"done": True, **facts(outcome)}) + "\n"
-        except Refused as error:
+        except (Refused, Unanswered) as error:
             yield json.dumps({"error": str(error)}) + "\n"
-        finally:
-            self.log.write(ask, outcome)
 
     async def generate(self, body: Generate) -> Any:
         ask, outcome = self.ask(body, prompt=body.prompt, new_tokens=body.new_tokens)

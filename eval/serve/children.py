@@ -43,7 +43,10 @@ class Child:
         failures = 0
         while True:
             begin = time.monotonic()
-            await self._live()
+            try:
+                await self._live()
+            except Exception as error:  # a line that is no message, or too long; or no process is to be had
+                log.warning("%s: %s: %s", self.name, type(error).__name__, error)
             failures = 0 if time.monotonic() - begin > LIVED else failures + 1
             delay = min(2.0 ** (failures - 1), LONGEST) if failures > 1 else 0.0
             log.warning("%s ended; it is started again in %g s", self.name, delay)
@@ -62,15 +65,15 @@ class Child:
                     self.ready.set()
                 elif (queue := self.waiting.get(message.pop("id"))) is not None:
                     queue.put_nowait(message)
-        except asyncio.CancelledError:
-            self.process.kill()
-            raise
         finally:
             self.ready.clear()
             for queue in self.waiting.values():
                 queue.put_nowait(None)
             self.waiting.clear()
-            await self.process.wait()  # it has closed its output: it ends
+            if self.process.returncode is None:
+                with suppress(ProcessLookupError):
+                    self.process.kill()
+            await self.process.wait()
 
     async def ask(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The messages of one answer.

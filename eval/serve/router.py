@@ -1,14 +1,15 @@
 """Who answers a request: release or fallback, by the rollout; the fallback where the release does not.
 
-Every request is answered or refused, whatever becomes of the release's process: what it has already sent is
-kept, and the fallback goes on after it.
+Whatever becomes of the release's process, what it has already sent is kept, and the fallback goes on after
+it. A request belongs to the arm of its key, whoever answers it: where its arm did not, that is an error.
 """
 
 import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -45,17 +46,22 @@ class Outcome:
     """What became of a request, as it is logged."""
 
     arm: Arm
-    stage: int
+    stage: int  # 0 where no rollout was read yet: such a request says nothing of an arm
     served_by: str = ""
-    error: bool = False  # its arm did not answer
+    error: bool = False  # its arm did not answer, or not before the client gave up
+    refused: bool = False
     why: str = ""
     fallback_ms: float | None = None  # from the failure of the release to the fallback's first word
-    latency_ms: float = 0.0
+    latency_ms: float = 0.0  # until the answer was whole, or nobody waited for it any longer
     result: dict[str, Any] = field(default_factory=dict)
 
 
 class Refused(ValueError):
     """The release's contract does not hold for such a request."""
+
+
+class Unanswered(RuntimeError):
+    """Neither the release nor the fallback could answer."""
 
 
 class Router:
@@ -84,15 +90,20 @@ class Router:
         if self.rollout is None:
             return
         try:
-            check_arm("release", self.rollout, self.root, self.target, self.rollout_key)
-            state = read_json(self.rollout / ROLLOUT)
-            state.pop("log", None)
-            self.state, why = State.model_validate(state), ""
+            self.state, why = self._checked_state(self.rollout), ""
         except (ReleaseError, ValueError) as error:
             why = " ".join(str(error).split())
         if why != self.stopped:
             log.warning("the fallback answers: %s", why) if why else log.warning("the rollout goes on")
         self.stopped = why
+
+    def _checked_state(self, rollout: Path) -> State:
+        """The very state that was checked: where a step is written meanwhile, the new one is checked too."""
+        state: dict[str, Any] | None = None
+        while state != (found := read_json(rollout / ROLLOUT)):
+            state = found
+            check_arm("release", rollout, self.root, self.target, self.rollout_key)
+        return State.model_validate({name: value for name, value in state.items() if name != "log"})
 
     async def follow_rollout(self) -> None:
         while True:
@@ -124,54 +135,77 @@ class Router:
         return bool(self.children["release"].facts) and self.children["fallback"].ready.is_set()
 
     def deal(self, ask: Ask) -> tuple[Arm, int]:
-        """The arm of a request, and the stage in which it was dealt."""
-        if self.rollout is None or (self.state is not None and self.state.status == "complete"):
-            return "release", self.state.stage if self.state else 1
-        if self.state is None or self.stopped:
-            return "fallback", self.state.stage if self.state else 1
+        """The arm of a request, by the hash alone, and the stage in which it was dealt.
+
+        A release that is off is asked nothing, but what is dealt to it stays its own.
+        """
+        if self.rollout is None:
+            return "release", 1
+        if self.state is None:
+            return "outside", 0
         plan, stage = self.state.plan, self.state.stage
+        if self.state.status == "complete":
+            return "release", stage
         return arm_of(plan, stage, ask.key, ask.domain, ask.tenant, ask.prompt_bytes), stage
 
-    async def answer(self, ask: Ask, outcome: Outcome) -> AsyncIterator[str]:
-        """The pieces of an answer; `outcome` then holds what became of it.
+    async def answer(self, ask: Ask, outcome: Outcome) -> AsyncGenerator[str, None]:
+        """The pieces of an answer; `outcome` then holds what became of it, also where it was cut off.
 
         Raises:
             Refused: no model of this release answers such a request.
+            Unanswered: neither process is there.
         """
-        begin, sent = time.perf_counter(), list[str]()
-        failed: float | None = None
+        begin, how = time.perf_counter(), "not answered"
         self.in_flight += 1
         try:
-            if outcome.arm == "release":
-                release = self.children["release"]
-                off = self.off
-                if release.ready.is_set() and release.facts["fallback"]:
-                    off = off or release.facts["reason"]
-                try:
-                    if off:
-                        raise ChildDied(off)
-                    async for piece in self._from(release, ask.body, sent, outcome):
-                        yield piece
-                    outcome.served_by = "release"
-                    return
-                except ChildDied as error:
-                    outcome.error, outcome.why, failed = True, str(error), time.perf_counter()
-            async for piece in self._from_fallback(ask.body, sent, outcome):
-                if failed is not None:
-                    self._fell_back(outcome, failed)
-                    failed = None
-                yield piece
-            if failed is not None:
-                self._fell_back(outcome, failed)
-            outcome.served_by = "fallback"
+            async with aclosing(self._answer(ask, outcome)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            how = "failed over" if outcome.error else "answered"
+        except Refused:
+            outcome.refused, how = True, "refused"
+            raise
+        except Unanswered as error:
+            outcome.why = str(error)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome.why = "the client gave up, or the server ended"
+            raise
         finally:
             self.in_flight -= 1
             spent = time.perf_counter() - begin
             outcome.latency_ms = 1e3 * spent
-            how = "failed over" if outcome.error else "answered" if outcome.served_by else "not answered"
+            outcome.error = outcome.error or how == "not answered"
             self.counts[outcome.arm, outcome.served_by or "nobody", how] += 1
             self.seconds += spent
             self.histogram.update(limit for limit in BUCKETS if spent <= limit)
+
+    async def _answer(self, ask: Ask, outcome: Outcome) -> AsyncGenerator[str, None]:
+        """The pieces by the release where it is its turn, and from where it fails by the fallback."""
+        sent = list[str]()
+        failed: float | None = None
+        if outcome.arm == "release":
+            release = self.children["release"]
+            off = self.off
+            if release.ready.is_set() and release.facts["fallback"]:
+                off = off or release.facts["reason"]
+            try:
+                if off:
+                    raise ChildDied(off)
+                async for piece in self._from(release, ask.body, sent, outcome):
+                    yield piece
+                outcome.served_by = "release"
+                return
+            except ChildDied as error:
+                outcome.error, outcome.why, failed = True, str(error), time.perf_counter()
+        async for piece in self._from_fallback(ask.body, sent, outcome):
+            if failed is not None:
+                self._fell_back(outcome, failed)
+                failed = None
+            yield piece
+        if failed is not None:
+            self._fell_back(outcome, failed)
+        outcome.served_by = "fallback"
 
     def _fell_back(self, outcome: Outcome, failed: float) -> None:
         outcome.fallback_ms = 1e3 * (time.perf_counter() - failed)
@@ -200,14 +234,18 @@ class Router:
     ) -> AsyncIterator[str]:
         fallback = self.children["fallback"]
         for attempt in range(1, ATTEMPTS + 1):
-            await asyncio.wait_for(fallback.ready.wait(), fallback.patience)
+            try:
+                await asyncio.wait_for(fallback.ready.wait(), fallback.patience)
+            except TimeoutError as error:
+                why = f"the fallback was not ready for {fallback.patience:g} s"
+                raise Unanswered(why) from error
             try:
                 async for piece in self._from(fallback, body, sent, outcome):
                     yield piece
                 return
-            except ChildDied:
+            except ChildDied as error:
                 if attempt == ATTEMPTS:
-                    raise
+                    raise Unanswered(f"{error}, {ATTEMPTS} times") from error
 
     def metrics(self) -> str:
         """The text format of Prometheus."""
