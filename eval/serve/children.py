@@ -4,6 +4,8 @@ import asyncio
 import itertools
 import json
 import logging
+import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -15,6 +17,13 @@ log = logging.getLogger("absorb.serve")
 LIVED = 10.0  # seconds after which a child counts as one that could run
 LONGEST = 30.0  # seconds between two attempts at most
 LINE = 2**22  # bytes of an answer
+ODD = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OSError,
+)  # a line is no message or too long; no process
 
 
 class ChildDied(RuntimeError):
@@ -45,7 +54,7 @@ class Child:
             begin = time.monotonic()
             try:
                 await self._live()
-            except Exception as error:  # a line that is no message, or too long; or no process is to be had
+            except ODD as error:
                 log.warning("%s: %s: %s", self.name, type(error).__name__, error)
             failures = 0 if time.monotonic() - begin > LIVED else failures + 1
             delay = min(2.0 ** (failures - 1), LONGEST) if failures > 1 else 0.0
@@ -70,9 +79,9 @@ class Child:
             for queue in self.waiting.values():
                 queue.put_nowait(None)
             self.waiting.clear()
-            if self.process.returncode is None:
+            if self.process.returncode is None:  # Popen.kill would take its exit code from asyncio
                 with suppress(ProcessLookupError):
-                    self.process.kill()
+                    os.kill(self.process.pid, signal.SIGKILL)
             await self.process.wait()
 
     async def ask(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
