@@ -1,8 +1,9 @@
 """Has the input changed? Two-sample tests of new documents against those of the study.
 
-Every test takes one value per document, because tokens of one document are not independent: over tokens
-any two samples differ. The values are the size, how much a token covers, how the words are chosen (bits per
-token under the unigram distribution of the training documents) and how hard the fallback finds the text.
+Every test takes one value per document, or per group of documents that are not independent: tokens of one
+document are not independent either, and over tokens any two samples differ. The values are the size, how much
+a token covers, how the words are chosen (bits per token under the unigram distribution of the training
+documents) and how hard the fallback finds the text.
 """
 
 from typing import NamedTuple
@@ -58,7 +59,7 @@ def drifts(before: dict[str, Array], now: dict[str, Array]) -> list[Drift]:
     """Kolmogorov-Smirnov tests of every value in `QUESTIONS`, with Holm's correction over them.
 
     Args:
-        before, now: name -> one value per document.
+        before, now: name -> one value per document or group.
     """
     from scipy.stats import ks_2samp
 
@@ -118,14 +119,16 @@ def drifts_so_far(
     """Every value in `QUESTIONS` at any number of looks: ever calling one drifted wrongly has chance alpha.
 
     Args:
-        now: name -> one value per document, in the order of time.
-        first: the first document of each look.
+        now: name -> one value per document or group, in the order of time.
+        first: the first new one of each look; as many as there are where a look has none.
     """
     moved, level = [], alpha / (2 * len(QUESTIONS))  # two sides of each
     for name in QUESTIONS:
         old, new = before[name], now[name]
         since = None
         for number, start in enumerate(first, 1):
+            if start == len(new):
+                continue
             low, high = effect_bounds(old, new[start:], start_level(level, number), tuned)
             if low > NEGLIGIBLE or high < -NEGLIGIBLE:
                 since = number

@@ -76,11 +76,16 @@ def _sha256(line: str) -> str:
     return hashlib.sha256(line.encode()).hexdigest()
 
 
-def _lines(folder: Path) -> list[str]:
-    path = log_path(folder)
-    if not path.is_file():
+def require_log(folder: Path) -> None:
+    """Raises UserError where a folder holds no rollout."""
+    if not log_path(folder).is_file():
         fix = "name a folder that `python -m eval.watch.rollout start` made"
         raise UserError(f"rollout {folder}", f"no {LOG}", fix)
+
+
+def _lines(folder: Path) -> list[str]:
+    require_log(folder)
+    path = log_path(folder)
     return path.read_bytes().decode(errors="replace").splitlines()
 
 

@@ -3,8 +3,11 @@
 No text is kept: of a document its hash, its size, and what the three models say of it.
 """
 
+import fcntl
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -46,6 +49,11 @@ class Seen(Stored):
         if not all(math.isfinite(x) for column in columns[5:] for x in column):
             raise ValueError("a figure that is not finite")
         return self
+
+    @property
+    def groups(self) -> list[str]:
+        """The group of each document: one in another domain is another one."""
+        return [f"{domain}\0{group}" for domain, group in zip(self.domain, self.group, strict=True)]
 
 
 class Look(Stored):
@@ -123,6 +131,22 @@ def check_new(path: Path, looks: list[Look], ids: list[str]) -> None:
             raise UserError(f"history {path}", problem, "give each text once: copies are no evidence")
 
 
+@contextmanager
+def lock_history(path: Path) -> Iterator[None]:
+    """Holds a history for this process alone, from reading it to writing it.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"history {path}", "another process adds a look", "wait for it") from error
+        yield
+
+
 def write_history(path: Path, looks: list[Look]) -> None:
     """The file appears whole or stays as it was."""
     write_text(path, "".join(map(line_of, looks)))
@@ -134,8 +158,7 @@ class Series:
 
     bits: Bits  # summed by group, groups in the order in which they come first
     starts: list[int]  # the first new group of each look
-    values: dict[str, Array]  # one value per document for every question of `eval.stats.drift`
-    first: list[int]  # the first document of each look
+    values: dict[str, Array]  # one per group, its first document's, for every question of `eval.stats.drift`
     days: list[str]
     domain: list[str]  # of each document
     tuned: float
@@ -152,7 +175,6 @@ def series_of(looks: list[Look], domain: str | None = None) -> Series:
     sums: dict[str, list[float]] = {name: [] for name in ("release", "control", "fallback", "bytes")}
     values: dict[str, list[float]] = {name: [] for name in QUESTIONS}
     starts: list[int] = []
-    first: list[int] = []
     days: list[str] = []
     domains: list[str] = []
     for look in looks:
@@ -160,18 +182,18 @@ def series_of(looks: list[Look], domain: str | None = None) -> Series:
         rows = [i for i in range(len(seen.id)) if domain in (None, seen.domain[i])]
         if rows:
             starts.append(len(places))
-            first.append(len(domains))
             days.append(look.day)
+        groups = seen.groups
         for i in rows:
-            size, group = seen.bytes[i], f"{seen.domain[i]}\0{seen.group[i]}"
-            at = places.setdefault(group, len(places))
+            size, is_new = seen.bytes[i], groups[i] not in places
+            at = places.setdefault(groups[i], len(places))
             for name, column in sums.items():
                 column.extend([0.0] * (at + 1 - len(column)))
                 column[at] += getattr(seen, name)[i]
             figures = (size, size / seen.tokens[i], seen.unigram[i], seen.fallback[i] / size)
             for name, figure in zip(QUESTIONS, figures, strict=True):
-                values[name].append(figure)
+                values[name].extend([figure] if is_new else [])
             domains.append(seen.domain[i])
     columns = {name: np.asarray(column, float) for name, column in sums.items()}
     by_question = {name: np.asarray(column, float) for name, column in values.items()}
-    return Series(Bits(**columns), starts, by_question, first, days, domains, looks[0].tuned)
+    return Series(Bits(**columns), starts, by_question, days, domains, looks[0].tuned)

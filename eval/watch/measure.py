@@ -15,7 +15,7 @@ from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
 from eval.core.documents import TEST, Document, json_objects, tokens_per_batch
 from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError, expected_text, require_one_of
-from eval.core.records import PLAIN, VALIDATION, Documents, Score, each_score
+from eval.core.records import PLAIN, VALIDATION, Documents, each_score
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.release.contract_file import Bits, Contract, Target
 from eval.release.reference import Reference
@@ -77,23 +77,21 @@ def of_slice(documents: Documents, name: str, first: Documents) -> tuple[Array, 
     return bits, tokens, size
 
 
-def released(release: Path, contract: Contract, shipped: Target, name: str) -> tuple[Bits, Array]:
-    """Bits of the three models on the study's documents of a slice, and the fallback's tokens."""
+def released(release: Path, shipped: Target, name: str) -> tuple[Bits, Array, list[str]]:
+    """Bits of the three models on the study's documents of a slice; the fallback's tokens; their clusters."""
     kind: Literal["test", "score"] = "test" if name == TEST else "score"
     records = {(r.arm, r.recipe): r.documents for r in each_score(release / "evidence", kind)}
     models = [(STUDENT, shipped.recipe), (CONTROL, shipped.recipe), (FALLBACK, PLAIN)]
     first = records[models[0]]
     (ours, _, size), (control, *_), (base, tokens, _) = (of_slice(records[m], name, first) for m in models)
-    return Bits(ours, control, base, size), tokens
+    clusters = [cluster for cluster, of in zip(first.clusters, first.slice, strict=True) if of == name]
+    return Bits(ours, control, base, size), tokens, clusters
 
 
-def released_by_cluster(release: Path, contract: Contract, shipped: Target, name: str) -> Bits:
-    """The same by cluster, as the contract was made."""
-    path = release / "evidence" / "records" / "score" / shipped.recipe / f"{STUDENT}-s{contract.seed}.json"
-    documents = Score.model_validate_json(path.read_bytes()).documents
-    pairs = zip(documents.clusters, documents.slice, strict=True)
-    bits, _ = released(release, contract, shipped, name)
-    return bits.by_cluster([cluster for cluster, of in pairs if of == name])
+def released_by_cluster(release: Path, shipped: Target, name: str) -> Bits:
+    """Bits of the three models by cluster, as the contract was made."""
+    bits, _, clusters = released(release, shipped, name)
+    return bits.by_cluster(clusters)
 
 
 def reference_of(release: Path) -> Reference:
@@ -106,10 +104,20 @@ def reference_of(release: Path) -> Reference:
         ) from error
 
 
-def drift_values(bits: Bits, tokens: Array, unigram: list[float]) -> dict[str, Array]:
-    """One value per document for every question of `eval.stats.drift`."""
+def summed(bits: Bits, groups: list[str]) -> Bits:
+    """Bits by group, in the order in which the groups come first."""
+    places = {name: f"{place:09}" for place, name in enumerate(dict.fromkeys(groups))}
+    return bits.by_cluster([places[name] for name in groups])
+
+
+def drift_values(bits: Bits, tokens: Array, unigram: list[float], groups: list[str]) -> dict[str, Array]:
+    """One value per group for every question of `eval.stats.drift`: that of its first document.
+
+    A mean would be less spread than single documents are, and drift wherever groups are of another size.
+    """
+    first = np.sort(np.unique(groups, return_index=True)[1])
     values = [bits.bytes, bits.bytes / tokens, np.asarray(unigram), bits.fallback / bits.bytes]
-    return dict(zip(QUESTIONS, values, strict=True))
+    return {name: value[first] for name, value in zip(QUESTIONS, values, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -120,17 +128,19 @@ class Before:
     """
 
     slice: str
-    bits: Bits
-    values: dict[str, Array]  # for the questions of `eval.stats.drift`
+    documents: int
+    bits: Bits  # by cluster, as the contract was made
+    values: dict[str, Array]  # one per cluster for the questions of `eval.stats.drift`
 
 
-def before_release(release: Path, contract: Contract, shipped: Target, name: str) -> Before:
+def before_release(release: Path, shipped: Target, name: str) -> Before:
     reference = reference_of(release)
     require_one_of("--slice", name, sorted((set(shipped.gain) & set(reference.unigram)) - {TEST}))
     opened = release / "evidence" / "records" / "test" / shipped.recipe
     known = TEST if name == VALIDATION and opened.is_dir() and TEST in reference.unigram else name
-    bits, tokens = released(release, contract, shipped, known)
-    return Before(known, bits, drift_values(bits, tokens, reference.unigram[known]))
+    bits, tokens, clusters = released(release, shipped, known)
+    values = drift_values(bits, tokens, reference.unigram[known], clusters)
+    return Before(known, len(clusters), summed(bits, clusters), values)
 
 
 def text_id(document: Document) -> str:
@@ -161,8 +171,11 @@ def see(release: Path, contract: Contract, shipped: Target, documents: list[Docu
     )
 
 
-def bits_of(seen: Seen) -> Bits:
-    return Bits(*(np.asarray(c, float) for c in (seen.release, seen.control, seen.fallback, seen.bytes)))
+def by_group(seen: Seen) -> tuple[Bits, dict[str, Array]]:
+    """Bits of the new documents, summed by group, and the values of drift, one per group."""
+    bits = Bits(*(np.asarray(c, float) for c in (seen.release, seen.control, seen.fallback, seen.bytes)))
+    values = drift_values(bits, np.asarray(seen.tokens, float), seen.unigram, seen.groups)
+    return summed(bits, seen.groups), values
 
 
 def new_look(

@@ -11,6 +11,7 @@ both), 2 the world got harder or the input changed, 3 error. docs/release.md say
 
 import argparse
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from eval.watch.history import (
     Series,
     check_history,
     check_new,
+    lock_history,
     read_history,
     series_of,
     write_history,
@@ -69,7 +71,7 @@ class Watched:
 def watched(name: str, before: Before, series: Series, alpha: float) -> Watched:
     """Everything so far, judged at `alpha` over all time."""
     level, tuned = alpha / PARTS, series.tuned
-    drift = drifts_so_far(before.values, series.values, series.first, level, tuned)
+    drift = drifts_so_far(before.values, series.values, series.starts, level, tuned)
     of_input = [one for one in drift if one.name != "fallback"]  # that is the question of difficulty
     return Watched(
         name,
@@ -159,7 +161,7 @@ def tables(before: Before, parts: list[Watched]) -> list[Table]:
         estimate_cell(Estimate(point=float(before.bits.over(of).mean()), low=None, high=None)) for of in SAVED
     ]
     usual = f"{before.bits.level('fallback').mean():.3f}"
-    main.add_row("when released", f"{len(before.bits.bytes):,}", *map(str, then), usual, "")
+    main.add_row("when released", f"{before.documents:,}", *map(str, then), usual, "")
     for part in parts:
         cells = [str(estimate_cell(part.saved[of])) for of in SAVED]
         style = {EXIT_PASS: "green", EXIT_FAIL: "red"}.get(CODES[part.blame.state], "yellow")
@@ -201,22 +203,24 @@ def main() -> int:
     args = arguments().parse_args()
     release = Path(args.release)
     contract, target = checked(release, read_trusted(args.public) if args.public else None, args.target)
-    looks = read_history(args.history)
-    check_history(args.history, looks, file_sha256(release / MANIFEST), target, args.slice)
-    before = before_release(release, contract, contract.targets[target], args.slice)
-    if args.data:
-        documents = read_new(args.data, contract.inputs.scored_bytes)
-        check_new(args.history, looks, [text_id(document) for document in documents])
-        seen = see(release, contract, contract.targets[target], documents)
-        looks = [*looks, new_look(looks, release, contract, target, args.slice, seen)]
-    if not looks:
-        raise UserError(f"history {args.history}", "no look yet", "give texts with --data")
-    everything = watched("", before, series_of(looks), contract.alpha)
-    parts = [everything, *by_domain(before, looks, contract.alpha)]
-    state, reasons = everything.blame
-    if args.data:
-        looks = [*looks[:-1], looks[-1].model_copy(update={"state": state, "reason": "; ".join(reasons)})]
-        write_history(args.history, looks)
+    before = before_release(release, contract.targets[target], args.slice)
+    with lock_history(args.history) if args.data else nullcontext():
+        looks = read_history(args.history)
+        check_history(args.history, looks, file_sha256(release / MANIFEST), target, args.slice)
+        if args.data:
+            documents = read_new(args.data, contract.inputs.scored_bytes)
+            check_new(args.history, looks, [text_id(document) for document in documents])
+            seen = see(release, contract, contract.targets[target], documents)
+            looks = [*looks, new_look(looks, release, contract, target, args.slice, seen)]
+        if not looks:
+            raise UserError(f"history {args.history}", "no look yet", "give texts with --data")
+        everything = watched("", before, series_of(looks), contract.alpha)
+        parts = [everything, *by_domain(before, looks, contract.alpha)]
+        state, reasons = everything.blame
+        if args.data:
+            outcome = {"state": state, "reason": "; ".join(reasons)}
+            looks = [*looks[:-1], looks[-1].model_copy(update=outcome)]
+            write_history(args.history, looks)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     for table in tables(before, parts):
         console.print(table)

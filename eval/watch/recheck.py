@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,6 +34,7 @@ from eval.watch.history import (
     Series,
     check_history,
     check_new,
+    lock_history,
     read_history,
     series_of,
     write_history,
@@ -42,8 +42,7 @@ from eval.watch.history import (
 from eval.watch.measure import (
     Before,
     before_release,
-    bits_of,
-    drift_values,
+    by_group,
     new_look,
     read_new,
     see,
@@ -79,10 +78,8 @@ class Result:
 def recheck(release: Path, contract: Contract, target: str, name: str, documents: list[Document]) -> Result:
     """The contract of one target and slice, on new documents."""
     shipped = contract.targets[target]
-    before = before_release(release, contract, shipped, name)
-    seen = see(release, contract, shipped, documents)
-    now = bits_of(seen)
-    values = drift_values(now, np.asarray(seen.tokens, float), seen.unigram)
+    before = before_release(release, shipped, name)
+    now, values = by_group(see(release, contract, shipped, documents))
     results = findings(shipped.gain[name], before.bits, now, contract.alpha)
     return Result(results, drifts(before.values, values), len(documents), before.slice)
 
@@ -91,7 +88,7 @@ def judge_series(contract: Contract, target: str, name: str, before: Before, ser
     """The contract on everything that was seen so far, by bounds that hold at every look."""
     alpha = contract.alpha
     results = findings_so_far(contract.targets[target].gain[name], before.bits, series, alpha)
-    drift = drifts_so_far(before.values, series.values, series.first, alpha, series.tuned)
+    drift = drifts_so_far(before.values, series.values, series.starts, alpha, series.tuned)
     return Result(results, drift, len(series.domain), before.slice, len(series.days))
 
 
@@ -99,15 +96,16 @@ def append_look(
     path: Path, release: Path, contract: Contract, target: str, name: str, documents: list[Document]
 ) -> Result:
     """Scores new documents, judges all looks so far, and writes the history with one line more."""
-    looks = read_history(path)
-    check_history(path, looks, file_sha256(release / MANIFEST), target, name)
-    check_new(path, looks, [text_id(document) for document in documents])
-    before = before_release(release, contract, contract.targets[target], name)
-    seen = see(release, contract, contract.targets[target], documents)
-    look = new_look(looks, release, contract, target, name, seen)
-    result = judge_series(contract, target, name, before, series_of([*looks, look]))
-    outcome = {"state": verdict(result.findings), "reason": diagnosis(result.findings)}
-    write_history(path, [*looks, look.model_copy(update=outcome)])
+    with lock_history(path):
+        looks = read_history(path)
+        check_history(path, looks, file_sha256(release / MANIFEST), target, name)
+        check_new(path, looks, [text_id(document) for document in documents])
+        before = before_release(release, contract.targets[target], name)
+        seen = see(release, contract, contract.targets[target], documents)
+        look = new_look(looks, release, contract, target, name, seen)
+        result = judge_series(contract, target, name, before, series_of([*looks, look]))
+        outcome = {"state": verdict(result.findings), "reason": diagnosis(result.findings)}
+        write_history(path, [*looks, look.model_copy(update=outcome)])
     return result
 
 

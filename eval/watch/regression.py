@@ -59,7 +59,7 @@ def check_saving(name: str, before: Array, now: Array, floor: float | None, alph
     bounds = cluster_bounds(now, alpha)
     verdict: Verdict
     if bounds is None:
-        verdict, reason = INCONCLUSIVE, "one document says nothing about other documents"
+        verdict, reason = INCONCLUSIVE, "one document, or one group, says nothing about others"
     elif bounds[0] == bounds[1]:
         verdict, reason = INCONCLUSIVE, "all documents say the same: that is no sample of others"
     elif bounds[0] >= floor:
@@ -103,10 +103,11 @@ def diagnosis(findings: list[Finding]) -> str:
         world = f"everything got worse, the fallback too ({moved})"
     elif fallback.fell:
         world = f"the fallback does better than before ({moved})"
+    elif fallback.change.low is None:
+        world = f"whether the fallback does as well as before is open ({moved}, without bounds)"
     else:
         low, high = fallback.change.low, fallback.change.high
-        between = "one document shows nothing" if low is None else f"between {low:+.3f} and {high:+.3f}"
-        world = f"the fallback does about as well as before ({moved}; {between})"
+        world = f"the fallback does about as well as before ({moved}; between {low:+.3f} and {high:+.3f})"
     if broken:
         regressed = f"the method's gain has regressed ({broken[0].name}: {broken[0].reason})"
         return f"{regressed}, and {world}" if fallback.rose else f"{regressed}, while {world}"

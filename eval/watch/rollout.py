@@ -41,6 +41,7 @@ from eval.watch.chain import (
     log_path,
     looks_of,
     read_steps,
+    require_log,
     write_state,
 )
 from eval.watch.decision import (
@@ -60,6 +61,14 @@ from eval.watch.verify import checked
 STEP_EXITS = {PROMOTE: EXIT_PASS, ROLL_BACK: EXIT_FAIL, HOLD: EXIT_INCONCLUSIVE}
 COLOURS = {PROMOTE: "green", ROLL_BACK: "red", HOLD: "yellow", "START": "green"}
 WIDTH = 130  # columns of the table where nobody can tell
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UserError where something else lies in its place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"rollout {folder}", "a file is in its place", "name a new folder") from error
 
 
 def start(args: argparse.Namespace) -> Step:
@@ -306,7 +315,10 @@ def main() -> int:
         console.print(Text(describe(last)), soft_wrap=True)
         write_json(args.json, {"state": last, "steps": steps})
         return EXIT_FAIL if last.status == "rolled back" else EXIT_PASS
-    folder.mkdir(parents=True, exist_ok=True)
+    if args.command == "start":
+        make_folder(folder)
+    else:
+        require_log(folder)
     with lock_folder(folder):
         done = start(args) if args.command == "start" else step(args)
     if done.findings:

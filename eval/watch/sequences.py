@@ -98,7 +98,7 @@ def check_saving_so_far(
         verdict = FAIL
         reason = f"at most {lowest.bound:.3f} since the look of {lowest.day}, promised {floor:.3f}"
     elif low is None or high is None:
-        reason = f"{len(now)} documents are too few to look at again and again"
+        reason = f"{len(now)} independent documents, or groups, are too few to look at again and again"
     elif low >= floor:
         verdict, reason = PASS, f"at least {low:.3f}, promised {floor:.3f}"
     else:

@@ -82,7 +82,7 @@ def restated(release: Path, contract: Contract, target: str, predicate: Predicat
                 file=signoff_path(Path(), predicate.recipe, predicate.target).as_posix(),
             ),
             "gain": {
-                name: gain(gate, row, name, released_by_cluster(release, contract, signed_target, name))
+                name: gain(gate, row, name, released_by_cluster(release, signed_target, name))
                 for name in [VALIDATION, *gate.budget["slices"]]
             },
             "cost": costs_of(row.parts),

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from eval.core.errors import UserError
 from eval.core.records import each_score, write_record
@@ -15,13 +16,14 @@ from eval.watch.history import (
     Seen,
     check_history,
     check_new,
+    lock_history,
     previous_hash,
     read_history,
     series_of,
     write_history,
 )
-from eval.watch.measure import before_release
-from eval.watch.regression import diagnosis, verdict
+from eval.watch.measure import before_release, by_group
+from eval.watch.regression import diagnosis, findings, verdict
 from eval.watch.sequences import findings_so_far, hardest_since
 from eval.watch.verify import checked
 from tests.eval import real_run
@@ -107,11 +109,46 @@ def test_groups_are_one_value_each():
     looks = [look([], n=40, groups=["a"] * 20 + ["b"] * 20)]
     series = series_of(looks)
     assert len(series.bits.bytes) == 2
-    assert len(series.values["bytes"]) == 40
+    assert [len(values) for values in series.values.values()] == [2] * 4
     assert series.bits.release.sum() == pytest.approx(sum(looks[0].seen.release))
     found = findings_so_far(gain(), models(200), series, ALPHA)
     assert verdict(found) == "INCONCLUSIVE"
-    assert "2 documents are too few" in diagnosis(found)
+    assert "2 independent documents, or groups, are too few" in diagnosis(found)
+    again = look(looks, n=10, groups=["a"] * 10)
+    later = series_of([*looks, again])
+    assert (later.starts, later.values["bytes"].tolist()) == ([0, 2], series.values["bytes"].tolist())
+    before = by_group(history(1, n=200)[0].seen)[1]
+    moved = drifts_so_far(before, later.values, later.starts, ALPHA, later.tuned)
+    assert all(np.isfinite([one.low, one.high]).all() for one in moved)
+
+
+def mean_and_error(values):
+    return values.mean(), stats.sem(values)
+
+
+def test_groups_are_one_value_each_in_a_single_look_too():
+    seen = look([], n=24, groups=["a"] * 12 + ["b"] * 12, over_control=0.0).seen
+    bits, values = by_group(seen)
+    series = series_of([look([], n=24, groups=["a"] * 12 + ["b"] * 12, over_control=0.0)])
+    for name in ("release", "control", "fallback", "bytes"):
+        np.testing.assert_allclose(getattr(bits, name), getattr(series.bits, name))
+    for name, column in values.items():
+        np.testing.assert_array_equal(column, series.values[name])
+    assert values["bytes"].tolist() == [seen.bytes[0], seen.bytes[12]]
+    saving = findings(gain(), models(200), bits, ALPHA)[3]
+    low, high = stats.t.interval(0.95, 1, *mean_and_error(bits.over("control")))
+    assert (saving.now.low, saving.now.high) == pytest.approx((low, high)), "of two values"
+
+
+def test_two_writers_lose_no_look(tmp_path):
+    path = tmp_path / "new" / "history.jsonl"
+    with lock_history(path):
+        busy = pytest.raises(UserError, match=r"history\.jsonl: another process adds a look; wait for it")
+        with busy, lock_history(path):
+            pass
+        write_history(path, history(1, n=3))
+    with lock_history(path):
+        assert len(read_history(path)) == 1
 
 
 def test_one_domain_can_be_taken_alone():
@@ -180,12 +217,13 @@ def test_test_documents_are_what_a_release_is_compared_with(release, tmp_path):
     copy = shutil.copytree(release, tmp_path / "copy")
     contract, target = checked(copy, None, None)
     shipped = contract.targets[target]
-    assert before_release(copy, contract, shipped, "validation").slice == "validation"
+    assert before_release(copy, shipped, "validation").slice == "validation"
     for record in list(each_score(copy / "evidence")):
         documents = record.documents.model_dump()
         rows = [i for i, name in enumerate(documents["slice"]) if name == "far"]
         columns = {name: [column[i] for i in rows] for name, column in documents.items() if column}
         columns["slice"] = ["test"] * len(rows)
+        columns["cluster"] = [f"c{place // 2}" for place in range(len(rows))]
         columns = {name: column for name, column in columns.items() if name != "calibration"}
         on_test = record.model_copy(update={"kind": "test", "documents": type(record.documents)(**columns)})
         write_record(copy / "evidence", on_test)
@@ -193,9 +231,11 @@ def test_test_documents_are_what_a_release_is_compared_with(release, tmp_path):
     reference = json.loads(path.read_text())
     reference["unigram"]["test"] = reference["unigram"]["far"]
     path.write_text(json.dumps(reference))
-    before = before_release(copy, contract, shipped, "validation")
-    far = before_release(copy, contract, shipped, "far")
+    before = before_release(copy, shipped, "validation")
+    far = before_release(copy, shipped, "far")
     assert (before.slice, far.slice) == ("test", "far")
+    assert (before.documents, len(before.bits.bytes), len(before.values["bytes"])) == (30, 15, 15)
+    assert (far.documents, len(far.bits.bytes)) == (30, 30), "without clusters each document is one"
     assert before.bits.over("control").mean() == pytest.approx(far.bits.over("control").mean())
 
 

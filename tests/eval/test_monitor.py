@@ -27,7 +27,7 @@ def released(n=200, **changes):
     tokens = np.maximum(bits.bytes // 4, 1)
     rng = np.random.default_rng(9)
     values = [bits.bytes, bits.bytes / tokens, 8.0 + 0.4 * rng.random(n), bits.fallback / bits.bytes]
-    return Before(VALIDATION, bits, dict(zip(QUESTIONS, values, strict=True)))
+    return Before(VALIDATION, len(bits.bytes), bits, dict(zip(QUESTIONS, values, strict=True)))
 
 
 def said(looks):
@@ -132,7 +132,7 @@ def test_the_command_line_names_owner_and_contract_and_writes_page_and_metrics(r
 def test_an_alarm_is_an_exit_code_and_stands_on_the_page(release, tmp_path):
     """A history that another look would join: its documents are made up, its release is real."""
     contract = read_contract(release)
-    before = before_release(release, contract, contract.targets["cpu"], VALIDATION)
+    before = before_release(release, contract.targets["cpu"], VALIDATION)
     size = before.bits.bytes
     looks = []
     for _ in range(5):

@@ -221,6 +221,21 @@ def test_a_fault_is_rolled_back_and_the_loader_serves_the_fallback(started, rele
         take_step(started, keys, tmp_path / "2.jsonl", requests(plan, 1, 200, seed=1))
 
 
+def test_a_mistyped_folder_is_named_and_leaves_nothing(tmp_path, keys):
+    signed = ["--by", "Ada", "--key", keys / "ops"]
+    done = command(
+        "-m", "eval.watch.rollout", "step", "--rollout", tmp_path / "ro2", "--roll-back", "x", *signed
+    )
+    assert done.returncode == 3
+    assert "no log.jsonl; name a folder that" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    file = tmp_path / "plan.yaml"
+    file.write_text("{}")
+    for folder in (file, file / "below"):
+        with pytest.raises(UserError, match=r"plan\.yaml.*a file is in its place; name a new folder"):
+            rollout.make_folder(folder)
+
+
 def test_anybody_with_a_key_may_go_back_by_hand(started, keys):
     step = rollout.step(
         given("step", "--rollout", started, "--roll-back", "a user", "--by", "Bo", "--key", keys / "ops")
