@@ -327,9 +327,8 @@ def overdue(index: dict[str, Any], root: Path, history: Path | None, day: date) 
     days, release, last = index.get("recheck_days"), sha256(root / MANIFEST), index["released"]
     try:
         looks = [json.loads(line) for line in read_bytes(history).splitlines()] if history else []
-        last = max(
-            [last, *(str(date.fromisoformat(x["time"][:10])) for x in looks if x["release"] == release)]
-        )
+        days_of = [x["time"][:10] for x in looks if x["release"] == release]
+        last = max([last, *(str(date.fromisoformat(one)) for one in days_of)])
     except (ReleaseError, ValueError, KeyError, TypeError) as error:
         log.warning("history %s cannot be read: %s", history, error)
     return last if days and (day - date.fromisoformat(last)).days > days else None
@@ -349,7 +348,6 @@ def load_release(
     """The model that was released for `target`, or the fallback with a logged reason.
 
     Args:
-        path: the release folder.
         sha256_of_manifest: as `eval.release` printed it. The hashes find accidents; this also finds a hand
             that rewrote the hashes, if this loader is not that of the folder.
         public_key: file of the key that signed the folder, in PEM, or its 32 bytes: it finds the same.
