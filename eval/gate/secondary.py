@@ -24,8 +24,7 @@ from eval.core.records import (
 )
 from eval.core.study import Study
 from eval.gate.evidence import Evidence
-from eval.metrics.classes import f1_parts
-from eval.metrics.functions import calibration_error
+from eval.metrics.functions import calibration_error, f1_parts
 from eval.score.agreement_records import document_tokens, estimate_agreement
 from eval.score.samples import task_digest_or_none
 from eval.stats.crossed import cluster_bounds, linearise

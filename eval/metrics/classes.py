@@ -1,16 +1,11 @@
 """What a classifier says of texts beside its likelihood: the class that it takes, and its Brier score."""
 
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.core.documents import Batch
-
-Array = NDArray[np.float64]
 
 
 class ClassPredictions:
@@ -39,13 +34,3 @@ def brier_scores(probabilities: Tensor, labels: Tensor) -> Tensor:
     """
     right = torch.nn.functional.one_hot(labels, probabilities.shape[-1])
     return (probabilities - right).square().sum(-1)
-
-
-def f1_parts(predicted: Array, labels: NDArray[Any], wanted: int) -> tuple[Array, Array]:
-    """[..., N] 2 TP and 2 TP + FP + FN of each text for one class: F1 is the ratio of their sums.
-
-    Args:
-        predicted: [..., N] numbers of classes; labels: [N].
-    """
-    said, true = predicted == wanted, labels == wanted
-    return 2.0 * (said & true), 1.0 * said + true

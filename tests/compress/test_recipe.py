@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -45,11 +46,12 @@ def outside(tmp_path, monkeypatch):
 
 
 def test_every_recipe_parses():
-    names = {load_recipe(str(path)).name for path in RECIPES}
+    here = [path for path in RECIPES if find_spec("llama_cpp") or not path.stem.startswith("gguf")]
+    names = {load_recipe(str(path)).name for path in here}
     assert (
         names
-        == {path.stem for path in RECIPES}
-        >= {"int8", "int4", "wanda50", "depth25", "depth25-int8", "nf4", "int8-bnb"}
+        == {path.stem for path in here}
+        >= {"int8", "int4", "wanda50", "depth25", "depth25-int8", "nf4", "int8-bnb", "onnx-int8"}
     )
 
 
@@ -60,9 +62,20 @@ def test_targets_and_engines():
 
 
 def test_every_pass_is_found_and_stands_in_a_stage():
-    names = ["bitsandbytes", "cast", "drop_layers", "magnitude", "openvino", "recover", "sparsegpt"]
-    assert plugin_names("compress.passes") == [*names, "vocabulary", "wanda", "width"]
+    names = [
+        "bitsandbytes",
+        "cast",
+        "drop_layers",
+        "llama_cpp",
+        "magnitude",
+        "onnxruntime",
+        "openvino",
+        "recover",
+    ]
+    assert plugin_names("compress.passes") == [*names, "sparsegpt", "vocabulary", "wanda", "width"]
     for name in plugin_names("compress.passes"):
+        if name == "llama_cpp" and not find_spec("llama_cpp"):  # the lock leaves it out
+            continue
         kind = pass_class(name, "here")
         assert issubclass(kind, Pass)
         assert isinstance(kind.stage, Stage)

@@ -32,7 +32,8 @@ from eval.core.records import read_scores
 from eval.core.sections import Loss, Train
 from eval.core.study import load_study
 from eval.engines.torch import CLASSIFIER, TorchEngine, load_encoder, logits_of
-from eval.metrics.classes import ClassPredictions, brier_scores, f1_parts
+from eval.metrics.classes import ClassPredictions, brier_scores
+from eval.metrics.functions import f1_parts
 from eval.metrics.likelihood import likelihoods
 from tests.helpers import SHAPE, run, text, tiny_tokenizer
 

@@ -47,10 +47,13 @@ def test_an_empty_document_is_refused(words):
 
 
 def test_the_boundary_is_bos_or_else_eos():
-    assert boundary_id(SimpleNamespace(bos_token_id=0, eos_token_id=5)) == 0
-    assert boundary_id(SimpleNamespace(bos_token_id=None, eos_token_id=5)) == 5
+    def tokenizer(bos=None, eos=None, cls=None):
+        return SimpleNamespace(bos_token_id=bos, eos_token_id=eos, cls_token_id=cls)
+
+    assert boundary_id(tokenizer(bos=0, eos=5)) == 0
+    assert boundary_id(tokenizer(eos=5)) == 5
     with pytest.raises(UserError, match="neither BOS nor EOS"):
-        boundary_id(SimpleNamespace(bos_token_id=None, eos_token_id=None))
+        boundary_id(tokenizer())
 
 
 def test_collate_pads_right_and_masks_what_it_padded():

@@ -13,7 +13,7 @@ from eval.core.budget import load_budget
 from eval.core.errors import UserError
 from eval.core.study import load_study
 from eval.gate.evidence import collect_evidence
-from tests.eval.run_builder import Run, change_score, copy_run, edit
+from tests.eval.run_builder import Run, change_score, copy_run, edit, teacher_hash
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ BAD = {
     ),
     "other teacher": (
         other_parent("students/S0/s2", "teacher"),
-        ["made from teacher 999999999999", "the run's is teacher T0 2"],
+        ["made from teacher 999999999999", f"the run's is {teacher_hash('T0', 2)[:12]}"],
     ),
     "base of other data": (
         other_parent("base/s3", "data"),
