@@ -107,7 +107,6 @@ class Experts(Method):
             torch.manual_seed(context.seed)  # initial weights of the adapter
             model = get_peft_model(context.load_base(context.seed), config, adapter_name=name)
             context.train(model, rows, self._budget(rows), name)
-            model.peft_config[name].base_model_name_or_path = None  # a path of this machine
             model.save_pretrained(str(context.folder), selected_adapters=[name])
         write_text(context.folder / NAMES, json.dumps(names))
 
