@@ -101,6 +101,7 @@ class Method(ABC):
     )
     only_prompt: ClassVar[bool] = False  # True: `in_front` is all it does, so that a server can carry it
     own_model: ClassVar[bool] = False  # True: `output` is of a model of its own, or of a changed teacher
+    classifies: ClassVar[bool] = False  # True: it also goes with texts that are classified as a whole
     only_writes: ClassVar[bool] = False  # True: `write` is all it does: it needs targets.source: sequence
 
     class Settings(Frozen):

@@ -49,6 +49,8 @@ class Ensemble(Method):
         "base do not differ",
     )
 
+    classifies = True
+
     class Settings(Frozen):
         members: int = Field(3, gt=1, description="models, the base of the seed among them")
         control: Literal["member", "longer", "average"] = Field(

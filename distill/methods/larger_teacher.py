@@ -5,6 +5,7 @@ from eval.core.config import Frozen
 
 
 class LargerTeacher(Plain):
+    classifies = True
     card = Card(
         title="Larger teacher",
         paper="Hinton, Vinyals and Dean 2015, arXiv:1503.02531; of language models: Sanh et al. 2019, "

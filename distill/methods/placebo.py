@@ -4,6 +4,7 @@ from distill.method import Card, Plain
 
 
 class Placebo(Plain):
+    classifies = True
     card = Card(
         title="Placebo",
         paper="none: the control treatment of a clinical trial",
