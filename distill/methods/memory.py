@@ -1,9 +1,10 @@
 """A memory of what followed similar moments: in a datastore of training text, and in the row itself."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,17 +19,21 @@ from eval.core.documents import Batch, Row, batches, pad_id, tokens_per_batch
 from eval.core.errors import UserError
 
 KEYS, VALUES, PLACES, DOCUMENTS = "keys.npy", "values.npy", "documents.npy", "documents.json"
+INDEX = "keys.faiss"
 QUERIES = 256  # searched at a time: distances to every key are held for so many
+FEWEST, MOST = 39, 256  # keys per cell from which faiss learns where the cells lie
+CODES = 2**8  # of each byte of a coded key
+
+Find = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Datastore:
     """M moments of training text."""
 
-    keys: Tensor  # [M, D] float32, the last hidden state after which it came
+    find: Find  # queries [N, D], own documents [N], K -> squared distances [N, K] and entries [N, K]
     values: Tensor  # [M] int64, the token that came
-    places: Tensor  # [M] int64, the document that it is of, as a number
-    documents: dict[str, int]  # its numbers
+    documents: dict[str, int]  # of which moments are, as numbers
 
 
 def nearest(keys: Tensor, queries: Tensor, barred: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -43,6 +48,93 @@ def nearest(keys: Tensor, queries: Tensor, barred: Tensor, count: int) -> tuple[
         distances.clamp_min_(0).masked_fill_(barred, torch.inf).topk(min(count, len(keys)), largest=False)
     )
     return closest.values, closest.indices
+
+
+def find_among_all(keys: Tensor, places: Tensor) -> Find:
+    """An exact search through every key.
+
+    Args:
+        keys: [M, D] float32, the last hidden state after which a token came.
+        places: [M] int64, the document that it is of.
+    """
+
+    def find(queries: Tensor, own: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        parts = [
+            nearest(keys, some, one[:, None] == places, count)
+            for some, one in zip(queries.split(QUERIES), own.split(QUERIES), strict=True)
+        ]
+        distances, entries = zip(*parts, strict=True)
+        return torch.cat(distances), torch.cat(entries)
+
+    return find
+
+
+def find_on_disk(file: Path, places: np.ndarray, probes: int) -> Find:
+    """A search through the cells of an index on disk that are nearest to a query; fewer than K: infinity."""
+    faiss = require_faiss()
+    index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+    order = np.argsort(places, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(places))])
+
+    def find(queries: Tensor, own: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        distances = np.full((len(queries), count), np.inf, np.float32)
+        entries = np.zeros((len(queries), count), np.int64)
+        for document in own.unique().tolist():
+            mask = (own == document).cpu().numpy()
+            own_entries = order[starts[document] : starts[document + 1]] if document >= 0 else order[:0]
+            selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(own_entries))
+            settings = faiss.SearchParametersIVF(sel=selector, nprobe=probes)
+            far, numbers = index.search(queries.cpu().numpy()[mask], count, params=settings)
+            distances[mask] = np.where(numbers < 0, np.inf, far)
+            entries[mask] = np.maximum(numbers, 0)
+        return torch.from_numpy(distances).to(queries.device), torch.from_numpy(entries).to(queries.device)
+
+    return find
+
+
+def write_index(keys: np.ndarray, cells: int, code_bytes: int, seed: int, file: Path) -> None:
+    """An inverted file of the keys by k-means; with `code_bytes` each key is product quantized to so many.
+
+    Args:
+        keys: [M, D] float32, read in parts.
+
+    Raises:
+        UserError: there are too few keys for so many cells, or the width is no multiple of `code_bytes`.
+    """
+    faiss, (total, width) = require_faiss(), keys.shape
+    if total < FEWEST * cells or (code_bytes and total < FEWEST * CODES):
+        problem = f"{cells} with {total} moments; {FEWEST} for each cell and each of {CODES} codes are needed"
+        raise UserError("method.settings.cells", problem, "lower it, or take more rows (data.train_rows)")
+    if code_bytes and width % code_bytes:
+        problem = f"{code_bytes} for states of {width} numbers"
+        raise UserError("method.settings.code_bytes", problem, f"give a divisor of {width}")
+    quantizer = faiss.IndexFlatL2(width)
+    index = (
+        faiss.IndexIVFPQ(quantizer, width, cells, code_bytes, 8)
+        if code_bytes
+        else faiss.IndexIVFFlat(quantizer, width, cells)
+    )
+    index.cp.seed = seed
+    learned = min(total, MOST * max(cells, CODES if code_bytes else 0))
+    chosen = np.sort(np.random.default_rng(seed).choice(total, learned, replace=False))
+    index.train(keys[chosen])
+    for start in range(0, total, 2**16):
+        index.add(keys[start : start + 2**16])
+    faiss.write_index(index, str(file))
+
+
+def require_faiss() -> Any:
+    """The module.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        fix = "run `pip install '.[faiss]'`, or leave `cells` out"
+        raise UserError("method.settings.cells", "faiss is not installed", fix) from error
+    return faiss
 
 
 def votes(weights: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
@@ -61,8 +153,8 @@ class Memory(Method):
         "2017, arXiv:1612.04426",
         claim="what followed similar moments, elsewhere or earlier in this text, is likely to follow again",
         touches="the output: distributions of remembered tokens are mixed in",
-        limits="an exact search through every key: a large datastore is slow; what has to be looked up in it "
-        "may be too much for the weights of a student",
+        limits="without `cells` an exact search through every key; what has to be looked up may be too much "
+        "for the weights of a student",
     )
 
     class Settings(Frozen):
@@ -71,6 +163,11 @@ class Memory(Method):
         temperature: float = Field(1.0, gt=0, description="divides squared distances")
         cache_share: float = Field(0.0, ge=0, lt=1, description="of the row's own past in the mixture")
         flatness: float = Field(0.3, ge=0, description="factor of the products of hidden states in the cache")
+        cells: int = Field(
+            0, ge=0, description="of an index on disk (faiss) that a search looks into; 0: all is in memory"
+        )
+        probes: int = Field(32, gt=0, description="cells that are looked into, the nearest to the query")
+        code_bytes: int = Field(0, ge=0, description="bytes of a key in the index; 0: four for each number")
         shuffled: bool = Field(
             False, description="remember tokens that came at other moments, and match none in the cache"
         )
@@ -79,6 +176,12 @@ class Memory(Method):
         def shares_leave_some(self) -> Self:
             if not 0 < self.share + self.cache_share < 1:
                 raise ValueError("`share` and `cache_share` together must lie between 0 and 1")
+            if self.cells and not self.share:
+                raise ValueError("`cells` needs a `share` of the datastore")
+            if not self.cells and {"probes", "code_bytes"} & self.model_fields_set:
+                raise ValueError("`probes` and `code_bytes` need `cells`")
+            if self.cells:
+                require_faiss()
             return self
 
     def control(self) -> Method:
@@ -111,6 +214,10 @@ class Memory(Method):
             places[start:end] = numbers.repeat_interleave(batch.mask.sum(1)).numpy()
             start = end
         keys.flush()
+        if self.settings.cells:
+            size = self.settings.code_bytes
+            write_index(keys, self.settings.cells, size, context.seed, context.folder / INDEX)
+            (context.folder / KEYS).unlink()
         if self.settings.shuffled:
             np.random.default_rng(context.seed).shuffle(values)
         np.save(context.folder / VALUES, values)
@@ -120,12 +227,15 @@ class Memory(Method):
     def load_parts(self, teacher: PreTrainedModel, context: MethodContext) -> Datastore | None:
         if not self.fits:
             return None
-        keys, values, places = (
-            torch.from_numpy(np.load(context.folder / name)).to(teacher.device)
-            for name in (KEYS, VALUES, PLACES)
-        )
-        documents = json.loads((context.folder / DOCUMENTS).read_text(encoding="utf-8"))
-        return Datastore(keys, values, places, documents)
+        folder = context.folder
+        places, values = np.load(folder / PLACES), torch.from_numpy(np.load(folder / VALUES))
+        if self.settings.cells:
+            find = find_on_disk(folder / INDEX, places, self.settings.probes)
+        else:
+            keys, numbers = torch.from_numpy(np.load(folder / KEYS)), torch.from_numpy(places)
+            find = find_among_all(keys.to(teacher.device), numbers.to(teacher.device))
+        documents = json.loads((folder / DOCUMENTS).read_text(encoding="utf-8"))
+        return Datastore(find, values.to(teacher.device), documents)
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         """Tokens of the row's own document are never found in the datastore."""
@@ -154,14 +264,8 @@ class Memory(Method):
         valid = batch.attention_mask.bool()
         queries, own = hidden[valid], own.repeat_interleave(valid.sum(1))
         remembered = hidden.new_zeros(*valid.shape, vocabulary)
-        parts = []
-        for start in range(0, len(queries), QUERIES):
-            some = slice(start, start + QUERIES)
-            barred = own[some, None] == store.places
-            distances, entries = nearest(store.keys, queries[some], barred, self.settings.neighbours)
-            weights = -distances / self.settings.temperature
-            parts.append(votes(weights, store.values[entries], vocabulary))
-        remembered[valid] = torch.cat(parts)
+        distances, entries = store.find(queries, own, self.settings.neighbours)
+        remembered[valid] = votes(-distances / self.settings.temperature, store.values[entries], vocabulary)
         return remembered
 
     def _from_cache(self, hidden: Tensor, batch: Batch, vocabulary: int) -> Tensor | None:

@@ -105,3 +105,42 @@ def test_packed_rows_and_shares_that_leave_nothing_are_refused(context, rows):
         make("memory").fit(packed)
     with pytest.raises(UserError, match="must lie between 0 and 1"):
         make("memory", share=0.6, cache_share=0.4)
+
+
+@pytest.mark.parametrize("code_bytes", [0, 16])
+def test_an_index_on_disk_finds_what_a_search_through_all_keys_finds(context, rows, code_bytes):
+    """Exactly so where every cell is looked into and keys are whole; most of it where they are coded."""
+    pytest.importorskip("faiss")
+    coded = {"code_bytes": code_bytes} if code_bytes else {}
+    methods = {"exact": make("memory"), "disk": make("memory", cells=4, probes=4, **coded)}
+    many = rows * 12 if code_bytes else rows  # 256 codes are learned from enough of them
+    teacher, found = load_model(context.bases[0]), {}
+    queries = torch.tensor(states(teacher, rows[4])[0][3:12]).float() + 0.1
+    for name, method in methods.items():
+        here = replace(context, folder=context.folder / name, rows=lambda: many)
+        here.folder.mkdir()
+        method.fit(here)
+        with torch.no_grad(), method.attached(teacher, here):
+            answer(method, teacher, collate([rows[2], rows[7]], 0))  # distributions, checked
+            numbers = [method.parts.documents[rows[place].document] for place in (2, 7)]
+            own = torch.tensor([*numbers, *numbers, *numbers, -1, -1, -1])
+            found[name] = method.parts.find(queries, own, 6)
+        places = torch.from_numpy(np.load(here.folder / "documents.npy"))
+        assert (places[found[name][1]] != own[:, None]).all()
+    assert (context.folder / "exact" / "keys.npy").is_file()
+    assert not (context.folder / "disk" / "keys.npy").exists()
+    if not code_bytes:
+        torch.testing.assert_close(found["disk"][0], found["exact"][0], atol=1e-3, rtol=1e-4)
+    keys = torch.from_numpy(np.load(context.folder / "exact" / "keys.npy"))
+    true = (keys[found["disk"][1]] - queries[:, None]).square().sum(-1)
+    assert (true.mean(1) <= 1.3 * found["exact"][0].mean(1)).all()
+
+
+def test_a_cell_with_too_few_moments_and_settings_without_cells_are_refused(context):
+    pytest.importorskip("faiss")
+    with pytest.raises(UserError, match=r"1000 with \d+ moments; 39 for each cell"):
+        make("memory", cells=1000).fit(context)
+    with pytest.raises(UserError, match="`probes` and `code_bytes` need `cells`"):
+        make("memory", probes=3)
+    with pytest.raises(UserError, match="`cells` needs a `share`"):
+        make("memory", share=0, cache_share=0.2, cells=3)
