@@ -35,7 +35,7 @@ from eval.engines.torch import CLASSIFIER, TorchEngine, load_encoder, logits_of
 from eval.metrics.classes import ClassPredictions, brier_scores
 from eval.metrics.functions import f1_parts
 from eval.metrics.likelihood import likelihoods
-from tests.helpers import SHAPE, run, text, tiny_tokenizer
+from tests.helpers import SHAPE, run, run_here, text, tiny_tokenizer
 
 LABELS = ["ham", "spam"]
 BERT = {
@@ -275,7 +275,7 @@ def test_a_study_of_labels_is_trained_scored_and_judged(trained):
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(tmp_path, words, message):
-    done = run("distill/train.py", "--config", labelled_study(tmp_path), *words)
+    done = run_here("distill.train", "--config", labelled_study(tmp_path), *words)
     assert done.returncode == 3
     assert message in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
@@ -286,7 +286,7 @@ def test_other_labels_of_a_base_that_is_used_as_it_is_are_refused(tokenizer, tmp
     bert().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     study = labelled_study(tmp_path, base={"path": str(tmp_path / "model")}, method={"name": "placebo"})
-    done = run("distill/train.py", "--config", study)
+    done = run_here("distill.train", "--config", study)
     assert done.returncode == 3
     assert "its classes are ['LABEL_0', 'LABEL_1']" in done.stderr
 

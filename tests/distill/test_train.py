@@ -6,19 +6,15 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.pipeline import distil, make_base, make_named_teacher, make_student
+from distill.pipeline import make_base, make_student
 from eval.core.artifacts import read_manifest, verify_artifact
-from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.core.records import each_score, read_scores
 from eval.core.study import load_study
-from eval.cost.plan import draw_prompts
-from eval.engines import load_engine
-from tests.helpers import ROOT, SHAPE, launch, run, tiny_model, tiny_study, tiny_tokenizer
+from tests.helpers import ROOT, SHAPE, launch, run, run_here, tiny_model, tiny_study, tiny_tokenizer
 
 MODELS = ["base/s0", "base/s1", *(f"students/{arm}/s{seed}" for arm in ("S1", "S0", "CE") for seed in (0, 1))]
 
@@ -217,71 +213,6 @@ def test_base_alone_then_an_override(tmp_path):
     assert not (study.folder / "students").exists()
 
 
-# A text that spells out a special token is text: only a template writes such tokens.
-TEMPLATE = "{% for turn in messages %}{{ '<image>' if turn.role == 'user' }}{{ turn.content }}{% endfor %}"
-PICTURE = [{"role": "user", "content": "What is this?"}]
-
-
-@pytest.mark.parametrize("split", [None, "train", "validation", "far"])
-def test_special_tokens_beyond_the_model_are_refused_where_a_document_has_one(tmp_path, split):
-    """As Gemma 3's token for images: no row of the embedding is its own, and no text needs it."""
-    folder, tokenizer = tmp_path / "my-base", tiny_tokenizer()
-    tiny_model(len(tokenizer)).save_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    study = load_study(tiny_study(tmp_path, seeds=[0], base={"path": str(folder)}, workers=1))
-    distil(study, until="data")
-    if split is not None:
-        file = study.folder / "data" / f"{split}.jsonl"
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        lines[-1]["prompt"] = PICTURE
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        with pytest.raises(
-            UserError, match=rf"'{lines[-1]['id']}' has the token '<image>', id 320; .* 320 r"
-        ):
-            make_base(study, 0, lambda share, tokens=0: None)
-        return
-    make_base(study, 0, lambda share, tokens=0: None)
-    engine = load_engine("torch", study.folder / "base" / "s0")
-    assert engine.tokenizer("<image>")["input_ids"] == [320]
-    row = Row("d", "x", 0, [0, 5, 320])
-    for call in (
-        lambda: engine.logits(collate([row], 0)),
-        lambda: engine.prefill(torch.tensor([row.tokens])),
-    ):
-        with pytest.raises(UserError, match="token '<image>' is id 320; leave out"):
-            call()
-    assert max(max(ids) for ids in draw_prompts(study.cost, engine.folder)) < 320
-
-
-@pytest.mark.slow
-def test_a_teacher_too_must_have_a_row_for_every_token_of_the_documents(tmp_path):
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.chat_template = TEMPLATE
-    for name, rows in (("base", 321), ("teacher", 320)):
-        tiny_model(rows).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    base, teacher = {"path": str(tmp_path / "base")}, {"path": str(tmp_path / "teacher")}
-    path = tiny_study(tmp_path, seeds=[0], base=base, teacher=teacher, method={"name": "larger_teacher"})
-    study = load_study(path)
-    distil(study, until="data")
-    make_base(study, 0, lambda share, tokens=0: None)
-    make_named_teacher(study, lambda share, tokens=0: None)
-    shutil.rmtree(study.folder / "base")
-    shutil.rmtree(study.folder / "teacher")
-    file = study.folder / "data" / "train.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    lines[3]["prompt"] = PICTURE
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    make_base(study, 0, lambda share, tokens=0: None)
-    with pytest.raises(
-        UserError, match=rf"tokenizer of teacher\.path: '{lines[3]['id']}' has the token '<im"
-    ):
-        make_named_teacher(study, lambda share, tokens=0: None)
-
-
 def one_line(done):
     """The error is one clear line on stderr, with the exit code of an error."""
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -309,16 +240,28 @@ def one_line(done):
         (["--data.train_rows", "100000"], "data.train_rows: 100000, but the training documents have"),
         (["--runs", "/proc/nowhere"], "run folder /proc/nowhere/tiny"),
         (["--base.architecture.model_type", "lama"], "base.architecture.model_type: 'lama'"),
-        (["--train.optimizer.lr", "1e30"], "loss at step"),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, words, message):
     path = tiny_study(tmp_path)
-    done = run("distill/train.py", "--config", path, *words)
+    done = run_here("distill.train", "--config", path, *words)
     assert message in one_line(done)
     runs = tmp_path / "runs"
     assert not list(runs.rglob("*.tmp"))
     assert not list(runs.rglob("students/*/s*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "[0, 0]"], "seeds are [0, 0]; give each seed once"),
+        (["--train.optimizer.lr", "1e30"], "loss at step"),
+    ],
+)
+def test_the_command_ends_in_one_line_too(tmp_path, words, message):
+    path = tiny_study(tmp_path)
+    assert message in one_line(run("distill/train.py", "--config", path, *words))
+    assert not list((tmp_path / "runs").rglob("*.tmp"))
 
 
 def test_a_base_without_weights_or_with_foreign_ones_is_refused(tmp_path):
@@ -326,14 +269,14 @@ def test_a_base_without_weights_or_with_foreign_ones_is_refused(tmp_path):
     tiny_model(len(tokenizer) - 20).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = tiny_study(tmp_path, base={"path": str(folder)}, method={"name": "placebo"})
-    assert "tokenizer of" in one_line(run("distill/train.py", "--config", path))
+    assert "tokenizer of" in one_line(run_here("distill.train", "--config", path))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     with pytest.raises(UserError, match=r"model\.safetensors"):
         make_base(load_study(path), 0, lambda share, tokens=0: None)
     missing = tiny_study(tmp_path, base={"path": "nobody/has-this"}, method={"name": "placebo"})
-    assert "base.path: nobody/has-this" in one_line(run("distill/train.py", "--config", missing))
-    assert "no such file" in one_line(run("distill/train.py", "--config", tmp_path / "absent.yaml"))
+    assert "base.path: nobody/has-this" in one_line(run_here("distill.train", "--config", missing))
+    assert "no such file" in one_line(run_here("distill.train", "--config", tmp_path / "absent.yaml"))
 
 
 def test_a_damaged_student_is_reported_and_not_used(trained, tmp_path):
