@@ -18,9 +18,19 @@ import torch
 
 from compress.calibration import check_batch, check_rows, own_rows, rounding_error
 from compress.model_size import cast_weights
-from compress.recipe import Context, Failures, Pass, PassReport, Recipe, Stage, check_reach
+from compress.recipe import (
+    Context,
+    Failures,
+    MethodTargets,
+    Pass,
+    PassReport,
+    Recipe,
+    Stage,
+    check_reach,
+)
 from compress.verify import MODEL, save_reference
 from distill.data.rows import training_documents, training_rows
+from distill.teachers.target_source import open_target_source
 from eval.core.artifacts import Key, digest, make_key, write_text
 from eval.core.documents import pad_id
 from eval.core.errors import attempt
@@ -53,6 +63,7 @@ class Variant:
 
     student: TrainedStudent
     recipe: Recipe
+    targets: str | None = None  # fingerprint of the student's own targets, of a recipe that learns from them
 
     @property
     def name(self) -> str:
@@ -60,7 +71,8 @@ class Variant:
 
     @property
     def key(self) -> Key:
-        return make_key("variant", [self.recipe.settings, self.student.identity], self.recipe.code)
+        targets = [] if self.targets is None else [self.targets]
+        return make_key("variant", [self.recipe.settings, self.student.identity, *targets], self.recipe.code)
 
 
 def scratch_folder(study: Study) -> Path:
@@ -98,6 +110,8 @@ class VariantBuilder:
         parent, tokenizer = load_checkpoint(self.student.folder)
         self.scratch = scratch_folder(study)
         self.report: Callable[[float], None] = lambda share: None
+        targets = next((v.targets for v in variants if v.targets is not None), None)
+        source = partial(open_target_source, study, self.student.arm, self.student.seed, tokenizer)
         self.context = Context(
             parent=parent,
             tokenizer=tokenizer,
@@ -108,6 +122,7 @@ class VariantBuilder:
             report=self.report,
             dtype=stored_dtype(self.student.folder),
             documents=partial(training_documents, study),
+            method=None if targets is None else MethodTargets(targets, source),
         )
         starts = (v.recipe.passes[:n] for v in variants for n in range(1, len(v.recipe.passes)))
         whole = (v.recipe.passes for v in variants if not v.recipe.passes[-1].last)

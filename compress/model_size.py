@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,14 +54,19 @@ def layer_inputs(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def check_groups(model: PreTrainedModel, group: int, thing: str, fix: str) -> None:
+def check_groups(
+    model: PreTrainedModel, group: int, thing: str, fix: str, names: Collection[str] | None = None
+) -> None:
     """Refuses a model with a matrix whose rows do not divide into groups of `group` inputs.
+
+    Args:
+        names: of the matrices; none: all inside the layers.
 
     Raises:
         UserError: names the first such matrix.
     """
     for name, inputs in layer_inputs(model).items():
-        if inputs % group:
+        if inputs % group and (names is None or name in names):
             raise UserError(thing, f"the {inputs} inputs of {name} are no multiple of {group}", fix)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,14 +10,16 @@ from transformers import AutoConfig, PreTrainedModel
 
 from compress.build import TrainedStudent, Variant, build_variants, is_built, scratch_folder
 from compress.publish import publish_variants
-from compress.recipe import Failures, Recipe, load_recipe, load_recipes
+from compress.recipe import Failures, Pass, Recipe, load_recipe, load_recipes
 from distill.models.precision import settle_precision
+from distill.teachers.target_source import check_target_source, targets_identity
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import is_done, verify_artifact, write_text
 from eval.core.checks import CONTROL, STUDENT, UNBUILT, read_unbuilt
 from eval.core.documents import free_bytes
 from eval.core.errors import UserError
 from eval.core.jobs import Job, run_jobs
+from eval.core.sections import Train
 from eval.core.sections.precision import read_choice
 from eval.core.study import Study, recipe_names
 from eval.engines.torch import classifies, model_class, stored_dtype
@@ -58,7 +60,11 @@ def pending_variants(study: Study, recipes: list[Recipe] | None = None) -> list[
         recipes: by default those of the study, all of which must be good.
     """
     recipes = load_recipes(study) if recipes is None else recipes
-    wanted = [Variant(student, recipe) for student in find_students(study) for recipe in recipes]
+    wanted = list[Variant]()
+    for student in find_students(study):
+        learns = any(recipe.learns_from_method for recipe in recipes)
+        targets = targets_identity(study, student.arm, student.seed) if learns else None
+        wanted += [Variant(student, r, targets if r.learns_from_method else None) for r in recipes]
     return [v for v in wanted if not is_done(study.folder / v.name, v.key, study.accept_old)]
 
 
@@ -88,6 +94,47 @@ def unfit_recipes(variants: list[Variant]) -> Failures:
         except UserError as error:
             failures[recipe.name] = str(error)
     return failures
+
+
+def unteachable_recipes(study: Study, recipes: list[Recipe]) -> Failures:
+    """Recipes that would learn from the method as this run cannot teach it, and why."""
+    failures = Failures()
+    for recipe in recipes:
+        try:
+            for i, step in enumerate(recipe.passes):
+                if (config := step.method_training) is not None:
+                    check_method_training(study, config, recipe.passes[:i])
+        except UserError as error:
+            thing = f"recover.teacher: method, {error.thing}"
+            failures[recipe.name] = str(UserError(thing, error.problem, error.fix))
+    return failures
+
+
+def check_method_training(study: Study, config: Train, before: Sequence[Pass]) -> None:
+    """Refuses a training from the teacher of the method that its targets are not made for.
+
+    Args:
+        before: the passes before it.
+
+    Raises:
+        UserError: loss and targets do not fit, the tokens are others, or the run does not have the targets.
+    """
+    for step in before:
+        if type(step).next_context is not Pass.next_context:
+            problem = "gives the model other tokens than the teacher has"
+            raise UserError(f"pass {step.name}", problem, "leave it out, or take teacher: student")
+    check_target_source(study.model_copy(update={"train": config}))
+    sampled = study.targets.source == "cached" and study.targets.form == "sampled"
+    if sampled and config.loss.temperature != (own := study.train.loss.temperature):
+        problem = f"{config.loss.temperature}, but the targets were sampled at {own}"
+        raise UserError("train.loss.temperature", problem, f"set it to {own}")
+    for seed in study.seeds:
+        for arm in ARMS:
+            try:
+                targets_identity(study, arm, seed)
+            except UserError as error:
+                fix = "train the study here first, or take teacher: student"
+                raise UserError(error.thing, error.problem, fix) from error
 
 
 def save_failures(study: Study, failures: Failures) -> None:
@@ -128,6 +175,8 @@ def make_variants(study: Study) -> tuple[int, Failures]:
     """
     settle_precision(study, accelerator())  # of a recipe that came after the training
     recipes, failures = good_recipes(study)
+    failures |= unteachable_recipes(study, recipes)
+    recipes = [recipe for recipe in recipes if recipe.name not in failures]
     variants = pending_variants(study, recipes)
     failures |= unfit_recipes(variants)
     variants = [variant for variant in variants if variant.recipe.name not in failures]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, reduce
@@ -24,6 +25,9 @@ from eval.core.study import Calibration, Study, read_recipe, recipe_names
 if TYPE_CHECKING:  # heavy, and a command that has nothing to do should end at once
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from distill.teachers.target_source import TargetSource
+    from eval.core.sections import Train
 
 LEAST_REACH = 0.9  # share of the weights named that a pass must go through
 Failures = dict[str, str]  # name of a recipe -> why it could not be applied
@@ -88,6 +92,29 @@ def check_reach(report: PassReport) -> None:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Symmetric levels: 2^bits of them, one signed scale for each group of a row."""
+
+    bits: int
+    group_size: int  # inputs that share a scale; -1: all of a row
+
+    def holds(self, other: Grid) -> bool:
+        """True if it has all levels of the other: of fewer bits they are every second, fourth ..."""
+        return other.group_size == self.group_size and other.bits <= self.bits
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits, {'whole rows' if self.group_size < 0 else f'groups of {self.group_size}'}"
+
+
+@dataclass(frozen=True)
+class MethodTargets:
+    """What the student itself learned from: rows and the teacher of its arm."""
+
+    identity: str  # fingerprint of the teacher and of its targets on disk
+    open: Callable[[], AbstractContextManager[TargetSource]]
+
+
+@dataclass(frozen=True)
 class Context:
     """What a pass may use beside the model. Nothing of it may be changed."""
 
@@ -100,6 +127,7 @@ class Context:
     report: Callable[[float], None]  # takes the share of this pass that is done, 0 to 1
     dtype: torch.dtype  # in which the student is stored and served; here it is computed in float32
     documents: Callable[[], Iterator[Document]]  # all that students were trained on
+    method: MethodTargets | None = None  # where a recipe asks for it
 
 
 class Pass(ABC):
@@ -144,6 +172,20 @@ class Pass(ABC):
         """
         return model
 
+    @property
+    def trained_grid(self) -> Grid | None:
+        """The grid that it leaves weights on, which the passes after it must keep, or None."""
+        return None
+
+    def grid_problem(self, grid: Grid) -> str | None:
+        """How it would move weights off `grid`, on which an earlier pass left them; None if it keeps them."""
+        return None
+
+    @property
+    def method_training(self) -> Train | None:
+        """How it trains from the teacher of the method; none: it does not."""
+        return None
+
     def next_context(self, context: Context) -> Context:
         """What the passes after it get, from what it got itself: other ids where it changes the tokenizer."""
         return context
@@ -178,6 +220,10 @@ class Recipe:
     @property
     def engine(self) -> str:
         return self.passes[-1].engine
+
+    @property
+    def learns_from_method(self) -> bool:
+        return any(step.method_training is not None for step in self.passes)
 
     @property
     def settings(self) -> list[Any]:
@@ -224,7 +270,8 @@ def installed(module: str) -> bool:
 
 
 def check_order(passes: list[Pass], where: str) -> None:
-    """Refuses a recipe whose stages go back, or with a pass after one that must be the last."""
+    """Refuses stages that go back, a pass after one that must be the last, and one that leaves a grid."""
+    grid: Grid | None = None
     for i, (before, after) in enumerate(pairwise(passes)):
         thing = f"{where}: passes.{i + 1}"
         if after.stage < before.stage:
@@ -239,6 +286,10 @@ def check_order(passes: list[Pass], where: str) -> None:
                 f"{after.name} after {before.name}",
                 f"{before.name} must be the last pass: no other can change its format",
             )
+        grid = before.trained_grid or grid
+        if grid is not None and (problem := after.grid_problem(grid)) is not None:
+            fix = "give both the same levels, or leave one of them out"
+            raise UserError(thing, f"{problem}, after weights were trained on levels of {grid}", fix)
 
 
 def load_recipe(name: str, choice: Choice | None = None) -> Recipe:

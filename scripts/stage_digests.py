@@ -35,6 +35,8 @@ ROOTS = {
     "student": ["distill.pipeline.make_student"],
     "variant": [
         *("compress.build.build_variants", "compress.publish.publish_variant", "compress.recipe.Recipe"),
+        "compress.quantized_training.keep_rounded",
+        "compress.quantized_training.put_on_grid",
     ],
 }
 # Folder of plug-ins -> the stage whose version stands for what they import; their own code is in the keys.
@@ -53,7 +55,11 @@ EXCLUDED_MODULES = {
     ),
     *("distill.trainer.logging", "distill.trainer.evaluate", "distill.models.card"),
 }
-WITHOUT = {"targets": {"distill.trainer.artifact_training.run_training"}}  # reached, but not run there
+# Reached, but not run there; or run by `recover` alone, whose key has it.
+WITHOUT = {
+    "targets": {"distill.trainer.artifact_training.run_training"},
+    "variant": {"distill.teachers.target_source.open_target_source"},
+}
 
 
 @cache

@@ -21,7 +21,7 @@ from compress.model_size import (
     skipped_modules,
     stored_bytes,
 )
-from compress.recipe import Context, Pass, PassReport, Size, Stage
+from compress.recipe import Context, Grid, Pass, PassReport, Size, Stage
 from compress.tensors.quant_error import HALF_SUBNORMAL, INT8_ROUNDED, NF4_GAP, check_rounding
 from eval.core.config import Frozen
 from eval.core.errors import UserError
@@ -39,6 +39,9 @@ class BitsAndBytes(Pass):
 
     class Options(Frozen):
         format: Literal["nf4", "int8"]
+
+    def grid_problem(self, grid: Grid) -> str | None:
+        return f"bitsandbytes has levels of its own for {self.options.format}"
 
     def preview(self, model: PreTrainedModel) -> PreTrainedModel:
         if self.options.format == "nf4":

@@ -18,7 +18,7 @@ from compress.calibration import check_batch, check_export
 from compress.engine_files import EngineFiles
 from compress.gguf_file import MODEL, check_build, quantize, refusal, tensors, values, write
 from compress.model_size import check_groups, size_of, skipped_modules
-from compress.recipe import Context, Pass, PassReport, Size, Stage
+from compress.recipe import Context, Grid, Pass, PassReport, Size, Stage
 from compress.tensors.quant_error import (
     INT4_STEP,
     INT4_SUBNORMAL,
@@ -54,6 +54,12 @@ class LlamaCpp(Pass):
     @cached_property
     def code(self) -> dict[str, str]:
         return {**super().code, **installed_versions(["llama-cpp-python"])}
+
+    def grid_problem(self, grid: Grid) -> str | None:
+        own = {"q4_0": Grid(4, GROUP)}.get(self.options.weights)
+        if self.options.weights == "f32" or (own is not None and own.holds(grid)):
+            return None
+        return f"llama_cpp rounds to levels of {own or self.options.weights}"
 
     def preview(self, model: PreTrainedModel) -> PreTrainedModel:
         check_build()

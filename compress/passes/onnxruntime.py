@@ -29,7 +29,7 @@ from compress.onnx_graph import (
     save,
     stored_bytes,
 )
-from compress.recipe import Context, Pass, PassReport, Size, Stage
+from compress.recipe import Context, Grid, Pass, PassReport, Size, Stage
 from compress.tensors.quant_error import INT4_STEP, INT8_STEP, check_rounding
 from eval.core.config import Frozen
 from eval.core.errors import UserError
@@ -59,6 +59,12 @@ class OnnxRuntime(Pass):
         @property
         def in_groups(self) -> bool:
             return self.weights in ("int8", "int4")
+
+    def grid_problem(self, grid: Grid) -> str | None:
+        own = Grid({"int4": 4}.get(self.options.weights, 8), self.options.group_size)
+        if self.options.weights == "fp32" or (self.options.in_groups and own.holds(grid)):
+            return None
+        return f"onnxruntime rounds to levels of {own if self.options.in_groups else 'its own'}"
 
     def preview(self, model: PreTrainedModel) -> PreTrainedModel:
         if (name := type(model).__name__) not in ARCHITECTURES:

@@ -26,7 +26,7 @@ from compress.openvino_ir import (
     number_names,
     plain_matrices,
 )
-from compress.recipe import Context, Pass, PassReport, Size, Skipped, Stage
+from compress.recipe import Context, Grid, Pass, PassReport, Size, Skipped, Stage
 from compress.targets import Targets
 from compress.tensors.quant_error import (
     INT4_STEP,
@@ -105,6 +105,17 @@ class OpenVINO(Pass):
         def data_aware(self) -> bool:
             by_data = self.sensitivity_metric not in (None, "weight_quantization_error")
             return self.moves_weights or self.lora_correction or by_data
+
+    def grid_problem(self, grid: Grid) -> str | None:
+        options, own = self.options, Grid(8, -1)
+        if options.weights == "int4":
+            own = Grid(4, options.group_size)
+            if (moves := [name for name in ALGORITHMS if getattr(options, name)]) or options.ratio < 1:
+                return f"openvino.{(moves or ['ratio'])[0]} moves weights to others"
+        if options.weights == "fp32" or (options.sym and own.holds(grid)):
+            return None
+        levels = own if options.sym else f"{own}, not around zero"
+        return f"openvino rounds to levels of {levels}"
 
     def preview(self, model: PreTrainedModel) -> PreTrainedModel:
         self.options.choose(matrix_modules(model))

@@ -1,24 +1,52 @@
-"""Recovery: distils the uncompressed student into what the passes before have left of it."""
+"""Recovery: distils the uncompressed student, or the teacher of the method, into what the passes before left.
+
+With `quantize` the matrices inside the layers are rounded in every forward pass, and are left on the levels
+that they were trained on: an export that rounds to the same levels changes them no more.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compress.model_size import size_of
-from compress.recipe import Context, Pass, PassReport, Stage
+from compress.model_size import check_groups, layer_inputs, size_of
+from compress.quantized_training import keep_rounded, put_on_grid
+from compress.recipe import Context, Grid, Pass, PassReport, Stage
+from compress.targets import Targets
 from eval.core.artifacts import digest, stage_code
 from eval.core.config import Frozen
 from eval.core.documents import Batch
+from eval.core.errors import UserError
 from eval.core.sections import Train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.losses.teacher_output import Target
+    from distill.teachers.target_source import TargetSource
+
+
+class Quantize(Targets):
+    """Matrices inside the layers that are rounded while they are trained."""
+
+    bits: int = Field(4, ge=2, le=8)
+    group_size: int = Field(64, ge=-1)  # inputs of a row that share one scale; -1: all of them
+
+    @model_validator(mode="after")
+    def has_groups(self) -> Self:
+        if self.group_size == 0:
+            raise ValueError("group_size 0; give a number above 0, or -1 for whole rows")
+        return self
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.group_size)
 
 
 class Recover(Pass):
@@ -26,34 +54,87 @@ class Recover(Pass):
 
     class Options(Frozen):
         train: Train
+        teacher: Literal["student", "method"] = "student"  # the uncompressed one; or what taught that one
+        quantize: Quantize | None = None
 
     @cached_property
     def code(self) -> dict[str, str]:
         """As of any pass, with the code that trains students: it trains here too."""
         return {**super().code, **stage_code("student")}
 
+    @property
+    def trained_grid(self) -> Grid | None:
+        return None if self.options.quantize is None else self.options.quantize.grid
+
+    def grid_problem(self, grid: Grid) -> str | None:
+        return None if self.trained_grid == grid else "recover trains off them"
+
+    @property
+    def method_training(self) -> Train | None:
+        return self.options.train if self.options.teacher == "method" else None
+
+    def preview(self, model: PreTrainedModel) -> PreTrainedModel:
+        quantize = self.options.quantize
+        if quantize is not None:
+            names = quantize.choose(layer_inputs(model))
+            fix = "give a group size that divides all of them, or leave that matrix out by `ignore`"
+            if quantize.group_size > 0:
+                check_groups(model, quantize.group_size, "recover.quantize.group_size", fix, names)
+        return model
+
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
         from distill.trainer.loop import train
 
-        before = size_of(model, context.dtype)
+        before, quantize = size_of(model, context.dtype), self.options.quantize
         zeros = zero_masks(model)
-        curve = train(
-            model,
-            context.rows,
-            self.options.train,
-            pad=context.pad,
-            seed=context.seed,
-            teacher=lambda batch: parent_target(context.parent, batch),
-            scratch=context.scratch / f"recover-{digest(self.identity)[:16]}",
-            report=lambda step: context.report(step.number / step.total),
-            after_step=lambda: restore_zeros(zeros),
-        )
+        names = [] if quantize is None else sorted(quantize.choose(layer_inputs(model)))
+        if quantize is not None:
+            put_on_grid(model, names, quantize.grid)
+        with self._source(context) as source:
+            curve = train(
+                model,
+                source.rows,
+                self.options.train,
+                pad=context.pad,
+                seed=context.seed,
+                teacher=source.teacher,
+                rewrite=source.rewrite,
+                scratch=context.scratch / f"recover-{self._fingerprint(context)[:16]}",
+                report=lambda step: context.report(step.number / step.total),
+                after_step=lambda: restore_zeros(zeros),
+            )
+        keep_rounded(model, names)
         model.to("cpu")
         context.parent.to("cpu")
-        facts = {"loss_curve": [[step, loss] for step, loss in curve]}
+        facts: dict[str, Any] = {"loss_curve": [[step, loss] for step, loss in curve]}
+        if quantize is not None:
+            facts |= {"grid": str(quantize.grid), "matrices": len(names)}
         return model, PassReport(
             name=self.name, before=before, after=size_of(model, context.dtype), facts=facts
         )
+
+    def _fingerprint(self, context: Context) -> str:
+        """Of what decides its training: checkpoints of another one are not taken up."""
+        method = context.method if self.options.teacher == "method" else None
+        return digest([*self.identity, *([method.identity] if method else [])])
+
+    @contextmanager
+    def _source(self, context: Context) -> Iterator[TargetSource]:
+        """What is trained on: the rows and the teacher.
+
+        Raises:
+            UserError: there is no method, or its targets are damaged.
+        """
+        from distill.teachers.target_source import TargetSource
+
+        if self.options.teacher == "student":
+            yield TargetSource(context.rows, lambda batch: parent_target(context.parent, batch))
+            return
+        if context.method is None:
+            problem = "method, but these models were not taught by one"
+            raise UserError("recover.teacher", problem, "take teacher: student")
+        with context.method.open() as source:
+            yield source
 
 
 @torch.no_grad()

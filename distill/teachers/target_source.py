@@ -307,6 +307,19 @@ def target_source_inputs(study: Study, arm: str, seed: int) -> tuple[Any, dict[s
     return [settings, read_manifest(folder).code, *([left_out] if left_out else [])], {}
 
 
+def targets_identity(study: Study, arm: str, seed: int) -> str:
+    """Fingerprint of what a student learns from: its teacher, how it is asked, and targets on disk.
+
+    Raises:
+        UserError: the run does not have them.
+    """
+    asked = [find_teacher_hash(study, arm, seed), *target_source_inputs(study, arm, seed)]
+    if study.targets.source in STORED_SOURCES:
+        _, seeds = teacher_group(study, TEACHERS[arm], seed)
+        asked.append(read_manifest(study.folder / "targets" / teacher_name(TEACHERS[arm], seeds)).hash)
+    return digest(asked)
+
+
 def left_out_rows(study: Study, arm: str, seed: int) -> set[str]:
     """Ids of rows that no student of a seed learns from: one of its teachers has no answer to them."""
     if study.teacher is None or not study.teacher.answers:

@@ -79,7 +79,8 @@ def split_weights(model: PreTrainedModel) -> Weights:
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
-        path = name.split(".")
+        # Under a parametrization a weight is `parametrizations.weight.original` of its module.
+        path = name.removesuffix(".original").replace(".parametrizations.", ".").split(".")
         if weight.ndim < 2 or path[-1].endswith("bias"):  # that of every expert is a row
             weights.vectors.append(weight)
         elif id(weight) in shared or "embed" in name or (ROUTERS.intersection(path) and ".lora_" not in name):

@@ -5,6 +5,7 @@ data and with a tokenizer of that data.
 """
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from compress.recipe import Context
+from compress.passes.recover import parent_target
+from compress.recipe import Context, MethodTargets
 from distill.data.rows import training_documents, training_rows
 from distill.data.split import prepare
 from distill.models.load import train_tokenizer
+from distill.teachers.target_source import TargetSource
 from distill.trainer.loop import train
 from eval.core.sections import Train
 from eval.core.study import Study, load_study, save_study
@@ -73,7 +76,11 @@ def context_of(study: Study, scratch: Path) -> Context:
     parent, tokenizer = load_checkpoint(study.folder / "students" / "S1" / f"s{study.seeds[0]}")
     rows = training_rows(study, tokenizer)
     documents, seed = partial(training_documents, study), study.seeds[0]
-    return Context(parent, tokenizer, rows, 0, seed, scratch, lambda share: None, torch.float32, documents)
+    other = tiny_model(len(tokenizer), seed=7)  # stands at the place of a teacher with a method
+    source = TargetSource(rows, partial(parent_target, other))
+    method = MethodTargets("another model", lambda: nullcontext(source))
+    quiet, dtype = lambda share: None, torch.float32
+    return Context(parent, tokenizer, rows, 0, seed, scratch, quiet, dtype, documents, method)
 
 
 def model_of(context: Context) -> PreTrainedModel:

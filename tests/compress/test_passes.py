@@ -26,7 +26,11 @@ CASES = {
     "magnitude": [{"sparsity": 0.5}, {"pattern": "2:4"}],
     "wanda": [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.9, "rows": 1, "allocation": "owl"}],
     "sparsegpt": [{"sparsity": 0.5, "rows": 8}, {"pattern": "2:4", "rows": 8}],
-    "recover": [{"train": TRAIN}],
+    "recover": [
+        {"train": TRAIN},
+        {"train": TRAIN, "quantize": {"group_size": 32}},
+        {"train": TRAIN, "teacher": "method", "quantize": {"bits": 3, "group_size": -1}},
+    ],
     "cast": [{"dtype": "bfloat16"}, {"dtype": "float16"}],
     "bitsandbytes": [{"format": "nf4"}, {"format": "int8"}],
     "openvino": [
