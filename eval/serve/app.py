@@ -3,6 +3,7 @@
 import asyncio
 import json
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from eval.serve.router import Ask, Outcome, Refused, Router, Unanswered
 from eval.watch.routing import now
 
 LATER = {"Retry-After": "1"}  # seconds
+REMEMBERED = 100_000  # answers that may still be rewarded
 
 
 class Body(BaseModel):
@@ -38,6 +40,15 @@ class Score(Body):
     text: str = Field(min_length=1)
 
 
+class Rewarded(BaseModel):
+    """What an answer was worth to a user, or by a label."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str = Field(min_length=1, max_length=100)  # that came with the answer
+    reward: float = Field(ge=0, le=1)
+
+
 class Log:
     """The log of requests that `eval.watch.rollout step` reads; no text is kept.
 
@@ -47,18 +58,31 @@ class Log:
 
     def __init__(self, path: Path | None) -> None:
         self.stream = path.open("a", encoding="utf-8", buffering=1) if path else None
+        self.waiting: OrderedDict[str, None] = OrderedDict()  # ids that were logged and not rewarded
 
     def write(self, ask: Ask, outcome: Outcome) -> None:
         if self.stream is not None and outcome.stage and not outcome.refused:
-            row = {"key": ask.key, "time": now(), **vars(outcome), **outcome.result}
+            row = {"key": ask.key, "id": ask.id, "time": now(), **vars(outcome), **outcome.result}
             del row["result"], row["refused"]
             about = {"domain": ask.domain, "tenant": ask.tenant, "prompt_bytes": ask.prompt_bytes}
             self.stream.write(json.dumps(row | about) + "\n")
+            self.waiting[ask.id] = None
+            if len(self.waiting) > REMEMBERED:
+                self.waiting.popitem(last=False)
+
+    def reward(self, id: str, reward: float) -> bool:
+        """Adds a line for a request of this log; False: none of that id is waiting for a reward."""
+        if self.stream is None or id not in self.waiting:
+            return False
+        del self.waiting[id]
+        self.stream.write(json.dumps({"reward_of": id, "reward": reward, "time": now()}) + "\n")
+        return True
 
 
-def facts(outcome: Outcome) -> dict[str, Any]:
+def facts(ask: Ask, outcome: Outcome) -> dict[str, Any]:
     """What a client gets beside the answer."""
     return {
+        "id": ask.id,
         "arm": outcome.arm,
         "served_by": outcome.served_by,
         "fallback_ms": outcome.fallback_ms,
@@ -114,7 +138,7 @@ class Server:
             async with aclosing(self.logged(ask, outcome)) as pieces:
                 async for piece in pieces:
                     yield json.dumps({"text": piece}) + "\n"
-            yield json.dumps({"done": True, **facts(outcome)}) + "\n"
+            yield json.dumps({"done": True, **facts(ask, outcome)}) + "\n"
         except (Refused, Unanswered) as error:
             yield json.dumps({"error": str(error)}) + "\n"
 
@@ -122,12 +146,17 @@ class Server:
         ask, outcome = self.ask(body, prompt=body.prompt, new_tokens=body.new_tokens)
         if body.stream:
             return StreamingResponse(self.lines(ask, outcome), media_type="application/x-ndjson")
-        return {"text": await self.whole(ask, outcome), **facts(outcome)}
+        return {"text": await self.whole(ask, outcome), **facts(ask, outcome)}
 
     async def score(self, body: Score) -> dict[str, Any]:
         ask, outcome = self.ask(body, text=body.text)
         await self.whole(ask, outcome)
-        return facts(outcome)
+        return facts(ask, outcome)
+
+    async def reward(self, body: Rewarded) -> dict[str, Any]:
+        if not self.log.reward(body.id, body.reward):
+            raise HTTPException(404, "no answer of this id waits for a reward")
+        return {"id": body.id, "reward": body.reward}
 
     async def healthz(self, response: Response) -> dict[str, Any]:
         children = self.router.children
@@ -145,6 +174,7 @@ class Server:
         app = FastAPI(title="absorb", lifespan=self.lifespan)
         app.post("/generate", response_model=None)(self.generate)
         app.post("/score")(self.score)
+        app.post("/reward")(self.reward)
         app.get("/healthz")(self.healthz)
         app.get("/metrics", response_model=None)(self.metrics)
         return app

@@ -7,6 +7,7 @@ it. A request belongs to the arm of its key, whoever answers it: where its arm d
 import asyncio
 import logging
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -35,6 +36,7 @@ class Ask:
     body: dict[str, Any]  # `prompt` and `new_tokens`, or `text`
     domain: str = ""
     tenant: str = ""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def prompt_bytes(self) -> int:

@@ -14,10 +14,12 @@ docs/rollout.md has the plan.
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -55,7 +57,7 @@ from eval.watch.decision import (
     findings,
     sums_of,
 )
-from eval.watch.routing import ARMS, MEASURES, Arm, Plan, Request, arm_of, key_hash, now
+from eval.watch.routing import ARMS, MEASURES, Arm, Plan, Request, Reward, arm_of, key_hash, now
 from eval.watch.verify import checked
 
 STEP_EXITS = {PROMOTE: EXIT_PASS, ROLL_BACK: EXIT_FAIL, HOLD: EXIT_INCONCLUSIVE}
@@ -107,6 +109,9 @@ def start(args: argparse.Namespace) -> Step:
     return step
 
 
+Line = TypeVar("Line", bound=BaseModel)
+
+
 class Counted:
     """The requests of a log that count, by arm, and why others do not."""
 
@@ -115,8 +120,11 @@ class Counted:
         self.keys: list[str] = []
         rows: dict[Arm, list[Request]] = {arm: [] for arm in ARMS}
         seen, plan = set(known), state.plan
-        for where, _, row in json_objects(path, "--log", "give a JSONL of requests, one a line"):
-            request = read_request(row, where)
+        rewards = self._rewards(path)
+        for where, row in requests_of(path):
+            request = read_line(Request, row, where)
+            if (reward := rewards.pop(request.id, None)) is not None:
+                request = request.model_copy(update={"reward": reward})
             if request.stage > state.stage:
                 problem = f"of stage {request.stage}, the rollout is in stage {state.stage}"
                 raise UserError(where, problem, "give the log of this rollout")
@@ -136,15 +144,34 @@ class Counted:
                 seen.add(name)
                 self.keys.append(name)
                 rows[request.arm].append(request)
+        if rewards:
+            self.ignored["rewards of no request in this log"] = len(rewards)
         self.sums: dict[Arm, Sums] = {arm: sums_of(rows[arm]) for arm in ARMS}
 
+    def _rewards(self, path: Path) -> dict[str, float]:
+        """Id of a request -> its first reward, of the lines that came after the answers."""
+        rewards: dict[str, float] = {}
+        for where, row in requests_of(path, rewards=True):
+            line = read_line(Reward, row, where)
+            if line.reward_of in rewards:
+                self.ignored["second rewards of a request"] += 1
+            rewards.setdefault(line.reward_of, line.reward)
+        return rewards
 
-def read_request(row: dict[str, object], where: str) -> Request:
+
+def requests_of(path: Path, rewards: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where it stands -> each line of a log that is a request; or each that is a reward."""
+    for where, _, row in json_objects(path, "--log", "give a JSONL of requests, one a line"):
+        if ("reward_of" in row) is rewards:
+            yield where, row
+
+
+def read_line(kind: type[Line], row: dict[str, Any], where: str) -> Line:
     try:
-        return Request.model_validate(row)
+        return kind.model_validate(row)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "request"
+        key = ".".join(map(str, first["loc"])) or kind.__name__.lower()
         raise UserError(f"{where}: {key}", repr(first["input"])[:60], expected_text(first)) from error
 
 

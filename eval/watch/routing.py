@@ -86,6 +86,7 @@ class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     key: str = Field(min_length=1)  # of what is independent: a user or a session, or of the request alone
+    id: str = ""  # of the request, by which a later line may reward it
     stage: int = Field(ge=1)  # of the rollout when it was dealt
     arm: Literal["release", "fallback", "outside"]
     time: datetime
@@ -103,6 +104,15 @@ class Request(BaseModel):
         if (self.bits is None) != (self.bytes is None):
             raise ValueError("give `bits` and `bytes`, or neither")
         return self
+
+
+class Reward(BaseModel):
+    """A line that says what an answer was worth, once a user or a label told."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    reward_of: str = Field(min_length=1, max_length=100)  # the id that came with the answer
+    reward: float = Field(ge=0, le=1)
 
 
 def place_of(salt: str, key: str) -> float:

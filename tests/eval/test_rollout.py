@@ -262,6 +262,21 @@ def test_requests_that_were_not_dealt_by_the_hash_or_counted_before_are_no_evide
         take_step(started, keys, tmp_path / "3.jsonl", requests(plan, 1, 10, seed=5))
 
 
+def test_a_reward_that_comes_later_counts_with_its_request(started, keys, tmp_path):
+    plan = Plan.model_validate(PLAN)
+    whole = [dict(row, id=f"id{place}") for place, row in enumerate(requests(plan, 1, 200))]
+    bare = [{name: value for name, value in row.items() if name != "reward"} for row in whole]
+    later = [{"reward_of": row["id"], "reward": row["reward"], "time": row["time"]} for row in whole]
+    strange = [dict(later[0], reward_of="nobody"), dict(later[1], reward=1 - later[1]["reward"])]
+    with pytest.raises(UserError, match=r"line 201: reward: 3; expected at most 1"):
+        take_step(started, keys, tmp_path / "bad.jsonl", [*bare, dict(later[0], reward=3)])
+    step = take_step(started, keys, tmp_path / "1.jsonl", [*bare[:50], *later, *bare[50:], *strange])
+    assert step.ignored == {"rewards of no request in this log": 1, "second rewards of a request": 1}
+    for arm in ("release", "fallback"):
+        given_to = [row["reward"] for row in whole if row["arm"] == arm]
+        assert (step.sums[arm].rewards, step.sums[arm].reward) == (len(given_to), sum(given_to))
+
+
 def test_a_log_that_was_changed_is_refused_and_a_state_that_was_falls_back(started, release, keys, tmp_path):
     plan, ops = Plan.model_validate(PLAN), read_trusted([keys / "ops.pub"])
     take_step(started, keys, tmp_path / "1.jsonl", requests(plan, 1, 200))

@@ -105,7 +105,14 @@ def test_each_arm_answers_as_its_model_does_whole_and_in_pieces(served, release)
     pattern = r'# TYPE \w+ \w+|\w+(\{(\w+="[^"]*",?)+\})? [-+.e\d]+'
     assert all(re.fullmatch(pattern, line) for line in text.splitlines())
     assert 'absorb_requests_total{arm="release",served_by="release",outcome="answered"} 3' in text
-    assert len((folder / "log.jsonl").read_text().splitlines()) == 6, "what was refused is no evidence"
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 6, "what was refused is no evidence"
+    assert client.post("/reward", json={"id": score["id"], "reward": 2}).status_code == 422
+    assert client.post("/reward", json={"id": score["id"], "reward": 0.5}).status_code == 200
+    for again in (score["id"], "nobody"):
+        assert client.post("/reward", json={"id": again, "reward": 0.5}).status_code == 404
+    added = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][6:]
+    assert [(row["reward_of"], row["reward"]) for row in added] == [(rows[-1]["id"], 0.5)]
 
 
 @pytest.mark.slow
@@ -136,7 +143,8 @@ def test_no_request_is_lost_when_the_release_is_killed_and_its_log_is_evidence(s
     assert over, "some were dealt to the release while it was dead"
     assert all(body["text"] for _, body in answers)
     wait_for(lambda: client.get("/healthz").json()["children"]["release"]["ready"])
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "arm" in row]  # the others are rewards
     assert sum(row["error"] for row in rows) == len(over)
     words = ["--rollout", folder / "rollout", "--log", folder / "log.jsonl", "--by", "cron", "--key", key]
     step = rollout.step(given("step", *words))
@@ -166,7 +174,7 @@ def test_a_client_that_gives_up_is_in_the_log(served):
 
     def rows():
         lines = (folder / "log.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if row["tenant"] == "left"]
+        return [row for row in map(json.loads, lines) if row.get("tenant") == "left"]
 
     wait_for(rows, 20)
     assert [(row["arm"], row["error"], row["served_by"]) for row in rows()] == [("release", True, "")]
