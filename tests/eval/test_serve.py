@@ -40,17 +40,8 @@ def served(release, released_run, tmp_path_factory):
     words = ["--rollout", folder / "rollout", "--release", release, "--plan", folder / "plan.yaml"]
     rollout.start(given("start", *words, "--by", "Ada", "--key", key))
     port = free_port()
-    words = [
-        "--release",
-        release,
-        "--rollout",
-        folder / "rollout",
-        "--log",
-        folder / "log.jsonl",
-        "--port",
-        port,
-    ]
-    words += ["--golden", 1, "--rollout-key", f"{key}.pub"]
+    words = ["--release", release, "--rollout", folder / "rollout", "--log", folder / "log.jsonl"]
+    words += ["--port", port, "--golden", 1, "--rollout-key", f"{key}.pub"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         [sys.executable, "-m", "eval.serve", *map(str, words)], cwd=ROOT, env=env
