@@ -42,6 +42,7 @@ def publish_variant(study: Study, variant: Variant, report: Callable[[float], No
         "seed": student.seed,
         "recipe": recipe.name,
         "recipe_hash": digest([recipe.settings, recipe.code]),
+        "recipe_file": recipe.file,
         "target": recipe.target,
         "engine": recipe.engine,
         "reports": reports,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from eval.core.artifacts import installed_versions, plugin_code, stage_code
+from eval.core.artifacts import digest, installed_versions, plugin_code, stage_code
 from eval.core.config import Frozen, Stored, plugin_class, plugin_names, validate_config
 from eval.core.documents import Document, Row
 from eval.core.errors import UserError
@@ -216,6 +216,7 @@ class Recipe:
     name: str
     target: str
     passes: tuple[Pass, ...]
+    file: str  # digest of what its file says, before `auto` is settled
 
     @property
     def engine(self) -> str:
@@ -305,7 +306,7 @@ def load_recipe(name: str, choice: Choice | None = None) -> Recipe:
     entries = replace_auto(raw.passes, choice or {})
     passes = [make_pass(e, f"{path}: passes.{i}", raw.calibration) for i, e in enumerate(entries)]
     check_order(passes, str(path))
-    return Recipe(raw.name, raw.target, tuple(passes))
+    return Recipe(raw.name, raw.target, tuple(passes), digest(raw.model_dump(mode="json")))
 
 
 def load_recipes(study: Study) -> list[Recipe]:

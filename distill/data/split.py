@@ -29,7 +29,7 @@ from eval.core.artifacts import (
     make_key,
     read_manifest,
 )
-from eval.core.documents import TEST, TRAIN, TRANSFER, VALIDATION, Document
+from eval.core.documents import TEST, TRAIN, TRANSFER, VALIDATION, Document, cluster_names, part_of_test
 from eval.core.documents.encoding import ChatRefused, lay_out
 from eval.core.errors import UserError
 from eval.core.sections import Data, Source
@@ -218,6 +218,7 @@ def _truncate(document: Document, limit: int) -> Document:
 
 
 def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
     with path.open("wb") as out:
         out.writelines(lines)
 
@@ -232,6 +233,41 @@ def _read_shifted(reader: Reader) -> dict[str, Pool]:
             problem = "no documents, or all are copies of others"
             raise UserError(f"slice {name!r}", problem, "fix its source")
     return pools
+
+
+def part_slice(name: str, clusters: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the documents of a shifted slice that are scored now, and of those set aside as its test.
+
+    Whole clusters are set aside, those with the highest hashes, until they have `count` documents: what is
+    not independent is on one side. Two are on each side at least: one alone tells nothing of others.
+
+    Args:
+        clusters: [N] the cluster of each document.
+
+    Raises:
+        UserError: fewer than two clusters would be left to score.
+    """
+    sizes, taken = Counter(clusters), set[str]()
+    for cluster in sorted(sizes, key=short_hash, reverse=True):
+        if len(taken) < 2 or sum(sizes[one] for one in taken) < count:
+            taken.add(cluster)
+    if (left := len(sizes) - len(taken)) < 2:
+        problem = f"{len(clusters)} documents in {len(sizes)} clusters: a test of {count} would leave {left}"
+        fix = "add documents of other clusters, or lower data.shifted_test"
+        raise UserError(f"slice {name!r}", problem, fix)
+    aside = np.array([cluster in taken for cluster in clusters])
+    return np.flatnonzero(~aside), np.flatnonzero(aside)
+
+
+def _part_shifted(data: Data, spool: Spool, splits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The shifted slices without what is set aside of each, and that."""
+    parts: dict[str, np.ndarray] = {}
+    for name in data.shifted if data.shifted_test else ():
+        documents = [spool.document(number) for number in splits[name].tolist()]
+        clusters = cluster_names(documents, data.cluster_of(name))
+        scored, aside = part_slice(name, clusters, data.shifted_test)
+        parts |= {name: splits[name][scored], part_of_test(name): splits[name][aside]}
+    return parts
 
 
 def _index(spool: Spool, threshold: float, numbers: Sequence[int] | None = None) -> NearDuplicates:
@@ -265,6 +301,7 @@ def write_splits(
     counts = {name: len(np.unique(spool.groups[numbers])) for name, numbers in splits.items()}
     pools |= _read_shifted(reader)
     splits |= {name: np.array(pool.numbers) for name, pool in pools.items() if name != "documents"}
+    splits |= _part_shifted(data, spool, splits)
     held_out = [number for name in splits if name != TRAIN for number in splits[name].tolist()]
     scored = {
         name: [_truncate(spool.document(number), data.scored_bytes) for number in numbers.tolist()]

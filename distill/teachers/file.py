@@ -23,7 +23,7 @@ from distill.teachers.answers import ROUNDING, Answer, AnsweringTeacher, check_a
 from distill.trainer.artifact_training import build_shared, is_missing, rows_shape
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import digest, make_key, read_manifest, remembered_hashes, write_text
-from eval.core.documents import TEST, Batch, Row, read_documents, scored_slices, windows
+from eval.core.documents import Batch, Row, read_documents, scored_slices, slices_of_test, windows
 from eval.core.errors import UserError
 from eval.core.study import Study
 
@@ -44,7 +44,7 @@ def _key(row: str, tokens_hash: str) -> bytes:
 def asked_rows(study: Study, tokenizer: PreTrainedTokenizerBase) -> tuple[Sequence[Row], list[Row]]:
     """The rows that a student learns from, and those of scored documents."""
     data = study.folder / "data"
-    slices = [*scored_slices(data), *([TEST] if study.data.test else [])]
+    slices = [*scored_slices(data), *slices_of_test(data)]
     documents = [document for name in slices for document in read_documents(data, name)]
     scored = [row for each in documents for row in windows(tokenizer, each, study.data.context)]
     return training_rows(study, tokenizer, distilled_split(study)), scored

@@ -16,7 +16,7 @@ from distill.losses.teacher_output import Dense, Mixed, States, match_vocabulary
 from distill.method import Method
 from distill.models.generation import sample_texts, stop_ids
 from distill.teachers.local import LocalTeacher
-from eval.core.documents import TEST, Batch, Row, collate, read_documents, scored_slices
+from eval.core.documents import Batch, Row, collate, read_documents, scored_slices, slices_of_test
 from eval.core.errors import UserError, require_one_of
 from eval.core.sections import Generation
 from eval.core.sections.models import Teacher
@@ -121,7 +121,7 @@ def check_domains(study: Study, tokenizer: PreTrainedTokenizerBase) -> None:
         return
     data = study.folder / "data"
     learned = TokenMap(make_tokens(study, tokenizer, distilled_split(study), verify=False)).domains
-    slices = [*scored_slices(data), *([TEST] if study.data.test else [])]
+    slices = [*scored_slices(data), *slices_of_test(data)]
     scored = {document.domain for name in slices for document in read_documents(data, name)}
     domains = sorted({*learned, *scored})
     for number, member in enumerate(study.teacher.mix):

@@ -145,9 +145,7 @@ class Reference(Stored):
     arm: str  # T1: the teacher with its method; B: the fallback
     target: str
     cost: dict[str, Number] | None  # null where it was not measured
-    pick: dict[str, Relative] = Field(
-        default_factory=dict
-    )  # quantity -> the recommended variant's, as a share
+    pick: dict[str, Relative] = Field(default_factory=dict)  # quantity -> the pick's, as a share of it
     how: str | None  # the command that measures it, or why none can
 
 
@@ -252,6 +250,7 @@ class Opening(Stored):
     teacher_gain: Estimate | None = None
     kept_share: KeptShare | None = None
     guard_share: KeptShare | None = None
+    slices: dict[str, KeptShare] = Field(default_factory=dict, exclude_if=lambda value: not value)
 
 
 class Look(Stored):
@@ -281,6 +280,7 @@ class OnTestSet(Stored):
     teacher_gain: Estimate | None
     kept_share: KeptShare | None
     guard_share: KeptShare | None
+    slices: dict[str, KeptShare] = Field(default_factory=dict, exclude_if=lambda value: not value)
     history: list[Look]
 
 
@@ -392,8 +392,9 @@ def figures_of(value: Any, without: set[str] = PROSE | RESAMPLED) -> Any:
     Fields are left out by what they are; a recipe or a slice that is called `how` is a key, and stays.
     """
     if isinstance(value, BaseModel):
-        names = set(type(value).model_fields) - without
-        return {name: figures_of(getattr(value, name), without) for name in sorted(names)}
+        fields = {name: (info, getattr(value, name)) for name, info in type(value).model_fields.items()}
+        told = {n: v for n, (info, v) in fields.items() if not (info.exclude_if and info.exclude_if(v))}
+        return {name: figures_of(told[name], without) for name in sorted(set(told) - without)}
     if isinstance(value, dict):
         return {str(key): figures_of(inner, without) for key, inner in value.items()}
     return [figures_of(one, without) for one in value] if isinstance(value, list | tuple) else value

@@ -34,7 +34,7 @@ from eval.core.sections.source import Source
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
 # No model depends on these.
-UNHASHED_KEYS = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers"}
+UNHASHED_KEYS = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers", "rivals"}
 
 
 class Study(Frozen):
@@ -64,6 +64,11 @@ class Study(Frozen):
         "`on_policy`: on what they write, each token of it with the advantage 1",
     )
     ce_train: Train | None = Field(None, description="how the CE arm is trained; none: as `train` says")
+    rivals: dict[Literal["T1", "T0"], str] = Field(
+        {},
+        exclude_if=lambda value: not value,
+        description="teachers that are one plain model and could be served as they are: what each is",
+    )
     trackers: list[str] = Field(["tensorboard"], description="experiment trackers, by accelerate's names")
     recipes: list[str] = Field([], description="variants: files of configs/recipes, by name or path")
     cost: Cost = Cost()
@@ -72,13 +77,9 @@ class Study(Frozen):
     accept_old: tuple[str, ...] = Field((), exclude=True, description="set by --accept-old; never stored")
 
     @model_validator(mode="after")
-    def seeds_differ(self) -> Self:
+    def seeds_differ_and_task_fits(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}; give each seed once")
-        return self
-
-    @model_validator(mode="after")
-    def task_fits(self) -> Self:
         check_task(self)
         return self
 

@@ -4,16 +4,16 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 
-from eval.core.artifacts import describe_accepted
+from eval.core.artifacts import describe_accepted, digest, read_manifest
 from eval.core.budget import Budget, load_budget
-from eval.core.checks import CE, SLACK, STUDENT, TEACHERS, read_unbuilt
+from eval.core.checks import CE, SLACK, STUDENT, TEACHERS, artifact_folder, read_unbuilt
 from eval.core.errors import UserError
 from eval.core.gate_file import Extent, Fixed, GateRun
-from eval.core.plan import current_recipes, list_changes, list_recipe_changes
+from eval.core.plan import Plan, current_recipes, list_changes, list_recipe_changes
 from eval.core.records import PLAIN, VALIDATION, CostRecord, LoadRecord
 from eval.core.study import recipe_names
 from eval.gate.evidence import Contrast, Evidence
-from eval.gate.quality import RESOLUTION, RIVALS, harm_of_ce
+from eval.gate.quality import RESOLUTION, RIVALS, harm_of
 from eval.stats.crossed import PASS, crossed_mean
 from eval.stats.multiplicity import holm
 
@@ -109,10 +109,22 @@ def compare_plan(evidence: Evidence, budget: Budget) -> Fixed | None:
         own = plan.budget
     changes += [f"{change} in the file of the budget" for change in list_changes(plan.budget, own)]
     changes += [f"recipe {change}" for change in list_recipe_changes(plan.recipes, current_recipes(study))]
+    changes += _built_otherwise(evidence, plan)
     late = datetime.fromisoformat(plan.time) > datetime.fromisoformat(evidence.first) + SLACK
     return Fixed(
         time=plan.time, hash=plan.hash, budget=plan.budget.name, other=other, late=late, changes=changes
     )
+
+
+def _built_otherwise(evidence: Evidence, plan: Plan) -> list[str]:
+    """Variants that were built by another recipe than the fixed one of their name."""
+    changes = []
+    for recipe in evidence.recipes[1:]:
+        place = artifact_folder(evidence.folder, STUDENT, evidence.study.seeds[0], recipe)
+        built, fixed = place and read_manifest(place).facts.get("recipe_file"), plan.recipes.get(recipe)
+        if built and fixed and built != digest(fixed.model_dump(mode="json")):
+            changes.append(f"the variants {recipe} were built by another recipe")
+    return changes
 
 
 def _plan(budget: Budget, fixed: Fixed | None) -> list[str]:
@@ -185,7 +197,7 @@ def _scored_elsewhere(evidence: Evidence) -> list[str]:
 
 def _spoiled_ce(evidence: Evidence) -> list[str]:
     """A rival that its own training made worse is beaten by anything."""
-    if (CE, PLAIN) not in evidence.bits or (harm := harm_of_ce(evidence)) is None:
+    if (CE, PLAIN) not in evidence.bits or (harm := harm_of(evidence, CE)) is None:
         return []
     return [
         f"{RIVALS[evidence.study.ce_arm]} (CE) ended worse than the base that it began with, by "

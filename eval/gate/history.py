@@ -182,6 +182,6 @@ def summarize_openings(openings: list[Opening], artifacts: dict[str, str], budge
         ],
         **last.model_dump(
             include={"time", "by", "recipe", "target", "documents", "verdict", "parts"}
-            | {"teacher_gain", "kept_share", "guard_share"}
+            | {"teacher_gain", "kept_share", "guard_share", "slices"}
         ),
     )

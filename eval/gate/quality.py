@@ -134,27 +134,28 @@ def over_ce_part(evidence: Evidence, share: float, alpha: float) -> Part:
     lead = evidence.gain(VALIDATION, GAIN_OVER_CE) - share * evidence.gain(VALIDATION, GAIN)
     what = f"the student beats {RIVALS[evidence.study.ce_arm]} by {share:g} of the teacher's gain"
     part = mean_part("over_ce", lead, alpha, what, f"{what}: it does not")
-    if part.verdict != PASS or (harm := harm_of_ce(evidence)) is None:
+    if part.verdict != PASS or (harm := harm_of(evidence, CE)) is None:
         return part
     reason = f"{what}, but that ended worse than the base by {harm:.2g} bits/byte: it is no rival"
     cure = "a CE arm at its own best rate (ce_train)"
     return part.model_copy(update={"verdict": INCONCLUSIVE, "reason": reason, "remedy": cure})
 
 
-def harm_of_ce(evidence: Evidence) -> float | None:
-    """Bits/byte by which plain training ended worse than its base; None where it did not."""
-    gain = float(evidence.gain(VALIDATION, Contrast(CE, FALLBACK)).mean())
+def harm_of(evidence: Evidence, rival: str) -> float | None:
+    """Bits/byte by which a rival ended worse than the base; None where it did not."""
+    gain = float(evidence.gain(VALIDATION, Contrast(rival, FALLBACK)).mean())
     return -gain if gain < 0 else None
 
 
 def compare_rivals(evidence: Evidence, alpha: float) -> list[Rival]:
-    """How much better than the uncompressed student each simpler rival of the study is."""
-    if (CE, PLAIN) not in evidence.bits:
-        return []
-    lead = evidence.gain(VALIDATION, Contrast(CE, STUDENT))
-    beats, what = crossed_mean(lead).verdict(alpha) == PASS, RIVALS[evidence.study.ce_arm]
-    spoiled = harm_of_ce(evidence) is not None
-    return [Rival(arm=CE, what=what, lead=estimate(lead, alpha), beats=beats, spoiled=spoiled)]
+    """How much better than the uncompressed student each simpler rival is: CE, and what the study names."""
+    study, rivals = evidence.study, []
+    names: dict[str, str] = {CE: RIVALS[study.ce_arm]} if (CE, PLAIN) in evidence.bits else {}
+    for arm, what in (*names.items(), *study.rivals.items()):
+        z = evidence.gain(VALIDATION, Contrast(arm, STUDENT))
+        beats, spoiled = crossed_mean(z).verdict(alpha) == PASS, harm_of(evidence, arm) is not None
+        rivals.append(Rival(arm=arm, what=what, lead=estimate(z, alpha), beats=beats, spoiled=spoiled))
+    return rivals
 
 
 def slice_parts(evidence: Evidence, recipe: str, name: str, f: float, alpha: float) -> list[Part]:

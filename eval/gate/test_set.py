@@ -3,8 +3,9 @@
     python -m eval.gate.test_set --study runs/NAME --by WHO [--variant NAME] [--reason TEXT]
 
 Scores the base, the students and the variant on the test documents and judges assay, retention, guard and
-fallback there. Default: the variant that the gate recommends. The opening is written down before anything is
-scored, and counted and shown ever after; another one needs a reason. Exit codes as those of the gate.
+fallback there, and assay and retention on the test documents of mandatory slices, where there are such.
+Default: the variant that the gate recommends. The opening is written down before anything is scored, and
+counted and shown ever after; another one needs a reason. Exit codes as those of the gate.
 """
 
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from eval.core.artifacts import digest, read_manifest
 from eval.core.budget import Budget
 from eval.core.checks import CE, TEACHERS, Artifacts, artifact_folder
 from eval.core.commands import new_parser, study_from_command, write_json
-from eval.core.documents import TEST, read_documents
+from eval.core.documents import TEST, part_of_test, read_documents
 from eval.core.errors import EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import STYLES, GateFile, Opening
 from eval.core.jobs import Job, Report, lock_folder, run_jobs
@@ -39,6 +40,7 @@ from eval.gate.quality import (
     guard_part,
     kept_gain,
     retention_part,
+    slice_parts,
 )
 from eval.gate.verdicts import hold_failures, join_verdicts
 
@@ -150,7 +152,6 @@ def judge_test_set(evidence: Evidence, budget: Budget, opening: Opening) -> Open
         artifacts, each_score(evidence.folder, "test"), models_to_score(evidence.study, recipe)
     )
     on_test = build_evidence(tables, [PLAIN, recipe], {})
-    assert list(on_test.columns) == [TEST]
     tests = [
         assay_part(on_test, TEST, alpha),
         retention_part(on_test, recipe, TEST, budget.f, alpha),
@@ -158,16 +159,21 @@ def judge_test_set(evidence: Evidence, budget: Budget, opening: Opening) -> Open
         fallback_part(on_test, recipe, alpha, TEST),
     ]
     tests[0] = tests[0].model_copy(update={"name": "assay"})
+    shifted = {name: part_of_test(name) for name in budget.slices if part_of_test(name) in on_test.columns}
+    for name, place in shifted.items():
+        for part in slice_parts(on_test, recipe, place, budget.slices[name], alpha):
+            tests.append(part.model_copy(update={"name": part.name.replace(place, name)}))
     parts = hold_failures(tests, alpha)
     shares = Shares(on_test, alpha, {}, np.empty((0, 0)))
     return opening.model_copy(
         update={
-            "documents": len(on_test.bytes),
+            "documents": len(on_test.columns[TEST]),
             "verdict": join_verdicts(parts),
             "parts": parts,
             "teacher_gain": estimate(on_test.gain(TEST, GAIN), alpha),
             "kept_share": shares.of(kept_gain(recipe), GAIN, TEST),
             "guard_share": shares.of(gain_over_base(recipe), gain_over_base(PLAIN), TEST),
+            "slices": {name: shares.of(kept_gain(recipe), GAIN, place) for name, place in shifted.items()},
         }
     )
 
@@ -189,6 +195,9 @@ def print_opening(console: Console, opening: Opening, path: Path, alpha: float) 
         ),
         soft_wrap=True,
     )
+    for name, kept in opening.slices.items():
+        if kept.point is not None:
+            console.print(Text(f"on the test documents of {name} it {share_sentence(kept, alpha)}"))
     console.print(Text(f"written to {path}; run the gate and the report again to show it"), soft_wrap=True)
 
 

@@ -28,7 +28,7 @@ from eval.core.artifacts import (
 from eval.core.budget import Budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
 from eval.core.commands import count, new_parser, study_from_command
-from eval.core.documents import TEST, TRAIN, boundary_id, stream_documents
+from eval.core.documents import TRAIN, boundary_id, slices_of_test, stream_documents
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.gate_file import GateFile, read_gate
 from eval.core.records import PLAIN, each_score, read_scores, record_path
@@ -41,6 +41,7 @@ from eval.release.card import card
 from eval.release.contract import build_contract, inputs, lineage, shipped
 from eval.release.contract_file import CONTRACT, Contract, Saving, Signature, Target, contract_text
 from eval.release.golden_answers import CANDIDATES, build_golden_answers
+from eval.release.model_signature import require_model_signing, sign_model
 from eval.release.reference import reference
 from eval.release.rehearsal import rehearse
 from eval.signoff.keys import Trusted, from_text, private_key, read_trusted, wrapped
@@ -233,10 +234,11 @@ class ReleaseFolder:
                 shutil.copy(source, place)
         for name in ("gate.json", "study.yaml"):
             shutil.copy(sources.run / name, self.place / "evidence" / name)
+        data = sources.run / "data"
         slices = next(iter(contract.targets.values())).gain
         self.write(
             "evidence/reference.json",
-            reference(sources.run / "data", [*slices, TEST], tokenizer).model_dump_json() + "\n",
+            reference(data, [*slices, *slices_of_test(data)], tokenizer).model_dump_json() + "\n",
         )
 
     def write(self, name: str, text: str) -> None:
@@ -362,6 +364,8 @@ def main() -> None:
     about = "the owner promises a recheck at least so often; the loader warns where none came"
     parser.add_argument("--recheck-days", type=count, metavar="DAYS", help=about)
     parser.add_argument("--out", help="the folder to build (default: RUN/release/NAME)")
+    about = "sign it once more as OpenSSF's model signing does, into a file beside it (OUT.sig)"
+    parser.add_argument("--openssf", action="store_true", help=about)
     study, args = study_from_command(parser)
     if study.task != "causal_lm":
         fix = "ship the variant's folder with its sign-off: transformers or OpenVINO load it"
@@ -370,8 +374,12 @@ def main() -> None:
     sources = verify_signoffs(run, args.variant, read_trusted(args.public), now)
     out = Path(args.out) if args.out else run / "release" / "-".join(sources.recipes)
     signer = private_key(args.key, Path(args.public[0]))
+    if args.openssf:
+        require_model_signing(args.key, signer, out)
     contract = build_release(sources, out, args.owner, now, signer, args.recheck_days)
     print("\n".join(summary_lines(contract, out)))
+    if args.openssf:
+        print(f"OpenSSF model signature: {sign_model(out, args.key)}")
 
 
 if __name__ == "__main__":

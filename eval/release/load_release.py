@@ -30,7 +30,7 @@ log = logging.getLogger("load_release")
 
 MANIFEST, INDEX, SIGNATURE = "manifest.json", "release.json", "signature.json"
 ROLLOUT, ROLLOUT_LOG = "rollout.json", "log.jsonl"
-Public = str | Path | bytes  # file of an Ed25519 key in PEM, or its 32 bytes
+Public = str | Path | bytes  # file of a key in PEM, Ed25519 or ECDSA on P-256; or what it holds
 
 if Path(__file__).with_name(MANIFEST).is_file():  # in a release, Python kept this file compiled
     with suppress(OSError):
@@ -80,8 +80,7 @@ class Model(ABC):
     def generate(self, prompt: str | list[int], new_tokens: int = 32) -> list[int]:
         """The likeliest tokens after a prompt, one by one; ends before a token that ends a text."""
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        new_ids: list[int] = []
-        row = self._read(ids, first=True)
+        new_ids, row = list[int](), self._read(ids, first=True)
         while len(new_ids) < new_tokens and (token := int(row.argmax())) not in self.ends:
             new_ids.append(token)
             if len(new_ids) < new_tokens:
@@ -162,9 +161,8 @@ ENGINES = {"torch": TorchModel, "openvino": OpenVinoModel}
 def end_ids(folder: Path, tokenizer: Any) -> set[int]:
     """Ids that end a text: that of the tokenizer, and those that a generation config lists."""
     named, file = [tokenizer.eos_token_id], folder / "generation_config.json"
-    if file.is_file():
-        value = read_json(file).get("eos_token_id")
-        named += value if isinstance(value, list) else [value]
+    value = read_json(file).get("eos_token_id") if file.is_file() else None
+    named += value if isinstance(value, list) else [value]
     return {token for token in named if token is not None}
 
 
@@ -193,10 +191,8 @@ def sha256(path: Path) -> str:
 def check_files(root: Path, files: dict[str, Any], wanted: set[str]) -> None:
     """Raises ReleaseError at the first of the `wanted` files that is missing or was changed."""
     for name in sorted(wanted):
-        if (root / name).is_symlink():
-            raise ReleaseError(f"{name} is a link")
-        if not (root / name).is_file():
-            raise ReleaseError(f"{name} is missing")
+        if (link := (root / name).is_symlink()) or not (root / name).is_file():
+            raise ReleaseError(f"{name} is {'a link' if link else 'missing'}")
         if sha256(root / name) != files[name]["sha256"]:
             raise ReleaseError(f"{name} was changed")
 
@@ -219,35 +215,42 @@ def check_new(root: Path, files: dict[str, Any], below: str = "") -> None:
         raise ReleaseError(f"{new[0]} is not part of the release")
 
 
-def key_id(raw: bytes) -> str:
-    """Id of an Ed25519 key, as securesystemslib has it: the hash of its canonical JSON."""
-    key = {"keytype": "ed25519", "scheme": "ed25519", "keyval": {"public": raw.hex()}}
-    return hashlib.sha256(json.dumps(key, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def read_key(public_key: Public) -> tuple[Any, list[Any], str]:
+    """A key, what it checks a signature by, and its id in securesystemslib: the hash of canonical JSON."""
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+
+    text = public_key if isinstance(public_key, bytes) else read_bytes(Path(public_key))
+    key: Any = load_pem_public_key(text)
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        kind, scheme, public, by = "ed25519", "ed25519", key.public_bytes_raw().hex(), list[Any]()
+    elif getattr(getattr(key, "curve", None), "name", "") == "secp256r1":
+        public = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+        kind, scheme, by = "ecdsa", "ecdsa-sha2-nistp256", [ec.ECDSA(SHA256())]
+    else:
+        raise ReleaseError(f"{public_key!s} holds neither an Ed25519 key nor an ECDSA key on P-256")
+    named = {"keytype": kind, "scheme": scheme, "keyval": {"public": public}}
+    canonical = json.dumps(named, sort_keys=True, separators=(",", ":")).replace("\\n", "\n")
+    return key, by, hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def verified(text: bytes, public_key: Public, what: str) -> dict[str, Any]:
     """The in-toto statement in a DSSE 1.0 envelope (github.com/secure-systems-lab/dsse) of the key."""
     from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    if isinstance(public_key, bytes):
-        key: Any = Ed25519PublicKey.from_public_bytes(public_key)
-    else:
-        key = load_pem_public_key(Path(public_key).read_bytes())
-    if not isinstance(key, Ed25519PublicKey):
-        raise ReleaseError(f"{public_key!s} holds no Ed25519 key")
+    key, by, key_id = read_key(public_key)
     try:
         envelope = json.loads(text)
         kind, payload = envelope["payloadType"], base64.b64decode(envelope["payload"], validate=True)
         signature = base64.b64decode(envelope["signatures"][0]["sig"], validate=True)
-        key.verify(signature, f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload)
+        key.verify(signature, f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload, *by)
         statement = json.loads(payload)
     except InvalidSignature as error:
         raise ReleaseError(f"{what} was changed, or was not signed by this key") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ReleaseError(f"{what} is no signature ({error})") from error
-    expected = {"keyid": key_id(key.public_bytes_raw()), "sig": base64.b64encode(signature).decode()}
+    expected = {"keyid": key_id, "sig": base64.b64encode(signature).decode()}
     whole = {"payload": base64.b64encode(payload).decode(), "payloadType": kind, "signatures": [expected]}
     if text != f"{json.dumps(whole)}\n".encode():  # one spelling, one key
         raise ReleaseError(f"{what} was changed")
@@ -282,19 +285,17 @@ def check_arm(arm: str, rollout: Path | None, root: Path, target: str, key: Publ
         if said != {name: value for name, value in state.items() if name != "log"}:
             raise ReleaseError(f"{rollout / ROLLOUT} is not what the last line of {ROLLOUT_LOG} says")
     if state.get("status") not in ("running", "complete"):
-        status, time, why = (state.get(name) for name in ("status", "time", "reason"))
-        raise ReleaseError(f"the rollout was {status} on {time}: {why}")
+        what = f"{state.get('status')} on {state.get('time')}: {state.get('reason')}"
+        raise ReleaseError(f"the rollout was {what}")
 
 
 def check_golden_answers(model: Model, answers: list[dict[str, Any]]) -> None:
     """Raises ReleaseError at the first prompt that is not continued as it was when this was released."""
-    for answer in answers:
-        if (ids := model.encode(answer["text"])) != answer["ids"]:
-            raise ReleaseError(f"the tokenizer reads {answer['text'][:20]!r} as {ids[:8]}...")
-        tokens = model.generate(ids, new_tokens=len(answer["expected"]))
-        if tokens != answer["expected"]:
-            problem = f"is continued with {tokens}, not {answer['expected']}"
-            raise ReleaseError(f"{answer['text'][:20]!r} {problem}")
+    for one in answers:
+        if (ids := model.encode(one["text"])) != one["ids"]:
+            raise ReleaseError(f"the tokenizer reads {one['text'][:20]!r} as {ids[:8]}...")
+        if (tokens := model.generate(ids, new_tokens=len(one["expected"]))) != one["expected"]:
+            raise ReleaseError(f"{one['text'][:20]!r} is continued with {tokens}, not {one['expected']}")
 
 
 def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[str, Any]) -> Model:
@@ -308,9 +309,8 @@ def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[
     except ReleaseError:
         raise
     except Exception as error:  # libraries raise their own, and some a bare one
-        raise ReleaseError(
-            f"{part['engine']} cannot run {folder} ({type(error).__name__}: {error})"
-        ) from error
+        what = f"{part['engine']} cannot run {folder} ({type(error).__name__}: {error})"
+        raise ReleaseError(what) from error
     return model
 
 
@@ -327,8 +327,8 @@ def overdue(index: dict[str, Any], root: Path, history: Path | None, day: date) 
     days, release, last = index.get("recheck_days"), sha256(root / MANIFEST), index["released"]
     try:
         looks = [json.loads(line) for line in read_bytes(history).splitlines()] if history else []
-        days_of = [x["time"][:10] for x in looks if x["release"] == release]
-        last = max([last, *(str(date.fromisoformat(one)) for one in days_of)])
+        days_of = (date.fromisoformat(x["time"][:10]) for x in looks if x["release"] == release)
+        last = max([last, *map(str, days_of)])
     except (ReleaseError, ValueError, KeyError, TypeError) as error:
         log.warning("history %s cannot be read: %s", history, error)
     return last if days and (day - date.fromisoformat(last)).days > days else None
@@ -350,7 +350,7 @@ def load_release(
     Args:
         sha256_of_manifest: as `eval.release` printed it. The hashes find accidents; this also finds a hand
             that rewrote the hashes, if this loader is not that of the folder.
-        public_key: file of the key that signed the folder, in PEM, or its 32 bytes: it finds the same.
+        public_key: file of the key that signed the folder, in PEM, or what it holds: it finds the same.
         today: a day to come, to see what will be served then.
         rollout: folder of `eval.watch.rollout`; where that says so, or is damaged, the fallback is served.
         rollout_key: public key of who signs its steps. arm: "fallback" to load that one.

@@ -342,8 +342,10 @@ def test_set_line(gate: GateFile) -> str:
     if look.verdict is None:
         return f"{start}; they are not scored to the end yet."
     old = "" if look.current else " They are of earlier artifacts or an earlier budget."
-    share = estimate_cell(look.kept_share)
-    retained = f"share of the gain retained {' '.join([share.main, *share.notes])}"
+    shares = {"": look.kept_share, **{f"on those of {name} ": kept for name, kept in look.slices.items()}}
+    cells = {where: estimate_cell(kept) for where, kept in shares.items()}
+    told = "; ".join(f"{where}{' '.join([cell.main, *cell.notes])}" for where, cell in cells.items())
+    retained = f"share of the gain retained {told}"
     return f"{start}: {look.verdict} on {look.documents} documents, {retained}.{old}"
 
 

@@ -4,8 +4,10 @@ A task runs with the prompts, shots and metrics of the harness, which loads the 
 its `hf` class, an OpenVINO one by its `openvino` class, which needs optimum-intel.
 """
 
+import json
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -49,35 +51,49 @@ def run_lm_eval(task: Task, engine: str, folder: Path, device: str = "cpu") -> t
         fix = "leave data.tasks.*.harness.chat_template out"
         raise UserError(f"task lm_eval:{path}", f"the tokenizer of {folder} has no chat template", fix)
     bos = {} if asked.bos is None else {"add_bos_token": asked.bos}
-    results = simple_evaluate(
-        model=CLASSES[engine],
-        model_args={"pretrained": str(folder), "dtype": number_format(engine, folder, device), **bos},
-        num_fewshot=asked.shots,
-        apply_chat_template=asked.chat_template,
-        gen_kwargs=asked.generation or None,
-        tasks=[name],
-        task_manager=manager,
-        device=device,
-        batch_size=BATCH if device == "cpu" else "auto",
-        limit=task.limit,
-        bootstrap_iters=0,
-        log_samples=True,
-    )
+    with TemporaryDirectory() as scratch:
+        results = simple_evaluate(
+            model=CLASSES[engine],
+            model_args={
+                "pretrained": str(folder),
+                **arithmetic(engine, folder, device, Path(scratch)),
+                **bos,
+            },
+            num_fewshot=asked.shots,
+            apply_chat_template=asked.chat_template,
+            gen_kwargs=asked.generation or None,
+            tasks=[name],
+            task_manager=manager,
+            device=device,
+            batch_size=BATCH if device == "cpu" else "auto",
+            limit=task.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
     assert results is not None, "None is for the other ranks of a distributed run"
     return sample_scores(results["samples"])
 
 
-def number_format(engine: str, folder: Path, device: str) -> str:
-    """That in which this project's engine computes the same model: scores by both are of one arithmetic."""
-    if engine != "torch":
-        return "auto"
+def arithmetic(engine: str, folder: Path, device: str, scratch: Path) -> dict[str, str]:
+    """What makes the harness compute as this project's engine does: scores by both are of one arithmetic.
+
+    Args:
+        scratch: a folder for what it reads from a file.
+    """
+    if engine == "openvino":
+        from eval.engines.openvino import EXACT
+
+        path = scratch / "openvino.json"
+        path.write_text(json.dumps(EXACT), encoding="utf-8")
+        return {"ov_config": str(path)}
     import torch
 
     from eval.engines.torch import check_folder, computing_dtype, stored_dtype
 
     if check_folder(folder):
-        return "auto"  # quantized
-    return str(computing_dtype(stored_dtype(folder), torch.device(device))).removeprefix("torch.")
+        return {"dtype": "auto"}  # quantized
+    dtype = computing_dtype(stored_dtype(folder), torch.device(device))
+    return {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def sample_scores(samples: dict[str, list[dict[str, Any]]]) -> tuple[SampleScores, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from eval.core.artifacts import MANIFEST, read_manifest, verify_artifact
 from eval.core.checks import CONTROL, STUDENT, Artifacts
-from eval.core.documents import TEST, Document, cluster_names, read_documents, scored_slices
+from eval.core.documents import Document, cluster_names, read_documents, scored_slices, slices_of_test
 from eval.core.errors import UserError
 from eval.core.jobs import Report
 from eval.core.records import Bins, Documents, Kind, Score, each_score, provenance, write_record
@@ -44,7 +44,7 @@ def score_documents(
 ) -> Documents:
     """Bits and correct tokens of all documents of `scored_slices(data)`, in that order; see `likelihoods`.
 
-    For the kind `test` they are those of the test documents, and of no other. `cluster_of` says of a slice
+    For the kind `test` they are those of `slices_of_test(data)`, and no others. `cluster_of` says of a slice
     what its documents are not independent by; see `cluster_names`.
 
     Raises:
@@ -53,7 +53,7 @@ def score_documents(
     columns: dict[str, list] = {name: [] for name in COLUMNS}
     classes: dict[str, list] = {"predicted": [], "brier": []}
     calibration = {}
-    slices = [TEST] if kind == "test" else scored_slices(data)
+    slices = slices_of_test(data) if kind == "test" else scored_slices(data)
     for done, name in enumerate(slices, start=1):
         documents = read_documents(data, name)
         if not documents:

@@ -1,6 +1,6 @@
 """Who answers for a variant on a target: a signed statement of the verdict and of all that it rests on.
 
-    python -m eval.signoff --new-key FILE [--by NAME]
+    python -m eval.signoff --new-key FILE [--by NAME] [--kind p256]
     python -m eval.signoff --study runs/X --variant RECIPE --by NAME --key FILE
     python -m eval.signoff --study runs/X --verify --public FILE ...
 
@@ -12,7 +12,7 @@ docs/release.md describes what is signed.
 import argparse
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 from rich.text import Text
@@ -23,7 +23,15 @@ from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import EXIT_FAIL, EXIT_PASS, UserError, entry
 from eval.core.jobs import lock_folder
 from eval.core.records import read_costs, read_scores
-from eval.signoff.keys import Trusted, allowed_signer, new_key, private_key, public_path, read_trusted
+from eval.signoff.keys import (
+    Kind,
+    Trusted,
+    allowed_signer,
+    new_key,
+    private_key,
+    public_path,
+    read_trusted,
+)
 from eval.signoff.page import Shown, read_shown, signoff_files, write_page
 from eval.signoff.statement import (
     PREDICATE,
@@ -150,7 +158,7 @@ def build_statement(
     verdict, reason = signable_verdict(gate, row)
     refuse_old_clock(run, now)
     folders = artifacts(run, gate, recipe)
-    for folder in folders.values():
+    for folder in dict.fromkeys([*folders.values(), *rerun.judged]):
         verify_artifact(folder)
     files, asked = signed_files(run, gate, recipe), policy(gate)
     waiver = build_waiver(verdict, waive, expires, now, asked.days)
@@ -252,6 +260,8 @@ def verify(run: Path, trusted: Trusted, today: date, console: Console) -> list[s
 def arguments() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument("--new-key", metavar="FILE", help="make a private key, and FILE.pub, and end")
+    about = "of the new key: Ed25519, or ECDSA on P-256, which a model signature of OpenSSF needs"
+    parser.add_argument("--kind", choices=get_args(Kind), default="ed25519", help=about)
     parser.add_argument("--variant", help="the recipe that is signed")
     parser.add_argument("--target", default="cpu", help="the target on which it is (default: cpu)")
     parser.add_argument("--by", help="who signs")
@@ -269,9 +279,10 @@ def main() -> int:
     first = argparse.ArgumentParser(add_help=False)  # a key belongs to no study
     first.add_argument("--new-key")
     first.add_argument("--by")
+    first.add_argument("--kind", choices=get_args(Kind), default="ed25519")
     given = first.parse_known_args()[0]
     if key_path := given.new_key:
-        key = new_key(Path(key_path))
+        key = new_key(Path(key_path), given.kind)
         print(f"private key {key_path}, public key {public_path(Path(key_path))}, id {key.keyid[:12]}")
         print(f"for a file of allowed signers: {allowed_signer(given.by or Path(key_path).name, key)}")
         return EXIT_PASS

@@ -2,7 +2,7 @@
 
 The envelope is DSSE 1.0 (github.com/secure-systems-lab/dsse) by securesystemslib, the library behind TUF and
 in-toto. A line holds an envelope in one spelling only, so that a flipped bit of padding is noticed. A private
-key is an Ed25519 file, or lies in a key management service that securesystemslib knows.
+key is a file, Ed25519 or ECDSA on P-256, or lies in a key management service that securesystemslib knows.
 """
 
 import json
@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from eval.core.errors import UserError
 
@@ -22,18 +22,20 @@ if TYPE_CHECKING:
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 OTHERS = 0o077  # permission bits of group and others
 AGAIN = "sign again"
+Kind = Literal["ed25519", "p256"]  # of a new key; the second is for tools that read no other
 
 
 def public_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.pub")
 
 
-def new_key(path: Path) -> "SSlibKey":
+def new_key(path: Path, kind: Kind = "ed25519") -> "SSlibKey":
     """Makes a private key at `path` (PKCS8 PEM, mode 0600) and returns the public one, which lies beside it.
 
     Raises:
         UserError: one of the two files is there already.
     """
+    from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
     from securesystemslib.signer import CryptoSigner
@@ -43,7 +45,7 @@ def new_key(path: Path) -> "SSlibKey":
             raise UserError(
                 f"key {place}", "is there already", "name another file: a key is never overwritten"
             )
-    key = Ed25519PrivateKey.generate()
+    key = Ed25519PrivateKey.generate() if kind == "ed25519" else generate_private_key(SECP256R1())
     signer = CryptoSigner(key)
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +67,9 @@ def private_key(where: str | Path, public: Path | None = None) -> "Signer":
         public: the public key of a service's key; a file has its own.
 
     Raises:
-        UserError: the file is missing, others may read it, it holds no plain Ed25519 key, or the service
-            cannot be asked.
+        UserError: the file is missing, others may read it, it holds no plain key of such a kind, or the
+            service cannot be asked.
     """
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from securesystemslib.exceptions import UnsupportedLibraryError
     from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Signer
@@ -93,9 +94,18 @@ def private_key(where: str | Path, public: Path | None = None) -> "Signer":
         key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError) as error:
         raise UserError(f"key {path}", "no private key in PEM without a password", fix) from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise UserError(f"key {path}", "not an Ed25519 key", fix)
+    if not is_ours(key.public_key()):
+        raise UserError(f"key {path}", "neither an Ed25519 key nor an ECDSA key on P-256", fix)
     return CryptoSigner(key)
+
+
+def is_ours(key: Any) -> bool:
+    """Is it a public key of the kinds that sign here: Ed25519, or ECDSA on P-256?"""
+    from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    on_p256 = isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP256R1)
+    return on_p256 or isinstance(key, Ed25519PublicKey)
 
 
 def public_key(path: Path) -> "SSlibKey":
@@ -115,15 +125,20 @@ def public_key(path: Path) -> "SSlibKey":
 
 def from_text(text: str) -> "SSlibKey":
     """The public key in PEM, or of 32 bytes in hexadecimal (Ed25519). ValueError where it is none."""
+    from securesystemslib.signer import SSlibKey
+
+    return SSlibKey.from_crypto(_parsed(text))
+
+
+def _parsed(text: str) -> Any:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    from securesystemslib.signer import SSlibKey
 
     if not text.startswith("-----"):
-        return SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(bytes.fromhex(text)))
+        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text))
     try:
-        return SSlibKey.from_crypto(load_pem_public_key(text.encode()))
+        return load_pem_public_key(text.encode())
     except UnsupportedAlgorithm as error:
         raise ValueError(str(error)) from error
 
@@ -143,7 +158,7 @@ def read_trusted(paths: Iterable[str | Path]) -> Trusted:
     """The keys of public key files, called after the file, and those of files of allowed signers.
 
     A file of allowed signers is that of ssh-keygen(1): a line `NAME ssh-ed25519 BASE64` for each; a name with
-    blanks stands in quotes.
+    blanks stands in quotes. Keys of another kind have another word there.
 
     Raises:
         UserError: a file is missing, or a line holds no key.
@@ -179,12 +194,18 @@ def _allowed_signer(line: str, thing: str) -> Holder:
         raise UserError(thing, "no allowed signer", fix) from error
 
 
-def allowed_signer(name: str, key: "SSlibKey") -> str:
-    """The line of a file of allowed signers for an Ed25519 key."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+def pem(key: "SSlibKey") -> bytes:
+    """The key as a public key file has it."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-    raw = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key.keyval["public"]))
+    return _parsed(key.keyval["public"]).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def allowed_signer(name: str, key: "SSlibKey") -> str:
+    """The line of a file of allowed signers for a key."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    raw = _parsed(key.keyval["public"])
     return f"{shlex.quote(name)} {raw.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()}"
 
 

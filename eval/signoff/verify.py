@@ -80,6 +80,7 @@ class Rerun:
 
     def __init__(self, run: Path) -> None:
         self.run = run
+        self._faults: dict[Path, str] = {}
 
     @cached_property
     def gate(self) -> GateFile:
@@ -89,6 +90,23 @@ class Rerun:
     def now(self) -> GateFile:
         budget, study = budget_of_gate(self.gate), load_study(self.run)
         return evaluate_gate(collect_evidence(self.run, study, budget), budget, self.gate)
+
+    @cached_property
+    def judged(self) -> list[Path]:
+        """Folders of all artifacts whose figures the gate's table shows."""
+        names = (name.split("/", 2) for name in self.now.provenance.artifacts)
+        places = (artifact_folder(self.run, arm, int(seed[1:]), recipe) for arm, seed, recipe in names)
+        return [place for place in places if place is not None]
+
+    def fault(self, folder: Path) -> str:
+        """What is wrong with the files of an artifact, which are read once; empty where nothing is."""
+        if folder not in self._faults:
+            try:
+                verify_artifact(folder)
+                self._faults[folder] = ""
+            except UserError as error:
+                self._faults[folder] = f"{error.thing}: {error.problem}"
+        return self._faults[folder]
 
     def worded_otherwise(self) -> str | None:
         """Where gate.json is not what the gate would write now, sentences included."""
@@ -202,12 +220,12 @@ def problems(
         return [], [f"{error.thing.removeprefix(f'sign-off {path}: ')}: {error.problem}"]
     found: list[str] = []
     for one in signed:
-        texts = [*_files(one.statement, rerun), *_artifacts(one.predicate, rerun.run)]
+        texts = [*_files(one.statement, rerun), *_collect_problems(_artifacts(one.predicate, rerun))]
         texts += [*_collect_problems(_gate(one.predicate, rerun)), *_waiver(one.predicate, today)]
         if path != signoff_path(rerun.run, one.predicate.recipe, one.predicate.target):
             of = f"{one.predicate.recipe} on {one.predicate.target}"
             texts.append(f"it speaks of {of}, its name of another")
-        found += [f"line {one.line}: {text}" if len(signed) > 1 else text for text in texts]
+        found += [f"line {one.line}: {text}" if len(signed) > 1 else text for text in dict.fromkeys(texts)]
     return signed, found + too_few_signatures(signed)
 
 
@@ -259,14 +277,12 @@ def _files(statement: Statement, rerun: Rerun) -> Iterator[str]:
         yield from _collect_problems(rerun.forged_reports(reports))
 
 
-def _artifacts(predicate: Predicate, run: Path) -> Iterator[str]:
-    for folder in [(run / name).parent for name in predicate.files if Path(name).name == MANIFEST]:
-        if not (folder / MANIFEST).is_file():
-            continue  # reported as a missing file
-        try:
-            verify_artifact(folder)
-        except UserError as error:
-            yield f"{error.thing}: {error.problem}"
+def _artifacts(predicate: Predicate, rerun: Rerun) -> Iterator[str]:
+    """What is wrong with the files of the signed artifacts, and of those in the table beside them."""
+    signed = [(rerun.run / name).parent for name in predicate.files if Path(name).name == MANIFEST]
+    there = [folder for folder in signed if (folder / MANIFEST).is_file()]  # else reported as missing
+    yield from filter(None, map(rerun.fault, there))
+    yield from filter(None, (rerun.fault(folder) for folder in rerun.judged if folder not in there))
 
 
 def _gate(predicate: Predicate, rerun: Rerun) -> Iterator[str]:

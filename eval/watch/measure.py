@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from eval.core.artifacts import MANIFEST, file_sha256, read_manifest
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
-from eval.core.documents import TEST, Document, json_objects, tokens_per_batch
+from eval.core.documents import TEST, Document, json_objects, part_of_test, tokens_per_batch
 from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError, expected_text, require_one_of
-from eval.core.records import PLAIN, VALIDATION, Documents, each_score
+from eval.core.records import PLAIN, Documents, each_score
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.release.contract_file import Bits, Contract, Target
 from eval.release.reference import Reference
@@ -79,7 +79,7 @@ def of_slice(documents: Documents, name: str, first: Documents) -> tuple[Array, 
 
 def released(release: Path, shipped: Target, name: str) -> tuple[Bits, Array, list[str]]:
     """Bits of the three models on the study's documents of a slice; the fallback's tokens; their clusters."""
-    kind: Literal["test", "score"] = "test" if name == TEST else "score"
+    kind: Literal["test", "score"] = "test" if name.partition("/")[0] == TEST else "score"
     records = {(r.arm, r.recipe): r.documents for r in each_score(release / "evidence", kind)}
     models = [(STUDENT, shipped.recipe), (CONTROL, shipped.recipe), (FALLBACK, PLAIN)]
     first = records[models[0]]
@@ -135,9 +135,9 @@ class Before:
 
 def before_release(release: Path, shipped: Target, name: str) -> Before:
     reference = reference_of(release)
-    require_one_of("--slice", name, sorted((set(shipped.gain) & set(reference.unigram)) - {TEST}))
+    require_one_of("--slice", name, sorted(set(shipped.gain) & set(reference.unigram)))
     opened = release / "evidence" / "records" / "test" / shipped.recipe
-    known = TEST if name == VALIDATION and opened.is_dir() and TEST in reference.unigram else name
+    known = part_of_test(name) if opened.is_dir() and part_of_test(name) in reference.unigram else name
     bits, tokens, clusters = released(release, shipped, known)
     values = drift_values(bits, tokens, reference.unigram[known], clusters)
     return Before(known, len(clusters), summed(bits, clusters), values)

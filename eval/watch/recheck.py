@@ -20,7 +20,7 @@ from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256
 from eval.core.commands import add_json, new_parser, write_json
-from eval.core.documents import TEST, Document
+from eval.core.documents import Document
 from eval.core.errors import EXITS, entry
 from eval.core.gate_file import STYLES
 from eval.core.records import VALIDATION
@@ -133,7 +133,7 @@ def drift_table(result: Result, alpha: float) -> Table:
 
 def show(console: Console, result: Result, contract: Contract, target: str, name: str) -> None:
     shipped = contract.targets[target]
-    against = "test documents" if result.compared_with == TEST else f"slice {name}"
+    against = f"slice {name}" if result.compared_with == name else "test documents"
     title = f"{contract.name} on {target}: {result.documents} documents against the {against}"
     if isinstance(result.drift[0], Moved):
         title += f"; {result.looks} looks, bounds that hold at every one"

@@ -12,7 +12,7 @@ from eval.core.study import load_study
 from eval.release.contract import costs_of, gain
 from eval.release.contract_file import Contract, Signature, Target, read_contract
 from eval.release.load_release import SIGNATURE, ReleaseError, check_signature
-from eval.signoff.keys import Trusted, from_text
+from eval.signoff.keys import Trusted, from_text, pem
 from eval.signoff.statement import Predicate, read_statement, signoff_path
 from eval.signoff.verify import first_difference, row_of
 from eval.watch.measure import released_by_cluster
@@ -57,13 +57,12 @@ def check_folder(release: Path, files: dict[str, FileEntry], trusted: Trusted) -
         UserError: it was not, or something was changed since.
     """
     listed = {name: entry.model_dump() for name, entry in files.items()}
-    problem = "no Ed25519 key is trusted"
+    problem = "no key is trusted"
     for holder in trusted.values():
-        if holder.key.keytype == "ed25519":
-            try:
-                return check_signature(release, listed, bytes.fromhex(holder.key.keyval["public"]))
-            except ReleaseError as error:
-                problem = str(error)
+        try:
+            return check_signature(release, listed, pem(holder.key))
+        except ReleaseError as error:
+            problem = str(error)
     raise UserError(f"release {release}", problem, "get the release again, or the key of who signed it")
 
 

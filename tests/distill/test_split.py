@@ -7,7 +7,16 @@ from pydantic import ValidationError
 
 from distill.data.split import prepare
 from distill.pipeline import distil
-from eval.core.documents import TEST, TRAIN, VALIDATION, describe_data, read_documents
+from eval.core.documents import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    describe_data,
+    part_of_test,
+    read_documents,
+    scored_slices,
+    slices_of_test,
+)
 from eval.core.errors import UserError
 from eval.core.study import load_study
 from tests.helpers import text, tiny_model, tiny_study, tiny_tokenizer
@@ -115,6 +124,37 @@ def test_the_group_goes_into_the_artifact(tmp_path):
     study = load_study(tmp_path / "study.yaml")
     documents = [d for split in SPLITS for d in read_documents(study.folder / "data", split)]
     assert {d.group for d in documents} == {"ada", *(d.id for d in documents if d.group != "ada")}
+
+
+def test_shifted_slices_have_test_documents_of_their_own_in_whole_clusters(tmp_path):
+    rows = [{"text": text("code", i), "who": f"author{i // 4}"} for i in range(48)]
+    (tmp_path / "near.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "dataset", "path": "json", "data_files": str(tmp_path / "near.jsonl")}
+    data = {"validation": 6, "test": 4, "shifted": {"near": [{**source, "group_column": "who"}]}}
+    prepared(tmp_path / "whole", texts(30), **data)
+    prepared(tmp_path / "parted", texts(30), **data, shifted_test=18)
+    whole, parted = (
+        load_study(tmp_path / name / "study.yaml").folder / "data" for name in ("whole", "parted")
+    )
+    assert (scored_slices(parted), slices_of_test(parted)) == ([VALIDATION, "near"], [TEST, "test/near"])
+    near, aside = (read_documents(parted, name) for name in ("near", part_of_test("near")))
+    assert len(aside) == 20, "five authors: as many as hold 18 documents"
+    assert not {d.group for d in near} & {d.group for d in aside}
+    every = read_documents(whole, "near")
+    assert sorted(near + aside, key=lambda d: d.id) == sorted(every, key=lambda d: d.id)
+    assert slices_of_test(whole) == [TEST]
+    assert [d for d in every if d in near] == near, "in the same order"
+    with pytest.raises(UserError, match=r"48 documents in 12 clusters: a test of 44 would leave 1; add docu"):
+        prepared(tmp_path / "more", texts(30), **data, shifted_test=44)
+    with pytest.raises(UserError, match="`shifted_test` needs slices in `shifted`"):
+        prepared(tmp_path / "none", texts(30), shifted_test=4)
+
+
+def test_a_study_without_test_documents_of_slices_has_the_key_it_had(tmp_path):
+    study = load_study(tiny_study(tmp_path))
+    assert "shifted_test" not in study.data.model_dump(mode="json")
+    assert load_study(tmp_path / "study.yaml", data__shifted_test=0).hash() == study.hash()
+    assert load_study(tmp_path / "study.yaml", data__shifted_test=2).hash() != study.hash()
 
 
 def test_near_duplicates_are_on_one_side_and_not_in_a_shifted_slice(tmp_path):

@@ -20,13 +20,13 @@ from distill.models.load import train_tokenizer
 from eval.core.artifacts import Key, Manifest, build_artifact, digest, read_manifest
 from eval.core.commands import write_json
 from eval.core.config import ROOT
-from eval.core.gate_file import GateFile, Variant, read_gate
+from eval.core.gate_file import GateFile, Opening, Variant, read_gate
 from eval.core.plan import budget_of_run, fix_plan
 from eval.core.records import CostRecord, Documents, Machine, Process, Provenance, Score, write_record
 from eval.core.study import Study, load_study, make_run_folder, save_study, study_text
 from eval.gate.decision import evaluate_gate, read_before
 from eval.gate.evidence import collect_evidence
-from eval.gate.history import write_runs
+from eval.gate.history import link_of, write_runs
 from eval.report.__main__ import render_reports
 from eval.signoff.__main__ import add_signature, build_statement
 from eval.signoff.keys import private_key
@@ -239,6 +239,25 @@ class Run:
 
     def result(self) -> GateFile:
         return GateFile.model_validate_json((self.path / "gate.json").read_text())
+
+
+def an_opening(run: Run, number: int, verdict: str = "PASS", reason: str | None = None) -> Opening:
+    """A look at test documents that are not there, for int8, of what the gate judged."""
+    result = run.result()
+    return Opening(
+        number=number,
+        previous=link_of(run.path, number),
+        time=f"2026-01-0{number}T00:00:00+00:00",
+        by="Ada",
+        reason=reason,
+        recipe="int8",
+        target="cpu",
+        budget=result.budget["hash"],
+        config=run.study.hash(),
+        data=result.provenance.data,
+        artifacts=result.provenance.artifacts,
+        verdict=verdict,
+    )
 
 
 def copy_run(source: Path, folder: Path) -> Run:

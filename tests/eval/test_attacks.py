@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
-from eval.core.artifacts import digest, file_sha256, read_manifest
+from eval.core.artifacts import digest, file_sha256, hash_files
 from eval.core.errors import UserError
-from eval.core.gate_file import Opening
-from eval.gate.history import link_of, write_opening
+from eval.gate.history import write_opening
 from eval.release.__main__ import refuse_broken_floors
 from eval.release.contract_file import (
     Saving,
@@ -25,11 +24,11 @@ from eval.release.contract_file import (
     read_contract,
 )
 from eval.release.load_release import ReleaseError, load_release
-from eval.signoff.keys import new_key, read_trusted
-from eval.signoff.statement import read_bundle
-from eval.signoff.verify import Rerun, problems
-from eval.watch.verify import checked
-from tests.eval.run_builder import NOW, Run, copy_run, edit
+from eval.signoff.__main__ import main as signoff
+from eval.signoff.keys import new_key
+from eval.watch.recheck import main as recheck
+from tests.eval.run_builder import Run, an_opening, copy_run, edit
+from tests.helpers import run as command
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +36,8 @@ def judged(tmp_path_factory) -> Path:
     """A run whose gate was run; the test documents were opened twice for int8, and the gate saw both."""
     run = Run(tmp_path_factory.mktemp("attacked")).make()
     assert run.gate().returncode == 0
-    study, artifacts = run.study, run.result().provenance.artifacts
-    for number in (1, 2):
-        opening = Opening(
-            number=number,
-            previous=link_of(run.path, number),
-            time=f"2026-01-0{number}T00:00:00+00:00",
-            by="Ada",
-            reason=None if number == 1 else "the first one failed",
-            recipe="int8",
-            target="cpu",
-            budget=run.result().budget["hash"],
-            config=study.hash(),
-            data=run.result().provenance.data,
-            artifacts=artifacts,
-            verdict="FAIL" if number == 1 else "PASS",
-        )
-        write_opening(run.path, opening)
+    write_opening(run.path, an_opening(run, 1, "FAIL"))
+    write_opening(run.path, an_opening(run, 2, reason="the first one failed"))
     assert run.gate().returncode == 0
     return run.folder
 
@@ -199,14 +183,16 @@ def linked_weights(release: Path) -> None:
 
 
 def hashed_anew(release: Path) -> None:
-    """A hand that knows how: the index says no waiver ends, and its hash is put right."""
+    """A hand that knows how: the index says no waiver ends, and every hash is put right."""
     index = json.loads((release / "release.json").read_text())
     index["targets"]["cpu"]["expires"] = "9999-12-31"
     (release / "release.json").write_text(json.dumps(index))
-    edit(
-        release / "manifest.json",
-        lambda m: m["files"]["release.json"].update(sha256=file_sha256(release / "release.json")),
-    )
+
+    def put_right(m: dict) -> None:
+        m["files"]["release.json"] = hash_files(release)["release.json"].model_dump()
+        m["hash"] = digest({name: entry["sha256"] for name, entry in m["files"].items()})
+
+    edit(release / "manifest.json", put_right)
 
 
 PLANTED = {
@@ -229,6 +215,21 @@ def test_a_release_that_was_touched_is_refused_with_the_place(release, released_
     attack, words = PLANTED[name]
     attack(copy)
     assert words in load(copy, released_run.folder / "key.pub")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_recheck_of_it_is_refused_in_one_line_with_the_place(release, released_run, tmp_path, name):
+    copy = shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    attack, words = PLANTED[name]
+    attack(copy)
+    (tmp_path / "new.jsonl").write_text('{"text": "a new one"}\n')
+    key = released_run.folder / "key.pub"
+    done = command(
+        "-m", "eval.watch.recheck", "--release", copy, "--data", tmp_path / "new.jsonl", "--public", key
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stdout + done.stderr
+    assert words.split()[0] in done.stderr
 
 
 def test_a_release_by_an_unknown_key_is_refused_and_an_untouched_one_is_served(
@@ -292,34 +293,38 @@ def test_the_chance_of_one_seed_is_the_prediction_of_student_s_t():
     assert chance_of_one_seed(seeds[0][:1], 0.9) is None
 
 
+def flip(place: Path, rng: np.random.Generator) -> None:
+    spoiled = bytearray(place.read_bytes())
+    spoiled[rng.integers(len(spoiled))] ^= 1 << int(rng.integers(8))
+    place.write_bytes(bytes(spoiled))
+
+
 @pytest.mark.slow
-def test_a_hundred_flipped_bits_of_run_and_release_are_each_named(released_run, release, tmp_path):
-    rng, trusted = np.random.default_rng(7), read_trusted([released_run.folder / "key.pub"])
-    path = released_run.path / "signoff/small-cpu.intoto.jsonl"
-    said = read_bundle(path)[0].predicate
-    names = {*said.files, "gate-runs.jsonl", path.relative_to(released_run.path).as_posix()}
-    folders = [(released_run.path / name).parent for name in said.files if name.endswith("manifest.json")]
-    names |= {
-        (f / n).relative_to(released_run.path).as_posix() for f in folders for n in read_manifest(f).files
-    }
-    copy = shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
-    ours = [released_run.path / name for name in sorted(names)]
-    theirs = sorted(place for place in copy.rglob("*") if place.is_file())
-    for place in [*rng.choice(ours, 50), *rng.choice(theirs, 50)]:
+@pytest.mark.parametrize("of", ["run", "release"])
+def test_bits_flipped_in_fifty_places_are_each_named_by_the_command(
+    released_run, release, tmp_path, monkeypatch, capsys, of
+):
+    """Any file at all; the page of sign-offs alone is made anew by the command, and is signed by nobody."""
+    rng, key = np.random.default_rng(7), released_run.folder / "key.pub"
+    (tmp_path / "new.jsonl").write_text('{"text": "a new one"}\n')
+    main, words, folder = signoff, ["--study", released_run.path, "--verify"], released_run.path
+    if of == "release":
+        folder = shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+        main, words = recheck, ["--release", folder, "--data", tmp_path / "new.jsonl"]
+    monkeypatch.setattr("sys.argv", ["command", *map(str, words), "--public", str(key)])
+    places = sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+    for place in rng.choice([p for p in places if p.name not in ("index.html", ".lock")], 50):
         whole, was = place.read_bytes(), place.stat()
-        spoiled = bytearray(whole)
-        spoiled[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
-        place.write_bytes(bytes(spoiled))
+        flip(place, rng)
         try:
-            if place.is_relative_to(copy):
-                with pytest.raises(UserError) as error:
-                    checked(copy, trusted, None)
-                told = str(error.value)
-            else:
-                told = "\n".join(problems(path, Rerun(released_run.path), trusted, NOW.date())[1])
+            with pytest.raises(SystemExit) as end:
+                main()
         finally:
             place.write_bytes(whole)
             os.utime(place, ns=(was.st_atime_ns, was.st_mtime_ns))
-        where = place.parent.name if place.parent.name.startswith("s") else place.name
-        assert place.name in told or where in told or "line " in told, f"{place}: {told}"
-    assert problems(path, Rerun(released_run.path), trusted, NOW.date())[1] == []
+        printed = "".join(capsys.readouterr())
+        assert end.value.code in (1, 3), f"{place}: {printed}"
+        assert any(place.name in line for line in printed.splitlines()), f"{place}: {printed}"
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code in ((0,) if of == "run" else (0, 1, 2)), "put back, it holds"

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import yaml
 
-from eval.core.artifacts import Key, build_artifact, read_manifest
+from eval.core.artifacts import Key, build_artifact, digest, read_manifest
 from eval.core.checks import measured_bytes, measured_hash
+from eval.core.plan import read_plan
 from eval.core.records import CostRecord, write_record
 from eval.core.study import load_study
 from eval.cost.plan import find_teacher
@@ -168,6 +169,39 @@ def test_a_rival_that_its_own_training_made_worse_is_no_rival(tmp_path):
     part = next(part for part in row(result, "int8").parts if part.name == "over_ce")
     assert (part.verdict, part.remedy) == ("INCONCLUSIVE", "a CE arm at its own best rate (ce_train)")
     assert result.verdict == "INCONCLUSIVE"
+
+
+def test_a_teacher_that_is_one_plain_model_is_a_rival_where_the_study_names_it(tmp_path):
+    """Such as the mean of an ensemble's weights, which can be served as it is."""
+
+    class WithRival(Run):
+        @property
+        def study(self):
+            return super().study.model_copy(update={"rivals": {"T0": "the mean of the weights"}})
+
+    gains = {"B": 0.0, "T0": 0.1, "T1": 0.2, "S0": 0.02, "S1": 0.09, "CE": 0.01}
+    run = WithRival(tmp_path, gains=gains, recipes={"int8": ("openvino", 1.0, 0.6)}).make()
+    plain = Run(tmp_path / "plain", gains=gains, recipes={"int8": ("openvino", 1.0, 0.6)}).make()
+    assert run.study.hash() == plain.study.model_copy(update={"runs": run.study.runs}).hash()
+    result = judge(run.path)
+    assert [rival.arm for rival in judge(plain.path).rivals] == ["CE"]
+    assert [(rival.arm, rival.beats, rival.spoiled) for rival in result.rivals] == [
+        ("CE", False, False),
+        ("T0", True, False),
+    ]
+    assert result.rivals[1].lead.point == pytest.approx(0.01, abs=0.005)
+    assert "absorbed, and not worth it: the mean of the weights is better by 0.0" in result.reason
+
+
+def test_variants_of_another_recipe_than_the_fixed_one_are_told(made, tmp_path):
+    run, fixed = copy_run(made.folder, tmp_path), read_plan(made.path)
+    assert fixed is not None
+    for kind, told in ((fixed.recipes["int8"], False), (fixed.recipes["half"], True)):
+        for place in sorted((run.path / "variants/int8").glob("*/*/manifest.json")):
+            facts = {"recipe_file": digest(kind.model_dump(mode="json"))}
+            edit(place, lambda m, facts=facts: m["facts"].update(facts))
+        changes = judge(run.path).fixed.changes
+        assert ("the variants int8 were built by another recipe" in changes) == told
 
 
 def test_a_table_says_when_and_by_what_it_was_judged(gate):

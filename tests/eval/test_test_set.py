@@ -1,7 +1,9 @@
 """The test documents: opened once for one variant, counted, and shown ever after."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,14 +18,18 @@ from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import Evidence, collect_evidence
 from eval.gate.history import opening_path, read_openings, summarize_openings, write_opening
 from eval.gate.test_set import check_teachers, choose_variant, judge_test_set, next_opening
+from eval.report import format as report_format
 from tests.eval.run_builder import GAINS, Run, copy_run, edit, teacher_hash, tokenizer, torch_model
 from tests.helpers import run, text
 
 TEXTS = {f"test-{i}": text("code", 50 + i, words=20 + 5 * (i % 3)) for i in range(12)}
+FAR = {f"far-{i}": text("prose", 70 + i, words=20) for i in range(11)}
 
 
 class OpenedRun(Run):
     """As `Run`, with test documents, teachers that were scored on them, and models that can be loaded."""
+
+    parts: ClassVar = {"test": TEXTS}  # slice of the test documents -> its texts
 
     @property
     def study(self) -> Study:
@@ -40,20 +46,24 @@ class OpenedRun(Run):
         with build_artifact(self.path / place, **given) as aside:
             if arm in ("B", "S1", "S0"):
                 torch_model(["B", "S1", "S0"].index(arm) + 3 * int(seed[1:]))(aside)
-            rows = [{"id": name, "domain": "code", "text": t} for name, t in TEXTS.items()]
-            (aside / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            for part, texts in self.parts.items() if place == "data" else ():
+                rows = [{"id": name, "domain": "code", "text": t} for name, t in texts.items()]
+                (aside / part).parent.mkdir(exist_ok=True)
+                (aside / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (aside / "place").write_text(place)
         return read_manifest(self.path / place).hash
 
     def test_score(self, arm: str, seed: int, artifact: str) -> None:
         """Bits that need no model: the gains of `GAINS`, with a little noise."""
-        size = np.array([len(t.encode()) for t in TEXTS.values()])
+        texts = {name: t for part in self.parts.values() for name, t in part.items()}
+        size = np.array([len(t.encode()) for t in texts.values()])
         noise_rng = np.random.default_rng([seed, *map(ord, arm)])
         value = 3 - self.gains[arm] + noise_rng.normal(0, 0.002) + noise_rng.normal(0, 0.01, len(size))
         documents = Documents(
-            id=list(TEXTS),
-            slice=["test"] * len(size),
+            id=list(texts),
+            slice=[part for part, of in self.parts.items() for _ in of],
             bytes=size.tolist(),
-            tokens=[len(tokenizer()(t, add_special_tokens=False)["input_ids"]) for t in TEXTS.values()],
+            tokens=[len(tokenizer()(t, add_special_tokens=False)["input_ids"]) for t in texts.values()],
             bits=(value * size).tolist(),
         )
         data = read_manifest(self.path / "data").hash
@@ -69,15 +79,19 @@ class OpenedRun(Run):
 def opened_folder(tmp_path_factory) -> Path:
     run = OpenedRun(tmp_path_factory.mktemp("test"), seeds=[0, 1, 2])
     run.make()
-    for arm in ("T0", "T1"):
-        for seed in run.seeds:
-            run.test_score(arm, seed, teacher_hash(arm, seed))
+    score_teachers(run)
     return run.folder
 
 
 @pytest.fixture
 def toy(opened_folder, tmp_path) -> OpenedRun:
     return OpenedRun(copy_run(opened_folder, tmp_path).folder, seeds=[0, 1, 2])
+
+
+def score_teachers(toy: OpenedRun) -> None:
+    for arm in ("T0", "T1"):
+        for seed in toy.seeds:
+            toy.test_score(arm, seed, teacher_hash(arm, seed))
 
 
 def score_all(toy: OpenedRun) -> None:
@@ -205,3 +219,32 @@ def test_scores_that_an_opening_left_behind_are_reported(tmp_path):
     (place.parent / "S1-s0.json").rename(place.parent / "plain" / "S1-s0.json")
     with pytest.raises(UserError, match="scored without an opening: plain"):
         read_openings(tmp_path)
+
+
+class ShiftedRun(OpenedRun):
+    """The slice `far` has test documents of its own."""
+
+    parts: ClassVar = {"test": TEXTS, "test/far": FAR}
+
+
+def test_shifted_slices_are_judged_on_test_documents_of_their_own(tmp_path):
+    toy = ShiftedRun(tmp_path, seeds=[0, 1, 2])
+    toy.make()
+    score_teachers(toy)
+    done = run("-m", "eval.gate.test_set", "--study", str(toy.path), "--by", "Ada")
+    assert done.returncode in (1, 2), done.stderr  # random models keep nothing
+    assert all(f"{part}: " in done.stdout for part in ("assay", "assay:far", "retention:far"))
+    for record in each_score(toy.path, "test"):
+        assert record.documents.slice == ["test"] * len(TEXTS) + ["test/far"] * len(FAR)
+    shutil.rmtree(toy.path / "records/test")  # other bits now, of models that keep something
+    score_teachers(toy)
+    score_all(toy)
+    e, budget = toy.seen()
+    opening = judge_test_set(e, budget, an_opening(toy))
+    assert [part.name for part in opening.parts][4:] == ["assay:far", "retention:far"]
+    assert (opening.verdict, opening.documents) == ("PASS", len(TEXTS))
+    assert opening.slices["far"].point == pytest.approx((GAINS["S1"] - GAINS["S0"]) / GAINS["T1"], abs=0.1)
+    write_opening(toy.path, opening)
+    gate = evaluate_gate(*toy.seen())
+    assert gate.test_set.slices == opening.slices
+    assert "; on those of far " in report_format.test_set_line(gate)

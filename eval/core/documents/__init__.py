@@ -34,8 +34,6 @@ COPIES, CPU_SHARE = 8, 16  # see `tokens_per_batch`
 TRAIN, TEST = "train", "test"
 NO_FOLDER = "top"  # domain of the files of a folder that lie in no folder below it
 TRANSFER = "transfer"  # documents that students learn from their teachers on, where there are such
-
-
 Line = tuple[str, int, str]  # "FILE, line N", its number N, its text
 
 
@@ -259,6 +257,16 @@ def scored_slices(data: Path) -> list[str]:
     """Validation first, then the shifted slices; those trained on and the test documents are left out."""
     names = sorted(p.stem for p in data.glob("*.jsonl") if p.stem not in (TRAIN, VALIDATION, TEST, TRANSFER))
     return [VALIDATION, *names]
+
+
+def part_of_test(name: str) -> str:
+    """The slice of the test documents beside a slice: of a shifted one in a folder of its own."""
+    return TEST if name == VALIDATION else f"{TEST}/{name}"
+
+
+def slices_of_test(data: Path) -> list[str]:
+    """The slices of the test documents: those like the training ones, then of shifted slices."""
+    return [TEST, *sorted(part_of_test(path.stem) for path in (data / TEST).glob("*.jsonl"))]
 
 
 def describe_data(facts: dict[str, Any]) -> list[str]:

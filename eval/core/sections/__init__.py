@@ -50,6 +50,13 @@ class Data(Frozen):
     )
     validation: int = Field(64, gt=1, description="documents that every run is scored on")
     test: int = Field(64, ge=0, description="documents set aside for the final check of a release")
+    shifted_test: int = Field(
+        0,
+        ge=0,
+        exclude_if=lambda value: not value,
+        description="documents of each shifted slice that are set aside like `test`, in whole clusters; the "
+        "clusters that are left are scored like validation",
+    )
     corruptions: list[Corruption] = Field(
         [], description="slices made of damaged validation documents, only ever scored"
     )
@@ -95,6 +102,12 @@ class Data(Frozen):
             raise ValueError("a source of `shifted` is only scored: it has no `weight`")
         return self
 
+    @model_validator(mode="after")
+    def test_is_whole(self) -> Self:
+        if self.shifted_test and not (self.test and self.shifted):
+            raise ValueError("`shifted_test` needs slices in `shifted`, and `test` documents beside them")
+        return self
+
     @property
     def sources(self) -> list[Source]:
         """All of them: of documents, of the transfer corpus, of shifted slices."""
@@ -102,7 +115,7 @@ class Data(Frozen):
 
     def cluster_of(self, name: str) -> str:
         """What the documents of a slice are not independent by: `cluster`, or what its sources suggest."""
-        sources = self.shifted.get(name, self.documents)
+        sources = self.shifted.get(name.removeprefix("test/"), self.documents)  # or its test documents
         grouped = any(source.group_column or source.group_by_folder for source in sources)
         return self.cluster or ("group" if grouped or self.labels else "domain")
 
