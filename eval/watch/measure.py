@@ -1,6 +1,7 @@
 """New documents, and what release, control and fallback say of them and said of the study's."""
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,27 +17,30 @@ from eval.core.documents import TEST, Document, json_objects, part_of_test, toke
 from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError, expected_text, require_one_of
 from eval.core.records import PLAIN, Documents, each_score
+from eval.core.study import load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.release.contract_file import Bits, Contract, Target
 from eval.release.reference import Reference
 from eval.stats.drift import QUESTIONS, Array, surprise
 from eval.watch.history import Look, Seen, previous_hash
 
+KEYS = ["id", "domain", "group", "text", "prompt", "messages", "tools"]  # of a line of new documents
 TUNED = 4  # times the documents of the first look: where the bounds are narrowest
 
 
 def read_new(path: Path, limit: int) -> list[Document]:
-    """The documents of a JSONL file, each cut to `limit` bytes as those of the study were.
+    """The documents of a JSONL file, texts without a prompt cut to `limit` bytes as those of the study were.
 
     Raises:
-        UserError: a line is no document, an id appears twice, or there is none at all.
+        UserError: a line is no document or holds a key that is not known, an id or a text appears twice, or
+            there is none at all.
     """
     rows = json_objects(path, "--data", 'give a JSONL of documents, {"text": "..."} a line')
     documents = [_document(where, row, number, limit) for where, number, row in rows]
     name, times = Counter(document.id for document in documents).most_common(1)[0]
     if times > 1:
         raise UserError(f"--data {path}", f"id {name!r} appears {times} times", "give each document its own")
-    same, times = Counter(document.text for document in documents).most_common(1)[0]
+    same, times = Counter(map(_content, documents)).most_common(1)[0]
     if times > 1:
         problem = f"{same[:40]!r}... is {times} documents, as far as they are read"
         raise UserError(f"--data {path}", problem, "give each text once: copies are no evidence")
@@ -44,12 +48,68 @@ def read_new(path: Path, limit: int) -> list[Document]:
 
 
 def _document(where: str, row: dict[str, Any], number: int, limit: int) -> Document:
-    text = row.get("text")
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(where, repr(text)[:60], "give each line a `text` that is not empty")
-    text = text.encode(errors="replace")[:limit].decode(errors="ignore")  # half of a surrogate pair is a "?"
+    for key in row:
+        require_one_of(f"{where}: key", key, KEYS)
+    prompt: str | list[dict[str, Any]] = ""
+    if "messages" in row:
+        if "text" in row or "prompt" in row:
+            raise UserError(where, "messages beside a text or a prompt", "give the messages alone")
+        prompt, text = _last_answer(where, row["messages"])
+    else:
+        text, prompt = _text(where, row, "text"), _text(where, row, "prompt") if "prompt" in row else ""
+    if not prompt:  # an answer to a prompt is not cut
+        text = text.encode()[:limit].decode(errors="ignore")
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or (tools and not isinstance(prompt, list)):
+        raise UserError(
+            where, f"tools {tools!r}"[:60], "give `tools` beside `messages`: a list of JSON schemas"
+        )
     domain, group = str(row.get("domain", "")), str(row.get("group", ""))
-    return Document(str(row.get("id", number)), domain, text, group=group)
+    return Document(str(row.get("id", number)), domain, text, prompt, group, tools=tools)
+
+
+def _text(where: str, row: dict[str, Any], key: str) -> str:
+    if not isinstance(text := row.get(key), str) or not text.strip():
+        raise UserError(where, repr(text)[:60], f"give each line a `{key}` that is not empty")
+    return text.encode(errors="replace").decode()  # half of a surrogate pair is a "?"
+
+
+def _last_answer(where: str, messages: Any) -> tuple[list[dict[str, Any]], str]:
+    """The turns of a chat before its last answer, and that answer."""
+    turns = messages if isinstance(messages, list) else []
+    known = all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns)
+    if not known or len(turns) < 2 or turns[-1]["role"] != "assistant":
+        fix = "give turns with `role` and `content`, of which the last is an answer of the assistant"
+        raise UserError(where, f"messages {messages!r}"[:60], fix)
+    told = [
+        {**turn, "content": _text(where, turn, "content")} if "content" in turn else turn for turn in turns
+    ]
+    return told[:-1], _text(where, turns[-1], "content")
+
+
+def _content(document: Document) -> str:
+    """What a document is known by: its text, and what comes before that."""
+    if not document.prompt:
+        return document.text
+    return json.dumps([document.prompt, document.text, *([document.tools] if document.tools else [])])
+
+
+def check_prompts(release: Path, name: str, documents: list[Document]) -> None:
+    """New documents are of the kind that the verdict was of: texts, or answers to what comes before them.
+
+    Raises:
+        UserError: some have a prompt where none of the study's had, or none where each had one.
+    """
+    data = load_study(release / "evidence" / "study.yaml").data
+    sources = data.shifted.get(name, data.documents)
+    asked = {bool(s.prompt_column or s.prompt_template or s.messages_column) for s in sources}
+    odd = [document.id for document in documents if bool(document.prompt) not in asked]
+    if odd:
+        had, fix = (
+            ("had none", "`text`") if asked == {False} else ("had one", "`prompt` with `text`, or `messages`")
+        )
+        problem = f"{'a' if asked == {False} else 'no'} prompt; the documents of the verdict {had}"
+        raise UserError(f"--data: document {odd[0]!r}", problem, f"give each line {fix}")
 
 
 @dataclass(frozen=True)
@@ -145,7 +205,7 @@ def before_release(release: Path, shipped: Target, name: str) -> Before:
 
 def text_id(document: Document) -> str:
     """What a history knows a document by."""
-    return hashlib.sha256(document.text.encode()).hexdigest()[:16]
+    return hashlib.sha256(_content(document).encode()).hexdigest()[:16]
 
 
 def see(release: Path, contract: Contract, shipped: Target, documents: list[Document]) -> Seen:

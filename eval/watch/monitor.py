@@ -39,7 +39,7 @@ from eval.watch.history import (
     series_of,
     write_history,
 )
-from eval.watch.measure import Before, before_release, new_look, read_new, see, text_id
+from eval.watch.measure import Before, before_release, check_prompts, new_look, read_new, see, text_id
 from eval.watch.monitor_page import page_of
 from eval.watch.sequences import KEPT, PARTS, Blame, State, blame, estimate_so_far
 from eval.watch.verify import checked
@@ -209,6 +209,7 @@ def main() -> int:
         check_history(args.history, looks, file_sha256(release / MANIFEST), target, args.slice)
         if args.data:
             documents = read_new(args.data, contract.inputs.scored_bytes)
+            check_prompts(release, args.slice, documents)
             check_new(args.history, looks, [text_id(document) for document in documents])
             seen = see(release, contract, contract.targets[target], documents)
             looks = [*looks, new_look(looks, release, contract, target, args.slice, seen)]

@@ -2,10 +2,11 @@
 
     python -m eval.watch.recheck --release FOLDER --data new.jsonl [--append history.jsonl] ...
 
-`new.jsonl` has one document per line: {"text": ...}, and `id`, `domain` and `group` where wanted. The
-release, its control and its fallback are scored on them. With `--append` they join those of all looks so far,
-and the bounds hold however often one looks. Exit codes: 0 the contract holds, 1 it is broken, 2 more
-documents are needed, 3 error. Costs: `python -m eval.cost --variant FOLDER/variants/RECIPE --target NAME`.
+`new.jsonl` has one document per line: {"text": ...}, {"prompt": ..., "text": ...} or {"messages": [...]}, as
+those of the study, and `id`, `domain`, `group` and `tools` where wanted. The release, its control and its
+fallback are scored on them. With `--append` they join those of all looks so far, and the bounds hold however
+often one looks. Exit codes: 0 the contract holds, 1 it is broken, 2 more documents are needed, 3 error.
+Costs: `python -m eval.cost --variant FOLDER/variants/RECIPE --target NAME`.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from eval.watch.measure import (
     Before,
     before_release,
     by_group,
+    check_prompts,
     new_look,
     read_new,
     see,
@@ -79,6 +81,7 @@ def recheck(release: Path, contract: Contract, target: str, name: str, documents
     """The contract of one target and slice, on new documents."""
     shipped = contract.targets[target]
     before = before_release(release, shipped, name)
+    check_prompts(release, name, documents)
     now, values = by_group(see(release, contract, shipped, documents))
     results = findings(shipped.gain[name], before.bits, now, contract.alpha)
     return Result(results, drifts(before.values, values), len(documents), before.slice)
@@ -101,6 +104,7 @@ def append_look(
         check_history(path, looks, file_sha256(release / MANIFEST), target, name)
         check_new(path, looks, [text_id(document) for document in documents])
         before = before_release(release, contract.targets[target], name)
+        check_prompts(release, name, documents)
         seen = see(release, contract, contract.targets[target], documents)
         look = new_look(looks, release, contract, target, name, seen)
         result = judge_series(contract, target, name, before, series_of([*looks, look]))

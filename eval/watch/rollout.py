@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
@@ -60,6 +60,9 @@ from eval.watch.decision import (
 from eval.watch.routing import ARMS, MEASURES, Arm, Plan, Request, Reward, arm_of, key_hash, now
 from eval.watch.verify import checked
 
+if TYPE_CHECKING:
+    from securesystemslib.signer import Signer
+
 STEP_EXITS = {PROMOTE: EXIT_PASS, ROLL_BACK: EXIT_FAIL, HOLD: EXIT_INCONCLUSIVE}
 COLOURS = {PROMOTE: "green", ROLL_BACK: "red", HOLD: "yellow", "START": "green"}
 WIDTH = 130  # columns of the table where nobody can tell
@@ -73,11 +76,16 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"rollout {folder}", "a file is in its place", "name a new folder") from error
 
 
-def start(args: argparse.Namespace) -> Step:
-    """The first line: which release, to whom, and by which plan."""
-    folder, release = Path(args.rollout), Path(args.release)
+def require_new(folder: Path) -> None:
+    """Raises UserError where a rollout has begun."""
     if log_path(folder).exists():
         raise UserError(f"rollout {folder}", "is there already", "name a new folder: a plan is fixed once")
+
+
+def first_step(args: argparse.Namespace) -> tuple[Step, "Signer"]:
+    """Which release, to whom, and by which plan, and whose key signs that; nothing is written yet."""
+    require_new(Path(args.rollout))
+    release = Path(args.release)
     plan = validate_config(Plan, read_yaml(Path(args.plan), "rollouts"), args.plan)
     contract, target = checked(release, trusted_of(args), args.target)
     signer, time = private_key(args.key), now()
@@ -105,8 +113,14 @@ def start(args: argparse.Namespace) -> Step:
         stage=1,
         state=state,
     )
-    append_step(folder, step, signer)
-    return step
+    return step, signer
+
+
+def start(folder: Path, first: Step, signer: "Signer") -> Step:
+    """Writes the first line of a log."""
+    require_new(folder)
+    append_step(folder, first, signer)
+    return first
 
 
 Line = TypeVar("Line", bound=BaseModel)
@@ -343,11 +357,14 @@ def main() -> int:
         write_json(args.json, {"state": last, "steps": steps})
         return EXIT_FAIL if last.status == "rolled back" else EXIT_PASS
     if args.command == "start":
+        first, signer = first_step(args)  # before there is a folder: what cannot start leaves none
         make_folder(folder)
+        with lock_folder(folder):
+            done = start(folder, first, signer)
     else:
         require_log(folder)
-    with lock_folder(folder):
-        done = start(args) if args.command == "start" else step(args)
+        with lock_folder(folder):
+            done = step(args)
     if done.findings:
         console.print(table_of(done.findings, done.stage))
     for why, number in done.ignored.items():

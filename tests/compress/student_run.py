@@ -9,9 +9,10 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compress.passes.recover import parent_target
 from compress.recipe import Context, MethodTargets
@@ -23,6 +24,7 @@ from distill.trainer.loop import train
 from eval.core.sections import Train
 from eval.core.study import Study, load_study, save_study
 from eval.engines.torch import load_checkpoint
+from tests.distill.test_families import FAMILIES
 from tests.eval.run_builder import facts, put
 from tests.helpers import WORDS, text, tiny_model, tiny_study, tiny_tokenizer
 
@@ -68,6 +70,23 @@ def wide_tokenizer():
     """With tokens that no document of the study has, merged in between those that they have."""
     texts = [text(domain, i) for domain in WORDS for i in range(5)]
     return train_tokenizer([*texts, "zebras quickly jumped over 1234 lazy oxen " * 40], 360)
+
+
+def family(name: str, **changes) -> PreTrainedModel:
+    """A model of a family at random, of few layers; without the window of Mistral, which no engine file has."""
+    torch.manual_seed(0)
+    fields = {**FAMILIES[name], **({"sliding_window": None} if name == "mistral" else {}), **changes}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **fields), dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))  # norms and biases too
+    return model.eval()
+
+
+def small_context(folders: pytest.TempPathFactory) -> Context:
+    """What the passes get for a student of two layers."""
+    study = build_student_run(folders.mktemp("study"), [], layers=2)
+    return context_of(study, folders.mktemp("work"))
 
 
 def context_of(study: Study, scratch: Path) -> Context:

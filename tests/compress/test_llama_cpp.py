@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.calibration import check_batch, log_probs
 from compress.gguf_file import NO_TOKENIZER, PROBE, same_tokenizer
@@ -15,28 +14,17 @@ from eval.core.documents import collate
 from eval.core.errors import UserError
 from eval.core.records import read_scores
 from eval.score.divergence import kl_divergence
-from tests.compress.student_run import build_student_run, context_of, model_of, recipe_file
-from tests.distill.test_families import FAMILIES, ROWS
+from tests.compress.student_run import build_student_run, family, model_of, recipe_file, small_context
+from tests.distill.test_families import ROWS
 from tests.helpers import run, tiny_model, tiny_tokenizer
 
 pytest.importorskip("llama_cpp")
 TAKEN = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def family(name, **changes):
-    torch.manual_seed(0)
-    fields = {**FAMILIES[name], **({"sliding_window": None} if name == "mistral" else {}), **changes}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **fields), dtype=torch.float32)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.05 * torch.randn_like(weight))  # norms and biases too
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def context(tmp_path_factory):
-    study = build_student_run(tmp_path_factory.mktemp("study"), [], layers=2)
-    return context_of(study, tmp_path_factory.mktemp("work"))
+    return small_context(tmp_path_factory)
 
 
 def applied(model, context, weights):

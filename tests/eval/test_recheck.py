@@ -3,19 +3,22 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
 from scipy import stats
 
+from distill.data.parse import Raw, make_document
 from eval.core.artifacts import Key, build_artifact
 from eval.core.errors import UserError
 from eval.core.gate_file import Estimate, KeptShare
+from eval.core.sections import Source
 from eval.release.contract_file import Bits, Gain, Saving, read_contract
 from eval.signoff.keys import new_key, read_trusted
 from eval.stats.drift import QUESTIONS, drifts, superiority, surprise
-from eval.watch.measure import read_new
+from eval.watch.measure import read_new, text_id
 from eval.watch.recheck import recheck
 from eval.watch.regression import change, diagnosis, findings, verdict
 from eval.watch.verify import checked
@@ -148,6 +151,21 @@ BAD = {
     "no text": ('{"words": "a"}', "None; give each line a `text`"),
     "zero bytes": ('{"text": ""}', "give each line a `text` that is not empty"),
     "a list": ("[1]", "line 1: expected a JSON object, found list; write one JSON object a line"),
+    "a key that nothing reads": (
+        '{"text": "a", "lable": 1}',
+        "line 1: key: 'lable'; accepted: domain, group, id",
+    ),
+    "an empty prompt": ('{"text": "a", "prompt": " "}', "give each line a `prompt` that is not empty"),
+    "both": ('{"text": "a", "messages": []}', "messages beside a text or a prompt; give the messages alone"),
+    "no answer": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+        "of which the last is an answer of the assistant",
+    ),
+    "an empty turn": (
+        '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}]}',
+        "give each line a `content` that is not empty",
+    ),
+    "tools of a text": ('{"text": "a", "tools": [{}]}', "give `tools` beside `messages`"),
     "a text twice": ('{"text": "a"}\n{"text": "a"}', "'a'... is 2 documents, as far as they are read"),
     "twice": ('{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}', "id 'x' appears 2 times"),
     "nothing": ("\n", "the file is empty"),
@@ -161,6 +179,37 @@ def test_bad_documents_are_refused(tmp_path, content, message):
     with pytest.raises(UserError) as error:
         read_new(path, 100)
     assert message in str(error.value)
+
+
+CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "four"}]
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"text": "four", "prompt": "2 + 2 ="}, {"prompt_column": "prompt"}),
+        ({"messages": CHAT}, {"messages_column": "messages"}),
+        ({"messages": CHAT, "tools": TOOLS}, {"messages_column": "messages", "tools_column": "tools"}),
+    ],
+)
+def test_prompts_and_chats_are_read_as_those_of_the_study(tmp_path, row, columns):
+    """Reference: how the sources of a study are read, for the documents on which the verdict was given."""
+    (tmp_path / "new.jsonl").write_text(json.dumps(row) + "\n")
+    (new,) = read_new(tmp_path / "new.jsonl", 3)
+    of_study = make_document(Source(kind="dataset", path="json", **columns), Raw("", row, ""))
+    assert (new.prompt, new.text, list(new.tools)) == (
+        of_study.prompt, of_study.text, list(of_study.tools),
+    )  # fmt: skip
+    assert new.text == "four", "an answer is not cut"
+    assert text_id(new) != text_id(replace(new, prompt="3 + 1 ="))
+
+
+def test_prompts_where_the_verdict_was_of_texts_are_refused(release, tmp_path):
+    (tmp_path / "new.jsonl").write_text('{"text": "four", "prompt": "2 + 2 ="}\n')
+    done = command("-m", "eval.watch.recheck", "--release", release, "--data", tmp_path / "new.jsonl")
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
+    assert "document '1': a prompt; the documents of the verdict had none" in done.stderr
 
 
 def test_new_documents_are_cut_as_those_of_the_study_were(tmp_path):

@@ -82,7 +82,8 @@ def started(release, released_run, keys, tmp_path):
     folder = tmp_path / "rollout"
     words = ["--rollout", folder, "--release", release, "--plan", plan, "--by", "Ada", "--key", keys / "ops"]
     folder.mkdir()
-    rollout.start(given("start", *words, "--public", released_run.folder / "key.pub"))
+    first = rollout.first_step(given("start", *words, "--public", released_run.folder / "key.pub"))
+    rollout.start(folder, *first)
     return folder
 
 
@@ -236,6 +237,15 @@ def test_a_mistyped_folder_is_named_and_leaves_nothing(tmp_path, keys):
             rollout.make_folder(folder)
 
 
+def test_a_plan_that_is_no_plan_leaves_no_folder(release, keys, tmp_path):
+    (tmp_path / "plan.yaml").write_text("stages: []\n")
+    words = ["--release", release, "--plan", tmp_path / "plan.yaml", "--by", "Ada", "--key", keys / "ops"]
+    done = command("-m", "eval.watch.rollout", "start", "--rollout", tmp_path / "rollout", *words)
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
+    assert "plan.yaml" in done.stderr
+    assert not (tmp_path / "rollout").exists()
+
+
 def test_anybody_with_a_key_may_go_back_by_hand(started, keys):
     step = rollout.step(
         given("step", "--rollout", started, "--roll-back", "a user", "--by", "Bo", "--key", keys / "ops")
@@ -300,7 +310,7 @@ def test_a_log_that_was_changed_is_refused_and_a_state_that_was_falls_back(start
     (copy / "rollout.json").write_text(json.dumps(state | {"release": "0" * 64}))
     assert "of another release or target" in load_release(release, "cpu", rollout=copy)[1].reason
     with pytest.raises(UserError, match="is there already"):
-        rollout.start(given(
+        rollout.first_step(given(
             "start", "--rollout", started, "--release", release, "--plan", "x", "--by", "a", "--key", "b"
         ))  # fmt: skip
 

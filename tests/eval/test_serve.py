@@ -38,7 +38,9 @@ def served(release, released_run, tmp_path_factory):
     key = released_run.folder / "key"
     (folder / "rollout").mkdir()
     words = ["--rollout", folder / "rollout", "--release", release, "--plan", folder / "plan.yaml"]
-    rollout.start(given("start", *words, "--by", "Ada", "--key", key))
+    rollout.start(
+        folder / "rollout", *rollout.first_step(given("start", *words, "--by", "Ada", "--key", key))
+    )
     port = free_port()
     words = ["--release", release, "--rollout", folder / "rollout", "--log", folder / "log.jsonl"]
     words += ["--port", port, "--golden", 1, "--rollout-key", f"{key}.pub"]
