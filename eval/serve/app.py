@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -90,6 +90,12 @@ def facts(ask: Ask, outcome: Outcome) -> dict[str, Any]:
     }
 
 
+async def departure(client: Request) -> None:
+    """Waits until the client has closed its connection."""
+    while (await client.receive())["type"] != "http.disconnect":
+        pass
+
+
 class Server:
     def __init__(self, router: Router, log: Log, most: int, golden_every: float) -> None:
         self.router, self.log, self.most, self.golden_every = router, log, most, golden_every
@@ -124,13 +130,26 @@ class Server:
         finally:
             self.log.write(ask, outcome)
 
-    async def whole(self, ask: Ask, outcome: Outcome) -> str:
+    async def joined(self, ask: Ask, outcome: Outcome) -> str:
+        return "".join([piece async for piece in self.logged(ask, outcome)])
+
+    async def whole(self, ask: Ask, outcome: Outcome, client: Request) -> str:
+        """The answer in one piece; where the client leaves before, nobody works on it any longer."""
+        answer = asyncio.create_task(self.joined(ask, outcome))
+        left = asyncio.create_task(departure(client))
         try:
-            return "".join([piece async for piece in self.logged(ask, outcome)])
+            await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise HTTPException(499, "the client left")
+            return answer.result()
         except Refused as error:
             raise HTTPException(413, str(error)) from error
         except Unanswered as error:
             raise HTTPException(503, str(error), headers=LATER) from error
+        finally:
+            for task in (answer, left):
+                task.cancel()
+            await asyncio.gather(answer, left, return_exceptions=True)
 
     async def lines(self, ask: Ask, outcome: Outcome) -> AsyncIterator[str]:
         """An answer as JSON Lines, a line a token."""
@@ -142,15 +161,15 @@ class Server:
         except (Refused, Unanswered) as error:
             yield json.dumps({"error": str(error)}) + "\n"
 
-    async def generate(self, body: Generate) -> Any:
+    async def generate(self, body: Generate, client: Request) -> Any:
         ask, outcome = self.ask(body, prompt=body.prompt, new_tokens=body.new_tokens)
         if body.stream:
             return StreamingResponse(self.lines(ask, outcome), media_type="application/x-ndjson")
-        return {"text": await self.whole(ask, outcome), **facts(ask, outcome)}
+        return {"text": await self.whole(ask, outcome, client), **facts(ask, outcome)}
 
-    async def score(self, body: Score) -> dict[str, Any]:
+    async def score(self, body: Score, client: Request) -> dict[str, Any]:
         ask, outcome = self.ask(body, text=body.text)
-        await self.whole(ask, outcome)
+        await self.whole(ask, outcome, client)
         return facts(ask, outcome)
 
     async def reward(self, body: Rewarded) -> dict[str, Any]:

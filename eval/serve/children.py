@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
 
@@ -84,8 +84,8 @@ class Child:
                     os.kill(self.process.pid, signal.SIGKILL)
             await self.process.wait()
 
-    async def ask(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """The messages of one answer.
+    async def ask(self, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The messages of one answer; where it is closed before its end, the process is told to stop.
 
         Raises:
             ChildDied: the process ended, was not there, or said nothing for so long that it was ended.
@@ -94,9 +94,9 @@ class Child:
             raise ChildDied(f"{self.name} is not ready")
         number = next(self.numbers)
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        self.waiting[number] = queue
+        self.waiting[number], stdin, whole = queue, self.process.stdin, False
         try:
-            self.process.stdin.write(json.dumps({"id": number, **request}).encode() + b"\n")
+            stdin.write(json.dumps({"id": number, **request}).encode() + b"\n")
             while True:
                 try:
                     message = await asyncio.wait_for(queue.get(), self.patience)
@@ -106,10 +106,13 @@ class Child:
                     raise ChildDied(f"{self.name} said nothing for {self.patience:g} s") from error
                 if message is None:
                     raise ChildDied(f"{self.name} ended")
+                whole = "piece" not in message
                 yield message
-                if "piece" not in message:
+                if whole:
                     return
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChildDied(f"{self.name} ended") from error
         finally:
-            self.waiting.pop(number, None)
+            waited = self.waiting.pop(number, None) is not None  # else the process ended
+            if waited and not whole:
+                stdin.write(json.dumps({"cancel": number}).encode() + b"\n")

@@ -9,7 +9,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,17 +194,19 @@ class Router:
             try:
                 if off:
                     raise ChildDied(off)
-                async for piece in self._from(release, ask.body, sent, outcome):
-                    yield piece
+                async with aclosing(self._from(release, ask.body, sent, outcome)) as pieces:
+                    async for piece in pieces:
+                        yield piece
                 outcome.served_by = "release"
                 return
             except ChildDied as error:
                 outcome.error, outcome.why, failed = True, str(error), time.perf_counter()
-        async for piece in self._from_fallback(ask.body, sent, outcome):
-            if failed is not None:
-                self._fell_back(outcome, failed)
-                failed = None
-            yield piece
+        async with aclosing(self._from_fallback(ask.body, sent, outcome)) as pieces:
+            async for piece in pieces:
+                if failed is not None:
+                    self._fell_back(outcome, failed)
+                    failed = None
+                yield piece
         if failed is not None:
             self._fell_back(outcome, failed)
         outcome.served_by = "fallback"
@@ -215,25 +217,26 @@ class Router:
 
     async def _from(
         self, child: Child, body: dict[str, Any], sent: list[str], outcome: Outcome
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """What one child says, after what was said already."""
         if "prompt" in body:
             left = body["new_tokens"] - len(sent)
             if left <= 0:
                 return
             body = {"prompt": body["prompt"] + "".join(sent), "new_tokens": left}
-        async for message in child.ask(body):
-            if "refused" in message:
-                raise Refused(message["refused"])
-            if "piece" in message:
-                sent.append(message["piece"])
-                yield message["piece"]
-            else:
-                outcome.result = {name: message[name] for name in ("bits", "bytes") if name in message}
+        async with aclosing(child.ask(body)) as messages:
+            async for message in messages:
+                if "refused" in message:
+                    raise Refused(message["refused"])
+                if "piece" in message:
+                    sent.append(message["piece"])
+                    yield message["piece"]
+                else:
+                    outcome.result = {name: message[name] for name in ("bits", "bytes") if name in message}
 
     async def _from_fallback(
         self, body: dict[str, Any], sent: list[str], outcome: Outcome
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         fallback = self.children["fallback"]
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -242,8 +245,9 @@ class Router:
                 why = f"the fallback was not ready for {fallback.patience:g} s"
                 raise Unanswered(why) from error
             try:
-                async for piece in self._from(fallback, body, sent, outcome):
-                    yield piece
+                async with aclosing(self._from(fallback, body, sent, outcome)) as pieces:
+                    async for piece in pieces:
+                        yield piece
                 return
             except ChildDied as error:
                 if attempt == ATTEMPTS:

@@ -1,14 +1,17 @@
 """One model of a release in a process of its own: requests in, a JSON line each, and answers out.
 
-In:  {"id": 1, "prompt": "...", "new_tokens": 8}, {"id": 2, "text": "..."} to score, or {"id": 3, "check": 1}
+In:  {"id": 1, "prompt": "...", "new_tokens": 8}, {"id": 2, "text": "..."} to score, {"id": 3, "check": 1}, or
+     {"cancel": 1} where nobody waits for that answer any longer; ids grow
 Out: {"ready": ...} once, then {"id": 1, "piece": "..."} for each token, and at last {"id": 1, "done": true}
 """
 
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -66,6 +69,35 @@ def answers(model: Model, info: Info, golden: list[Message], request: Message) -
         yield {"done": True}
 
 
+class Inbox:
+    """Requests in their order, read by a thread: one can be cancelled while it is answered."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.queue: SimpleQueue[Message | None] = SimpleQueue()
+        self.cancelled, self.answered = set[int](), -1
+        Thread(target=self._read, args=(lines,), daemon=True).start()
+
+    def _read(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            message = json.loads(line)
+            if "cancel" not in message:
+                self.queue.put(message)
+            elif message["cancel"] > self.answered:
+                self.cancelled.add(message["cancel"])
+        self.queue.put(None)
+
+    def __iter__(self) -> Iterator[Message]:
+        while (request := self.queue.get()) is not None:
+            yield request
+            self.answered = request["id"]
+            self.cancelled.discard(self.answered)
+
+    def until_cancelled(self, id: int, messages: Iterator[Message]) -> Iterator[Message]:
+        """Messages for as long as somebody waits for them."""
+        while id not in self.cancelled and (message := next(messages, None)) is not None:
+            yield message
+
+
 def main() -> None:
     given = json.loads(sys.argv[1])
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -80,10 +112,10 @@ def main() -> None:
     index = read_json(release / INDEX)
     golden = (index["fallback"] if info.fallback else index["targets"][given["target"]])["golden_answers"]
     say({"ready": True, "fallback": info.fallback, "reason": info.reason, "release": info.release})
-    for line in sys.stdin:
-        request = json.loads(line)
+    inbox = Inbox(sys.stdin)
+    for request in inbox:
         try:
-            for message in answers(model, info, golden, request):
+            for message in inbox.until_cancelled(request["id"], answers(model, info, golden, request)):
                 say({"id": request["id"], **message})
         except ReleaseError as error:  # golden answers: whoever asked decides
             say({"id": request["id"], "failed": str(error)})

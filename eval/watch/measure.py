@@ -25,6 +25,7 @@ from eval.stats.drift import QUESTIONS, Array, surprise
 from eval.watch.history import Look, Seen, previous_hash
 
 KEYS = ["id", "domain", "group", "text", "prompt", "messages", "tools"]  # of a line of new documents
+TURN_KEYS = ["role", "content", "tool_calls", "tool_call_id", "name"]
 TUNED = 4  # times the documents of the first look: where the bounds are narrowest
 
 
@@ -81,10 +82,16 @@ def _last_answer(where: str, messages: Any) -> tuple[list[dict[str, Any]], str]:
     if not known or len(turns) < 2 or turns[-1]["role"] != "assistant":
         fix = "give turns with `role` and `content`, of which the last is an answer of the assistant"
         raise UserError(where, f"messages {messages!r}"[:60], fix)
-    told = [
-        {**turn, "content": _text(where, turn, "content")} if "content" in turn else turn for turn in turns
-    ]
-    return told[:-1], _text(where, turns[-1], "content")
+    return [_turn(where, turn) for turn in turns[:-1]], _text(where, turns[-1], "content")
+
+
+def _turn(where: str, turn: dict[str, Any]) -> dict[str, Any]:
+    told = {key: value for key, value in turn.items() if value is not None}
+    for key in told:
+        require_one_of(f"{where}: key of a turn", key, TURN_KEYS)
+    if told.get("tool_calls") and not told.get("content"):
+        return {**told, "content": ""}
+    return {**told, "content": _text(where, turn, "content")}
 
 
 def _content(document: Document) -> str:
@@ -105,10 +112,10 @@ def check_prompts(release: Path, name: str, documents: list[Document]) -> None:
     asked = {bool(s.prompt_column or s.prompt_template or s.messages_column) for s in sources}
     odd = [document.id for document in documents if bool(document.prompt) not in asked]
     if odd:
-        had, fix = (
-            ("had none", "`text`") if asked == {False} else ("had one", "`prompt` with `text`, or `messages`")
-        )
-        problem = f"{'a' if asked == {False} else 'no'} prompt; the documents of the verdict {had}"
+        found, had, fix = "no prompt", "had one", "`prompt` with `text`, or `messages`"
+        if asked == {False}:
+            found, had, fix = "a prompt", "had none", "`text` alone"
+        problem = f"{found}; the documents of the verdict {had}"
         raise UserError(f"--data: document {odd[0]!r}", problem, f"give each line {fix}")
 
 

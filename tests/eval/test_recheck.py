@@ -148,7 +148,7 @@ def test_surprise_is_the_cross_entropy_of_the_smoothed_unigram():
 
 BAD = {
     "no json": ('{"text": ', "line 1: not JSON"),
-    "no text": ('{"words": "a"}', "None; give each line a `text`"),
+    "no text": ('{"id": "a"}', "None; give each line a `text`"),
     "zero bytes": ('{"text": ""}', "give each line a `text` that is not empty"),
     "a list": ("[1]", "line 1: expected a JSON object, found list; write one JSON object a line"),
     "a key that nothing reads": (
