@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
+from compress.allocation import Allocation, allocation_of
 from compress.calibration import calibration_rows
 from compress.model_size import check_groups, size_of
 from compress.openvino_ir import (
@@ -37,6 +38,7 @@ from compress.tensors.quant_error import (
     check_rounding,
     check_scaled,
 )
+from distill.models.lm_head import output_embedding
 from eval.core.documents import Row
 from eval.core.errors import UserError
 
@@ -50,7 +52,8 @@ RESCALED = 0.3  # change of a scale, as a logarithm, that rounding does not expl
 GROUP = 32
 CHOICES = ("sensitivity_metric", "all_layers", "backup_precision", "group_size_fallback")
 ALGORITHMS = ("awq", "scale_estimation", "gptq", "lora_correction")
-OF_INT4 = ("group_size", "ratio", *CHOICES, *ALGORITHMS)
+OF_ALLOCATION = ("ratio", "sym", *CHOICES, *ALGORITHMS)  # what it leaves no choice of
+OF_INT4 = ("group_size", "ratio", "allocation", *CHOICES, *ALGORITHMS)
 Metric = Literal[
     "weight_quantization_error",
     "hessian_input_activation",
@@ -79,6 +82,9 @@ class OpenVINO(Pass):
         scale_estimation: bool = False
         gptq: bool = False
         lora_correction: bool = False
+        allocation: Literal["kl"] | None = (
+            None  # a format for each matrix, at the bytes of `group_size` for all
+        )
         rows: int = Field(32, gt=0)  # training rows that calibrate
 
         @model_validator(mode="after")
@@ -90,6 +96,10 @@ class OpenVINO(Pass):
                 raise ValueError("group_size 0; give a number above 0, or -1 for whole rows")
             if self.gptq and self.lora_correction:
                 raise ValueError("give `gptq` or `lora_correction`, not both")
+            if self.allocation and (beside := sorted(given & {*OF_ALLOCATION})):
+                raise ValueError(f"allocation chooses all formats; leave {beside[0]} out")
+            if self.allocation and self.group_size < 16:
+                raise ValueError("allocation also takes half of group_size; give 16 or more")
             if self.sensitivity_metric is not None and self.ratio == 1:
                 raise ValueError("sensitivity_metric chooses nothing where ratio is 1; give a smaller ratio")
             if "rows" in given and not self.data_aware:
@@ -104,12 +114,20 @@ class OpenVINO(Pass):
         @property
         def data_aware(self) -> bool:
             by_data = self.sensitivity_metric not in (None, "weight_quantization_error")
-            return self.moves_weights or self.lora_correction or by_data
+            return self.moves_weights or self.lora_correction or by_data or self.allocation is not None
+
+        @property
+        def choices(self) -> list[Grid]:
+            """The formats that an allocation chooses from."""
+            sizes = (2 * self.group_size, self.group_size, self.group_size // 2)
+            return [*(Grid(4, size) for size in sizes), Grid(8, -1)]
 
     def grid_problem(self, grid: Grid) -> str | None:
         options, own = self.options, Grid(8, -1)
         if options.weights == "int4":
             own = Grid(4, options.group_size)
+            if options.allocation:
+                return "openvino.allocation chooses levels of its own"
             if (moves := [name for name in ALGORITHMS if getattr(options, name)]) or options.ratio < 1:
                 return f"openvino.{(moves or ['ratio'])[0]} moves weights to others"
         if options.weights == "fp32" or (options.sym and own.holds(grid)):
@@ -131,13 +149,18 @@ class OpenVINO(Pass):
         every = matrix_modules(model)
         left_out = every - self.options.choose(every)
         rows = calibration_rows(context.rows, self.options.rows, context.seed)
+        chosen = self._allocated(model, rows, context, every - left_out) if self.options.allocation else None
         with conversion():
             if not ir_folder.is_dir():
                 export(model, context, ir_folder)
             model.to("meta")  # its memory is free: what follows is made from the export
             plain = load(ir_folder).model
-            data = model_inputs(rows) if self.options.data_aware else None
-            result = load(ir_folder, self._compression(len(rows), left_out), data)
+            if chosen is not None:
+                result = load(ir_folder)
+                compress_as(result.model, chosen.formats, every - set(chosen.formats) - left_out, left_out)
+            else:
+                data = model_inputs(rows) if self.options.data_aware else None
+                result = load(ir_folder, self._compression(len(rows), left_out), data)
         originals = plain_matrices(plain)
         formats, zeroed, facts = self._check(originals, result.model)
         if beyond := sorted(left_out & formats.keys()):
@@ -158,9 +181,17 @@ class OpenVINO(Pass):
             named=0 if self._leaves_matrices else sum(prod(m.shape) for m in asked.values()),
             reached=0 if self._leaves_matrices else low_bit,
             skipped=self._skipped({name for name in originals if module_name(name) not in formats}, left_out),
-            facts={"formats": formats, **facts},
+            facts={"formats": formats, **facts, **({} if chosen is None else chosen.facts)},
         )
         return result, report
+
+    def _allocated(
+        self, model: PreTrainedModel, rows: Sequence[Row], context: Context, names: set[str]
+    ) -> Allocation:
+        """A grid for each matrix inside the layers; embeddings and head are left to `backup_precision`."""
+        ends = end_modules(model)
+        inside = [name for name in sorted(names) if name not in ends]
+        return allocation_of(model, inside, self.options.choices, self.options.group_size, rows, context)
 
     @property
     def _leaves_matrices(self) -> bool:
@@ -203,7 +234,7 @@ class OpenVINO(Pass):
         options = self.options
         if options.weights == "fp32":
             return None
-        patterns = [rf"__module\.{name.replace('.', chr(92) + '.')}/.*" for name in sorted(left_out)]
+        patterns = [pattern_of(name) for name in sorted(left_out)]
         scope = {"ignored_scope": {"patterns": patterns, "validate": False}} if patterns else {}
         if options.weights == "int8":
             return OVWeightQuantizationConfig(bits=8, sym=options.sym, tokenizer=".", **scope)
@@ -229,6 +260,36 @@ class OpenVINO(Pass):
         modules = [module_name(name) for name in sorted(names)]
         reasons = {name: "not in targets, or ignored" if name in left_out else other for name in modules}
         return [Skipped(module=name, reason=reason) for name, reason in reasons.items()]
+
+
+def end_modules(model: PreTrainedModel) -> set[str]:
+    """Names of the modules that hold the embeddings and the head, which may be one matrix."""
+    ends = {id(model.get_input_embeddings().weight), id(output_embedding(model).weight)}
+    return {name for name, module in model.named_modules() if id(getattr(module, "weight", None)) in ends}
+
+
+def compress_as(model: Any, formats: dict[str, Grid], ends: set[str], left_out: set[str]) -> None:
+    """Compresses each matrix to its grid, in place, and the `ends` as nncf does beside 4 bits."""
+    import nncf
+
+    modes = nncf.CompressWeightsMode
+
+    def compress(names: set[str], mode: Any, **options: Any) -> None:
+        others = (set(formats) | ends | left_out) - names
+        scope = nncf.IgnoredScope(patterns=[pattern_of(name) for name in sorted(others)], validate=False)
+        nncf.compress_weights(model, mode=mode, ignored_scope=scope, **options)
+
+    compress(ends, modes.INT8_ASYM)
+    for grid in dict.fromkeys(formats.values()):
+        names = {name for name, own in formats.items() if own == grid}
+        if grid.bits == 8:
+            compress(names, modes.INT8_SYM)
+        else:
+            compress(names, modes.INT4_SYM, group_size=grid.group_size, ratio=1.0, all_layers=True)
+
+
+def pattern_of(name: str) -> str:
+    return rf"__module\.{name.replace('.', chr(92) + '.')}/.*"
 
 
 def matrix_modules(model: PreTrainedModel) -> set[str]:

@@ -107,6 +107,9 @@ def test_modules_that_are_ignored_stay_in_float32(context):
         ),
         ({"weights": "int4", "rows": 8}, "rows are not used"),
         ({"weights": "int4", "group_size": 0}, "-1 for whole rows"),
+        ({"weights": "int8", "allocation": "kl"}, "allocation needs weights: int4"),
+        ({"weights": "int4", "allocation": "kl", "awq": True}, "chooses all formats; leave awq out"),
+        ({"weights": "int4", "allocation": "kl", "group_size": -1}, "also takes half of group_size"),
         ({"weights": "int4", "backup_precision": "int8"}, "backup_precision"),
     ],
 )

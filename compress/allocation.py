@@ -1,0 +1,175 @@
+"""A format for each matrix: how much each one changes the model is measured, an integer program chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from compress.recipe import Context, Grid
+from compress.tensors.grid import round_to_grid
+from distill.method import plain_output
+from eval.core.documents import Batch, Row, batches, tokens_per_batch
+from eval.score.divergence import kl_divergence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SCALE = 2  # bytes of a scale
+POSITIONS = 1024  # predictions that are compared
+
+
+def grid_bytes(grid: Grid, rows: int, inputs: int) -> float:
+    """Bytes of a matrix [rows, inputs] of which each group has a scale in 16 bits."""
+    groups = 1 if grid.group_size < 0 else inputs // grid.group_size
+    return rows * (inputs * grid.bits / 8 + groups * SCALE)
+
+
+def fits(grid: Grid, inputs: int) -> bool:
+    return grid.group_size < 0 or inputs % grid.group_size == 0
+
+
+def allocate(costs: np.ndarray, sizes: np.ndarray, budget: float) -> list[int]:
+    """For each of M matrices the number of its format, so that the sum of costs is least within the budget.
+
+    Costs of single changes are added up, as if none depended on another. Solved exactly by HiGHS.
+
+    Args:
+        costs: [M, F], infinite where a matrix cannot have a format.
+        sizes: [M, F] bytes.
+        budget: bytes of all matrices together; the smallest formats must fit into it.
+    """
+    matrices, formats = costs.shape
+    possible = np.isfinite(costs)
+    one_each = np.kron(np.eye(matrices), np.ones(formats))
+    scale = max(float(costs[possible].max(initial=0.0)), 1e-30)
+    solved = milp(
+        np.where(possible, costs, 0.0).ravel() / scale,
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(sizes.ravel()[None] / budget, ub=1.0),
+        ],
+        bounds=Bounds(0, possible.ravel().astype(float)),
+        integrality=np.ones(costs.size),
+        options={"mip_rel_gap": 0.0},
+    )
+    assert solved.x is not None, solved.message
+    return solved.x.reshape(costs.shape).argmax(1).tolist()
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The grid of each matrix, and what it rests on."""
+
+    formats: dict[str, Grid]
+    facts: dict[str, Any]
+
+
+def allocation_of(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    grids: Sequence[Grid],
+    group_size: int,
+    rows: Sequence[Row],
+    context: Context,
+) -> Allocation:
+    """The grids that move predictions least, in as many bytes as 4 bits in groups of `group_size` take."""
+    costs = sensitivities(model, names, grids, rows, context.pad, context.report)
+    shapes = [_shape(model.get_submodule(name)) for name in names]
+    sizes = np.array(
+        [[grid_bytes(grid, *shape) if fits(grid, shape[1]) else 0 for grid in grids] for shape in shapes]
+    )
+    budget = sum(grid_bytes(Grid(4, group_size), *shape) for shape in shapes)
+    chosen = allocate(costs, sizes, budget)
+    uniform = list(grids).index(Grid(4, group_size))
+    sums = {
+        "allocated_kl": sum(float(costs[i, j]) for i, j in enumerate(chosen)),
+        "uniform_kl": float(costs[:, uniform].sum()),
+        "allocated_bytes": sum(float(sizes[i, j]) for i, j in enumerate(chosen)),
+        "uniform_bytes": float(budget),
+    }
+    moved = {name: float(cost) for name, cost in zip(names, costs[:, uniform], strict=True)}
+    formats = {name: grids[j] for name, j in zip(names, chosen, strict=True)}
+    facts = {**sums, "kl_by_matrix": moved, "grids": {name: str(grid) for name, grid in formats.items()}}
+    return Allocation(formats, facts)
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a matrix."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def sensitivities(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    grids: Sequence[Grid],
+    rows: Sequence[Row],
+    pad: int,
+    report: Callable[[float], None],
+) -> np.ndarray:
+    """[M, F] how far predictions move where one matrix alone is rounded; infinite where it cannot be.
+
+    KL(as it is || rounded) in nats per token, over at most `POSITIONS` of the tokens, at even distances.
+    """
+    size = tokens_per_batch(model.config.get_text_config().vocab_size, model.device)
+    parts = list(_compared(batches(rows, pad, size)))
+    before = [_log_probs(model, *part) for part in parts]
+    costs = np.full((len(names), len(grids)), np.inf)
+    for i, name in enumerate(names):
+        module = model.get_submodule(name)
+        for j, grid in enumerate(grids):
+            if fits(grid, _shape(module)[1]):
+                with _rounded(module, grid):
+                    costs[i, j] = _divergence(before, (_log_probs(model, *part) for part in parts))
+        report((i + 1) / len(names))
+    return costs
+
+
+def _compared(given: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch with the mask [B, T] of the positions that are compared."""
+    some = list(given)
+    step = max(1, sum(int(batch.mask.sum()) for batch in some) // POSITIONS)
+    for batch in some:
+        mask = torch.nn.functional.pad(batch.mask, (0, 1))
+        places = mask.flatten().nonzero()[::step, 0]
+        chosen = torch.zeros_like(mask).flatten()
+        chosen[places] = True
+        yield batch, chosen.view_as(mask)
+
+
+@torch.no_grad()
+def _log_probs(model: PreTrainedModel, batch: Batch, mask: Tensor) -> Tensor:
+    """[N, V] float32."""
+    moved = plain_output(model, batch=batch.to(model.device))
+    return moved.select(mask.to(model.device)).log_softmax(0, int(mask.sum()))
+
+
+def _divergence(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
+    total, count = 0.0, 0
+    for p, q in zip(before, after, strict=True):
+        total += float(kl_divergence(p, q).sum(dtype=torch.float64))
+        count += len(p)
+    return max(0.0, total / count)
+
+
+@contextmanager
+def _rounded(module: Any, grid: Grid) -> Iterator[None]:
+    """The matrix of a module lies on a grid inside."""
+    weight, kept = module.weight, module.weight.detach().clone()
+    rows = kept.T if isinstance(module, Conv1D) else kept
+    rounded = round_to_grid(rows, grid.bits, grid.group_size).to(kept.dtype)
+    with torch.no_grad():
+        weight.copy_(rounded.T if isinstance(module, Conv1D) else rounded)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
