@@ -70,6 +70,7 @@ RECIPES: dict[str, dict[str, Any] | list[dict[str, Any]]] = {
     "int4-g64-gptq": {**G64, "gptq": True},
     "int4-g64-se-gptq": {**G64, "scale_estimation": True, "gptq": True},
     "int4-g64-awq-se-gptq": {**G64, "awq": True, "scale_estimation": True, "gptq": True},
+    "int4-g64-kl": {**G64, "allocation": "kl"},
     "int4-g64-lora": {**G64, "lora_correction": True},
     "int4-g64-recovered": [RECOVER_G64, G64],
     "int4-asym-g64": {**G64, "sym": False},
@@ -165,7 +166,8 @@ class Bench:
 
 def needs_rows(recipe: dict[str, Any]) -> bool:
     return recipe["pass"] in ("wanda", "sparsegpt") or bool(
-        {"awq", "scale_estimation", "gptq", "lora_correction", "sensitivity_metric"} & recipe.keys()
+        {"awq", "scale_estimation", "gptq", "lora_correction", "sensitivity_metric", "allocation"}
+        & recipe.keys()
     )
 
 
