@@ -82,6 +82,9 @@ class OpenVINO(Pass):
         scale_estimation: bool = False
         gptq: bool = False
         lora_correction: bool = False
+        dynamic_quantization_group_size: int | None = Field(
+            None, ge=0
+        )  # inputs of an activation that share a scale in 8 bits, at run time; 0: none is rounded
         allocation: Literal["kl"] | None = (
             None  # a format for each matrix, at the bytes of `group_size` for all
         )
@@ -90,6 +93,8 @@ class OpenVINO(Pass):
         @model_validator(mode="after")
         def fits_together(self) -> Self:
             given = self.model_fields_set
+            if self.weights == "fp32" and self.dynamic_quantization_group_size is not None:
+                raise ValueError("dynamic_quantization_group_size needs weights of 8 or 4 bits")
             if self.weights != "int4" and (names := [name for name in OF_INT4 if name in given]):
                 raise ValueError(f"{names[0]} needs weights: int4")
             if self.group_size == 0:
@@ -167,6 +172,8 @@ class OpenVINO(Pass):
             fix = "leave it in, or leave out what shares its weights too"
             raise UserError(f"openvino: {beyond[0]}", "is compressed although it is left out", fix)
         number_names(result.model)
+        if (size := self.options.dynamic_quantization_group_size) is not None:
+            result.model.set_rt_info(str(size), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
         asked = {name: m for name, m in originals.items() if module_name(name) not in left_out}
         low_bit = sum(prod(originals[name].shape) for name in originals if module_name(name) in formats)
         report = PassReport(

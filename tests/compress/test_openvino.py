@@ -1,15 +1,18 @@
 """The options of nncf: what each changes in the compressed model, and what is refused."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
-from compress.calibration import calibration_rows, log_probs
-from compress.recipe import check_reach, make_pass
+from compress.calibration import calibration_rows, check_batch, log_probs
+from compress.quantized_training import keep_rounded, put_on_grid
+from compress.recipe import Grid, check_reach, make_pass
 from compress.tensors.quant_error import check_scaled
 from eval.core.documents import batches
 from eval.core.errors import UserError
+from eval.engines import load_engine
 from eval.score.divergence import kl_divergence
 from tests.compress.student_run import build_student_run, context_of, model_of
 
@@ -107,6 +110,7 @@ def test_modules_that_are_ignored_stay_in_float32(context):
         ),
         ({"weights": "int4", "rows": 8}, "rows are not used"),
         ({"weights": "int4", "group_size": 0}, "-1 for whole rows"),
+        ({"weights": "fp32", "dynamic_quantization_group_size": 0}, "needs weights of 8 or 4 bits"),
         ({"weights": "int8", "allocation": "kl"}, "allocation needs weights: int4"),
         ({"weights": "int4", "allocation": "kl", "awq": True}, "chooses all formats; leave awq out"),
         ({"weights": "int4", "allocation": "kl", "group_size": -1}, "also takes half of group_size"),
@@ -116,6 +120,29 @@ def test_modules_that_are_ignored_stay_in_float32(context):
 def test_options_that_do_not_fit_together(options, message):
     with pytest.raises(UserError, match=message):
         make_pass({"pass": "openvino", **options}, "here")
+
+
+def test_activations_that_are_not_rounded_answer_as_the_rounded_weights_do(context, tmp_path):
+    """The setting goes with the files: whoever loads them computes so."""
+    model, batch = model_of(context), check_batch(context.rows, context.pad)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    inside = [name for name in names if name.startswith("model.layers")]
+    put_on_grid(model, inside, Grid(4, 32))
+    keep_rounded(model, inside)  # so that rounding the weights changes nothing
+    real, errors = batch.attention_mask.bool(), {}
+    for size in (None, 0):
+        options = {} if size is None else {"dynamic_quantization_group_size": size}
+        step = make_pass(
+            {"pass": "openvino", "weights": "int4", "backup_precision": "none", **options}, "here"
+        )
+        exported, _ = step.apply(copy.deepcopy(model), context)
+        folder = tmp_path / str(size)
+        exported.save_pretrained(folder)
+        context.tokenizer.save_pretrained(folder)
+        said = torch.log_softmax(load_engine("openvino", folder).logits(batch).float(), -1)
+        errors[size] = float((said - log_probs(model, batch))[real].abs().max())
+    assert errors[0] < 1e-4
+    assert errors[0] < errors[None]
 
 
 def test_int8_by_levels_from_the_least_weight(context):
