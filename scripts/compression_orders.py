@@ -62,6 +62,7 @@ RECIPES: dict[str, dict[str, Any] | list[dict[str, Any]]] = {
     "wanda50-owl": {"pass": "wanda", "allocation": "owl"},
     "sparsegpt50": {"pass": "sparsegpt"},
     "int8": {"pass": "openvino", "weights": "int8"},
+    "int8-weights": {"pass": "openvino", "weights": "int8", "dynamic_quantization_group_size": 0},
     "int8-asym": {"pass": "openvino", "weights": "int8", "sym": False},
     "int4-g64": G64,
     "int4-g64-awq": {**G64, "awq": True},

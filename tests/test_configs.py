@@ -52,7 +52,7 @@ def test_every_config_is_read():
             assert settings.distributed_type == LAUNCHED[path.stem]
         else:
             assert validate_config(Budget, read_yaml(path, "budgets"), str(path)).name == path.stem
-    assert seen == {"studies": 8, "methods": 13, "recipes": 19, "budgets": 4, "accelerate": 3}
+    assert seen == {"studies": 8, "methods": 13, "recipes": 20, "budgets": 4, "accelerate": 3}
 
 
 def test_mandatory_slices_of_a_studys_budget_are_slices_of_its_data():
