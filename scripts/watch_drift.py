@@ -123,8 +123,8 @@ def study_of(folder: Path, name: str, source: Path, held_out: Path | None, group
         "data": {
             "documents": read(source),
             "shifted": {"near": None, "far": None, **({"held": read(held_out)} if held_out else {})},
-            "validation": 240 if grouped else 160,
-            "test": 48,
+            "validation": (90 if held_out else 240) if grouped else 160,
+            "test": 30 if held_out else 48,
             "train_rows": 400,
         },
         "recipes": ["int8"],
@@ -270,7 +270,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/drift"), help="where everything is kept")
     args = parser.parse_args()
     folder = args.folder / args.corpus
-    items = list(CORPORA[args.corpus]())
+    every = [*CORPORA[args.corpus]()]
+    items = [*{item.text: item for item in reversed(every)}.values()][
+        ::-1
+    ]  # a text once: where it came first
     before, after = ([item for item in items if bool(item.period) is later] for later in (False, True))
     grouped = args.corpus == "speeches"
     groups = sorted({item.group for item in after})
