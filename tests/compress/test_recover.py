@@ -306,6 +306,7 @@ def first_loss(study, arm, taught_as):
         return float(distillation_loss(logits, labels, whole, Loss())) / len(labels)
 
 
+@pytest.mark.slow
 def test_the_teacher_of_the_method_teaches(taught):
     """S1's variants from T1, S0's from T0: the first loss is that of the rounded student against its own."""
     result = run("-m", "compress.run", "--study", taught.folder)
@@ -320,6 +321,7 @@ def test_the_teacher_of_the_method_teaches(taught):
     assert pending_variants(taught) == []
 
 
+@pytest.mark.slow  # needs the variants of the test before
 def test_other_targets_of_the_teacher_are_another_key(taught, tmp_path):
     shutil.copytree(taught.folder, tmp_path / taught.name)
     study = taught.model_copy(update={"runs": str(tmp_path)})
@@ -339,6 +341,7 @@ def test_other_targets_of_the_teacher_are_another_key(taught, tmp_path):
     assert [v.name for v in pending_variants(study)] == ["variants/taught/S1/s0"]
 
 
+@pytest.mark.slow
 def test_what_the_targets_are_not_made_for(taught, tmp_path):
     def why(*passes, **changes):
         study = taught.model_copy(update={"targets": taught.targets.model_copy(update=changes)})
