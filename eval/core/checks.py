@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -205,12 +206,11 @@ class Artifacts:
                 continue
             parents, stage = self.manifest(place).parents, STAGES[place.relative_to(self.folder).parts[0]]
             for role, now in self._parents(record, teachers).items():
-                if parents.get(role) != now:
-                    raise UserError(
-                        f"artifact {place}",
-                        f"made from {role} {parents.get(role, 'unknown')[:12]}, the run's is {now[:12]}",
-                        f"run {stage} again, then score and measure",
-                    )
+                if (then := parents.get(role, "unknown")) != now:
+                    size = max(12, 1 + len(commonprefix([then, now])))
+                    problem = f"made from {role} {then[:size]} by its {MANIFEST}, the run's is {now[:size]}"
+                    fix = f"run {stage} again, then score and measure"
+                    raise UserError(f"artifact {place}", problem, fix)
 
     def check_recipes(self, scores: list[Score]) -> None:
         """Every variant of a name was made by one recipe: its control and all its seeds as itself."""

@@ -140,6 +140,31 @@ def test_no_request_is_lost_when_the_release_is_killed_and_its_log_is_evidence(s
 
 
 @pytest.mark.slow
+def test_nobody_works_for_a_client_that_has_left(served):
+    """The release's process is held, so that the client leaves before an answer in one piece is there."""
+    client, folder, _ = served
+    body = {"prompt": "the river", "new_tokens": 4, "key": key_of("release"), "tenant": "gone"}
+    child = client.get("/healthz").json()["children"]["release"]["pid"]
+    os.kill(child, signal.SIGSTOP)
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/generate", json=body, timeout=1)
+
+        def rows():
+            lines = (folder / "log.jsonl").read_text().splitlines()
+            return [row for row in map(json.loads, lines) if row.get("tenant") == "gone"]
+
+        wait_for(rows, 20)
+        assert [(row["error"], row["why"]) for row in rows()] == [
+            (True, "the client gave up, or the server ended")
+        ]
+        assert "absorb_in_flight 0" in client.get("/metrics").text
+    finally:
+        os.kill(child, signal.SIGCONT)
+    assert client.post("/generate", json=body).status_code == 200
+
+
+@pytest.mark.slow
 def test_a_rollout_that_goes_back_is_obeyed_at_once(served):
     client, folder, key = served
     body = {"prompt": "the river", "new_tokens": 2, "key": key_of("release")}
@@ -165,31 +190,6 @@ def test_a_client_that_gives_up_is_in_the_log(served):
 
     wait_for(rows, 20)
     assert [(row["arm"], row["error"], row["served_by"]) for row in rows()] == [("release", True, "")]
-
-
-@pytest.mark.slow
-def test_nobody_works_for_a_client_that_has_left(served):
-    """The release's process is held, so that the client leaves before an answer in one piece is there."""
-    client, folder, _ = served
-    body = {"prompt": "the river", "new_tokens": 4, "key": key_of("release"), "tenant": "gone"}
-    child = client.get("/healthz").json()["children"]["release"]["pid"]
-    os.kill(child, signal.SIGSTOP)
-    try:
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/generate", json=body, timeout=1)
-
-        def rows():
-            lines = (folder / "log.jsonl").read_text().splitlines()
-            return [row for row in map(json.loads, lines) if row.get("tenant") == "gone"]
-
-        wait_for(rows, 20)
-        assert [(row["error"], row["why"]) for row in rows()] == [
-            (True, "the client gave up, or the server ended")
-        ]
-        assert "absorb_in_flight 0" in client.get("/metrics").text
-    finally:
-        os.kill(child, signal.SIGCONT)
-    assert client.post("/generate", json=body).status_code == 200
 
 
 @pytest.mark.slow
