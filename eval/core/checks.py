@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -207,7 +206,8 @@ class Artifacts:
             parents, stage = self.manifest(place).parents, STAGES[place.relative_to(self.folder).parts[0]]
             for role, now in self._parents(record, teachers).items():
                 if (then := parents.get(role, "unknown")) != now:
-                    size = max(12, 1 + len(commonprefix([then, now])))
+                    differ = [a != b for a, b in zip(then, now, strict=False)]
+                    size = max(12, 1 + [*differ, True].index(True))  # as many digits as tell them apart
                     problem = f"made from {role} {then[:size]} by its {MANIFEST}, the run's is {now[:size]}"
                     fix = f"run {stage} again, then score and measure"
                     raise UserError(f"artifact {place}", problem, fix)
