@@ -135,7 +135,8 @@ def test_activations_that_are_not_rounded_answer_as_the_rounded_weights_do(conte
         step = make_pass(
             {"pass": "openvino", "weights": "int4", "backup_precision": "none", **options}, "here"
         )
-        exported, _ = step.apply(copy.deepcopy(model), context)
+        own = replace(context, scratch=tmp_path / "work")  # with an export of this very model
+        exported, _ = step.apply(copy.deepcopy(model), own)
         folder = tmp_path / str(size)
         exported.save_pretrained(folder)
         context.tokenizer.save_pretrained(folder)
