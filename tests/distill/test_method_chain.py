@@ -47,7 +47,7 @@ def test_passages_stand_between_the_text_and_the_row(context, bases, rows, token
     front = front_ids(tokenizer, CONTEXT["settings"]["text"])
     teacher = load_model(bases[0])
     with method.attached(teacher, context):
-        passage = method.methods[1]._front(collate([row], 0), 0, 8)
+        passage = method.methods[1]._fronts(teacher, collate([row], 0), 8)[0]
     said = said_by(method, context, rows[0], row)[1].double()
     plain, found = (whole(bases[0], [*front, *passages], row.tokens).log() for passages in ([], passage))
     torch.testing.assert_close(said[:8], plain[:8], atol=1e-4, rtol=1e-4)
