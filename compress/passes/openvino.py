@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from compress.allocation import Allocation, allocation_of
 from compress.calibration import calibration_rows
-from compress.model_size import check_groups, size_of
+from compress.model_size import check_groups, layer_inputs, size_of
 from compress.openvino_ir import (
     compressed_matrices,
     constant_bytes,
@@ -38,7 +38,6 @@ from compress.tensors.quant_error import (
     check_rounding,
     check_scaled,
 )
-from distill.models.lm_head import output_embedding
 from eval.core.documents import Row
 from eval.core.errors import UserError
 
@@ -196,8 +195,7 @@ class OpenVINO(Pass):
         self, model: PreTrainedModel, rows: Sequence[Row], context: Context, names: set[str]
     ) -> Allocation:
         """A grid for each matrix inside the layers; embeddings and head are left to `backup_precision`."""
-        ends = end_modules(model)
-        inside = [name for name in sorted(names) if name not in ends]
+        inside = sorted(names & layer_inputs(model).keys())
         return allocation_of(model, inside, self.options.choices, self.options.group_size, rows, context)
 
     @property
@@ -267,12 +265,6 @@ class OpenVINO(Pass):
         modules = [module_name(name) for name in sorted(names)]
         reasons = {name: "not in targets, or ignored" if name in left_out else other for name in modules}
         return [Skipped(module=name, reason=reason) for name, reason in reasons.items()]
-
-
-def end_modules(model: PreTrainedModel) -> set[str]:
-    """Names of the modules that hold the embeddings and the head, which may be one matrix."""
-    ends = {id(model.get_input_embeddings().weight), id(output_embedding(model).weight)}
-    return {name for name, module in model.named_modules() if id(getattr(module, "weight", None)) in ends}
 
 
 def compress_as(model: Any, formats: dict[str, Grid], ends: set[str], left_out: set[str]) -> None:

@@ -79,12 +79,13 @@ def find_on_disk(file: Path, places: np.ndarray, probes: int) -> Find:
     def find(queries: Tensor, own: Tensor, count: int) -> tuple[Tensor, Tensor]:
         distances = np.full((len(queries), count), np.inf, np.float32)
         entries = np.zeros((len(queries), count), np.int64)
+        vectors = queries.cpu().numpy()
         for document in own.unique().tolist():
             mask = (own == document).cpu().numpy()
             own_entries = order[starts[document] : starts[document + 1]] if document >= 0 else order[:0]
             selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(own_entries))
             settings = faiss.SearchParametersIVF(sel=selector, nprobe=probes)
-            far, numbers = index.search(queries.cpu().numpy()[mask], count, params=settings)
+            far, numbers = index.search(vectors[mask], count, params=settings)
             distances[mask] = np.where(numbers < 0, np.inf, far)
             entries[mask] = np.maximum(numbers, 0)
         return torch.from_numpy(distances).to(queries.device), torch.from_numpy(entries).to(queries.device)
