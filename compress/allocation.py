@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
+from torch.nn.utils.parametrize import remove_parametrizations
 from transformers.pytorch_utils import Conv1D
 
+from compress.quantized_training import put_on_grid
 from compress.recipe import Context, Grid
-from compress.tensors.grid import round_to_grid
 from distill.method import plain_output
 from eval.core.documents import Batch, Row, batches, tokens_per_batch
 from eval.score.divergence import kl_divergence
@@ -124,10 +125,10 @@ def sensitivities(
     before = [_log_probs(model, *part) for part in parts]
     costs = np.full((len(names), len(grids)), np.inf)
     for i, name in enumerate(names):
-        module = model.get_submodule(name)
+        inputs = _shape(model.get_submodule(name))[1]
         for j, grid in enumerate(grids):
-            if fits(grid, _shape(module)[1]):
-                with _rounded(module, grid):
+            if fits(grid, inputs):
+                with _rounded(model, name, grid):
                     costs[i, j] = _divergence(before, (_log_probs(model, *part) for part in parts))
         report((i + 1) / len(names))
     return costs
@@ -161,15 +162,10 @@ def _divergence(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
 
 
 @contextmanager
-def _rounded(module: Any, grid: Grid) -> Iterator[None]:
-    """The matrix of a module lies on a grid inside."""
-    weight, kept = module.weight, module.weight.detach().clone()
-    rows = kept.T if isinstance(module, Conv1D) else kept
-    rounded = round_to_grid(rows, grid.bits, grid.group_size).to(kept.dtype)
-    with torch.no_grad():
-        weight.copy_(rounded.T if isinstance(module, Conv1D) else rounded)
+def _rounded(model: PreTrainedModel, name: str, grid: Grid) -> Iterator[None]:
+    """The forward pass sees one matrix on a grid inside."""
+    put_on_grid(model, [name], grid)
     try:
         yield
     finally:
-        with torch.no_grad():
-            weight.copy_(kept)
+        remove_parametrizations(model.get_submodule(name), "weight", leave_parametrized=False)
