@@ -200,7 +200,7 @@ def test_a_settled_study_reads_back_the_same_from_wherever_its_folder_lies(settl
     assert load_study(moved).folder == moved
     assert load_study(moved).hash() == settled.hash()
     moved.rename(moved.with_name("other"))
-    with pytest.raises(UserError, match="holds the study 'default'; rename"):
+    with pytest.raises(UserError, match=r"its study.yaml is of 'default'; rename"):
         load_study(moved.with_name("other"))
 
 
@@ -269,7 +269,9 @@ def test_a_run_folder_of_another_format_is_refused_with_what_to_do(tmp_path):
         lambda: save_study(study),
         lambda: check_trained(study),
     ):
-        with pytest.raises(UserError, match="its format is 1, this version reads 2; delete the folder"):
+        with pytest.raises(
+            UserError, match=r"the format of its study.yaml is 1, this version reads 2; delete the folder"
+        ):
             refused()
     assert "heldout" in settle_in.read_text()
 

@@ -153,6 +153,11 @@ class Budget(Frozen):
             raise ValueError("targets: no required target; set required: true on one")
         return self
 
+    @classmethod
+    def of_gate(cls, values: dict[str, Any]) -> Self:
+        """What gate.json was judged by, of the entry `budget` in it, which has more beside it."""
+        return cls.model_validate({key: value for key, value in values.items() if key in cls.model_fields})
+
 
 def load_budget(study: Study, name: str | None = None) -> Budget:
     """The study's budget, or the one named."""

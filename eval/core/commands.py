@@ -22,6 +22,7 @@ from eval.core.artifacts import parse_stages, write_text
 from eval.core.errors import UserError
 from eval.core.study import Study, check_trained, load_study
 
+STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}  # of verdicts, on a terminal
 LOG = "log.txt"
 TYPED = "ABSORB_TYPED"  # environment variable: the command as it was typed, where `absorb` started it
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -74,6 +74,17 @@ def expected_text(error: Any) -> str:
     return f"expected {text.format(**error.get('ctx', {}))}"
 
 
+def first_error(thing: object, error: Any, fix: str) -> UserError:
+    """What is wrong first in a file that was read: the place in it, and what was expected there.
+
+    Args:
+        error: a `ValidationError`.
+    """
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "top level"
+    return UserError(f"{thing}: {place}", expected_text(first), fix)
+
+
 STOPPED = "stopped; the same command goes on where it was"
 
 

@@ -5,11 +5,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from eval.core.budget import Budget
 from eval.core.config import Stored
-from eval.core.errors import UserError, expected_text
+from eval.core.errors import UserError, first_error
 from eval.stats.crossed import Verdict
-
-STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
 
 
 class Estimate(Stored):
@@ -373,11 +372,11 @@ def read_gate(run: Path) -> GateFile:
     if not path.is_file():
         raise UserError("gate.json", f"missing in {run}", fix)
     try:
-        return GateFile.model_validate_json(path.read_bytes())
+        gate = GateFile.model_validate_json(path.read_bytes())
+        Budget.of_gate(gate.budget)
+        return gate
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise UserError(f"{path}: {place}", expected_text(first), fix) from error
+        raise first_error(path, error, fix) from error
 
 
 COMMANDS = {"how", "folder", "tool"}  # for whoever runs commands: the folder as it was called then

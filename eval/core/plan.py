@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from eval.core.artifacts import digest, write_text
 from eval.core.budget import Budget, load_budget
 from eval.core.config import Stored
-from eval.core.errors import UserError, expected_text
+from eval.core.errors import UserError, first_error
 from eval.core.study import RecipeFile, Study, flat_settings, read_recipe
 
 PLAN = "plan.json"
@@ -59,9 +59,7 @@ def read_plan(run: Path) -> Plan | None:
     try:
         plan = Plan.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise UserError(f"{path}: {place}", expected_text(first), fix) from error
+        raise first_error(path, error, fix) from error
     if (computed := plan.content_hash()) != plan.hash:
         problem = f"its hash says {plan.hash[:12]}, its content gives {computed[:12]}: it was edited"
         raise UserError(f"plan {path}", problem, fix)

@@ -153,13 +153,13 @@ def load_study(where: str | Path | None, words: list[str] | None = None, **overr
         overrides: the same as keywords, two underscores for a dot: `train__steps=50`; paths may be `Path`s.
     """
     path = find_study(where)
-    raw = read_yaml(path / "study.yaml" if path.is_dir() else path)
+    raw = read_yaml(file := (path / "study.yaml" if path.is_dir() else path))
     check_format(path, raw)
     if path.is_dir():
         raw["runs"] = str(path.parent)
         if raw.get("name") != path.resolve().name:
             raise UserError(
-                f"run folder {path}", f"holds the study {raw.get('name')!r}", "rename the folder to it"
+                f"run folder {path}", f"its study.yaml is of {raw.get('name')!r}", "rename the folder to it"
             )
     keywords = [
         f"--{key.replace('__', '.')}={json.dumps(value, default=os.fspath)}"
@@ -168,7 +168,7 @@ def load_study(where: str | Path | None, words: list[str] | None = None, **overr
     apply_overrides(raw, [*(words or []), *keywords])
     for key in PATH_KEYS & raw.keys():
         raw[key] = absolute_paths(raw[key], Path.cwd())  # of the overrides: the others are absolute
-    return settled(validate_config(Study, raw, str(path)))
+    return settled(validate_config(Study, raw, str(file)))
 
 
 def settled(study: Study) -> Study:
@@ -221,7 +221,7 @@ def check_format(path: Path, raw: dict[str, Any]) -> None:
     if made_as != RUN_FORMAT:
         raise UserError(
             f"run folder {path if path.is_dir() else path.parent}",
-            f"its format is {made_as}, this version reads {RUN_FORMAT}",
+            f"the format of its study.yaml is {made_as}, this version reads {RUN_FORMAT}",
             "delete the folder and train again, or give the study another --name",
         )
 

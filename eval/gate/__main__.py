@@ -13,9 +13,9 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 from rich.console import Console
 from rich.text import Text
 
-from eval.core.commands import new_parser, study_from_command, write_json
+from eval.core.commands import STYLES, new_parser, study_from_command, write_json
 from eval.core.errors import EXITS, entry
-from eval.core.gate_file import STYLES, GateFile, OnTestSet, Variant
+from eval.core.gate_file import GateFile, OnTestSet, Variant
 from eval.core.jobs import lock_folder
 from eval.core.plan import budget_of_run
 from eval.gate.decision import evaluate_gate, read_before

@@ -16,7 +16,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from eval.core.artifacts import digest, file_sha256, write_text
-from eval.core.errors import UserError, expected_text
+from eval.core.errors import UserError, first_error
 from eval.core.gate_file import GateFile, GateRun, Look, OnTestSet, Opening
 from eval.core.plan import Plan
 from eval.core.records import PLAIN
@@ -79,9 +79,7 @@ def _parsed(model: type[M], text: bytes, thing: str) -> M:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise UserError(f"{thing}: {place}", expected_text(first), "put the file back as it was") from error
+        raise first_error(thing, error, "put the file back as it was") from error
 
 
 def _short(link: str | None) -> str:
@@ -109,22 +107,27 @@ def read_runs(
             changed.
     """
     path, runs = run / RUNS, list[GateRun]()
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
-        one = _parsed(GateRun, line.encode(), f"{path}: line {number}")
+        one = _parsed(GateRun, line, f"{path}: line {number}")
         link = _sha256(_line(runs[-1])) if runs else None
-        if (one.number, one.previous, _line(one)) != (number, link, line):
+        if (one.number, one.previous, _line(one).encode()) != (number, link, line):
             problem = f"is verdict {one.number}, linked to {_short(one.previous)}, not {_short(link)}"
             raise UserError(f"{path}: line {number}", problem, BACK)
         runs.append(one)
     known = {"" if plan is None else plan.hash, *(one.hash for one in (plan.earlier if plan else []))}
     for one in runs:
         if one.plan and one.plan not in known:
-            problem = f"is {_short(plan.hash if plan else None)}, verdict {one.number} was by {one.plan[:12]}"
-            raise UserError(f"plan {run / 'plan.json'}", problem, "put it back: a plan is fixed once")
+            was = f"verdict {one.number} in {path.name} was by {one.plan[:12]}"
+            problem = f"is {_short(plan.hash if plan else None)}, {was}"
+            raise UserError(
+                f"plan {run / 'plan.json'}", problem, "put back what changed: a plan is fixed once"
+            )
         if one.openings > len(openings):
             gone = opening_path(run, len(openings) + 1)
-            raise UserError(f"opening {gone}", f"is gone; verdict {one.number} has seen it", BACK)
+            raise UserError(
+                f"opening {gone}", f"is gone; verdict {one.number} in {path.name} has seen it", BACK
+            )
         if one.opening and one.opening != (now := file_sha256(opening_path(run, one.openings))):
             problem = f"was {one.opening[:12]} at verdict {one.number}, is {now[:12]}"
             raise UserError(f"opening {opening_path(run, one.openings)}", problem, BACK)

@@ -18,10 +18,10 @@ from rich.text import Text
 from eval.core.artifacts import digest, read_manifest
 from eval.core.budget import Budget
 from eval.core.checks import CE, TEACHERS, Artifacts, artifact_folder
-from eval.core.commands import new_parser, study_from_command, write_json
+from eval.core.commands import STYLES, new_parser, study_from_command, write_json
 from eval.core.documents import TEST, part_of_test, read_documents
 from eval.core.errors import EXITS, UserError, entry, require_one_of
-from eval.core.gate_file import STYLES, GateFile, Opening
+from eval.core.gate_file import GateFile, Opening
 from eval.core.jobs import Job, Report, lock_folder, run_jobs
 from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, each_score

@@ -46,7 +46,7 @@ from eval.release.reference import reference
 from eval.release.rehearsal import rehearse
 from eval.signoff.keys import Trusted, from_text, private_key, read_trusted, wrapped
 from eval.signoff.statement import FOLDER, TYPE, Predicate, signoff_path
-from eval.signoff.verify import GATE, Rerun, budget_of_gate, problems, row_of
+from eval.signoff.verify import GATE, Rerun, problems, row_of
 from eval.stats.crossed import FAIL, PASS
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def verify_signoffs(run: Path, words: list[str], trusted: Trusted, today: date) 
         if file_sha256(run / GATE) != predicates[target].files[GATE]:
             fix = f"run python -m eval.signoff --variant {recipe} again"
             raise UserError(f"{run / GATE}", "its sentences are not those that were signed", fix)
-    study, budget = load_study(run), budget_of_gate(rerun.gate)
+    study, budget = load_study(run), Budget.of_gate(rerun.gate.budget)
     required = {name for name, target in budget.targets.items() if target.required}
     if missing := sorted(required - set(predicates)):
         fix = f"sign a variant on {missing[0]} and add {missing[0]}=RECIPE"

@@ -7,7 +7,8 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from eval.core.gate_file import STYLES, GateFile, Variant
+from eval.core.commands import STYLES
+from eval.core.gate_file import GateFile, Variant
 from eval.core.sections.classification import in_words
 from eval.report.budget_table import WEIGHTS, BudgetTable, Row, build_budget_table, fold_lines
 from eval.report.format import (

@@ -66,11 +66,6 @@ def _short(value: Any) -> str:
     return repr(value)[:60]
 
 
-def budget_of_gate(gate: GateFile) -> Budget:
-    """What gate.json was judged by, of which it holds every value."""
-    return Budget.model_validate({k: v for k, v in gate.budget.items() if k in Budget.model_fields})
-
-
 class Rerun:
     """A run as it is now, with its verdict computed again from the records, once for all who ask.
 
@@ -88,15 +83,13 @@ class Rerun:
 
     @cached_property
     def now(self) -> GateFile:
-        budget, study = budget_of_gate(self.gate), load_study(self.run)
+        budget, study = Budget.of_gate(self.gate.budget), load_study(self.run)
         return evaluate_gate(collect_evidence(self.run, study, budget), budget, self.gate)
 
     @cached_property
     def judged(self) -> list[Path]:
         """Folders of all artifacts whose figures the gate's table shows."""
-        names = (name.split("/", 2) for name in self.now.provenance.artifacts)
-        places = (artifact_folder(self.run, arm, int(seed[1:]), recipe) for arm, seed, recipe in names)
-        return [place for place in places if place is not None]
+        return judged_folders(self.run, self.now)
 
     def fault(self, folder: Path) -> str:
         """What is wrong with the files of an artifact, which are read once; empty where nothing is."""
@@ -131,6 +124,13 @@ class Rerun:
                     odd = (a[start:].strip() or a.strip())[:60]  # the whole line where it was cut short
                     yield f"{name}: line {number} is not what gate.json gives: {odd!r}"
                     break
+
+
+def judged_folders(run: Path, gate: GateFile) -> list[Path]:
+    """Folders of all artifacts whose scores the gate judged, rivals and other variants included."""
+    names = (name.split("/", 2) for name in gate.provenance.artifacts)
+    places = (artifact_folder(run, arm, int(seed[1:]), recipe) for arm, seed, recipe in names)
+    return [place for place in places if place is not None]
 
 
 def signed_figures(gate: GateFile, row: Variant) -> dict[str, Any]:
@@ -187,9 +187,10 @@ def artifacts(run: Path, gate: GateFile, recipe: str) -> dict[str, Path]:
 def signed_files(run: Path, gate: GateFile, recipe: str) -> dict[str, str]:
     """Path below the run folder -> digest of every file that the sign-off rests on.
 
-    Of an artifact it is the manifest, which holds the hashes of the files beside it.
+    Of an artifact it is the manifest, which holds the hashes of the files beside it. The other artifacts that
+    the gate judged belong to it: the signed figures tell how rivals and other variants did.
     """
-    folders = [run / "data", *artifacts(run, gate, recipe).values()]
+    folders = [run / "data", *artifacts(run, gate, recipe).values(), *judged_folders(run, gate)]
     names = [PLAN] if (run / PLAN).is_file() else []
     names += ["study.yaml", GATE, *(name for name in REPORTS if (run / name).is_file())]
     names += [(folder / MANIFEST).relative_to(run).as_posix() for folder in folders]
@@ -199,7 +200,7 @@ def signed_files(run: Path, gate: GateFile, recipe: str) -> dict[str, str]:
 
 def policy(gate: GateFile) -> Policy:
     """The budget by its values, and how it stands to the one that was fixed."""
-    budget = budget_of_gate(gate)
+    budget = Budget.of_gate(gate.budget)
     return Policy(
         name=budget.name,
         hash=str(gate.budget["hash"]),

@@ -151,7 +151,7 @@ def write_state(folder: Path, state: State) -> None:
 def has_state(folder: Path, state: State) -> bool:
     """Is `rollout.json` what the last line says? It is not where a step was cut off between the two."""
     path = folder / STATE
-    return path.is_file() and path.read_text(encoding="utf-8") == state_text(folder, state)
+    return path.is_file() and path.read_bytes() == state_text(folder, state).encode()
 
 
 def looks_of(steps: list[Step], stage: int) -> dict[Arm, list[Sums]]:

@@ -164,7 +164,7 @@ def released_by_cluster(release: Path, shipped: Target, name: str) -> Bits:
 def reference_of(release: Path) -> Reference:
     path = release / "evidence" / "reference.json"
     try:
-        return Reference.model_validate_json(path.read_text())
+        return Reference.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise UserError(
             f"reference {path}", expected_text(error.errors()[0]), "make the release again"

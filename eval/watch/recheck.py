@@ -20,10 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256
-from eval.core.commands import add_json, new_parser, write_json
+from eval.core.commands import STYLES, add_json, new_parser, write_json
 from eval.core.documents import Document
 from eval.core.errors import EXITS, entry
-from eval.core.gate_file import STYLES
 from eval.core.records import VALIDATION
 from eval.release.contract_file import Contract
 from eval.report.format import estimate_cell, fixed, significant

@@ -142,6 +142,7 @@ def test_a_line_that_is_no_envelope_is_reported(fresh, key, pub):
 FILES = {
     "artifact": "variants/int8/S1/s2/model.safetensors",
     "manifest": "variants/int8/S1/s0/manifest.json",
+    "manifest of a rival": "students/CE/s0/manifest.json",
     "control": "variants/int8/S0/s1/model.safetensors",
     "fallback": "base/s0/model.safetensors",
     "data": "data/model.safetensors",
