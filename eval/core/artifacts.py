@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eval.core.config import ROOT
-from eval.core.errors import UserError, expected_text, require_one_of
+from eval.core.errors import UserError, first_error, require_one_of
 from eval.syntax import normalize
 
 MANIFEST = "manifest.json"
@@ -275,9 +275,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UserError(
-            f"manifest {path}", expected_text(error.errors()[0]), "make the artifact again"
-        ) from error
+        raise first_error(f"manifest {path}", error, "make the artifact again") from error
     if manifest.hash != (computed := content_hash(manifest.files)):
         difference = f"says hash {manifest.hash[:12]}, its files give {computed[:12]}"
         raise UserError(f"manifest {path}", difference, "it was edited: make the artifact again")

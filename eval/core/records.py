@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from eval.core.artifacts import library_versions, write_text
 from eval.core.config import Stored
-from eval.core.errors import UserError, expected_text
+from eval.core.errors import UserError, first_error
 
 PLAIN = "plain"  # the recipe of the uncompressed student
 TRAINING = "training documents"  # what the prompts of a cost are made of where a run folder is there
@@ -351,11 +351,7 @@ def _read(run: Path, path: Path, kind: type[R]) -> R:
     try:
         record = kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        cause = error.errors()[0]
-        place = ".".join(str(part) for part in cause["loc"])
-        raise UserError(
-            f"record {path}", f"{place}: {expected_text(cause)}", "delete it and measure again"
-        ) from error
+        raise first_error(f"record {path}", error, "delete it and measure again") from error
     if path != record_path(run, record):
         raise UserError(f"record {path}", "its path and its content name different models", "delete it")
     return record

@@ -23,7 +23,7 @@ from eval.core.checks import (
 )
 from eval.core.commands import add_json, add_study, new_parser, start_log, write_json
 from eval.core.documents import text_lines
-from eval.core.errors import UserError, entry, expected_text, require_one_of
+from eval.core.errors import UserError, entry, first_error, require_one_of
 from eval.core.jobs import lock_folder
 from eval.core.plan import budget_of_run
 from eval.core.records import (
@@ -54,9 +54,7 @@ def read_lines(path: Path) -> list[Record]:
         try:
             records.append(RECORD.validate_json(line))
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "not a record"
-            raise UserError(where, f"{place}: {expected_text(first)}", "measure again") from error
+            raise first_error(where, error, "measure again") from error
     return records
 
 
@@ -87,9 +85,7 @@ def is_present(run: Path, record: Record, place: str) -> bool:
     try:
         old = type(record).model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UserError(
-            f"record {path}", expected_text(error.errors()[0]), "delete it, then merge again"
-        ) from error
+        raise first_error(f"record {path}", error, "delete it, then merge again") from error
     if old == record:
         return True
     ours, theirs = (f"{r.provenance.machine.host} at {r.provenance.time}" for r in (old, record))

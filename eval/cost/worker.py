@@ -21,7 +21,7 @@ from eval.core.errors import UserError
 from eval.core.records import Arrivals, Batched, Energy, Process, Server
 from eval.cost.meters import Meter, device_memory, open_meter
 from eval.cost.orders import Answer, Order
-from eval.engines import Engine, engine_module, load_engine
+from eval.engines import Engine, Writer, engine_module, load_engine
 from eval.stats.queueing import poisson
 
 LEAST = 10  # requests whose service is measured, however long they take
@@ -38,7 +38,7 @@ def serve_request(engine: Engine, ids: Tensor, new_tokens: int, synchronize: Syn
     Greedy; a step ends when its tokens [B] are known to the host, so the argmax is part of it. The first
     step, the prefill, is therefore the time to first token of a server that has nothing else to do.
     """
-    if engine.writes:
+    if isinstance(engine, Writer):
         return write_whole(engine, ids, new_tokens, synchronize)
     synchronize()
     stamps = [time.perf_counter()]
@@ -53,7 +53,7 @@ def serve_request(engine: Engine, ids: Tensor, new_tokens: int, synchronize: Syn
     return [*stamps, time.perf_counter()]
 
 
-def write_whole(engine: Engine, ids: Tensor, new_tokens: int, synchronize: Synchronize) -> list[float]:
+def write_whole(engine: Writer, ids: Tensor, new_tokens: int, synchronize: Synchronize) -> list[float]:
     """The same of an engine that writes whole texts: it is asked for one token, then for all.
 
     The time that all take beyond the first, by their number, is that of each: their mean. A text that ends

@@ -42,7 +42,6 @@ class Engine(ABC):
     """A loaded causal language model with V rows of output; it serves one batch of decodes at a time."""
 
     batch_tokens: ClassVar[int] = 1024  # padded, per forward pass: more of them are no faster on a CPU
-    writes: bool = False  # True: it writes whole texts by `write`, and has no `prefill` and `decode`
     computed_in: str | None = None  # the number format of products where it is not the stored one
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
@@ -82,10 +81,6 @@ class Engine(ABC):
         """The same without a copy: the memory may be that of the engine, valid until it runs again."""
         return self.logits(batch)
 
-    def write(self, ids: Tensor, new_tokens: int) -> int:
-        """Writes up to `new_tokens` after prompts [B, T]; returns how many the longest text has."""
-        raise NotImplementedError(f"{type(self).__name__} decodes token by token")
-
     @abstractmethod
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         """Reads prompts [B, T]; returns the logits [B, V] of the next tokens and a state with the cache.
@@ -99,6 +94,14 @@ class Engine(ABC):
 
         The given state must not be used again, nor any state from before the last `prefill`.
         """
+
+
+class Writer(Engine):
+    """An engine with a faster way to whole texts than token by token; its texts are what is timed."""
+
+    @abstractmethod
+    def write(self, ids: Tensor, new_tokens: int) -> int:
+        """Writes up to `new_tokens` after prompts [B, T]; returns how many the longest text has."""
 
 
 def at_every_position(values: Tensor, length: int) -> Tensor:

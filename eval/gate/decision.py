@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import ValidationError
-
 from eval.core.artifacts import digest, project_version
 from eval.core.budget import Budget, Target
 from eval.core.checks import CONTROL, STUDENT
+from eval.core.errors import UserError
 from eval.core.gate_file import (
     GateFile,
     Hashes,
@@ -19,6 +18,7 @@ from eval.core.gate_file import (
     Rival,
     Slice,
     Variant,
+    read_gate,
 )
 from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, VALIDATION
@@ -348,8 +348,7 @@ def judge(run: str | Path, budget: str | None = None) -> GateFile:
 
 def read_before(run: Path) -> GateFile | None:
     """The verdict that lies in a run folder; None where there is none that this version reads."""
-    path = run / "gate.json"
     try:
-        return GateFile.model_validate_json(path.read_bytes()) if path.is_file() else None
-    except ValidationError:
+        return read_gate(run)
+    except UserError:
         return None

@@ -53,6 +53,7 @@ from eval.signoff.verify import (
     REPORTS,
     Rerun,
     artifacts,
+    judged_folders,
     last_day,
     policy,
     problems,
@@ -158,7 +159,7 @@ def build_statement(
     verdict, reason = signable_verdict(gate, row)
     refuse_old_clock(run, now)
     folders = artifacts(run, gate, recipe)
-    for folder in dict.fromkeys([*folders.values(), *rerun.judged]):
+    for folder in dict.fromkeys([*folders.values(), *judged_folders(run, gate)]):
         verify_artifact(folder)
     files, asked = signed_files(run, gate, recipe), policy(gate)
     waiver = build_waiver(verdict, waive, expires, now, asked.days)

@@ -86,11 +86,6 @@ class Rerun:
         budget, study = Budget.of_gate(self.gate.budget), load_study(self.run)
         return evaluate_gate(collect_evidence(self.run, study, budget), budget, self.gate)
 
-    @cached_property
-    def judged(self) -> list[Path]:
-        """Folders of all artifacts whose figures the gate's table shows."""
-        return judged_folders(self.run, self.now)
-
     def fault(self, folder: Path) -> str:
         """What is wrong with the files of an artifact, which are read once; empty where nothing is."""
         if folder not in self._faults:
@@ -283,7 +278,9 @@ def _artifacts(predicate: Predicate, rerun: Rerun) -> Iterator[str]:
     signed = [(rerun.run / name).parent for name in predicate.files if Path(name).name == MANIFEST]
     there = [folder for folder in signed if (folder / MANIFEST).is_file()]  # else reported as missing
     yield from filter(None, map(rerun.fault, there))
-    yield from filter(None, (rerun.fault(folder) for folder in rerun.judged if folder not in there))
+    yield from filter(
+        None, (rerun.fault(folder) for folder in judged_folders(rerun.run, rerun.now) if folder not in there)
+    )
 
 
 def _gate(predicate: Predicate, rerun: Rerun) -> Iterator[str]:

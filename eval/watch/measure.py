@@ -15,7 +15,7 @@ from eval.core.artifacts import MANIFEST, file_sha256, read_manifest
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
 from eval.core.documents import TEST, Document, json_objects, part_of_test, tokens_per_batch
 from eval.core.documents.encoding import text_ids
-from eval.core.errors import UserError, expected_text, require_one_of
+from eval.core.errors import UserError, first_error, require_one_of
 from eval.core.records import PLAIN, Documents, each_score
 from eval.core.study import load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
@@ -166,9 +166,7 @@ def reference_of(release: Path) -> Reference:
     try:
         return Reference.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UserError(
-            f"reference {path}", expected_text(error.errors()[0]), "make the release again"
-        ) from error
+        raise first_error(f"reference {path}", error, "make the release again") from error
 
 
 def summed(bits: Bits, groups: list[str]) -> Bits:

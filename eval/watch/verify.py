@@ -29,9 +29,8 @@ def checked(release: Path, trusted: Trusted | None, target: str | None) -> tuple
     current = hash_files(release)
     for name in sorted({*recorded, *current} - {SIGNATURE}):
         if current.get(name) != recorded.get(name):
-            how = "missing" if name not in current else "not part of it"
-            if name in current and name in recorded:
-                how = f"changed, or its line in {MANIFEST} is"
+            where = "not part of it" if name not in recorded else f"changed, or its line in {MANIFEST} is"
+            how = where if name in current else "missing"
             raise UserError(f"release {release}", f"{name} is {how}", fix)
     if trusted is not None:
         check_folder(release, recorded, trusted)

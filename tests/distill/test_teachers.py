@@ -265,7 +265,12 @@ def test_a_teacher_with_its_method_is_an_engine_whose_cost_can_be_measured(cache
     batch = collate(list(training_rows(study, load_tokenizer(study.folder / "base/s0"))[:2]), 0)
     with run_teacher(study, "T1", [0], teacher_group(study, "T1", 0)[0]) as teacher:
         torch.testing.assert_close(engine.logits(batch), teacher.log_probs(batch))
-    stamps = serve_request(engine, batch.input_ids[:1, :8], 6, lambda: None)
+    ids = batch.input_ids[:1, :8]
+    following, state = engine.prefill(ids[:, :6])
+    for place in (6, 7):
+        torch.testing.assert_close(following, engine.logits(batch)[:1, place - 1])
+        following, state = engine.decode(ids[:, place], state)
+    stamps = serve_request(engine, ids, 6, lambda: None)
     assert len(stamps) == 7, "the start, and each of the six tokens"
     assert all(later > earlier for earlier, later in pairwise(stamps))
     torch.set_num_threads(threads)

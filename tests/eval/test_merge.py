@@ -195,7 +195,7 @@ def test_a_file_that_is_no_record_is_refused(here, tmp_path):
     with pytest.raises(UserError, match="the file is empty"):
         merge_records(*here, [str(tmp_path / "empty")])
     (tmp_path / "broken").write_text("{")
-    with pytest.raises(UserError, match="broken, line 1: not a record: Invalid JSON"):
+    with pytest.raises(UserError, match="broken, line 1: top level: Invalid JSON"):
         merge_records(*here, [str(tmp_path / "broken")])
 
 
@@ -213,7 +213,7 @@ def test_a_damaged_record_that_lies_there_is_reported(here, tmp_path):
     merge_records(run_folder, study, [given])
     (path,) = (run_folder / "records" / "cost").rglob("*.json")
     path.write_text("")
-    with pytest.raises(UserError, match=r"S1-s0\.json: Invalid JSON.*delete it"):
+    with pytest.raises(UserError, match=r"S1-s0\.json: top level: Invalid JSON.*delete it"):
         merge_records(run_folder, study, [given])
     path.unlink()
 
