@@ -17,6 +17,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from distill.models.load import train_tokenizer
+from tests.warm_python import warm_python
 
 SHAPE = {
     "hidden_size": 64,
@@ -169,7 +170,7 @@ def complete(
 def run(*words: str | Path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
     """`python WORDS...` from the project's root."""
     one_thread = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return complete([sys.executable, *words], timeout, env={**one_thread, **env})
+    return complete([warm_python(), *words], timeout, env={**one_thread, **env})
 
 
 def run_here(module: str, *words: str | Path) -> subprocess.CompletedProcess[str]:

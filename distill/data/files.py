@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from eval.core.errors import UserError
+from eval.core.errors import UserError, require_installed
 
 FORMATS = ("json", "csv", "text")  # that are read here; `datasets` reads the others
 LONGEST_WINDOW = 2**31  # bytes that zstd may look back: `zstd --long=31` writes such files
@@ -51,11 +51,9 @@ class _Zstandard(io.RawIOBase):
     """What lies packed in the frames of a file; one that ends within a frame is refused, not cut."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            fix = 'pip install "zstandard>=0.23", or the extra `data`'
-            raise UserError(f"data source {path}", "zstandard is not installed", fix) from error
+        require_installed("zstandard", f"data source {path}", "run `pip install '.[data]'`")
+        import zstandard
+
         unpacker = zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW)
         self._new_frame = unpacker.decompressobj
         self._file, self._frame, self._left = path.open("rb"), self._new_frame(), memoryview(b"")

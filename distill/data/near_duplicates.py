@@ -19,7 +19,7 @@ import numpy as np
 
 from distill.data.spool import Spool
 from eval.core.documents import Document, parse_document
-from eval.core.errors import UserError
+from eval.core.errors import require_installed
 from eval.core.jobs import Job, Progress, run_jobs
 
 PERMUTATIONS, WORDS = 128, 5
@@ -34,11 +34,9 @@ def require_minhash() -> Any:
     Raises:
         UserError: datasketch is not installed.
     """
-    try:
-        from datasketch import MinHash
-    except ImportError as error:
-        fix = 'pip install "datasketch>=1.6", the extra `data`'
-        raise UserError("data.near_duplicates", "datasketch is not installed", fix) from error
+    require_installed("datasketch", "data.near_duplicates", "run `pip install '.[data]'`")
+    from datasketch import MinHash
+
     return MinHash(num_perm=PERMUTATIONS)
 
 

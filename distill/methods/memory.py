@@ -16,7 +16,7 @@ from distill.method import Card, Method, MethodContext, TeacherOutput, plain_out
 from eval.core.artifacts import write_text
 from eval.core.config import Frozen
 from eval.core.documents import Batch, Row, batches, pad_id, tokens_per_batch
-from eval.core.errors import UserError
+from eval.core.errors import UserError, require_installed
 
 KEYS, VALUES, PLACES, DOCUMENTS = "keys.npy", "values.npy", "documents.npy", "documents.json"
 INDEX = "keys.faiss"
@@ -130,11 +130,9 @@ def require_faiss() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import faiss
-    except ImportError as error:
-        fix = "run `pip install '.[faiss]'`, or leave `cells` out"
-        raise UserError("method.settings.cells", "faiss is not installed", fix) from error
+    require_installed("faiss", "method.settings.cells", "run `pip install '.[faiss]'`, or leave `cells` out")
+    import faiss
+
     return faiss
 
 

@@ -6,7 +6,6 @@ is read back: 383 tokens of SmolLM2 become 574. So the tokenizer is built here.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from transformers import (
 
 from distill.packages import package_folder
 from eval.core.config import PACKAGES
-from eval.core.errors import UserError, require_one_of
+from eval.core.errors import UserError, require_installed, require_one_of
 from eval.engines import silenced
 
 CONTROL = 3  # token types of a GGUF file: 1 is normal, 3 is control
@@ -73,8 +72,7 @@ def read_fields(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the package `gguf` is missing, or this is no GGUF file.
     """
-    if find_spec("gguf") is None:
-        raise UserError(f"reading {file}", "the package gguf is not installed", "run `pip install '.[gguf]'`")
+    require_installed("gguf", f"reading {file}", "run `pip install '.[gguf]'`")
     from gguf import GGUFReader
 
     try:

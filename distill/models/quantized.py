@@ -1,6 +1,5 @@
 """Models as bitsandbytes quantizes them: `int8` (LLM.int8, Dettmers et al. 2022) and `nf4` (QLoRA, 2023)."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from eval.core.errors import UserError
+from eval.core.errors import require_installed
 from eval.engines import silenced
 
 
@@ -25,10 +24,7 @@ def load_quantized(folder: Path, kind: str, dtype: torch.dtype, device: torch.de
     Raises:
         UserError: bitsandbytes is not installed.
     """
-    if find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"quantization {kind!r}", "bitsandbytes is not installed", "run `pip install '.[gpu]'`"
-        )
+    require_installed("bitsandbytes", f"quantization {kind!r}", "run `pip install '.[gpu]'`")
     with silenced("transformers"):
         model = AutoModelForCausalLM.from_pretrained(
             str(folder),

@@ -1,6 +1,5 @@
 """Sharded models under FSDP 2 and ZeRO-3: what can be trained so, and how the weights are gathered."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill.models.layers import decoder_layers
-from eval.core.errors import UserError
+from eval.core.errors import UserError, require_installed
 from eval.core.sections import Train
 
 
@@ -21,9 +20,9 @@ def is_sharded(acc: Accelerator) -> bool:
 
 def check_deepspeed(requested: bool) -> None:
     """Refuses a launch with DeepSpeed where it is not installed."""
-    if requested and find_spec("deepspeed") is None:
+    if requested:
         fix = "run `pip install deepspeed`, or use configs/accelerate/fsdp.yaml, which needs no extra package"
-        raise UserError("accelerate config", "asks for DeepSpeed, which is not installed", fix)
+        require_installed("deepspeed", "accelerate config", fix)
 
 
 def prepare_sharding(acc: Accelerator, config: Train, model: PreTrainedModel) -> None:

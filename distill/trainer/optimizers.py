@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 
 from distill.models.lm_head import last_module
 from distill.trainer.muon import Muon
-from eval.core.errors import UserError
+from eval.core.errors import require_installed
 from eval.core.sections import Train
 
 # How families call a module that weights experts, or the one that all tokens share.
@@ -64,9 +63,8 @@ def build_optimizers(
 
 def check_bitsandbytes(where: str = "train") -> None:
     """Refuses an optimizer of 8 bits where its library is missing."""
-    if find_spec("bitsandbytes") is None:
-        fix = "install the extra: pip install '.[gpu]', or take adamw"
-        raise UserError(f"{where}.optimizer.name", "adamw_8bit needs bitsandbytes, not installed", fix)
+    fix = "run `pip install '.[gpu]'`, or take adamw"
+    require_installed("bitsandbytes", f"{where}.optimizer.name: adamw_8bit", fix)
 
 
 def split_weights(model: PreTrainedModel) -> Weights:

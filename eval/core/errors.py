@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,19 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, object, str]]:
         """Errors cross from worker processes whole."""
         return type(self), (self.thing, self.problem, self.fix)
+
+
+def require_installed(library: str, thing: str, fix: str) -> None:
+    """Refuses what needs a library that is not installed.
+
+    Args:
+        thing: what needs it: a key of a config, an option, a file.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if find_spec(library) is None:
+        raise UserError(thing, f"needs {library}, which is not installed", fix)
 
 
 def require_one_of(thing: str, value: str, accepted: list[str]) -> str:

@@ -28,7 +28,8 @@ from typing import Any, Protocol
 from eval.core.board import Board
 from eval.core.errors import UserError
 
-HEAVY = ["transformers.modeling_utils"]  # imported once, by the process from which all workers are forked
+# Imported once, by the process from which all workers are forked.
+HEAVY = ["transformers.modeling_utils", "pydantic", "scipy.special"]
 GRACE = 20.0  # seconds that a worker has to end in, before it is killed
 _SIGTERM_CODE = 128 + signal.SIGTERM
 REPORT_INTERVAL = 0.2  # s, of a worker

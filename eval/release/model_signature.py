@@ -4,11 +4,10 @@ It lies beside the folder, because it covers every file in it, and is read by to
 project: `model_signing verify key FOLDER --signature FOLDER.sig --public_key KEY --no-ignore-git-paths`.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.core.errors import UserError
+from eval.core.errors import UserError, require_installed
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Signer
@@ -24,8 +23,7 @@ def require_model_signing(key: str, signer: "Signer", folder: Path) -> None:
     Raises:
         UserError: the tool is not installed, cannot sign with this key, or there is a signature already.
     """
-    if find_spec("model_signing") is None:
-        raise UserError("--openssf", "model-signing is not installed", "pip install 'absorb[openssf]'")
+    require_installed("model_signing", "--openssf", "run `pip install '.[openssf]'`")
     if signer.public_key.keytype != "ecdsa" or not Path(key).is_file():
         fix = "make one with `python -m eval.signoff --new-key FILE --kind p256`"
         raise UserError(f"key {key}", "model signing takes files of ECDSA keys alone", fix)

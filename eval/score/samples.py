@@ -8,14 +8,13 @@ An `id` may be given; without one, the number of its line is the id of a sample.
 
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from eval.core.artifacts import digest, file_sha256
 from eval.core.documents import json_objects
-from eval.core.errors import UserError, require_one_of
+from eval.core.errors import UserError, require_installed, require_one_of
 from eval.core.sections import Task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -71,9 +70,7 @@ def lm_eval_name(task: Task) -> str:
 
 
 def check_lm_eval_installed(task: Task) -> None:
-    if find_spec("lm_eval") is None:
-        thing = f"task lm_eval:{lm_eval_name(task)}"
-        raise UserError(thing, "lm_eval is not installed", "install it: pip install lm-eval")
+    require_installed("lm_eval", f"task lm_eval:{lm_eval_name(task)}", "run `pip install lm-eval`")
 
 
 def _task_file(task: Task) -> Path:

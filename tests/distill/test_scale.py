@@ -38,10 +38,10 @@ def test_what_shards_cannot_do_is_refused(monkeypatch):
         UserError, match=r"optimizer\.name: muon needs whole matrices, which FSDP splits; .* to adamw"
     ):
         prepare_sharding(acc, Train(optimizer=Optimizer(name="muon")), tiny_model())
-    monkeypatch.setattr("distill.trainer.distributed.find_spec", lambda name: None)
+    monkeypatch.setattr("eval.core.errors.find_spec", lambda name: None)
     check_deepspeed(False)
     with pytest.raises(
-        UserError, match=r"asks for DeepSpeed, which is not installed; run `pip install deepspeed`"
+        UserError, match=r"needs deepspeed, which is not installed; run `pip install deepspeed`"
     ):
         check_deepspeed(True)
 

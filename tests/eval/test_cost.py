@@ -1,5 +1,6 @@
 """Cost: fresh processes in rounds, through the command line; what cannot be measured is reported."""
 
+import json
 import shutil
 from argparse import Namespace
 from itertools import pairwise
@@ -45,11 +46,12 @@ def prepared(tmp_path, openvino_folder):
     return study, folder
 
 
-def test_the_command_measures_in_rounds_and_only_once(prepared, monkeypatch, capsys):
+def test_the_command_measures_in_rounds_and_only_once(prepared, monkeypatch, capsys, tmp_path):
     study, folder = prepared
     shutil.rmtree(folder / "base")
     sizes = ["--cost.batch_sizes", "[1, 3]"]
-    done = run("-m", "eval.cost", "--study", study, *sizes)
+    written = tmp_path / "cost.json"
+    done = run("-m", "eval.cost", "--study", study, *sizes, "--json", written)
     assert done.returncode == 0, done.stderr
     assert "left" in done.stderr
     assert "J/token" in done.stdout
@@ -73,12 +75,16 @@ def test_the_command_measures_in_rounds_and_only_once(prepared, monkeypatch, cap
         assert record.disk_bytes == sum(p.stat().st_size for p in files)
         assert record.provenance.artifact == read_manifest(folder / name).hash
     assert plain.provenance.time == int8.provenance.time
+    stored = [json.loads(path.read_text()) for path in (folder / "records/cost/cpu").rglob("*.json")]
+    first = json.loads(written.read_text())
+    assert sorted(first, key=str) == sorted(stored, key=str)
 
     assert plain.prompts == int8.prompts == TRAINING
-    monkeypatch.setattr("sys.argv", ["eval.cost", "--study", str(study), *sizes])
+    monkeypatch.setattr("sys.argv", ["eval.cost", "--study", str(study), *sizes, "--json", str(written)])
     with pytest.raises(SystemExit, match="0"):
         main()
     assert capsys.readouterr().out == "2 variants were measured before on cpu\n"
+    assert json.loads(written.read_text()) == first, "with what was measured before"
     check_what_counts_as_done(load_study(study, sizes), folder, int8)
     check_numbers(plain)
 

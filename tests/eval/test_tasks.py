@@ -155,7 +155,8 @@ def test_files_names_and_the_harness_are_checked_before_any_model(tmp_path, monk
     harness = Task(kind="lm_eval", path="lm_eval:arc_easy")
     for refuse in (lambda: check_tasks({"arc": harness}), lambda: run_lm_eval(harness, "torch", tmp_path)):
         with pytest.raises(
-            UserError, match=r"task lm_eval:arc_easy: lm_eval is not installed; .*pip install lm-eval"
+            UserError,
+            match=r"task lm_eval:arc_easy: needs lm_eval, which is not installed; .*pip install lm-eval",
         ):
             refuse()
 
