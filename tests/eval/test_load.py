@@ -212,6 +212,7 @@ def test_rates_are_shares_of_the_knee():
         rates_from_knee("x", server, Load(slo_ms=10))
 
 
+@pytest.mark.slow
 def test_a_folder_measured_elsewhere_comes_home(tmp_path):
     """Both commands: a queue of requests to nothing but a model folder, then its record in the run folder."""
     load = {"rates": [500.0], "seconds": 0.4, "slo_ms": 1000.0}

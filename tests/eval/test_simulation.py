@@ -10,6 +10,8 @@ import pytest
 from eval.core.config import ROOT
 from scripts.simulate_parts import PICKS, Clustered, clustered_false_pass, false_fail, picks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory) -> dict:
