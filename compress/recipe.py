@@ -236,16 +236,19 @@ class Recipe:
         return reduce(lambda code, step: code | step.code, self.passes, stage_code("variant"))
 
 
-def pass_class(name: str, where: str) -> type[Pass]:
+def pass_class(name: str, where: str = "pass") -> type[Pass]:
     """The one subclass of Pass in `compress/passes/<name>.py` or in the module `name`."""
     return plugin_class(PASSES, name, where, Pass, {"stage": Stage})
 
 
-def make_pass(entry: dict[str, Any], where: str, calibration: Calibration | None = None) -> Pass:
+def make_pass(
+    entry: dict[str, Any], where: str, calibration: Calibration | None = None, runs_here: bool = True
+) -> Pass:
     """The pass that one entry of a recipe names, with its options checked.
 
     Args:
         calibration: of the recipe; a recovery trains on training rows all the same.
+        runs_here: its libraries are asked for; the machine that trains needs none of them.
 
     Raises:
         UserError: no such pass, an option that is not accepted, or a library that is not installed.
@@ -256,7 +259,7 @@ def make_pass(entry: dict[str, Any], where: str, calibration: Calibration | None
         raise UserError(f"{where}.pass", repr(name), f"name one of: {', '.join(plugin_names(PASSES))}")
     kind = pass_class(name, f"{where}.pass")
     checked = validate_config(kind.Options, options, where)
-    for module in kind.needs:
+    for module in kind.needs if runs_here else ():
         if not installed(module):
             extra = EXTRAS.get(module)
             fix = f"install the extra: pip install '.[{extra}]'" if extra else "install its package"
@@ -293,23 +296,24 @@ def check_order(passes: list[Pass], where: str) -> None:
             raise UserError(thing, f"{problem}, after weights were trained on levels of {grid}", fix)
 
 
-def load_recipe(name: str, choice: Choice | None = None) -> Recipe:
+def load_recipe(name: str, choice: Choice | None = None, runs_here: bool = True) -> Recipe:
     """A recipe of configs/recipes by name, or from the path of a YAML file.
 
     Args:
         choice: what `auto` is in the run, if that is known.
+        runs_here: see `make_pass`.
 
     Raises:
         UserError: names the file, the key and what is accepted.
     """
     path, raw = read_recipe(name)
     entries = replace_auto(raw.passes, choice or {})
-    passes = [make_pass(e, f"{path}: passes.{i}", raw.calibration) for i, e in enumerate(entries)]
+    passes = [make_pass(e, f"{path}: passes.{i}", raw.calibration, runs_here) for i, e in enumerate(entries)]
     check_order(passes, str(path))
     return Recipe(raw.name, raw.target, tuple(passes), digest(raw.model_dump(mode="json")))
 
 
-def load_recipes(study: Study) -> list[Recipe]:
+def load_recipes(study: Study, runs_here: bool = True) -> list[Recipe]:
     """The recipes of a study, in its order, with what its run chose for `auto`; their names differ."""
     choice, names = read_choice(study.folder), recipe_names(study)[1:]
-    return [load_recipe(place, choice) for place, _ in zip(study.recipes, names, strict=True)]
+    return [load_recipe(place, choice, runs_here) for place, _ in zip(study.recipes, names, strict=True)]

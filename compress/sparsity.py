@@ -32,12 +32,23 @@ class SparsityPass(Pass):
     statistic: ClassVar[Literal["norms", "hessians"] | None]  # of the inputs of a matrix, that it needs
 
     class Options(Targets):
-        sparsity: float = Field(0.5, ge=0, lt=1)  # share of zeros
-        pattern: str | None = Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$")  # n:m instead, as in 2:4
-        rows: int = Field(32, gt=0)  # training rows that calibrate
-        allocation: Literal["uniform", "owl"] = "uniform"  # of the zeros over the layers
-        owl_outlier: float = Field(5.0, gt=0)  # times the mean score of a layer: above it lie outliers
-        owl_reach: float = Field(0.08, gt=0, lt=1)  # half of the spread of the layers' sparsities
+        sparsity: float = Field(0.5, ge=0, lt=1, description="share of zeros")
+        pattern: str | None = Field(
+            None,
+            pattern=r"^[1-9]\d*:[1-9]\d*$",
+            description="in place of `sparsity`: n of every m weights of a row stay, as in `2:4`",
+        )
+        rows: int = Field(32, gt=0, description="training rows that calibrate")
+        allocation: Literal["uniform", "owl"] = Field(
+            "uniform",
+            description="the same sparsity in every layer; or `owl`: less where more scores are outliers",
+        )
+        owl_outlier: float = Field(
+            5.0, gt=0, description="for `owl`: times the mean score of a layer; what is above is an outlier"
+        )
+        owl_reach: float = Field(
+            0.08, gt=0, lt=1, description="for `owl`: half of the spread of the layers' sparsities"
+        )
 
         @model_validator(mode="after")
         def fits_together(self) -> Self:

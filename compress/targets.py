@@ -12,8 +12,10 @@ from eval.core.errors import UserError
 class Targets(Frozen):
     """Options of a pass that can be told which modules to take; patterns are those of shells."""
 
-    targets: list[str] = Field(["*"], min_length=1)  # of module names, as in "*.mlp.*"
-    ignore: list[str] = Field([])  # of these, the ones to leave as they are
+    targets: list[str] = Field(
+        ["*"], min_length=1, description="modules to take: patterns of their names, as in `*.mlp.*`"
+    )
+    ignore: list[str] = Field([], description="of these, the ones to leave as they are")
 
     def choose(self, names: Iterable[str]) -> set[str]:
         """The modules that the pass takes.

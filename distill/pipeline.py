@@ -78,7 +78,6 @@ from eval.core.artifacts import (
     make_key,
     read_manifest,
 )
-from eval.core.checks import check_plan
 from eval.core.documents import TRAIN, Document, describe_data, scored_slices, stream_documents
 from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
 from eval.core.plan import fix_plan
@@ -367,21 +366,8 @@ def run_all(study: Study, jobs: list[Job], title: str) -> None:
         run_jobs(title, jobs, study.workers)
 
 
-def distil(study: Study, until: str = "students") -> Path:
-    """Checks a study, then trains it as `distill/train.py` does, up to a stage; returns its run folder.
-
-    Args:
-        until: `data`, `bases`, `teachers` (with their targets) or `students`.
-
-    Raises:
-        UserError: the study cannot be trained; what can be known early is refused before anything is made.
-    """
-    check_plan(study)
-    return train_study(study, until)
-
-
 def train_study(study: Study, until: str) -> Path:
-    """`distil` of a study that `check_plan` accepted."""
+    """Trains a study that `distill.train.check_stages` accepted, up to a stage; returns its run folder."""
     acc = accelerator()
     with lock_folder(make_run_folder(study)) if acc.is_main_process else nullcontext():
         study = prepare_inputs(study, acc)

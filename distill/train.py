@@ -12,12 +12,21 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from compress.recipe import load_recipes
 from eval.core.checks import check_plan
 from eval.core.commands import new_parser, start_log, study_from_command
 from eval.core.errors import UserError, entry
-from eval.core.study import make_run_folder
+from eval.core.study import Study, make_run_folder
 
-TRAINED = ("data", "tokenizer", "base", "method", "targets", "student")  # what --accept-old may name
+TRAINED = (
+    "data",
+    "tokenizer",
+    "tokens",
+    "base",
+    "method",
+    "targets",
+    "student",
+)  # what --accept-old may name
 STAGES = ("data", "bases", "teachers", "students")
 
 
@@ -37,15 +46,40 @@ def check_processes() -> None:
         )
 
 
+def check_stages(study: Study) -> None:
+    """Refuses before anything is trained what a later stage would refuse: the budget, recipes, lengths.
+
+    Raises:
+        UserError: one of them cannot be read, or does not fit.
+    """
+    check_plan(study)
+    load_recipes(study, runs_here=False)
+
+
+def distil(study: Study, until: str = STAGES[-1]) -> Path:
+    """Checks a study, then trains it as this command does, up to a stage; returns its run folder.
+
+    Args:
+        until: `data`, `bases`, `teachers` (with their targets) or `students`.
+
+    Raises:
+        UserError: the study cannot be trained; what can be known early is refused before anything is made.
+    """
+    check_stages(study)
+    # This import takes seconds: a mistake in the study is reported before it.
+    from distill.pipeline import train_study
+
+    return train_study(study, until)
+
+
 @entry
 def main() -> None:
     check_processes()
     parser = new_parser(__doc__)
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     study, args = study_from_command(parser, trained=False, stages=TRAINED)
-    check_plan(study)
+    check_stages(study)
     start_log(make_run_folder(study))
-    # This import takes seconds: a mistake in the study is reported before it.
     from distill.pipeline import train_study
 
     train_study(study, args.until)

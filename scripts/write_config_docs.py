@@ -9,17 +9,19 @@ if __name__ == "__main__":
 
 from pydantic import BaseModel
 
+from compress.recipe import PASSES, pass_class
+from distill.method import METHODS, method_class
 from eval.core.artifacts import write_text
 from eval.core.budget import Budget, Limit, Target
 from eval.core.commands import describe_fields
-from eval.core.config import ROOT
-from eval.core.sections import Corruption, Source, Task
+from eval.core.config import ROOT, plugin_names
+from eval.core.sections import Corruption, Source, Task, Train
 from eval.core.study import RecipeFile, Study
 
 FILE = ROOT / "docs" / "config.md"
 HEAD = """# Every key of a config
 
-Written by `python scripts/write_config_docs.py` from the fields in `eval/core/`; a test holds it.
+Written by `python scripts/write_config_docs.py` from the fields in the code; a test holds it.
 
 A key of a study can be set on the command line of every command as `--KEY VALUE`, such as
 `--train.optimizer.lr 0.01`. Unknown keys are refused, with the nearest known one.
@@ -30,8 +32,9 @@ ones, and the file itself over all. A null takes an inherited key away. `name` a
 """
 RECIPE = """A file of `configs/recipes`.
 
-`scripts/pipeline.sh` and `absorb compress` check the options of its passes before they do anything else.
-`absorb train` alone does not: the machine that trains needs none of the packages of the passes."""
+Every entry of `passes` is the name of a pass and its options, which stand below under that name. They are
+checked before anything is trained; the packages that a pass needs are asked for where it runs."""
+TRAIN = "`train` in a study"
 PARTS: list[tuple[str, str, type[BaseModel]]] = [
     ("Study", "A file of `configs/studies`.", Study),
     ("A source of documents", "An entry of `data.documents`, and of each slice in `data.shifted`.", Source),
@@ -44,12 +47,28 @@ PARTS: list[tuple[str, str, type[BaseModel]]] = [
 ]
 
 
+def plugins() -> list[tuple[str, str, type[BaseModel]]]:
+    """As PARTS, of every method and every pass that has a setting."""
+    methods: list[tuple[str, type[BaseModel]]] = [
+        (name, method_class(name).Settings) for name in plugin_names(METHODS)
+    ]
+    passes: list[tuple[str, type[BaseModel]]] = [
+        (name, pass_class(name).Options) for name in plugin_names(PASSES)
+    ]
+    parts = [(f"Method `{name}`", "Keys of `method.settings`.", settings) for name, settings in methods]
+    parts += [
+        (f"Pass `{name}`", f"Keys beside `pass: {name}` in a recipe.", options) for name, options in passes
+    ]
+    return [part for part in parts if part[2].model_fields]
+
+
 def config_docs() -> str:
     """The text of docs/config.md."""
     parts = [HEAD]
-    for title, where, model in PARTS:
+    for title, where, model in [*PARTS, *plugins()]:
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-        for key, kind, default, meaning in describe_fields(model):
+        elsewhere: dict[type, str] | None = None if (title, where, model) in PARTS else {Train: TRAIN}
+        for key, kind, default, meaning in describe_fields(model, shown=elsewhere):
             shown = default if default in ("", "required", "none") else f"`{default}`"
             cells = (f"`{key}`", f"`{kind}`".replace("|", "\\|"), shown, meaning.replace("|", "\\|"))
             rows.append(f"| {' | '.join(cells)} |")

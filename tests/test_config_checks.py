@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer, CTRLTokenizer
 
 from distill.checks import check_models
-from distill.pipeline import distil
+from distill.train import check_stages, distil
 from eval.core.checks import check_plan
 from eval.core.errors import UserError
 from eval.core.sections import Source
@@ -128,6 +129,29 @@ def test_train_refuses_them_before_it_makes_anything(tmp_path, words, message):
     assert done.returncode == 3
     assert [message in line for line in done.stderr.splitlines()] == [True], done.stderr
     assert not list((tmp_path / "runs").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"pass": "magnitude", "sparsty": 0.5}, "passes.0: unknown key sparsty"),
+        ({"pass": "magnitud"}, "did you mean 'magnitude'"),
+        ({"pass": "magnitude", "sparsity": 2}, "passes.0: sparsity: 2; expected less than 1"),
+    ],
+)
+def test_train_refuses_a_recipe_that_compress_would_refuse(tmp_path, entry, message):
+    recipe = {"name": "half", "target": "cpu", "passes": [entry]}
+    (tmp_path / "half.yaml").write_text(yaml.safe_dump(recipe))
+    study = tiny_study(tmp_path, recipes=[str(tmp_path / "half.yaml")])
+    done = run("distill/train.py", "--config", study)
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_train_asks_for_no_package_of_a_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.recipe.installed", lambda module: False)
+    check_stages(load_study(tiny_study(tmp_path, recipes=["int8"])))
 
 
 @pytest.mark.parametrize(

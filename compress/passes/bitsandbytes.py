@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from compress.model_size import (
@@ -38,7 +39,7 @@ class BitsAndBytes(Pass):
     needs = ("bitsandbytes",)
 
     class Options(Frozen):
-        format: Literal["nf4", "int8"]
+        format: Literal["nf4", "int8"] = Field(description="of the matrices: 4 bits, normal float; or 8 bits")
 
     def grid_problem(self, grid: Grid) -> str | None:
         return f"bitsandbytes has levels of its own for {self.options.format}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import Field
 
 from compress.model_size import cast_weights, size_of
 from compress.recipe import Context, Pass, PassReport, Stage
@@ -23,7 +24,7 @@ class Cast(Pass):
     last = True
 
     class Options(Frozen):
-        dtype: Literal["bfloat16", "float16"]
+        dtype: Literal["bfloat16", "float16"] = Field(description="what weights are stored in")
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
         dtype: torch.dtype = getattr(torch, self.options.dtype)

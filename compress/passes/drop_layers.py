@@ -36,8 +36,8 @@ class DropLayers(Pass):
     stage = Stage.STRUCTURE
 
     class Options(Frozen):
-        share: float = Field(0.25, gt=0, lt=1)  # of the layers
-        rows: int = Field(32, gt=0)  # training rows that decide
+        share: float = Field(0.25, gt=0, lt=1, description="share of the layers that go")
+        rows: int = Field(32, gt=0, description="training rows that decide")
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
         before = size_of(model, context.dtype)

@@ -13,6 +13,7 @@ from shutil import copyfile
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import Field
 
 from compress.calibration import check_batch, check_export
 from compress.engine_files import EngineFiles
@@ -49,7 +50,7 @@ class LlamaCpp(Pass):
     needs = ("llama_cpp", "gguf")
 
     class Options(Frozen):
-        weights: Literal["f32", "q8_0", "q4_0", "q4_k_m"]
+        weights: Literal["f32", "q8_0", "q4_0", "q4_k_m"] = Field(description="type of the GGUF file")
 
     @cached_property
     def code(self) -> dict[str, str]:

@@ -47,8 +47,12 @@ class OnnxRuntime(Pass):
     needs = ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir")
 
     class Options(Frozen):
-        weights: Literal["fp32", "int8", "int8-dynamic", "int4"]
-        group_size: Literal[16, 32, 64, 128, 256] = Field(32)  # inputs of a row that share one scale
+        weights: Literal["fp32", "int8", "int8-dynamic", "int4"] = Field(
+            description="of the matrices; `int8-dynamic` rounds activations to 8 bits too"
+        )
+        group_size: Literal[16, 32, 64, 128, 256] = Field(
+            32, description="inputs of a row that share one scale"
+        )
 
         @model_validator(mode="after")
         def fits_together(self) -> Self:

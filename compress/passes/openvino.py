@@ -69,25 +69,53 @@ class OpenVINO(Pass):
     needs = ("optimum.intel", "openvino", "nncf")
 
     class Options(Targets):
-        weights: Literal["fp32", "int8", "int4"]
-        sym: bool = True  # levels around zero; else from the least weight of a group to the largest
-        group_size: int = Field(GROUP, ge=-1)  # inputs of a row that share one scale; -1: all of them
-        group_size_fallback: Literal["error", "ignore", "adjust"] = "error"
-        all_layers: bool = False  # embeddings and head in 4 bits too, not in `backup_precision`
-        backup_precision: Literal["none", "int8_sym", "int8_asym"] = "int8_asym"
-        ratio: float = Field(1.0, ge=0, le=1)  # of the weights in 4 bits; the others in `backup_precision`
-        sensitivity_metric: Metric | None = None  # which ones those are
-        awq: bool = False
-        scale_estimation: bool = False
-        gptq: bool = False
-        lora_correction: bool = False
-        dynamic_quantization_group_size: int | None = Field(
-            None, ge=0
-        )  # inputs of an activation that share a scale in 8 bits, at run time; 0: none is rounded
-        allocation: Literal["kl"] | None = (
-            None  # a format for each matrix, at the bytes of `group_size` for all
+        weights: Literal["fp32", "int8", "int4"] = Field(description="of the matrices inside the layers")
+        sym: bool = Field(
+            True, description="levels around zero; false: from the least weight of a group to the largest"
         )
-        rows: int = Field(32, gt=0)  # training rows that calibrate
+        group_size: int = Field(
+            GROUP, ge=-1, description="inputs of a row that share one scale; -1: all of them"
+        )
+        group_size_fallback: Literal["error", "ignore", "adjust"] = Field(
+            "error", description="for a matrix that the group does not divide: stop; 8 bits; a smaller group"
+        )
+        all_layers: bool = Field(
+            False, description="embeddings and head in 4 bits too, not in `backup_precision`"
+        )
+        backup_precision: Literal["none", "int8_sym", "int8_asym"] = Field(
+            "int8_asym", description="of what is not in 4 bits; `none`: it is not rounded"
+        )
+        ratio: float = Field(
+            1.0, ge=0, le=1, description="share of the weights in 4 bits; the others in `backup_precision`"
+        )
+        sensitivity_metric: Metric | None = Field(
+            None, description="with `ratio`: by what NNCF chooses the matrices in `backup_precision`"
+        )
+        awq: bool = Field(
+            False, description="scale channels by their activations first (Lin et al. 2024, arXiv:2306.00978)"
+        )
+        scale_estimation: bool = Field(
+            False, description="choose scales that change a layer's output least, on training rows"
+        )
+        gptq: bool = Field(
+            False,
+            description="round column by column and correct the rest (Frantar et al. 2023, arXiv:2210.17323)",
+        )
+        lora_correction: bool = Field(
+            False, description="adapters of low rank beside the matrices that take back what rounding changed"
+        )
+        dynamic_quantization_group_size: int | None = Field(
+            None,
+            ge=0,
+            description="inputs of an activation that share a scale in 8 bits at run time; 0: they are not "
+            "rounded; none: as OpenVINO chooses",
+        )
+        allocation: Literal["kl"] | None = Field(
+            None,
+            description="`kl`: for each matrix the group size, or the 8 bits, that keep predictions best, at "
+            "the bytes of `group_size` for all",
+        )
+        rows: int = Field(32, gt=0, description="training rows that calibrate")
 
         @model_validator(mode="after")
         def fits_together(self) -> Self:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class Quantize(Targets):
     """Matrices inside the layers that are rounded while they are trained."""
 
-    bits: int = Field(4, ge=2, le=8)
-    group_size: int = Field(64, ge=-1)  # inputs of a row that share one scale; -1: all of them
+    bits: int = Field(4, ge=2, le=8, description="of a weight")
+    group_size: int = Field(64, ge=-1, description="inputs of a row that share one scale; -1: all of them")
 
     @model_validator(mode="after")
     def has_groups(self) -> Self:
@@ -53,9 +53,13 @@ class Recover(Pass):
     stage = Stage.RECOVERY
 
     class Options(Frozen):
-        train: Train
-        teacher: Literal["student", "method"] = "student"  # the uncompressed one; or what taught that one
-        quantize: Quantize | None = None
+        train: Train = Field(description="how the model is trained")
+        teacher: Literal["student", "method"] = Field(
+            "student", description="who teaches: the uncompressed student, or what taught that one"
+        )
+        quantize: Quantize | None = Field(
+            None, description="matrices that are rounded while they are trained; none: none is"
+        )
 
     @cached_property
     def code(self) -> dict[str, str]:

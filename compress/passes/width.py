@@ -52,11 +52,17 @@ class Width(Pass):
     stage = Stage.STRUCTURE
 
     class Options(Frozen):
-        ffn: float = Field(0.0, ge=0, lt=1)  # share of the channels of every feed-forward network
-        heads: float = Field(0.0, ge=0, lt=1)  # of the key-value heads, each with its queries
-        hidden: float = Field(0.0, ge=0, lt=1)  # of the hidden size
-        multiple: int = Field(64, gt=0)  # what is left of channels and of the hidden size divides by it
-        rows: int = Field(32, gt=0)  # training rows that decide
+        ffn: float = Field(
+            0.0, ge=0, lt=1, description="share of the channels of every feed-forward network that goes"
+        )
+        heads: float = Field(
+            0.0, ge=0, lt=1, description="share of the key-value heads that goes, each with its queries"
+        )
+        hidden: float = Field(0.0, ge=0, lt=1, description="share of the hidden size that goes")
+        multiple: int = Field(
+            64, gt=0, description="what is left of the channels and of the hidden size divides by it"
+        )
+        rows: int = Field(32, gt=0, description="training rows that decide")
 
     def apply(self, model: PreTrainedModel, context: Context) -> tuple[PreTrainedModel, PassReport]:
         before = size_of(model, context.dtype)

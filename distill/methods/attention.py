@@ -25,7 +25,7 @@ class Attention(Retrained):
         config: dict[str, Any] = Field(
             min_length=1, description="fields of the base's config and their values in the teacher"
         )
-        train: Train = Train()
+        train: Train = Field(Train(), description="how the teacher is trained, from the base")
 
     def control(self) -> Method:
         """The same training under the base's own config: the student's mask."""

@@ -21,7 +21,7 @@ class Harmful(Method):
     )
 
     class Settings(Frozen):
-        share: float = Field(0.2, gt=0, lt=1)  # of the uniform distribution in the mixture
+        share: float = Field(0.2, gt=0, lt=1, description="of the uniform distribution in the mixture")
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         plain = self.model_output(teacher, batch).dense()

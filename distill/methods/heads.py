@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from distill.method import Card, Method, Retrained
 from eval.core.config import Frozen
@@ -19,7 +19,10 @@ class Heads(Retrained):
     )
 
     class Settings(Frozen):
-        train: Train = Train(future=Future(tokens=2))
+        train: Train = Field(
+            Train(future=Future(tokens=2)),
+            description="how the teacher and its heads are trained",
+        )
 
         @model_validator(mode="after")
         def has_heads(self) -> Self:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.method import Card, Method, MethodContext, TeacherOutput, plain_output
+from distill.models.generation import refuse_packing
 from eval.core.artifacts import write_text
 from eval.core.config import Frozen
 from eval.core.documents import Batch, Row, batches, pad_id, tokens_per_batch
@@ -20,6 +21,7 @@ from eval.core.errors import UserError, require_installed
 
 KEYS, VALUES, PLACES, DOCUMENTS = "keys.npy", "values.npy", "documents.npy", "documents.json"
 INDEX = "keys.faiss"
+PACKING = "a memory must know the document of every token"
 QUERIES = 256  # searched at a time: distances to every key are held for so many
 FEWEST, MOST = 39, 256  # keys per cell from which faiss learns where the cells lie
 CODES = 2**8  # of each byte of a coded key
@@ -196,7 +198,7 @@ class Memory(Method):
         if not self.fits:
             return
         model, rows = context.load_base(context.seed), context.rows()
-        _refuse_packing(any(row.packed for row in rows))
+        refuse_packing(any(row.packed for row in rows), PACKING)
         total, width = sum(row.predicted for row in rows), model.config.get_text_config().hidden_size
         keys = np.lib.format.open_memmap(context.folder / KEYS, "w+", np.float32, (total, width))
         values, places = np.zeros(total, np.int64), np.zeros(total, np.int64)
@@ -238,7 +240,7 @@ class Memory(Method):
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         """Tokens of the row's own document are never found in the datastore."""
-        _refuse_packing(batch.positions is not None)
+        refuse_packing(batch.positions is not None, PACKING)
         output = self.model_output(teacher, batch)
         if len(output.hidden) != 1:
             problem = "needs the states of one model, and the methods before it in the chain give none"
@@ -282,9 +284,3 @@ class Memory(Method):
 def _numbers(rows: Sequence[Row]) -> dict[str, int]:
     """Document -> its number, in the order of the rows."""
     return {name: number for number, name in enumerate(dict.fromkeys(row.document for row in rows))}
-
-
-def _refuse_packing(packed: bool) -> None:
-    if packed:
-        problem = "true, but a memory must know the document of every token"
-        raise UserError("data.packing", problem, "set data.packing: false")

@@ -97,7 +97,7 @@ class Mixture(Retrained):
     class Settings(Frozen):
         experts: int = Field(4, gt=1, description="experts of a layer")
         active: int = Field(2, gt=1, description="experts that are run for a token")
-        train: Train = Train()
+        train: Train = Field(Train(), description="how the upcycled teacher and the wide control are trained")
         dense: bool = Field(False, description="a dense model of the same active size: the control")
 
         @model_validator(mode="after")

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.method import Card, Method, MethodContext, TeacherOutput, plain_output
 from distill.models.encoder import Encoder, load_encoder
+from distill.models.generation import refuse_packing
 from distill.models.lm_head import head_of
 from distill.models.load import model_origin
 from distill.models.prefix import Prefix
@@ -30,6 +31,7 @@ from eval.core.errors import UserError
 from eval.core.sections import NamedModel
 
 ENCODER = "method.settings.encoder.path"
+PACKING = "passages are found for one document at a time"
 PASSAGES, VECTORS, DOCUMENTS = "passages.npy", "vectors.npy", "documents.json"
 Finder = Callable[[list[list[int]]], np.ndarray]  # Q queries of token ids -> [Q, M] scores of the passages
 SATURATION = 1.2  # k1 of BM25: how soon further occurrences of a word count no more
@@ -190,7 +192,7 @@ class Retrieval(Method):
         """
         size, passages, documents = self.settings.tokens, list[list[int]](), list[str]()
         for row in context.rows():
-            _refuse_packing(bool(row.packed))
+            refuse_packing(bool(row.packed), PACKING)
             tokens = row.tokens[1:]
             starts = range(0, len(tokens) - size + 1, size)
             passages += [tokens[start : start + size] for start in starts]
@@ -220,7 +222,7 @@ class Retrieval(Method):
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         """Each stretch of a row after passages found by what stands before it, and never by itself."""
-        _refuse_packing(batch.positions is not None)
+        refuse_packing(batch.positions is not None, PACKING)
         length, stride = batch.input_ids.shape[1], self.settings.stride
         stretches = [
             self._stretch(teacher, batch, start, min(start + stride, length))
@@ -272,9 +274,3 @@ class Retrieval(Method):
         library: Library = self.parts
         said = likelihoods(teacher, library.first, library.passages[numbers], query)
         return [number for _, number in sorted(zip(said, numbers, strict=True), key=lambda one: -one[0])]
-
-
-def _refuse_packing(packed: bool) -> None:
-    if packed:
-        problem = "true, but passages are found for one document at a time"
-        raise UserError("data.packing", problem, "set data.packing: false")

@@ -1,10 +1,8 @@
 """Several texts for each prompt, of which one is taught: by a vote of their answers, or by a score."""
 
 import ast
-import importlib
 import inspect
 from collections import Counter
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Self
 
@@ -13,27 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.method import Card, MethodContext, Plain, candidates, plain_texts
 from eval.core.artifacts import digest
-from eval.core.config import Frozen
+from eval.core.config import Frozen, plugin_function
 from eval.core.documents import Row
 from eval.core.errors import UserError
 from eval.core.sections import Generation
 from eval.syntax import normalize
-
-
-def outside_function(path: str, thing: str) -> Callable[..., Any]:
-    """The function at `package.module.function`, from a file anywhere on PYTHONPATH.
-
-    Raises:
-        UserError: there is no such module, or no such function in it.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module), name, None) if module else None
-    except ImportError as error:
-        raise UserError(thing, repr(path), f"{error}; is it on PYTHONPATH?") from error
-    if not inspect.isfunction(function):
-        raise UserError(thing, repr(path), "give a function of a module: package.module.function")
-    return function
 
 
 def last_word(text: str) -> str | None:
@@ -77,7 +59,7 @@ class Voting(Plain):
     def __init__(self, settings: Frozen) -> None:
         super().__init__(settings)
         key = "score" if self.settings.answer is None else "answer"
-        self.function = outside_function(getattr(self.settings, key), f"method.settings.{key}")
+        self.function = plugin_function(getattr(self.settings, key), f"method.settings.{key}")
 
     @cached_property
     def identity(self) -> list[Any]:

@@ -43,15 +43,23 @@ def inverse_cdf(probabilities: Tensor, points: Tensor) -> Tensor:
     return torch.minimum(ids, last)
 
 
+def refuse_packing(packed: bool, reason: str) -> None:
+    """Refuses rows that hold several documents each.
+
+    Raises:
+        UserError: they do; `reason` says why they must not.
+    """
+    if packed:
+        raise UserError("data.packing", f"true, but {reason}", "set data.packing: false")
+
+
 def make_prompts(rows: Sequence[Row], generation: Generation) -> list[Row]:
     """The prompt in each row: that of its document if it has one, else its first tokens.
 
     Raises:
         UserError: a row is packed: texts are generated from single documents.
     """
-    if any(row.packed for row in rows):
-        problem = "true, but texts are generated from single documents"
-        raise UserError("data.packing", problem, "set data.packing: false")
+    refuse_packing(any(row.packed for row in rows), "texts are generated from single documents")
     sizes = [1 + row.given if row.given else min(generation.prompt_tokens, len(row.tokens)) for row in rows]
     return [
         Row(row.document, row.domain, row.index, row.tokens[:size], size - 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from distill.models.generation import refuse_packing
 from distill.models.lm_head import capture_input, output_embedding
 from eval.core.config import Frozen
 from eval.core.documents import Batch, boundary_id
@@ -131,9 +132,7 @@ def put_in_front(batch: Batch, prefixes: Sequence[Prefix | None]) -> Iterator[tu
     Raises:
         UserError: rows are packed.
     """
-    if batch.positions is not None:
-        problem = "true, but a chain puts text in front of one document at a time"
-        raise UserError("data.packing", problem, "set data.packing: false")
+    refuse_packing(batch.positions is not None, "a chain puts text in front of one document at a time")
     sizes = [0 if prefix is None else prefix.ids.shape[-1] for prefix in prefixes]
     for size in dict.fromkeys(sizes):
         rows = [row for row, own in enumerate(sizes) if own == size]

@@ -92,7 +92,9 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 def _type_text(kind: Any) -> str:
     text = str(kind) if get_origin(kind) else getattr(kind, "__name__", "")
-    text = re.sub(r"\b(?:typing|eval|pathlib|annotated_types)\.[\w.]*?(?=\w+\b(?!\.))", "", text)
+    text = re.sub(
+        r"\b(?:typing|eval|distill|compress|pathlib|annotated_types)\.[\w.]*?(?=\w+\b(?!\.))", "", text
+    )
     return text.replace("NoneType", "None")
 
 

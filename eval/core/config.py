@@ -8,7 +8,7 @@ import os
 import pkgutil
 import re
 from abc import ABCMeta
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeVar, get_args
@@ -252,6 +252,24 @@ def plugin_module(package: str, name: str, thing: str) -> ModuleType:
         UserError: there is no such module, or it cannot be imported; the cause is named.
     """
     path = name if "." in name else f"{package}.{require_one_of(thing, name, plugin_names(package))}"
+    return _imported(path, name, thing)
+
+
+def plugin_function(path: str, thing: str) -> Callable[..., Any]:
+    """The function at `package.module.function`, from a file anywhere on PYTHONPATH; see `plugin_module`.
+
+    Raises:
+        UserError: there is no such module or function, or it cannot be imported; the cause is named.
+    """
+    module, _, name = path.rpartition(".")
+    function = getattr(_imported(module, path, thing), name, None) if module else None
+    if not inspect.isfunction(function):
+        raise UserError(thing, repr(path), "give a function of a module: package.module.function")
+    return function
+
+
+def _imported(path: str, name: str, thing: str) -> ModuleType:
+    """The module at `path`, which a config calls `name`."""
     try:
         return importlib.import_module(path)
     except UserError:

@@ -1,6 +1,7 @@
 """Records: measured facts with their provenance, one JSON file each, below `records/` of a run folder."""
 
 import math
+import operator
 import os
 import platform
 import socket
@@ -98,9 +99,11 @@ class Documents(Stored):
         if (least_bits := min(self.bits)) < 0:
             name = self.id[self.bits.index(least_bits)]
             raise ValueError(f"document {name!r} has {least_bits} bits; a likelihood is at most 1")
-        for name, tokens, correct in zip(self.id, self.tokens, self.correct or self.tokens, strict=True):
-            if not 0 <= correct <= tokens:
-                raise ValueError(f"document {name!r} has {tokens} tokens, of which {correct} are correct")
+        counts = self.tokens if self.correct is None else self.correct
+        if min(counts) < 0 or any(map(operator.gt, counts, self.tokens)):
+            named = zip(self.id, self.tokens, counts, strict=True)
+            name, tokens, correct = next(row for row in named if not 0 <= row[2] <= row[1])
+            raise ValueError(f"document {name!r} has {tokens} tokens, of which {correct} are correct")
         if self.calibration is not None and set(self.calibration) != (slices := set(self.slice)):
             raise ValueError(
                 f"calibration of slices {sorted(self.calibration)}, documents of {sorted(slices)}"

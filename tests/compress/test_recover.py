@@ -17,8 +17,8 @@ from compress.quantized_training import keep_rounded, put_on_grid
 from compress.recipe import Grid, load_recipe, make_pass
 from compress.tensors.grid import round_to_grid
 from distill.losses.divergences import distillation_loss
-from distill.pipeline import distil
 from distill.teachers.target_source import open_target_source
+from distill.train import distil
 from distill.trainer.loop import row_order
 from distill.trainer.optimizers import split_weights
 from eval.core.artifacts import Key, build_artifact, content_hash, hash_files, link_files, read_manifest

@@ -1,12 +1,13 @@
-"""Experts that are weighed by the likelihood of what was read: Bayes' rule, no look ahead, no domain."""
+"""Experts by what was read: weighed by its likelihood (Bayes' rule), or one chosen by a router; no domain, no look ahead."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from distill.methods.experts import posterior
+from distill.methods.experts import choose, fit_router, posterior
 from eval.core.documents import collate, join_rows
+from eval.core.errors import UserError
 from eval.core.sections import Generation
 from eval.engines.torch import load_model
 from tests.distill.conftest import method_context
@@ -88,3 +89,92 @@ def test_it_writes(fitted, rows):
         texts = method.write(teacher, prompts, Generation(new_tokens=4), 0)
         assert texts == method.write(teacher, prompts, Generation(new_tokens=4), 0)
     assert 1 <= len(texts[0]) <= 4
+
+
+ROUTED = {**SETTINGS, "routing": "text", "router_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory, tokenizer, rows, bases):
+    """Settings -> a method with a router, fitted once, and its context."""
+    context = method_context(tmp_path_factory.mktemp("routed"), tokenizer, rows, bases)
+    make("experts", **ROUTED).fit(context)
+    return lambda **changes: (make("experts", **ROUTED, **changes), context)
+
+
+def test_a_router_is_the_ridge_regression_in_which_every_domain_weighs_the_same():
+    torch.manual_seed(0)
+    features, labels = torch.randn(40, 3), torch.tensor([0] * 30 + [1] * 10)
+    features[:, 0] += 4.0 * labels
+    router = fit_router(features, labels)
+    again = fit_router(torch.cat([features[:30], features[30:].repeat(3, 1)]), labels.repeat_interleave(
+        torch.tensor([1] * 30 + [3] * 10)))  # fmt: skip
+    torch.testing.assert_close(router, again)
+    assert sum(a == b for a, b in zip(choose(router, features), labels.tolist(), strict=True)) >= 38
+
+
+def test_the_router_knows_the_domains_of_what_it_reads(routed, rows):
+    method, context = routed()
+    teacher = load_model(context.bases[0])
+    with torch.no_grad(), method.attached(teacher, context):
+        names = {name: domain for domain, name in method._names.items()}
+        batch = mixed(rows)
+        base = method._output_of(["__base__"] * len(batch.ids), batch)
+        found = [names[name] for name in method._choose(base)]
+    assert found == batch.domains
+
+
+def test_after_the_tokens_of_the_router_the_expert_that_it_chose_speaks(routed, rows):
+    method, context = routed()
+    batch, teacher = mixed(rows), load_model(context.bases[0])
+    with torch.no_grad(), method.attached(teacher, context):
+        said = answer(method, teacher, with_domain(batch, "unheard of"))
+        method.settings = method.settings.model_copy(update={"routing": "domain"})
+        experts, base = answer(method, teacher, batch), answer(method, teacher, with_domain(batch, "none"))
+    torch.testing.assert_close(said[:, :5], base[:, :5])
+    torch.testing.assert_close(said[:, 5:], experts[:, 5:])
+    assert not torch.allclose(experts[:, 5:], base[:, 5:])
+
+
+@pytest.mark.parametrize("routing", ["domain", "likelihood", "text"])
+def test_with_one_adapter_in_memory_it_says_the_same(routed, rows, routing):
+    alone, context = routed(resident=1)
+    every, _ = routed()
+    answers = []
+    for method in (alone, every):
+        method.settings = method.settings.model_copy(update={"routing": routing})
+        teacher = load_model(context.bases[0])
+        with torch.no_grad(), method.attached(teacher, context):
+            answers.append([answer(method, teacher, collate([row], 0)) for row in rows[:4]])
+            assert len(method._loaded) == (1 if method is alone else 2)
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_with_a_router_it_writes_what_its_output_says(routed, rows):
+    method, context = routed()
+    teacher = load_model(context.bases[0])
+    with torch.no_grad(), method.attached(teacher, context):
+        for length in (4, 9):  # shorter than what the router reads, and longer
+            prompts = [replace(row, tokens=row.tokens[:length]) for row in rows[:3]]
+            settings = Generation(new_tokens=4, temperature=0.0)
+            assert method.write(teacher, prompts, settings, 0) == super(type(method), method).write(
+                teacher, prompts, settings, 0
+            )
+
+
+def test_rows_of_several_texts_have_no_first_tokens(routed, rows):
+    method, context = routed()
+    teacher = load_model(context.bases[0])
+    with (
+        torch.no_grad(),
+        method.attached(teacher, context),
+        pytest.raises(UserError, match=r"data\.packing: true, but a router reads"),
+    ):
+        answer(method, teacher, collate([join_rows(rows[:2])], 0))
+
+
+def test_a_domain_of_short_rows_is_refused(tmp_path, tokenizer, rows, bases):
+    context = method_context(tmp_path, tokenizer, rows, bases)
+    with pytest.raises(UserError, match="has no row of 100 tokens; give a smaller router_tokens"):
+        make("experts", **SETTINGS, routing="text", router_tokens=100).fit(context)

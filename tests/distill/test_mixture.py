@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from distill.data.mixture import mix_rows
 from distill.data.rows import rows_taken, training_rows
 from distill.data.split import prepare
-from distill.pipeline import distil
+from distill.train import distil
 from eval.core.artifacts import read_manifest
 from eval.core.documents import TEST, TRAIN, TRANSFER, VALIDATION, read_documents
 from eval.core.errors import UserError

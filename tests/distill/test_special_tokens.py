@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from distill.pipeline import distil, make_base, make_named_teacher
+from distill.pipeline import make_base, make_named_teacher
+from distill.train import distil
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.core.study import load_study

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from distill.data.split import prepare
-from distill.pipeline import distil
+from distill.train import distil
 from eval.core.documents import (
     TEST,
     TRAIN,
