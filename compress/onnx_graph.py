@@ -71,19 +71,19 @@ def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scratch: P
         except (ValueError, NotImplementedError) as error:
             fix = "leave the pass out of the recipe for this architecture"
             raise UserError(f"ONNX graph of {type(model).__name__}", first_line(error), fix) from error
-        made = onnx.load(f"{place[2]}/{MODEL}")
-    _name_state_sizes(made.graph)
-    _compute_logits_from(made.graph)
-    _read_columns(made.graph)
-    return made
+        onnx_model = onnx.load(f"{place[2]}/{MODEL}")
+    _name_state_sizes(onnx_model.graph)
+    _compute_logits_from(onnx_model.graph)
+    _read_columns(onnx_model.graph)
+    return onnx_model
 
 
-def save(made: ModelProto, folder: Path) -> None:
+def save(onnx_model: ModelProto, folder: Path) -> None:
     import onnx
 
     for name in (MODEL, DATA):  # onnx appends to what lies there
         (folder / name).unlink(missing_ok=True)
-    onnx.save_model(made, folder / MODEL, save_as_external_data=True, location=DATA)
+    onnx.save_model(onnx_model, folder / MODEL, save_as_external_data=True, location=DATA)
 
 
 def _name_state_sizes(graph: GraphProto) -> None:
@@ -145,7 +145,7 @@ def _read_columns(graph: GraphProto) -> None:
     _prune(graph)
 
 
-def quantize(made: ModelProto, weights: str, group: int) -> ModelProto:
+def quantize(onnx_model: ModelProto, weights: str, group: int) -> ModelProto:
     """The graph with its matrices in another format: `int8` or `int4` in groups, or `int8-dynamic` by output.
 
     Args:
@@ -153,28 +153,32 @@ def quantize(made: ModelProto, weights: str, group: int) -> ModelProto:
     """
     from onnx import helper
 
-    read, turn = (_named(made.graph, name) for name in (READ, f"{READ}/turn"))
+    read, turn = (_named(onnx_model.graph, name) for name in (READ, f"{READ}/turn"))
     matrix, embedded = read.input[0], turn.output[0]
-    if not any(node.op_type == "MatMul" and matrix in node.input for node in made.graph.node):
+    if not any(node.op_type == "MatMul" and matrix in node.input for node in onnx_model.graph.node):
         # Quantizers take the matrices of products: one that nothing uses, for embeddings of their own.
-        made.graph.node.append(helper.make_node("MatMul", [embedded, matrix], [f"{READ}/product"]))
+        onnx_model.graph.node.append(helper.make_node("MatMul", [embedded, matrix], [f"{READ}/product"]))
     with quiet():
-        made = _by_output(made) if weights == "int8-dynamic" else _in_groups(made, BITS[weights], group)
+        onnx_model = (
+            _by_output(onnx_model)
+            if weights == "int8-dynamic"
+            else _in_groups(onnx_model, BITS[weights], group)
+        )
     nodes = (
         _read_by_output(matrix) if weights == "int8-dynamic" else _read_groups(matrix, BITS[weights], group)
     )
     nodes[-1].output[0] = embedded
-    _replace(made.graph, [_named(made.graph, name) for name in (READ, f"{READ}/turn")], nodes)
-    _prune(made.graph)
-    del made.graph.value_info[:]  # they speak of what was replaced too
-    return made
+    _replace(onnx_model.graph, [_named(onnx_model.graph, name) for name in (READ, f"{READ}/turn")], nodes)
+    _prune(onnx_model.graph)
+    del onnx_model.graph.value_info[:]  # they speak of what was replaced too
+    return onnx_model
 
 
-def _in_groups(made: ModelProto, bits: int, group: int) -> ModelProto:
+def _in_groups(onnx_model: ModelProto, bits: int, group: int) -> ModelProto:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(
-        made, bits=bits, block_size=group, is_symmetric=True, accuracy_level=INTEGERS
+        onnx_model, bits=bits, block_size=group, is_symmetric=True, accuracy_level=INTEGERS
     )
     quantizer.process()
     return quantizer.model.model
@@ -196,13 +200,13 @@ def _read_groups(matrix: str, bits: int, group: int) -> list[NodeProto]:
     ]
 
 
-def _by_output(made: ModelProto) -> ModelProto:
+def _by_output(onnx_model: ModelProto) -> ModelProto:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with TemporaryDirectory() as folder:
         quantize_dynamic(
-            made,
+            onnx_model,
             f"{folder}/{MODEL}",
             op_types_to_quantize=["MatMul"],
             per_channel=True,
@@ -229,13 +233,13 @@ def _read_by_output(matrix: str) -> list[NodeProto]:
     ]
 
 
-def matrices(made: ModelProto) -> dict[str, Any]:
+def matrices(onnx_model: ModelProto) -> dict[str, Any]:
     """The float32 matrices [I, O] of a graph, by name: of products, and of embeddings."""
     from onnx import numpy_helper
 
-    stored = {one.name: one for one in made.graph.initializer}
+    stored = {one.name: one for one in onnx_model.graph.initializer}
     readers = ("MatMul", "Gather")
-    names = {name for node in made.graph.node if node.op_type in readers for name in node.input[:2]}
+    names = {name for node in onnx_model.graph.node if node.op_type in readers for name in node.input[:2]}
     return {
         name: numpy_helper.to_array(stored[name])
         for name in sorted(names & stored.keys())
@@ -243,12 +247,12 @@ def matrices(made: ModelProto) -> dict[str, Any]:
     }
 
 
-def restored(made: ModelProto, name: str, weights: str) -> Tensor:
+def restored(onnx_model: ModelProto, name: str, weights: str) -> Tensor:
     """A quantized matrix as the runtime restores it: [O, I] float32."""
     from onnx import numpy_helper
 
     def stored(end: str) -> Tensor:
-        one = next(one for one in made.graph.initializer if one.name == f"{name}{end}")
+        one = next(one for one in onnx_model.graph.initializer if one.name == f"{name}{end}")
         return torch.from_numpy(numpy_helper.to_array(one).copy())
 
     if weights == "int8-dynamic":
@@ -259,12 +263,12 @@ def restored(made: ModelProto, name: str, weights: str) -> Tensor:
     return ((levels.float() - 2 ** (BITS[weights] - 1)) * scales[..., None]).flatten(1)
 
 
-def stored_bytes(made: ModelProto) -> int:
+def stored_bytes(onnx_model: ModelProto) -> int:
     from onnx import helper
 
     return sum(
         prod(one.dims) * helper.tensor_dtype_to_np_dtype(one.data_type).itemsize
-        for one in made.graph.initializer
+        for one in onnx_model.graph.initializer
     )
 
 

@@ -5,7 +5,8 @@ python -m compress.run --study runs/default
 
 import sys
 
-from eval.core.commands import new_parser, study_from_command
+from eval.core.artifacts import MANIFEST, read_manifest
+from eval.core.commands import add_json, new_parser, study_from_command, write_json
 from eval.core.errors import EXIT_ERROR, EXIT_PASS, UserError, entry
 from eval.core.jobs import lock_folder
 
@@ -13,7 +14,8 @@ from eval.core.jobs import lock_folder
 @entry
 def main() -> int:
     parser = new_parser(__doc__)
-    study, _ = study_from_command(parser, stages=("variant",))
+    add_json(parser)
+    study, args = study_from_command(parser, stages=("variant",))
     if not study.folder.is_dir():
         raise UserError(
             f"run folder {study.folder}",
@@ -27,6 +29,9 @@ def main() -> int:
         count, failures = make_variants(study)
     total = (len(study.recipes) - len(failures)) * len(ARMS) * len(study.seeds)
     print(f"variants: {total} in {study.folder / 'variants'}, {count} made now")
+    manifests = sorted((study.folder / "variants").glob(f"*/*/*/{MANIFEST}"))
+    variants = {m.name: {"hash": m.hash, **m.facts} for m in (read_manifest(p.parent) for p in manifests)}
+    write_json(args.json, {"built": count, "failures": failures, "variants": variants})
     for name, why in failures.items():
         print(f"error: recipe {name} was not built: {why}", file=sys.stderr)
     return EXIT_ERROR if failures else EXIT_PASS

@@ -28,7 +28,7 @@ from eval.gate.quality import RESOLUTION, mean_part
 from eval.gate.verdicts import hold_failures, join_verdicts
 from eval.stats.crossed import MeanSquares, crossed_variance, linearise, mean_squares
 from eval.stats.power import Components, components, power
-from scripts.simulate_parts import (
+from scripts.simulation.parts import (
     ALPHA,
     SEED,
     Array,
@@ -42,7 +42,7 @@ from scripts.simulate_parts import (
     satterthwaite,
     tail_rows,
 )
-from scripts.simulate_watch import look_rows
+from scripts.simulation.watch import look_rows
 
 F, GAIN, DOCUMENTS = 0.5, 12.0, 64
 SEEDS = (3, 5, 10)

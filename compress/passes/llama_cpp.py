@@ -109,7 +109,7 @@ class LlamaCpp(Pass):
         return note.read_text(encoding="utf-8")
 
 
-def _compare(plain: Path, made: Path, before: Size) -> tuple[dict[str, object], Size]:
+def _compare(plain: Path, quantized: Path, before: Size) -> tuple[dict[str, object], Size]:
     """Formats of a quantized file and how far it is from the float32 one, and its size.
 
     Raises:
@@ -117,7 +117,7 @@ def _compare(plain: Path, made: Path, before: Size) -> tuple[dict[str, object], 
     """
     originals, worst, moved, zeroed, low_bit, size = tensors(plain), 0.0, 0.0, 0, 0, 0
     formats = Counter[str]()
-    for name, tensor in tensors(made).items():
+    for name, tensor in tensors(quantized).items():
         kind, old = tensor.tensor_type.name, torch.from_numpy(originals[name].data.copy())
         size += int(tensor.n_bytes)
         if old.ndim < 2 or kind == "F32":

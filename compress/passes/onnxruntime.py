@@ -87,22 +87,22 @@ class OnnxRuntime(Pass):
         plain = self._plain(model, context)
         originals = matrices(plain)
         elements, worst, zeroed = sum(prod(m.shape) for m in originals.values()), 0.0, 0
-        made, skipped = plain, skipped_modules(model, set(), "the recipe asks for float32")
+        quantized, skipped = plain, skipped_modules(model, set(), "the recipe asks for float32")
         if weights != "fp32":
-            made, skipped = quantize(plain, weights, self.options.group_size), []
+            quantized, skipped = quantize(plain, weights, self.options.group_size), []
             group = self.options.group_size if self.options.in_groups else None
             for name, matrix in originals.items():
-                old, new = torch.from_numpy(matrix.T.copy()), restored(made, name, weights)
+                old, new = torch.from_numpy(matrix.T.copy()), restored(quantized, name, weights)
                 worst = max(worst, check_rounding(name, old, new, group, BOUNDS[weights]))
                 zeroed += int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
         result = EngineFiles(self.engine, context.scratch, model)
-        save(made, result.folder)
+        save(quantized, result.folder)
         every = sum(w.numel() for w in model.parameters() if w.ndim > 1)
         low_bit = 0 if weights == "fp32" else elements
         after = Size(
             parameters=before.parameters,
             nonzeros=before.nonzeros - zeroed,
-            bytes=stored_bytes(made),
+            bytes=stored_bytes(quantized),
             low_bit=low_bit,
         )
         named = 0 if weights == "fp32" else every

@@ -25,12 +25,12 @@ from eval.core.errors import UserError
 from eval.core.sections.models import Server
 
 THING = "teacher.server"
-TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that another try may mend
+TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses after which another try may succeed
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before the second try, and at most
 
 
 class Refused(Exception):
-    """An answer of the server that another try does not mend."""
+    """An answer of the server that another try would not change."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"status {status}: {message}")

@@ -16,7 +16,7 @@ from eval.challenge.outcome import Claim, Outcome, judge_claims, read_evidence
 from eval.challenge.runs import run_study
 from eval.core.budget import Budget
 from eval.core.checks import CE, check_plan
-from eval.core.commands import add_json, new_parser, write_json
+from eval.core.commands import add_json, add_keys_help, new_parser, write_json
 from eval.core.errors import UserError, entry
 from eval.core.gate_file import Estimate
 from eval.core.records import PLAIN, VALIDATION
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("method", help="the file of a method, or the name that a study gives it")
     parser.add_argument("--settings", default="{}", metavar="YAML", help="method.settings (default: none)")
     add_json(parser)
+    add_keys_help(parser)
     args, words = parser.parse_known_args()
     name, path = find_module(args.method)
     if path is not None:

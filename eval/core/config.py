@@ -220,8 +220,8 @@ def validate_config(model: type[M], raw: dict[str, Any], where: str) -> M:
         raise UserError(thing, "missing", "add this key")
     problem, fix = repr(first["input"])[:200], expected_text(first)
     if first["type"] == "value_error" and isinstance(first["input"], dict):  # of several keys together
-        problem, found, rest = fix.partition("; ")
-        problem, fix = (problem, rest) if found else ("its keys do not fit", fix)
+        problem, separator, rest = fix.partition("; ")
+        problem, fix = (problem, rest) if separator else ("its keys do not fit", fix)
     raise UserError(thing, problem, fix)
 
 

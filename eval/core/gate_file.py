@@ -392,8 +392,8 @@ def figures_of(value: Any, without: set[str] = PROSE | RESAMPLED) -> Any:
     """
     if isinstance(value, BaseModel):
         fields = {name: (info, getattr(value, name)) for name, info in type(value).model_fields.items()}
-        told = {n: v for n, (info, v) in fields.items() if not (info.exclude_if and info.exclude_if(v))}
-        return {name: figures_of(told[name], without) for name in sorted(set(told) - without)}
+        shown = {n: v for n, (info, v) in fields.items() if not (info.exclude_if and info.exclude_if(v))}
+        return {name: figures_of(shown[name], without) for name in sorted(set(shown) - without)}
     if isinstance(value, dict):
         return {str(key): figures_of(inner, without) for key, inner in value.items()}
     return [figures_of(one, without) for one in value] if isinstance(value, list | tuple) else value

@@ -137,8 +137,8 @@ def find_variants(study: Study, teacher: bool = True) -> list[Variant]:
         raise UserError(
             f"model {folders[0]}", "not trained yet", f"run python distill/train.py --config {run} first"
         )
-    found = [read_variant(path) for path in complete]
-    return [*found, *find_teacher(study)] if teacher else found
+    variants = [read_variant(path) for path in complete]
+    return [*variants, *find_teacher(study)] if teacher else variants
 
 
 def find_teacher(study: Study) -> list[Variant]:

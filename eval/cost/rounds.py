@@ -21,7 +21,7 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS
 
 
 @dataclass(frozen=True)
-class Probe:
+class Worker:
     """A fresh process for one variant."""
 
     variant: Variant
@@ -57,7 +57,7 @@ class Probe:
 
 
 @contextmanager
-def start_probe(variant: Variant, threads: int) -> Iterator[Probe]:
+def start_worker(variant: Variant, threads: int) -> Iterator[Worker]:
     """A process that has begun to import the variant's engine; it is gone at the end."""
     with tempfile.TemporaryFile("w+", errors="replace") as stderr:
         process = subprocess.Popen(
@@ -70,7 +70,7 @@ def start_probe(variant: Variant, threads: int) -> Iterator[Probe]:
             text=True,
         )
         try:
-            yield Probe(variant, process, stderr)
+            yield Worker(variant, process, stderr)
         finally:
             process.kill()
             process.communicate()
@@ -93,12 +93,12 @@ def make_order(plan: CostPlan, variant: Variant) -> Order:
 def measure_group(group: list[tuple[Variant, Order]], report: Report) -> dict[str, Answer]:
     """Label -> answer. Starts a process for each side by side, then lets one after another measure, alone."""
     with ExitStack() as stack:
-        probes = [stack.enter_context(start_probe(variant, order.threads)) for variant, order in group]
-        for probe in probes:
-            probe.read_answer()
+        workers = [stack.enter_context(start_worker(variant, order.threads)) for variant, order in group]
+        for worker in workers:
+            worker.read_answer()
         answers: dict[str, Answer] = {}
-        for probe, (variant, order) in zip(probes, group, strict=True):
-            answers[variant.label] = probe.measure(order)
+        for worker, (variant, order) in zip(workers, group, strict=True):
+            answers[variant.label] = worker.measure(order)
             report(len(answers) / len(group))
         return answers
 

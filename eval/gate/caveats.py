@@ -188,11 +188,11 @@ def _scored_elsewhere(evidence: Evidence) -> list[str]:
     """Scores that this project did not make, and whether some of one contrast were made otherwise."""
     if not evidence.elsewhere:
         return []
-    told = [f"{len(models)} by {by}, first {models[0]}" for by, models in evidence.elsewhere.items()]
+    parts = [f"{len(models)} by {by}, first {models[0]}" for by, models in evidence.elsewhere.items()]
     count = sum(map(len, evidence.elsewhere.values()))
     mixed = len(evidence.elsewhere) > 1 or count < len(evidence.artifacts)
     why = ": models that are compared were scored by different programs, which may differ" if mixed else ""
-    return [f"scores were made elsewhere ({'; '.join(told)}){why}"]
+    return [f"scores were made elsewhere ({'; '.join(parts)}){why}"]
 
 
 def _spoiled_ce(evidence: Evidence) -> list[str]:

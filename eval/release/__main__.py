@@ -27,7 +27,7 @@ from eval.core.artifacts import (
 )
 from eval.core.budget import Budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
-from eval.core.commands import count, new_parser, study_from_command
+from eval.core.commands import add_json, count, new_parser, study_from_command, write_json
 from eval.core.documents import TRAIN, boundary_id, slices_of_test, stream_documents
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.gate_file import GateFile, read_gate
@@ -366,6 +366,7 @@ def main() -> None:
     parser.add_argument("--out", help="the folder to build (default: RUN/release/NAME)")
     about = "sign it once more as OpenSSF's model signing does, into a file beside it (OUT.sig)"
     parser.add_argument("--openssf", action="store_true", help=about)
+    add_json(parser)
     study, args = study_from_command(parser)
     if study.task != "causal_lm":
         fix = "ship the variant's folder with its sign-off: transformers or OpenVINO load it"
@@ -378,6 +379,7 @@ def main() -> None:
         require_model_signing(args.key, signer, out)
     contract = build_release(sources, out, args.owner, now, signer, args.recheck_days)
     print("\n".join(summary_lines(contract, out)))
+    write_json(args.json, contract)
     if args.openssf:
         print(f"OpenSSF model signature: {sign_model(out, args.key)}")
 

@@ -32,8 +32,8 @@ def bill_of_materials(contract: Contract, lineage: dict[str, Any]) -> dict[str, 
     root |= {"version": contract.released.isoformat(), "publisher": contract.owner}
     ends = {ref: f"students/S1/s{contract.seed}" for ref in variants}
     for ref, target in variants.items():
-        made = f"variants/{target.recipe}/S1/s{contract.seed}"
-        ends[ref] = made if target.recipe != PLAIN and made in links else ends[ref]
+        place = f"variants/{target.recipe}/S1/s{contract.seed}"
+        ends[ref] = place if target.recipe != PLAIN and place in links else ends[ref]
     depends = {
         "release": [*variants, "fallback"],
         **{ref: [end] for ref, end in ends.items() if end in links},
@@ -120,8 +120,10 @@ def _made_from(lineage: dict[str, Any]) -> tuple[list[Component], dict[str, list
     components: list[Component] = []
     links: dict[str, list[str]] = {}
     for name, node in artifacts.items():
-        made = _model(name, name, node["hash"], f"{node['kind']} artifact of the study {lineage['study']}")
-        components.append(made | {"type": "data"} if node["kind"] == "data" else made)
+        component = _model(
+            name, name, node["hash"], f"{node['kind']} artifact of the study {lineage['study']}"
+        )
+        components.append(component | {"type": "data"} if node["kind"] == "data" else component)
         parents = [by_hash[sha] for sha in node["parents"].values() if sha in by_hash]
         links[name] = sorted(set(parents) - {name})
     for arm, sha in lineage["teachers"].items():

@@ -344,8 +344,8 @@ def test_set_line(gate: GateFile) -> str:
     old = "" if look.current else " They are of earlier artifacts or an earlier budget."
     shares = {"": look.kept_share, **{f"on those of {name} ": kept for name, kept in look.slices.items()}}
     cells = {where: estimate_cell(kept) for where, kept in shares.items()}
-    told = "; ".join(f"{where}{' '.join([cell.main, *cell.notes])}" for where, cell in cells.items())
-    retained = f"share of the gain retained {told}"
+    figures = "; ".join(f"{where}{' '.join([cell.main, *cell.notes])}" for where, cell in cells.items())
+    retained = f"share of the gain retained {figures}"
     return f"{start}: {look.verdict} on {look.documents} documents, {retained}.{old}"
 
 

@@ -29,8 +29,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--log", type=Path, metavar="JSONL", help="where requests are logged")
     parser.add_argument("--public", metavar="FILE", help="public key of who signed the release")
     parser.add_argument("--rollout-key", metavar="FILE", help="public key of who signs the rollout's steps")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=count, default=8000)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)"
+    )
+    parser.add_argument("--port", type=count, default=8000, help="port to listen at (8000)")
     parser.add_argument("--open", type=count, default=256, help="requests that may be open at once (256)")
     about = "seconds without a word after which a model is started again (30)"
     parser.add_argument("--patience", type=positive, default=30.0, help=about)

@@ -102,8 +102,8 @@ class Router:
     def _checked_state(self, rollout: Path) -> State:
         """The very state that was checked: where a step is written meanwhile, the new one is checked too."""
         state: dict[str, Any] | None = None
-        while state != (found := read_json(rollout / ROLLOUT)):
-            state = found
+        while state != (current := read_json(rollout / ROLLOUT)):
+            state = current
             check_arm("release", rollout, self.root, self.target, self.rollout_key)
         return State.model_validate({name: value for name, value in state.items() if name != "log"})
 

@@ -214,15 +214,17 @@ def problems(
         signed = latest(read_bundle(path, trusted))
     except UserError as error:
         return [], [f"{error.thing.removeprefix(f'sign-off {path}: ')}: {error.problem}"]
-    found: list[str] = []
+    objections: list[str] = []
     for one in signed:
         texts = [*_files(one.statement, rerun), *_collect_problems(_artifacts(one.predicate, rerun))]
         texts += [*_collect_problems(_gate(one.predicate, rerun)), *_waiver(one.predicate, today)]
         if path != signoff_path(rerun.run, one.predicate.recipe, one.predicate.target):
             of = f"{one.predicate.recipe} on {one.predicate.target}"
             texts.append(f"it speaks of {of}, its name of another")
-        found += [f"line {one.line}: {text}" if len(signed) > 1 else text for text in dict.fromkeys(texts)]
-    return signed, found + too_few_signatures(signed)
+        objections += [
+            f"line {one.line}: {text}" if len(signed) > 1 else text for text in dict.fromkeys(texts)
+        ]
+    return signed, objections + too_few_signatures(signed)
 
 
 def too_few_signatures(signed: list[Signed]) -> list[str]:

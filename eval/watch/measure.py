@@ -86,12 +86,12 @@ def _last_answer(where: str, messages: Any) -> tuple[list[dict[str, Any]], str]:
 
 
 def _turn(where: str, turn: dict[str, Any]) -> dict[str, Any]:
-    told = {key: value for key, value in turn.items() if value is not None}
-    for key in told:
+    given = {key: value for key, value in turn.items() if value is not None}
+    for key in given:
         require_one_of(f"{where}: key of a turn", key, TURN_KEYS)
-    if told.get("tool_calls") and not told.get("content"):
-        return {**told, "content": ""}
-    return {**told, "content": _text(where, turn, "content")}
+    if given.get("tool_calls") and not given.get("content"):
+        return {**given, "content": ""}
+    return {**given, "content": _text(where, turn, "content")}
 
 
 def _content(document: Document) -> str:
@@ -112,10 +112,10 @@ def check_prompts(release: Path, name: str, documents: list[Document]) -> None:
     asked = {bool(s.prompt_column or s.prompt_template or s.messages_column) for s in sources}
     odd = [document.id for document in documents if bool(document.prompt) not in asked]
     if odd:
-        found, had, fix = "no prompt", "had one", "`prompt` with `text`, or `messages`"
+        this, verdict, fix = "no prompt", "had one", "`prompt` with `text`, or `messages`"
         if asked == {False}:
-            found, had, fix = "a prompt", "had none", "`text` alone"
-        problem = f"{found}; the documents of the verdict {had}"
+            this, verdict, fix = "a prompt", "had none", "`text` alone"
+        problem = f"{this}; the documents of the verdict {verdict}"
         raise UserError(f"--data: document {odd[0]!r}", problem, f"give each line {fix}")
 
 

@@ -156,7 +156,7 @@ def blame(before: Bits, series: Series, drift: list[Moved], alpha: float) -> Bla
         drift: of the input, at alpha / `PARTS`.
     """
     level = alpha / PARTS
-    fading = [line for of in ("control", "fallback") if (line := faded(of, before, series, level))]
+    smaller = [line for of in ("control", "fallback") if (line := faded(of, before, series, level))]
     hardest = hardest_since(series, before, level)
     usual = float(before.level("fallback").mean())
     harder = []
@@ -169,9 +169,9 @@ def blame(before: Bits, series: Series, drift: list[Moved], alpha: float) -> Bla
         for one in drift
         if one.since is not None
     ]
-    if fading or harder:
+    if smaller or harder:
         state: State = (
-            "both" if fading and harder else "the method is fading" if fading else "the world got harder"
+            "both" if smaller and harder else "the method is fading" if smaller else "the world got harder"
         )
-        return Blame(state, [*fading, *harder, *changed])
+        return Blame(state, [*smaller, *harder, *changed])
     return Blame("the input changed", changed) if changed else Blame("fine", [])

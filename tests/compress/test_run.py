@@ -77,7 +77,7 @@ def done(tmp_path_factory):
     ]
     study = build_student_run(folder, recipes, seeds=[0], tokenizer=wide_tokenizer())
     students = hash_files(study.folder / "students")
-    result = compress(study)
+    result = compress(study, "--json", folder / "compress.json")
     assert result.returncode == 0, result.stderr
     return study, students, result
 
@@ -86,7 +86,10 @@ def test_every_recipe_is_applied_to_both_arms(done):
     study, _, result = done
     assert f"variants: 10 in {study.folder / 'variants'}, 10 made now" in result.stdout
     assert len(manifests(study)) == 10
+    written = json.loads((study.folder.parent.parent / "compress.json").read_text())
+    assert (written["built"], written["failures"], len(written["variants"])) == (10, {}, 10)
     for folder, manifest in manifests(study).items():
+        assert written["variants"][manifest.name] == {"hash": manifest.hash, **manifest.facts}
         recipe, arm, seed = folder.parts[-3:]
         assert manifest.name == f"variants/{recipe}/{arm}/{seed}"
         assert manifest.kind == "variant"

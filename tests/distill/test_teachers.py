@@ -242,7 +242,7 @@ def test_settings_that_contradict_are_refused_before_anything_is_built(tmp_path,
         check_target_source(load_study(tiny_study(tmp_path), overrides))
 
 
-def test_only_what_matters_decides_a_lesson(cached):
+def test_only_what_matters_decides_a_target_source(cached):
     def key(arm="S1", **targets):
         changed = cached[0].model_copy(update={"targets": Targets(**targets)})
         return target_source_inputs(changed, arm, 0)[0]

@@ -93,7 +93,7 @@ def release(released_run):
     out = released_run.folder / "release"
     given = ["--study", released_run.path, "--variant", "small", "--owner", "Team A", "--out", out]
     keys = ["--key", released_run.folder / "key", "--public", released_run.folder / "key.pub"]
-    done = command("-m", "eval.release", *given, *keys)
+    done = command("-m", "eval.release", *given, *keys, "--json", released_run.folder / "release.json")
     assert done.returncode == 0, done.stderr
     (released_run.folder / "output").write_text(done.stdout)
     return out

@@ -25,7 +25,7 @@ from eval.cost.plan import (
     plan_from_folders,
     plan_from_run,
 )
-from eval.cost.rounds import make_order, measure_group, start_probe
+from eval.cost.rounds import make_order, measure_group, start_worker
 from eval.cost.worker import peak_memory, serve_request
 from eval.engines import load_engine, load_tokenizer
 from tests.eval.run_builder import COST, facts, fake_run, put, torch_model
@@ -248,10 +248,10 @@ def test_a_variant_that_cannot_be_loaded_is_reported(prepared):
 def test_a_killed_process_is_reported(prepared):
     study, _ = prepared
     variant = find_variants(load_study(study))[1]
-    with start_probe(variant, threads=1) as probe:
-        probe.process.kill()
+    with start_worker(variant, threads=1) as worker:
+        worker.process.kill()
         with pytest.raises(UserError, match=r"measuring .*int8/S1/s0: the process ended with -9"):
-            probe.read_answer()
+            worker.read_answer()
 
 
 @pytest.mark.parametrize(

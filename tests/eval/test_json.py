@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 
 from tests.eval.run_builder import COST, Run, copy_run, facts, fake_run, put, teacher_hash, torch_model
 from tests.eval.test_test_set import OpenedRun
@@ -48,6 +49,12 @@ def verified(request, folder):
     run_folder = request.getfixturevalue("released_run")
     words = ("--study", run_folder.path, "--verify", "--public", run_folder.folder / "key.pub")
     return written(folder, "eval.signoff", *words)
+
+
+def released(request, folder):
+    release = request.getfixturevalue("release")
+    contract = yaml.safe_load((release / "contract.yaml").read_text())
+    return [contract, json.loads((release.parent / "release.json").read_text())]
 
 
 def written(folder, module, *words, code=0):
@@ -97,9 +104,10 @@ def recheck(request, folder):
         (command("eval.gate", "toy"), lambda r: r["verdict"] == "PASS" and r["variants"]),
         (opening, lambda r: (r["by"], r["documents"]) == ("Ada", 12) and r["verdict"] in ("FAIL", "INCONCLUSIVE")),
         (verified, lambda r: r == {"holds": True, "problems": []}),
+        (released, lambda r: r[0]["targets"].keys() == r[1]["targets"].keys() and r[0]["owner"] == r[1]["owner"]),
         (recheck, lambda r: r["verdict"] == "FAIL" and r["findings"] and r["drift"]),
     ],
-    ids=["score", "agreement", "load", "merge", "power", "gate", "test_set", "verify", "recheck"],
+    ids=["score", "agreement", "load", "merge", "power", "gate", "test_set", "verify", "release", "recheck"],
 )  # fmt: skip
 def test_the_result_is_written_as_json(case, check, request, tmp_path):
     result = case(request, tmp_path)

@@ -14,7 +14,7 @@ from eval.stats.sequential import (
     rate_bounds,
     start_level,
 )
-from scripts.simulate_watch import WAYS, Looks, first_alarms
+from scripts.simulation.watch import WAYS, Looks, first_alarms
 
 ALPHA = 0.05
 

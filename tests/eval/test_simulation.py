@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval.core.config import ROOT
-from scripts.simulate_parts import PICKS, Clustered, clustered_false_pass, false_fail, picks
+from scripts.simulation.parts import PICKS, Clustered, clustered_false_pass, false_fail, picks
 
 pytestmark = pytest.mark.slow
 

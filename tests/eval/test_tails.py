@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eval.stats.quantiles import largest_bounds, percentile_bounds, quantile_bounds
-from scripts.simulate_parts import Tail, tail_misses
+from scripts.simulation.parts import Tail, tail_misses
 
 
 @pytest.fixture

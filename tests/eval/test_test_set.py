@@ -126,7 +126,7 @@ def test_the_command_opens_once_and_the_gate_shows_it(toy):
     assert shown.verdict == read_openings(toy.path)[0].verdict
 
 
-def test_the_sealed_estimate_is_that_of_the_test_documents(toy):
+def test_the_estimate_is_that_of_the_test_documents(toy):
     score_all(toy)
     e, budget = toy.seen()
     opening = judge_test_set(e, budget, an_opening(toy))

@@ -10,7 +10,7 @@ from eval.gate.decision import judge
 from eval.gate.verdicts import hold_failures, join_verdicts, slice_verdict
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, crossed_mean
 from eval.stats.multiplicity import holm
-from scripts.simulate_parts import holm_rows
+from scripts.simulation.parts import holm_rows
 from tests.eval.run_builder import Run, edit, row
 from tests.helpers import run as command
 

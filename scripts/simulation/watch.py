@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from eval.stats.sequential import half_widths, start_level
-from scripts.simulate_parts import ALPHA, SEED, Array, Flags, Row, chunks
+from scripts.simulation.parts import ALPHA, SEED, Array, Flags, Row, chunks
 
 WEEKS, CHANGE = 52, 26
 WAYS = ("each week alone", "all so far, t", "sequence", "since")
