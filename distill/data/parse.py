@@ -1,12 +1,12 @@
 """One row of a source as a document: a text, an answer after a prompt, or the last answer of a chat."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from string import Formatter
 from typing import Any, NamedTuple
 
 from distill.data.files import MARK, UNDECODABLE, RawRow, Unusable
+from eval.core.artifacts import text_sha256
 from eval.core.documents import Document
 from eval.core.sections import Source
 
@@ -36,14 +36,9 @@ class Raw(NamedTuple):
     folder: str = ""  # the name of the one that a file lies in
 
 
-def sha256(text: str) -> str:
-    """In hexadecimal: also the sort key of an order that is fixed and no better than chance."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def content_hash(text: str, prompt: str | list[Turn] = "", tools: Sequence[dict[str, Any]] = ()) -> str:
     """SHA-256 of a text with its prompt and the tools that it may call."""
-    return sha256(json.dumps([prompt, text, *([tools] if tools else [])]) if prompt else text)
+    return text_sha256(json.dumps([prompt, text, *([tools] if tools else [])]) if prompt else text)
 
 
 def make_document(source: Source, raw: Raw, labels: Sequence[str] = ()) -> Document:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.data.files import FORMATS, Unusable, read_rows, read_text
-from distill.data.parse import EMPTY_FILE, Raw, make_document, required_columns, sha256
+from distill.data.parse import EMPTY_FILE, Raw, make_document, required_columns
 from distill.packages import package_folder
-from eval.core.artifacts import digest
+from eval.core.artifacts import digest, text_sha256
 from eval.core.config import PACKAGES
 from eval.core.documents import NO_FOLDER, Document
 from eval.core.errors import UserError
@@ -53,7 +53,7 @@ def _files(source: Source) -> list[Path]:
     if not files:
         problem = f"no file in {source.path!r} matches {source.include}"
         raise UserError("data source", problem, "fix path, include or exclude")
-    return sorted(files, key=lambda p: sha256(p.as_posix()))
+    return sorted(files, key=lambda p: text_sha256(p.as_posix()))
 
 
 def _is_excluded(path: Path, source: Source) -> bool:
@@ -77,7 +77,7 @@ def _from_folder(source: Source) -> Iterator[Raw]:
 
 def _from_pydoc(source: Source) -> Iterator[Raw]:
     topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    for name in sorted(topics, key=sha256):
+    for name in sorted(topics, key=text_sha256):
         yield Raw(f"pydoc/{name}", {source.text_column: topics[name]}, source.domain or "pydoc")
 
 

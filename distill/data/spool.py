@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from distill.data.parse import ID_DIGITS, content_hash, sha256
+from distill.data.parse import ID_DIGITS, content_hash
+from eval.core.artifacts import text_sha256
 from eval.core.documents import Document, parse_document
 
 RECENT = 2**16  # hashes of a set that are not sorted yet, at least
@@ -17,7 +18,7 @@ RECENT = 2**16  # hashes of a set that are not sorted yet, at least
 
 def short_hash(text: str) -> int:
     """64 bits of the SHA-256, the first ones: they sort as the whole does."""
-    return int(sha256(text)[:ID_DIGITS], 16)
+    return int(text_sha256(text)[:ID_DIGITS], 16)
 
 
 def document_line(document: Document, with_source: bool = False) -> bytes:

@@ -32,9 +32,9 @@ from eval.core.budget import Budget
 from eval.core.checks import check_plan
 from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import UserError, entry
-from eval.core.gate_file import Estimate
 from eval.core.study import Study, check_trained, study_text
 from eval.gate.evidence import Evidence
+from eval.report.format import bounds_text
 
 WIDTH = 118  # columns of the table where it is not for a terminal
 
@@ -116,14 +116,8 @@ def show(outcomes: list[Outcome], console: Console) -> None:
     for one in outcomes:
         share = "-" if one.share is None else f"{one.share[0]:.2f} [{one.share[1]:.2f}, {one.share[2]:.2f}]"
         verdict = f"{one.verdict}: {one.needs}" if one.needs else one.verdict
-        table.add_row(one.what, _text(one.gain), _text(one.lead), share, one.claim, verdict)
+        table.add_row(one.what, bounds_text(one.gain), bounds_text(one.lead), share, one.claim, verdict)
     console.print(table)
-
-
-def _text(bounds: Estimate) -> str:
-    if bounds.low is None or bounds.high is None:
-        return f"{bounds.point:+.3f}"
-    return f"{bounds.point:+.3f} [{bounds.low:+.3f}, {bounds.high:+.3f}]"
 
 
 @entry

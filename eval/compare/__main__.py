@@ -23,11 +23,11 @@ from eval.core.budget import Budget
 from eval.core.checks import check_plan
 from eval.core.commands import NewFile, add_json, new_parser, write_json
 from eval.core.errors import EXIT_PASS, UserError, entry
-from eval.core.gate_file import Estimate, GateFile, read_gate
+from eval.core.gate_file import GateFile, read_gate
 from eval.core.plan import budget_of_run
 from eval.core.study import Study, check_trained, load_study, study_text
 from eval.gate.evidence import Evidence, collect_evidence
-from eval.report.format import MISSING, TIMES
+from eval.report.format import MISSING, TIMES, bounds_text
 from eval.report.markdown import markdown_table
 
 WIDTH = 150  # columns of the table where it is not for a terminal
@@ -79,14 +79,6 @@ def read_study(study: Study) -> tuple[Evidence, Budget]:
 
 def gate_of(study: Study) -> GateFile | None:
     return read_gate(study.folder) if (study.folder / "gate.json").is_file() else None
-
-
-def bounds_text(value: Estimate | None) -> str:
-    if value is None:
-        return MISSING
-    if value.low is None or value.high is None:
-        return f"{value.point:+.3f}"
-    return f"{value.point:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
 def cells(row: Compared, gate: GateFile | None) -> dict[str, str]:

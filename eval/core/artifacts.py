@@ -89,6 +89,11 @@ class Manifest(BaseModel):
 def digest(value: Any) -> str:
     """SHA-256 of the canonical JSON of `value`."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text_sha256(text)
+
+
+def text_sha256(text: str) -> str:
+    """In hexadecimal, of its UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -8,14 +8,13 @@ Each look and each verdict holds the SHA-256 of the one before it. What is wiped
 that the last links, or all of them, were wiped can only be seen against a copy that lies elsewhere.
 """
 
-import hashlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from eval.core.artifacts import digest, file_sha256, write_text
+from eval.core.artifacts import digest, file_sha256, text_sha256, write_text
 from eval.core.errors import UserError, first_error
 from eval.core.gate_file import GateFile, GateRun, Look, OnTestSet, Opening
 from eval.core.plan import Plan
@@ -90,10 +89,6 @@ def _line(run: GateRun) -> str:
     return run.model_dump_json()
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_runs(
     run: Path, before: GateFile | None, plan: Plan | None, openings: list[Opening]
 ) -> list[GateRun]:
@@ -110,7 +105,7 @@ def read_runs(
     lines = path.read_bytes().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         one = _parsed(GateRun, line, f"{path}: line {number}")
-        link = _sha256(_line(runs[-1])) if runs else None
+        link = text_sha256(_line(runs[-1])) if runs else None
         if (one.number, one.previous, _line(one).encode()) != (number, link, line):
             problem = f"is verdict {one.number}, linked to {_short(one.previous)}, not {_short(link)}"
             raise UserError(f"{path}: line {number}", problem, BACK)
@@ -152,7 +147,7 @@ def add_run(runs: list[GateRun], gate: GateFile, run: Path, openings: list[Openi
         openings=len(openings),
         opening=file_sha256(opening_path(run, len(openings))) if seen else None,
         verdict=gate.verdict,
-        previous=_sha256(_line(runs[-1])) if runs else None,
+        previous=text_sha256(_line(runs[-1])) if runs else None,
     )
     place = {"number", "time", "previous"}
     if runs and runs[-1].model_dump(exclude=place) == new.model_dump(exclude=place):

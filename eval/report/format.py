@@ -267,6 +267,15 @@ def comparison_rows(gate: GateFile) -> tuple[list[str], list[list[str]]]:
     return ["variant", "over", "better by, bits/byte", *(f"decode p50, {t}" for t in targets)], rows
 
 
+def bounds_text(value: Estimate | None) -> str:
+    """A difference in bits per byte, with its sign and bounds."""
+    if value is None:
+        return MISSING
+    if value.low is None or value.high is None:
+        return f"{value.point:+.3f}"
+    return f"{value.point:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+
+
 def ratio_text(ratio: Relative | None) -> str:
     if ratio is None:
         return MISSING

@@ -10,7 +10,6 @@ log of lm-evaluation-harness, whose `doc` is a line of the export, is taken as i
 the manifest of what was scored. docs/quality.md has an example.
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -19,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from eval.core.artifacts import read_manifest, write_text
+from eval.core.artifacts import read_manifest, text_sha256, write_text
 from eval.core.checks import CONTROL, FALLBACK, TAUGHT, TEACHERS, Artifacts, artifact_folder
 from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.documents import Document, cluster_names, json_objects, read_documents, scored_slices
@@ -44,11 +43,11 @@ FIX = "score the export of this run again: python -m eval.score.import --study R
 Key = tuple[str, str]  # slice, id
 
 
-def text_sha256(document: Document) -> str:
+def document_sha256(document: Document) -> str:
     """Of what is scored and what it is scored after: another prompt gives other bits."""
     whole = [document.prompt, document.text] if document.prompt else document.text
     text = whole if isinstance(whole, str) else json.dumps(whole, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return text_sha256(text)
 
 
 def documents_of(run: Path) -> dict[Key, Document]:
@@ -60,7 +59,7 @@ def documents_of(run: Path) -> dict[Key, Document]:
 def export_lines(run: Path) -> Iterator[str]:
     for (name, _), one in documents_of(run).items():
         prompt = {"prompt": one.prompt} if one.prompt else {}
-        row = {"slice": name, "id": one.id, "sha256": text_sha256(one), **prompt, "text": one.text}
+        row = {"slice": name, "id": one.id, "sha256": document_sha256(one), **prompt, "text": one.text}
         yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -117,7 +116,7 @@ def read_columns(run: Path, study: Study, path: Path) -> Documents:
         thing = f"{where}: document {key[1]!r} of slice {key[0]!r}"
         if key not in known:
             raise UserError(thing, "the run scores none of that name", FIX)
-        if sha256 != (now := text_sha256(known[key])):
+        if sha256 != (now := document_sha256(known[key])):
             raise UserError(thing, f"its text has sha256 {sha256[:12]}, the run's has {now[:12]}", FIX)
         if key in rows:
             raise UserError(thing, "a second score of it", "leave one out")

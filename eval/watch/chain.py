@@ -4,14 +4,13 @@ A line is a DSSE envelope around an in-toto statement about the release's manife
 what, why, and by which figures. What a loader obeys, `rollout.json`, repeats the last line's state.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field, ValidationError
 
-from eval.core.artifacts import file_sha256, write_text
+from eval.core.artifacts import file_sha256, text_sha256, write_text
 from eval.core.config import Stored
 from eval.core.errors import UserError, expected_text
 from eval.signoff.keys import Trusted, envelope, from_text, signer_name, wrapped
@@ -72,10 +71,6 @@ def keys_path(folder: Path, number: int) -> Path:
     return folder / KEYS / f"{number:04d}.txt"
 
 
-def _sha256(line: str) -> str:
-    return hashlib.sha256(line.encode()).hexdigest()
-
-
 def require_log(folder: Path) -> None:
     """Raises UserError where a folder holds no rollout."""
     if not log_path(folder).is_file():
@@ -91,7 +86,7 @@ def _lines(folder: Path) -> list[str]:
 
 def last_hash(folder: Path) -> str | None:
     lines = _lines(folder) if log_path(folder).is_file() else []
-    return _sha256(lines[-1]) if lines else None
+    return text_sha256(lines[-1]) if lines else None
 
 
 def read_steps(folder: Path, trusted: Trusted | None) -> list[Step]:
@@ -107,7 +102,7 @@ def read_steps(folder: Path, trusted: Trusted | None) -> list[Step]:
     for number, line in enumerate(lines, start=1):
         where = f"{log_path(folder)}: line {number}"
         step = _read_line(line, where, trusted)
-        link = _sha256(lines[number - 2]) if number > 1 else None
+        link = text_sha256(lines[number - 2]) if number > 1 else None
         if step.number != number or step.previous != link:
             raise UserError(where, "is not linked to the line before it: one was wiped or changed", BACK)
         steps.append(step)

@@ -4,7 +4,6 @@ No text is kept: of a document its hash, its size, and what the three models say
 """
 
 import fcntl
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError, model_validator
 
-from eval.core.artifacts import write_text
+from eval.core.artifacts import text_sha256, write_text
 from eval.core.config import Stored
 from eval.core.errors import UserError, expected_text
 from eval.release.contract_file import Bits
@@ -81,12 +80,8 @@ def line_of(look: Look) -> str:
     return look.model_dump_json() + "\n"
 
 
-def _sha256(line: str) -> str:
-    return hashlib.sha256(line.encode()).hexdigest()
-
-
 def previous_hash(looks: list[Look]) -> str:
-    return _sha256(line_of(looks[-1])) if looks else ""
+    return text_sha256(line_of(looks[-1])) if looks else ""
 
 
 def read_history(path: Path) -> list[Look]:
