@@ -3,9 +3,12 @@
 import functools
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,10 +118,12 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        interrupts: list[int] = []
         try:
-            code = main() or EXIT_PASS
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            with _noted(interrupts):
+                code = main() or EXIT_PASS
+                if sys.stdout is not None:
+                    sys.stdout.flush()
         except KeyboardInterrupt:
             print(STOPPED, file=sys.stderr)
             code = 130
@@ -130,11 +135,36 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = EXIT_PIPE
         except Exception as error:  # must not read as FAIL
-            _report_error(error)
-            code = EXIT_ERROR
+            if interrupts:  # a library made an error of it
+                print(STOPPED, file=sys.stderr)
+            else:
+                _report_error(error)
+            code = 130 if interrupts else EXIT_ERROR
         sys.exit(code)
 
     return run
+
+
+@contextmanager
+def _noted(interrupts: list[int]) -> Iterator[None]:
+    """Adds to `interrupts` whenever Ctrl-C comes, which raises KeyboardInterrupt as ever."""
+    usual = signal.default_int_handler
+    if (
+        signal.getsignal(signal.SIGINT) is not usual
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+
+    def note(number: int, frame: Any) -> None:
+        interrupts.append(number)
+        usual(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def attempt(run: Callable[..., Any], *args: Any) -> str:

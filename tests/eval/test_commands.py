@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
 from eval.core.commands import LOG, add_json, write_json
-from eval.core.errors import UserError
+from eval.core.errors import UserError, entry
 from tests.helpers import ROOT, run
 
 LOGGED = """
@@ -147,6 +148,23 @@ def test_what_a_worker_prints_is_in_the_log_of_the_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "said by a worker" in done.stdout
     assert re.search(r"^\S+ \S+ \d+ said by a worker$", (tmp_path / "log.txt").read_text(), re.MULTILINE)
+
+
+def test_what_a_library_makes_of_an_interrupt_is_an_interrupt(capsys):
+    """Some turn it into an error of their import."""
+
+    @entry
+    def main():
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("cannot be imported")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on where it was\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_interrupt_is_one_line_at_any_moment(tmp_path):
