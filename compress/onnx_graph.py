@@ -159,11 +159,10 @@ def quantize(onnx_model: ModelProto, weights: str, group: int) -> ModelProto:
         # Quantizers take the matrices of products: one that nothing uses, for embeddings of their own.
         onnx_model.graph.node.append(helper.make_node("MatMul", [embedded, matrix], [f"{READ}/product"]))
     with quiet():
-        onnx_model = (
-            _by_output(onnx_model)
-            if weights == "int8-dynamic"
-            else _in_groups(onnx_model, BITS[weights], group)
-        )
+        if weights == "int8-dynamic":
+            onnx_model = _by_output(onnx_model)
+        else:
+            onnx_model = _in_groups(onnx_model, BITS[weights], group)
     nodes = (
         _read_by_output(matrix) if weights == "int8-dynamic" else _read_groups(matrix, BITS[weights], group)
     )

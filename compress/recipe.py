@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, reduce
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +17,7 @@ from pydantic import Field
 from eval.core.artifacts import digest, installed_versions, plugin_code, stage_code
 from eval.core.config import Frozen, Stored, plugin_class, plugin_names, validate_config
 from eval.core.documents import Document, Row
-from eval.core.errors import UserError
+from eval.core.errors import UserError, require_installed
 from eval.core.sections.precision import Choice, read_choice, replace_auto
 from eval.core.study import Calibration, Study, read_recipe, recipe_names
 
@@ -260,17 +259,10 @@ def make_pass(
     kind = pass_class(name, f"{where}.pass")
     checked = validate_config(kind.Options, options, where)
     for module in kind.needs if runs_here else ():
-        if not installed(module):
-            extra = EXTRAS.get(module)
-            fix = f"install the extra: pip install '.[{extra}]'" if extra else "install its package"
-            raise UserError(f"{where}.pass", f"{name!r} needs {module}, not installed", fix)
+        extra = EXTRAS.get(module)
+        fix = f"run `pip install '.[{extra}]'`" if extra else "install its package"
+        require_installed(module, f"{where}.pass: {name!r}", fix)
     return kind(checked, None if kind.stage == Stage.RECOVERY else calibration)
-
-
-def installed(module: str) -> bool:
-    """True if `module` can be found; its packages may be absent too."""
-    top, _, rest = module.partition(".")
-    return find_spec(top) is not None and (not rest or find_spec(module) is not None)
 
 
 def check_order(passes: list[Pass], where: str) -> None:

@@ -5,10 +5,11 @@ python -m compress.run --study runs/default
 
 import sys
 
-from eval.core.artifacts import MANIFEST, read_manifest
+from eval.core.artifacts import read_manifest
 from eval.core.commands import add_json, new_parser, study_from_command, write_json
 from eval.core.errors import EXIT_ERROR, EXIT_PASS, UserError, entry
 from eval.core.jobs import lock_folder
+from eval.core.study import recipe_names
 
 
 @entry
@@ -29,8 +30,10 @@ def main() -> int:
         count, failures = make_variants(study)
     total = (len(study.recipes) - len(failures)) * len(ARMS) * len(study.seeds)
     print(f"variants: {total} in {study.folder / 'variants'}, {count} made now")
-    manifests = sorted((study.folder / "variants").glob(f"*/*/*/{MANIFEST}"))
-    variants = {m.name: {"hash": m.hash, **m.facts} for m in (read_manifest(p.parent) for p in manifests)}
+    names = [name for name in recipe_names(study)[1:] if name not in failures]
+    root, seeds = study.folder / "variants", study.seeds
+    places = [root / name / arm / f"s{seed}" for name in names for arm in ARMS for seed in seeds]
+    variants = {m.name: {"hash": m.hash, **m.facts} for m in map(read_manifest, places)}
     write_json(args.json, {"built": count, "failures": failures, "variants": variants})
     for name, why in failures.items():
         print(f"error: recipe {name} was not built: {why}", file=sys.stderr)

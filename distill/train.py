@@ -18,15 +18,8 @@ from eval.core.commands import new_parser, start_log, study_from_command
 from eval.core.errors import UserError, entry
 from eval.core.study import Study, make_run_folder
 
-TRAINED = (
-    "data",
-    "tokenizer",
-    "tokens",
-    "base",
-    "method",
-    "targets",
-    "student",
-)  # what --accept-old may name
+# What --accept-old may name.
+TRAINED = ("data", "tokenizer", "tokens", "base", "method", "targets", "student")
 STAGES = ("data", "bases", "teachers", "students")
 
 
@@ -66,7 +59,6 @@ def distil(study: Study, until: str = STAGES[-1]) -> Path:
         UserError: the study cannot be trained; what can be known early is refused before anything is made.
     """
     check_stages(study)
-    # This import takes seconds: a mistake in the study is reported before it.
     from distill.pipeline import train_study
 
     return train_study(study, until)
@@ -80,6 +72,7 @@ def main() -> None:
     study, args = study_from_command(parser, trained=False, stages=TRAINED)
     check_stages(study)
     start_log(make_run_folder(study))
+    # This import takes seconds: a mistake in the study is reported before it.
     from distill.pipeline import train_study
 
     train_study(study, args.until)

@@ -34,7 +34,6 @@ RECIPE = """A file of `configs/recipes`.
 
 Every entry of `passes` is the name of a pass and its options, which stand below under that name. They are
 checked before anything is trained; the packages that a pass needs are asked for where it runs."""
-TRAIN = "`train` in a study"
 PARTS: list[tuple[str, str, type[BaseModel]]] = [
     ("Study", "A file of `configs/studies`.", Study),
     ("A source of documents", "An entry of `data.documents`, and of each slice in `data.shifted`.", Source),
@@ -65,10 +64,13 @@ def plugins() -> list[tuple[str, str, type[BaseModel]]]:
 def config_docs() -> str:
     """The text of docs/config.md."""
     parts = [HEAD]
-    for title, where, model in [*PARTS, *plugins()]:
+    plugin_parts = plugins()
+    for part in [*PARTS, *plugin_parts]:
+        title, where, model = part
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-        elsewhere: dict[type, str] | None = None if (title, where, model) in PARTS else {Train: TRAIN}
-        for key, kind, default, meaning in describe_fields(model, shown=elsewhere):
+        above: dict[type, str] = {Train: "`train` in a study"} if part in plugin_parts else {}
+        for key, kind, default, meaning in describe_fields(model, shown=above):
+            assert meaning, f"{title}: {key} has no description"
             shown = default if default in ("", "required", "none") else f"`{default}`"
             cells = (f"`{key}`", f"`{kind}`".replace("|", "\\|"), shown, meaning.replace("|", "\\|"))
             rows.append(f"| {' | '.join(cells)} |")

@@ -150,7 +150,7 @@ def test_train_refuses_a_recipe_that_compress_would_refuse(tmp_path, entry, mess
 
 
 def test_train_asks_for_no_package_of_a_pass(tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.recipe.installed", lambda module: False)
+    monkeypatch.setattr("eval.core.errors.find_spec", lambda module: None)
     check_stages(load_study(tiny_study(tmp_path, recipes=["int8"])))
 
 

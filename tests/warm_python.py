@@ -151,9 +151,14 @@ class Server:
     def fork(self) -> dict[str, Any] | None:
         connection, _ = self.listener.accept()
         header, files, _, _ = socket.recv_fds(connection, 8, 253)
-        data = b""
-        while len(data) < struct.unpack("q", header)[0]:
-            data += connection.recv(65536)
+        size, data = struct.unpack("q", header)[0] if len(header) == 8 else 1, b""
+        while len(data) < size and (part := connection.recv(size - len(data))):
+            data += part
+        if len(data) < size:  # its client was killed while it asked
+            for number in files:
+                os.close(number)
+            connection.close()
+            return None
         request: dict[str, Any] = json.loads(data)
         if (process := os.fork()) == 0:
             signal.set_wakeup_fd(-1)

@@ -5,7 +5,7 @@ from the first tokens (`text`): a batch then needs the adapters of its rows alon
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -30,7 +30,9 @@ ALL = "all"  # domain of the control's single adapter
 BASE = "__base__"  # peft's name for the model without adapters
 NAMES = "domains.json"  # domain -> adapter name: peft and file systems refuse some characters of domains
 ROUTER = "router.safetensors"
+ONE_TEXT = "a router reads the first tokens of one document"
 ROUTER_ROWS = 64  # of each domain that the router is fitted to, at most
+RESIDENT = 64  # adapters in memory, where a batch does not need more
 
 
 def posterior(log_probs: Tensor, starts: Tensor) -> Tensor:
@@ -101,9 +103,6 @@ class Experts(Method):
             "that a router chooses by the first tokens",
         )
         router_tokens: int = Field(16, gt=0, description="tokens of a row from which `text` chooses")
-        resident: int | None = Field(
-            None, gt=0, description="adapters in memory beside those that a batch needs; none: all"
-        )
         routed: bool = Field(True, description="false: one adapter for all domains, as the control has")
 
     def control(self) -> Method:
@@ -144,14 +143,14 @@ class Experts(Method):
         )
         groups = self._groups(context.rows())
         names = {domain: f"expert{i}" for i, domain in enumerate(groups)}
+        if self._routing == "text":  # first: it may refuse the rows
+            self._fit_router(context, groups)
         for domain, rows in groups.items():
             name = names[domain]
             torch.manual_seed(context.seed)  # initial weights of the adapter
             model = get_peft_model(context.load_base(context.seed), config, adapter_name=name)
             context.train(model, rows, self._budget(rows), name)
             model.save_pretrained(str(context.folder), selected_adapters=[name])
-        if self._routing == "text":
-            self._fit_router(context, groups)
         write_text(context.folder / NAMES, json.dumps(names))
 
     @property
@@ -163,15 +162,18 @@ class Experts(Method):
         """Fits the router to the states of the base, of rows that are long enough.
 
         Raises:
-            UserError: a domain has no such row.
+            UserError: rows hold several texts, or a domain has no such row.
         """
         base, count = context.load_base(context.seed), self.settings.router_tokens
         features, labels = [], []
         for label, (domain, rows) in enumerate(groups.items()):
             chosen: list[Row] = []
-            for place in range(len(rows)):
-                if len(chosen) < ROUTER_ROWS and len((row := rows[place]).tokens) >= count:
+            for row in rows:
+                refuse_packing(bool(row.packed), ONE_TEXT)
+                if len(row.tokens) >= count:
                     chosen.append(replace(row, tokens=row.tokens[:count]))
+                if len(chosen) == ROUTER_ROWS:
+                    break
             if not chosen:
                 problem = f"has no row of {count} tokens"
                 raise UserError(
@@ -202,8 +204,6 @@ class Experts(Method):
         self._model = PeftModel.from_pretrained(teacher, str(context.folder / first), adapter_name=first)
         self._loaded = [first]  # what was used last stands last
         try:
-            if self.settings.resident is None:
-                self._load(self._names.values())
             self._model.eval()
             yield
         finally:
@@ -216,8 +216,8 @@ class Experts(Method):
         """The adapter of a domain: its own, or the plain base where none was trained."""
         return self._names.get(domain if self.settings.routed else ALL, BASE)
 
-    def _load(self, names: Iterable[str]) -> None:
-        """Has these adapters in memory, and of the others those used last, as many as `resident` allows."""
+    def _load(self, names: list[str]) -> None:
+        """Has these adapters in memory, and of the others those used last: RESIDENT in all."""
         for name in dict.fromkeys(names):
             if name == BASE:
                 continue
@@ -227,13 +227,11 @@ class Experts(Method):
                 self._model.load_adapter(str(self._folder / name), adapter_name=name)
                 self._model.eval()
             self._loaded.append(name)
-        while self.settings.resident is not None and len(self._loaded) > self.settings.resident:
-            others = [name for name in self._loaded if name not in names]
-            if not others:
-                return
+        others = [name for name in self._loaded if name not in names]
+        for name in others[: max(0, len(self._loaded) - RESIDENT)]:
             self._model.set_adapter(self._loaded[-1])  # the active one cannot go
-            self._model.delete_adapter(others[0])
-            self._loaded.remove(others[0])
+            self._model.delete_adapter(name)
+            self._loaded.remove(name)
 
     def _output_of(self, adapters: list[str], batch: Batch) -> TeacherOutput:
         self._load(adapters)
@@ -252,7 +250,7 @@ class Experts(Method):
         Raises:
             UserError: rows hold several texts.
         """
-        refuse_packing(batch.positions is not None, "a router reads the first tokens of one document")
+        refuse_packing(batch.positions is not None, ONE_TEXT)
         base = self._output_of([BASE] * len(batch.input_ids), batch)
         if batch.input_ids.shape[1] < self.settings.router_tokens:
             return base

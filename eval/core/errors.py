@@ -37,12 +37,14 @@ def require_installed(library: str, thing: str, fix: str) -> None:
     """Refuses what needs a library that is not installed.
 
     Args:
+        library: a module, which may lie in a package: `optimum.intel`.
         thing: what needs it: a key of a config, an option, a file.
 
     Raises:
         UserError: it is not installed.
     """
-    if find_spec(library) is None:
+    top = library.partition(".")[0]  # without it, the search for a module in it would be an error of its own
+    if find_spec(top) is None or find_spec(library) is None:
         raise UserError(thing, f"needs {library}, which is not installed", fix)
 
 

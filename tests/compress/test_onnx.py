@@ -126,5 +126,5 @@ def test_a_missing_library_names_the_extra(tmp_path):
     done = run("-c", script)
     assert done.returncode == 3
     assert done.stderr.endswith(
-        "'onnxruntime' needs onnxruntime_genai, not installed; install the extra: pip install '.[onnxruntime]'\n"
+        "'onnxruntime': needs onnxruntime_genai, which is not installed; run `pip install '.[onnxruntime]'`\n"
     )

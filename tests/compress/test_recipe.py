@@ -132,7 +132,9 @@ def test_a_pass_of_ones_own(tmp_path, outside):
 
 def test_a_missing_library_is_named(tmp_path, outside):
     own = outside("needy", more='needs = ("library_that_nobody_has",)')
-    with pytest.raises(UserError, match="needs library_that_nobody_has, not installed; install its package"):
+    with pytest.raises(
+        UserError, match="needs library_that_nobody_has, which is not installed; install its package"
+    ):
         load_recipe(recipe_file(tmp_path, "own", {"pass": own}))
 
 

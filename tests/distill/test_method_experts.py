@@ -137,16 +137,17 @@ def test_after_the_tokens_of_the_router_the_expert_that_it_chose_speaks(routed, 
 
 
 @pytest.mark.parametrize("routing", ["domain", "likelihood", "text"])
-def test_with_one_adapter_in_memory_it_says_the_same(routed, rows, routing):
-    alone, context = routed(resident=1)
-    every, _ = routed()
+def test_with_one_adapter_in_memory_it_says_the_same(routed, rows, routing, monkeypatch):
+    both = [next(row for row in rows if row.domain == name) for name in ("code", "prose", "code")]
     answers = []
-    for method in (alone, every):
+    for resident in (1, 2):
+        monkeypatch.setattr("distill.methods.experts.RESIDENT", resident)
+        method, context = routed()
         method.settings = method.settings.model_copy(update={"routing": routing})
         teacher = load_model(context.bases[0])
         with torch.no_grad(), method.attached(teacher, context):
-            answers.append([answer(method, teacher, collate([row], 0)) for row in rows[:4]])
-            assert len(method._loaded) == (1 if method is alone else 2)
+            answers.append([answer(method, teacher, collate([row], 0)) for row in both])
+            assert len(method._loaded) == resident
     for one, other in zip(*answers, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -174,7 +175,12 @@ def test_rows_of_several_texts_have_no_first_tokens(routed, rows):
         answer(method, teacher, collate([join_rows(rows[:2])], 0))
 
 
-def test_a_domain_of_short_rows_is_refused(tmp_path, tokenizer, rows, bases):
+def test_what_a_router_cannot_read_is_refused_before_adapters_are_trained(tmp_path, tokenizer, rows, bases):
     context = method_context(tmp_path, tokenizer, rows, bases)
     with pytest.raises(UserError, match="has no row of 100 tokens; give a smaller router_tokens"):
         make("experts", **SETTINGS, routing="text", router_tokens=100).fit(context)
+    (tmp_path / "packed").mkdir()
+    packed = [replace(row, packed=((len(row.tokens), 0),)) for row in rows]
+    with pytest.raises(UserError, match=r"data\.packing: true, but a router reads"):
+        make("experts", **ROUTED).fit(method_context(tmp_path / "packed", tokenizer, packed, bases))
+    assert not list(tmp_path.rglob("adapter_config.json"))
