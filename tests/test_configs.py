@@ -42,7 +42,7 @@ def test_every_config_is_read():
             assert load_budget(study).targets
             assert [load_recipe(name) for name in study.recipes] or study.name == "try"
         elif path.stem.startswith("gguf") and find_spec("llama_cpp") is None:  # the lock leaves it out
-            with pytest.raises(UserError, match=r"install the extra: pip install '\.\[llama_cpp\]'"):
+            with pytest.raises(UserError, match=r"run `pip install '\.\[llama_cpp\]'`"):
                 load_recipe(path.stem)
         elif kind == "recipes":
             assert load_recipe(path.stem).name == path.stem
