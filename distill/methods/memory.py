@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from distill.method import Card, Method, MethodContext, TeacherOutput, plain_output
@@ -23,6 +24,7 @@ KEYS, VALUES, PLACES, DOCUMENTS = "keys.npy", "values.npy", "documents.npy", "do
 INDEX = "keys.faiss"
 PACKING = "a memory must know the document of every token"
 QUERIES = 256  # searched at a time: distances to every key are held for so many
+GROUP = 16  # keys of which the nearest is looked at first
 FEWEST, MOST = 39, 256  # keys per cell from which faiss learns where the cells lie
 CODES = 2**8  # of each byte of a coded key
 
@@ -38,18 +40,29 @@ class Datastore:
     documents: dict[str, int]  # of which moments are, as numbers
 
 
-def nearest(keys: Tensor, queries: Tensor, barred: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def nearest(
+    keys: Tensor, halves: Tensor, queries: Tensor, own: Tensor, places: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
     """Squared Euclidean distances [N, K] and numbers [N, K] of the nearest keys, the nearest first; exact.
 
+    The K nearest lie in the K groups of keys whose nearest is nearest: only those are sorted.
+
     Args:
-        keys: [M, D] float32; queries: [N, D] float32.
-        barred: [N, M] bool, True where a key must not be found: its distance is infinite.
+        keys: [M, D] float32, M a multiple of `GROUP`; halves: [M], half the square of each, or infinity.
+        queries: [N, D] float32; own: [N] int64, the document whose keys are at no distance for a query.
+        places: [M] int64, the document of each key.
     """
-    distances = keys.square().sum(-1) - 2 * queries @ keys.mT + queries.square().sum(-1, keepdim=True)
-    closest = (
-        distances.clamp_min_(0).masked_fill_(barred, torch.inf).topk(min(count, len(keys)), largest=False)
-    )
-    return closest.values, closest.indices
+    distances = torch.addmm(halves, queries, keys.mT, alpha=-1)  # half, and less half the query's square
+    for document in own.unique():
+        asked, barred = (own == document).nonzero(), (places == document).nonzero()[:, 0]
+        distances[asked, barred] = torch.inf
+    groups = distances.unflatten(1, (-1, GROUP))
+    chosen = groups.amin(-1).topk(min(count, groups.shape[1]), largest=False).indices
+    near = groups.take_along_dim(chosen[..., None], 1).flatten(1)  # [N, K * GROUP]
+    closest = near.topk(min(count, near.shape[1]), largest=False)
+    entries = chosen.gather(1, closest.indices // GROUP) * GROUP + closest.indices % GROUP
+    squares = (2 * closest.values + queries.square().sum(-1, keepdim=True)).clamp_min(0)
+    return squares, entries
 
 
 def find_among_all(keys: Tensor, places: Tensor) -> Find:
@@ -59,10 +72,15 @@ def find_among_all(keys: Tensor, places: Tensor) -> Find:
         keys: [M, D] float32, the last hidden state after which a token came.
         places: [M] int64, the document that it is of.
     """
+    count = len(keys)
+    keys = pad(keys, (0, 0, 0, -count % GROUP))
+    halves = keys.square().sum(-1) / 2
+    halves[count:] = torch.inf
+    places = pad(places, (0, -count % GROUP), value=-1)
 
-    def find(queries: Tensor, own: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def find(queries: Tensor, own: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
         parts = [
-            nearest(keys, some, one[:, None] == places, count)
+            nearest(keys, halves, some, one, places, min(neighbours, count))
             for some, one in zip(queries.split(QUERIES), own.split(QUERIES), strict=True)
         ]
         distances, entries = zip(*parts, strict=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.methods.memory import nearest
+from distill.methods.memory import find_among_all
 from eval.core.documents import collate, join_rows
 from eval.core.errors import UserError
 from eval.engines.torch import load_model
@@ -20,15 +20,19 @@ def states(model, row):
     return out.hidden_states[-1][0].double().numpy(), out.logits[0].double().softmax(-1).numpy()
 
 
-def test_the_nearest_keys_are_those_of_a_search_by_hand():
+@pytest.mark.parametrize("count", [1, 5, 40])
+@pytest.mark.parametrize("total", [50, 1000])
+def test_the_nearest_keys_are_those_of_a_search_by_hand(total, count):
     generator = torch.Generator().manual_seed(0)
-    keys, queries = (torch.randn(n, 8, generator=generator) for n in (50, 7))
-    barred = torch.rand(7, 50, generator=generator) < 0.3
-    distances, found = nearest(keys, queries, barred, 5)
+    keys, queries = (torch.randn(n, 8, generator=generator) for n in (total, 300))
+    places, own = (torch.randint(4, (n,), generator=generator) for n in (total, 300))
+    own[:9] = -1  # of no document of the datastore
+    distances, entries = find_among_all(keys, places)(queries, own, count)
     for i, query in enumerate(queries.double()):
-        by_hand = ((keys.double() - query) ** 2).sum(-1).masked_fill(barred[i], torch.inf)
-        order = by_hand.argsort()[:5]
-        assert found[i].tolist() == order.tolist()
+        by_hand = ((keys.double() - query) ** 2).sum(-1).masked_fill(places == own[i], torch.inf)
+        order = by_hand.argsort()[:count]
+        there = by_hand[order] < torch.inf
+        assert entries[i][there].tolist() == order[there].tolist()
         torch.testing.assert_close(distances[i].double(), by_hand[order], atol=1e-5, rtol=1e-5)
 
 
