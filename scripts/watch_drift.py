@@ -125,6 +125,7 @@ def study_of(folder: Path, name: str, source: Path, held_out: Path | None, group
             "shifted": {"near": None, "far": None, **({"held": read(held_out)} if held_out else {})},
             "validation": (90 if held_out else 240) if grouped else 160,
             "test": 30 if held_out else 48,
+            "shifted_test": 0,
             "train_rows": 400,
         },
         "recipes": ["int8"],

@@ -146,8 +146,8 @@ def test_shifted_slices_have_test_documents_of_their_own_in_whole_clusters(tmp_p
     assert [d for d in every if d in near] == near, "in the same order"
     with pytest.raises(UserError, match=r"48 documents in 12 clusters: a test of 44 would leave 1; add docu"):
         prepared(tmp_path / "more", texts(30), **data, shifted_test=44)
-    with pytest.raises(UserError, match="`shifted_test` needs slices in `shifted`"):
-        prepared(tmp_path / "none", texts(30), shifted_test=4)
+    with pytest.raises(UserError, match="`shifted_test` needs `test` documents beside it"):
+        prepared(tmp_path / "none", texts(30), **data | {"test": 0}, shifted_test=4)
 
 
 def test_a_study_without_test_documents_of_slices_has_the_key_it_had(tmp_path):

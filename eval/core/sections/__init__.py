@@ -104,8 +104,8 @@ class Data(Frozen):
 
     @model_validator(mode="after")
     def test_is_whole(self) -> Self:
-        if self.shifted_test and not (self.test and self.shifted):
-            raise ValueError("`shifted_test` needs slices in `shifted`, and `test` documents beside them")
+        if self.shifted_test and self.shifted and not self.test:
+            raise ValueError("`shifted_test` needs `test` documents beside it; give both, or neither")
         return self
 
     @property
