@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distill.method import METHODS, Method, Plain, make_method, method_class
+from distill.method import Method, Plain, make_method
 from distill.models.gguf import find_model, read_config
 from distill.models.load import (
     architecture_config,
@@ -27,7 +27,6 @@ from distill.models.lora import check_device
 from distill.teachers.alignment import Vocabulary
 from distill.teachers.target_source import check_target_source
 from distill.trainer.loop import check_train, set_memory_and_attention
-from eval.core.config import plugin_names
 from eval.core.errors import UserError
 from eval.core.sections import NamedModel, Train
 from eval.core.sections.models import Teacher
@@ -51,11 +50,8 @@ def check_method(study: Study) -> None:
             with the model that it is to run in.
     """
     thing = f"method {study.method.name}"
-    if study.task == "classification" and not method_class(study.method.name).classifies:
-        problem = "changes or continues a text that goes on, and texts are classified"
-        names = (name for name in plugin_names(METHODS) if method_class(name).classifies)
-        raise UserError(thing, problem, f"take one of {', '.join(names)}")
     method = make_method(study.method)
+    method.check_task(study.task)
     if method.only_writes and study.targets.source != "sequence":
         problem = (
             f"chooses among texts, and targets.source is {study.targets.source}: nothing would be chosen"

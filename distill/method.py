@@ -18,8 +18,9 @@ from distill.models.lm_head import Head, capture_input, head_of, output_embeddin
 from distill.models.prefix import Prefix, hidden_after, put_in_front, read_prefix
 from distill.trainer.loop import Curve
 from eval.core.artifacts import plugin_code
-from eval.core.config import Frozen, plugin_class, validate_config
+from eval.core.config import Frozen, plugin_class, plugin_names, validate_config
 from eval.core.documents import Batch, Row, collate
+from eval.core.errors import UserError
 from eval.core.sections import Generation, MethodChoice, Train
 from eval.engines import silenced
 from eval.engines.torch import load_model
@@ -111,6 +112,18 @@ class Method(ABC):
         self.settings: Any = settings
         self.parts: Any = None
         self.below: OutputFunction | None = None  # in a chain: what the methods before it say
+
+    def check_task(self, task: str) -> None:
+        """Refuses, before any work, a study whose task it does not go with.
+
+        Raises:
+            UserError: texts are classified, and it changes how a text goes on.
+        """
+        if task == "classification" and not self.classifies:
+            name = type(self).__module__.rpartition(".")[2]
+            problem = "changes or continues a text that goes on, and texts are classified"
+            others = [other for other in plugin_names(METHODS) if method_class(other).classifies]
+            raise UserError(f"method {name}", problem, f"take one of {', '.join(others)}")
 
     def bases(self, seed: int, seeds: list[int]) -> list[int]:
         """Seeds of the plain bases from which the teacher of `seed` is built.

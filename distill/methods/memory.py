@@ -36,7 +36,7 @@ class Datastore:
     """M moments of training text."""
 
     find: Find  # queries [N, D], own documents [N], K -> squared distances [N, K] and entries [N, K]
-    values: Tensor  # [M] int64, the token that came
+    values: Tensor  # [M] int64, the token that came, or the class of the text
     documents: dict[str, int]  # of which moments are, as numbers
 
 
@@ -156,6 +156,15 @@ def require_faiss() -> Any:
     return faiss
 
 
+def predicting_states(hidden: Tensor, batch: Batch) -> Tensor:
+    """[N, D] states of [B, T, D] after which the N predicted tokens come; [B, 1, D] are of whole rows."""
+    return hidden[:, 0] if _whole_rows(hidden, batch) else hidden[:, :-1][batch.mask]
+
+
+def _whole_rows(hidden: Tensor, batch: Batch) -> bool:
+    return batch.classes is not None and hidden.shape[1] == 1
+
+
 def votes(weights: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
     """[..., V] probabilities of tokens [..., K] that have logits `weights` [..., K]; all zero if none counts.
 
@@ -170,11 +179,14 @@ class Memory(Method):
         title="Memory",
         paper="kNN-LM: Khandelwal et al. 2020, arXiv:1911.00172; continuous cache: Grave, Joulin and Usunier "
         "2017, arXiv:1612.04426",
-        claim="what followed similar moments, elsewhere or earlier in this text, is likely to follow again",
+        claim="what followed similar moments, elsewhere or earlier in this text, is likely to follow again; "
+        "a text is of the class that its nearest neighbours are of",
         touches="the output: distributions of remembered tokens are mixed in",
         limits="without `cells` an exact search through every key; what has to be looked up may be too much "
         "for the weights of a student",
     )
+
+    classifies = True
 
     class Settings(Frozen):
         share: float = Field(0.25, ge=0, lt=1, description="of the datastore in the mixture; 0: none is made")
@@ -203,6 +215,12 @@ class Memory(Method):
                 require_faiss()
             return self
 
+    def check_task(self, task: str) -> None:
+        super().check_task(task)
+        if task == "classification" and self.settings.cache_share:
+            problem = f"{self.settings.cache_share:g}, and a text that is classified has no classes before"
+            raise UserError("method.settings.cache_share", problem, "set it to 0: the datastore votes")
+
     def control(self) -> Method:
         """The same keys with the values of others; in the cache every past token counts the same."""
         return Memory(self.settings.model_copy(update={"shuffled": True}))
@@ -225,7 +243,7 @@ class Memory(Method):
         for batch in batches(rows, pad_id(context.tokenizer), size):
             moved = batch.to(model.device)
             with torch.no_grad():
-                hidden = plain_output(model, batch=moved).hidden[0][:, :-1][moved.mask]
+                hidden = predicting_states(plain_output(model, batch=moved).hidden[0], moved)
             end = start + len(hidden)
             keys[start:end] = hidden.float().cpu().numpy()
             values[start:end] = batch.labels[batch.mask].numpy()
@@ -281,6 +299,8 @@ class Memory(Method):
         store: Datastore = self.parts
         own = torch.tensor([store.documents.get(name, -1) for name in batch.documents], device=hidden.device)
         valid = batch.attention_mask.bool()
+        if _whole_rows(hidden, batch):
+            valid = valid.new_ones(len(valid), 1)
         queries, own = hidden[valid], own.repeat_interleave(valid.sum(1))
         remembered = hidden.new_zeros(*valid.shape, vocabulary)
         distances, entries = store.find(queries, own, self.settings.neighbours)

@@ -22,14 +22,14 @@ from compress.passes.drop_layers import choose_layers
 from compress.pipeline import unfit_recipes
 from compress.recipe import load_recipe
 from distill.losses.teacher_output import Dense
-from distill.method import plain_output
+from distill.method import MethodContext, make_method, plain_output
 from distill.models.layers import keep_layers
-from distill.models.lm_head import check_head
+from distill.models.lm_head import capture_input, check_head, output_embedding
 from distill.trainer.module import DistillationModule
 from eval.core.documents import Document, batches, collate, read_documents, windows
 from eval.core.errors import UserError
 from eval.core.records import read_scores
-from eval.core.sections import Loss, Train
+from eval.core.sections import Loss, MethodChoice, Train
 from eval.core.study import load_study
 from eval.engines.torch import CLASSIFIER, TorchEngine, load_encoder, logits_of
 from eval.metrics.classes import ClassPredictions, brier_scores
@@ -112,6 +112,36 @@ def test_an_ensemble_is_the_mean_of_probabilities(tokenizer):
         said = plain_output(*models, batch=batch).dense()
     assert said.shape == (8, 1, 2)
     assert torch.allclose(said[:, 0].exp(), mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [bert, llama], ids=["encoder", "decoder"])
+def test_the_nearest_texts_of_a_memory_vote_for_a_class(tokenizer, make, tmp_path):
+    model, rows = make(), [windows(tokenizer, document, 32)[0] for document in DOCUMENTS]
+    model.save_pretrained(tmp_path / "base")
+    with capture_input(output_embedding(model)) as captured, torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row.read]))
+    states = torch.cat([state[:, -1] for state in captured]).double()
+    options = {"share": 0.4, "neighbours": 3, "temperature": 2.0}
+    method = make_method(MethodChoice(name="memory", settings=options))
+    (tmp_path / "method").mkdir()
+    context = MethodContext(
+        tmp_path / "method", 0, [0], {0: tmp_path / "base"}, tokenizer, lambda: rows, lambda *_: []
+    )
+    method.fit(context)
+    batch = collate(rows, 0)
+    with torch.no_grad(), method.attached(model, context):
+        said = method.output(model, batch).dense()
+        p = plain_output(model, batch=batch).dense().exp()
+    for i in range(8):
+        distances = (states - states[i]).square().sum(-1)
+        distances[i] = torch.inf  # a text does not vote for itself
+        near = distances.argsort()[:3]
+        weights = (-distances[near] / 2.0).softmax(0)
+        spam = sum(w for w, j in zip(weights, near, strict=True) if DOCUMENTS[j].label == 1)
+        at = 0 if said.shape[1] == 1 else len(rows[i].read) - 1
+        wanted = 0.6 * p[i, at, 1].double() + 0.4 * spam
+        assert said[i, at, 1].exp().item() == pytest.approx(float(wanted), abs=1e-5)
 
 
 @pytest.mark.parametrize("make", [bert, llama], ids=["encoder", "decoder"])
@@ -270,7 +300,8 @@ def test_a_study_of_labels_is_trained_scored_and_judged(trained):
         (["--cost.new_tokens", "8"], "cost.new_tokens is 8"),
         (["--targets.source", "on_policy"], "writes no texts"),
         (["--task", "causal_lm"], "`task: classification`"),
-        (["--method", "{name: context, settings: {text: a}}"], "take one of ensemble"),
+        (["--method", "{name: context, settings: {text: a, wrong: {text: b}}}"], "take one of ensemble"),
+        (["--method", "{name: memory, settings: {cache_share: 0.1}}"], "method.settings.cache_share: 0.1"),
         (["--budget", "default"], "decodes nothing"),
     ],
 )
