@@ -23,6 +23,8 @@ from eval.watch.recheck import recheck
 from eval.watch.regression import change, diagnosis, findings, verdict
 from eval.watch.verify import checked
 from tests.eval import real_run
+from tests.eval.run_builder import gate as judge
+from tests.eval.run_builder import sign
 from tests.helpers import run as command
 from tests.helpers import text
 
@@ -230,6 +232,36 @@ def test_the_same_documents_give_what_was_released(release, released_run):
     gains = contract.targets["cpu"].gain["far"]
     saved = next(f for f in result.findings if f.name == "saved over the control")
     assert saved.before == gains.over_control.measured
+
+
+@pytest.mark.slow
+def test_a_release_of_chats_is_rechecked_with_chats_by_the_real_command(tmp_path):
+    """Reference: the bits of the verdict's own documents, which a template laid out."""
+    run = real_run.RealRun(tmp_path, recipes=real_run.RECIPES, chat=True).make()
+    run.fallback_cost()
+    judge(run)
+    new_key(tmp_path / "key")
+    sign(run, tmp_path / "key", "small")
+    out, keys = tmp_path / "release", ["--key", tmp_path / "key", "--public", tmp_path / "key.pub"]
+    given = ["--study", run.path, "--variant", "small", "--owner", "Team A", "--out", out, *keys]
+    built = command("-m", "eval.release", *given)
+    assert built.returncode == 0, built.stderr
+    rows = [
+        {"id": d.id, "domain": d.domain, "messages": [*d.prompt, {"role": "assistant", "content": d.text}]}
+        for d in real_run.documents("validation", chat=True)
+    ]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--release", out, "--data", tmp_path / "new.jsonl", "--public", tmp_path / "key.pub"]
+    done = command("-m", "eval.watch.recheck", *words, "--json", tmp_path / "said.json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert said["verdict"] == "PASS"
+    for finding in said["findings"]:
+        assert finding["now"]["point"] == pytest.approx(finding["before"]["point"], abs=1e-5)
+    (tmp_path / "new.jsonl").write_text('{"text": "four"}\n')
+    done = command("-m", "eval.watch.recheck", *words)
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
+    assert "no prompt; the documents of the verdict had one" in done.stderr
 
 
 def test_a_release_that_is_not_the_signed_one_is_refused(release, tmp_path):
