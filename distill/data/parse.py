@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from distill.data.files import MARK, UNDECODABLE, RawRow, Unusable
 from eval.core.artifacts import text_sha256
 from eval.core.documents import Document
+from eval.core.documents.encoding import parse_arguments, read_answer
 from eval.core.sections import Source
 
 SPEAKERS = {  # of ShareGPT's form, by the roles of OpenAI's
@@ -58,8 +59,9 @@ def make_document(source: Source, raw: Raw, labels: Sequence[str] = ()) -> Docum
             raise Unusable(f"no column {column!r}")
     prompt: str | list[Turn] = ""
     tools: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
     if source.messages_column:
-        prompt, text = split_chat(row[source.messages_column])
+        prompt, text, calls = split_chat(row[source.messages_column])
         tools = read_tools(row[source.tools_column]) if source.tools_column else []
     else:
         text = require_text(row[source.text_column], NO_TEXT)
@@ -75,7 +77,10 @@ def make_document(source: Source, raw: Raw, labels: Sequence[str] = ()) -> Docum
     name = _as_name(row[source.id_column]) if source.id_column else ""
     name = name or content_hash(text, prompt, tools)[:ID_DIGITS]
     label = find_label(source, raw, row, labels) if labels else None
-    return Document(name, domain, text, prompt, group or name, raw.origin, tools=tools, label=label)
+    group = group or name
+    return Document(
+        name, domain, text, prompt, group, raw.origin, tools=tools, calls=calls or (), label=label
+    )
 
 
 def find_label(source: Source, raw: Raw, row: dict[str, Any], labels: Sequence[str]) -> int:
@@ -147,8 +152,8 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def split_chat(messages: Any) -> tuple[list[Turn], str]:
-    """The turns before the last answer, and that answer.
+def split_chat(messages: Any) -> tuple[list[Turn], str, list[Turn]]:
+    """The turns before the last answer, the text of that answer, and the calls of tools that it ends with.
 
     Turns are of OpenAI's form, with `role` and `content`, or of ShareGPT's, with `from` and `value`. A system
     turn without a text says nothing and is left out.
@@ -159,11 +164,11 @@ def split_chat(messages: Any) -> tuple[list[Turn], str]:
     if not isinstance(messages, list) or not messages:
         raise Unusable(NO_TURNS)
     turns = [turn for message in messages if (turn := _turn(message)) is not None]
-    if not turns or turns[-1]["role"] != "assistant" or "tool_calls" in turns[-1]:
+    if not turns or turns[-1]["role"] != "assistant":
         raise Unusable(NO_ANSWER)
     if len(turns) < 2:
         raise Unusable(NO_QUESTION)
-    return turns[:-1], turns[-1]["content"]
+    return turns[:-1], *read_answer(turns[-1])
 
 
 def _turn(message: Any) -> Turn | None:
@@ -177,6 +182,8 @@ def _turn(message: Any) -> Turn | None:
         raise Unusable(NO_TURNS)
     turn: Turn = {"role": role, "content": _content(content)}
     turn |= {key: _drop_nulls(message[key]) for key in CALLS if message.get(key)}
+    if "tool_calls" in turn:
+        turn["tool_calls"] = parse_arguments(turn["tool_calls"])
     if turn["content"].strip() or turn.get("tool_calls"):
         return turn
     if turn["role"] == "system":

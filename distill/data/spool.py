@@ -27,7 +27,7 @@ def document_line(document: Document, with_source: bool = False) -> bytes:
     row: dict[str, Any] = {"id": d.id, "group": d.group, "domain": d.domain, "origin": d.origin}
     row |= {"source": d.source} if with_source else {}
     row |= {"bytes": d.bytes, "sha256": content_hash(d.text, d.prompt, d.tools), "text": d.text}
-    row |= {"tools": d.tools} if d.tools else {}
+    row |= {name: value for name, value in (("tools", d.tools), ("calls", d.calls)) if value}
     row |= {} if d.label is None else {"label": d.label}
     return _encode(row | ({"prompt": d.prompt} if d.prompt else {}))
 

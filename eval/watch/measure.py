@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from eval.core.artifacts import MANIFEST, file_sha256, read_manifest
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
 from eval.core.documents import TEST, Document, json_objects, part_of_test, tokens_per_batch
-from eval.core.documents.encoding import text_ids
+from eval.core.documents.encoding import parse_arguments, read_answer, text_ids
 from eval.core.errors import UserError, first_error, require_one_of
 from eval.core.records import PLAIN, Documents, each_score
 from eval.core.study import load_study
@@ -52,10 +52,11 @@ def _document(where: str, row: dict[str, Any], number: int, limit: int) -> Docum
     for key in row:
         require_one_of(f"{where}: key", key, KEYS)
     prompt: str | list[dict[str, Any]] = ""
+    calls: list[dict[str, Any]] = []
     if "messages" in row:
         if "text" in row or "prompt" in row:
             raise UserError(where, "messages beside a text or a prompt", "give the messages alone")
-        prompt, text = _last_answer(where, row["messages"])
+        prompt, text, calls = _last_answer(where, row["messages"])
     else:
         text, prompt = _text(where, row, "text"), _text(where, row, "prompt") if "prompt" in row else ""
     if not prompt:  # an answer to a prompt is not cut
@@ -66,7 +67,7 @@ def _document(where: str, row: dict[str, Any], number: int, limit: int) -> Docum
             where, f"tools {tools!r}"[:60], "give `tools` beside `messages`: a list of JSON schemas"
         )
     domain, group = str(row.get("domain", "")), str(row.get("group", ""))
-    return Document(str(row.get("id", number)), domain, text, prompt, group, tools=tools)
+    return Document(str(row.get("id", number)), domain, text, prompt, group, tools=tools, calls=calls or ())
 
 
 def _text(where: str, row: dict[str, Any], key: str) -> str:
@@ -75,22 +76,24 @@ def _text(where: str, row: dict[str, Any], key: str) -> str:
     return text.encode(errors="replace").decode()  # half of a surrogate pair is a "?"
 
 
-def _last_answer(where: str, messages: Any) -> tuple[list[dict[str, Any]], str]:
-    """The turns of a chat before its last answer, and that answer."""
+def _last_answer(where: str, messages: Any) -> tuple[list[dict[str, Any]], str, list[dict[str, Any]]]:
+    """The turns of a chat before its last answer, its text, and the calls of tools that it ends with."""
     turns = messages if isinstance(messages, list) else []
     known = all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns)
     if not known or len(turns) < 2 or turns[-1]["role"] != "assistant":
         fix = "give turns with `role` and `content`, of which the last is an answer of the assistant"
         raise UserError(where, f"messages {messages!r}"[:60], fix)
-    return [_turn(where, turn) for turn in turns[:-1]], _text(where, turns[-1], "content")
+    return [_turn(where, turn) for turn in turns[:-1]], *read_answer(_turn(where, turns[-1]))
 
 
 def _turn(where: str, turn: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in turn.items() if value is not None}
     for key in given:
         require_one_of(f"{where}: key of a turn", key, TURN_KEYS)
-    if given.get("tool_calls") and not given.get("content"):
-        return {**given, "content": ""}
+    if given.get("tool_calls"):
+        given["tool_calls"] = parse_arguments(given["tool_calls"])
+        if not given.get("content"):
+            return {**given, "content": ""}
     return {**given, "content": _text(where, turn, "content")}
 
 

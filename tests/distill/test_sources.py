@@ -15,6 +15,7 @@ from eval.core.documents import parse_document
 from eval.core.documents.encoding import encode
 from eval.core.errors import UserError
 from eval.core.sections import Source
+from eval.watch.measure import read_new
 from tests.helpers import tiny_tokenizer
 
 WORDS = "Grüße, naïve café\r\nsecond line"
@@ -190,7 +191,6 @@ def test_chats_of_every_form_are_turns_and_an_answer(tmp_path, turns, prompt):
         ([{"role": "user", "content": ""}, ANSWER], "an empty turn"),
         ([USER], "no answer at the end"),
         ([USER, ANSWER, USER], "no answer at the end"),
-        (TOOLS[:2], "no answer at the end"),
         ([ANSWER], "nothing before the answer"),
         ([{"from": "narrator", "value": "Once."}, ANSWER], "no turns of a role and its text"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER], "not a text"),
@@ -204,6 +204,38 @@ def test_a_chat_that_cannot_be_learned_is_counted(tmp_path, turns, reason):
     documents, left_out = counted(source_of(path, messages_column="chat"))
     assert len(documents) == 1
     assert left_out == {reason: 1}
+
+
+WRITES_CALLS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("said", [None, "I look. "])
+def test_a_chat_that_ends_with_calls_of_tools_is_learned_as_its_template_writes_them(tmp_path, said):
+    """Arguments that are a string of JSON, as OpenAI's interface gives them, are written once."""
+    call = [{"id": "1", "function": {"name": "sum", "arguments": '{"a": "\u20ac", "b": 1}'}}]
+    turns = [USER, {"role": "assistant", "content": said, "tool_calls": call}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"chat": turns}) + "\n")
+    (document,) = read_source(source_of(tmp_path / "chats.jsonl", messages_column="chat"))
+    parsed = [{"id": "1", "function": {"name": "sum", "arguments": {"a": "\u20ac", "b": 1}}}]
+    assert document.text == (said or "") + json.dumps(parsed, ensure_ascii=False)
+    again = parse_document(document_line(document))
+    assert again == replace(document, group=again.group, tools=())
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = WRITES_CALLS
+    (encoding,) = encode(tokenizer, [again])
+    answer = f'{said or ""}sum({{"a": "\u20ac", "b": 1}})</assistant>'
+    assert tokenizer.decode(encoding.ids[: encoding.given]).endswith("<user>hi</user><assistant>")
+    assert tokenizer.decode(encoding.ids[encoding.given :]) == answer
+    (tmp_path / "new.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (new,) = read_new(tmp_path / "new.jsonl", 3)
+    assert (new.text, new.prompt, new.calls) == (document.text, document.prompt, document.calls)
+    tokenizer.chat_template = WRITES_CALLS.replace("m.tool_calls", "m.nothing")
+    with pytest.raises(UserError, match="the chat template does not write the calls of tools; take a base"):
+        encode(tokenizer, [again])
 
 
 SCHEMA = {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}

@@ -49,6 +49,9 @@ class Document:
     origin: str = ""  # where it was found, for messages: a file, and the row in it
     source: int = 0  # number of the source that it is of: of scored documents, and where sources have weights
     tools: Sequence[dict[str, Any]] = ()  # JSON schemas of what a chat's assistant may call
+    calls: Sequence[
+        dict[str, Any]
+    ] = ()  # of tools, which the answer of a chat ends with: `text` has their JSON
     label: int | None = None  # number of its class in `data.labels`, which is then all that is predicted
 
     @property
@@ -187,17 +190,9 @@ def stream_documents(data: Path, split: str) -> Iterator[Document]:
 def parse_document(line: str | bytes) -> Document:
     """The document in a line of a split's file."""
     row = json.loads(line)
-    return Document(
-        row["id"],
-        row["domain"],
-        row["text"],
-        row.get("prompt", ""),
-        row.get("group", row["id"]),
-        row.get("origin", ""),
-        row.get("source", 0),
-        row.get("tools", ()),
-        row.get("label"),
-    )
+    prompt, group, origin = row.get("prompt", ""), row.get("group", row["id"]), row.get("origin", "")
+    rest = {name: row[name] for name in ("source", "tools", "calls", "label") if name in row}
+    return Document(row["id"], row["domain"], row["text"], prompt, group, origin, **rest)
 
 
 def text_lines(path: Path, thing: str, fix: str) -> Iterator[Line]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -31,6 +33,8 @@ class Readable(Protocol):
     def prompt(self) -> str | list[dict[str, str]]: ...
     @property
     def tools(self) -> Sequence[dict[str, Any]]: ...
+    @property
+    def calls(self) -> Sequence[dict[str, Any]]: ...
     @property
     def label(self) -> int | None: ...
 
@@ -242,6 +246,36 @@ def _exchange(strings: dict[str, str], value: Any) -> Any:
     return [_exchange(strings, part) for part in value] if isinstance(value, list) else value
 
 
+def parse_arguments(calls: Any) -> Any:
+    """Calls of tools with arguments that are objects: a template would write a string of JSON as a string."""
+    if isinstance(calls, list):
+        return [parse_arguments(call) for call in calls]
+    if not isinstance(calls, dict):
+        return calls
+    parsed = {name: parse_arguments(part) if name == "function" else part for name, part in calls.items()}
+    if isinstance(arguments := parsed.get("arguments"), str):
+        with suppress(ValueError):
+            parsed["arguments"] = json.loads(arguments)
+    return parsed
+
+
+def read_answer(turn: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """The text of a chat's last turn, and the calls of tools that it ends with; their JSON ends the text."""
+    calls = turn.get("tool_calls", [])
+    return turn["content"] + _calls_as_text(calls), calls
+
+
+def _calls_as_text(calls: Sequence[dict[str, Any]]) -> str:
+    return json.dumps(list(calls), ensure_ascii=False) if calls else ""
+
+
+def _answer_turn(document: Readable) -> dict[str, Any]:
+    """The last turn of a chat, as `read_answer` read it."""
+    content = document.text.removesuffix(_calls_as_text(document.calls))
+    called = {"tool_calls": list(document.calls)} if document.calls else {}
+    return {"role": "assistant", "content": content, **called}
+
+
 def lay_out(
     tokenizer,
     document: Readable,
@@ -262,7 +296,7 @@ def lay_out(
         fix = "take an instruction-tuned base, or give a prompt column in place of messages"
         raise UserError(thing, "a chat, and the tokenizer has no chat template", fix)
     assert not isinstance(document.prompt, str)
-    chat = change([*document.prompt, {"role": "assistant", "content": document.text}])
+    chat = change([*document.prompt, _answer_turn(document)])
     tools = change(list(document.tools)) or None
     read = partial(_write_chat, tokenizer, thing, tools=tools)
     whole, last = read(chat), len(chat) - 1
@@ -275,7 +309,15 @@ def lay_out(
             problem = "the chat template rewrites what came before an answer"
             raise ChatRefused(thing, problem, "give a prompt column in place of messages")
         answers.append((len(before), None if i == last else len(through)))
+    if any(str(_function_name(call)) not in whole[answers[-1][0] :] for call in document.calls):
+        fix = "take a base whose template writes them"
+        raise ChatRefused(thing, "the chat template does not write the calls of tools", fix)
     return whole, answers
+
+
+def _function_name(call: dict[str, Any]) -> Any:
+    function = call.get("function", call)
+    return function.get("name") if isinstance(function, dict) else function
 
 
 def _write_chat(tokenizer, thing: str, chat: list[dict[str, Any]], **settings: Any) -> str:
