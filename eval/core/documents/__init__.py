@@ -49,9 +49,7 @@ class Document:
     origin: str = ""  # where it was found, for messages: a file, and the row in it
     source: int = 0  # number of the source that it is of: of scored documents, and where sources have weights
     tools: Sequence[dict[str, Any]] = ()  # JSON schemas of what a chat's assistant may call
-    calls: Sequence[
-        dict[str, Any]
-    ] = ()  # of tools, which the answer of a chat ends with: `text` has their JSON
+    calls: Sequence[dict[str, Any]] = ()  # of tools, at the end of a chat: `text` ends with their JSON
     label: int | None = None  # number of its class in `data.labels`, which is then all that is predicted
 
     @property
