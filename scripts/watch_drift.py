@@ -110,8 +110,8 @@ def write_rows(path: Path, items: list[Item]) -> None:
 def study_of(folder: Path, name: str, source: Path, held_out: Path | None, grouped: bool) -> Path:
     """The settings of a study on one corpus; another one is only scored."""
 
-    def read(path: Path) -> list[dict[str, Any]]:
-        columns = {"id_column": "id", "group_column": "group"}
+    def read(path: Path, in_groups: bool = True) -> list[dict[str, Any]]:
+        columns = {"id_column": "id"} | ({"group_column": "group"} if in_groups else {})
         return [{"kind": "dataset", "path": "json", "data_files": str(path.resolve()), **columns}]
 
     settings = {
@@ -121,7 +121,7 @@ def study_of(folder: Path, name: str, source: Path, held_out: Path | None, group
         "runs": str(folder.resolve()),
         "seeds": [0, 1, 2],
         "data": {
-            "documents": read(source),
+            "documents": read(source, held_out is None),  # a refit is judged on `held`: other groups
             "shifted": {"near": None, "far": None, **({"held": read(held_out)} if held_out else {})},
             "validation": (90 if held_out else 240) if grouped else 160,
             "test": 30 if held_out else 48,
