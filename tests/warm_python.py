@@ -37,9 +37,8 @@ PRELOAD = ("torch", "transformers.modeling_utils", "accelerate", "pydantic", "sc
 READ_AT_IMPORT = ("PYTHON", "OMP_", "MKL_", "ATEN_", "TORCH", "CUDA_", "HF_", "TRANSFORMERS_", "LD_")
 ROOMS = ("distill", "compress", "eval", "scripts", "accelerate.commands.launch")
 MEASURED = ("eval.cost.worker", "eval.serve.worker")
-PROGRAMS = (  # how they begin: the process that workers are forked from, and the reading back of a tokenizer
-    "from multiprocessing.forkserver",
-    "\nimport json, sys\nfrom transformers import AutoTokenizer",
+FORK_SERVER = (
+    "from multiprocessing.forkserver"  # how the program of the process begins that workers are forked from
 )
 CLIENT = """#!{python} -IS
 import importlib.util
@@ -75,7 +74,7 @@ def is_warm(words: list[str]) -> bool:
     """Are these the arguments of a command of the project, or of a process that such a command starts?"""
     if words[:1] == ["-m"]:
         return words[1].startswith(ROOMS) and words[1] not in MEASURED
-    return words[0].endswith(".py") or (words[0] == "-c" and words[1].startswith(PROGRAMS))
+    return words[0].endswith(".py") or (words[0] == "-c" and words[1].startswith(FORK_SERVER))
 
 
 def start(python: str, address: str, state: dict[str, str]) -> None:
