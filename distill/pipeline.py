@@ -228,7 +228,7 @@ def make_student(study: Study, arm: str, seed: int, report: Progress) -> None:
     parents = {"base": read_manifest(base).hash, "data": read_manifest(study.folder / "data").hash}
     if (teacher_hash := find_teacher_hash(study, arm, seed)) is not None:
         parents["teacher"] = teacher_hash
-    config = study.ce_train if arm == "CE" and study.ce_train else study.train
+    config = study.training(arm)
     own = study.student.model_dump(exclude={"path", "revision"})
     start = named_models(study).get("student.path")
     origin = model_origin(start, study.folder / BASE_FILES, "student.path") if start else {}

@@ -9,18 +9,18 @@ from accelerate.commands.config.config_args import load_config_from_file
 from compress.recipe import load_recipe
 from distill.method import make_method
 from eval.core.budget import Budget, load_budget
-from eval.core.config import ROOT, find_config, read_yaml, validate_config
+from eval.core.config import ROOT, apply_overrides, find_config, read_yaml, validate_config
 from eval.core.errors import UserError
 from eval.core.sections import MethodChoice
 from eval.core.study import (
     Study,
-    apply_overrides,
     check_trained,
     load_study,
     make_run_folder,
     mark_trained,
     read_recipe,
     save_study,
+    study_text,
 )
 from scripts.write_config_docs import config_docs
 
@@ -64,6 +64,22 @@ def test_mandatory_slices_of_a_studys_budget_are_slices_of_its_data():
         assert set(load_budget(study).slices) <= set(study.data.shifted)
 
 
+def test_ce_is_trained_as_the_students_but_for_what_is_named(tmp_path):
+    own = ["--ce_train.optimizer.lr", "0.003", "--ce_train.optimizer.lr_rest", "null"]
+    plain, study = load_study("default"), load_study("default", own)
+    optimizer = study.train.optimizer.model_copy(update={"lr": 0.003, "lr_rest": None})
+    assert study.training("CE") == study.train.model_copy(update={"optimizer": optimizer})
+    assert study.training("S1") == study.training("S0") == study.train == plain.training("CE")
+    assert (plain.own_training_text("CE"), study.own_training_text("S1")) == ("", "")
+    (tmp_path / "study.yaml").write_text(study_text(study))
+    assert load_study(tmp_path / "study.yaml") == study
+    longer = load_study(tmp_path / "study.yaml", ["--train.epochs", "9"])
+    assert longer.training("CE").epochs == 9, "a change of `train` reaches CE in a run folder too"
+    (tmp_path / "study.yaml").write_text(study_text(plain))
+    assert load_study(tmp_path / "study.yaml", own) == study
+    assert load_study("default", ["--ce_train", "{}"]) == plain
+
+
 def raw():
     return read_yaml(ROOT / "configs" / "studies" / "default.yaml")
 
@@ -75,6 +91,8 @@ def raw():
         (["--train.optimizer.momentun", "1"], r"train\.optimizer\.momentun.*did you mean 'momentum'"),
         (["--train.loss.weight", "1.5"], r"train\.loss\.weight: 1\.5; .*at most 1"),
         (["--train.rows", "4", "--train.accumulate", "3"], "multiple of accumulate"),
+        (["--ce_train.optimizer.lrr", "1"], r"unknown key ce_train\.optimizer\.lrr.*did you mean 'lr'"),
+        (["--ce_train.rows", "401"], r"ce_train\.rows is 401, more than data\.train_rows: 400"),
         (["--data.context", "many"], r"data\.context: 'many'"),
         (["train.steps", "5"], "overrides look like"),
         (["--name.first", "x"], "'name' holds no keys"),

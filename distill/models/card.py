@@ -5,12 +5,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from eval.core.sections import NamedModel
 from eval.core.study import Study
 
+AS_LONG = ", for as many steps as the students"
 ROLES = {
     "B": "the plain base: what could be shipped instead",
     "T": "the pretrained model that teaches in place of the base",
     "S1": "the student of the teacher that carries the method",
     "S0": "the control student, of the teacher without the method",
-    "CE": "trained on the text alone, for as many steps as the students",
+    "CE": f"trained on the text alone{AS_LONG}",
 }
 KINDS = {  # task -> what a model is, and what loads it
     "causal_lm": ("causal language model", "AutoModelForCausalLM"),
@@ -62,6 +63,8 @@ def model_card(
         teacher: the pretrained model that this one is, for T.
     """
     role = ON_POLICY if arm == "CE" and study.ce_arm == "on_policy" else ROLES[arm]
+    if own := study.own_training_text(arm):
+        role = f"{role.removesuffix(AS_LONG)}, with settings of its own: {own}"
     kind, loader = KINDS[study.task]
     title = f"{study.name}: {arm}" + ("" if seed is None else f", seed {seed}")
     text = f"""---

@@ -15,10 +15,11 @@ from distill.trainer.evaluate import Validation
 from distill.trainer.logging import open_trackers
 from distill.trainer.loop import Step, accelerator, train
 from eval.core.artifacts import Key, build_artifact, is_done
+from eval.core.config import flat_settings
 from eval.core.documents import Row, pad_id
 from eval.core.jobs import Progress
 from eval.core.sections import Train
-from eval.core.study import Study, flat_settings
+from eval.core.study import Study
 
 MONITORING_ONLY = {"checkpoint_every", "evaluate_every"}  # settings of `train` without effect on weights
 

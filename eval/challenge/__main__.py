@@ -6,11 +6,13 @@ row shares with the study is not made again; a command that was stopped goes on 
 row is that of the study's budget: at least f of the teacher's gain is kept, over the control.
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +20,7 @@ from eval.challenge.outcome import (
     COLLAPSES,
     Claim,
     Outcome,
+    best_ce_train,
     claims_of,
     conclude,
     judge_claims,
@@ -138,12 +141,15 @@ def main() -> None:
     console = Console()
     show(outcomes, console if console.is_terminal else Console(width=WIDTH))
     notes = rare_failures(challenge.evidence[SAME])
+    if own := best_ce_train(challenge.evidence):
+        text = yaml.safe_dump({"ce_train": own}, default_flow_style=True, width=math.inf).strip()
+        notes.append(f"CE has its best rate of those tried with this in the study: {text[1:-1]}")
     notes += [f"not run, because a row before collapsed: {name}" for name in left]
     notes += [f"not tried: {what}: {why}" for what, why in skipped.items()]
     for note in notes:
         print(note)
     print(f"{study.name} {sentence}")
-    result = {"study": study.name, "verdict": sentence, "rows": outcomes, "notes": notes}
+    result = {"study": study.name, "verdict": sentence, "rows": outcomes, "ce_train": own, "notes": notes}
     write_json(folder / "challenge.json", result)
     write_json(args.json, result)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from eval.challenge.rows import PLACEBO, RATES, SAME
 from eval.core.budget import Budget
 from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT
-from eval.core.config import Frozen
+from eval.core.config import Frozen, differences
 from eval.core.gate_file import Estimate
 from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, VALIDATION
@@ -93,8 +93,7 @@ def rival_claims(rows: dict[str, Evidence], budget: Budget) -> Iterator[Claim]:
 
     The best rate is picked on the very documents that are compared, for the rival alone: against the claim.
     """
-    same = rows[SAME]
-    rated = {SAME: same} | {name: rows[name] for name in RATES if name in rows}
+    same, rated = rows[SAME], tried_rates(rows)
     if len(rated) < 2:
         return
     sizes = same.clusters[VALIDATION].sums(same.bytes)
@@ -102,14 +101,33 @@ def rival_claims(rows: dict[str, Evidence], budget: Budget) -> Iterator[Claim]:
     for arm, text in ((CONTROL, f"at least {budget.f:g} of the gain"), (CE, "better than it")):
         if arm not in same.arms:
             continue
-        bits = {name: one.bits[arm, PLAIN] for name, one in rated.items()}
-        best = min(bits, key=lambda name: float(bits[name][:, same.columns[VALIDATION]].sum()))
-        saved = same.clusters[VALIDATION].sums(bits[best] - same.bits[STUDENT, PLAIN])
+        best = best_rate(rated, arm)
+        saved = same.clusters[VALIDATION].sums(rated[best].bits[arm, PLAIN] - same.bits[STUDENT, PLAIN])
         lead = linearise(saved, sizes)
         rate = "its own" if best == SAME else f"x {RATES[best]:g}"
         margin = lead - budget.f * gain if arm == CONTROL else lead
         what = f"{arm} at its best learning rate ({rate})"
         yield Claim(f"best_{arm}", what, text, gain, lead, margin, share=arm == CONTROL)
+
+
+def tried_rates(rows: dict[str, Evidence]) -> dict[str, Evidence]:
+    """The study as it is, and the rows with another learning rate."""
+    return {name: rows[name] for name in (SAME, *RATES) if name in rows}
+
+
+def best_rate(rated: dict[str, Evidence], arm: str) -> str:
+    """The row in which an arm has the fewest bits on the validation documents."""
+    columns = rated[SAME].columns[VALIDATION]
+    return min(rated, key=lambda name: float(rated[name].bits[arm, PLAIN][:, columns].sum()))
+
+
+def best_ce_train(rows: dict[str, Evidence]) -> dict[str, Any]:
+    """`ce_train` of the study in which CE has the best rate that was tried; empty where it has it."""
+    rated, study = tried_rates(rows), rows[SAME].study
+    if len(rated) < 2 or CE not in rows[SAME].arms or (best := best_rate(rated, CE)) == SAME:
+        return {}
+    dumps = (one.model_dump(mode="json") for one in (rated[best].study.training(CE), study.train))
+    return differences(*dumps)
 
 
 def judge_claims(claims: list[Claim], alpha: float) -> list[Outcome]:

@@ -170,8 +170,8 @@ def read_yaml(path: Path, kind: str = "studies", chain: tuple[Path, ...] = ()) -
         parent = find_config(kind, name, path)
         check_circle(path, parent, chain, "extends")
         inherited = read_yaml(parent, kind, (*chain, path))
-        merged = _laid_over(merged, {k: v for k, v in inherited.items() if k not in ("name", "title")})
-    return _laid_over(merged, raw)
+        merged = laid_over(merged, {k: v for k, v in inherited.items() if k not in ("name", "title")})
+    return laid_over(merged, raw)
 
 
 def absolute_paths(names: Any, folder: Path) -> Any:
@@ -190,16 +190,66 @@ def check_circle(path: Path, parent: Path, chain: tuple[Path, ...], key: str) ->
         raise UserError(f"config {path}: {key}", circle, "files name each other in a circle: remove one")
 
 
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge, everything else replaces, and a null takes a key away."""
     merged = dict(below)
     for key, value in above.items():
         if value is None and key in below:
             del merged[key]
         elif isinstance(value, dict) and isinstance(below.get(key), dict):
-            merged[key] = _laid_over(below[key], value)
+            merged[key] = laid_over(below[key], value)
         else:
             merged[key] = value
     return merged
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What must be laid over `other` so that it is `one`; a null takes away what only `other` has."""
+    changed = {
+        key: differences(value, other[key])
+        if isinstance(value, dict) and isinstance(other.get(key), dict)
+        else value
+        for key, value in one.items()
+        if value != other.get(key)
+    }
+    return changed | {key: None for key in other if key not in one}
+
+
+def flat_settings(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    if not isinstance(value, dict):
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flat_settings(inner, f"{path}.{key}" if path else key)
+    return flat
+
+
+def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:
+    """Lays `--train.steps 50` or `--train.steps=50` over `raw`, in place."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError("command line", repr(word), "overrides look like --train.steps 50")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError("command line", word, "give a value after it")
+            value = rest.pop(0)
+        *path, last = name.split(".", MAX_DEPTH)
+        place = raw
+        for part in path:
+            if place.get(part) is None:
+                place[part] = {}
+            if not isinstance(place[part], dict):
+                raise UserError("command line", word, f"{part!r} holds no keys")
+            place = place[part]
+        try:
+            place[last] = yaml.load(value, Loader=OneKeyLoader)
+        except yaml.YAMLError as error:
+            problem = f"{word} {value[:60]} ({' '.join(str(error).split())})"
+            raise UserError("command line", problem, "fix the YAML of its value") from error
 
 
 def validate_config(model: type[M], raw: dict[str, Any], where: str) -> M:

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from eval.core.artifacts import digest, write_text
 from eval.core.budget import Budget, load_budget
-from eval.core.config import Stored
+from eval.core.config import Stored, flat_settings
 from eval.core.errors import UserError, first_error
-from eval.core.study import RecipeFile, Study, flat_settings, read_recipe
+from eval.core.study import RecipeFile, Study, read_recipe
 
 PLAN = "plan.json"
 

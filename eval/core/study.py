@@ -11,15 +11,17 @@ from pydantic import Field, model_validator
 
 from eval.core.artifacts import digest, write_text
 from eval.core.config import (
-    MAX_DEPTH,
     PATH_KEYS,
     ROOT,
     FileName,
     Frozen,
-    OneKeyLoader,
     absolute_paths,
+    apply_overrides,
     check_circle,
+    differences,
     find_config,
+    flat_settings,
+    laid_over,
     read_yaml,
     validate_config,
 )
@@ -34,6 +36,7 @@ from eval.core.sections.source import Source
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
 # No model depends on these.
+WATCHED = {"checkpoint_every", "evaluate_every"}  # of a training
 UNHASHED_KEYS = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers", "rivals"}
 
 
@@ -63,7 +66,10 @@ class Study(Frozen):
         description="also train students without a teacher: on the data alone (cross-entropy), or "
         "`on_policy`: on what they write, each token of it with the advantage 1",
     )
-    ce_train: Train | None = Field(None, description="how the CE arm is trained; none: as `train` says")
+    ce_train: Train | None = Field(
+        None,
+        description="what of `train` is otherwise for the CE arm, such as its learning rate; none: nothing",
+    )
     rivals: dict[Literal["T1", "T0"], str] = Field(
         {},
         exclude_if=lambda value: not value,
@@ -75,6 +81,14 @@ class Study(Frozen):
     budget: str = Field(description="limits of a release: a file of configs/budgets, by name or path")
     workers: int = Field(2, gt=0, description="one-thread processes side by side on a CPU")
     accept_old: tuple[str, ...] = Field((), exclude=True, description="set by --accept-old; never stored")
+
+    @model_validator(mode="before")
+    @classmethod
+    def ce_is_trained_as_students_but_for(cls, raw: Any) -> Any:
+        train, own = (raw.get(key) if isinstance(raw, dict) else None for key in ("train", "ce_train"))
+        if isinstance(train, dict) and isinstance(own, dict):
+            return {**raw, "ce_train": laid_over(train, own) if own else None}
+        return raw
 
     @model_validator(mode="after")
     def seeds_differ_and_task_fits(self) -> Self:
@@ -103,11 +117,24 @@ class Study(Frozen):
         """Student arms in the order in which they are trained."""
         return ["S1", "S0", *(["CE"] if self.ce_arm else [])]
 
+    def training(self, arm: str) -> Train:
+        """How the students of an arm are trained."""
+        return self.ce_train if arm == "CE" and self.ce_train is not None else self.train
+
+    def own_training(self, arm: str) -> dict[str, Any]:
+        """What of `train` is otherwise for an arm, as its section of a study says it."""
+        return differences(*(one.model_dump(mode="json") for one in (self.training(arm), self.train)))
+
+    def own_training_text(self, arm: str) -> str:
+        """The same as `optimizer.lr 0.01 in place of 0.02`, but for what decides no model."""
+        own, train = (flat_settings(one) for one in (self.own_training(arm), self.train.model_dump()))
+        names = [name for name in own if name not in WATCHED]
+        return ", ".join(f"{name} {own[name]} in place of {train.get(name)}" for name in names)
+
     def hash(self) -> str:
         """Digest of what decides the models and their scores; recipes and budgets may come and go."""
         beside: dict[str, Any] = {**dict.fromkeys(UNHASHED_KEYS, True), "teacher": {"server": SERVER_ACCESS}}
-        watched = {"checkpoint_every", "evaluate_every"}
-        beside |= {"train": watched, "ce_train": watched, "base": {"train": watched}, "data": {"tasks"}}
+        beside |= {"train": WATCHED, "ce_train": WATCHED, "base": {"train": WATCHED}, "data": {"tasks"}}
         return digest(self.model_dump(mode="json", exclude=beside))
 
 
@@ -186,31 +213,6 @@ def asks_for_auto(study: Study) -> bool:
     return has_auto([study.model_dump(mode="json"), passes])
 
 
-def apply_overrides(raw: dict[str, Any], words: list[str]) -> None:
-    """Lays `--train.steps 50` or `--train.steps=50` over `raw`, in place."""
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise UserError("command line", repr(word), "overrides look like --train.steps 50")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError("command line", word, "give a value after it")
-            value = rest.pop(0)
-        *path, last = name.split(".", MAX_DEPTH)
-        place = raw
-        for part in path:
-            if not isinstance(place.setdefault(part, {}), dict):
-                raise UserError("command line", word, f"{part!r} holds no keys")
-            place = place[part]
-        try:
-            place[last] = yaml.load(value, Loader=OneKeyLoader)
-        except yaml.YAMLError as error:
-            problem = f"{word} {value[:60]} ({' '.join(str(error).split())})"
-            raise UserError("command line", problem, "fix the YAML of its value") from error
-
-
 def check_format(path: Path, raw: dict[str, Any]) -> None:
     """Takes the format of its run folder out of a settled study.
 
@@ -253,16 +255,6 @@ def check_trained(study: Study) -> None:
     )
 
 
-def flat_settings(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    if not isinstance(value, dict):
-        return {path: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= flat_settings(inner, f"{path}.{key}" if path else key)
-    return flat
-
-
 def make_run_folder(study: Study) -> Path:
     """The run folder, made if it is not there.
 
@@ -294,7 +286,10 @@ def save_study(study: Study) -> None:
 
 def study_text(study: Study) -> str:
     """What `study.yaml` of a run folder holds."""
-    return yaml.safe_dump({"run_format": RUN_FORMAT, **study.model_dump(mode="json")}, sort_keys=False)
+    raw = {"run_format": RUN_FORMAT, **study.model_dump(mode="json")}
+    if study.ce_train is not None:
+        raw["ce_train"] = study.own_training("CE")  # so that a change of `train` reaches it
+    return yaml.safe_dump(raw, sort_keys=False)
 
 
 def mark_trained(study: Study) -> None:

@@ -18,7 +18,7 @@ from eval.core.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, 
 from eval.core.budget import Target
 from eval.core.checks import TEACHERS, Artifacts, is_measured, measured_bytes, measured_hash, teacher_folder
 from eval.core.commands import add_json, add_keys_help, add_study, new_parser, start_log, write_json
-from eval.core.config import Frozen, validate_config
+from eval.core.config import Frozen, apply_overrides, validate_config
 from eval.core.documents import TRAIN, boundary_id, stream_documents
 from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError, require_one_of
@@ -26,7 +26,7 @@ from eval.core.jobs import lock_folder
 from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, TRAINING, CostRecord, LoadRecord, Provenance, provenance, write_record
 from eval.core.sections import Cost
-from eval.core.study import Study, apply_overrides, check_trained, load_study, recipe_names
+from eval.core.study import Study, check_trained, load_study, recipe_names
 from eval.engines import Subject, engine_module, has_own_vocabulary, load_tokenizer, subject_of
 
 RANDOM = "random tokens, seed 0"

@@ -13,7 +13,7 @@ from eval.core.plan import Plan, current_recipes, list_changes, list_recipe_chan
 from eval.core.records import PLAIN, VALIDATION, CostRecord, LoadRecord
 from eval.core.study import recipe_names
 from eval.gate.evidence import Contrast, Evidence
-from eval.gate.quality import RESOLUTION, RIVALS, harm_of
+from eval.gate.quality import RESOLUTION, harm_of, untaught
 from eval.stats.crossed import PASS, crossed_mean
 from eval.stats.multiplicity import holm
 
@@ -36,6 +36,7 @@ def list_caveats(evidence: Evidence, budget: Budget, fixed: Fixed | None) -> lis
         *caveats,
         *_few_clusters(evidence, budget),
         *_scored_elsewhere(evidence),
+        *_own_training_of_ce(evidence),
         *_spoiled_ce(evidence),
         *_mixed_machines(evidence),
         *_computed_otherwise(evidence),
@@ -195,12 +196,19 @@ def _scored_elsewhere(evidence: Evidence) -> list[str]:
     return [f"scores were made elsewhere ({'; '.join(parts)}){why}"]
 
 
+def _own_training_of_ce(evidence: Evidence) -> list[str]:
+    """S1 over CE at its own best rate is another figure than S1 over CE at the rate of S1."""
+    own = evidence.study.own_training_text(CE)
+    asked = own and (CE, PLAIN) in evidence.bits
+    return [f"CE was trained otherwise than S1, as ce_train says: {own}"] if asked else []
+
+
 def _spoiled_ce(evidence: Evidence) -> list[str]:
     """A rival that its own training made worse is beaten by anything."""
     if (CE, PLAIN) not in evidence.bits or (harm := harm_of(evidence, CE)) is None:
         return []
     return [
-        f"{RIVALS[evidence.study.ce_arm]} (CE) ended worse than the base that it began with, by "
+        f"{untaught(evidence.study)} (CE) ended worse than the base that it began with, by "
         f"{harm:.2g} bits/byte: it is no rival; give it its own best rate with ce_train"
     ]
 

@@ -10,6 +10,7 @@ from eval.core.budget import Budget
 from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT, TEACHERS
 from eval.core.gate_file import Estimate, KeptShare, Link, Part, Power, Rival, Students
 from eval.core.records import PLAIN, VALIDATION
+from eval.core.study import Study
 from eval.gate.evidence import Contrast, Evidence
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Mean, crossed_mean
 from eval.stats.power import clusters_for, components, effect_for, power, sample_components, seeds_for
@@ -26,7 +27,16 @@ GAIN_OVER_CE = Contrast(STUDENT, CE)
 
 
 # The arm CE by `ce_arm` of the study: what is simpler than a student with a teacher.
-RIVALS = {True: "plain training on the same rows", "on_policy": "training on its own texts without a teacher"}
+UNTAUGHT = {
+    True: "plain training on the same rows",
+    "on_policy": "training on its own texts without a teacher",
+}
+
+
+def untaught(study: Study) -> str:
+    """What the arm CE is, and how it was trained where that is not as S1."""
+    own = study.own_training_text(CE)
+    return UNTAUGHT[study.ce_arm] + (f" ({own})" if own else "")
 
 
 def kept_gain(recipe: str) -> Contrast:
@@ -132,7 +142,7 @@ def over_ce_part(evidence: Evidence, share: float, alpha: float) -> Part:
     A CE arm that ended worse than the base shows nothing: whoever beats it beats its learning rate.
     """
     lead = evidence.gain(VALIDATION, GAIN_OVER_CE) - share * evidence.gain(VALIDATION, GAIN)
-    what = f"the student beats {RIVALS[evidence.study.ce_arm]} by {share:g} of the teacher's gain"
+    what = f"the student beats {untaught(evidence.study)} by {share:g} of the teacher's gain"
     part = mean_part("over_ce", lead, alpha, what, f"{what}: it does not")
     if part.verdict != PASS or (harm := harm_of(evidence, CE)) is None:
         return part
@@ -150,7 +160,7 @@ def harm_of(evidence: Evidence, rival: str) -> float | None:
 def compare_rivals(evidence: Evidence, alpha: float) -> list[Rival]:
     """How much better than the uncompressed student each simpler rival is: CE, and what the study names."""
     study, rivals = evidence.study, []
-    names: dict[str, str] = {CE: RIVALS[study.ce_arm]} if (CE, PLAIN) in evidence.bits else {}
+    names: dict[str, str] = {CE: untaught(study)} if (CE, PLAIN) in evidence.bits else {}
     for arm, what in (*names.items(), *study.rivals.items()):
         z = evidence.gain(VALIDATION, Contrast(arm, STUDENT))
         beats, spoiled = crossed_mean(z).verdict(alpha) == PASS, harm_of(evidence, arm) is not None

@@ -7,10 +7,10 @@ import pytest
 from distill.pipeline import jobs_until, prepare_inputs
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import verify_artifact
-from eval.core.config import find_config, read_yaml, validate_config
+from eval.core.config import apply_overrides, find_config, read_yaml, validate_config
 from eval.core.errors import UserError
 from eval.core.jobs import run_in_turn
-from eval.core.study import Study, apply_overrides, make_run_folder
+from eval.core.study import Study, make_run_folder
 from tests.helpers import ROOT, SHAPE, write_corpus
 
 ENTRY = "accelerate launch distill/train.py "

@@ -142,8 +142,7 @@ def test_curves_of_every_run_are_logged_with_bits_per_byte_where_asked(trained, 
     assert {p.name for p in (study.folder / "logs").iterdir()} == arms
     shutil.copytree(study.folder, tmp_path / "runs" / "tiny")
     words = ["--runs", str(tmp_path / "runs"), "--train.evaluate_every", "3"]
-    own = json.loads(study.train.model_copy(update={"rows": 8, "evaluate_every": 2}).model_dump_json())
-    changed = load_study(path, [*words, f"--ce_train={json.dumps(own)}"])
+    changed = load_study(path, [*words, "--ce_train.rows", "8", "--ce_train.evaluate_every", "2"])
     place = changed.folder / "students"
     before = {arm: (place / arm / "s0" / "manifest.json").read_text() for arm in ("S1", "CE")}
     for arm in ("S1", "CE"):
@@ -153,6 +152,11 @@ def test_curves_of_every_run_are_logged_with_bits_per_byte_where_asked(trained, 
     assert json.loads(after["CE"])["facts"]["loss_curve"][-1][0] == 4, (
         "32 rows, 8 a step, as CE's own settings say"
     )
+    make_student(load_study(path, [*words, "--train.rows", "8"]), "CE", 0, lambda share, tokens=0: None)
+    same = (place / "CE" / "s0" / "manifest.json").read_text()
+    assert same == after["CE"], "it is the CE of a study that trains all so, by its key"
+    card = (place / "CE" / "s0" / "README.md").read_text()
+    assert f"on the text alone, with settings of its own: rows 8 in place of {study.train.rows}" in card
     events = EventAccumulator(str(changed.folder / "logs" / "CE-s0"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {

@@ -8,10 +8,11 @@ from eval.core.artifacts import Key, build_artifact, digest, read_manifest
 from eval.core.checks import measured_bytes, measured_hash
 from eval.core.plan import read_plan
 from eval.core.records import CostRecord, write_record
-from eval.core.study import load_study
+from eval.core.study import Study, load_study
 from eval.cost.plan import find_teacher
 from eval.gate.decision import judge
 from eval.gate.quality import mean_part
+from eval.report.markdown import render_markdown
 from eval.stats.crossed import crossed_mean
 from eval.stats.power import components, power
 from tests.eval.run_builder import Run, copy_run, edit, row
@@ -169,6 +170,26 @@ def test_a_rival_that_its_own_training_made_worse_is_no_rival(tmp_path):
     part = next(part for part in row(result, "int8").parts if part.name == "over_ce")
     assert (part.verdict, part.remedy) == ("INCONCLUSIVE", "a CE arm at its own best rate (ce_train)")
     assert result.verdict == "INCONCLUSIVE"
+
+
+def test_a_rival_that_was_trained_otherwise_is_named_so_wherever_it_is_named(tmp_path):
+    class AtItsOwnRate(Run):
+        @property
+        def study(self):
+            raw = super().study.model_dump(mode="json") | {"ce_train": {"optimizer": {"lr": 0.01}}}
+            return Study.model_validate(raw)
+
+    gains = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.2}
+    run = AtItsOwnRate(tmp_path, gains=gains, recipes={"int8": ("openvino", 1.0, 0.6)})
+    run.budget["over_ce"] = 0.1
+    result = judge(run.make().path)
+    how = "optimizer.lr 0.01 in place of 0.001"
+    assert f"CE was trained otherwise than S1, as ce_train says: {how}" in result.notes
+    assert result.rivals[0].what == f"plain training on the same rows ({how})"
+    assert f"({how}) is better by" in result.reason
+    part = next(part for part in row(result, "int8").parts if part.name == "over_ce")
+    assert how in part.reason
+    assert how in render_markdown(result)
 
 
 def test_a_teacher_that_is_one_plain_model_is_a_rival_where_the_study_names_it(tmp_path):

@@ -14,6 +14,7 @@ from eval.challenge.outcome import (
     OPEN,
     SURVIVES,
     Claim,
+    best_ce_train,
     claims_of,
     conclude,
     judge_claims,
@@ -23,9 +24,10 @@ from eval.challenge.outcome import (
 from eval.challenge.rows import PLACEBO, SAME, plan_rows
 from eval.challenge.runs import run_study, share_artifacts
 from eval.core.errors import UserError
+from eval.core.sections import Optimizer, Train
 from eval.core.study import load_study
 from eval.stats.crossed import crossed_mean
-from tests.eval.run_builder import Run
+from tests.eval.run_builder import GAINS, Run
 from tests.helpers import ROOT, run
 
 
@@ -148,6 +150,23 @@ def test_the_rival_is_taken_at_its_best_rate(tmp_path):
     assert not list(rival_claims({SAME: same}, budget)), "no rate was tried"
 
 
+def test_the_best_rate_of_ce_is_told_as_the_study_would_have_it(tmp_path):
+    def rated(name, lr, ce):
+        evidence, _ = evidence_of(tmp_path / name, gains=GAINS | {"CE": ce})
+        train = Train(optimizer=Optimizer(lr=lr))
+        return replace(evidence, study=evidence.study.model_copy(update={"train": train}))
+
+    rows = {SAME: rated("same", 0.02, 0.02), "half_rate": rated("half", 0.01, 0.05)}
+    assert best_ce_train(rows) == {"optimizer": {"lr": 0.01}}
+    assert best_ce_train(rows | {"double_rate": rated("double", 0.04, 0.06)}) == {"optimizer": {"lr": 0.04}}
+    assert best_ce_train(rows | {"half_rate": rated("worse", 0.01, 0.0)}) == {}
+    assert best_ce_train({SAME: rows[SAME]}) == {}
+    raw = {"optimizer": {"lr": 0.02}}
+    study = load_study("tiny", ["--train", json.dumps(raw), "--ce_train", json.dumps(best_ce_train(rows))])
+    assert study.ce_train.optimizer.lr == 0.01
+    assert study.own_training_text("CE") == "optimizer.lr 0.01 in place of 0.02"
+
+
 def test_every_slice_of_the_study_as_it_is_has_its_own_row(tmp_path):
     evidence, budget = evidence_of(tmp_path, far={"T1": 0.12, "S1": 0.0, "S0": 0.0})
     claims = list(claims_of(SAME, "as it is", evidence, budget))
@@ -198,6 +217,8 @@ def test_a_row_is_run_once_and_makes_only_what_its_change_touches(tmp_path):
     base, student = "base/s0/model.safetensors", "students/S1/s0/model.safetensors"
     assert os.path.samefile(folder / SAME / base, folder / "half_rate" / base), "it is linked"
     assert (folder / SAME / student).read_bytes() != (folder / "half_rate" / student).read_bytes()
+    rates = {"optimizer": {"lr": 0.01, "lr_rest": 0.0025}}
+    assert best_ce_train(challenge.evidence) in ({}, rates)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
     again = Challenge(study, folder, rows)
     assert again.run() == []
