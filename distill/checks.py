@@ -27,6 +27,7 @@ from distill.models.lora import check_device
 from distill.teachers.alignment import Vocabulary
 from distill.teachers.target_source import check_target_source
 from distill.trainer.loop import check_train, set_memory_and_attention
+from distill.trainer.module import check_exits
 from eval.core.errors import UserError
 from eval.core.sections import NamedModel, Train
 from eval.core.sections.models import Teacher
@@ -163,6 +164,19 @@ def _check_attention(config: PreTrainedConfig, trainings: Mapping[str, Train]) -
 def chat_tokenizers(study: Study) -> list[PreTrainedTokenizerBase]:
     """Those whose templates lay out the chats of a study, if it has some; `check_models` has read them."""
     if not has_chats(study):
+    _check_exits(study, config, student)
+
+
+def _check_exits(study: Study, base: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    """Are early exits middle layers of the base, of its method's teacher and of the student?"""
+    layers = base.get_text_config().num_hidden_layers
+    train = getattr(make_method(study.method).settings, "train", None)
+    of_method = {"method.settings.train": train} if train is not None and study.teacher is None else {}
+    for where, settings in {**_base_training(study), **of_method}.items():
+        check_exits(settings, layers, where)
+    layers = study.student.layers or student.get_text_config().num_hidden_layers
+    for where, settings in _student_training(study).items():
+        check_exits(settings, layers, where)
         return []
     from_name = study.base if study.base.architecture is None else named_models(study)["base.tokenizer"]
     tokenizers = [named_tokenizer(from_name)]

@@ -1,4 +1,4 @@
-"""Further heads in the teacher's training, which predict later tokens and are then dropped."""
+"""More to predict in the teacher's training, then dropped: later tokens, or the next one early."""
 
 from typing import Self
 
@@ -11,11 +11,15 @@ from eval.core.sections import Future, Train
 
 class Heads(Retrained):
     card = Card(
-        title="Multi-token prediction",
-        paper="Gloeckle et al. 2024, arXiv:2404.19737; heads as in Medusa: Cai et al. 2024, arXiv:2401.10774",
-        claim="a model that must also predict the tokens after the next one learns better features",
-        touches="the training of the teacher: heads of their own for later tokens, dropped afterwards",
-        limits="the paper finds gains in large models, and losses in small ones",
+        title="Multi-token prediction, or early exits",
+        paper="Gloeckle et al. 2024, arXiv:2404.19737; heads: Cai et al. 2024, arXiv:2401.10774; "
+        "exits: Lee et al. 2015, arXiv:1409.5185; as in LayerSkip: Elhoushi et al. 2024, arXiv:2404.16710",
+        claim="a model that must also predict the tokens after the next one, or the next one from its middle "
+        "layers, learns better features",
+        touches="the training of the teacher: heads of their own for later tokens, dropped afterwards; exits "
+        "have the model's own norm and head",
+        limits="the first paper finds gains in large models, and losses in small ones; early exits can cost "
+        "the last layer accuracy (Elbayad et al. 2020, arXiv:1910.10073)",
     )
 
     class Settings(Frozen):
@@ -26,11 +30,14 @@ class Heads(Retrained):
 
         @model_validator(mode="after")
         def has_heads(self) -> Self:
-            if self.train.future is None:
-                raise ValueError("`train.future` says which later tokens are predicted: it is the method")
+            if self.train.future is None and self.train.exits is None:
+                problem = (
+                    "`train.future` says which later tokens are predicted, `train.exits` which layers do"
+                )
+                raise ValueError(f"{problem}: one of them is the method")
             return self
 
     def control(self) -> Method:
-        """The same training without the heads."""
-        train = self.settings.train.model_copy(update={"future": None})
+        """The same training without the heads and exits."""
+        train = self.settings.train.model_copy(update={"future": None, "exits": None})
         return Heads(self.settings.model_copy(update={"train": train}))

@@ -28,7 +28,7 @@ from distill.trainer.distributed import (
 )
 from distill.trainer.loading import StepInput, load_steps, step_input
 from distill.trainer.logging import Log
-from distill.trainer.module import DistillationModule, float32_products, layer_widths
+from distill.trainer.module import DistillationModule, final_norm, float32_products, layer_widths
 from distill.trainer.optimizers import (
     build_optimizers,
     check_bitsandbytes,
@@ -231,7 +231,8 @@ def build_module(
     batch = collate([row], pad).to(model.device)
     check_head(model, batch)
     target = teacher(batch) if teacher is not None and config.loss.hidden is not None else None
-    return DistillationModule(model, config, layer_widths(target, config)).to(model.device)
+    norm = final_norm(model, batch) if config.exits else None
+    return DistillationModule(model, config, layer_widths(target, config), norm).to(model.device)
 
 
 def train(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from distill.losses.chunked import chunked_loss
 from distill.losses.cross_tokenizer import cross_tokenizer_loss
 from distill.losses.teacher_output import Aligned, Dense, States, Target
+from distill.models.layers import decoder_layers
 from distill.models.lm_head import capture_input, check_layers, head_of, output_embedding
 from eval.core.documents import Batch
 from eval.core.errors import UserError
@@ -54,14 +55,26 @@ class DistillationModule(nn.Module):
 
     Args:
         widths: of the teacher layers in `loss.hidden.pairs`, in that order.
+        norm: what `final_norm` found, where `exits` asks for it.
+
+    Raises:
+        UserError: the model has no such layer in its middle as `exits` names.
     """
 
-    def __init__(self, model: PreTrainedModel, config: Train, widths: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: Train,
+        widths: Sequence[int] = (),
+        norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
+        check_exits(config, model.config.get_text_config().num_hidden_layers)
         self.model, self.settings = model, config
         self.config = model.config  # read by accelerate for DeepSpeed
         self._no_split_modules = model._no_split_modules  # read by accelerate for FSDP
         self.output_embedding = [output_embedding(model)]  # in a list: a module here would count twice
+        self.final_norm = [norm]
         self.run_model: Any = torch.compile(model.forward) if config.compile else model.forward
         own_width = model.config.get_text_config().hidden_size
         self.projectors = nn.ModuleList(
@@ -83,8 +96,11 @@ class DistillationModule(nn.Module):
 
     def _loss(self, batch: Batch, target: Target | Aligned | None) -> Tensor:
         pairs = self.settings.loss.hidden if target is not None else None
+        exits = self.settings.exits if self.training else None
         half = self.settings.precision == "bf16"
-        inputs = {**batch.inputs, "use_cache": False, **({"output_hidden_states": True} if pairs else {})}
+        inputs = {**batch.inputs, "use_cache": False}
+        if pairs or exits:
+            inputs["output_hidden_states"] = True
         device = batch.input_ids.device.type
         with (
             capture_input(self.output_embedding[0]) as captured,
@@ -103,6 +119,9 @@ class DistillationModule(nn.Module):
             loss = chunked_loss(hidden, head_of(self.model), labels, target, self.settings.loss)
         if self.settings.future and self.training:
             loss = loss + self.settings.future.weight * self.future_loss(states, batch)
+        if exits:
+            middle = [output.hidden_states[layer] for layer in exits.layers]
+            loss = loss + exits.weight * self.exit_loss(middle, positions, labels)
         if pairs is None:
             return loss
         assert not isinstance(target, Aligned)
@@ -131,6 +150,26 @@ class DistillationModule(nn.Module):
             total = total + chunked_loss(hidden, head_of(self.model), labels, None, self.settings.loss)
         return total
 
+    def exit_loss(self, states: Sequence[Tensor], positions: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross-entropy of the next token from every middle layer, by the model's own norm and head.
+
+        Deep supervision (Lee et al. 2015, arXiv:1409.5185) by the exit that all layers share in LayerSkip
+        (Elhoushi et al. 2024, arXiv:2404.16710).
+
+        Args:
+            states: [B, T, D] of each layer.
+            positions: [N] of B * T, at which tokens `labels` [N] are predicted.
+        """
+        (norm,) = self.final_norm
+        assert norm is not None
+        total = labels.new_zeros((), dtype=torch.float32)
+        for state in states:
+            hidden = norm(select_positions(state, positions))
+            if self.settings.precision == "bf16":
+                hidden = hidden.bfloat16()
+            total = total + chunked_loss(hidden, head_of(self.model), labels, None, self.settings.loss)
+        return total
+
     def hidden_loss(
         self, states: Sequence[Tensor], positions: Tensor, target: Target | None, config: Hidden
     ) -> Tensor:
@@ -144,6 +183,56 @@ class DistillationModule(nn.Module):
             for (own, _), project, layer in zip(config.pairs, self.projectors, target.layers, strict=True)
         ]
         return torch.stack(distances).sum()
+
+
+def check_exits(config: Train, layers: int, where: str = "train") -> None:
+    """Refuses exits that are no middle layers of a model with so many layers.
+
+    Args:
+        where: key of the settings in the study, for errors.
+    """
+    numbers = config.exits.layers if config.exits else []
+    if wrong := [number for number in numbers if number >= layers]:
+        fix = f"choose layers from 1 to {layers - 1}" if layers > 1 else "leave exits out"
+        raise UserError(f"{where}.exits.layers", f"{wrong[0]} is no middle layer of {layers}", fix)
+
+
+@torch.no_grad()
+def final_norm(model: PreTrainedModel, batch: Batch) -> nn.Module:
+    """The norm between the last decoder layer and the output embedding; the identity where there is none.
+
+    Found by what a forward pass does, without a table of families.
+
+    Raises:
+        UserError: more than one module stands there.
+    """
+    layers = decoder_layers(model)[2]
+    inside, ends, normed = set(layers.modules()), [], []
+
+    def note_end(module: nn.Module, inputs: Any, output: Any) -> None:
+        ends.append(output[0] if isinstance(output, tuple) else output)
+
+    def note_next(module: nn.Module, inputs: Any, output: Any) -> None:
+        if ends and inputs and inputs[0] is ends[0]:
+            normed.append((module, output))
+
+    others = (module for module in model.modules() if module not in inside)
+    handles = [module.register_forward_hook(note_next) for module in others]
+    handles.append(layers[-1].register_forward_hook(note_end))
+    training, batch = model.training, batch.to(model.device)
+    model.eval()
+    try:
+        with capture_input(output_embedding(model)) as captured:
+            model(**batch.inputs, use_cache=False)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    for module, output in [(nn.Identity(), ends[0]), *normed]:
+        if isinstance(output, Tensor) and torch.equal(output, captured[0]):
+            return module
+    problem = "more than a norm stands between its last layer and its output embedding"
+    raise UserError(f"model type {model.config.model_type!r}", problem, "leave exits out")
 
 
 def select_positions(states: Tensor, positions: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ def same(one, other):
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_heads_are_in_the_training_alone_and_in_the_control_not_at_all(context, rows):
+@pytest.mark.parametrize("more", [{"future": {"tokens": 2}}, {"future": None, "exits": {"layers": [1]}}])
+def test_heads_are_in_the_training_alone_and_in_the_control_not_at_all(more, context, rows):
     ends = []
-    method = make("heads", train={**TRAIN, "future": {"tokens": 2}})
+    method = make("heads", train={**TRAIN, **more})
     for side, settings in ((method, method.settings.train), (method.control(), Train(**TRAIN))):
         side.fit(context)
         by_hand = context.load_base(0)
@@ -36,6 +37,11 @@ def test_heads_are_in_the_training_alone_and_in_the_control_not_at_all(context, 
         for left in (context.folder.parent / "scratch").rglob("*"):
             assert not left.is_file(), "checkpoints of one training must not be those of another"
     assert not same(*ends)
+
+
+def test_heads_without_any_are_no_method():
+    with pytest.raises(UserError, match=r"train\.exits` which layers do: one of them is the method"):
+        make("heads", train={**TRAIN, "future": None})
 
 
 @pytest.fixture(scope="module")

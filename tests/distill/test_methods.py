@@ -49,7 +49,7 @@ SETTINGS = {
         "plausible": 0.05,
     },
     "harmful": {},
-    "heads": {"train": {"rows": 4, "steps": 3, "future": {"tokens": 1}}},
+    "heads": {"train": {"rows": 4, "steps": 3, "future": {"tokens": 1}, "exits": {"layers": [1]}}},
     "elsewhere": {},
     "larger_teacher": {},
     "memory": MEMORY,

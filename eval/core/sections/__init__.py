@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from eval.core.config import FileName, Frozen
+from eval.core.sections.auxiliary import Exits as Exits
+from eval.core.sections.auxiliary import Future as Future
 from eval.core.sections.models import NamedModel as NamedModel
 from eval.core.sections.source import Source as Source
 from eval.core.sections.tasks import Harness as Harness
@@ -185,13 +187,6 @@ class Loss(Frozen):
         return self
 
 
-class Future(Frozen):
-    """Further heads that predict the tokens after the next one, in training alone: they are not exported."""
-
-    tokens: int = Field(1, gt=0, description="how many tokens further ahead are predicted, by a head each")
-    weight: float = Field(0.3, gt=0, description="factor of their cross-entropy in the loss")
-
-
 class Train(Frozen):
     """How one model is trained."""
 
@@ -202,6 +197,7 @@ class Train(Frozen):
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
     future: Future | None = None
+    exits: Exits | None = Field(None, exclude_if=lambda value: value is None)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         "fp32",
         description="number format of the products; losses and weights stay in fp32. `tf32`: CUDA only. "
