@@ -18,7 +18,7 @@ from distill.data.sources import read_source
 from distill.models.layers import decoder_layers
 from eval.core.documents import Batch, Row, batches, collate, tokens_per_batch, windows
 from eval.core.errors import UserError
-from eval.core.study import Calibration
+from eval.core.sections.recipe import Calibration
 from eval.engines.torch import logits_of
 
 LEAST_ALLOWED = 1e-3  # nats between two computations of one log-probability

@@ -19,7 +19,8 @@ from eval.core.config import Frozen, Stored, plugin_class, plugin_names, validat
 from eval.core.documents import Document, Row
 from eval.core.errors import UserError, require_installed
 from eval.core.sections.precision import Choice, read_choice, replace_auto
-from eval.core.study import Calibration, Study, read_recipe, recipe_names
+from eval.core.sections.recipe import Calibration
+from eval.core.study import Study, read_recipe, recipe_names
 
 if TYPE_CHECKING:  # heavy, and a command that has nothing to do should end at once
     import torch

@@ -31,16 +31,29 @@ from distill.trainer.module import check_exits
 from eval.core.errors import UserError
 from eval.core.sections import NamedModel, Train
 from eval.core.sections.models import Teacher
-from eval.core.study import Study
+from eval.core.study import Study, arm_studies
 from eval.engines import load_tokenizer
 from eval.engines.torch import check_labels, model_class, with_labels
 
 
 def check_plugins_and_models(study: Study) -> None:
-    """All that can be known of a study on any machine; see the three checks."""
-    check_target_source(study)
-    check_method(study)
-    check_models(study)
+    """All that can be known of a study and of its arms on any machine; see the three checks."""
+    for one in (study, *arm_studies(study)):
+        with _names_arm(study, one):
+            check_target_source(one)
+            check_method(one)
+            check_models(one)
+
+
+@contextmanager
+def _names_arm(study: Study, one: Study) -> Iterator[None]:
+    """Errors inside say which arm of the study they are of."""
+    try:
+        yield
+    except UserError as error:
+        if one is study:
+            raise
+        raise UserError(f"arms.{one.name}: {error.thing}", error.problem, error.fix) from error
 
 
 def check_method(study: Study) -> None:
@@ -95,9 +108,11 @@ def check_training(study: Study, device: torch.device) -> None:
     Raises:
         UserError: QLoRA or TF32 without CUDA, an optimizer whose library is not installed.
     """
-    check_device(study.student, device)
-    for where, settings in {**_base_training(study), **_student_training(study)}.items():
-        check_train(settings, device, where)
+    for one in (study, *arm_studies(study)):
+        with _names_arm(study, one):
+            check_device(one.student, device)
+            for where, settings in {**_base_training(one), **_student_training(one)}.items():
+                check_train(settings, device, where)
 
 
 def _base_training(study: Study) -> dict[str, Train]:
@@ -149,6 +164,19 @@ def check_models(study: Study) -> None:
         _check_lengths(study, student, "student.architecture")
     _check_attention(config, _base_training(study))
     _check_attention(student, _student_training(study))
+    _check_exits(study, config, student)
+
+
+def _check_exits(study: Study, base: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    """Are early exits middle layers of the base, of its method's teacher and of the student?"""
+    layers = base.get_text_config().num_hidden_layers
+    train = getattr(make_method(study.method).settings, "train", None)
+    of_method = {"method.settings.train": train} if train is not None and study.teacher is None else {}
+    for where, settings in {**_base_training(study), **of_method}.items():
+        check_exits(settings, layers, where)
+    layers = study.student.layers or student.get_text_config().num_hidden_layers
+    for where, settings in _student_training(study).items():
+        check_exits(settings, layers, where)
 
 
 def _check_attention(config: PreTrainedConfig, trainings: Mapping[str, Train]) -> None:
@@ -164,19 +192,6 @@ def _check_attention(config: PreTrainedConfig, trainings: Mapping[str, Train]) -
 def chat_tokenizers(study: Study) -> list[PreTrainedTokenizerBase]:
     """Those whose templates lay out the chats of a study, if it has some; `check_models` has read them."""
     if not has_chats(study):
-    _check_exits(study, config, student)
-
-
-def _check_exits(study: Study, base: PreTrainedConfig, student: PreTrainedConfig) -> None:
-    """Are early exits middle layers of the base, of its method's teacher and of the student?"""
-    layers = base.get_text_config().num_hidden_layers
-    train = getattr(make_method(study.method).settings, "train", None)
-    of_method = {"method.settings.train": train} if train is not None and study.teacher is None else {}
-    for where, settings in {**_base_training(study), **of_method}.items():
-        check_exits(settings, layers, where)
-    layers = study.student.layers or student.get_text_config().num_hidden_layers
-    for where, settings in _student_training(study).items():
-        check_exits(settings, layers, where)
         return []
     from_name = study.base if study.base.architecture is None else named_models(study)["base.tokenizer"]
     tokenizers = [named_tokenizer(from_name)]

@@ -338,7 +338,7 @@ def student_jobs(study: Study) -> list[Job]:
     }
     jobs = []
     for seed in study.seeds:
-        for arm in study.arms:
+        for arm in study.student_arms:
             asked = study.teacher is not None and study.teacher.answers  # all learn what both have answers to
             sides = TEACHERS.values() if asked else [TEACHERS[arm]] if arm in TEACHERS else []
             needs = (f"base s{seed}", *(teacher_job[side, seed] for side in sides))

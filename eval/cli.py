@@ -115,7 +115,7 @@ def steps(run: Path) -> Iterator[Step]:
 
     study = load_study(run)
     names, seeds, unbuilt = recipe_names(study)[1:], study.seeds, read_unbuilt(run)
-    trained = [f"students/{arm}/s{seed}/manifest.json" for arm in study.arms for seed in seeds]
+    trained = [f"students/{arm}/s{seed}/manifest.json" for arm in study.student_arms for seed in seeds]
     done, state = _count(run, trained)
     yield Step("train", done and not (run / CHANGED).is_file(), f"{state} students")
     recipes = [name for name in names if name not in unbuilt]
@@ -123,7 +123,9 @@ def steps(run: Path) -> Iterator[Step]:
     done, state = _count(run, [f"variants/{r}/{arm}/s{seed}/manifest.json" for r, arm, seed in pairs])
     failed = "".join(f"; {name} was not built: {why}" for name, why in unbuilt.items() if name in names)
     yield Step("compress", done, f"{state} variants{failed}")
-    models = [("plain", arm, seed) for arm in ("B", "T0", "T1", *study.arms) for seed in seeds] + pairs
+    models = [
+        ("plain", arm, seed) for arm in ("B", "T0", "T1", *study.student_arms) for seed in seeds
+    ] + pairs
     done, state = _count(run, [f"records/score/{r}/{arm}-s{seed}.json" for r, arm, seed in models])
     yield Step("score", done, f"{state} models")
     targets = {name: target for name, target in budget_of_run(study).targets.items() if target.required}

@@ -16,7 +16,8 @@ from eval.core.budget import Budget, Limit, Target
 from eval.core.commands import describe_fields
 from eval.core.config import ROOT, plugin_names
 from eval.core.sections import Corruption, Source, Task, Train
-from eval.core.study import RecipeFile, Study
+from eval.core.sections.recipe import RecipeFile
+from eval.core.study import Study
 
 FILE = ROOT / "docs" / "config.md"
 HEAD = """# Every key of a config

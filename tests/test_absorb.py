@@ -16,7 +16,8 @@ from eval.core.commands import LOG, describe_fields
 from eval.core.errors import UserError
 from eval.core.records import read_costs, write_record
 from eval.core.sections import Corruption, Source, Task
-from eval.core.study import RecipeFile, Study, load_study, make_run_folder, save_study
+from eval.core.sections.recipe import RecipeFile
+from eval.core.study import Study, load_study, make_run_folder, save_study
 from tests.eval.run_builder import Run, edit, put
 from tests.helpers import ROOT, run
 
@@ -45,7 +46,7 @@ def test_in_a_run_it_shows_what_is_done_and_the_next_command(tmp_path):
         assert "· absorb train" in done.stdout
         assert "[0 of 6 students]" in done.stdout
         assert "next: absorb train --config" in done.stdout
-    for arm in study.arms:
+    for arm in study.student_arms:
         for seed in study.seeds:
             put(study.folder, f"students/{arm}/s{seed}", lambda folder: (folder / "model").write_text(""))
     done = absorb("--study", study.folder)

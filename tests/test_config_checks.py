@@ -1,6 +1,7 @@
 """What can be known before the first model is trained is refused then, in one line."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -268,6 +269,27 @@ def test_tf32_without_cuda_is_refused_before_anything_is_made(tmp_path, where):
     ):
         distil(study)
     assert [path.name for path in study.folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"method": {"name": "ensembel"}}, r"arms\.other: .*did you mean 'ensemble'"),
+        ({"method": {"settings": {"membres": 1}}}, r"arms\.other: .*membres.*did you mean 'members'"),
+        pytest.param(
+            {"train": {"precision": "tf32"}},
+            r"arms\.other: train\.precision: tf32 needs CUDA",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device"),
+        ),
+        ({"train": {"rows": 2}}, r"arms\.other\.train\.rows: 2, not 4"),
+    ],
+)
+def test_an_arm_is_refused_by_the_command_before_anything_is_made(tmp_path, arm, message):
+    path = tiny_study(tmp_path, arms={"other": arm})
+    done = run("distill/train.py", "--config", path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (3, 1)
+    assert re.search(message, done.stderr)
+    assert not [*tmp_path.rglob("base")]
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -20,7 +20,6 @@ from eval.core.study import (
     mark_trained,
     read_recipe,
     save_study,
-    study_text,
 )
 from scripts.write_config_docs import config_docs
 
@@ -62,22 +61,6 @@ def test_mandatory_slices_of_a_studys_budget_are_slices_of_its_data():
     ]:
         study = load_study(path)
         assert set(load_budget(study).slices) <= set(study.data.shifted)
-
-
-def test_ce_is_trained_as_the_students_but_for_what_is_named(tmp_path):
-    own = ["--ce_train.optimizer.lr", "0.003", "--ce_train.optimizer.lr_rest", "null"]
-    plain, study = load_study("default"), load_study("default", own)
-    optimizer = study.train.optimizer.model_copy(update={"lr": 0.003, "lr_rest": None})
-    assert study.training("CE") == study.train.model_copy(update={"optimizer": optimizer})
-    assert study.training("S1") == study.training("S0") == study.train == plain.training("CE")
-    assert (plain.own_training_text("CE"), study.own_training_text("S1")) == ("", "")
-    (tmp_path / "study.yaml").write_text(study_text(study))
-    assert load_study(tmp_path / "study.yaml") == study
-    longer = load_study(tmp_path / "study.yaml", ["--train.epochs", "9"])
-    assert longer.training("CE").epochs == 9, "a change of `train` reaches CE in a run folder too"
-    (tmp_path / "study.yaml").write_text(study_text(plain))
-    assert load_study(tmp_path / "study.yaml", own) == study
-    assert load_study("default", ["--ce_train", "{}"]) == plain
 
 
 def raw():

@@ -27,8 +27,8 @@ class Row:
     trains: int = 0  # 0: nothing; 1: students; 2: teachers; 3: bases
 
     def study(self, source: Path, runs: Path) -> Study:
-        """The changed study. It has no recipe: what is challenged is the plain student."""
-        words = [*self.words, "--recipes", "[]", "--runs", str(runs), "--name", self.name]
+        """The changed study. It has no recipe and no arm: what is challenged is the plain student."""
+        words = [*self.words, "--recipes=[]", "--arms={}", "--runs", str(runs), "--name", self.name]
         return load_study(source, words)
 
 

@@ -1,9 +1,10 @@
 """`python -m eval.compare --study A --study B ...`: the methods of several studies in one table.
 
-Each study is trained and scored already. `--row NAME=--KEY VALUE ...` is the first one again with a change,
-trained and scored beside it in `runs/NAME-compare/`: a part left out, or a rival. What both share is not made
-again. The p-values are those of "the student keeps nothing of a gain", after Holm over the studies. Give the
-whole method first and then ever smaller parts: the smallest that keeps as much, but for `--margin`, is named.
+Each study is trained and scored already. The `arms` of the first one, and `--row NAME=--KEY VALUE ...`, are
+that study again with a change, trained and scored beside it in `runs/NAME-compare/`: a part left out, or a
+rival. What both share is not made again. The p-values are those of "the student keeps nothing of a gain",
+after Holm over the studies. Give the whole method first and then ever smaller parts: the smallest that keeps
+as much, but for `--margin`, is named.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from eval.core.commands import NewFile, add_json, new_parser, write_json
 from eval.core.errors import EXIT_PASS, UserError, entry
 from eval.core.gate_file import GateFile, read_gate
 from eval.core.plan import budget_of_run
-from eval.core.study import Study, check_trained, load_study, study_text
+from eval.core.study import Study, arm_studies, check_trained, load_study, study_text
 from eval.gate.evidence import Evidence, collect_evidence
 from eval.report.format import MISSING, TIMES, bounds_text
 from eval.report.markdown import markdown_table
@@ -37,6 +38,7 @@ TITLES = {
     "lead": "student's lead S1 - S0",
     "share": "share",
     "over_ce": "S1 - CE",
+    "over_first": "S1 - first S1",
     "decode_p50": "teacher's decode",
     "peak_memory": "teacher's memory",
     "holm_p": "p (Holm)",
@@ -45,16 +47,20 @@ TITLES = {
 }
 
 
-def train_rows(whole: Study, texts: list[str]) -> list[Study]:
-    """The first study again with one change each, trained and scored; what is done is found by its keys."""
-    rows = own_rows(texts)
+def plan_rows(whole: Study, texts: list[str]) -> list[Study]:
+    """The first study again with one change each: its arms, then the rows of the command line."""
     folder = whole.folder.with_name(f"{whole.name}-compare")
-    studies: list[Study] = []
-    if rows:
+    studies = [arm.model_copy(update={"runs": str(folder)}) for arm in arm_studies(whole)]
+    if rows := own_rows(texts, whole.arms):
         folder.mkdir(parents=True, exist_ok=True)
         parent = folder / "study.yaml"
         write_text(parent, study_text(whole))
-        studies = [row.study(parent, folder) for row in rows]
+        studies += [row.study(parent, folder) for row in rows]
+    return studies
+
+
+def train_rows(whole: Study, studies: list[Study]) -> None:
+    """Trains and scores the first study again with one change each; what is done is found by its keys."""
     for study in studies:
         check_plan(study)  # before the first is trained
     start = time.monotonic()
@@ -66,7 +72,6 @@ def train_rows(whole: Study, texts: list[str]) -> list[Study]:
         rest = seconds / place * (len(studies) - place)
         text = f"{study.name} done, {place} of {len(studies)}, {seconds:.0f} s, about {rest:.0f} s left"
         print(f"compare: {text}", file=sys.stderr, flush=True)
-    return studies
 
 
 def read_study(study: Study) -> tuple[Evidence, Budget]:
@@ -90,6 +95,7 @@ def cells(row: Compared, gate: GateFile | None) -> dict[str, str]:
         "lead": bounds_text(row.lead),
         "share": share,
         "over_ce": bounds_text(row.over_ce),
+        "over_first": bounds_text(row.over_first),
         **{
             name: MISSING if one is None else f"{one.point:.1f}{TIMES} [{one.lower:.1f}, {one.upper:.1f}]"
             for name, one in served.items()
@@ -100,15 +106,25 @@ def cells(row: Compared, gate: GateFile | None) -> dict[str, str]:
     }
 
 
-def notes(rows: list[Compared], margin: float) -> list[str]:
-    """What stands under the table: pairs with the first study, and the smallest that is as good."""
-    lines = []
+def notes(rows: list[Compared], margin: float, alpha: float) -> list[str]:
+    """What stands under the table: CE's own training, pairs with the first, the smallest as good."""
+    lines = [
+        f"{row.study}: CE was trained otherwise than S1: {row.ce_otherwise}"
+        for row in rows
+        if row.ce_otherwise
+    ]
+    pairs = sum(row.behind is not None for row in rows)
     for row in rows[1:]:
-        if row.behind is None:
+        if row.behind is None or row.over_first is None or row.over_first_p is None:
             lines.append(f"{row.study}: other documents or seeds than {rows[0].study}: no pair with it")
         else:
+            how = "better" if row.over_first.point > 0 else "worse"
+            how = f"is {how} than" if row.over_first_p <= alpha else "is not shown to differ from"
+            p = f"p = {row.over_first_p:.2g} of two sides after Holm over {pairs}"
+            one = f"{row.study}: its S1 {how} that of {rows[0].study}"
+            lines.append(f"{one}: {bounds_text(row.over_first)}, {p}")
             good = "it keeps more than" if row.as_good else "it is not shown to keep"
-            pair = f"{row.study}: {bounds_text(row.behind)} behind {rows[0].study}"
+            pair = f"{row.study}: its lead is {bounds_text(row.behind)} behind that of {rows[0].study}"
             lines.append(f"{pair}, {good} {1 - margin:g} of its lead")
     named = smallest(rows)
     if any(row.behind is not None for row in rows[1:]):
@@ -118,6 +134,15 @@ def notes(rows: list[Compared], margin: float) -> list[str]:
             else f"{rows[0].study} is not shown to be absorbed: there is nothing to keep"
         )
     return lines
+
+
+def check_names(studies: list[Study]) -> None:
+    """Refuses a study that is given twice, or called as another one or a row is."""
+    for place, study in enumerate(studies):
+        for other in studies[:place]:
+            if study.folder.resolve() == other.folder.resolve() or study.name == other.name:
+                problem = f"{study.name!r} of {other.folder} and of {study.folder}"
+                raise UserError("--study", problem, "give studies of different names, each once")
 
 
 def margin_type(text: str) -> float:
@@ -146,23 +171,25 @@ def main() -> int:
     add_json(parser)
     args = parser.parse_args()
     studies = [load_study(where) for where in args.study]
-    for place, study in enumerate(studies):
+    for study in studies:
         check_trained(study)
-        for other in studies[:place]:
-            if study.folder.resolve() == other.folder.resolve() or study.name == other.name:
-                problem = f"{study.name!r} of {other.folder} and of {study.folder}"
-                raise UserError("--study", problem, "give studies of different names, each once")
-    studies += train_rows(studies[0], args.row)
+    changed = plan_rows(studies[0], args.row)
+    studies += changed
+    check_names(studies)
     if len(studies) < 2:
-        raise UserError("--study", "one study", "give another one, or a change of it with --row")
-    rows = compare([read_study(study) for study in studies], args.margin)
+        raise UserError(
+            "--study", "one study", "give another one, `arms` in it, or a change of it with --row"
+        )
+    train_rows(studies[0], changed)
+    found = [read_study(study) for study in studies]
+    rows = compare(found, args.margin)
     table = [cells(row, gate_of(study)) for row, study in zip(rows, studies, strict=True)]
     shown = Table(*TITLES.values(), title="bits per byte, each with its bounds at alpha")
     for line in table:
         shown.add_row(*(line[name] for name in TITLES))
     console = Console()
     (console if console.is_terminal else Console(width=WIDTH)).print(shown)
-    remarks = notes(rows, args.margin)
+    remarks = notes(rows, args.margin, found[0][1].alpha)
     print("\n".join(remarks))
     absorbed = sum(row.result == ABSORBED for row in rows)
     print(f"{absorbed} of {len(rows)} absorbed")

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.core.budget import Budget
-from eval.core.checks import CE
+from eval.core.checks import CE, STUDENT
 from eval.core.config import Frozen
 from eval.core.errors import UserError
 from eval.core.gate_file import Estimate, Relative
@@ -14,11 +14,12 @@ from eval.core.records import PLAIN, VALIDATION
 from eval.cost.estimates import estimate_ratio
 from eval.gate.evidence import REFERENCES, Evidence
 from eval.gate.quality import GAIN, GAIN_OVER_CE, RESOLUTION, estimate, kept_gain
-from eval.stats.crossed import PASS, crossed_mean
+from eval.stats.crossed import PASS, crossed_mean, linearise
 from eval.stats.multiplicity import holm
 from eval.stats.ratios import fieller
 
 Array = NDArray[np.float64]
+S1 = (STUDENT, PLAIN)
 SERVED = ("decode_p50", "peak_memory")  # of the teacher, as multiples of the plain student's
 ABSORBED, NOT_SHOWN = "absorbed", "not shown absorbed"  # of a gain that is seen
 NOT_SEEN, HARMS = "no gain is seen", "the method harms"
@@ -33,6 +34,7 @@ class Compared(Frozen):
     lead: Estimate  # S1 - S0, bits/byte
     share: tuple[float, float, float] | None  # of the gain; null where no gain is seen
     over_ce: Estimate | None  # S1 - CE, bits/byte; null without that arm
+    ce_otherwise: str  # what of CE's training is otherwise than S1's; empty where nothing is
     teacher: dict[str, Relative]  # quantity -> the teacher's, as a multiple of the student's
     seeds: int
     clusters: int
@@ -41,6 +43,8 @@ class Compared(Frozen):
     result: str
     behind: Estimate | None = None  # bits/byte by which the first one's lead is larger; null where not paired
     as_good: bool | None = None  # it keeps more than 1 - margin of the first one's lead
+    over_first: Estimate | None = None  # bits/byte by which its S1 is better than the first one's
+    over_first_p: float | None = None  # of "they are the same", of two sides, adjusted over such pairs
 
 
 def compare(studies: Sequence[tuple[Evidence, Budget]], margin: float) -> list[Compared]:
@@ -63,6 +67,9 @@ def compare(studies: Sequence[tuple[Evidence, Budget]], margin: float) -> list[C
     for row, p, (evidence, _) in zip(rows, adjusted, studies, strict=True):
         update = {"holm_p": p, "result": _result(row, p, alpha)}
         result.append(row.model_copy(update=update | _beside(evidence, whole, margin, alpha)))
+    raw = {place: row.over_first_p for place, row in enumerate(result) if row.over_first_p is not None}
+    for place, p in zip(raw, holm([*raw.values()]), strict=True):
+        result[place] = result[place].model_copy(update={"over_first_p": p})
     return result
 
 
@@ -78,6 +85,7 @@ def _compared(evidence: Evidence, alpha: float) -> Compared:
         lead=estimate(lead, alpha),
         share=None if share is None else tuple(share),
         over_ce=None if over_ce is None else estimate(over_ce, alpha),
+        ce_otherwise=evidence.study.own_training_text(CE) if over_ce is not None else "",
         teacher=_served(evidence, alpha),
         seeds=gain.shape[0],
         clusters=gain.shape[1],
@@ -111,13 +119,18 @@ def _result(row: Compared, p: float, alpha: float) -> str:
 
 
 def _beside(evidence: Evidence, whole: Evidence, margin: float, alpha: float) -> dict[str, object]:
-    """The lead beside that of the first study, on the same documents and seeds."""
+    """The lead, and S1 itself, beside those of the first study, on the same documents and seeds."""
     same = evidence.data == whole.data and evidence.study.seeds == whole.study.seeds
     if evidence is whole or not same:
         return {}
     first = whole.gain(VALIDATION, kept_gain(PLAIN))
     lead = evidence.gain(VALIDATION, kept_gain(PLAIN))
+    clusters, (one, other) = whole.clusters[VALIDATION], (whole.bits[S1], evidence.bits[S1])
+    over = linearise(clusters.sums(one - other), clusters.sums(whole.bytes))
+    worse, better = crossed_mean(over).p_above(0.0), crossed_mean(over).p
     return {
+        "over_first": estimate(over, alpha, tested=False),
+        "over_first_p": 1.0 if worse is None else min(1.0, 2 * min(worse, better)),
         "behind": estimate(first - lead, alpha, tested=False),
         "as_good": crossed_mean(lead - (1 - margin) * first).verdict(alpha) == PASS,
     }

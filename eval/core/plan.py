@@ -14,7 +14,8 @@ from eval.core.artifacts import digest, write_text
 from eval.core.budget import Budget, load_budget
 from eval.core.config import Stored, flat_settings
 from eval.core.errors import UserError, first_error
-from eval.core.study import RecipeFile, Study, read_recipe
+from eval.core.sections.recipe import RecipeFile
+from eval.core.study import Study, read_recipe
 
 PLAN = "plan.json"
 

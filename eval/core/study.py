@@ -25,19 +25,23 @@ from eval.core.config import (
     read_yaml,
     validate_config,
 )
-from eval.core.errors import UserError
+from eval.core.errors import UserError, require_one_of
 from eval.core.records import PLAIN
 from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets, Train
 from eval.core.sections.classification import check_task
 from eval.core.sections.models import ACCESS_KEYS, SERVER_ACCESS, Teacher
 from eval.core.sections.precision import PRECISION, has_auto, read_choice, replace_auto
-from eval.core.sections.source import Source
+from eval.core.sections.recipe import RecipeFile
 
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
 # No model depends on these.
 WATCHED = {"checkpoint_every", "evaluate_every"}  # of a training
-UNHASHED_KEYS = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers", "rivals"}
+UNHASHED_KEYS = {"runs", "workers", "title", "recipes", "cost", "budget", "trackers", "rivals", "arms"}
+
+ARM_KEYS = ["method", "teacher", "targets", "train", "student"]  # what an arm may have otherwise
+PACE = ("epochs", "steps", "rows")  # of `train`, which it may not
+ArmName = Annotated[str, Field(pattern="^[a-z0-9_]+$", max_length=100)]
 
 
 class Study(Frozen):
@@ -74,6 +78,12 @@ class Study(Frozen):
         {},
         exclude_if=lambda value: not value,
         description="teachers that are one plain model and could be served as they are: what each is",
+    )
+    arms: dict[ArmName, dict[str, Any]] = Field(
+        {},
+        exclude_if=lambda value: not value,
+        description="name -> what of `method`, `teacher`, `targets`, `train` or `student` is otherwise: the "
+        "study again without a part, or with a rival, trained by `absorb compare`",
     )
     trackers: list[str] = Field(["tensorboard"], description="experiment trackers, by accelerate's names")
     recipes: list[str] = Field([], description="variants: files of configs/recipes, by name or path")
@@ -113,7 +123,7 @@ class Study(Frozen):
         return Path(self.runs) / self.name
 
     @property
-    def arms(self) -> list[str]:
+    def student_arms(self) -> list[str]:
         """Student arms in the order in which they are trained."""
         return ["S1", "S0", *(["CE"] if self.ce_arm else [])]
 
@@ -288,8 +298,30 @@ def study_text(study: Study) -> str:
     """What `study.yaml` of a run folder holds."""
     raw = {"run_format": RUN_FORMAT, **study.model_dump(mode="json")}
     if study.ce_train is not None:
-        raw["ce_train"] = study.own_training("CE")  # so that a change of `train` reaches it
+        own = study.own_training("CE")  # and no more, so that a change of `train` reaches it
+        raw["ce_train"] = own or raw["ce_train"]
     return yaml.safe_dump(raw, sort_keys=False)
+
+
+def arm_studies(study: Study) -> list[Study]:
+    """The study again for each of its `arms`, called after it: all but what it names is the same, CE too.
+
+    Raises:
+        UserError: an arm names another key, takes other steps, or is no study.
+    """
+    studies = []
+    for name, changes in study.arms.items():
+        thing = f"study {study.name}: arms.{name}"
+        for key in changes:
+            require_one_of(f"{thing}: key", key, ARM_KEYS)
+        raw = study.model_dump(mode="json", exclude={"arms"}) | {"recipes": [], "name": name}
+        arm = validate_config(Study, laid_over(raw, changes), thing)
+        if wrong := [key for key in PACE if getattr(arm.train, key) != getattr(study.train, key)]:
+            was, is_ = (getattr(one.train, wrong[0]) for one in (study, arm))
+            fix = "leave it: arms have the same rows and steps; `absorb compare --row` takes others"
+            raise UserError(f"{thing}.train.{wrong[0]}", f"{is_}, not {was} as in the study", fix)
+        studies.append(arm.model_copy(update={"ce_train": study.training("CE")}))
+    return studies
 
 
 def mark_trained(study: Study) -> None:
@@ -303,26 +335,6 @@ def _made_by(folder: Path) -> str | None:
         return load_study(folder).hash()
     except UserError:
         return None
-
-
-class Calibration(Frozen):
-    """Rows that passes calibrate on, in place of training rows."""
-
-    documents: list[Source] = Field(
-        min_length=1, description="sources of them; one document of each in turn is taken"
-    )
-    rows: int = Field(128, gt=0, description="rows that are made of them, at most")
-
-
-class RecipeFile(Frozen):
-    """A file of configs/recipes."""
-
-    name: FileName = Field(description="name of the variant, in every table")
-    target: Literal["cpu", "gpu"] = Field(description="kind of machine that the variant runs on")
-    passes: list[dict[str, Any]] = Field(
-        min_length=1, description="in order: `pass: NAME` and its options, or `include: RECIPE`"
-    )
-    calibration: Calibration | None = Field(None, exclude_if=lambda value: value is None)
 
 
 def read_recipe(name: str) -> tuple[Path, RecipeFile]:
@@ -377,19 +389,3 @@ def recipe_names(study: Study) -> list[str]:
             raise UserError(f"{path}: name", repr(recipe_file.name), "another recipe has it: rename it")
         names.append(recipe_file.name)
     return names
-
-
-def prefixes(study: Study) -> dict[str, list[str]]:
-    """Recipe -> the recipes of the study whose passes it begins with, the shortest first."""
-    passes = {file.name: file.passes for _, file in map(read_recipe, study.recipes)}
-    return {
-        name: sorted(
-            (
-                other
-                for other, first in passes.items()
-                if len(first) < len(own) and own[: len(first)] == first
-            ),
-            key=lambda other: len(passes[other]),
-        )
-        for name, own in passes.items()
-    }

@@ -23,7 +23,7 @@ from eval.core.gate_file import (
 from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.sections.classification import BITS, in_words
-from eval.core.study import check_trained, load_study, prefixes
+from eval.core.study import Study, check_trained, load_study, read_recipe
 from eval.gate.caveats import (
     compare_extents,
     compare_plan,
@@ -249,6 +249,22 @@ def headline(verdict: Verdict, reason: str, rivals: list[Rival], seeds: list[int
         before = f"absorbed, and not worth it: {better}; {reason}"
         reason = before if verdict == PASS else f"{reason}; {better}"
     return f"from two seeds alone: {reason}" if len(seeds) == 2 else reason
+
+
+def prefixes(study: Study) -> dict[str, list[str]]:
+    """Recipe -> the recipes of the study whose passes it begins with, the shortest first."""
+    passes = {file.name: file.passes for _, file in map(read_recipe, study.recipes)}
+    return {
+        name: sorted(
+            (
+                other
+                for other, first in passes.items()
+                if len(first) < len(own) and own[: len(first)] == first
+            ),
+            key=lambda other: len(passes[other]),
+        )
+        for name, own in passes.items()
+    }
 
 
 def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = None) -> GateFile:

@@ -106,7 +106,7 @@ class Evidence:
 
     @property
     def arms(self) -> list[str]:
-        return [FALLBACK, "T0", "T1", *self.study.arms]
+        return [FALLBACK, "T0", "T1", *self.study.student_arms]
 
     def saved_bits(self, name: str, contrast: Contrast) -> Array:
         """[S, C] bits per cluster of the slice `name` that the contrast saves."""
@@ -337,7 +337,7 @@ def weight_shares(artifacts: Artifacts, recipes: list[str]) -> dict[str, tuple[f
 
 def wanted_models(study: Study, recipes: list[str]) -> list[Model]:
     """(arm, recipe) of the scores that the study asks for; what was left by earlier settings is not read."""
-    plain = [(arm, PLAIN) for arm in (FALLBACK, *TEACHERS, *study.arms)]
+    plain = [(arm, PLAIN) for arm in (FALLBACK, *TEACHERS, *study.student_arms)]
     return plain + [(arm, recipe) for recipe in recipes[1:] for arm in (STUDENT, CONTROL)]
 
 

@@ -52,7 +52,7 @@ def missing_lines(study: Study) -> list[str]:
     """What of the study is not there yet to be scored, with the command that makes it."""
     run, unbuilt = study.folder, read_unbuilt(study.folder)
     recipes = [name for name in recipe_names(study)[1:] if name not in unbuilt]
-    models = [(arm, PLAIN) for arm in (FALLBACK, *study.arms)]
+    models = [(arm, PLAIN) for arm in (FALLBACK, *study.student_arms)]
     models += [(arm, recipe) for recipe in recipes for arm in (STUDENT, CONTROL)]
     missing: dict[str, list[str]] = {}
     for arm, recipe in models:

@@ -160,7 +160,7 @@ def import_scores(
         UserError: the model is not one of the study, or not that of the hash, or was scored before.
     """
     run = study.folder
-    require_one_of("--arm", arm, [FALLBACK, *TEACHERS, *study.arms])
+    require_one_of("--arm", arm, [FALLBACK, *TEACHERS, *study.student_arms])
     require_one_of("--recipe", recipe, recipe_names(study))
     if seed not in study.seeds:
         raise UserError("--seed", seed, f"the study has {study.seeds}")

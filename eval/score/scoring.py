@@ -25,7 +25,7 @@ COLUMNS = ("id", "cluster", "slice", "bytes", "tokens", "bits", "correct")
 
 def model_folders(run: Path, study: Study) -> list[Path]:
     """Bases, students and variants of the study that exist; those of earlier settings are left out."""
-    tops = ["base", *(f"students/{arm}" for arm in study.arms)]
+    tops = ["base", *(f"students/{arm}" for arm in study.student_arms)]
     tops += [f"variants/{recipe}/{arm}" for recipe in recipe_names(study)[1:] for arm in (STUDENT, CONTROL)]
     places = (run / top / f"s{seed}" for top in tops for seed in study.seeds)
     return [place for place in places if (place / MANIFEST).is_file()]

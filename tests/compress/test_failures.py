@@ -16,7 +16,7 @@ from compress.recipe import load_recipe, make_pass
 from eval.core.checks import read_unbuilt
 from eval.core.documents import Row
 from eval.core.errors import UserError
-from eval.core.study import RecipeFile
+from eval.core.sections.recipe import RecipeFile
 from eval.gate.decision import judge
 from eval.score.__main__ import missing_lines
 from tests.compress.student_run import build_student_run, context_of, recipe_file
