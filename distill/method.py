@@ -1,5 +1,6 @@
 """What a method is: the component that a teacher carries and a student must not."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from distill.models.generation import CachedReader, generate_texts, sample_texts
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
 from distill.models.prefix import Prefix, hidden_after, put_in_front, read_prefix
 from distill.trainer.loop import Curve
-from eval.core.artifacts import plugin_code
+from eval.core.artifacts import file_sha256, plugin_code
 from eval.core.config import Frozen, plugin_class, plugin_names, validate_config
 from eval.core.documents import Batch, Row, collate
 from eval.core.errors import UserError
@@ -230,6 +231,13 @@ class Method(ABC):
     def code(self) -> dict[str, str]:
         """Digests of its code, for the key of the teacher."""
         return plugin_code(type(self), Method)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The file of its module, and of those that it is made of -> SHA-256: where a teacher is from."""
+        parts = vars(self).get("methods", [])  # of a chain
+        kinds = [type(part) for part in (self, *parts) if isinstance(part, Method)]
+        return {f"{k.__module__.replace('.', '/')}.py": file_sha256(Path(inspect.getfile(k))) for k in kinds}
 
 
 class Plain(Method):

@@ -193,6 +193,7 @@ def fit_method(study: Study, side: str, seeds: list[int], bases: tuple[int, ...]
     key = _fit_key(study, side, seeds[0], bases)
     if is_missing(study, name, key):
         facts = {"arm": side, "seed": seeds[0], "recipe": PLAIN, "method": study.method.name}
+        facts["files"] = method.files
         facts |= engine_facts(study, side, seeds[0])
         with build_shared(study, name, kind="method", key=key, parents=parents, facts=facts) as temporary:
             if method.fits:

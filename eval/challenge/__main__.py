@@ -18,6 +18,7 @@ from rich.table import Table
 
 from eval.challenge.outcome import (
     COLLAPSES,
+    ChallengeFile,
     Claim,
     Outcome,
     best_ce_train,
@@ -149,7 +150,14 @@ def main() -> None:
     for note in notes:
         print(note)
     print(f"{study.name} {sentence}")
-    result = {"study": study.name, "verdict": sentence, "rows": outcomes, "ce_train": own, "notes": notes}
+    result = ChallengeFile(
+        study=study.name,
+        config=study.hash(),
+        verdict=sentence,
+        rows=outcomes,
+        ce_train=own,
+        notes=notes,
+    )
     write_json(folder / "challenge.json", result)
     write_json(args.json, result)
 

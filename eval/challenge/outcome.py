@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from eval.challenge.rows import PLACEBO, RATES, SAME
 from eval.core.budget import Budget
 from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT
-from eval.core.config import Frozen, differences
+from eval.core.config import Frozen, Stored, differences
 from eval.core.gate_file import Estimate
 from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, VALIDATION
@@ -44,6 +44,17 @@ class Outcome(Frozen):
     needs: str  # what would tell, where it cannot be told
     seeds: int
     clusters: int
+
+
+class ChallengeFile(Stored):
+    """challenge.json."""
+
+    study: str
+    config: str  # hash of its settings
+    verdict: str
+    rows: list[Outcome]
+    ce_train: dict[str, Any]  # of the study in which CE has the best rate that was tried; empty where it has it
+    notes: list[str]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ that study again with a change, trained and scored beside it in `runs/NAME-compa
 rival. What both share is not made again. The p-values are those of "the student keeps nothing of a gain",
 after Holm over the studies. Give the whole method first and then ever smaller parts: the smallest that keeps
 as much, but for `--margin`, is named.
+The result lies in `runs/NAME-compare/compare.json`.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from eval.challenge.rows import own_rows
 from eval.challenge.runs import run_study, share_artifacts
-from eval.compare.contrasts import ABSORBED, SERVED, Compared, compare, smallest
+from eval.compare.contrasts import ABSORBED, SERVED, Compared, ComparisonFile, compare, smallest
 from eval.core.artifacts import write_text
 from eval.core.budget import Budget
 from eval.core.checks import check_plan
@@ -47,9 +48,14 @@ TITLES = {
 }
 
 
+def beside(whole: Study) -> Path:
+    """The folder of its rows, and of the result."""
+    return whole.folder.with_name(f"{whole.name}-compare")
+
+
 def plan_rows(whole: Study, texts: list[str]) -> list[Study]:
     """The first study again with one change each: its arms, then the rows of the command line."""
-    folder = whole.folder.with_name(f"{whole.name}-compare")
+    folder = beside(whole)
     studies = [arm.model_copy(update={"runs": str(folder)}) for arm in arm_studies(whole)]
     if rows := own_rows(texts, whole.arms):
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +202,9 @@ def main() -> int:
     if args.markdown is not None:
         text = markdown_table([*TITLES.values()], [[line[name] for name in TITLES] for line in table])
         write_text(args.markdown, f"{text}\n")
-    write_json(args.json, {"margin": args.margin, "rows": rows, "notes": remarks})
+    result = ComparisonFile(margin=args.margin, rows=rows, notes=remarks)
+    write_json(beside(studies[0]) / "compare.json", result)
+    write_json(args.json, result)
     return EXIT_PASS
 
 

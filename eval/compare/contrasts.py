@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from eval.core.budget import Budget
 from eval.core.checks import CE, STUDENT
-from eval.core.config import Frozen
+from eval.core.config import Frozen, Stored
 from eval.core.errors import UserError
 from eval.core.gate_file import Estimate, Relative
 from eval.core.records import PLAIN, VALIDATION
@@ -29,6 +29,7 @@ class Compared(Frozen):
     """One study. Figures are of the uncompressed student, on validation, with their bounds at alpha."""
 
     study: str
+    config: str  # hash of its settings
     method: str
     gain: Estimate  # T1 - T0, bits/byte
     lead: Estimate  # S1 - S0, bits/byte
@@ -45,6 +46,14 @@ class Compared(Frozen):
     as_good: bool | None = None  # it keeps more than 1 - margin of the first one's lead
     over_first: Estimate | None = None  # bits/byte by which its S1 is better than the first one's
     over_first_p: float | None = None  # of "they are the same", of two sides, adjusted over such pairs
+
+
+class ComparisonFile(Stored):
+    """compare.json."""
+
+    margin: float
+    rows: list[Compared]
+    notes: list[str]
 
 
 def compare(studies: Sequence[tuple[Evidence, Budget]], margin: float) -> list[Compared]:
@@ -80,6 +89,7 @@ def _compared(evidence: Evidence, alpha: float) -> Compared:
     over_ce = evidence.gain(VALIDATION, GAIN_OVER_CE) if CE in evidence.arms else None
     return Compared(
         study=evidence.study.name,
+        config=evidence.study.hash(),
         method=evidence.study.method.name,
         gain=estimate(gain, alpha),
         lead=estimate(lead, alpha),

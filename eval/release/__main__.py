@@ -42,6 +42,7 @@ from eval.release.contract import build_contract, inputs, lineage, shipped
 from eval.release.contract_file import CONTRACT, Contract, Saving, Signature, Target, contract_text
 from eval.release.golden_answers import CANDIDATES, build_golden_answers
 from eval.release.model_signature import require_model_signing, sign_model
+from eval.release.origin import made_from
 from eval.release.reference import reference
 from eval.release.rehearsal import rehearse
 from eval.signoff.keys import Trusted, from_text, private_key, read_trusted, wrapped
@@ -209,7 +210,8 @@ class ReleaseFolder:
         self.write(CONTRACT, contract_text(contract))
         behind = json.loads((self.place / LINEAGE).read_text(encoding="utf-8"))
         self.write(BOM, _json(bill_of_materials(contract, behind)))
-        self.write(CARD, card(contract, base.path if base.is_on_hub else None))
+        origin = [*made_from(contract, behind, self.sources.gate)]
+        self.write(CARD, card(contract, base.path if base.is_on_hub else None, origin))
         return contract
 
     def target(self, target: str, predicate: Predicate) -> Target:

@@ -1,9 +1,11 @@
 """The bill of materials of a release, in a form that other programs read: CycloneDX 1.6, JSON.
 
-The models that it holds, what they were made from, and what was measured of them: every figure with its slice
-and its bounds (`modelCard.quantitativeAnalysis`). Hashes are those of manifests, which hold every file.
+The models that it holds, what they were made from, back to the method and its paper, and what was measured of
+them: every figure with its slice and its bounds (`modelCard.quantitativeAnalysis`). Hashes of models are
+those of manifests, which hold every file.
 """
 
+import json
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, time
@@ -27,9 +29,12 @@ def bill_of_materials(contract: Contract, lineage: dict[str, Any]) -> dict[str, 
     variants = {f"variant:{name}": target for name, target in contract.targets.items()}
     models = [_variant(ref, contract, target, lineage) for ref, target in variants.items()]
     models.append(_model("fallback", "fallback", contract.fallback, "served where the release must not be"))
-    sources, links = _made_from(lineage)
+    sources, links = _made_from(contract, lineage)
     root = _model("release", contract.name, digest(contract.model_dump(mode="json")), contract.method)
     root |= {"version": contract.released.isoformat(), "publisher": contract.owner}
+    if recheck := contract.recheck_by(contract.released):
+        promise = {"recheck-days": str(contract.recheck_days), "recheck-by": recheck.isoformat()}
+        root["properties"] = _properties(promise)
     ends = {ref: f"students/S1/s{contract.seed}" for ref in variants}
     for ref, target in variants.items():
         place = f"variants/{target.recipe}/S1/s{contract.seed}"
@@ -64,8 +69,16 @@ def _model(ref: str, name: str, sha256: str, text: str) -> Component:
         "bom-ref": ref,
         "name": name,
         "description": text,
-        "hashes": [{"alg": "SHA-256", "content": sha256}],
+        "hashes": [_sha256(sha256)],
     }
+
+
+def _sha256(content: str) -> dict[str, str]:
+    return {"alg": "SHA-256", "content": content}
+
+
+def _properties(values: dict[str, str]) -> list[dict[str, str]]:
+    return [{"name": f"absorb:{name}", "value": value} for name, value in values.items()]
 
 
 def _variant(ref: str, contract: Contract, target: Target, lineage: dict[str, Any]) -> Component:
@@ -78,12 +91,14 @@ def _variant(ref: str, contract: Contract, target: Target, lineage: dict[str, An
             "modelParameters": {"task": "text-generation", "datasets": [{"ref": "data"}]},
             "quantitativeAnalysis": {"performanceMetrics": [*_metrics(target)]},
             "considerations": considerations | ({"technicalLimitations": [limits]} if limits else {}),
-            "properties": [
-                {"name": "absorb:verdict", "value": target.verdict},
-                {"name": "absorb:engine", "value": target.engine},
-                {"name": "absorb:signed-by", "value": target.signature.by},
-                {"name": "absorb:bounds", "value": BOUNDS.format(contract.alpha)},
-            ],
+            "properties": _properties(
+                {
+                    "verdict": target.verdict,
+                    "engine": target.engine,
+                    "signed-by": target.signature.by,
+                    "bounds": BOUNDS.format(contract.alpha),
+                }
+            ),
         }
     }
 
@@ -112,8 +127,8 @@ def _metric(
     return metric
 
 
-def _made_from(lineage: dict[str, Any]) -> tuple[list[Component], dict[str, list[str]]]:
-    """Every artifact and teacher behind the release, and what each was made from."""
+def _made_from(contract: Contract, lineage: dict[str, Any]) -> tuple[list[Component], dict[str, list[str]]]:
+    """Every artifact, teacher and file of the method behind the release, and what each was made from."""
     artifacts = lineage["artifacts"]
     by_hash = {node["hash"]: name for name, node in artifacts.items()}
     by_hash |= {sha: arm for arm, sha in lineage["teachers"].items()}
@@ -129,4 +144,26 @@ def _made_from(lineage: dict[str, Any]) -> tuple[list[Component], dict[str, list
     for arm, sha in lineage["teachers"].items():
         components.append(_model(arm, f"teacher {arm}", sha, f"of the study {lineage['study']}"))
         links[arm] = ["data"] if "data" in artifacts else []
-    return components, links
+    method, files = _method(contract, lineage)
+    refs = [file["bom-ref"] for file in files]
+    return [*components, method, *files], links | {
+        "method": refs,
+        **{ref: [] for ref in refs},
+        "T1": [*links["T1"], "method"],
+    }
+
+
+def _method(contract: Contract, lineage: dict[str, Any]) -> tuple[Component, list[Component]]:
+    """The method with its paper, and its files: a teacher T1 is made from it."""
+    student = lineage["artifacts"].get(f"students/S1/s{contract.seed}", {}).get("facts", {})
+    card = student.get("method") or {}
+    about = {name: card[name] for name in ("paper", "claim") if name in card}
+    about["settings"] = json.dumps(lineage["method"].get("settings", {}), ensure_ascii=False)
+    about |= {f"code:{name}": value for name, value in lineage["code"].items()}
+    name = card.get("title", lineage["method"]["name"])
+    component = {"type": "library", "bom-ref": "method", "name": name, "properties": _properties(about)}
+    files = [
+        {"type": "file", "bom-ref": f"file:{name}", "name": name, "hashes": [_sha256(digest)]}
+        for name, digest in lineage["files"].items()
+    ]
+    return component, files

@@ -1,5 +1,6 @@
 """The model card of a release, whose results other programs can read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.core.gate_file import Estimate, KeptShare
 from eval.release.contract_file import Contract, Cost, Gain
+from eval.release.origin import Entry
 from eval.report.format import estimate_cell, fixed, significant
+from eval.report.markdown import escape
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -28,8 +31,8 @@ def bounded(cost: Cost) -> str:
     return f"{significant(cost.measured)} [{significant(cost.low)}, {significant(cost.high)}]"
 
 
-def card(contract: Contract, base: str | None) -> str:
-    """README.md of a release."""
+def card(contract: Contract, base: str | None, origin: Sequence[Entry]) -> str:
+    """README.md of a release; `origin`: where it comes from, see `eval.release.origin`."""
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(
@@ -43,10 +46,16 @@ def card(contract: Contract, base: str | None) -> str:
         loader=FileSystemLoader(TEMPLATES), trim_blocks=True, undefined=StrictUndefined, autoescape=False
     )
     environment.filters.update(
-        span=span, bounded=bounded, fixed=fixed, own_share=own_share, significant=significant, zip=zip
+        span=span,
+        bounded=bounded,
+        fixed=fixed,
+        own_share=own_share,
+        significant=significant,
+        zip=zip,
+        cell=escape,
     )
     template = environment.get_template("release_card.md.j2")
-    return str(ModelCard(template.render(card_data=data.to_yaml(), contract=contract)))
+    return str(ModelCard(template.render(card_data=data.to_yaml(), contract=contract, origin=origin)))
 
 
 def results(contract: Contract) -> list["EvalResult"]:

@@ -209,7 +209,10 @@ def lineage(run: Path, e: Evidence, recipes: list[str]) -> dict[str, object]:
         facts = {key: value for key, value in manifest.facts.items() if key != "loss_curve"}
         nodes[name] = {**manifest.model_dump(include={"kind", "hash", "parents", "versions"}), "facts": facts}
     method_manifest = run / "method" / "T1" / f"s{seed}" / MANIFEST
-    code = read_manifest(method_manifest.parent).code if method_manifest.is_file() else {}
+    made = read_manifest(method_manifest.parent) if method_manifest.is_file() else None
+    code = made.code if made else {}
+    files = made.facts.get("files", {}) if made else {}  # of versions that wrote none
     teachers = {arm: e.artifacts[f"{arm}/s{seed}/{PLAIN}"] for arm in ("T1", "T0")}
     method = e.study.method.model_dump(mode="json")
-    return {"study": e.study.name, "method": method, "code": code, "teachers": teachers, "artifacts": nodes}
+    behind: dict[str, object] = {"study": e.study.name, "method": method, "files": files, "code": code}
+    return behind | {"teachers": teachers, "artifacts": nodes}

@@ -6,7 +6,7 @@ share that the budget asks times the gain that the study measured, so holding it
 """
 
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -135,6 +135,10 @@ class Contract(Stored):
     fallback: str  # hash of the base
     targets: dict[str, Target]
     inputs: Inputs
+
+    def recheck_by(self, last: date) -> date | None:
+        """Until when it is promised to be rechecked, where it was last on that day; None: nobody promised."""
+        return None if self.recheck_days is None else last + timedelta(self.recheck_days)
 
 
 def contract_text(contract: Contract) -> str:

@@ -3,8 +3,9 @@
     python -m eval.why --release FOLDER [--history FILE ...] [--rollout FOLDER ...] [--svg FILE]
 
 Told of the release's own files, which are checked first: the method and its code, teacher, student, variant,
-who signed, what was tried and not shipped, and when its contract was last checked. Histories are those of
-`eval.watch.recheck --append`, rollouts those of `eval.watch.rollout`. Exit codes: 0, 3 error.
+who signed, and when its contract was last checked; and what was tried and did not hold, of its gate and of
+the files beside its run: challenges, comparisons, other runs. Histories are those of `eval.watch.recheck
+--append`, rollouts those of `eval.watch.rollout`. Exit codes: 0, 3 error.
 """
 
 import json
@@ -12,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
@@ -20,56 +20,21 @@ from rich.text import Text
 from eval.core.artifacts import MANIFEST, file_sha256, write_text
 from eval.core.commands import NewFile, add_json, new_parser, write_json
 from eval.core.errors import EXIT_PASS, UserError, entry
-from eval.core.gate_file import GateFile, read_gate
+from eval.core.gate_file import read_gate
 from eval.core.records import PLAIN
 from eval.release.contract_file import Contract
-from eval.report.format import estimate_cell
+from eval.release.origin import Entry, made_from
 from eval.report.lineage import Node, graph
 from eval.signoff.keys import Trusted, read_trusted
 from eval.watch.chain import read_steps
 from eval.watch.history import read_history
 from eval.watch.verify import checked
+from eval.why.tried import BESIDE, TRIED, beside, in_release
 
 DIGITS = 12  # of a hash, in text
+MARGIN = 14  # columns of what an entry is
 WIDTH = 130  # columns where nobody can tell
 LINEAGE = "lineage.json"
-
-
-class Entry(NamedTuple):
-    """One thing that happened, or that something was made from."""
-
-    what: str
-    text: str
-    hash: str = ""
-
-
-def made_from(contract: Contract, lineage: dict[str, Any], gate: GateFile) -> Iterator[Entry]:
-    """From the paper to the artifacts that are shipped."""
-    artifacts, seed = lineage["artifacts"], f"s{contract.seed}"
-    card = artifacts[f"students/S1/{seed}"]["facts"].get("method") or {}
-    if card:
-        yield Entry("paper", card["paper"])
-        yield Entry("claim", card["claim"])
-    settings = json.dumps(lineage["method"].get("settings", {}), ensure_ascii=False)
-    yield Entry("method", f"{lineage['method']['name']} {settings}")
-    for name, digest in lineage.get("code", {}).items():
-        yield Entry("its code", name, digest)
-    gain = estimate_cell(gate.teacher_gain)
-    yield Entry("teacher", f"T1 with the method; it gains {gain} bits/byte", lineage["teachers"]["T1"])
-    yield Entry("its control", "T0 without the method", lineage["teachers"]["T0"])
-    for name, artifact in artifacts.items():
-        yield Entry(artifact["kind"], name, artifact["hash"])
-
-
-def not_shipped(contract: Contract, gate: GateFile) -> Iterator[Entry]:
-    """What the study tried beside: variants with their verdicts, and rivals that beat the student."""
-    shipped = {(name, target.recipe) for name, target in contract.targets.items()}
-    for row in gate.variants:
-        if (row.target, row.recipe) not in shipped:
-            yield Entry("not shipped", f"{row.recipe} on {row.target}: {row.verdict}: {row.reason}")
-    for rival in gate.rivals:
-        if rival.beats:
-            yield Entry("rival", f"{rival.what}: better by {estimate_cell(rival.lead)} bits/byte")
 
 
 def shipping(release: Path, contract: Contract) -> Iterator[Entry]:
@@ -117,26 +82,49 @@ def _later(
 
 
 def tell(
-    release: Path, contract: Contract, histories: list[Path], rollouts: list[Path], trusted: Trusted | None
+    release: Path,
+    contract: Contract,
+    histories: list[Path],
+    rollouts: list[Path],
+    trusted: Trusted | None,
+    tried: list[Path] | None = None,
 ) -> list[Entry]:
-    """Everything, in the order in which it happened."""
+    """Everything, in the order in which it happened.
+
+    Args:
+        tried: files of what was tried beside it; None: those that lie beside its run.
+    """
     gate = read_gate(release / "evidence")
     lineage = json.loads((release / LINEAGE).read_text(encoding="utf-8"))
     return [
         *made_from(contract, lineage, gate),
-        *not_shipped(contract, gate),
+        *in_release(contract, gate),
+        *beside(release, contract, tried),
         *shipping(release, contract),
         *afterwards(release, histories, rollouts, trusted),
     ]
 
 
-def last_look(contract: Contract, entries: list[Entry]) -> str | None:
-    """What to say where the contract was not rechecked for longer than it promises."""
+def last_look(contract: Contract, entries: list[Entry]) -> date:
+    """The day of the last recheck; without any that of the release."""
     days = [date.fromisoformat(one.text[:10]) for one in entries if one.what == "recheck"]
-    last = max([contract.released, *days])
-    if contract.recheck_days is None or (datetime.now(UTC).date() - last).days <= contract.recheck_days:
+    return max([contract.released, *days])
+
+
+def overdue(contract: Contract, last: date) -> str | None:
+    """What to say where the contract was not rechecked for longer than it promises."""
+    due = contract.recheck_by(last)
+    if due is None or datetime.now(UTC).date() <= due:
         return None
     return f"not rechecked since {last}: its contract promises a recheck every {contract.recheck_days} days"
+
+
+def promise(contract: Contract, last: date) -> Entry:
+    """Until when a recheck is promised."""
+    due = contract.recheck_by(last)
+    if due is None:
+        return Entry("next recheck", "none is promised")
+    return Entry("next recheck", f"promised until {due}, every {contract.recheck_days} days")
 
 
 def picture(contract: Contract, entries: list[Entry]) -> str:
@@ -169,6 +157,9 @@ def picture(contract: Contract, entries: list[Entry]) -> str:
     signed = tuple(f"signed on {name}" for name in contract.targets)
     release = by_kind["release"][0]
     nodes.append(box("release", "release", f"{contract.owner}, {contract.released}", release.hash, signed, 6))
+    tried = ", ".join(f"{len(by_kind[kind])} x {kind}" for kind in (*TRIED, *BESIDE) if kind in by_kind)
+    if tried:
+        nodes.append(box("tried", "tried beside it", tried, "", ("S1",), 4))
     for what in ("rollout", "recheck"):
         if some := by_kind.get(what):
             nodes.append(box(what, f"{len(some)} x {what}", some[-1].text, "", ("release",), 7))
@@ -184,6 +175,11 @@ def main() -> int:
     about = "folders of `eval.watch.rollout`"
     parser.add_argument("--rollout", nargs="+", type=Path, default=[], metavar="FOLDER", help=about)
     about = (
+        "what was tried beside it: gate.json of other runs, and files of eval.challenge and eval.compare "
+        "(default: those beside the run, where the release lies in its run folder)"
+    )
+    parser.add_argument("--tried", nargs="+", type=Path, metavar="FILE", help=about)
+    about = (
         "public keys, or files of allowed signers, of sign-offs and rollouts: these are trusted and no others"
     )
     parser.add_argument("--public", nargs="+", metavar="FILE", help=about)
@@ -192,12 +188,17 @@ def main() -> int:
     args = parser.parse_args()
     trusted = read_trusted(args.public) if args.public else None
     contract, _ = checked(args.release, trusted, None)
-    entries = tell(args.release, contract, args.history, args.rollout, trusted)
+    entries = tell(args.release, contract, args.history, args.rollout, trusted, args.tried)
+    last = last_look(contract, entries)
+    entries.append(promise(contract, last))
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     for one in entries:
-        digest = f"  {one.hash[:DIGITS]}" if one.hash else ""
-        console.print(Text.assemble((f"{one.what:>12}  ", "bold"), one.text, (digest, "dim")), soft_wrap=True)
-    late = last_look(contract, entries)
+        digest = "  ".join(part for part in ("", one.hash[:DIGITS], one.file) if part)
+        text = Text.assemble(
+            (f"{one.what:>{MARGIN}}  ", "bold"), one.text, (f"  {digest}" if digest else "", "dim")
+        )
+        console.print(text, soft_wrap=True)
+    late = overdue(contract, last)
     if late:
         console.print(Text(late, style="yellow"), soft_wrap=True)
     if trusted is None:

@@ -7,7 +7,7 @@ question, half of its text, and the answer, the other half, laid out by a templa
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distill.method import make_method
 from eval.core.artifacts import Key, build_artifact, read_manifest
 from eval.core.documents import Document, collate, windows
 from eval.core.records import CostRecord, Documents, write_record
@@ -28,6 +29,7 @@ CONTEXT = 64
 RECIPES = {"small": ("torch", 1.0, 0.6), "half": ("torch", 0.2, 1.0)}
 STEPS = {"B": 10, "S0": 16, "S1": 60}
 LIKE = {"B": "B", "T0": "B", "CE": "S0", "S0": "S0", "S1": "S1", "T1": "S1"}
+PARENTS = {"base-s0": "base/s0", "data": "data"}
 SIZES = {"train": 24, "validation": 40, "far": 30}
 
 
@@ -98,10 +100,30 @@ class RealRun(Run):
             changes["documents"] = [Source(**CHAT_SOURCE)]
         return study.model_copy(update={"data": study.data.model_copy(update=changes)})
 
+    def make(self) -> "RealRun":
+        """As `Run.make`, with what is known of the method of the first seed's teacher."""
+        super().make()
+        method = make_method(self.study.method)
+        parents = {role: read_manifest(self.path / place).hash for role, place in PARENTS.items()}
+        facts = {"arm": "T1", "seed": 0, "recipe": "plain", "method": "ensemble", "files": method.files}
+        key = Key("method", code={"method": "1", **method.code})
+        with build_artifact(
+            self.path / "method/T1/s0",
+            kind="method",
+            name="method/T1/s0",
+            key=key,
+            parents=parents,
+            facts=facts,
+        ):
+            pass
+        return self
+
     def artifact(self, place: str, parents: dict[str, str] | None = None, content: str = "") -> str:
         *_, arm, seed = [None, None, *place.replace("base", "B").split("/")]
         recipe = place.split("/")[1] if place.startswith("variants") else "plain"
         facts = {"arm": arm, "seed": 0, "recipe": recipe, "engine": "torch"} if seed == "s0" else {}
+        if place == "students/S1/s0":
+            facts["method"] = asdict(make_method(self.study.method).card)
         with build_artifact(
             self.path / place, kind="model", name=place, key=Key(place), parents=parents or {}, facts=facts
         ) as aside:

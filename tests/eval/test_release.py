@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import logging
+import re
 import shutil
 from datetime import date
 from pathlib import Path
@@ -28,6 +29,7 @@ from eval.signoff.keys import new_key, private_key, read_trusted
 from eval.signoff.statement import Waiver
 from eval.stats.crossed import linearise
 from tests.eval import real_run
+from tests.helpers import ROOT
 
 DAY = date(2026, 6, 2)
 
@@ -109,6 +111,13 @@ def test_the_bill_of_materials_fits_the_published_schema_and_says_what_was_measu
     assert "students/S1/s0" in links["variants/small/S1/s0"]
     assert {"data", "T1"} <= set(links["students/S1/s0"])
     assert "T0" in links["students/S0/s0"]
+    assert {"data", "method"} <= set(links["T1"])
+    assert links["method"] == ["file:distill/methods/ensemble.py"]
+    said = {one["name"]: one["value"] for one in parts["method"]["properties"]}
+    assert "arXiv" in said["absorb:paper"]
+    (file,) = parts["file:distill/methods/ensemble.py"]["hashes"]
+    assert file["content"] == file_sha256(ROOT / "distill/methods/ensemble.py")
+    assert "properties" not in bom["metadata"]["component"], "no recheck was promised"
 
 
 SCHEMAS = ("bom-1.6", "spdx", "jsf-0.82")
@@ -134,6 +143,11 @@ def test_the_card_can_be_read_by_other_programs(release):
         )
     }
     assert "Team A" in card.text
+    assert "No recheck of it is promised." in card.text
+    lineage = json.loads((release / "lineage.json").read_text())
+    behind = [*lineage["files"].items(), ("students/S1/s0", lineage["artifacts"]["students/S1/s0"]["hash"])]
+    for name, digest in [*behind, ("T1 with the method", lineage["teachers"]["T1"])]:
+        assert re.search(rf"\| {name}.*\| `{digest}` \|", card.text), name
     assert "waiver" not in card.text.lower()
 
 
@@ -149,7 +163,7 @@ def test_a_waiver_is_shown_wherever_the_release_is(release):
     shipped = contract.targets["cpu"].model_copy(update={"verdict": "FAIL", "waiver": waiver})
     waived = contract.model_copy(update={"targets": {"cpu": shipped}})
     assert "WAIVED until 2026-07-01: a demonstration" in "\n".join(summary_lines(waived, release))
-    text = card(waived, None)
+    text = card(waived, None, [])
     assert "**Shipped on a waiver until 2026-07-01.** On cpu the verdict is FAIL" in text
     assert Contract.model_validate(yaml.safe_load(contract_text(waived))) == waived
 
