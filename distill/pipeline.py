@@ -78,13 +78,14 @@ from eval.core.artifacts import (
     make_key,
     read_manifest,
 )
-from eval.core.documents import TRAIN, Document, describe_data, scored_slices, stream_documents
+from eval.core.documents import TRAIN, Document, describe_data, stream_documents
 from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
 from eval.core.plan import fix_plan
 from eval.core.sections import Train
 from eval.core.study import Study, make_run_folder, mark_trained, save_study
 from eval.engines import load_tokenizer
 from eval.engines.torch import load_model, stored_dtype
+from eval.score.corruptions import slice_documents, slice_names
 
 
 def make_tokenizer(study: Study) -> None:
@@ -144,9 +145,11 @@ def prepare_inputs(study: Study, acc: Accelerator) -> Study:
 
 def used_documents(study: Study) -> Iterator[Document]:
     """All that is trained on or scored, the test documents aside."""
-    data = study.folder / "data"
-    for name in dict.fromkeys((TRAIN, distilled_split(study), *scored_slices(data))):
+    data, damage = study.folder / "data", study.data.corruptions
+    for name in dict.fromkeys((TRAIN, distilled_split(study))):
         yield from stream_documents(data, name)
+    for name in slice_names(data, damage):
+        yield from slice_documents(data, name, damage)
 
 
 def make_base(study: Study, seed: int, report: Progress) -> None:

@@ -34,7 +34,6 @@ from eval.core.documents.encoding import ChatRefused, lay_out
 from eval.core.errors import UserError
 from eval.core.sections import Data, Source
 from eval.core.study import Study
-from eval.score.corruptions import damaged_slices
 
 LATER = {
     "context",
@@ -44,6 +43,7 @@ LATER = {
     "end_of_text",
     "tasks",
     "cluster",
+    "corruptions",
 }  # rows, scores
 GROUP_SHARE = 8  # a group gives at most this part of a split, so that a split has groups enough to speak of
 COPY, SHORT, NEAR = "a copy of another", "shorter than data.min_bytes", "nearly a training document"
@@ -317,7 +317,6 @@ def write_splits(
             raise UserError("data.transfer", "no documents, or all are scored ones", "fix its sources")
     for name in {TRAIN, TRANSFER} & set(splits):
         _write_lines(folder / f"{name}.jsonl", map(spool.line, splits[name].tolist()))
-    scored |= damaged_slices(scored[VALIDATION], data.corruptions, splits)
     for name, documents in scored.items():
         _write_lines(
             folder / f"{name}.jsonl", (document_line(document, with_source=True) for document in documents)
@@ -343,6 +342,7 @@ def data_key(study: Study, tokenizers: Sequence[PreTrainedTokenizerBase] = ()) -
     """
     sources = study.data.sources
     settings = study.data.model_dump(mode="json", exclude=LATER)
+    settings["corruptions"] = []  # once they were written here: without any the key is what it was
     names = {name for source in sources for name in libraries(source)}
     names |= {"datasketch"} if study.data.near_duplicates is not None else set()
     fingerprints = [fingerprint(source) for source in sources]

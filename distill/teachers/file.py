@@ -23,9 +23,10 @@ from distill.teachers.answers import ROUNDING, Answer, AnsweringTeacher, check_a
 from distill.trainer.artifact_training import build_shared, is_missing, rows_shape
 from distill.trainer.loop import accelerator
 from eval.core.artifacts import digest, make_key, read_manifest, remembered_hashes, write_text
-from eval.core.documents import Batch, Row, read_documents, scored_slices, slices_of_test, windows
+from eval.core.documents import Batch, Row, slices_of_test, windows
 from eval.core.errors import UserError
 from eval.core.study import Study
+from eval.score.corruptions import slice_documents, slice_names
 
 ROWS = "rows.jsonl"  # of a run folder: what a teacher elsewhere is asked
 INDEX = "index.safetensors"
@@ -44,8 +45,9 @@ def _key(row: str, tokens_hash: str) -> bytes:
 def asked_rows(study: Study, tokenizer: PreTrainedTokenizerBase) -> tuple[Sequence[Row], list[Row]]:
     """The rows that a student learns from, and those of scored documents."""
     data = study.folder / "data"
-    slices = [*scored_slices(data), *slices_of_test(data)]
-    documents = [document for name in slices for document in read_documents(data, name)]
+    damage = study.data.corruptions
+    slices = [*slice_names(data, damage), *slices_of_test(data)]
+    documents = [document for name in slices for document in slice_documents(data, name, damage)]
     scored = [row for each in documents for row in windows(tokenizer, each, study.data.context)]
     return training_rows(study, tokenizer, distilled_split(study)), scored
 
@@ -135,7 +137,8 @@ def make_file_teacher(study: Study, tokenizer: PreTrainedTokenizerBase, where: s
     file, memory = Path(str(getattr(study.teacher, where.partition(".")[2]))), study.folder / BASE_FILES
     data, vocabulary = read_manifest(study.folder / "data").hash, 1 + max(tokenizer.get_vocab().values())
     origin = remembered_hashes({where: file}, memory)[where] if file.is_file() else ""
-    key = make_key("base", [where, origin, data, rows_shape(study), digest(tokenizer.get_vocab())])
+    made_of = [where, origin, data, rows_shape(study), digest(tokenizer.get_vocab())]
+    key = make_key("base", [*made_of, *(one.slice for one in study.data.corruptions)])
     if origin and not is_missing(study, name, key):
         return
     facts: dict[str, Any] = {"arm": "T", "origin": {"sha256": origin}}

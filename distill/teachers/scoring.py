@@ -27,6 +27,7 @@ def score_teacher(
             study.data.context,
             kind=kind,
             cluster_of=study.data.cluster_of,
+            corruptions=study.data.corruptions,
             batch_tokens=size,
         )
         for seed in seeds:

@@ -1,7 +1,8 @@
 """`python -m eval.challenge --study STUDY`: does the idea survive when one thing is changed at a time?
 
 Every row is the study again with one change (learning rate, data, seeds, size, a part left out, a method that
-does nothing), trained and scored beside the others in `runs/NAME-challenge/`, the cheapest first. What a
+does nothing), trained and scored beside the others in `runs/NAME-challenge/`, the cheapest first. The same
+documents are scored damaged too, at several doses, for which nothing is trained. What a
 row shares with the study is not made again; a command that was stopped goes on where it was. The claim of a
 row is that of the study's budget: at least f of the teacher's gain is kept, over the control.
 """
@@ -16,10 +17,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from eval.challenge.doses import PICTURE, doses_of, draw, sentences, table
 from eval.challenge.outcome import (
     COLLAPSES,
     ChallengeFile,
     Claim,
+    Dose,
     Outcome,
     best_ce_train,
     claims_of,
@@ -29,13 +32,14 @@ from eval.challenge.outcome import (
     read_evidence,
     rival_claims,
 )
-from eval.challenge.rows import SAME, Row, plan_rows
+from eval.challenge.rows import DAMAGED, SAME, Row, plan_rows
 from eval.challenge.runs import run_study, share_artifacts
 from eval.core.artifacts import write_text
 from eval.core.budget import Budget
 from eval.core.checks import check_plan
 from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import UserError, entry
+from eval.core.sections.classification import in_words
 from eval.core.study import Study, check_trained, study_text
 from eval.gate.evidence import Evidence
 from eval.report.format import bounds_text
@@ -90,6 +94,10 @@ class Challenge:
         claims = [*self.claims, *rival_claims(self.evidence, self.budget)]
         return judge_claims(claims, self.budget.alpha)
 
+    def doses(self) -> list[Dose]:
+        """Of the validation documents, damaged; none where that row was left out."""
+        return doses_of(self.evidence.get(DAMAGED, self.evidence[SAME]), self.budget)
+
     def _run_row(self, row: Row) -> None:
         run = self.studies[row.name].folder
         source = self.folder / SAME if row.name != SAME else self.study.folder
@@ -107,21 +115,21 @@ def read_done(study: Study) -> tuple[Evidence, Budget] | None:
         return None
 
 
-def show(outcomes: list[Outcome], console: Console) -> None:
-    table = Table(
+def show(outcomes: list[Outcome], task: str, console: Console) -> None:
+    shown = Table(
         "what was changed",
         "teacher's gain",
         "lead of S1",
         "share",
         "claim",
         "verdict",
-        title="bits per byte, each with its bounds at alpha",
+        title=in_words("bits per byte, each with its bounds at alpha", task),
     )
     for one in outcomes:
         share = "-" if one.share is None else f"{one.share[0]:.2f} [{one.share[1]:.2f}, {one.share[2]:.2f}]"
         verdict = f"{one.verdict}: {one.needs}" if one.needs else one.verdict
-        table.add_row(one.what, bounds_text(one.gain), bounds_text(one.lead), share, one.claim, verdict)
-    console.print(table)
+        shown.add_row(one.what, bounds_text(one.gain), bounds_text(one.lead), share, one.claim, verdict)
+    console.print(shown)
 
 
 @entry
@@ -140,8 +148,13 @@ def main() -> None:
     outcomes = challenge.outcomes()
     sentence = conclude(outcomes)
     console = Console()
-    show(outcomes, console if console.is_terminal else Console(width=WIDTH))
+    console = console if console.is_terminal else Console(width=WIDTH)
+    show(outcomes, study.task, console)
     notes = rare_failures(challenge.evidence[SAME])
+    if doses := challenge.doses():
+        console.print(table(doses, study.task))
+        draw(doses, challenge.budget, study.task, folder / PICTURE)
+        notes += [*sentences(doses, challenge.budget), f"a picture of it: {folder / PICTURE}"]
     if own := best_ce_train(challenge.evidence):
         text = yaml.safe_dump({"ce_train": own}, default_flow_style=True, width=math.inf).strip()
         notes.append(f"CE has its best rate of those tried with this in the study: {text[1:-1]}")
@@ -155,6 +168,7 @@ def main() -> None:
         config=study.hash(),
         verdict=sentence,
         rows=outcomes,
+        doses=doses,
         ce_train=own,
         notes=notes,
     )

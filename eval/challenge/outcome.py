@@ -1,13 +1,13 @@
 """What a row says: the claim of the study, tested anew where one thing was changed."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.challenge.rows import PLACEBO, RATES, SAME
+from eval.challenge.rows import DAMAGED, PLACEBO, RATES, SAME
 from eval.core.budget import Budget
 from eval.core.checks import CE, CONTROL, FALLBACK, STUDENT
 from eval.core.config import Frozen, Stored, differences
@@ -46,6 +46,20 @@ class Outcome(Frozen):
     clusters: int
 
 
+class Dose(Frozen):
+    """The validation documents with a share of them damaged; figures with their bounds at alpha."""
+
+    kind: str
+    strength: float  # share of what is damaged; 0: the documents as they are
+    slice: str
+    gain: Estimate  # T1 - T0, in bits per byte of the damaged text
+    lead: Estimate  # S1 - S0
+    share: tuple[float, float, float] | None
+    p: float  # of "less than f of the gain is kept, or there is none"
+    worst: float  # bits per byte that S1 saves over B in the cluster where it saves least: a description
+    worst_control: float  # that S0 saves there
+
+
 class ChallengeFile(Stored):
     """challenge.json."""
 
@@ -53,7 +67,10 @@ class ChallengeFile(Stored):
     config: str  # hash of its settings
     verdict: str
     rows: list[Outcome]
-    ce_train: dict[str, Any]  # of the study in which CE has the best rate that was tried; empty where it has it
+    doses: list[Dose]  # by kind and strength; empty where no document was damaged
+    ce_train: dict[
+        str, Any
+    ]  # of the study in which CE has the best rate that was tried; empty where it has it
     notes: list[str]
 
 
@@ -78,25 +95,35 @@ def read_evidence(study: Study) -> tuple[Evidence, Budget]:
 
 
 def claims_of(name: str, what: str, evidence: Evidence, budget: Budget) -> Iterator[Claim]:
-    """The claim of a row on the validation documents, and of the study as it is on each of its slices."""
+    """The claim of a row on the validation documents, and of the study as it is on each of its slices.
+
+    Of damaged documents none: see `eval.challenge.doses`.
+    """
+    if name == DAMAGED:
+        return
     floors = {VALIDATION: budget.f} | (budget.slices if name == SAME else {})
     for slice_name, f in floors.items():
-        gain, lead = evidence.gain(slice_name, GAIN), evidence.gain(slice_name, kept_gain(PLAIN))
         if name == PLACEBO:
+            gain, lead = (evidence.gain(slice_name, of) for of in (GAIN, kept_gain(PLAIN)))
             yield Claim(name, what, "no gain is credited", gain, lead, -lead, share=False, empty=True)
             continue
         power = retention_power(evidence, budget, slice_name)
         wanted = [] if power is None else [(power.seeds_for_80, "seeds"), (power.clusters_for_80, "clusters")]
         needs = " or ".join(f"{count} {unit}" for count, unit in wanted if count)
-        yield Claim(
-            name if slice_name == VALIDATION else f"{name}:{slice_name}",
-            what if slice_name == VALIDATION else f"{what}, slice {slice_name}",
-            f"at least {f:g} of the gain",
-            gain,
-            lead,
-            surplus(evidence, PLAIN, slice_name, f),
+        inside = slice_name == VALIDATION
+        yield replace(
+            claim_on(evidence, slice_name, f),
+            name=name if inside else f"{name}:{slice_name}",
+            what=what if inside else f"{what}, slice {slice_name}",
             needs=needs,
         )
+
+
+def claim_on(evidence: Evidence, slice_name: str, f: float) -> Claim:
+    """The student keeps at least f of the teacher's gain on a slice."""
+    gain, lead = (evidence.gain(slice_name, of) for of in (GAIN, kept_gain(PLAIN)))
+    margin = surplus(evidence, PLAIN, slice_name, f)
+    return Claim(slice_name, slice_name, f"at least {f:g} of the gain", gain, lead, margin)
 
 
 def rival_claims(rows: dict[str, Evidence], budget: Budget) -> Iterator[Claim]:

@@ -11,10 +11,11 @@ import yaml
 from eval.core.errors import UserError
 from eval.core.study import Study, load_study
 
-SAME, PLACEBO = "as_it_is", "placebo"
+SAME, PLACEBO, DAMAGED = "as_it_is", "placebo", "damaged"
 RATES = {"half_rate": 0.5, "double_rate": 2.0}
 NAME = "[a-z0-9_]+"
 OTHER_SEEDS, MORE_SEEDS = 1000, 2  # added to every seed; beside those of the study
+DOSES = [{"kind": "typos", "strength": strength} for strength in (0.01, 0.03, 0.1)]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,13 @@ def plan_rows(study: Study, extra: list[str]) -> tuple[list[Row], dict[str, str]
         UserError: one of these has another form, or a name that is taken.
     """
     skipped: dict[str, str] = {}
-    rows = [Row(SAME, "as it is"), *_rates(study), *_less_data(study, skipped), *_seeds(study)]
+    rows = [
+        Row(SAME, "as it is"),
+        *_damage(study, skipped),
+        *_rates(study),
+        *_less_data(study, skipped),
+        *_seeds(study),
+    ]
     rows.append(Row(PLACEBO, "a method that changes nothing", ("--method", "{name: placebo}"), 2))
     rows += [*_parts(study, skipped), *_sizes(study, skipped)]
     if study.base.architecture is None:
@@ -88,6 +95,16 @@ def _rates(study: Study) -> Iterator[Row]:
             if (rate := getattr(train.optimizer, key)) is not None
         }
         yield Row(name, f"learning rate x {factor:g}", _flags(values), 1)
+
+
+def _damage(study: Study, skipped: dict[str, str]) -> Iterator[Row]:
+    """Its own corruptions are scored with the study as it is."""
+    if study.teacher is not None and study.teacher.file is not None:
+        skipped["damaged documents"] = (
+            "the teacher's answers lie in a file: put data.corruptions into the study"
+        )
+    elif not study.data.corruptions:
+        yield Row(DAMAGED, "validation documents with typos", _flags({"data.corruptions": DOSES}))
 
 
 def _less_data(study: Study, skipped: dict[str, str]) -> Iterator[Row]:

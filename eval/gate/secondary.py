@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.core.checks import STUDENT, Artifacts
-from eval.core.documents import cluster_names, read_documents
+from eval.core.documents import cluster_names
 from eval.core.gate_file import Classes, Estimate, Quality, Variant
 from eval.core.records import (
     PLAIN,
@@ -26,6 +26,7 @@ from eval.core.study import Study
 from eval.gate.evidence import Evidence
 from eval.metrics.functions import calibration_error, f1_parts
 from eval.score.agreement_records import document_tokens, estimate_agreement
+from eval.score.corruptions import slice_documents
 from eval.score.samples import task_digest_or_none
 from eval.stats.crossed import cluster_bounds, linearise
 from eval.stats.ratios import share_bounds
@@ -142,7 +143,8 @@ def collect_classes(evidence: Evidence, alpha: float) -> list[Classes]:
             records[model].append(record)
     rows = []
     for name in evidence.columns:
-        documents = {document.id: document for document in read_documents(evidence.folder / "data", name)}
+        of_slice = slice_documents(evidence.folder / "data", name, study.data.corruptions)
+        documents = {document.id: document for document in of_slice}
         domains = sorted({document.domain for document in documents.values()})
         for model, of_model in records.items():
             tables = [_classified(record, name) for record in of_model]

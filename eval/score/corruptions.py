@@ -1,35 +1,40 @@
 """Damage to validation documents at a stated strength: the same in every run, on every machine and Python.
 
-A damaged document is a slice of its own and only ever scored: it asks whether the method's gain survives
-input that is not clean. Positions are drawn by SHA-256 of the kind, the strength and the document's id.
+Damaged documents are a slice of their own and only ever scored: it asks whether the method's gain survives
+input that is not clean. No file holds them: they are made where they are scored, so that no data and no model
+depends on which damage a study asks for. Positions are drawn by SHA-256 of the kind, the strength and the
+document's id.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from eval.core.documents import Document
+from eval.core.documents import VALIDATION, Document, read_documents, scored_slices
 from eval.core.errors import UserError
 from eval.core.sections import Corruption
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def damaged_slices(
-    documents: list[Document], corruptions: list[Corruption], taken: Collection[str]
-) -> dict[str, list[Document]]:
-    """Slice name -> the documents, damaged; ids are those of the documents.
+def slice_names(data: Path, corruptions: Sequence[Corruption]) -> list[str]:
+    """The slices that are scored: validation first, then the shifted and the damaged ones by name."""
+    first, *shifted = scored_slices(data)
+    return [first, *sorted([*shifted, *(one.slice for one in corruptions)])]
+
+
+def slice_documents(data: Path, name: str, corruptions: Sequence[Corruption]) -> list[Document]:
+    """The documents of a slice: of a damaged one those of validation, each damaged, under its own id.
 
     Raises:
-        UserError: a slice of that name is there already, or nothing is left of a document.
+        UserError: there is no such slice, or nothing is left of a document.
     """
-    slices: dict[str, list[Document]] = {}
     for corruption in corruptions:
-        if corruption.slice in slices or corruption.slice in taken:
-            fix = "give each corruption once, and other slices other names"
-            raise UserError("data.corruptions", f"slice {corruption.slice!r} is there already", fix)
-        slices[corruption.slice] = [corrupted(document, corruption) for document in documents]
-    return slices
+        if corruption.slice == name:
+            return [corrupted(document, corruption) for document in read_documents(data, VALIDATION)]
+    return read_documents(data, name)
 
 
 def corrupted(document: Document, corruption: Corruption) -> Document:
@@ -100,10 +105,22 @@ def whitespace(text: str, strength: float, name: str) -> str:
     return "".join(letter for i, letter in enumerate(text) if i not in dropped)
 
 
+def lowercase(text: str, strength: float, name: str) -> str:
+    """Exactly round(strength * words) of the words that have capitals are written in small letters."""
+    words = list(re.finditer(r"\w+", text))
+    capitals = [i for i, word in enumerate(words) if word[0] != word[0].lower()]
+    out = list(text)
+    for place in _chosen(capitals, strength, _numbers(name)):
+        start, end = words[place].span()
+        out[start:end] = [letter.lower() for letter in out[start:end]]
+    return "".join(out)
+
+
 DAMAGES: dict[str, Callable[[str, float, str], str]] = {
     "typos": typos,
     "truncation": truncation,
     "whitespace": whitespace,
+    "lowercase": lowercase,
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from eval.core.artifacts import read_manifest, text_sha256, write_text
 from eval.core.checks import CONTROL, FALLBACK, TAUGHT, TEACHERS, Artifacts, artifact_folder
 from eval.core.commands import new_parser, study_from_command, write_json
-from eval.core.documents import Document, cluster_names, json_objects, read_documents, scored_slices
+from eval.core.documents import Document, cluster_names, json_objects
 from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.jobs import lock_folder
@@ -37,6 +37,7 @@ from eval.core.records import (
 )
 from eval.core.study import Study, recipe_names
 from eval.engines import load_tokenizer, subject_of
+from eval.score.corruptions import slice_documents, slice_names
 
 MEASURES = ("bits", "nats", "logprobs")
 FIX = "score the export of this run again: python -m eval.score.import --study RUN --export FILE"
@@ -50,14 +51,15 @@ def document_sha256(document: Document) -> str:
     return text_sha256(text)
 
 
-def documents_of(run: Path) -> dict[Key, Document]:
+def documents_of(study: Study) -> dict[Key, Document]:
     """Every document that decides a verdict, in the order of records; never a test document."""
-    data = run / "data"
-    return {(name, one.id): one for name in scored_slices(data) for one in read_documents(data, name)}
+    data, damage = study.folder / "data", study.data.corruptions
+    names = slice_names(data, damage)
+    return {(name, one.id): one for name in names for one in slice_documents(data, name, damage)}
 
 
-def export_lines(run: Path) -> Iterator[str]:
-    for (name, _), one in documents_of(run).items():
+def export_lines(study: Study) -> Iterator[str]:
+    for (name, _), one in documents_of(study).items():
         prompt = {"prompt": one.prompt} if one.prompt else {}
         row = {"slice": name, "id": one.id, "sha256": document_sha256(one), **prompt, "text": one.text}
         yield json.dumps(row, ensure_ascii=False) + "\n"
@@ -110,7 +112,7 @@ def read_columns(run: Path, study: Study, path: Path) -> Documents:
     Raises:
         UserError: a document is missing, comes twice, is unknown or has another text; the first is named.
     """
-    known, rows = documents_of(run), dict[Key, tuple[float, int | None]]()
+    known, rows = documents_of(study), dict[Key, tuple[float, int | None]]()
     for where, _, row in json_objects(path, "scores", "write one JSON object a line"):
         key, sha256, bits, tokens = read_row(where, row)
         thing = f"{where}: document {key[1]!r} of slice {key[0]!r}"
@@ -207,7 +209,7 @@ def main() -> None:
     parser.add_argument("--by", help="what scored it, with its version")
     study, args = study_from_command(parser, measures=True)
     if args.export is not None:
-        write_text(args.export, "".join(lines := list(export_lines(study.folder))))
+        write_text(args.export, "".join(lines := list(export_lines(study))))
         print(f"{len(lines)} documents in {args.export}")
         return
     given = {name: getattr(args, name) for name in ("file", "arm", "seed", "artifact", "by")}

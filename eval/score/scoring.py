@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING
 
 from eval.core.artifacts import MANIFEST, read_manifest, verify_artifact
 from eval.core.checks import CONTROL, STUDENT, Artifacts
-from eval.core.documents import Document, cluster_names, read_documents, scored_slices, slices_of_test
+from eval.core.documents import Document, cluster_names, slices_of_test
 from eval.core.errors import UserError
 from eval.core.jobs import Report
 from eval.core.records import Bins, Documents, Kind, Score, each_score, provenance, write_record
+from eval.core.sections import Corruption
 from eval.core.study import Study, recipe_names
 from eval.engines import load_engine, subject_of, subject_of_record
 from eval.metrics.classes import ClassPredictions
 from eval.metrics.functions import bits_per_byte
 from eval.metrics.likelihood import BATCH_TOKENS, Likelihoods, Predict, likelihoods
+from eval.score.corruptions import slice_documents, slice_names
 from eval.score.devices import CPU, device_name, settle_device
 
 if TYPE_CHECKING:
@@ -39,10 +41,11 @@ def score_documents(
     *,
     kind: Kind = "score",
     cluster_of: Callable[[str], str] = lambda name: "none",
+    corruptions: Sequence[Corruption] = (),
     batch_tokens: int = BATCH_TOKENS,
     report: Report = lambda share: None,
 ) -> Documents:
-    """Bits and correct tokens of all documents of `scored_slices(data)`, in that order; see `likelihoods`.
+    """Bits and correct tokens of all documents of `slice_names`, in that order; see `likelihoods`.
 
     For the kind `test` they are those of `slices_of_test(data)`, and no others. `cluster_of` says of a slice
     what its documents are not independent by; see `cluster_names`.
@@ -53,9 +56,9 @@ def score_documents(
     columns: dict[str, list] = {name: [] for name in COLUMNS}
     classes: dict[str, list] = {"predicted": [], "brier": []}
     calibration = {}
-    slices = slices_of_test(data) if kind == "test" else scored_slices(data)
+    slices = slices_of_test(data) if kind == "test" else slice_names(data, corruptions)
     for done, name in enumerate(slices, start=1):
-        documents = read_documents(data, name)
+        documents = slice_documents(data, name, corruptions)
         if not documents:
             raise UserError(
                 f"slice {name!r}", f"no documents in {data}", "give the slice sources that hold some"
@@ -115,6 +118,7 @@ def score_folder(
             study.data.context,
             kind=kind,
             cluster_of=study.data.cluster_of,
+            corruptions=study.data.corruptions,
             batch_tokens=size,
             report=report,
         )

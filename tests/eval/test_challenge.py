@@ -4,11 +4,13 @@ import json
 import os
 import re
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from eval.challenge.__main__ import Challenge
+from eval.challenge.doses import doses_of, draw, sentences
 from eval.challenge.outcome import (
     COLLAPSES,
     OPEN,
@@ -21,10 +23,10 @@ from eval.challenge.outcome import (
     rare_failures,
     rival_claims,
 )
-from eval.challenge.rows import PLACEBO, SAME, plan_rows
+from eval.challenge.rows import DAMAGED, PLACEBO, SAME, plan_rows
 from eval.challenge.runs import run_study, share_artifacts
 from eval.core.errors import UserError
-from eval.core.sections import Optimizer, Train
+from eval.core.sections import Corruption, Optimizer, Train
 from eval.core.study import load_study
 from eval.stats.crossed import crossed_mean
 from tests.eval.run_builder import GAINS, Run
@@ -186,6 +188,85 @@ def test_the_worst_documents_are_those_where_the_student_lost_most(tmp_path):
     assert float(re.search(r"S1 ([-+][\d.]+)", line)[1]) == pytest.approx(-2.9, abs=0.2)
 
 
+STRENGTHS = (0.01, 0.03, 0.1)
+
+
+def damaged_evidence(folder, kept: dict[float, float]):
+    """A run whose student keeps so much of a gain of 0.12 over its control at each dose of typos."""
+    slices = {f"typos-{strength:g}": strength for strength in STRENGTHS}
+    evidence, budget = evidence_of(folder, sizes={"validation": 40, "far": 30, **dict.fromkeys(slices, 40)})
+    data = evidence.study.data.model_copy(
+        update={"corruptions": [Corruption(kind="typos", strength=strength) for strength in slices.values()]}
+    )
+    bits = dict(evidence.bits)
+    student, control, gain = (
+        bits["S1", "plain"].copy(),
+        bits["S0", "plain"],
+        bits["T0", "plain"] - bits["T1", "plain"],
+    )
+    for name, strength in slices.items():
+        columns = evidence.columns[name]
+        student[:, columns] = (control - kept[strength] * gain)[:, columns]
+    bits["S1", "plain"] = student
+    return replace(evidence, study=evidence.study.model_copy(update={"data": data}), bits=bits), budget
+
+
+def test_a_dose_is_named_up_to_which_a_claim_is_shown(tmp_path):
+    evidence, budget = damaged_evidence(tmp_path, {0.01: 0.9, 0.03: 0.3, 0.1: 0.9})
+    doses = doses_of(evidence, budget)
+    assert [(one.kind, one.strength, one.slice) for one in doses] == [
+        ("typos", 0.0, "validation"),
+        *(("typos", strength, f"typos-{strength:g}") for strength in STRENGTHS),
+    ]
+    assert [one.share[0] for one in doses[1:]] == pytest.approx([0.9, 0.3, 0.9])
+    assert list(sentences(doses, budget)) == [
+        "typos: at least 0.5 of the gain is shown up to 1 % of the letters; a lead of S1 over S0 up to 10 % of "
+        "the letters"
+    ], "a dose above one that is not shown is not looked at"
+    bad, _ = damaged_evidence(tmp_path / "bad", dict.fromkeys(STRENGTHS, -0.5))
+    assert list(sentences(doses_of(bad, budget), budget)) == [
+        "typos: at least 0.5 of the gain is shown without damage alone; a lead of S1 over S0 without damage alone"
+    ]
+
+
+def test_a_dose_has_the_figures_of_its_slice_and_its_worst_cluster(tmp_path):
+    evidence, budget = damaged_evidence(tmp_path, dict.fromkeys(STRENGTHS, 0.5))
+    dose = doses_of(evidence, budget)[-1]
+    columns = evidence.columns["typos-0.1"]
+    saved = (evidence.bits["T0", "plain"] - evidence.bits["T1", "plain"])[:, columns].sum()
+    size = evidence.bytes[columns].sum()
+    assert dose.gain.point == pytest.approx(saved / size / 4)
+    own = (evidence.bits["B", "plain"] - evidence.bits["S1", "plain"])[:, columns].mean(0) / evidence.bytes[
+        columns
+    ]
+    assert dose.worst == pytest.approx(own.min())
+    assert not list(claims_of(DAMAGED, "", evidence, budget)), "they are told, and no part of the verdict"
+
+
+def test_doses_are_drawn_for_every_kind(tmp_path):
+    evidence, budget = damaged_evidence(tmp_path, dict.fromkeys(STRENGTHS, 0.5))
+    typos = doses_of(evidence, budget)
+    spaces = [one.model_copy(update={"kind": "whitespace", "share": None}) for one in typos]
+    draw([*typos, *spaces], budget, "causal_lm", tmp_path / "doses.svg")
+    shown = "".join(ElementTree.parse(tmp_path / "doses.svg").getroot().itertext())
+    for words in (
+        "typos: share of the letters",
+        "whitespace: share of the spaces",
+        "10 %",
+        "S1 - B, worst cluster",
+    ):
+        assert words in shown
+
+
+def test_a_study_s_own_corruptions_are_its_doses_and_a_teacher_in_a_file_has_none():
+    rows, _ = plan_rows(load_study("tiny"), [])
+    (row,) = [row for row in rows if row.name == DAMAGED]
+    study = row.study(ROOT / "configs" / "studies" / "tiny.yaml", ROOT / "elsewhere")
+    assert [one.slice for one in study.data.corruptions] == ["typos-0.01", "typos-0.03", "typos-0.1"]
+    own = load_study("tiny", data__corruptions=[{"kind": "lowercase", "strength": 1}])
+    assert DAMAGED not in [row.name for row in plan_rows(own, [])[0]]
+
+
 @pytest.mark.slow
 def test_a_first_look_by_the_command_line(tmp_path):
     page = (ROOT / "docs" / "own-method.md").read_text(encoding="utf-8")
@@ -207,8 +288,8 @@ def test_a_first_look_by_the_command_line(tmp_path):
 def test_a_row_is_run_once_and_makes_only_what_its_change_touches(tmp_path):
     short = {"runs": str(tmp_path / "runs"), "data__train_rows": 32, "base__train__epochs": 1}
     study = load_study("tiny", **short)
-    rows = plan_rows(study, [])[0][:2]
-    assert [row.name for row in rows] == [SAME, "half_rate"]
+    rows = plan_rows(study, [])[0][:3]
+    assert [row.name for row in rows] == [SAME, DAMAGED, "half_rate"]
     folder = tmp_path / "runs" / "tiny-challenge"
     challenge = Challenge(study, folder, rows)
     assert challenge.run() == []
@@ -216,6 +297,10 @@ def test_a_row_is_run_once_and_makes_only_what_its_change_touches(tmp_path):
     assert [one.name for one in challenge.outcomes()] == names
     base, student = "base/s0/model.safetensors", "students/S1/s0/model.safetensors"
     assert os.path.samefile(folder / SAME / base, folder / "half_rate" / base), "it is linked"
+    assert os.path.samefile(folder / SAME / student, folder / DAMAGED / student), "it is only scored"
+    doses = challenge.doses()
+    assert [one.strength for one in doses] == [0, 0.01, 0.03, 0.1]
+    assert len({one.gain.point for one in doses}) == 4
     assert (folder / SAME / student).read_bytes() != (folder / "half_rate" / student).read_bytes()
     rates = {"optimizer": {"lr": 0.01, "lr_rest": 0.0025}}
     assert best_ce_train(challenge.evidence) in ({}, rates)

@@ -152,7 +152,9 @@ def challenged(study, config):
         for what, lead in (("as it is", kept), ("a learning rate", lost))
     ]
     rows = judge_claims(claims, 0.05)
-    return ChallengeFile(study=study, config=config, verdict=conclude(rows), rows=rows, notes=[])
+    return ChallengeFile(
+        study=study, config=config, verdict=conclude(rows), rows=rows, doses=[], ce_train={}, notes=[]
+    )
 
 
 @pytest.mark.parametrize(

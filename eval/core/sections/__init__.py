@@ -7,27 +7,13 @@ from pydantic import Field, model_validator
 from eval.core.config import FileName, Frozen
 from eval.core.sections.auxiliary import Exits as Exits
 from eval.core.sections.auxiliary import Future as Future
+from eval.core.sections.corruption import Corruption as Corruption
 from eval.core.sections.models import NamedModel as NamedModel
 from eval.core.sections.source import Source as Source
 from eval.core.sections.tasks import Harness as Harness
 from eval.core.sections.tasks import Task as Task
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Corruption(Frozen):
-    """Damage done to every validation document, the same in every run."""
-
-    kind: Literal["typos", "truncation", "whitespace"] = Field(
-        description="what is damaged: characters, the end of the text, or its spaces"
-    )
-    strength: float = Field(
-        gt=0, le=1, description="share of the characters, of the bytes, or of the spaces that is damaged"
-    )
-
-    @property
-    def slice(self) -> str:
-        return f"{self.kind}-{self.strength:g}"
 
 
 class Data(Frozen):
@@ -60,7 +46,9 @@ class Data(Frozen):
         "clusters that are left are scored like validation",
     )
     corruptions: list[Corruption] = Field(
-        [], description="slices made of damaged validation documents, only ever scored"
+        [],
+        description="slices made of damaged validation documents where they are scored: no data and no model "
+        "depends on them",
     )
     tasks: dict[FileName, Task] = Field({}, description="name -> prompts with answers, only ever scored")
     max_dropped: float = Field(
@@ -108,6 +96,13 @@ class Data(Frozen):
     def test_is_whole(self) -> Self:
         if self.shifted_test and self.shifted and not self.test:
             raise ValueError("`shifted_test` needs `test` documents beside it; give both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def slices_have_names_of_their_own(self) -> Self:
+        names = [*self.shifted, *(one.slice for one in self.corruptions)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"slice {twice!r} is there twice: name each slice and give each corruption once")
         return self
 
     @property
