@@ -66,7 +66,7 @@ SIDE_COMMANDS = {
     "try": "a first look at a method of yours, in a minute or two",
 }
 UNREADABLE = "gate.json cannot be read"
-START = "absorb train --config configs/studies/tiny.yaml"
+START = "absorb train --config tiny"
 
 
 class Step(NamedTuple):
@@ -196,7 +196,7 @@ def show(run: Path | None) -> None:
         print(f"    absorb {command:<9} {meaning}")
     left = next((step for step in known.values() if not step.done), None)
     if run is None:
-        print(f"\nnext: {START}   # in a clone of the project; a study is a YAML file")
+        print(f"\nnext: {START}   # a study is a YAML file, or the name of one in configs/studies")
     elif left is not None:
         print(f"\nnext: {next_command(run, left)}")
     else:

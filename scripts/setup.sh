@@ -10,6 +10,7 @@ if [[ ! -L .venv ]] && ! cat requirements.lock pyproject.toml | cmp -s - "$mark"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         { echo "error: $("$python" --version) found; Python 3.11 or newer is needed (set PYTHON)" >&2; exit 3; }
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+    echo "installing into .venv: torch, then the packages of requirements.lock; 2.8 GB, some minutes" >&2
     # The build of torch that this machine's index gives, with what that build needs; the rest is pinned.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock

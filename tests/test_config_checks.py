@@ -38,9 +38,9 @@ def base(tmp_path_factory):
         ),
         (
             ["--budget", "defalt"],
-            r"budgets config: 'defalt'; no such file; known by name: default, smollm2, spam, tiny",
+            r"configs/budgets: 'defalt'; no such file; known by name: default, smollm2, spam, tiny",
         ),
-        (["--recipes", "[int9]"], r"recipes config: 'int9'; no such file"),
+        (["--recipes", "[int9]"], r"configs/recipes: 'int9'; no such file"),
         (["--recipes", "[int8, int8]"], r"name: 'int8'; another recipe has it"),
         (
             [*GENERATES, "--targets.generation.prompt_tokens", "32"],
@@ -58,7 +58,7 @@ def test_such_a_plan_is_refused_before_anything_is_built_by_command_and_from_pyt
     done = run("distill/train.py", "--config", path, *words)
     assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
     study = load_study(path, words)
-    with pytest.raises(UserError, match="recipes config: 'int9'"):
+    with pytest.raises(UserError, match="configs/recipes: 'int9'"):
         distil(study)
     assert not study.folder.exists()
 

@@ -240,7 +240,7 @@ def test_a_study_is_frozen_and_its_hash_covers_what_decides_the_models():
 def test_wrong_names_and_broken_files_are_refused(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"budgets config: 'defalt'; no such file; known by name: default, smollm2, spam, tiny",
+        match=r"configs/budgets: 'defalt'; no such file; known by name: default, smollm2, spam, tiny",
     ):
         find_config("budgets", "defalt")
     broken = tmp_path / "broken.yaml"
@@ -306,7 +306,7 @@ def test_a_config_lays_its_keys_over_those_it_extends(tmp_path):
     [
         ("heir", r"heir\.yaml: extends: heir\.yaml -> heir\.yaml; files name each other in a circle"),
         ("other", r"other\.yaml: extends: heir\.yaml -> other\.yaml -> heir\.yaml; files name each other"),
-        ("tinny", r"heir\.yaml: names the studies config: 'tinny'; no such file; known by name: default"),
+        ("tinny", r"heir\.yaml: a file of configs/studies: 'tinny'; no such file; known by name: default"),
         ({"a": 1}, r"heir\.yaml: extends: \{'a': 1\}; give a name, a path or a list of them"),
         ([], r"heir\.yaml: extends: \[\]; give a name"),
     ],
@@ -327,7 +327,7 @@ def test_a_recipe_includes_the_passes_of_others(tmp_path):
     assert both == read_recipe("depth25")[1].passes + read_recipe("int8")[1].passes
     for passes, message in (
         ([{"include": "own.yaml"}], r"own\.yaml: passes\.0\.include: own\.yaml -> own\.yaml; .* circle"),
-        ([{"include": "int9"}], r"own\.yaml: names the recipes config: 'int9'; no such file"),
+        ([{"include": "int9"}], r"own\.yaml: a file of configs/recipes: 'int9'; no such file"),
         ([{"include": "int8", "weights": "int4"}], r"passes\.0: .*; give `include: NAME`"),
         ([{"include": "nf4"}], r"passes\.0\.include: nf4 is for gpu; include recipes for cpu"),
     ):

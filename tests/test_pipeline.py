@@ -138,7 +138,7 @@ def test_ctrl_c_ends_it_in_one_line_and_130(tiny, tmp_path):
     ("change", "message"),
     [
         ({"recipes": ["int9"]}, "'int9'"),
-        ({"budget": "generous"}, "budgets config: 'generous'"),
+        ({"budget": "generous"}, "configs/budgets: 'generous'"),
         ({"budget": "default"}, "budget 'default': slice without any scored document: 'near'"),
         ({"trian": {}}, "did you mean 'train'"),
     ],
@@ -197,9 +197,9 @@ def commands(heading):
 def as_here(words, study, folder, tmp_path):
     """A command as printed, but for its study, the variant, and the places of keys and new documents."""
     here = {
-        "configs/studies/default.yaml": str(study), "runs/default": str(folder), "depth25-int8": "int8",
-        "runs/default/release/depth25-int8": str(folder / "release" / "int8"),
-        "ada": str(tmp_path / "ada"), "ada.pub": str(tmp_path / "ada.pub"),
+        "configs/studies/default.yaml": str(study), "runs/default": str(folder), "int4": "int8",
+        "runs/default/release/int4": str(folder / "release" / "int8"),
+        "~/ada": str(tmp_path / "ada"), "~/ada.pub": str(tmp_path / "ada.pub"),
         "my/new.jsonl": str(tmp_path / "new.jsonl"), "rollouts/first": str(tmp_path / "first"),
         **{name: str(tmp_path / name) for name in OUR_FILES},
     }  # fmt: skip

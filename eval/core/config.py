@@ -83,7 +83,7 @@ def find_config(kind: str, name: str, inside: Path | None = None) -> Path:
         path = beside if is_path or beside.is_file() else path
     if not path.is_file():
         known = sorted(p.stem for p in (ROOT / "configs" / kind).glob("*.yaml"))
-        thing = f"{kind} config" if inside is None else f"config {inside}: names the {kind} config"
+        thing = f"configs/{kind}" if inside is None else f"config {inside}: a file of configs/{kind}"
         raise UserError(thing, repr(name), f"no such file; known by name: {', '.join(known)}")
     return path
 

@@ -219,7 +219,7 @@ def test_a_truncated_parent(small):
 
 
 def test_a_missing_parent_and_an_unknown_recipe(small):
-    with pytest.raises(UserError, match=r"recipes config: 'wanda5'; no such file; known by name: .*wanda50"):
+    with pytest.raises(UserError, match=r"configs/recipes: 'wanda5'; no such file; known by name: .*wanda50"):
         pending_variants(small.model_copy(update={"recipes": ["wanda5"]}))
     shutil.rmtree(small.folder / "students" / "S1")
     with pytest.raises(UserError, match=r"students/S1/s0: no manifest.json; make it first"):
