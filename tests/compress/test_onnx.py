@@ -96,6 +96,7 @@ def test_what_it_cannot_do_is_said_before_any_work(context):
             make_pass({"pass": "onnxruntime", **options}, "here")
 
 
+@pytest.mark.slow
 def test_the_command_builds_verifies_and_scores_them(tmp_path):
     recipes = [
         recipe_file(tmp_path, weights, {"pass": "onnxruntime", "weights": weights})

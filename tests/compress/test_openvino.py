@@ -46,6 +46,7 @@ def divergence(model, context) -> float:
     return total / tokens
 
 
+@pytest.mark.slow
 def test_algorithms_that_look_at_data_are_as_near_to_the_student_as_rounding_or_nearer(context):
     plain, report = int4(context, group_size=64)
     rounded = divergence(plain, context)

@@ -146,6 +146,7 @@ def test_parents_are_not_touched_and_no_scratch_is_left(done):
     assert not list(study.folder.glob("variants/**/.*"))
 
 
+@pytest.mark.slow
 def test_variants_load_where_the_project_is_absent(done, tmp_path):
     """By their standard format alone, in a process that cannot import compress, distill or eval."""
     study, _, _ = done

@@ -95,6 +95,7 @@ def test_an_export_without_disk_space_is_reported(tmp_path):
         export(tiny_model(), tiny_tokenizer(), tmp_path / "out", "card", [])
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_command_with_one_line_and_no_partial_artifact(tmp_path):
     """Through the real command: the models of the study are larger than what the kernel lets it write."""
     path = tiny_study(tmp_path, seeds=[0], method={"name": "placebo"}, ce_arm=False, trackers=[])

@@ -1,5 +1,6 @@
 """What each step takes: the same rows, batches and targets by any number of processes that prepare them."""
 
+import pytest
 import torch
 
 from distill.losses.teacher_output import StoredTargets
@@ -39,6 +40,7 @@ def test_steps_are_prepared_in_their_order():
     check_steps(0)
 
 
+@pytest.mark.slow
 def test_so_they_are_ahead_by_other_processes():
     """In a command of its own: what is forked here would hold the pipes of the test's process open."""
     done = run("-c", "from tests.distill.test_loading import check_steps; check_steps(2)")

@@ -107,6 +107,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_students_of_every_kind_load_and_generate_where_this_project_is_absent(trained, tmp_path):
     study, path, _ = trained
     shutil.copytree(study.folder, tmp_path / "runs" / "tiny")

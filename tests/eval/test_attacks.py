@@ -248,6 +248,7 @@ def test_a_release_by_an_unknown_key_is_refused_and_an_untouched_one_is_served(
     assert "was not signed by this key" in load(release, tmp_path / "other.pub")
 
 
+@pytest.mark.slow
 def test_the_loader_in_the_folder_leaves_no_compiled_copy_of_itself(release, tmp_path):
     copy = shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     code = "import sys; sys.path.insert(0, '.')\nfrom load_release import load_release\nprint(load_release('.', 'cpu')[1].fallback)"

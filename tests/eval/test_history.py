@@ -72,6 +72,7 @@ def first_broken(seed, count, noise, **changes):
     return np.inf
 
 
+@pytest.mark.slow
 def test_a_good_release_is_not_called_broken_over_many_looks_and_a_broken_one_is_found():
     """One and two standard errors of a look's 40 documents above and below the floor over the control."""
     noise = 0.1

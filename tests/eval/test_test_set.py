@@ -227,6 +227,7 @@ class ShiftedRun(OpenedRun):
     parts: ClassVar = {"test": TEXTS, "test/far": FAR}
 
 
+@pytest.mark.slow
 def test_shifted_slices_are_judged_on_test_documents_of_their_own(tmp_path):
     toy = ShiftedRun(tmp_path, seeds=[0, 1, 2])
     toy.make()
