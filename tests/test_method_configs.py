@@ -46,6 +46,7 @@ def teachers_of(name, folder, corpora):
             "shifted": {"near": None, "far": far},
             "validation": 4,
             "test": 2,
+            "shifted_test": 0,
             "scored_bytes": 200,
             "context": 96,
             "train_rows": 16,
