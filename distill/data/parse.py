@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from distill.data.files import MARK, UNDECODABLE, RawRow, Unusable
 from eval.core.artifacts import text_sha256
 from eval.core.documents import Document
-from eval.core.documents.encoding import parse_arguments, read_answer
+from eval.core.documents.encoding import is_list_of_calls, parse_arguments, read_answer
 from eval.core.sections import Source
 
 SPEAKERS = {  # of ShareGPT's form, by the roles of OpenAI's
@@ -22,7 +22,7 @@ ID_DIGITS = 16  # of a SHA-256, in hexadecimal: two of 10 million documents shar
 EMPTY_FILE = "an empty file"  # it holds nothing that could be used
 NO_TEXT, NO_PROMPT, NOT_A_TEXT = "no text", "no prompt", "not a text"
 NO_TURNS, EMPTY_TURN = "no turns of a role and its text", "an empty turn"
-NO_TOOLS = "tools that are no list of schemas"
+NO_TOOLS, NO_CALLS = "tools that are no list of schemas", "calls of tools that are no list of objects"
 NO_ANSWER, NO_QUESTION = "no answer at the end", "nothing before the answer"
 Turn = dict[str, Any]
 
@@ -184,6 +184,8 @@ def _turn(message: Any) -> Turn | None:
     turn |= {key: _drop_nulls(message[key]) for key in CALLS if message.get(key)}
     if "tool_calls" in turn:
         turn["tool_calls"] = parse_arguments(turn["tool_calls"])
+        if not is_list_of_calls(turn["tool_calls"]):
+            raise Unusable(NO_CALLS)
     if turn["content"].strip() or turn.get("tool_calls"):
         return turn
     if turn["role"] == "system":

@@ -49,7 +49,7 @@ def nearest(
 
     Args:
         keys: [M, D] float32, M a multiple of `GROUP`; halves: [M], half the square of each, or infinity.
-        queries: [N, D] float32; own: [N] int64, the document whose keys are at no distance for a query.
+        queries: [N, D] float32; own: [N] int64, the document whose keys a query must not find.
         places: [M] int64, the document of each key.
     """
     distances = torch.addmm(halves, queries, keys.mT, alpha=-1)  # half, and less half the query's square

@@ -37,7 +37,9 @@ def made_from(contract: Contract, lineage: dict[str, Any], gate: GateFile) -> It
     for name, digest in lineage.get("code", {}).items():
         yield Entry("its code", name, digest)
     gain = estimate_cell(gate.teacher_gain)
-    yield Entry("teacher", f"T1 with the method; it gains {gain} bits/byte", lineage["teachers"]["T1"])
+    yield Entry(
+        "teacher", f"T1 with the method; it gains {gain} {gate.teacher_gain.unit}", lineage["teachers"]["T1"]
+    )
     yield Entry("its control", "T0 without the method", lineage["teachers"]["T0"])
     for name, artifact in artifacts.items():
         yield Entry(artifact["kind"], name, artifact["hash"])

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from eval.core.artifacts import MANIFEST, file_sha256, read_manifest
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
 from eval.core.documents import TEST, Document, json_objects, part_of_test, tokens_per_batch
-from eval.core.documents.encoding import parse_arguments, read_answer, text_ids
+from eval.core.documents.encoding import is_list_of_calls, parse_arguments, read_answer, text_ids
 from eval.core.errors import UserError, first_error, require_one_of
 from eval.core.records import PLAIN, Documents, each_score
 from eval.core.study import load_study
@@ -92,6 +92,9 @@ def _turn(where: str, turn: dict[str, Any]) -> dict[str, Any]:
         require_one_of(f"{where}: key of a turn", key, TURN_KEYS)
     if given.get("tool_calls"):
         given["tool_calls"] = parse_arguments(given["tool_calls"])
+        if not is_list_of_calls(given["tool_calls"]):
+            problem = f"tool_calls {given['tool_calls']!r}"[:60]
+            raise UserError(where, problem, "give a list of objects, as OpenAI's interface does")
         if not given.get("content"):
             return {**given, "content": ""}
     return {**given, "content": _text(where, turn, "content")}

@@ -40,7 +40,7 @@ def in_release(contract: Contract, gate: GateFile) -> Iterator[Entry]:
             yield Entry("not shipped", text, row.hashes.artifact.get(str(contract.seed), ""), figures=figures)
     for rival in gate.rivals:
         if rival.beats:
-            text = f"{rival.what}: better by {estimate_cell(rival.lead)} bits/byte"
+            text = f"{rival.what}: better by {estimate_cell(rival.lead)} {rival.lead.unit}"
             yield Entry("rival", text, figures=rival.model_dump(mode="json"))
     for run in gate.runs:
         if run.verdict != PASS:
@@ -150,4 +150,4 @@ def _fallen(file: BaseModel | dict[str, str]) -> Iterator[tuple[str, str, dict[s
 
 
 def _measured(row: Outcome | Compared) -> str:
-    return f"gain {bounds_text(row.gain)}, lead {bounds_text(row.lead)} bits/byte"
+    return f"gain {bounds_text(row.gain)}, lead {bounds_text(row.lead)} {row.gain.unit}"

@@ -192,6 +192,8 @@ def test_chats_of_every_form_are_turns_and_an_answer(tmp_path, turns, prompt):
         ([USER], "no answer at the end"),
         ([USER, ANSWER, USER], "no answer at the end"),
         ([ANSWER], "nothing before the answer"),
+        ([USER, {**ANSWER, "tool_calls": ["f"]}], "calls of tools that are no list of objects"),
+        ([USER, {**ANSWER, "tool_calls": "[{}]"}], "calls of tools that are no list of objects"),
         ([{"from": "narrator", "value": "Once."}, ANSWER], "no turns of a role and its text"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER], "not a text"),
         (None, "no turns of a role and its text"),

@@ -167,6 +167,10 @@ BAD = {
         '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}]}',
         "give each line a `content` that is not empty",
     ),
+    "calls that are none": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": ["f"]}]}',
+        "tool_calls ['f']; give a list of objects",
+    ),
     "tools of a text": ('{"text": "a", "tools": [{}]}', "give `tools` beside `messages`"),
     "a text twice": ('{"text": "a"}\n{"text": "a"}', "'a'... is 2 documents, as far as they are read"),
     "twice": ('{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}', "id 'x' appears 2 times"),

@@ -259,6 +259,10 @@ def parse_arguments(calls: Any) -> Any:
     return parsed
 
 
+def is_list_of_calls(calls: Any) -> bool:
+    return isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+
+
 def read_answer(turn: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     """The text of a chat's last turn, and the calls of tools that it ends with; their JSON ends the text."""
     calls = turn.get("tool_calls", [])
