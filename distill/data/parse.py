@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from distill.data.files import MARK, UNDECODABLE, RawRow, Unusable
 from eval.core.artifacts import text_sha256
 from eval.core.documents import Document
-from eval.core.documents.encoding import is_list_of_calls, parse_arguments, read_answer
+from eval.core.documents.chats import is_list_of_calls, parse_arguments, read_answer
 from eval.core.sections import Source
 
 SPEAKERS = {  # of ShareGPT's form, by the roles of OpenAI's

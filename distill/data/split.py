@@ -30,7 +30,7 @@ from eval.core.artifacts import (
     read_manifest,
 )
 from eval.core.documents import TEST, TRAIN, TRANSFER, VALIDATION, Document, cluster_names, part_of_test
-from eval.core.documents.encoding import ChatRefused, lay_out
+from eval.core.documents.chats import ChatRefused, lay_out
 from eval.core.errors import UserError
 from eval.core.sections import Data, Source
 from eval.core.study import Study

@@ -40,7 +40,7 @@ class Stage(NamedTuple):
 
 _MODELS = ("torch", "transformers", "tokenizers")
 VERSIONS = {
-    "data": Stage(6, ()),  # and `datasets` or `datasketch`, where they are used
+    "data": Stage(7, ()),  # and `datasets` or `datasketch`, where they are used
     "tokenizer": Stage(1, ("transformers", "tokenizers")),
     "tokens": Stage(1, ("transformers", "tokenizers")),
     "base": Stage(6, (*_MODELS, "accelerate")),

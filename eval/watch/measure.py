@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from eval.core.artifacts import MANIFEST, file_sha256, read_manifest
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
 from eval.core.documents import TEST, Document, json_objects, part_of_test, tokens_per_batch
-from eval.core.documents.encoding import is_list_of_calls, parse_arguments, read_answer, text_ids
+from eval.core.documents.chats import is_list_of_calls, parse_arguments, read_answer
+from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError, first_error, require_one_of
 from eval.core.records import PLAIN, Documents, each_score
 from eval.core.study import load_study

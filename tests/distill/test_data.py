@@ -15,7 +15,7 @@ from distill.data.sources import fingerprint, is_streamed, read_source
 from distill.data.split import prepare
 from eval.core.artifacts import read_manifest
 from eval.core.documents import TEST, TRAIN, VALIDATION, Document, read_documents, scored_slices
-from eval.core.documents.encoding import lay_out
+from eval.core.documents.chats import lay_out
 from eval.core.errors import UserError
 from eval.core.sections import Source
 from eval.core.study import load_study

@@ -11,6 +11,7 @@ from distill.method import make_method
 from distill.teachers.alignment import Vocabulary
 from eval.core.artifacts import write_text
 from eval.core.documents import Document, Row, boundary_id, collate, join_rows, pack, windows
+from eval.core.documents.chats import ChatRefused, lay_out
 from eval.core.documents.encoding import Learned, text_ids
 from eval.core.errors import UserError
 from eval.core.sections import Cost, MethodChoice
@@ -122,6 +123,99 @@ def test_every_answer_of_a_chat_is_learned_or_the_last_one(context):
     assert words.decode(batch.labels[batch.mask]) == "old trees\nquiet morning\n" * 2
 
 
+ENDED = CHAT.replace("}}\n{% endfor %}", "}}<|endoftext|>\n{% endfor %}")
+CALLED = [
+    *TALK[:1],
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]},
+    *TALK[1:],
+]
+
+
+@pytest.mark.parametrize("talk", [TALK, CALLED])
+@pytest.mark.parametrize("template", [CHAT, ENDED, "{% for m in messages %}{{ m.content }};{% endfor %}"])
+def test_what_a_template_adds_turn_by_turn_is_an_answer(template, talk):
+    """The rule for templates that write a turn once and for all, whatever marks them: nothing else is tried."""
+    words = tiny_tokenizer()
+    words.chat_template = template
+    document = Document("d", "x", "stone", talk)
+    chat = [*talk, {"role": "assistant", "content": "stone"}]
+
+    def written(turns, **settings):
+        return len(words.apply_chat_template(turns, tokenize=False, **settings))
+
+    through = {
+        i: (written(chat[:i], add_generation_prompt=True), written(chat[: i + 1]))
+        for i, turn in enumerate(chat)
+        if turn["role"] == "assistant"
+    }
+    *_, (start, _) = through.values()
+    whole = words.apply_chat_template(chat, tokenize=False)
+    assert lay_out(words, document) == (whole, [(start, None)])
+    assert lay_out(words, document, "all") == (whole, [*list(through.values())[:-1], (start, None)])
+
+
+QWEN3 = """{% set ns = namespace(asked=-1) %}
+{% for m in messages if m.role == 'user' %}{% set ns.asked = ns.asked + 1 %}{% endfor %}
+{% set ns.users = -1 %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'user' %}{% set ns.users = ns.users + 1 %}{% endif %}
+{%- if m.role != 'assistant' %}{{ m.content }}
+{%- else %}{% set parts = m.content.split('</think>') %}
+{%- if ns.users == ns.asked and (loop.last or parts | length > 1) %}
+{{- '<think>\\n' + parts[0].removeprefix('<think>').strip() * (parts | length - 1) + '\\n</think>\\n\\n' }}{% endif %}
+{{- parts[-1].strip() }}{% for c in m.tool_calls or [] %}{{ '\\n' if m.content }}<call>{{ c.function.name }}{% endfor %}
+{%- endif %}{{ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+THOUGHT = "<think>the rain</think>old trees"
+THINKING = [TALK[0], {"role": "assistant", "content": THOUGHT}, TALK[2]]
+
+
+def learned_text(words, talk, turns, text="quiet morning"):
+    (row,) = windows(words, Document("d", "x", text, talk), 4096, Learned(turns, end_of_answer=True))
+    batch = collate([row], 0)
+    return words.decode(row.tokens), words.decode(batch.labels[batch.mask])
+
+
+@pytest.mark.parametrize("talk", [TALK, THINKING])
+def test_answers_that_a_template_writes_otherwise_once_others_follow_are_learned_as_they_stand(talk):
+    """As Qwen3 does: a block of thoughts in the last turn alone, those of earlier turns are dropped."""
+    words = tiny_tokenizer()
+    words.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    words.chat_template = QWEN3
+    whole, last = learned_text(words, talk, "last")
+    assert whole == (
+        "<|im_start|>user\nthe river<|im_end|>\n<|im_start|>assistant\nold trees<|im_end|>\n"
+        "<|im_start|>user\nwhile rain fell<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nquiet morning<|im_end|>\n"
+    )
+    assert last == "<think>\n\n</think>\n\nquiet morning<|im_end|>\n"
+    assert learned_text(words, talk, "all") == (whole, f"old trees<|im_end|>\n{last}")
+    thought = learned_text(words, talk, "all", THOUGHT)[1]
+    assert thought == "old trees<|im_end|>\n<think>\nthe rain\n</think>\n\nold trees<|im_end|>\n"
+
+
+def test_a_call_of_a_tool_is_learned_before_what_the_tool_says():
+    words = tiny_tokenizer()
+    words.chat_template = QWEN3
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "rain"}}]}
+    talk = [TALK[0], call, {"role": "tool", "content": "yes"}]
+    last = "<think>\n\n</think>\n\nquiet morning<|im_end|>\n"
+    learned = learned_text(words, talk, "all")[1].removesuffix(words.eos_token)
+    assert learned == f"<call>rain<|im_end|>\n{last}"
+
+
+def test_what_a_template_marks_as_generated_is_learned_where_it_rewrites_turns():
+    words = tiny_tokenizer()
+    said = "{{- parts[-1].strip() }}"
+    words.chat_template = QWEN3.replace(said, "{% generation %}" + said + "{% endgeneration %}")
+    end = words.eos_token
+    assert learned_text(words, TALK, "all")[1] == f"old treesquiet morning{end}", "as transformers' own mask"
+    assert learned_text(words, TALK, "last")[1] == f"<think>\n\n</think>\n\nquiet morning<|im_end|>\n{end}"
+    words.chat_template = QWEN3.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<thought>'")
+    assert learned_text(words, TALK, "last")[1] == f"quiet morning<|im_end|>\n{end}", (
+        "as R1 asks for thoughts"
+    )
+
+
 def test_the_end_is_learned_after_an_answer_and_where_asked_after_a_document():
     words = tiny_tokenizer()
     end = words.eos_token_id
@@ -188,13 +282,16 @@ def test_whatever_reads_a_text_reads_spelled_out_special_tokens_as_text(tmp_path
         assert set(ids) >= set(read["text_ids"]), name
 
 
-def test_a_chat_without_a_template_or_with_one_that_rewrites_is_refused():
+def test_a_chat_without_a_template_or_with_one_that_hides_its_answers_is_refused():
     words = tiny_tokenizer()
     with pytest.raises(UserError, match="no chat template"):
         windows(words, Document("d", "x", "stone", ASKED), 64)
-    words.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(UserError, match="rewrites what came before"):
-        windows(words, Document("d", "x", "stone", ASKED), 64)
+    for written in ("{{ m.content }}{{ m.content }}", "{{ m.content | length }}", "{{ m.role }}"):
+        words.chat_template = "{{ messages | length }}{% for m in messages %}" + written + "{% endfor %}"
+        with pytest.raises(
+            ChatRefused, match="where the chat template writes an answer cannot be told; give"
+        ):
+            windows(words, Document("d", "x", "stone", ASKED), 64)
 
 
 def some_rows(sizes, domains="x"):

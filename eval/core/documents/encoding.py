@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
+from eval.core.documents.chats import Answers, Readable, lay_out
 from eval.core.errors import UserError
 
-DAY = datetime(2024, 7, 26)  # for chat templates that print one: rows must be the same tomorrow
 STAND_IN = 0x10FFFD  # of Unicode's private characters the last: they stand in for special tokens in a turn
 
 Span = tuple[int, int]  # start and end
-Answers = list[tuple[int, int | None]]  # characters from where to where; None: to the end
-
-
-class Readable(Protocol):
-    """What is read of a document."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def prompt(self) -> str | list[dict[str, str]]: ...
-    @property
-    def tools(self) -> Sequence[dict[str, Any]]: ...
-    @property
-    def calls(self) -> Sequence[dict[str, Any]]: ...
-    @property
-    def label(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -49,10 +28,6 @@ class Learned:
 
 
 SCORED = Learned()
-
-
-class ChatRefused(UserError):
-    """A chat that a template does not lay out; `problem` is one for all that fail alike."""
 
 
 class Encoding(NamedTuple):
@@ -167,6 +142,7 @@ def _prompted(tokenizer, document: Readable, learned: Learned) -> Encoding:
         ids, ends, answers = _chat(tokenizer, document, learned.turns)
     places = [(bisect(ends, start), len(ids) if end is None else bisect(ends, end)) for start, end in answers]
     given, last = places[0][0], places[-1][0]
+    ids = ids[: places[-1][1]]
     _check_tokens(document, ids[last:])
     bare = given > 0 and not isinstance(document.prompt, str)  # a template writes what stands in front
     ended = bare and tokenizer.eos_token_id in ids[last:]
@@ -244,90 +220,3 @@ def _exchange(strings: dict[str, str], value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _exchange(strings, part) for name, part in value.items()}
     return [_exchange(strings, part) for part in value] if isinstance(value, list) else value
-
-
-def parse_arguments(calls: Any) -> Any:
-    """Calls of tools with arguments that are objects: a template would write a string of JSON as a string."""
-    if isinstance(calls, list):
-        return [parse_arguments(call) for call in calls]
-    if not isinstance(calls, dict):
-        return calls
-    parsed = {name: parse_arguments(part) if name == "function" else part for name, part in calls.items()}
-    if isinstance(arguments := parsed.get("arguments"), str):
-        with suppress(ValueError):
-            parsed["arguments"] = json.loads(arguments)
-    return parsed
-
-
-def is_list_of_calls(calls: Any) -> bool:
-    return isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
-
-
-def read_answer(turn: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """The text of a chat's last turn, and the calls of tools that it ends with; their JSON ends the text."""
-    calls = turn.get("tool_calls", [])
-    return turn["content"] + _calls_as_text(calls), calls
-
-
-def _calls_as_text(calls: Sequence[dict[str, Any]]) -> str:
-    return json.dumps(list(calls), ensure_ascii=False) if calls else ""
-
-
-def _answer_turn(document: Readable) -> dict[str, Any]:
-    """The last turn of a chat, as `read_answer` read it."""
-    content = document.text.removesuffix(_calls_as_text(document.calls))
-    called = {"tool_calls": list(document.calls)} if document.calls else {}
-    return {"role": "assistant", "content": content, **called}
-
-
-def lay_out(
-    tokenizer,
-    document: Readable,
-    turns: Literal["last", "all"] = "last",
-    change: Callable[[Any], Any] = lambda value: value,
-) -> tuple[str, Answers]:
-    """A chat as the tokenizer's own template writes it, and where its answers stand in that.
-
-    Args:
-        change: is applied to every turn and to the tools before.
-
-    Raises:
-        UserError: there is no template.
-        ChatRefused: it fails, or writes what came before an answer otherwise once it is there.
-    """
-    thing = f"document {document.id!r}"
-    if tokenizer.chat_template is None:
-        fix = "take an instruction-tuned base, or give a prompt column in place of messages"
-        raise UserError(thing, "a chat, and the tokenizer has no chat template", fix)
-    assert not isinstance(document.prompt, str)
-    chat = change([*document.prompt, _answer_turn(document)])
-    tools = change(list(document.tools)) or None
-    read = partial(_write_chat, tokenizer, thing, tools=tools)
-    whole, last = read(chat), len(chat) - 1
-    chosen = [i for i in range(1, last) if turns == "all" and chat[i]["role"] == "assistant"]
-    answers: Answers = []
-    for i in [*chosen, last]:
-        before = read(chat[:i], add_generation_prompt=True)
-        through = whole if i == last else read(chat[: i + 1])
-        if not whole.startswith(before) or not whole.startswith(through):
-            problem = "the chat template rewrites what came before an answer"
-            raise ChatRefused(thing, problem, "give a prompt column in place of messages")
-        answers.append((len(before), None if i == last else len(through)))
-    if any(str(_function_name(call)) not in whole[answers[-1][0] :] for call in document.calls):
-        fix = "take a base whose template writes them"
-        raise ChatRefused(thing, "the chat template does not write the calls of tools", fix)
-    return whole, answers
-
-
-def _function_name(call: dict[str, Any]) -> Any:
-    function = call.get("function", call)
-    return function.get("name") if isinstance(function, dict) else function
-
-
-def _write_chat(tokenizer, thing: str, chat: list[dict[str, Any]], **settings: Any) -> str:
-    try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, strftime_now=DAY.strftime, **settings)
-    except Exception as error:  # a template is a program of others: it may raise anything
-        cause = " ".join(str(error).split())[:120] or type(error).__name__
-        fix = "leave the chat out, or take a base whose template accepts it"
-        raise ChatRefused(thing, f"the chat template raises: {cause}", fix) from error
