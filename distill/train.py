@@ -24,16 +24,17 @@ STAGES = ("data", "bases", "teachers", "students")
 
 
 def check_processes() -> None:
-    """Refuses a launch of several CPU processes of which only one was started.
+    """Refuses a launch of several processes of which only one was started.
 
-    Without an MPI host file `accelerate launch --cpu --num_processes N` (1.15) sets the address of a process
-    group but neither rank nor size: a single process would train as if it were the only one.
+    Where there are not so many GPUs and no MPI host file, `accelerate launch --num_processes N` (1.15) starts
+    one process. It sets the address of a process group but neither rank nor size: that process would train
+    as if it were the only one.
     """
-    cpu_launch = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
+    several = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ  # the first: by that way alone
     mpi_launch = any(name.startswith(("OMPI_", "PMI_")) for name in os.environ)
-    if cpu_launch and "RANK" not in os.environ and not mpi_launch:
+    if several and "RANK" not in os.environ and not mpi_launch:
         raise UserError(
-            "accelerate launch --cpu",
+            "accelerate launch",
             "started only one of several processes",
             "use `torchrun --nproc_per_node N distill/train.py ...` for N processes on a CPU",
         )

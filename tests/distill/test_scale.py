@@ -1,14 +1,18 @@
 """Several processes: what a launcher asks for, and students and teachers in shards."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from distill.method import plain_output
+from distill.train import check_processes
 from distill.trainer.distributed import check_deepspeed, prepare_sharding
 from distill.trainer.loop import accelerator, train
 from eval.core.errors import UserError
@@ -22,13 +26,28 @@ CONFIG = Train(
 
 
 def test_one_cpu_process_of_several_is_refused_with_the_command_that_starts_all(tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
     done = run(*launch, "distill/train.py", "--config", "configs/studies/tiny.yaml", "--runs", tmp_path)
     assert (
         "started only one of several processes; use `torchrun --nproc_per_node N distill/train.py"
         in done.stderr
     )
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [("", False), ("--num_processes 1", False), ("--cpu", False), ("--num_processes 2", True)]
+    + [("--cpu --num_processes 2", True), ("--num_processes 2 --num_machines 1", True)],
+)
+def test_what_accelerate_sets_tells_one_process_from_one_of_several(monkeypatch, options, refused):
+    """The environment that accelerate itself makes of its options where there is no GPU."""
+    args = launch_command_parser().parse_args([*options.split(), "distill/train.py"])
+    args, *_ = _validate_launch_command(args)
+    for name, value in prepare_simple_launcher_cmd_env(args)[1].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="one of several") if refused else nullcontext():
+        check_processes()
 
 
 def test_what_shards_cannot_do_is_refused(monkeypatch):
