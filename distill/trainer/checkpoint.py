@@ -16,6 +16,7 @@ from eval.engines import silenced
 
 Curve = list[tuple[int, float]]  # step, mean loss per token since the last point, in nats
 WEIGHTS = "model.safetensors"  # as accelerate names them
+NORMS = "norms.json"  # of the gradients of the steps after the last point of the curve
 
 
 class Checkpoints:
@@ -32,15 +33,17 @@ class Checkpoints:
         complete = [p for p in self.folder.glob("step-*") if (p / "curve.json").is_file()]
         return max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
 
-    def load(self) -> tuple[int, Curve]:
-        """The step to continue from and the curve so far; 0 and an empty curve without a checkpoint.
+    def load(self) -> tuple[int, Curve, list[float]]:
+        """The step to continue from, the curve so far and the gradient norms since its last point.
+
+        Without a checkpoint 0, and nothing of both.
 
         Raises:
             UserError: the checkpoint is of another number of processes or another way to distribute them.
         """
         path = self.latest()
         if path is None:
-            return 0, []
+            return 0, [], []
         saved, running = len(list(path.glob("random_states_*.pkl"))), self.accelerator.num_processes
         if saved != running or not (self.sharded or (path / WEIGHTS).is_file()):
             fix = "launch the run as before, or delete that folder"
@@ -49,16 +52,19 @@ class Checkpoints:
                 problem = "written under another way of distributing the model"
             raise UserError(f"checkpoint {path}", problem, fix)
         self.accelerator.load_state(str(path))
-        return int(path.name.split("-")[1]), [tuple(p) for p in json.loads((path / "curve.json").read_text())]
+        step, curve = int(path.name.split("-")[1]), json.loads((path / "curve.json").read_text())
+        norms = path / NORMS
+        kept = json.loads(norms.read_text()) if norms.is_file() else []  # older versions kept none
+        return step, [tuple(point) for point in curve], kept
 
-    def save(self, step: int, curve: Curve) -> None:
+    def save(self, step: int, curve: Curve, norms: list[float]) -> None:
         """Writes into a temporary folder, then renames it; only then the previous checkpoint is deleted.
 
         Raises:
             UserError: it cannot be written (full disk, no permission); the previous checkpoint is intact.
         """
         try:
-            self._save(step, curve)
+            self._save(step, curve, norms)
         except (
             OSError,
             RuntimeError,
@@ -71,7 +77,7 @@ class Checkpoints:
             problem = " ".join(str(error).split())[:200]
             raise UserError(f"checkpoint {self.folder / f'step-{step}'}", problem, fix) from error
 
-    def _save(self, step: int, curve: Curve) -> None:
+    def _save(self, step: int, curve: Curve, norms: list[float]) -> None:
         temporary, final = self.folder / ".saving", self.folder / f"step-{step}"
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -83,6 +89,7 @@ class Checkpoints:
             self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            (temporary / NORMS).write_text(json.dumps(norms))
             (temporary / "curve.json").write_text(json.dumps(curve))
             previous = self.latest()
             os.rename(temporary, final)

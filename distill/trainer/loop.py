@@ -139,24 +139,27 @@ class MetricsLogger:
     def __init__(
         self,
         curve: Curve,
+        norms: list[float],
         config: Train,
         *,
         report: Callable[[Step], None] | None,
         log: Log | None,
         evaluate: Callable[[], float] | None,
     ) -> None:
-        self.curve, self.config = curve, config
+        self.curve, self.norms, self.config = curve, norms, config
         self.report, self.log, self.evaluate = report, log, evaluate
         self.since, self.tokens = time.monotonic(), 0
 
     def __call__(self, step: Step, rate: float, norm: float) -> None:
         self.tokens += step.tokens
         self.curve.append((step.number, step.loss))
+        self.norms.append(norm)
         apart = max(1, step.total // CURVE_POINTS)  # steps between two points
         if step.number % apart == 0 or step.number == step.total:
             loss = self._join(since=(step.number - 1) // apart * apart)
             if self.log is not None:
-                self.log(step.number, self._values(loss, rate, norm))
+                self.log(step.number, self._values(loss, rate))
+            self.norms.clear()
         every = self.config.evaluate_every
         if self.evaluate is not None and every and step.number % every == 0:
             bits_per_byte = self.evaluate()  # by every process: a sharded student needs them all
@@ -175,8 +178,8 @@ class MetricsLogger:
         self.curve[-len(steps) :] = [(steps[-1][0], loss)]
         return loss
 
-    def _values(self, loss: float, rate: float, norm: float) -> dict[str, float]:
-        now = time.monotonic()
+    def _values(self, loss: float, rate: float) -> dict[str, float]:
+        now, norm = time.monotonic(), sum(self.norms) / len(self.norms)
         speed = self.tokens / max(now - self.since, 1e-9)
         self.since, self.tokens = now, 0
         return {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
@@ -259,7 +262,9 @@ def train(
         scratch: folder of the checkpoints; an interrupted run continues from there to the same weights.
         rewrite: called with (accelerator, model, step from 0, rows) before every step; returns its rows.
         report: called after every step.
-        log: receives loss, gradient norm, learning rate and tokens per second at every point of the curve.
+        log: receives loss, gradient norm before clipping, learning rate and tokens per second at every point
+            of the curve: the learning rate of that step, all else as the mean of the steps since the point
+            before.
         evaluate: module -> validation bits per byte, logged every `config.evaluate_every` steps; must not
             change weights or random numbers.
         after_step: called after every optimizer step (for example to keep pruned weights at zero).
@@ -283,10 +288,10 @@ def train(
     if acc.process_index > 0:  # dropout of its own; the order of rows is that of the seed everywhere
         torch.manual_seed(seed + PROCESS_SEEDS * acc.process_index)
     checkpoints = Checkpoints(scratch, acc)
-    start, curve = checkpoints.load()
+    start, curve, norms = checkpoints.load()
     evaluated = module if is_sharded(acc) else plain_module
     validation = None if evaluate is None else partial(evaluate, evaluated)
-    log_metrics = MetricsLogger(curve, config, report=report, log=log, evaluate=validation)
+    log_metrics = MetricsLogger(curve, norms, config, report=report, log=log, evaluate=validation)
     loaded = load_steps(rows, order, start, config, acc, pad, teacher if rewrite is None else None)
     for step, prepared in enumerate(loaded, start):
         inputs = prepared
@@ -306,7 +311,7 @@ def train(
         done = Step(step + 1, steps, loss, sum(row.predicted for row in inputs.rows))
         log_metrics(done, factor * config.optimizer.lr, norm)
         if done.number % config.checkpoint_every == 0 and done.number < steps:
-            checkpoints.save(done.number, curve)
+            checkpoints.save(done.number, curve, norms)
     if is_sharded(acc):
         gather_weights(acc, module, model)
     if config.gradient_checkpointing:

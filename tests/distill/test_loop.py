@@ -1,6 +1,7 @@
 """The training step: one loss and one gradient over accumulation, masks in place, runs that continue."""
 
 import json
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import LlamaConfig
 
 from distill.losses.teacher_output import Dense
 from distill.models.lora import add_adapters
+from distill.trainer.distributed import gradient_norm
 from distill.trainer.loading import step_input
 from distill.trainer.loop import (
     accelerator,
@@ -331,24 +333,33 @@ def test_a_stopped_run_continues_to_the_same_weights(tmp_path, name, precision):
 def test_a_point_of_the_curve_is_the_mean_of_the_steps_since_the_last_one(tmp_path, monkeypatch):
     """Also where a run was stopped between two points; logs say the same."""
     monkeypatch.setattr("distill.trainer.loop.CURVE_POINTS", 2)
-    config, losses, logged = Train(rows=4, steps=7, checkpoint_every=2), {}, {}
+    config, losses, norms, logged = Train(rows=4, steps=7, checkpoint_every=2), {}, {}, {}
+
+    def measured(acc, norm):
+        norms[len(losses) + 1] = gradient_norm(acc, norm)
+        return norms[len(losses) + 1]
+
+    monkeypatch.setattr("distill.trainer.loop.gradient_norm", measured)
 
     def report(step):
         losses[step.number] = step.loss
         if step.number == 5 and not stopped:
             stopped.append(True)
+            del losses[5]  # made again from the checkpoint of step 4
             raise Stopped
 
     stopped: list[bool] = []
     how = {"pad": 0, "seed": 1, "teacher": row_teacher, "scratch": tmp_path, "report": report}
-    how["log"] = lambda step, values: logged.update({step: values["loss"]})
+    how["log"] = lambda step, values: logged.update({step: [values["loss"], values["gradient_norm"]]})
     with pytest.raises(Stopped):
         train(tiny_model(), rows(), config, **how)
     curve = train(tiny_model(seed=9), rows(), config, **how)
-    means = {
-        end: sum(losses[i] for i in some) / len(some) for end, *some in ((3, 1, 2, 3), (6, 4, 5, 6), (7, 7))
-    }
-    assert dict(curve) == logged == pytest.approx(means)
+    points = {3: (1, 2, 3), 6: (4, 5, 6), 7: (7,)}
+    means = {end: [mean(each[i] for i in some) for each in (losses, norms)] for end, some in points.items()}
+    assert dict(curve) == {step: loss for step, (loss, _) in logged.items()}
+    for end, values in logged.items():
+        assert values == pytest.approx(means[end])
+    assert logged.keys() == means.keys()
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(tmp_path):
