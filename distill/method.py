@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.losses.teacher_output import Dense, States
+from distill.models.cached import NextLogProbs, reader_after
 from distill.models.generation import CachedReader, generate_texts, sample_texts, stop_ids
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
 from distill.models.prefix import Prefix, hidden_after, put_in_front, read_prefix
@@ -106,6 +107,12 @@ class Method(ABC):
     classifies: ClassVar[bool] = False  # True: it also goes with texts that are classified as a whole
     only_writes: ClassVar[bool] = False  # True: `write` is all it does: it needs targets.source: sequence
 
+    def __init_subclass__(cls) -> None:
+        """A class with an `output` of its own inherits no reading and writing that is made for another."""
+        for name in ("reader", "write"):
+            if "output" in vars(cls) and name not in vars(cls):
+                setattr(cls, name, vars(Method)[name])
+
     class Settings(Frozen):
         """Accepted under `method.settings`."""
 
@@ -171,11 +178,8 @@ class Method(ABC):
         log_probs: Tensor | None = None
         for rows, longer, size in put_in_front(batch, prefixes):
             outputs = self.below(model, longer).dense()[:, size:]
-            log_probs = (
-                outputs.new_zeros(*batch.input_ids.shape, outputs.shape[-1])
-                if log_probs is None
-                else log_probs
-            )
+            if log_probs is None:
+                log_probs = outputs.new_zeros(*batch.input_ids.shape, outputs.shape[-1])
             log_probs[rows] = outputs
         return TeacherOutput(log_probs)
 
@@ -183,19 +187,12 @@ class Method(ABC):
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         """The teacher's distribution of every token, in its own vocabulary, inside `attached`."""
 
-    def write(
-        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
-    ) -> list[list[int]]:
-        """The token ids that the teacher generates after each prompt, inside `attached`.
+    def reader(self, teacher: PreTrainedModel, prompts: list[Row]) -> NextLogProbs:
+        """Log-probabilities of the token after rows that grow from `prompts` by a token between two calls.
 
-        This default samples from `output` token by token, for any method. Without key-value cache, its time
-        grows with the square of the length; where `output` is a forward pass of the teacher alone,
-        `plain_texts` writes the same with one, and `mean_texts` for several models. A method that votes or
-        reranks overrides it, and samples other texts with another seed.
-
-        Args:
-            prompts: rows of one length; each text depends on its prompt and the seed alone.
-            generation: at most `new_tokens` ids per text, including the stop id.
+        This default asks `output` about the whole rows, in a time that grows with the square of their length.
+        Where `output` is forward passes of models, `CachedReader` keeps their keys and values, `reader_after`
+        also those of texts in front.
         """
 
         @torch.no_grad()
@@ -205,13 +202,24 @@ class Method(ABC):
             last[:, -1] = True
             return self.output(teacher, batch).select(last).log_softmax(0, len(rows))
 
-        return sample_texts(next_log_probs, prompts, generation, seed, stop_ids(teacher))
+        return next_log_probs
+
+    def write(
+        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
+    ) -> list[list[int]]:
+        """The token ids that the teacher generates after each prompt, inside `attached`.
+
+        This default samples from `reader`. A method that votes or reranks overrides it; another seed gives
+        other texts.
+
+        Args:
+            prompts: rows of one length; each text depends on its prompt and the seed alone.
+            generation: at most `new_tokens` ids per text, including the stop id.
+        """
+        return sample_texts(self.reader(teacher, prompts), prompts, generation, seed, stop_ids(teacher))
 
     def in_front(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-        """Domain -> ids that stand before each of its rows; the name OTHERS is for domains without their own.
-
-        With data.context they must fit into the model.
-        """
+        """Domain (or OTHERS) -> ids before each of its rows; with data.context they must fit the model."""
         return {}
 
     def tokens_in_front(self, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -255,6 +263,9 @@ class Plain(Method):
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return self.model_output(teacher, batch)
 
+    def reader(self, teacher: PreTrainedModel, prompts: list[Row]) -> NextLogProbs:
+        return CachedReader([teacher], prompts)
+
     def write(
         self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
     ) -> list[list[int]]:
@@ -273,11 +284,14 @@ class InFront(Method):
         ids = self.in_front(context.tokenizer)
         return {name: read_prefix(teacher, tokens) for name, tokens in ids.items()}
 
+    def _prefixes(self, domains: Sequence[str]) -> list[Prefix | None]:
+        return [self.parts.get(name, self.parts.get(OTHERS)) for name in domains]
+
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
-        others = self.parts.get(OTHERS)
-        return self.model_output_after(
-            teacher, batch, [self.parts.get(name, others) for name in batch.domains]
-        )
+        return self.model_output_after(teacher, batch, self._prefixes(batch.domains))
+
+    def reader(self, teacher: PreTrainedModel, prompts: list[Row]) -> NextLogProbs:
+        return reader_after(teacher, prompts, self._prefixes([row.domain for row in prompts]))
 
 
 class Retrained(Method):
@@ -307,6 +321,9 @@ class Retrained(Method):
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         return plain_output(self.parts, batch=batch)
+
+    def reader(self, teacher: PreTrainedModel, prompts: list[Row]) -> NextLogProbs:
+        return CachedReader([self.parts], prompts)
 
     def write(
         self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
@@ -343,22 +360,6 @@ def plain_texts(
 ) -> list[list[int]]:
     """What `Method.write` samples where `output` is `plain_output(teacher)`, with a key-value cache."""
     return generate_texts(teacher, prompts, generation, seed, pad=0)
-
-
-def mean_texts(
-    models: Sequence[PreTrainedModel],
-    prompts: list[Row],
-    generation: Generation,
-    seed: object,
-    **inputs: Any,
-) -> list[list[int]]:
-    """What `Method.write` samples where `output` is `plain_output(*models, **inputs)`, with key-value caches.
-
-    Args:
-        inputs: further arguments of the forward passes, for all prompts.
-    """
-    reader = CachedReader(models, prompts, **inputs)
-    return sample_texts(reader, prompts, generation, seed, stop_ids(models[0]))
 
 
 def candidates(write: Callable[[object], list[list[int]]], seed: object, count: int) -> list[list[list[int]]]:

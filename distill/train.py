@@ -30,7 +30,9 @@ def check_processes() -> None:
     one process. It sets the address of a process group but neither rank nor size: that process would train
     as if it were the only one.
     """
-    several = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ  # the first: by that way alone
+    several = (
+        "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
+    )  # the first: by that way alone
     mpi_launch = any(name.startswith(("OMPI_", "PMI_")) for name in os.environ)
     if several and "RANK" not in os.environ and not mpi_launch:
         raise UserError(

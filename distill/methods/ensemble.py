@@ -15,13 +15,13 @@ from distill.method import (
     Plain,
     Retrained,
     TeacherOutput,
-    mean_texts,
     plain_output,
 )
+from distill.models.generation import CachedReader
 from eval.core.config import Frozen
 from eval.core.documents import Batch, Row
 from eval.core.errors import UserError
-from eval.core.sections import Generation, Train
+from eval.core.sections import Train
 
 
 def _same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -98,11 +98,8 @@ class Ensemble(Method):
             )
         return [_average([teacher, *models])] if self.settings.averaged else models
 
-    def write(
-        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
-    ) -> list[list[int]]:
-        models = self.parts if self.settings.averaged else [teacher, *self.parts]
-        return mean_texts(models, prompts, generation, seed)
+    def reader(self, teacher: PreTrainedModel, prompts: list[Row]) -> CachedReader:
+        return CachedReader(self.parts if self.settings.averaged else [teacher, *self.parts], prompts)
 
     def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
         if self.settings.averaged:

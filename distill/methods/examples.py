@@ -2,15 +2,17 @@
 
 import json
 import random
+from collections.abc import Sequence
 
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.method import Card, Method, MethodContext, TeacherOutput
+from distill.models.cached import NextLogProbs, reader_after
 from distill.models.prefix import Prefix, read_prefix
 from eval.core.artifacts import write_text
 from eval.core.config import Frozen
-from eval.core.documents import Batch, boundary_id
+from eval.core.documents import Batch, Row, boundary_id
 from eval.core.errors import UserError
 
 PASSAGES = "passages.json"  # [{"document": id, "tokens": [id]}]
@@ -63,8 +65,12 @@ class Examples(Method):
         ids = [token for passage in passages for token in (first, *passage["tokens"])]
         return {passage["document"] for passage in passages}, read_prefix(teacher, ids)
 
-    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
+    def _prefixes(self, documents: Sequence[str]) -> list[Prefix | None]:
         quoted, prefix = self.parts
-        return self.model_output_after(
-            teacher, batch, [None if document in quoted else prefix for document in batch.documents]
-        )
+        return [None if document in quoted else prefix for document in documents]
+
+    def output(self, teacher: PreTrainedModel, batch: Batch) -> TeacherOutput:
+        return self.model_output_after(teacher, batch, self._prefixes(batch.documents))
+
+    def reader(self, teacher: PreTrainedModel, prompts: list[Row]) -> NextLogProbs:
+        return reader_after(teacher, prompts, self._prefixes([row.document for row in prompts]))

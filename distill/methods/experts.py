@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.method import Card, Method, MethodContext, TeacherOutput, mean_texts, plain_output
-from distill.models.generation import refuse_packing
+from distill.method import Card, Method, MethodContext, TeacherOutput, plain_output
+from distill.models.cached import NextLogProbs
+from distill.models.generation import CachedReader, refuse_packing
 from eval.core.artifacts import write_text
 from eval.core.config import Frozen
 from eval.core.documents import Batch, ChosenRows, Row, collate
 from eval.core.errors import UserError
-from eval.core.sections import Generation, Optimizer, Train
+from eval.core.sections import Optimizer, Train
 
 ALL = "all"  # domain of the control's single adapter
 BASE = "__base__"  # peft's name for the model without adapters
@@ -280,16 +281,14 @@ class Experts(Method):
             mixed = torch.logaddexp(mixed, output + weight[..., None])
         return mixed
 
-    def write(
-        self, teacher: PreTrainedModel, prompts: list[Row], generation: Generation, seed: int
-    ) -> list[list[int]]:
+    def reader(self, teacher: PreTrainedModel, prompts: list[Row]) -> NextLogProbs:
         short = len(prompts[0].tokens) < self.settings.router_tokens
         if self._routing == "likelihood" or (self._routing == "text" and short):
-            return super().write(teacher, prompts, generation, seed)
+            return super().reader(teacher, prompts)
         if self._routing == "text":
             batch = collate(prompts, 0).to(teacher.device)
             adapters = self._choose(self._output_of([BASE] * len(prompts), batch))
         else:
             adapters = [self._route(row.domain) for row in prompts]
         self._load(adapters)
-        return mean_texts([self._model], prompts, generation, seed, adapter_names=adapters)
+        return CachedReader([self._model], prompts, adapter_names=adapters)

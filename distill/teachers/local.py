@@ -1,5 +1,6 @@
 """A teacher that runs on this machine, with its method attached."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +17,7 @@ from distill.models.lm_head import capture_layers
 from distill.models.quantized import load_quantized
 from distill.teachers.alignment import Alignment
 from distill.trainer.distributed import shard_teacher
-from eval.core.documents import Batch, Row
+from eval.core.documents import Batch, Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Generation, Targets
 from eval.engines import at_every_position
@@ -87,6 +88,19 @@ class LocalTeacher:
             raise UserError("train.loss.hidden", problem, "set data.packing: false, or leave hidden out")
         mask = F.pad(batch.mask, (0, 1))
         return replace(self._select(output, mask), layers=tuple(states[mask] for states in captured))
+
+    def reader(self, prompts: list[Row]) -> Callable[[list[Row]], Dense | States]:
+        """What it says, checked, of the token after rows that grow from prompts of its own tokens."""
+        read = self.method.reader(self.model, prompts)
+
+        def target(rows: list[Row]) -> Dense | States:
+            last = collate([replace(row, tokens=row.tokens[-1:], given=0) for row in rows], 0)
+            last = last.to(self.model.device)
+            output = TeacherOutput(read(rows)[:, None])
+            output = check_output(output, last, self.tokens or self.vocabulary, self.name)
+            return self._select(output, last.attention_mask.bool())
+
+        return target
 
     @torch.no_grad()
     def write(self, prompts: list[Row], generation: Generation, seed: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ from distill.losses.teacher_output import Dense, Mixed, States, match_vocabulary
 from distill.method import Method
 from distill.models.generation import sample_texts, stop_ids
 from distill.teachers.local import LocalTeacher
-from eval.core.documents import Batch, Row, collate, read_documents, scored_slices, slices_of_test
+from eval.core.documents import Batch, Row, read_documents, scored_slices, slices_of_test
 from eval.core.errors import UserError, require_one_of
 from eval.core.sections import Generation
 from eval.core.sections.models import Teacher
@@ -65,11 +65,16 @@ class MixedTeacher:
             if not weights.any():
                 continue
             rows = weights.nonzero()[:, 0]
-            target = match_vocabulary(teacher.target(_take(batch, rows), mask[rows]), self.vocabulary)
-            assert isinstance(target, Dense | States)
+            target = self._matched(teacher.target(_take(batch, rows), mask[rows]))
             places = weights[row_of].nonzero()[:, 0]
             parts.append((target, places, weights[row_of[places]].log()))
         return Mixed(*zip(*parts, strict=True))
+
+    def _matched(self, target: Dense | States) -> Dense | States:
+        """A teacher's target over the ids of the widest head."""
+        matched = match_vocabulary(target, self.vocabulary)
+        assert isinstance(matched, Dense | States)
+        return matched
 
     @torch.no_grad()
     def write(self, prompts: list[Row], generation: Generation, seed: int) -> list[list[int]]:
@@ -91,11 +96,15 @@ class MixedTeacher:
     def _draw(
         self, numbers: Sequence[int], prompts: list[Row], generation: Generation, seed: int
     ) -> list[list[int]]:
+        readers = [self.teachers[number].reader(prompts) for number in numbers]
+        device = self.teachers[0].model.device
+
         def next_log_probs(rows: list[Row]) -> Tensor:
-            batch = collate(rows, 0)
-            last = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-            last[:, -1] = True
-            return self._target(batch, last).log_softmax(0, len(rows))
+            shares = [self.settings.speakers(row.domain) for row in rows]
+            parts = [self._matched(read(rows)) for read in readers]
+            weights = [torch.tensor([share[n] for share in shares], device=device).log() for n in numbers]
+            places = torch.arange(len(rows), device=device)
+            return Mixed(tuple(parts), (places,) * len(parts), tuple(weights)).log_softmax(0, len(rows))
 
         stops = set[int]().union(*(stop_ids(self.teachers[number].model) for number in numbers))
         return sample_texts(next_log_probs, prompts, generation, seed, stops)

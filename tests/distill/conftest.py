@@ -2,8 +2,9 @@
 
 import pytest
 
-from distill.method import MethodContext
+from distill.method import Method, MethodContext
 from distill.models.export import export
+from distill.models.generation import sample_texts, stop_ids
 from distill.trainer.loop import train
 from eval.core.documents import Document, windows
 from tests.helpers import WORDS, text, tiny_model, tiny_tokenizer
@@ -26,6 +27,12 @@ def bases(tmp_path_factory, tokenizer):
     for seed in (0, 1):
         export(tiny_model(seed=seed), tokenizer, folder / f"s{seed}", "a card", [])
     return {seed: folder / f"s{seed}" for seed in (0, 1)}
+
+
+def written_anew(method, teacher, prompts, generation, seed):
+    """What a method writes where its `output` is asked about the whole text for every token, without caches."""
+    reader = Method.reader(method, teacher, prompts)
+    return sample_texts(reader, prompts, generation, seed, stop_ids(teacher))
 
 
 def method_context(folder, tokenizer, rows, bases):

@@ -1,6 +1,7 @@
 """Writing: chosen by seed and row alone, the same in any batch, with and without a cache of keys and values."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from distill.models.generation import (
     stop_ids,
     uniform_points,
 )
+from distill.models.prefix import read_prefix
 from distill.teachers.texts import count_texts, read_texts, write_texts
 from distill.trainer.loop import accelerator, train
 from distill.trainer.rollout import OnPolicy
@@ -24,6 +26,7 @@ from eval.core.artifacts import Key, build_artifact
 from eval.core.documents import Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Generation, MethodChoice, Train
+from tests.distill.conftest import written_anew
 from tests.helpers import tiny_model
 
 GENERATION = Generation(prompt_tokens=5, new_tokens=7)
@@ -36,6 +39,23 @@ def rows(count=6, length=14):
         Row(f"d{i}", "code", i, [0, *torch.randint(1, 300, (length - 1,), generator=generator).tolist()])
         for i in range(count)
     ]
+
+
+class Counted:
+    """Counts the tokens that a model reads."""
+
+    def __init__(self, model):
+        self.model, self.tokens = model, 0
+
+    def __enter__(self):
+        def count(module, args, kwargs):
+            self.tokens += kwargs["input_ids"].numel()
+
+        self.hook = self.model.register_forward_pre_hook(count, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error):
+        self.hook.remove()
 
 
 def lively(seed=0):
@@ -246,5 +266,50 @@ def test_a_teacher_of_one_forward_pass_writes_with_a_cache_what_it_writes_withou
     method, model = make_method(MethodChoice(name=name)), tiny_model()
     generation, prompts = GENERATION.model_copy(update=changes), make_prompts(rows(), GENERATION)
     for one in (method, method.control()):
-        assert one.write(model, prompts, generation, 3) == Method.write(one, model, prompts, generation, 3)
+        assert one.write(model, prompts, generation, 3) == written_anew(one, model, prompts, generation, 3)
         assert type(one).write is not Method.write
+
+
+def with_parts(name, model):
+    """A method of texts in front, ready to read: rows of two kinds, one of them after nothing."""
+    front = read_prefix(model, list(range(3, 43)))
+    if name == "examples":
+        method = make_method(MethodChoice(name=name))
+        method.parts = {"d1", "d3"}, front
+    else:
+        texts = {"text": "a text", "domains": {"code": {"text": "another"}}}
+        method = make_method(MethodChoice(name=name, settings=texts))
+        method.parts = {"prose": front, "code": read_prefix(model, list(range(9, 20)))}
+    return method
+
+
+@pytest.mark.parametrize("name", ["context", "examples"])
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}])
+def test_texts_in_front_are_read_once_and_say_the_same(name, changes):
+    """Token by token against the whole text read anew; some rows end early, some stand after nothing."""
+    model, generation = lively(), GENERATION.model_copy(update=changes)
+    kinds = ["code", "prose", "prose", "none", "code", "prose"]
+    given = [replace(row, domain=kind) for row, kind in zip(rows(), kinds, strict=True)]
+    prompts, method = make_prompts(given, generation), with_parts(name, model)
+    once, anew = method.reader(model, prompts), Method.reader(method, model, prompts)
+    with Counted(model) as read:
+        for size in range(5, 9):
+            grown = [replace(row, tokens=row.tokens[:size]) for row in given if size < 7 or row.index != 2]
+            read.tokens = 0
+            said = once(grown)
+            assert size == 5 or read.tokens == len(given), "one token of each row, also of one that ended"
+            torch.testing.assert_close(said, anew(grown), atol=1e-5, rtol=1e-5)
+    texts = written_anew(method, model, prompts, generation, 3)
+    assert method.write(model, prompts, generation, 3) == texts
+    model.generation_config.eos_token_id = texts[0][2]
+    ended = method.write(model, prompts, generation, 3)
+    assert ended == written_anew(method, model, prompts, generation, 3)
+    assert len(ended[0]) <= 3 < max(map(len, ended))
+
+
+def test_what_is_made_for_another_output_is_not_inherited():
+    class Own(Plain):
+        def output(self, teacher, batch):
+            return super().output(teacher, batch)
+
+    assert (Own.reader, Own.write) == (Method.reader, Method.write)

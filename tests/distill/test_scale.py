@@ -37,8 +37,10 @@ def test_one_cpu_process_of_several_is_refused_with_the_command_that_starts_all(
 
 @pytest.mark.parametrize(
     ("options", "refused"),
-    [("", False), ("--num_processes 1", False), ("--cpu", False), ("--num_processes 2", True)]
-    + [("--cpu --num_processes 2", True), ("--num_processes 2 --num_machines 1", True)],
+    [
+        *[("", False), ("--num_processes 1", False), ("--cpu", False), ("--num_processes 2", True)],
+        *[("--cpu --num_processes 2", True), ("--num_processes 2 --num_machines 1", True)],
+    ],
 )
 def test_what_accelerate_sets_tells_one_process_from_one_of_several(monkeypatch, options, refused):
     """The environment that accelerate itself makes of its options where there is no GPU."""
