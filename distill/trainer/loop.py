@@ -262,9 +262,8 @@ def train(
         scratch: folder of the checkpoints; an interrupted run continues from there to the same weights.
         rewrite: called with (accelerator, model, step from 0, rows) before every step; returns its rows.
         report: called after every step.
-        log: receives loss, gradient norm before clipping, learning rate and tokens per second at every point
-            of the curve: the learning rate of that step, all else as the mean of the steps since the point
-            before.
+        log: receives loss, gradient norm and tokens per second at every point of the curve, as means of the
+            steps since the point before, and the learning rate.
         evaluate: module -> validation bits per byte, logged every `config.evaluate_every` steps; must not
             change weights or random numbers.
         after_step: called after every optimizer step (for example to keep pruned weights at zero).
