@@ -21,7 +21,7 @@ def main() -> int:
         raise UserError(
             f"run folder {study.folder}",
             "missing",
-            "train the students first: python distill/train.py --config STUDY",
+            "train the students first: absorb train --config STUDY",
         )
     # This import takes seconds: a mistake in the study is reported before it.
     from compress.pipeline import ARMS, make_variants

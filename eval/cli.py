@@ -123,9 +123,7 @@ def steps(run: Path) -> Iterator[Step]:
     done, state = _count(run, [f"variants/{r}/{arm}/s{seed}/manifest.json" for r, arm, seed in pairs])
     failed = "".join(f"; {name} was not built: {why}" for name, why in unbuilt.items() if name in names)
     yield Step("compress", done, f"{state} variants{failed}")
-    models = [
-        ("plain", arm, seed) for arm in ("B", "T0", "T1", *study.student_arms) for seed in seeds
-    ] + pairs
+    models = [("plain", arm, seed) for arm in ("B", *study.student_arms) for seed in seeds] + pairs
     done, state = _count(run, [f"records/score/{r}/{arm}-s{seed}.json" for r, arm, seed in models])
     yield Step("score", done, f"{state} models")
     targets = {name: target for name, target in budget_of_run(study).targets.items() if target.required}
@@ -175,16 +173,20 @@ def next_command(run: Path, step: Step) -> str:
         "train": f"--config {run}",
         "cost": f"--study {run} --target {step.missing}",
         "sign": f'--study {run} --variant RECIPE --by "YOUR NAME" --key KEY  # sign --new-key KEY makes one',
-        "release": f'--study {run} --variant RECIPE --owner "YOUR TEAM" --public KEY.pub',
+        "release": f'--study {run} --variant RECIPE --owner "YOUR TEAM" --key KEY --public KEY.pub',
     }
     return f"absorb {step.command} {given.get(step.command, f'--study {run}')}"
 
 
 def show(run: Path | None) -> None:
     """The flow, with what is done of it in `run`."""
+    from eval.core.commands import LOG
+    from eval.core.jobs import find_holder
+
     print(" → ".join([*list(FLOW)[:-1], "watch"]))
     known = {} if run is None else {step.command: step for step in steps(run)}
     print(f"\nrun folder {run.resolve()}\n" if run is not None else "\nno run folder here\n")
+    holder = find_holder(run) if run is not None else ""
     for command, meaning in FLOW.items():
         step = known.get(command)
         mark = " " if step is None else "✔" if step.done else "·"
@@ -195,7 +197,9 @@ def show(run: Path | None) -> None:
     for command, meaning in SIDE_COMMANDS.items():
         print(f"    absorb {command:<9} {meaning}")
     left = next((step for step in known.values() if not step.done), None)
-    if run is None:
+    if run is not None and holder:
+        print(f"\nnext: process {holder} is at work in this run: wait for it; {run / LOG} holds its lines")
+    elif run is None:
         print(f"\nnext: {START}   # a study is a YAML file, or the name of one in configs/studies")
     elif left is not None:
         print(f"\nnext: {next_command(run, left)}")

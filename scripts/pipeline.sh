@@ -23,6 +23,7 @@ if ((todo)); then
     step python distill/train.py --config "$study"
     step python -m compress.run --study "$study"           # recipes x {S1, S0} x seeds
     step python -m eval.score --study "$study"             # quality of every model, in new processes
+    step python -m eval.score.agreement --study "$study" --documents 48 # flips and KL; without the number on all
     step python -m eval.cost --study "$study" --target cpu # latency, memory and size, in fresh processes
     python scripts/finished.py --study "$study" --mark & # beside the verdict, which changes nothing that it reads
 fi

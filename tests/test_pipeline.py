@@ -17,11 +17,10 @@ import httpx
 import pytest
 import yaml
 
-from eval.core.config import read_yaml
-from eval.signoff.keys import new_key
+from eval.core.config import read_yaml, validate_config
 from eval.watch.routing import Plan
 from scripts.bench_server import free_port
-from tests.eval.test_rollout import PLAN, requests, write_log
+from tests.eval.test_rollout import requests, write_log
 from tests.helpers import ROOT, complete, run
 
 pytestmark = pytest.mark.slow
@@ -155,7 +154,8 @@ def test_every_python_command_of_the_documents_is_a_command(tiny):
 README = (ROOT / "README.md").read_text()
 
 
-OUR_FILES = ("plan.yaml", "requests.jsonl", "history.jsonl", "sample.jsonl", "ops")  # that the README names
+OUR_FILES = ("requests.jsonl", "history.jsonl", "sample.jsonl")  # that the README names
+KEYS = ("ada", "ada.pub", "ops")
 
 
 def commands(heading):
@@ -169,7 +169,7 @@ def as_here(words, study, folder, tmp_path):
     here = {
         "configs/studies/default.yaml": str(study), "runs/default": str(folder), "int4": "int8",
         "runs/default/release/int4": str(folder / "release" / "int8"),
-        "~/ada": str(tmp_path / "ada"), "~/ada.pub": str(tmp_path / "ada.pub"),
+        **{f"~/keys/{name}": str(tmp_path / name) for name in KEYS},
         "my/new.jsonl": str(tmp_path / "new.jsonl"), "rollouts/first": str(tmp_path / "first"),
         **{name: str(tmp_path / name) for name in OUR_FILES},
     }  # fmt: skip
@@ -212,9 +212,8 @@ def test_the_readme_s_commands_run_as_printed(tiny, tmp_path):
         (tmp_path / name).write_text(
             "".join(json.dumps({"text": f"{name}: {line}"}) + "\n" for line in lines)
         )
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN))
-    write_log(tmp_path / "requests.jsonl", requests(Plan(**PLAN), 1, 40))
-    new_key(tmp_path / "ops")
+    plan = validate_config(Plan, read_yaml(ROOT / "configs/rollouts/default.yaml"), "plan")
+    write_log(tmp_path / "requests.jsonl", requests(plan, 1, 40))
     stages, release = commands("Stage by stage"), commands("From a verdict to a release")
     assert len(stages) >= 7
     assert len(release) >= 9

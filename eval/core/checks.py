@@ -35,7 +35,7 @@ from eval.core.study import Study, recipe_names
 AnyKind = TypeVar("AnyKind", bound=AnyRecord)
 FALLBACK, TEACHERS, STUDENT, CONTROL, CE = "B", ("T1", "T0"), "S1", "S0", "CE"
 TAUGHT = dict(zip((STUDENT, CONTROL), TEACHERS, strict=True))  # a student's teacher; CE has none
-STAGES = {"base": "distill/train.py", "students": "distill/train.py", "variants": "compress/run.py"}
+STAGES = {"base": "absorb train", "students": "absorb train", "variants": "absorb compress"}  # what makes it
 UNBUILT = "unbuilt.json"  # lies in a run folder: recipe -> why it has no variants
 SLACK = timedelta(minutes=5)  # by which the clocks of two machines may differ
 
@@ -61,7 +61,7 @@ def read_unbuilt(run: Path) -> dict[str, str]:
     try:
         return {str(name): str(why) for name, why in json.loads(path.read_bytes()).items()}
     except (ValueError, AttributeError) as error:
-        fix = f"delete it and run python -m compress.run --study {run}"
+        fix = f"delete it and run absorb compress --study {run}"
         raise UserError(str(path), "holds no recipes with reasons", fix) from error
 
 
@@ -225,7 +225,7 @@ class Artifacts:
                 raise UserError(
                     f"artifact {place}",
                     f"made by another recipe {record.recipe!r} than {there}, or for another engine",
-                    "run python -m compress.run again, then score and measure",
+                    "run absorb compress again, then score and measure",
                 )
 
     def check_versions(self) -> None:

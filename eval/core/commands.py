@@ -155,9 +155,10 @@ def add_study(parser: argparse.ArgumentParser, required: bool = False) -> None:
 
 
 def add_keys_help(parser: argparse.ArgumentParser) -> None:
-    """Lets `--help` list every key of a study that may be overridden."""
+    """Lets `--help` list every key of a study that may be overridden, above the command's own options."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        parser.epilog = keys_help(Study).replace("%", "%%")
+        about = parser.description or ""
+        parser.description = f"{about.rstrip()}\n\n{keys_help(Study)}"
 
 
 class NewFile(argparse.Action):

@@ -94,14 +94,15 @@ def expected_text(error: Any) -> str:
 
 
 def first_error(thing: object, error: Any, fix: str) -> UserError:
-    """What is wrong first in a file that was read: the place in it, and what was expected there.
+    """What is wrong first in a file that was read: the place in it, what is there, and what was expected.
 
     Args:
         error: a `ValidationError`.
     """
     first = error.errors()[0]
-    place = ".".join(map(str, first["loc"])) or "top level"
-    return UserError(f"{thing}: {place}", expected_text(first), fix)
+    place, value = ".".join(map(str, first["loc"])), first["input"]
+    there = f"found {repr(value)[:40]}, " if place and isinstance(value, str | int | float | None) else ""
+    return UserError(f"{thing}: {place or 'top level'}", there + expected_text(first), fix)
 
 
 STOPPED = "stopped; the same command goes on where it was"

@@ -311,6 +311,19 @@ def _context() -> BaseContext:
     return multiprocessing.get_context("forkserver")
 
 
+def find_holder(folder: Path) -> str:
+    """The process that holds a run folder, by its number; empty if none does."""
+    path = folder / ".lock"
+    if not path.is_file():
+        return ""
+    with path.open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return stream.read().strip() or "unknown"
+    return ""
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Holds a run folder for this process alone.
@@ -319,12 +332,16 @@ def lock_folder(folder: Path) -> Iterator[None]:
         UserError: another process holds it.
     """
     with (folder / ".lock").open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            stream.seek(0)
-            holder = f"held by process {stream.read().strip() or 'unknown'}"
-            raise UserError(f"run folder {folder}", holder, "wait for it, or end it") from error
+        for seconds in (0.1, None):  # `find_holder` may hold it for a moment
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if seconds is None:
+                    stream.seek(0)
+                    holder = f"held by process {stream.read().strip() or 'unknown'}"
+                    raise UserError(f"run folder {folder}", holder, "wait for it, or end it") from error
+                time.sleep(seconds)
         stream.truncate(0)
         stream.write(str(os.getpid()))
         stream.flush()

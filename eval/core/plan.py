@@ -60,7 +60,8 @@ def read_plan(run: Path) -> Plan | None:
     try:
         plan = Plan.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise first_error(path, error, fix) from error
+        other = "where another version of this project trained the run, judge it with that, or train it again"
+        raise first_error(path, error, f"{fix}; {other}") from error
     if (computed := plan.content_hash()) != plan.hash:
         problem = f"its hash says {plan.hash[:12]}, its content gives {computed[:12]}: it was edited"
         raise UserError(f"plan {path}", problem, fix)

@@ -156,7 +156,9 @@ def find_study(where: str | Path | None) -> Path:
     """
     if where is None:
         if not is_run(Path()):
-            fix = "give a study's YAML file or a run folder, or call this inside a run folder"
+            older = sorted(Path("runs").glob("*/study.yaml"), key=lambda path: path.stat().st_mtime)
+            hint = f" (the newest here is {older[-1].parent})" if older else ""
+            fix = f"give a study's YAML file or a run folder{hint}, or call this inside a run folder"
             raise UserError("--study", "missing", fix)
         return Path().resolve()
     path = Path(where)
@@ -245,12 +247,12 @@ def check_trained(study: Study) -> None:
         UserError: there is no such run, or the first setting that differs.
     """
     if not (study.folder / "study.yaml").is_file():
-        fix = f"run `python distill/train.py --config ...` for {study.name!r} first"
+        fix = f"run `absorb train --config ...` for {study.name!r} first"
         raise UserError(f"run folder {study.folder}", "no study.yaml", fix)
     trained = load_study(study.folder)
     if (study.folder / CHANGED).is_file():
         problem = "its settings were changed, and training has not ended since: its models are of both"
-        fix = f"run `python distill/train.py --config {study.folder}` to its end"
+        fix = f"run `absorb train --config {study.folder}` to its end"
         raise UserError(f"run folder {study.folder}", problem, fix)
     if trained.hash() == study.hash():
         return

@@ -134,9 +134,7 @@ def find_variants(study: Study, teacher: bool = True) -> list[Variant]:
     folders.append(run / f"base/s{seed}")  # a release holds it against the same limits
     complete = [path for path in folders if (path / MANIFEST).is_file()]
     if folders[0] not in complete:
-        raise UserError(
-            f"model {folders[0]}", "not trained yet", f"run python distill/train.py --config {run} first"
-        )
+        raise UserError(f"model {folders[0]}", "not trained yet", f"run absorb train --config {run} first")
     variants = [read_variant(path) for path in complete]
     return [*variants, *find_teacher(study)] if teacher else variants
 

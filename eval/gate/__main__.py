@@ -5,6 +5,8 @@ Exit codes: 0 pass, 1 fail, 2 inconclusive, 3 error.
 """
 
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 # One thread adds up in one order: the same records give the same bytes on any number of cores. Before numpy.
@@ -18,19 +20,20 @@ from eval.core.errors import EXITS, entry
 from eval.core.gate_file import GateFile, OnTestSet, Variant
 from eval.core.jobs import lock_folder
 from eval.core.plan import budget_of_run
+from eval.core.sections.classification import BITS, in_words
 from eval.gate.decision import evaluate_gate, read_before
 from eval.gate.evidence import collect_evidence
 from eval.gate.history import write_runs
 from eval.stats.crossed import INCONCLUSIVE
 
 
-def variant_line(row: Variant) -> Text:
+def variant_line(row: Variant, reason: str) -> Text:
     """One line per variant: what, where, how it went and why."""
     mark = " *" if row.recommended else ""
     return Text.assemble(
         f"{row.recipe}{mark} on {row.target}: ",
         (row.verdict, STYLES[row.verdict]),
-        f" - {row.reason}",
+        f" - {reason}",
         f"; run {row.how}" if row.how and row.verdict == INCONCLUSIVE else "",
     )
 
@@ -47,18 +50,20 @@ def opening_line(look: OnTestSet, level: float) -> Text:
     return Text.assemble(start, (look.verdict, STYLES[look.verdict]), f", {keeps}")
 
 
-def print_verdict(console: Console, result: GateFile, path: Path) -> None:
-    for row in result.variants:
-        console.print(variant_line(row), soft_wrap=True)
-    for anomaly in result.anomalies:
-        console.print(Text.assemble(("ANOMALOUS", "yellow"), f": {anomaly}"), soft_wrap=True)
-    for note in result.notes:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+def verdict_lines(result: GateFile) -> Iterator[Text]:
+    """Every variant, what is odd, what was said of the test documents, and the verdict."""
+    words = partial(in_words, task=result.task, words=BITS)
+    yield from (variant_line(row, words(row.reason)) for row in result.variants)
+    yield from (Text.assemble(("ANOMALOUS", "yellow"), f": {words(one)}") for one in result.anomalies)
+    yield from (Text(f"note: {words(note)}") for note in result.notes)
     if result.test_set:
-        console.print(opening_line(result.test_set, result.level), soft_wrap=True)
-    console.print(
-        Text.assemble((result.verdict, STYLES[result.verdict]), f": {result.reason}"), soft_wrap=True
-    )
+        yield opening_line(result.test_set, result.level)
+    yield Text.assemble((result.verdict, STYLES[result.verdict]), f": {words(result.reason)}")
+
+
+def print_verdict(console: Console, result: GateFile, path: Path) -> None:
+    for line in verdict_lines(result):
+        console.print(line, soft_wrap=True)
     legend = "* recommended; " if any(row.recommended for row in result.variants) else ""
     console.print(Text(f"{legend}the whole verdict lies in {path}"), soft_wrap=True)
 

@@ -162,7 +162,7 @@ class ScoreTables:
             if (record.arm, record.recipe) in models and record.seed in self.seeds:
                 self._add(record)
         if not self.scores:
-            fix = f"run python -m eval.score --study {artifacts.folder}"
+            fix = f"run {self._next_command(STUDENT, PLAIN, self.seeds[0])}"
             raise UserError(f"run {artifacts.folder}", "no score record", fix)
         check_seeds_differ(self.scores)
         self._check_whole(models)
@@ -202,11 +202,11 @@ class ScoreTables:
         run = self.artifacts.folder
         place = artifact_folder(run, arm, seed, recipe)
         if place is not None and (place / MANIFEST).is_file():
-            return f"python -m eval.score --study {run}"
+            return f"absorb score --study {run}"
         student = artifact_folder(run, arm, seed, PLAIN)
         if recipe != PLAIN and student is not None and (student / MANIFEST).is_file():
-            return f"python -m compress.run --study {run}"
-        return f"python distill/train.py --config {run}"
+            return f"absorb compress --study {run}"
+        return f"absorb train --config {run}"
 
     @property
     def documents(self) -> Documents:

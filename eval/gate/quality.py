@@ -60,7 +60,7 @@ def mean_part(name: str, z: Array, alpha: float, on_pass: str, on_fail: str, res
     mean = crossed_mean(z)
     low, high = mean.bounds(alpha)
     verdict = mean.verdict(alpha, resolution)
-    unsure = mean.problem or f"whether {on_pass} is open: the bounds are {low:+.4f} and {high:+.4f}"
+    unsure = mean.problem or f"whether {on_pass} is open: its bounds are {low:+.4f} and {high:+.4f} bits/byte"
     return Part(
         name=name,
         verdict=verdict,

@@ -82,8 +82,7 @@ def check_teachers(evidence: Evidence) -> None:
                 raise UserError(
                     f"teacher {arm} of seed {seed}",
                     "not scored on the test documents",
-                    f"run python distill/train.py --config {evidence.folder}: a teacher is scored "
-                    "while it is trained",
+                    f"run absorb train --config {evidence.folder}: a teacher is scored while it is trained",
                 )
 
 

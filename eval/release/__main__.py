@@ -8,7 +8,7 @@ without a sign-off that verifies, and `--key` signs the folder as a whole. docs/
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from itertools import islice
@@ -25,6 +25,7 @@ from eval.core.artifacts import (
     read_manifest,
     write_text,
 )
+from eval.core.board import Board
 from eval.core.budget import Budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
 from eval.core.commands import add_json, count, new_parser, study_from_command, write_json
@@ -44,7 +45,7 @@ from eval.release.golden_answers import CANDIDATES, build_golden_answers
 from eval.release.model_signature import require_model_signing, sign_model
 from eval.release.origin import made_from
 from eval.release.reference import reference
-from eval.release.rehearsal import rehearse
+from eval.release.rehearsal import is_runnable, rehearse
 from eval.signoff.keys import Trusted, from_text, private_key, read_trusted, wrapped
 from eval.signoff.statement import FOLDER, TYPE, Predicate, signoff_path
 from eval.signoff.verify import GATE, Rerun, problems, row_of
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CARD, LINEAGE = "README.md", "lineage.json"
+STEPS = {"sign-offs": 1.0, "artifacts": 1.0, "loader": 1.0}  # what takes seconds, with its expected share
 RELEASE: Final = "https://absorb.example/release/v1"  # type of the predicate that signs a folder
 
 
@@ -139,6 +141,7 @@ class ReleaseFolder:
 
     sources: ReleaseEvidence
     place: Path
+    finish: Callable[[str], None]  # called with each of STEPS once it is done
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the loader knows of each artifact
 
     def add(self, name: str, source: Path) -> str:
@@ -174,6 +177,7 @@ class ReleaseFolder:
             targets[target] = self.target(target, predicate)
             index[target] = {**self.part(name), **_facts(targets[target])}
         refuse_broken_floors(targets)
+        self.finish("artifacts")
         contract = build_contract(
             sources.evidence,
             sources.gate,
@@ -195,7 +199,9 @@ class ReleaseFolder:
         self.write(load_release.INDEX, _json({**facts, "targets": index, "fallback": fallback}))
         self.write(LINEAGE, _json(lineage(sources.run, sources.evidence, sources.recipes)))
         shutil.copy(load_release.__file__, self.place / "load_release.py")
-        return self.tried(contract)
+        contract = self.tried(contract)
+        self.finish("loader")
+        return contract
 
     def tried(self, contract: Contract) -> Contract:
         """The contract with what was measured through the loader, where this machine has the device."""
@@ -261,13 +267,6 @@ def _facts(target: Target) -> dict[str, Any]:
     }
 
 
-def is_runnable(target: Target) -> bool:
-    """Can the target's artifact be run on this machine?"""
-    import torch
-
-    return target.device == "cpu" or torch.cuda.is_available()
-
-
 def sign_folder(place: Path, signer: "Signer", owner: str) -> None:
     """Signs every file that lies there, the manifest too: an in-toto statement whose subjects they are."""
     hashes = {name: entry.sha256 for name, entry in hash_files(place).items()}
@@ -309,8 +308,12 @@ def build_release(
     released: date,
     signer: "Signer",
     recheck_days: int | None = None,
+    finish: Callable[[str], None] = lambda step: None,
 ) -> Contract:
     """The release at `out`, whole or not at all.
+
+    Args:
+        finish: called with each of `STEPS` once it is done.
 
     Raises:
         UserError: `out` is there already, or what was built cannot be loaded.
@@ -331,7 +334,7 @@ def build_release(
         facts={},
         finish=lambda place: sign_folder(place, signer, owner),
     ) as place:
-        contract = ReleaseFolder(sources, place).fill(owner, released, recheck_days)
+        contract = ReleaseFolder(sources, place, finish).fill(owner, released, recheck_days)
     return contract
 
 
@@ -374,12 +377,15 @@ def main() -> None:
         fix = "ship the variant's folder with its sign-off: transformers or OpenVINO load it"
         raise UserError("eval.release", f"task {study.task}: its loader and its contract are of text", fix)
     run, now = study.folder, datetime.now(UTC).date()
-    sources = verify_signoffs(run, args.variant, read_trusted(args.public), now)
-    out = Path(args.out) if args.out else run / "release" / "-".join(sources.recipes)
-    signer = private_key(args.key, Path(args.public[0]))
-    if args.openssf:
-        require_model_signing(args.key, signer, out)
-    contract = build_release(sources, out, args.owner, now, signer, args.recheck_days)
+    board = Board("release", STEPS)
+    with board.bar:
+        sources = verify_signoffs(run, args.variant, read_trusted(args.public), now)
+        out = Path(args.out) if args.out else run / "release" / "-".join(sources.recipes)
+        signer = private_key(args.key, Path(args.public[0]))
+        if args.openssf:
+            require_model_signing(args.key, signer, out)
+        board.finish("sign-offs")
+        contract = build_release(sources, out, args.owner, now, signer, args.recheck_days, board.finish)
     print("\n".join(summary_lines(contract, out)))
     write_json(args.json, contract)
     if args.openssf:

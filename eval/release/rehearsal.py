@@ -14,7 +14,7 @@ from eval.core.errors import UserError
 from eval.core.records import machine
 from eval.core.sections import Cost
 from eval.cost.plan import cut_prompts
-from eval.release.contract_file import LoaderCost
+from eval.release.contract_file import LoaderCost, Target
 
 REQUESTS = 10  # at most, of each target
 REHEARSAL = """
@@ -47,6 +47,13 @@ except OSError:
     measured["peak_memory_mib"] = None
 print(json.dumps(measured))
 """
+
+
+def is_runnable(target: Target) -> bool:
+    """Can the target's artifact be run on this machine?"""
+    import torch
+
+    return target.device == "cpu" or torch.cuda.is_available()
 
 
 def rehearse(place: Path, target: str, cost: Cost, texts: Iterable[str]) -> LoaderCost:

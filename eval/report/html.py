@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def documents(gate: GateFile, run: Path) -> Json:
     return sections
 
 
+@cache
 def environment() -> Environment:
     """Templates in which whatever comes from users is escaped."""
     templates = Environment(

@@ -132,7 +132,8 @@ def print_report(gate: GateFile, console: Console, data: Iterable[str] = ()) -> 
     console.print(rich_table(budget, gate.task))
     for line in lines_below(gate, budget):
         console.print(Text(line))
-    console.print(Text(f"* recommended ({recommended_text(gate)}). {FOOTNOTE}", style="dim"))
+    signs = ", ".join(f"{sign} {verdict}" for verdict, sign in SYMBOLS.items())
+    console.print(Text(f"* recommended ({recommended_text(gate)}). {signs}. {FOOTNOTE}", style="dim"))
     for line in (*data, test_set_line(gate), *remarks(gate)):
         if line:
             console.print(Text(line))

@@ -59,9 +59,8 @@ def missing_lines(study: Study) -> list[str]:
         for seed in study.seeds:
             place = artifact_folder(run, arm, seed, recipe)
             if place is not None and not (place / MANIFEST).is_file():
-                made_by = f"distill/train.py --config {run}"
-                made_by = made_by if recipe == PLAIN else f"-m compress.run --study {run}"
-                missing.setdefault(f"python {made_by}", []).append(str(place.relative_to(run)))
+                command = "train --config" if recipe == PLAIN else "compress --study"
+                missing.setdefault(f"absorb {command} {run}", []).append(str(place.relative_to(run)))
     return [
         f"not there yet: {places[0]} and {len(places) - 1} more; run {command}"
         if len(places) > 1

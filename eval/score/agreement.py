@@ -2,18 +2,20 @@
 
 Flips are the share of next tokens whose likeliest prediction differs; KL(student || variant) is in bits per
 token. Beside each stands its noise: the difference of the variant from itself in another batch or with other
-threads. Variants that have a record of the same bytes, student, data and study are left alone.
+threads. Variants that have a record of the same bytes, student, data and study, and of as many documents or
+more, are left alone.
 """
 
 from rich.console import Console
 from rich.table import Table
 
 from eval.core.artifacts import read_manifest
-from eval.core.commands import new_parser, study_from_command, write_json
+from eval.core.commands import count, new_parser, study_from_command, write_json
+from eval.core.documents import Document, read_documents
 from eval.core.errors import entry
 from eval.core.gate_file import Difference
 from eval.core.jobs import Job, lock_folder, run_jobs
-from eval.core.records import read_agreements
+from eval.core.records import VALIDATION, read_agreements
 from eval.core.study import Study, recipe_names
 from eval.engines import subject_of
 from eval.score.agreement_records import estimate_agreement, uncompared_variants, variant_folders
@@ -22,17 +24,25 @@ from eval.score.devices import add_device, deal_out, find_devices
 Agreements = dict[str, dict[str, Difference]]  # recipe -> flips, kl
 
 
-def compare_run(study: Study, device: str = "auto") -> int:
-    """Compares the variants that have no record yet; returns how many."""
+def compare_run(study: Study, device: str = "auto", most: int | None = None) -> int:
+    """Compares the variants that have no record yet, on `most` documents if given; returns how many."""
     from eval.score.divergence import record_agreement  # torch takes a second to import: not for --help
 
     run = study.folder
+    documents = spread_evenly(read_documents(run / "data", VALIDATION), most)
     jobs = [
-        Job(subject_of(read_manifest(folder)).label, record_agreement, (run, study, folder))
-        for folder in uncompared_variants(run, study)
+        Job(subject_of(read_manifest(folder)).label, record_agreement, (run, study, folder, documents))
+        for folder in uncompared_variants(run, study, len(documents))
     ]
     run_jobs("agreement", *deal_out(jobs, find_devices(device), study.workers))
     return len(jobs)
+
+
+def spread_evenly(documents: list[Document], most: int | None) -> list[Document]:
+    """At most so many of the documents, from all of them at equal distances."""
+    if most is None or most >= len(documents):
+        return documents
+    return [documents[i * len(documents) // most] for i in range(most)]
 
 
 def estimate_agreements(study: Study) -> Agreements:
@@ -66,10 +76,12 @@ def _cell(difference: Difference, factor: float, unit: str) -> str:
 def main() -> None:
     parser = new_parser(__doc__)
     add_device(parser)
+    about = "at most so many of the validation documents, at equal distances (default: all)"
+    parser.add_argument("--documents", type=count, metavar="N", help=about)
     study, args = study_from_command(parser, measures=True)
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
     with lock_folder(study.folder):
-        done = compare_run(study, args.device)
+        done = compare_run(study, args.device, args.documents)
     agreements = estimate_agreements(study)
     Console().print(agreement_table(agreements))
     print(

@@ -38,10 +38,11 @@ def variant_folders(run: Path, study: Study) -> list[Path]:
     return [place for place in present if not has_own_vocabulary(read_manifest(place))]
 
 
-def uncompared_variants(run: Path, study: Study) -> list[Path]:
-    """Variants without a record of their own bytes, their student's, this data and this study."""
+def uncompared_variants(run: Path, study: Study, documents: int) -> list[Path]:
+    """Variants without a record of so many documents, of these bytes, student, data and study."""
     artifacts = Artifacts(run, study)
-    compared = {subject_of_record(record) for record in artifacts.current(read_agreements(run))}
+    records = artifacts.current(read_agreements(run))
+    compared = {subject_of_record(record) for record in records if len(record.id) >= documents}
     return [f for f in variant_folders(run, study) if subject_of(artifacts.manifest(f)) not in compared]
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from eval.core.artifacts import read_manifest, verify_artifact
-from eval.core.documents import Batch, Document, read_documents
+from eval.core.documents import Batch, Document
 from eval.core.errors import UserError
 from eval.core.jobs import Report
 from eval.core.records import (
-    VALIDATION,
     Agreement,
     Rerun,
     provenance,
@@ -89,9 +88,11 @@ def predict_in_other_batches(engine: Engine) -> Predict:
     def predict(batch: Batch) -> Tensor:
         if len(batch.ids) == 1:
             return engine.logits(_batch_part(batch, [0, 0], batch.input_ids.shape[1]))[:1]
-        whole = torch.zeros(*batch.input_ids.shape, engine.vocabulary)
-        for i, length in enumerate(batch.attention_mask.sum(1).tolist()):
-            whole[i, :length] = engine.logits(_batch_part(batch, [i], length))[0]
+        lengths = batch.attention_mask.sum(1).tolist()
+        rows = [engine.logits(_batch_part(batch, [i], length))[0] for i, length in enumerate(lengths)]
+        whole = rows[0].new_zeros(*batch.input_ids.shape, rows[0].shape[-1])  # of a classifier: its classes
+        for i, row in enumerate(rows):
+            whole[i, : len(row)] = row
         return whole
 
     return predict
@@ -148,9 +149,14 @@ def measure_noise(
 
 
 def record_agreement(
-    run: Path, study: Study, folder: Path, report: Report = lambda share: None, device: str = CPU
+    run: Path,
+    study: Study,
+    folder: Path,
+    documents: list[Document],
+    report: Report = lambda share: None,
+    device: str = CPU,
 ) -> Agreement:
-    """Compares the variant in `folder` with its student, and writes the record.
+    """Compares the variant in `folder` with its student on some documents, and writes the record.
 
     Both run on one CPU thread, or on one GPU where the engines of both do.
 
@@ -169,9 +175,9 @@ def record_agreement(
         raise UserError(
             f"variant {folder}",
             f"{engine.vocabulary} rows of output, its student has {student_engine.vocabulary}",
-            f"make it again from this student: python -m compress.run --study {run}",
+            f"make it again from this student: absorb compress --study {run}",
         )
-    documents, context = read_documents(data, VALIDATION), study.data.context
+    context = study.data.context
     try:
         columns = document_divergences(student_engine.logits, engine.logits, engine, documents, context)
         report(0.7)

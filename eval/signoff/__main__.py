@@ -23,6 +23,8 @@ from eval.core.commands import new_parser, study_from_command, write_json
 from eval.core.errors import EXIT_FAIL, EXIT_PASS, UserError, entry
 from eval.core.jobs import lock_folder
 from eval.core.records import read_costs, read_scores
+from eval.core.study import load_study
+from eval.report.__main__ import refuse_stale
 from eval.signoff.keys import (
     Kind,
     Trusted,
@@ -75,9 +77,10 @@ def refuse_what_differs(rerun: Rerun) -> None:
     Raises:
         UserError: the first thing that is not.
     """
-    run = rerun.run
+    run, fix = rerun.run, f"run `python -m eval.gate --study {rerun.run}` again"
+    refuse_stale(rerun.gate, load_study(run), run, fix)  # its cause is what a reader wants first
     if apart := rerun.worded_otherwise():
-        raise UserError(f"gate.json of {run}", apart, f"run `python -m eval.gate --study {run}` again")
+        raise UserError(f"gate.json of {run}", apart, fix)
     for forged in rerun.forged_reports([name for name in REPORTS if (run / name).is_file()]):
         raise UserError(f"report {run}", forged, f"run `python -m eval.report --study {run}` again")
 

@@ -63,7 +63,8 @@ def first_difference(a: Any, b: Any, place: str = "") -> str | None:
 
 
 def _short(value: Any) -> str:
-    return repr(value)[:60]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 class Rerun:
@@ -106,7 +107,7 @@ class Rerun:
 
     def forged_reports(self, names: list[str]) -> Iterator[str]:
         """Of these reports, each that is not what gate.json gives, with the first line that differs."""
-        rendered = render_reports(self.run, self.gate)
+        rendered = render_reports(self.run, self.gate) if names else {}
         for name in names:
             was = (self.run / name).read_text(encoding="utf-8", errors="replace").splitlines()
             is_ = rendered[name].splitlines()

@@ -337,6 +337,7 @@ def test_int8_of_openvino_says_the_same_and_costs_are_measured(tmp_path):
         ["distill/train.py", "--config", study],
         ["-m", "compress.run", "--study", study],
         ["-m", "eval.score", "--study", study],
+        ["-m", "eval.score.agreement", "--study", study, "--documents", 4],
         ["-m", "eval.cost", "--study", study, "--target", "cpu"],
     ):
         done = run(*words)

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from eval.core.documents import Document, Row, collate
+from eval.core.documents import Document, Row, collate, read_documents
 from eval.core.errors import UserError
-from eval.core.records import Agreement, Rerun, provenance, read_agreements, write_record
+from eval.core.records import VALIDATION, Agreement, Rerun, provenance, read_agreements, write_record
 from eval.core.study import load_study
 from eval.engines import load_engine
 from eval.score.agreement_records import estimate_agreement, uncompared_variants
@@ -176,6 +176,11 @@ def test_the_command_compares_once_and_again_only_what_changed(tmp_path, openvin
     )
     put(folder, "variants/int8/S0/s0", torch_model(seed=5), **facts("S0", "int8"))
     (folder / "gate.json").write_text("{}")  # of a verdict from before
+    done = run("-m", "eval.score.agreement", "--study", study, "--documents", 2)
+    assert done.returncode == 0, done.stderr
+    documents = read_documents(folder / "data", VALIDATION)
+    assert len(documents) == 6
+    assert read_agreements(folder)[0].id == [documents[0].id, documents[3].id], "at equal distances"
     done = run("-m", "eval.score.agreement", "--study", study)
     assert done.returncode == 0, done.stderr
     assert f"gate.json is older than these: run python -m eval.gate --study {folder} again" in done.stdout
@@ -185,11 +190,11 @@ def test_the_command_compares_once_and_again_only_what_changed(tmp_path, openvin
     assert len(agreement.id) == 6
     assert sum(agreement.kl_bits) / sum(agreement.tokens) < 1e-6, "the same weights on another engine"
     loaded = load_study(study)
-    assert uncompared_variants(folder, loaded) == []
+    assert uncompared_variants(folder, loaded, 6) == []
     put(folder, "students/S1/s0", torch_model(seed=8), **facts("S1"))
-    assert uncompared_variants(folder, loaded) == [folder / "variants/int8/S1/s0"]
-    again = record_agreement(folder, loaded, folder / "variants/int8/S1/s0")
+    assert uncompared_variants(folder, loaded, 2) == [folder / "variants/int8/S1/s0"]
+    again = record_agreement(folder, loaded, folder / "variants/int8/S1/s0", documents)
     assert sum(again.kl_bits) / sum(again.tokens) > 0.001
     put(folder, "students/S1/s0", torch_model(seed=8, vocab_size=400), **facts("S1"))
     with pytest.raises(UserError, match="320 rows of output, its student has 400"):
-        record_agreement(folder, loaded, folder / "variants/int8/S1/s0")
+        record_agreement(folder, loaded, folder / "variants/int8/S1/s0", documents)

@@ -109,6 +109,10 @@ def renumbered_opening(run: Run) -> None:
 
 
 ATTACKS = {
+    "plan of another version": (
+        lambda run: edit(run.path / "plan.json", lambda plan: plan.update(schema_version=2)),
+        ["plan.json: schema_version: found 2, expected 1", "another version of this project trained"],
+    ),
     "plan edited": (edited_plan, ["plan.json: its hash says", "it was edited"]),
     "plan edited and hashed anew": (hashed_plan, ["plan.json: is ", "verdict 1 in gate-runs.jsonl was by"]),
     "plan deleted": (

@@ -141,7 +141,7 @@ BAD = {
         by_other_code("method", ("T0", "T1")),
         ["method/T1/s1: made by student 2, its control", "T0/s1 by student 1; delete"],
     ),
-    "another recipe": (by_other_recipe, ["int8/S0/s0", "another recipe 'int8'", "compress.run again"]),
+    "another recipe": (by_other_recipe, ["int8/S0/s0", "another recipe 'int8'", "absorb compress again"]),
     "another engine of the control": (
         change_score(lambda r: r.update(engine="torch"), "int8/S0-s1"),
         ["int8/S0/s1", "another engine"],
@@ -171,7 +171,7 @@ BAD = {
         ),
         ["targets.cpu.limits.disk.at_most", "finite"],
     ),
-    "no records": (lambda run: shutil.rmtree(run.path / "records"), ["no score record", "eval.score"]),
+    "no records": (lambda run: shutil.rmtree(run.path / "records"), ["no score record", "absorb score"]),
     "seed missing": (
         lambda run: (run.path / "records/score/int8/S0-s2.json").unlink(),
         ["S0", "int8", "seeds [2] are missing", "[0, 1, 2, 3]"],
@@ -191,12 +191,12 @@ BAD = {
     ),
     "student trained again": (
         retrained("S1"),
-        ["half/S1/s1", "made from student", "the run's is", "run compress/run.py again"],
+        ["half/S1/s1", "made from student", "the run's is", "run absorb compress again"],
     ),
     "control trained again": (retrained("S0"), ["half/S0/s1", "made from student"]),
     "other base": (
         other_parent("students/CE/s2", "base"),
-        ["students/CE/s2", "made from base 999999999999", "run distill/train.py again"],
+        ["students/CE/s2", "made from base 999999999999", "run absorb train again"],
     ),
     "other teacher": (
         other_parent("students/S0/s2", "teacher"),
@@ -204,7 +204,7 @@ BAD = {
     ),
     "base of other data": (
         other_parent("base/s3", "data"),
-        ["base/s3", "data 999999999999", "distill/train.py"],
+        ["base/s3", "data 999999999999", "absorb train"],
     ),
     "variant of other data": (other_parent("variants/half/S0/s0", "data"), ["half/S0/s0", "made from data"]),
     "no parents": (

@@ -331,6 +331,12 @@ def changed(run: Path) -> str:
     return (run / "study.yaml").read_text().replace("- 2", "- 7")
 
 
+def opened(run: Path) -> None:
+    """As `eval.gate.test_set` leaves it."""
+    (run / "records/test").mkdir(exist_ok=True)
+    (run / "records/test/opening-1.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -340,7 +346,11 @@ def changed(run: Path) -> str:
         (lambda run: (run / "records/score/int8/S1-s0.json").write_text("{}"), "score/int8/S1-s0.json was"),
         (lambda run: (run / "records/score/int8/S1-s0.json").unlink(), "is absent"),
         (lambda run: (run / "records/score/int8/S1-s7.json").write_text("{}"), "was absent"),
-        (lambda run: (run / "study.yaml").write_text(changed(run)), "study.yaml was"),
+        (
+            lambda run: (run / "study.yaml").write_text(changed(run)),
+            "older than what it judged: study.yaml was",
+        ),
+        (opened, "the test documents were opened after it: records/test/opening-1.json was absent"),
     ],
 )
 def test_missing_or_stale_gate_is_refused(tmp_path, spoil, words):

@@ -237,9 +237,9 @@ def test_the_command_scores_once_and_again_only_what_changed(tmp_path, openvino_
     assert again.returncode == 0
     lines = again.stdout.splitlines()
     assert lines[0] == "scored 0 models, 4 were scored before"
-    missing = f"students/CE/s0; run python distill/train.py --config {folder}"
+    missing = f"students/CE/s0; run absorb train --config {folder}"
     assert lines[1] == f"not there yet: {missing}"
-    assert lines[2].endswith(f"; run python -m compress.run --study {folder}")
+    assert lines[2].endswith(f"; run absorb compress --study {folder}")
     assert {p: p.read_bytes() for p in folder.rglob("*.json")} == files
 
     loaded = load_study(study)

@@ -13,7 +13,7 @@ from eval.core.errors import UserError
 from eval.core.gate_file import GateFile, OnTestSet, figures_of, read_gate
 from eval.signoff.keys import allowed_signer, new_key, public_key, read_trusted
 from eval.signoff.statement import TEST_RESULT, read_bundle
-from eval.signoff.verify import Rerun, first_difference, problems, row_of, signable_verdict
+from eval.signoff.verify import REPORTS, Rerun, first_difference, problems, row_of, signable_verdict
 from tests.eval.run_builder import NOW, Run, edit, gate, report, sign
 from tests.helpers import run as command
 
@@ -52,8 +52,23 @@ def second(judged_folder):
 @pytest.fixture
 def fresh(judged_folder, tmp_path):
     """A copy in the same place below a new folder; its budget and recipes are still those of `made`."""
-    shutil.copytree(judged_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("signoff"))
+    shutil.copytree(judged_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("signoff", *REPORTS))
     return Run(tmp_path / "copy")
+
+
+@pytest.fixture
+def reported(judged_folder, fresh):
+    """The same with its reports: to render them again takes a second at each signature."""
+    for name in REPORTS:
+        shutil.copy(Run(judged_folder).path / name, fresh.path)
+    return fresh
+
+
+@pytest.fixture(scope="module")
+def signed(judged_folder):
+    """The run in its own place, since recipes are files with absolute paths, and its signature."""
+    run = Run(judged_folder)
+    return run, sign(run, judged_folder / "key")
 
 
 @pytest.fixture
@@ -82,17 +97,17 @@ def test_the_signature_is_that_of_the_dsse_specification(fresh, key):
     assert result["subject"] == statement["subject"]
 
 
-def test_what_is_signed_is_verified_and_is_figures_and_versions(fresh, key, pub):
-    path = sign(fresh, key)
-    (one,), found = problems(path, Rerun(fresh.path), read_trusted([pub]), TODAY)
+def test_what_is_signed_is_verified_and_is_figures_and_versions(reported, key, pub):
+    path = sign(reported, key)
+    (one,), found = problems(path, Rerun(reported.path), read_trusted([pub]), TODAY)
     assert found == []
     said = one.predicate
     assert (one.holder, said.by, said.verdict, said.recommended, said.waiver) == (
         "key", "Ada", "PASS", True, None,
     )  # fmt: skip
     assert {"plan.json", "gate.json", "report.html", "study.yaml", "data/manifest.json"} <= set(said.files)
-    assert said.artifacts["S0/s3/int8"] == read_gate(fresh.path).provenance.artifacts["S0/s3/int8"]
-    assert said.figures["row"]["holm_p"] == row_of(read_gate(fresh.path), "int8", "cpu").holm_p
+    assert said.artifacts["S0/s3/int8"] == read_gate(reported.path).provenance.artifacts["S0/s3/int8"]
+    assert said.figures["row"]["holm_p"] == row_of(read_gate(reported.path), "int8", "cpu").holm_p
     assert (said.versions.generator, said.versions.project) == ("Philox", "0.3.0")
     assert said.versions.numpy
     assert said.versions.scipy
@@ -160,10 +175,8 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES.values(), ids=FILES)
-def test_one_flipped_bit_is_found_and_named(judged_folder, key, pub, name):
-    run = Run(judged_folder)  # in its own place: the recipes are files with absolute paths
-    shutil.rmtree(run.path / "signoff", ignore_errors=True)
-    path = sign(run, key)
+def test_one_flipped_bit_is_found_and_named(signed, pub, name):
+    run, path = signed
     spoiled = (run.path / name).resolve()
     was = spoiled.stat()
     content = bytearray(spoiled.read_bytes())
@@ -179,32 +192,34 @@ def test_one_flipped_bit_is_found_and_named(judged_folder, key, pub, name):
     assert faults(path, run, pub) == [], "repaired, it holds again"
 
 
-def test_a_report_that_was_forged_is_refused_before_and_after_it_is_signed(fresh, key, pub):
-    page = fresh.path / "report.html"
+def test_a_report_that_was_forged_is_refused_before_and_after_it_is_signed(reported, key, pub):
+    page = reported.path / "report.html"
     whole = page.read_text()
     forged = whole.replace("</h1>", "</h1><h1>PASS: ship everything</h1>", 1)
     page.write_text(forged)
     with pytest.raises(
         UserError, match=r"report.html: line \d+ is not what gate.json gives: '.*ship everything"
     ):
-        sign(fresh, key)
+        sign(reported, key)
     page.write_text(whole)
-    path = sign(fresh, key)
+    path = sign(reported, key)
     page.write_text(forged)
-    assert any("report.html: line" in text and "ship everything" in text for text in faults(path, fresh, pub))
-    edit(fresh.path / "gate.json", lambda g: g.update(reason="ship everything"))
-    report(fresh)
-    assert any("gate.json: reason is 'ship everything'" in text for text in faults(path, fresh, pub))
+    assert any(
+        "report.html: line" in text and "ship everything" in text for text in faults(path, reported, pub)
+    )
+    edit(reported.path / "gate.json", lambda g: g.update(reason="ship everything"))
+    report(reported)
+    assert any("gate.json: reason is 'ship everything'" in text for text in faults(path, reported, pub))
 
 
-def test_a_file_that_is_gone_or_came_later_is_named(fresh, key, pub):
-    path = sign(fresh, key)
-    (fresh.path / "table.md").unlink()
-    assert faults(path, fresh, pub) == ["table.md is missing"]
-    shutil.copy(fresh.path / "report.html", fresh.path / "variants/int8/S1/s0/extra")
-    assert any("unrecorded file extra" in text for text in faults(path, fresh, pub))
-    fresh.cost("int8", 0.6, target="gpu")
-    assert any("records/cost/gpu/int8/S1-s0.json" in text for text in faults(path, fresh, pub))
+def test_a_file_that_is_gone_or_came_later_is_named(reported, key, pub):
+    path = sign(reported, key)
+    (reported.path / "table.md").unlink()
+    assert faults(path, reported, pub) == ["table.md is missing"]
+    shutil.copy(reported.path / "report.html", reported.path / "variants/int8/S1/s0/extra")
+    assert any("unrecorded file extra" in text for text in faults(path, reported, pub))
+    reported.cost("int8", 0.6, target="gpu")
+    assert any("records/cost/gpu/int8/S1-s0.json" in text for text in faults(path, reported, pub))
 
 
 def test_signatures_are_added_and_none_can_be_taken_away(fresh, key, second, pub):
