@@ -209,7 +209,8 @@ class Quality(Stored):
     worst_slice: str | None  # where the smallest share of the gain is kept
     flips: Difference | None
     kl: Difference | None
-    tasks: dict[str, dict[str, Estimate]]  # task -> arm -> mean score
+    tasks: dict[str, dict[str, Estimate | None]]  # task -> arm -> mean score; null where it was not measured
+    how: dict[str, str] = Field(default_factory=dict)  # `flips and KL`, `tasks` if not measured -> how to
 
 
 class Classes(Stored):

@@ -3,13 +3,14 @@
 All of it is reported and none of it is a test: the gate judges the gain.
 """
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.core.checks import STUDENT, Artifacts
+from eval.core.checks import CONTROL, STUDENT, TEACHERS, Artifacts
 from eval.core.documents import cluster_names
 from eval.core.gate_file import Classes, Estimate, Quality, Variant
 from eval.core.records import (
@@ -22,10 +23,9 @@ from eval.core.records import (
     read_agreements,
     read_task_scores,
 )
-from eval.core.study import Study
 from eval.gate.evidence import Evidence
 from eval.metrics.functions import calibration_error, f1_parts
-from eval.score.agreement_records import document_tokens, estimate_agreement
+from eval.score.agreement_records import document_tokens, estimate_agreement, variant_folders
 from eval.score.corruptions import slice_documents
 from eval.score.samples import task_digest_or_none
 from eval.stats.crossed import cluster_bounds, linearise
@@ -43,10 +43,25 @@ def collect_qualities(evidence: Evidence, rows: Sequence[Variant], alpha: float)
     agreements = [r for r in artifacts.current(read_agreements(evidence.folder)) if r.arm == STUDENT]
     task_scores = list(artifacts.current(read_task_scores(evidence.folder)))
     worst = {row.recipe: worst_slice(row) for row in rows}
-    return {
+    comparable = {folder.parts[-3] for folder in variant_folders(evidence.folder, evidence.study)}
+    qualities = {
         recipe: _quality(evidence, recipe, worst.get(recipe), agreements, task_scores, alpha)
         for recipe in evidence.recipes
     }
+    return {
+        recipe: quality.model_copy(update={"how": _how(evidence, quality, recipe in comparable)})
+        for recipe, quality in qualities.items()
+    }
+
+
+def _how(evidence: Evidence, quality: Quality, comparable: bool) -> dict[str, str]:
+    """What can be measured of a recipe and was not -> the command; its student it may have to be like."""
+    study, missing = shlex.quote(str(evidence.folder)), dict[str, str]()
+    if comparable and quality.flips is None:
+        missing["flips and KL"] = f"python -m eval.score.agreement --study {study}"
+    if any(score is None for arms in quality.tasks.values() for score in arms.values()):
+        missing["tasks"] = f"python -m eval.score --study {study}"
+    return missing
 
 
 def _quality(
@@ -65,7 +80,7 @@ def _quality(
         worst_slice=worst,
         flips=flips,
         kl=kl,
-        tasks=estimate_tasks([r for r in task_scores if r.recipe == recipe], evidence.study, alpha),
+        tasks=estimate_tasks([r for r in task_scores if r.recipe == recipe], evidence, recipe, alpha),
     )
 
 
@@ -113,22 +128,26 @@ def estimate_calibration(evidence: Evidence, recipe: str, alpha: float) -> dict[
     return estimates
 
 
-def estimate_tasks(records: list[TaskScore], study: Study, alpha: float) -> dict[str, dict[str, Estimate]]:
+def estimate_tasks(
+    records: list[TaskScore], evidence: Evidence, recipe: str, alpha: float
+) -> dict[str, dict[str, Estimate | None]]:
     """Task -> arm -> mean score, seeds and samples crossed, where every seed has scores of the same samples.
 
-    Scores of samples that are not those of the task file, where that is here, are not shown.
+    Scores of samples that are not those of the task file, where that is here, are not shown. A teacher with
+    a method can only be run where it is made, and has none.
     """
-    seeds, tasks = study.seeds, study.data.tasks
-    scores: dict[str, dict[str, Estimate]] = {name: {} for name in tasks}
+    seeds, tasks = evidence.study.seeds, evidence.study.data.tasks
+    arms = [arm for arm in evidence.arms if arm not in TEACHERS] if recipe == PLAIN else [STUDENT, CONTROL]
+    scores: dict[str, dict[str, Estimate | None]] = {name: dict.fromkeys(arms) for name in tasks}
     for name, task in tasks.items():
         source = task_digest_or_none(task)
         of_task = [r for r in records if r.task == name and r.source == (source or r.source)]
-        for arm in dict.fromkeys(r.arm for r in of_task):
+        for arm in arms:
             by_seed = {r.seed: r for r in of_task if r.arm == arm}
             rows = [by_seed[seed] for seed in seeds if seed in by_seed]
             if len(rows) == len(seeds) and len({(r.source, *r.samples.id) for r in rows}) == 1:
                 scores[name][arm] = _share_estimate(np.array([r.samples.value for r in rows], float), alpha)
-    return {name: arms for name, arms in scores.items() if arms}
+    return scores
 
 
 def collect_classes(evidence: Evidence, alpha: float) -> list[Classes]:

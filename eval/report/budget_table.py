@@ -32,6 +32,8 @@ RANKS = [PASS, INCONCLUSIVE, FAIL]
 ALWAYS = ("prefill_p50", "prefill_p95", "decode_p50", "decode_p95", "peak_memory", "disk")
 WEIGHTS = {"zeros": "zero weights, share", "low_bit": "low-bit weights, share"}  # where a variant says it
 SEEDED = ("validation_bits_per_byte", "gain_retained")  # columns of which table.csv has each seed
+BESIDE = ("flips", "kl")  # of a variant against `plain`
+COMPARED = ("better_by", "decode_ratio")  # of a variant to the one in `over`
 WHERE_MEASURED = ("knee", "throughput", "energy")  # columns of tables in which some variant has them
 UNITS = {
     **dict.fromkeys(("peak_memory", "device_memory", "disk"), "MiB"),
@@ -204,36 +206,84 @@ def bound_note(number: Number) -> str:
 
 
 def csv_text(gate: GateFile) -> str:
-    """table.csv: one row per variant and target, then the teacher and the fallback; every figure at full
-    precision, its bounds and the verdict of its part, the values of each seed, what would make it pass, and
-    by what it was judged and when. A field is empty where there is nothing to say.
+    """table.csv: one row per variant and target, then the teacher and the fallback, then the pairs of
+    variants that were compared (`over` is not empty); every figure at full precision, its bounds and the
+    verdict of its part, the values of each seed, what would make it pass, how to measure what was not, and by
+    what it was judged and when. A field is empty where there is nothing to say.
     """
     table = build_budget_table(gate)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    columns = [column.name for column in table.quality + table.costs]
-    figures = [f"{name}{end}" for name in columns for end in ("", "_low", "_high", "_verdict")]
+    titles = table.quality + table.costs
+    ends = ("", "_low", "_high")
+    figures = [f"{column.name}{end}" for column in titles for end in (*ends, "_verdict")]
     seeds = [f"{name}_s{seed}" for name in SEEDED for seed in gate.seeds]
-    before = ["recipe", "target", "engine", "verdict", "recommended", "cost"]
-    writer.writerow([*before, *figures, *seeds, "reason", "to_pass", "judged"])
-    for row in table.rows:
-        v = row.variant
-        cells = [*row.quality, *(row.costs or [Cell("")] * len(table.costs))]
-        when = measured_on(gate, v.target) if row.costs else NOT_MEASURED
-        names = [v.recipe, v.target, v.engine, v.verdict, str(v.recommended).lower(), when]
-        by_seed = [v.scores[VALIDATION].by_seed, v.kept_share.by_seed]
-        values = [text for of in by_seed for text in (map(repr, of) if of else [""] * len(gate.seeds))]
-        fields = [field for cell in cells for field in _fields(cell)]
-        writer.writerow([*names, *fields, *values, v.reason, remedy_text(v), stamp(gate)])
-    for beside in table.references:
-        cells = [*[Cell("")] * len(table.quality), *(beside.costs or [Cell("")] * len(table.costs))]
-        when = measured_on(gate, beside.target) if beside.costs else NOT_MEASURED
-        fields = [field for cell in cells for field in _fields(cell)]
-        rest = [""] * (len(seeds) + 2)
-        writer.writerow([beside.name, beside.target, "", "", "false", when, *fields, *rest, stamp(gate)])
+    differences = [f"{name}{end}" for name in (*BESIDE, *COMPARED) for end in ends]
+    names = ["recipe", "target", "engine", "verdict", "recommended", "cost", *figures, *seeds]
+    names += ["reason", "to_pass", "over", *differences, "not_measured", "judged"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    for fields in (*_variant_rows(gate, table), *_reference_rows(gate, table), *_comparison_rows(gate)):
+        writer.writerow({**fields, "judged": stamp(gate)})
     return out.getvalue()
 
 
-def _fields(cell: Cell) -> Iterator[str]:
-    yield from ("" if number is None else repr(number) for number in (cell.value, cell.low, cell.high))
-    yield cell.verdict
+def _variant_rows(gate: GateFile, table: BudgetTable) -> Iterator[dict[str, str]]:
+    for row in table.rows:
+        v, quality = row.variant, gate.quality.get(row.variant.recipe)
+        by_seed = zip(SEEDED, (v.scores[VALIDATION].by_seed, v.kept_share.by_seed), strict=True)
+        seeds = {
+            f"{name}_s{seed}": repr(x)
+            for name, of in by_seed
+            for seed, x in zip(gate.seeds, of, strict=False)
+        }
+        differences = (quality.flips, quality.kl) if quality else ()
+        missing = {f"cost on {v.target}": v.how} if v.how else {}
+        missing |= quality.how if quality else {}
+        yield {
+            **{"recipe": v.recipe, "target": v.target, "engine": v.engine, "verdict": v.verdict},
+            "recommended": str(v.recommended).lower(),
+            "cost": measured_on(gate, v.target) if row.costs else NOT_MEASURED,
+            **_figures(table.quality, row.quality),
+            **_figures(table.costs, row.costs),
+            **seeds,
+            **{"reason": v.reason, "to_pass": remedy_text(v)},
+            **{
+                key: text
+                for name, one in zip(BESIDE, differences, strict=False)
+                if one is not None
+                for key, text in _bounds(name, one.value, one.low, one.high).items()
+            },
+            "not_measured": "; ".join(f"{what}: {how}" for what, how in missing.items()),
+        }
+
+
+def _reference_rows(gate: GateFile, table: BudgetTable) -> Iterator[dict[str, str]]:
+    for beside in table.references:
+        when = measured_on(gate, beside.target) if beside.costs else NOT_MEASURED
+        names = {"recipe": beside.name, "target": beside.target, "recommended": "false", "cost": when}
+        yield {**names, **_figures(table.costs, beside.costs)}
+
+
+def _comparison_rows(gate: GateFile) -> Iterator[dict[str, str]]:
+    """One row per pair and target on which both were measured; one without a target where there is none."""
+    for one in gate.comparisons:
+        pair = {"recipe": one.recipe, "over": one.over}
+        pair |= _bounds(COMPARED[0], one.lead.point, one.lead.low, one.lead.high)
+        for target, ratio in one.decode.items():
+            ratios = _bounds(COMPARED[1], ratio.point, ratio.lower, ratio.upper)
+            yield {**pair, "target": target, **ratios}
+        if not one.decode:
+            yield pair
+
+
+def _figures(columns: list[Column], cells: list[Cell]) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for column, cell in zip(columns, cells, strict=False):  # no cells where nothing was measured
+        fields |= _bounds(column.name, cell.value, cell.low, cell.high)
+        fields[f"{column.name}_verdict"] = cell.verdict
+    return fields
+
+
+def _bounds(name: str, value: float | None, low: float | None, high: float | None) -> dict[str, str]:
+    ends = {"": value, "_low": low, "_high": high}
+    return {f"{name}{end}": "" if number is None else repr(number) for end, number in ends.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.budget import AT_LOAD
 from eval.core.documents import describe_data
-from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Part, Relative, Variant
+from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Part, Quality, Relative, Variant
 from eval.core.records import PLAIN, VALIDATION
 
 ARMS = {
@@ -30,6 +30,7 @@ PARTS = {
 SYMBOLS = {"PASS": "✔", "FAIL": "✘", "INCONCLUSIVE": "?"}
 MISSING, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 NOT_MEASURED = "not measured yet"
+AGREEMENT = "flips and KL"  # what `how` of a quality calls them
 FOOTNOTE = (
     f"{TIMES} is the ratio to the named variant in the same rounds; of [a, b] ≤ c, b is the bound that "
     f"decides and c the limit (of ≥, a); ≤ or ≥ alone is a bound without a limit; {MISSING} stands where no "
@@ -206,10 +207,10 @@ def student_shares(gate: GateFile) -> dict[str, KeptShare]:
     }
 
 
-def difference_cell(value: Difference | None) -> Cell:
+def difference_cell(value: Difference | None, missing: str = MISSING) -> Cell:
     """A difference from the uncompressed student with its interval, and what mere reruns differ by."""
     if value is None:
-        return Cell(MISSING)
+        return Cell(missing)
     span = f"[{significant(value.low)}, {significant(value.high)}]"
     return Cell(significant(value.value), (span, f"noise {significant(value.floor)}"), value=value.value)
 
@@ -224,19 +225,22 @@ BEHAVIOUR = [
 
 
 def behaviour_cells(gate: GateFile) -> dict[str, list[Cell]]:
-    """Recipe -> the cells of `BEHAVIOUR`, of the recipes of which more than the least slice is known."""
+    """Recipe -> the cells of `BEHAVIOUR`; what there is nothing to measure of has no words."""
 
     def figure(estimates: dict[str, Estimate]) -> Cell:
-        return estimate_cell(estimates[VALIDATION]) if VALIDATION in estimates else Cell(MISSING)
+        return estimate_cell(estimates[VALIDATION]) if VALIDATION in estimates else Cell(NOT_MEASURED)
+
+    def against_plain(quality: Quality) -> list[Cell]:
+        missing = NOT_MEASURED if AGREEMENT in quality.how else MISSING
+        return [difference_cell(value, missing) for value in (quality.flips, quality.kl)]
 
     return {
         recipe: [
             *(figure(estimates) for estimates in (quality.accuracy, quality.calibration_error)),
-            *(difference_cell(estimates) for estimates in (quality.flips, quality.kl)),
+            *against_plain(quality),
             Cell(quality.worst_slice or MISSING),
         ]
         for recipe, quality in gate.quality.items()
-        if quality.accuracy or quality.calibration_error or quality.flips or quality.kl
     }
 
 
@@ -251,7 +255,9 @@ def class_rows(gate: GateFile) -> list[tuple[str, str, list[Cell]]]:
         rates = [
             Cell(MISSING) if value is None else estimate_cell(value) for value in (one.f1, one.false_alarms)
         ]
-        numbers = [MISSING if value is None else fixed(value) for value in (one.brier, one.calibration_error)]
+        unknown = NOT_MEASURED if one.domain is None else MISSING  # the error of a domain is not estimated
+        error = unknown if one.calibration_error is None else fixed(one.calibration_error)
+        numbers = [fixed(one.brier), error]
         cells = [Cell(str(one.texts)), estimate_cell(one.accuracy), *rates, *map(Cell, numbers)]
         rows.append((place, one.arm if one.recipe == PLAIN else f"{one.arm}, {one.recipe}", cells))
     return rows
@@ -297,7 +303,7 @@ def seed_rows(gate: GateFile) -> list[tuple[str, list[float]]]:
 
 
 def task_arms(gate: GateFile) -> list[str]:
-    """Arms that were scored on some task."""
+    """Arms that are scored on tasks."""
     scored = {arm for quality in gate.quality.values() for scores in quality.tasks.values() for arm in scores}
     return [arm for arm in ARMS if arm in scored]
 
@@ -305,15 +311,21 @@ def task_arms(gate: GateFile) -> list[str]:
 def task_rows(gate: GateFile) -> list[tuple[str, str, list[Cell]]]:
     """Recipe, task, and the mean score of each of `task_arms`."""
     arms = task_arms(gate)
+
+    def cell(scores: dict[str, Estimate | None], arm: str) -> Cell:
+        if arm not in scores:
+            return Cell(MISSING)
+        return Cell(NOT_MEASURED) if (score := scores[arm]) is None else estimate_cell(score)
+
     return [
-        (recipe, task, [estimate_cell(scores[arm]) if arm in scores else Cell(MISSING) for arm in arms])
+        (recipe, task, [cell(scores, arm) for arm in arms])
         for recipe, quality in gate.quality.items()
         for task, scores in quality.tasks.items()
     ]
 
 
 def measuring_commands(gate: GateFile, folded: Collection[str] = ()) -> dict[str, str]:
-    """How to measure what was not: the variants that one command measures -> that command.
+    """How to measure what was not: what one command measures, and of which variants -> that command.
 
     Args:
         folded: targets that are told elsewhere.
@@ -322,7 +334,12 @@ def measuring_commands(gate: GateFile, folded: Collection[str] = ()) -> dict[str
     for v in gate.variants:
         if v.how and v.target not in folded:
             recipes.setdefault((v.target, v.how), []).append(v.recipe)
-    return {f"{several(names)} on {target}": how for (target, how), names in recipes.items()}
+    commands = {f"{several(names)} on {target}": how for (target, how), names in recipes.items()}
+    beside: dict[tuple[str, str], list[str]] = {}
+    for recipe, quality in gate.quality.items():
+        for what, how in quality.how.items():
+            beside.setdefault((what, how), []).append(recipe)
+    return commands | {f"{what} of {several(names)}": how for (what, how), names in beside.items()}
 
 
 def several(names: list[str], most: int = 6) -> str:

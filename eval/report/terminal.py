@@ -119,7 +119,7 @@ def lines_below(gate: GateFile, budget: BudgetTable) -> Iterator[str]:
     for line, how in fold_lines(gate, budget).items():
         yield f"{line}; measure with {how}" if how else line
     for names, how in measuring_commands(gate, budget.folded).items():
-        yield f"to measure {names}: {how}"
+        yield f"{names}: {NOT_MEASURED}; measure with {how}"
 
 
 def print_report(gate: GateFile, console: Console, data: Iterable[str] = ()) -> None:

@@ -32,7 +32,8 @@ VARIANTS = [
 BUDGET = yaml.safe_load("""
 {name: default, alpha: 0.05, f: 0.5, g: 0.5, slices: {near: 0.5, far: 0.5}, hash: abc, targets: {
   cpu: {device: cpu, required: true, limits: {decode_p50: {at_most: 1.0, of: plain}}},
-  gpu: {device: cuda, required: false, limits: {}}}}
+  gpu: {device: cuda, required: false, limits: {}},
+  phone: {device: cpu, required: false, limits: {}}}}
 """)
 POWER = yaml.safe_load(
     "{clusters: 64, seeds: 3, effect: 0.02, power_now: 0.86, seeds_for_80: 3, clusters_for_80: 51}"
@@ -129,6 +130,14 @@ def quality(bits: float) -> dict:
     }
 
 
+def half_measured() -> dict:
+    """A variant that nobody held against its student, and whose control saw no task."""
+    how = {"flips and KL": "python -m eval.score.agreement --study runs/x"}
+    how["tasks"] = "python -m eval.score --study runs/x"
+    tasks = {"sums": {"S1": {**span(0.37, 0.07), "unit": "mark"}, "S0": None}}
+    return {**quality(2.61), "flips": None, "kl": None, "tasks": tasks, "how": how}
+
+
 TEST = yaml.safe_load("""
 {openings: 1, time: "2026-01-03T10:00:00+00:00", by: Ada, recipe: int8, target: cpu, current: true, documents: 64,
  verdict: PASS, parts: [], teacher_gain: null, guard_share: null, kept_share: {point: 0.61, low: 0.52, high: 0.7},
@@ -197,6 +206,11 @@ def variant(row: tuple, target: str = "cpu", measured: bool = True) -> dict:
     }
 
 
+def unmeasured(target: str) -> list[dict]:
+    """Rows of a target on which nothing was measured, and of which all is told by those of another."""
+    return [variant(row, target, measured=False) for row in VARIANTS[:5]]
+
+
 def reference(arm: str, decode: float) -> dict:
     """The teacher or the fallback, which the pick is held against."""
     saved = {"point": 0.71 / decode, "lower": 0.7 / decode, "upper": 0.73 / decode, "of": arm}
@@ -248,15 +262,15 @@ def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
             "runs": [RUN],
         },
         "reason": "int8 keeps the method's gain on cpu, beats the fallback and stays within every limit.",
-        "recommended": {"cpu": "int8", "gpu": None},
-        "as_good": {"cpu": ["int4"], "gpu": []},
+        "recommended": {"cpu": "int8", "gpu": None, "phone": None},
+        "as_good": {"cpu": ["int4"], "gpu": [], "phone": []},
         "level": 0.9,
         "rivals": [],
         "fixed": None,
         "extent": {"seeds": 3, "documents": SLICES, "variants": 9, "records": len(records)},
         "notes": ["all 3 seeds share one teacher T1 (0123456789ab)"],
         "test_set": TEST,
-        "quality": {row[0]: quality(row[2]) for row in VARIANTS},
+        "quality": {row[0]: quality(row[2]) for row in VARIANTS} | {"nf4": half_measured()},
         "teacher_gain": span(0.126, 0.021),
         "teacher_gain_slices": {"near": span(0.131, 0.03), "far": span(0.098, 0.035)},
         "scores": {
@@ -363,6 +377,6 @@ def run_folder(
         write_manifest(run / "base" / f"s{seed}", "B", seed, 6.0)
         for arm, start in (("S1", 3.0), ("S0", 2.8), ("CE", 3.4)):
             write_manifest(run / "students" / arm / f"s{seed}", arm, seed, start)
-    default = [variant(row) for row in VARIANTS] + [variant(VARIANTS[6], "gpu", measured=False)]
+    default = [*map(variant, VARIANTS), *unmeasured("gpu")]
     (run / "gate.json").write_text(json.dumps(gate_of(run, title, default if variants is None else variants)))
     return run

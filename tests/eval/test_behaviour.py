@@ -64,7 +64,11 @@ def test_what_was_not_measured_is_empty(run):
     qualities = quality(run)
     assert set(qualities) == {"plain", "int8", "half"}
     one = qualities["int8"]
-    assert (one.accuracy, one.calibration_error, one.tasks, one.flips, one.kl) == ({}, {}, {}, None, None)
+    assert (one.accuracy, one.calibration_error, one.flips, one.kl) == ({}, {}, None, None)
+    assert one.tasks == {"pick": {"S1": None, "S0": None}}
+    how = {"flips and KL": "eval.score.agreement", "tasks": "eval.score"}
+    assert one.how == {what: f"python -m {module} --study {run.path}" for what, module in how.items()}
+    assert set(qualities["plain"].how) == {"tasks"}, "it is what others are held against"
     assert one.worst_slice in ("validation", "far")
 
 
@@ -102,11 +106,13 @@ def test_task_scores_are_shown_for_every_arm_that_has_them_on_the_same_samples(r
             write_task_score(run, record, [1, 0, 0, 0])
     qualities = quality(run)
     assert set(qualities["plain"].tasks) == {"pick"}
-    assert set(qualities["plain"].tasks["pick"]) == {"S1"}, "B was scored on two versions of the task"
+    scored = {arm for arm, score in qualities["plain"].tasks["pick"].items() if score is not None}
+    assert scored == {"S1"}, "B was scored on two versions of the task"
+    assert set(qualities["plain"].tasks["pick"]) == {"B", "S0", "S1", "CE"}, "no teacher is run by itself"
     one = qualities["plain"].tasks["pick"]["S1"]
     assert (one.point, one.unit) == (pytest.approx((2 * 2 + 2 * 3) / 16), "share")
     assert one.low < one.point < one.high
-    assert qualities["int8"].tasks == {}, "one seed was not scored"
+    assert qualities["int8"].tasks["pick"] == {"S1": None, "S0": None}, "one seed was not scored"
 
 
 def test_scores_on_another_version_of_a_task_file_that_is_here_are_not_shown(run, tmp_path, monkeypatch):
@@ -117,4 +123,5 @@ def test_scores_on_another_version_of_a_task_file_that_is_here_are_not_shown(run
             write_task_score(run, record, [1, 0, 1, 0])
         if (record.recipe, record.arm) == ("plain", "B"):
             write_task_score(run, record, [1, 0, 0, 0], source=task_digest(PICK))
-    assert set(quality(run)["plain"].tasks["pick"]) == {"B"}
+    scores = quality(run)["plain"].tasks["pick"]
+    assert [arm for arm, score in scores.items() if score is not None] == ["B"]

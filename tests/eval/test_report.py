@@ -27,7 +27,7 @@ from eval.report.figures import smooth
 from eval.report.format import TIMES, part_verdict
 from eval.report.html import render_page
 from eval.report.markdown import render_markdown
-from tests.eval.report_run import HOSTILE, SLICES, VARIANTS, run_folder, variant
+from tests.eval.report_run import HOSTILE, SLICES, VARIANTS, run_folder, unmeasured, variant
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "br", "input", "img", "hr", "link", "path", "use", "rect"}
@@ -94,7 +94,6 @@ def test_terminal_shows_the_table_and_ends_with_the_path(demo):
     assert "int8 *" in out
     assert "99% low-bit" in out, "what was done to the weights, below the name"
     assert "zero weights" not in out, "and not among the slices"
-    assert " ".join(out.split()).count("gpu: nf4: not measured yet") == 1, "one line for a target"
     assert "python -m eval.cost --study runs/x --target gpu" in out
     assert "The test documents were opened once, last by Ada on 2026-01-03 for int8 on cpu: PASS" in out
     assert "Note: all 3 seeds share one teacher" in out
@@ -256,18 +255,44 @@ def test_every_form_says_when_and_by_what_it_was_judged_and_what_was_not_measure
     assert html.count("0.116</td>") == 1
 
 
+def test_rows_of_a_target_without_any_figure_are_one_line_in_every_form(demo):
+    _, out, table, html = demo
+    for form in (out, table, "".join(Page(html).text)):
+        words = " ".join(form.split())
+        assert words.count("gpu: plain, int8, int4, wanda50, depth25: not measured yet") == 1
+        assert "python -m eval.cost --study runs/x --target gpu" in words
+        assert "on gpu: not measured" not in words
+    assert out.count("on gpu") == 0
+    assert "| gpu |" not in table
+    assert 'data-label="target">gpu' not in html
+
+
+def test_every_form_says_what_was_not_measured_and_how_to(demo):
+    run, out, table, html = demo
+    page, forms = " ".join(" ".join(Page(html).text).split()), (run / "table.csv").read_text()
+    for form in (" ".join(out.split()), table, page, forms):
+        assert "python -m eval.score.agreement --study runs/x" in form
+    assert "flips and KL of nf4: not measured yet; measure with python" in " ".join(out.split())
+    behaviour = next(line for line in table.splitlines() if line.startswith("| nf4 |") and "far" in line)
+    assert behaviour.count("| not measured yet ") == 2
+    assert "| nf4 | sums | not measured yet | 0.370 [0.300, 0.440] |" in table
+    assert "nf4 sums not measured yet 0.370 [0.300, 0.440]" in page
+    assert page.count("not measured yet not measured yet far") == 1
+
+
 def test_a_spreadsheet_reads_every_variant_with_bounds_and_verdicts(demo):
     run, gate = demo[0], read_gate(demo[0])
     with (run / "table.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    *rows, teacher, fallback = rows
+    *rows, teacher, fallback = (row for row in rows if not row["over"])
     assert [(row["recipe"], row["target"], row["verdict"]) for row in rows] == [
         (v.recipe, v.target, v.verdict) for v in gate.variants
     ]
     assert (teacher["recipe"], fallback["recipe"]) == ("teacher T1", "fallback B")
     assert float(teacher["decode_p50"]) == gate.references[0].cost["decode_p50"].value
-    assert {row["cost"] for row in rows[:-1]} == {"measured on 2026-01-01 to 2026-01-02"}
-    assert rows[-1]["cost"] == "not measured yet"
+    measured, rest = rows[: len(VARIANTS)], rows[len(VARIANTS) :]
+    assert {row["cost"] for row in measured} == {"measured on 2026-01-01 to 2026-01-02"}
+    assert [row["cost"] for row in rest] == ["not measured yet"] * 5
     for row, v in zip(rows, gate.variants, strict=True):
         assert [float(row[f"gain_retained_s{seed}"]) for seed in gate.seeds] == v.kept_share.by_seed
         share = v.kept_share
@@ -285,7 +310,7 @@ def test_same_gate_same_bytes_and_other_times_same_quality(demo, tmp_path):
     run, _, table, html = demo
     assert made_here(run) == (table, html)
     slower = [variant((*row[:5], row[5] * 3, *row[6:])) for row in VARIANTS]
-    other = run_folder(tmp_path, variants=[*slower, variant(VARIANTS[6], "gpu", measured=False)])
+    other = run_folder(tmp_path, variants=[*slower, *unmeasured("gpu")])
     quality = render_markdown(read_gate(other)).partition("## Cost")
     assert quality[2] != table.partition("## Cost")[2]
     assert quality[0] == table.partition("## Cost")[0]

@@ -11,7 +11,7 @@ import pytest
 
 from eval.core.gate_file import read_gate
 from eval.report.html import render_page as html_of
-from tests.eval.report_run import VARIANTS, run_folder, variant
+from tests.eval.report_run import VARIANTS, run_folder, unmeasured, variant
 
 pytestmark = pytest.mark.browser
 
@@ -74,9 +74,11 @@ def browser() -> Iterator:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> SimpleNamespace:
-    """The gate of a run, its folder, and its report as a file; one variant is of a target without figures."""
+    """The gate of a run, its folder, and its report as a file; of one target no variant has figures, another has one of its own."""
     alone = variant(("only-gpu", *VARIANTS[6][1:]), "gpu", measured=False)
-    run = run_folder(tmp_path_factory.mktemp("runs"), variants=[*map(variant, VARIANTS), alone])
+    run = run_folder(
+        tmp_path_factory.mktemp("runs"), variants=[*map(variant, VARIANTS), alone, *unmeasured("phone")]
+    )
     gate = read_gate(run)
     path = run / "report.html"
     path.write_text(html_of(gate, run, "name: demo"), encoding="utf-8")
@@ -204,13 +206,28 @@ def test_everything_has_a_name_and_can_be_seen(visit, scheme):
 
 
 def test_a_phone_scrolls_down_only_and_still_hears_a_table(visit):
-    page = visit(viewport={"width": 360, "height": 740})
+    page = visit(viewport={"width": 390, "height": 740})
     page.get_by_role("button", name="Open all shown").click()
     page.wait_for_selector("#all:has-text('Close')")
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    wide = "[...document.querySelectorAll('p, h1, h2, h3, dl, figure')].filter((e) => e.getBoundingClientRect().width > 360)"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    wide = "[...document.querySelectorAll('p, h1, h2, h3, dl, figure')].filter((e) => e.getBoundingClientRect().width > 390)"
     assert page.evaluate(f"{wide}.length") == 0
+    fold = page.locator(".fold")
+    assert fold.count() == 1, "five rows in one line"
+    assert "phone: plain, int8, int4, wanda50, depth25: not measured yet" in fold.inner_text()
+    assert page.locator("tr.row", has_text="not measured yet on gpu").count() == 1, (
+        "of which no other row tells"
+    )
+    for name, first in (("The teacher and the fallback", "teacher T1"), ("Variant against variant", "int8")):
+        region = page.get_by_role("region", name=f"{name}, may scroll sideways")
+        assert region.locator("tbody th").first.inner_text() == first
+        assert region.evaluate("e => e.getBoundingClientRect().right <= 390 && e.scrollWidth > e.clientWidth")
+    unsure = page.locator("tbody", has=page.get_by_role("button", name="depth25", exact=True)).locator(
+        ".why p"
+    )
+    assert "To pass: retention: about 5 seeds or 90 clusters" in unsure.first.inner_text()
+    assert unsure.first.evaluate("e => e.getBoundingClientRect().right <= 390")
     session = page.context.new_cdp_session(page)
     roles = [
         node["role"]["value"]
