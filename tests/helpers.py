@@ -195,3 +195,8 @@ def launch(
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return run(*launcher, "distill/train.py", "--config", str(study), *words, timeout=timeout)
+
+
+def table_width(output: str) -> int:
+    """Columns of the widest line of the tables that rich printed."""
+    return max(len(line) for line in output.splitlines() if line[:1] in "┏┃┡│├└")

@@ -37,14 +37,12 @@ from eval.challenge.runs import run_study, share_artifacts
 from eval.core.artifacts import write_text
 from eval.core.budget import Budget
 from eval.core.checks import check_plan
-from eval.core.commands import new_parser, study_from_command, write_json
+from eval.core.commands import new_console, new_parser, stamp_line, study_from_command, write_json
 from eval.core.errors import UserError, entry
 from eval.core.sections.classification import in_words
 from eval.core.study import Study, check_trained, study_text
 from eval.gate.evidence import Evidence
 from eval.report.format import bounds_text
-
-WIDTH = 118  # columns of the table where it is not for a terminal
 
 
 @dataclass
@@ -147,8 +145,7 @@ def main() -> None:
     left = challenge.run(args.first_collapse)
     outcomes = challenge.outcomes()
     sentence = conclude(outcomes)
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH)
+    console = new_console()
     show(outcomes, study.task, console)
     notes = rare_failures(challenge.evidence[SAME])
     if doses := challenge.doses():
@@ -162,6 +159,7 @@ def main() -> None:
     notes += [f"not tried: {what}: {why}" for what, why in skipped.items()]
     for note in notes:
         print(note)
+    print(stamp_line("challenged"))
     print(f"{study.name} {sentence}")
     result = ChallengeFile(
         study=study.name,

@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from eval.challenge.outcome import Claim, Outcome, judge_claims, read_evidence
 from eval.challenge.runs import run_study
 from eval.core.budget import Budget
 from eval.core.checks import CE, check_plan
-from eval.core.commands import add_json, add_keys_help, new_parser, write_json
+from eval.core.commands import add_json, add_keys_help, new_console, new_parser, stamp_line, write_json
 from eval.core.errors import UserError, entry
 from eval.core.gate_file import Estimate
 from eval.core.records import PLAIN, VALIDATION
@@ -101,7 +100,8 @@ def show(study: Study, outcomes: list[Outcome], effects: dict[str, float]) -> No
             _interval(one.lead),
             "-" if one.lead.p is None else f"{one.lead.p:.2g}",
         )
-    Console().print(table)
+    new_console().print(table)
+    print(stamp_line("looked at"))
     student = outcomes[1]
     if student.share is not None:
         point, low, high = student.share

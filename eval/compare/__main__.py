@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from eval.challenge.rows import own_rows
@@ -23,7 +22,7 @@ from eval.compare.contrasts import ABSORBED, SERVED, Compared, ComparisonFile, c
 from eval.core.artifacts import write_text
 from eval.core.budget import Budget
 from eval.core.checks import check_plan
-from eval.core.commands import NewFile, add_json, new_parser, write_json
+from eval.core.commands import NewFile, add_json, new_console, new_parser, stamp_line, write_json
 from eval.core.errors import EXIT_PASS, UserError, entry
 from eval.core.gate_file import GateFile, read_gate
 from eval.core.plan import budget_of_run
@@ -32,7 +31,6 @@ from eval.gate.evidence import Evidence, collect_evidence
 from eval.report.format import MISSING, TIMES, bounds_text
 from eval.report.markdown import markdown_table
 
-WIDTH = 150  # columns of the table where it is not for a terminal
 TITLES = {
     "study": "study",
     "gain": "teacher's gain T1 - T0",
@@ -193,14 +191,14 @@ def main() -> int:
     shown = Table(*TITLES.values(), title="bits per byte, each with its bounds at alpha")
     for line in table:
         shown.add_row(*(line[name] for name in TITLES))
-    console = Console()
-    (console if console.is_terminal else Console(width=WIDTH)).print(shown)
+    new_console().print(shown)
     remarks = notes(rows, args.margin, found[0][1].alpha)
-    print("\n".join(remarks))
+    made = stamp_line("compared")
+    print("\n".join([*remarks, made]))
     absorbed = sum(row.result == ABSORBED for row in rows)
     print(f"{absorbed} of {len(rows)} absorbed")
     if args.markdown is not None:
-        text = markdown_table([*TITLES.values()], [[line[name] for name in TITLES] for line in table])
+        text = markdown_table([*TITLES.values()], [[line[name] for name in TITLES] for line in table], made)
         write_text(args.markdown, f"{text}\n")
     result = ComparisonFile(margin=args.margin, rows=rows, notes=remarks)
     write_json(beside(studies[0]) / "compare.json", result)

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -153,6 +154,16 @@ def remembered_hashes(files: dict[str, Path], memory: Path) -> dict[str, str]:
 def project_version() -> str:
     """Name and version of this project, as installed."""
     return f"absorb {_version('absorb')}".strip()
+
+
+@cache
+def tool_text() -> str:
+    """The same with the commit of the checkout, where there is one, and `dirty` where files were changed."""
+    commit = ""
+    if (ROOT / ".git").exists() and (git := shutil.which("git")):
+        words = [git, "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{project_version()} ({commit})" if commit else project_version()
 
 
 def library_versions() -> dict[str, str]:

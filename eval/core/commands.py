@@ -6,27 +6,50 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import types
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from eval.core.artifacts import parse_stages, write_text
+from eval.core.artifacts import parse_stages, tool_text, write_text
 from eval.core.errors import UserError
 from eval.core.study import Study, check_trained, load_study
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH = 120  # columns of a table at most, and where nobody can tell, e.g. in a log
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}  # of verdicts, on a terminal
 LOG = "log.txt"
 TYPED = "ABSORB_TYPED"  # environment variable: the command as it was typed, where `absorb` started it
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 CURSOR = re.compile(r"\x1b\[|\r(?!\n)")  # what draws a progress bar, and is no line
+
+
+def stamp_line(what: str, time: str = "", tool: str = "") -> str:
+    """When and by what a table was made: `judged on 2026-01-02 by absorb 0.9.0 (0123456789ab)`.
+
+    Args:
+        time: ISO 8601; now, and `tool` this very project, where they are not given.
+    """
+    return f"{what} on {(time or datetime.now(UTC).isoformat())[:10]} by {tool or tool_text()}"
+
+
+def new_console() -> "Console":
+    """Where tables are printed: as wide as the terminal, and never wider than `WIDTH`."""
+    from rich.console import Console
+
+    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+    return Console(width=width, highlight=False)
 
 
 class _Parser(argparse.ArgumentParser):

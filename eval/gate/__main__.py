@@ -15,7 +15,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 from rich.console import Console
 from rich.text import Text
 
-from eval.core.commands import STYLES, new_parser, study_from_command, write_json
+from eval.core.commands import STYLES, new_parser, stamp_line, study_from_command, write_json
 from eval.core.errors import EXITS, entry
 from eval.core.gate_file import GateFile, OnTestSet, Variant
 from eval.core.jobs import lock_folder
@@ -64,6 +64,8 @@ def verdict_lines(result: GateFile) -> Iterator[Text]:
 def print_verdict(console: Console, result: GateFile, path: Path) -> None:
     for line in verdict_lines(result):
         console.print(line, soft_wrap=True)
+    made = stamp_line("judged", result.runs[-1].time, result.provenance.tool)
+    console.print(Text(f"{made}, budget {result.budget['name']}"), soft_wrap=True)
     legend = "* recommended; " if any(row.recommended for row in result.variants) else ""
     console.print(Text(f"{legend}the whole verdict lies in {path}"), soft_wrap=True)
 

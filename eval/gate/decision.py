@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from eval.core.artifacts import digest, project_version
+from eval.core.artifacts import digest, tool_text
 from eval.core.budget import Budget, Target
 from eval.core.checks import CONTROL, STUDENT
 from eval.core.errors import UserError
@@ -332,7 +332,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
         fixed=fixed,
         extent=extent,
         provenance=Provenance(
-            tool=project_version(),
+            tool=tool_text(),
             times=evidence.times,
             config=evidence.study.hash(),
             data=evidence.data,

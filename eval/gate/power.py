@@ -10,17 +10,23 @@ will pick among M variants that a target can afford plans with `--among M`: Holm
 for the retention alone: the assay is one test for all variants.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import Artifacts
-from eval.core.commands import count, new_parser, positive, study_from_command, write_json
+from eval.core.commands import (
+    count,
+    new_console,
+    new_parser,
+    positive,
+    stamp_line,
+    study_from_command,
+    write_json,
+)
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.records import PLAIN, VALIDATION, each_score
 from eval.core.study import Study, load_study
@@ -40,7 +46,6 @@ from eval.stats.power import (
     seeds_for,
 )
 
-WIDTH = 130  # columns where nobody can tell
 ENDS = [(1 - PLAN_LEVEL) / 2, (1 + PLAN_LEVEL) / 2]
 
 
@@ -229,9 +234,10 @@ def main() -> None:
     budget = load_budget(plan, args.budget)
     pilot, among = read_pilot(folder, study), args.among
     rows = [plan_test(test) for test in list_tests(pilot, budget, plan, args.gain, args.share, among)]
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = new_console()
     console.print(render_table(rows, among))
     console.print(plan_sentence(rows), soft_wrap=True)
+    console.print(stamp_line("planned"), soft_wrap=True)
     plan_figures = {"alpha": budget.alpha, "among": among, "goal": GOAL, "level": PLAN_LEVEL, "tests": rows}
     write_json(args.json, {"pilot": str(folder), **plan_figures})
 

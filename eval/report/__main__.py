@@ -5,14 +5,10 @@
 The report decides nothing: every figure and verdict is the gate's.
 """
 
-import shutil
-import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from eval.core.artifacts import file_sha256, write_text
-from eval.core.commands import new_parser, study_from_command
+from eval.core.commands import new_console, new_parser, study_from_command
 from eval.core.errors import UserError, entry
 from eval.core.gate_file import GateFile, read_gate
 from eval.core.sections.classification import in_words
@@ -21,8 +17,6 @@ from eval.report.budget_table import csv_text
 from eval.report.format import data_lines
 from eval.report.markdown import render_markdown
 from eval.report.terminal import print_report
-
-WIDTH = 120  # columns of the table where nobody can tell, e.g. in a log
 
 
 def refuse_stale(gate: GateFile, study: Study, run: Path, fix: str) -> None:
@@ -50,11 +44,6 @@ def render_reports(run: Path, gate: GateFile) -> dict[str, str]:
     return {name: in_words(text, gate.task) for name, text in texts.items()}
 
 
-def console() -> Console:
-    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
-    return Console(width=width, highlight=False)
-
-
 @entry
 def main() -> None:
     study, _ = study_from_command(new_parser(__doc__))
@@ -63,7 +52,7 @@ def main() -> None:
     refuse_stale(gate, study, run, f"run `python -m eval.gate --study {run}` first")
     for name, text in render_reports(run, gate).items():
         write_text(run / name, text)
-    print_report(gate, console(), data_lines(run, gate))
+    print_report(gate, new_console(), data_lines(run, gate))
     print(run / "report.html", flush=True)
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from eval.core.gate_file import Estimate, GateFile, KeptShare, Load, Number, Quality, Rate, Variant
 from eval.report.budget_table import bound_note
-from eval.report.format import SYMBOLS, TIMES, estimate_cell, fixed, part_title, significant
+from eval.report.format import SYMBOLS, TIMES, estimate_cell, fixed, part_title, short_stamp, significant
 
 Column = tuple[str, str]  # title, and the class of its cells: none for figures, `text`, `text long`
 BADGES = {
@@ -174,5 +174,5 @@ def _pieces(gate: GateFile, v: Variant) -> Iterator[str]:
 def render_evidence(gate: GateFile, v: Variant) -> Markup:
     """The evidence for one variant on one target, as HTML."""
     label = safe(f"Evidence for {v.recipe} on {v.target}")
-    inner = "".join(_pieces(gate, v))
+    inner = "".join(_pieces(gate, v)).replace("</caption>", f"; {safe(short_stamp(gate))}</caption>")
     return Markup(f'<div class="inner" role="region" tabindex="0" aria-label="{label}">{inner}</div>')

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.budget import AT_LOAD
+from eval.core.commands import stamp_line
 from eval.core.documents import describe_data
 from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Part, Quality, Relative, Variant
 from eval.core.records import PLAIN, VALIDATION
@@ -125,10 +126,15 @@ def remedy_text(variant: Variant) -> str:
     return "; ".join(f"{name.replace(':', ' ').replace('_', ' ')}: {remedy}" for name, remedy in wanted)
 
 
+def short_stamp(gate: GateFile) -> str:
+    """When and by what was judged: for a table that others lie around."""
+    tool = gate.provenance.tool or "an earlier version"
+    return stamp_line("judged", gate.runs[-1].time, tool) if gate.runs else f"judged by {tool}"
+
+
 def stamp(gate: GateFile) -> str:
-    """When, by what and by which budget was judged."""
-    judged = f"judged on {day(gate.runs[-1].time)}" if gate.runs else "judged"
-    return f"{judged} by {gate.provenance.tool or 'an earlier version'}, budget {judged_by(gate)}"
+    """The same with the budget."""
+    return f"{short_stamp(gate)}, budget {judged_by(gate)}"
 
 
 def measured_on(gate: GateFile, what: str) -> str:

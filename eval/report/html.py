@@ -187,6 +187,7 @@ def render_page(gate: GateFile, run: Path, study_yaml: str) -> str:
         slices=[VALIDATION, *tables.shifted(gate)],
         footnote=tables.FOOTNOTE,
         stamp=tables.stamp(gate),
+        made=tables.short_stamp(gate),
         scored=tables.measured_on(gate, "scores"),
         costed=tables.cost_stamp(gate),
         saved=tables.saved_text(gate),

@@ -30,6 +30,7 @@ from eval.report.format import (
     saved_text,
     seed_rows,
     shifted,
+    short_stamp,
     stamp,
     student_shares,
     task_arms,
@@ -46,9 +47,10 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`|*]|(?<=\])\()", r"\\\1", one)
 
 
-def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
+def markdown_table(titles: list[str], rows: list[list[str]], made: str) -> str:
+    """A table, and below it when and by what it was made."""
     lines = [[escape(title) for title in titles], ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", escape(made)])
 
 
 def arms_table(gate: GateFile) -> str:
@@ -58,7 +60,7 @@ def arms_table(gate: GateFile) -> str:
         for arm, title in ARMS.items()
         if arm in gate.scores
     ]
-    return markdown_table(["arm", *slices], rows)
+    return markdown_table(["arm", *slices], rows, short_stamp(gate))
 
 
 def chain_table(gate: GateFile) -> str:
@@ -68,20 +70,19 @@ def chain_table(gate: GateFile) -> str:
         [escape(v.recipe), str(estimate_cell(v.kept_share)), str(estimate_cell(v.kept_of_student))]
         for v in by_recipe(gate)
     ]
-    return markdown_table(
-        ["stage", "share of the teacher's gain retained", "share of the student's gain retained"], rows
-    )
+    titles = ["stage", "share of the teacher's gain retained", "share of the student's gain retained"]
+    return markdown_table(titles, rows, short_stamp(gate))
 
 
-def quality_table(table: BudgetTable) -> str:
+def quality_table(table: BudgetTable, made: str) -> str:
     rows = [
         [escape(row.variant.recipe), escape(row.variant.engine), *map(str, row.quality)]
         for row in table.by_recipe()
     ]
-    return markdown_table(["recipe", "engine", *(column.title for column in table.quality)], rows)
+    return markdown_table(["recipe", "engine", *(column.title for column in table.quality)], rows, made)
 
 
-def cost_table(table: BudgetTable) -> str:
+def cost_table(table: BudgetTable, made: str) -> str:
     rows = []
     for v, cells in ((row.variant, row.costs) for row in table.shown):
         names = [escape(v.recipe) + (" \\*" if v.recommended else ""), escape(v.target), escape(v.engine)]
@@ -91,21 +92,22 @@ def cost_table(table: BudgetTable) -> str:
         figures = list(map(str, beside.costs)) or [NOT_MEASURED] * len(table.costs)
         rows.append([beside.name, escape(beside.target), *[MISSING] * 2, *figures, MISSING, MISSING])
     titles = [column.title for column in table.costs]
-    return markdown_table(["recipe", "target", "engine", "verdict", *titles, "reason", "to pass"], rows)
+    return markdown_table(["recipe", "target", "engine", "verdict", *titles, "reason", "to pass"], rows, made)
 
 
 def seeds_table(gate: GateFile) -> list[str]:
     """What each seed says by itself; nothing where gate.json does not hold it."""
     rows = [[escape(name), *(fixed(x) for x in values)] for name, values in seed_rows(gate)]
     heads = ["validation", *(f"seed {seed}" for seed in gate.seeds)]
-    return ["### Seed by seed", markdown_table(heads, rows)] if rows else []
+    return ["### Seed by seed", markdown_table(heads, rows, short_stamp(gate))] if rows else []
 
 
 def comparison_table(gate: GateFile) -> list[str]:
     titles, rows = comparison_rows(gate)
     if not rows:
         return []
-    return ["## Variant against variant", markdown_table(titles, [list(map(escape, row)) for row in rows])]
+    table = markdown_table(titles, [list(map(escape, row)) for row in rows], short_stamp(gate))
+    return ["## Variant against variant", table]
 
 
 def gains(gate: GateFile) -> str:
@@ -124,12 +126,12 @@ def behaviour_tables(gate: GateFile) -> list[str]:
         for recipe, cells in behaviour_cells(gate).items()
     ]
     scores = [[escape(recipe), escape(task), *map(str, cells)] for recipe, task, cells in task_rows(gate)]
-    heads = ["recipe", "task", *task_arms(gate)]
-    sections = ["### Behaviour", markdown_table(["recipe", *BEHAVIOUR], rows)] if rows else []
+    heads, made = ["recipe", "task", *task_arms(gate)], short_stamp(gate)
+    sections = ["### Behaviour", markdown_table(["recipe", *BEHAVIOUR], rows, made)] if rows else []
     classes = [[escape(place), escape(model), *map(str, cells)] for place, model, cells in class_rows(gate)]
     if classes:
-        sections += ["### Classes", markdown_table(["slice", "model", *CLASSES], classes)]
-    return sections + (["### Tasks, mean score", markdown_table(heads, scores)] if scores else [])
+        sections += ["### Classes", markdown_table(["slice", "model", *CLASSES], classes, made)]
+    return sections + (["### Tasks, mean score", markdown_table(heads, scores, made)] if scores else [])
 
 
 def caveats(gate: GateFile, data: Iterable[str] = ()) -> str:
@@ -157,12 +159,12 @@ def render_markdown(gate: GateFile, data: Iterable[str] = ()) -> str:
         "### Gain retained, stage by stage",
         chain_table(gate),
         "### Variants",
-        quality_table(table),
+        quality_table(table, short_stamp(gate)),
         *seeds_table(gate),
         *behaviour_tables(gate),
         "## Cost and verdict",
         escape(f"Scores {measured_on(gate, 'scores')}; costs on {cost_stamp(gate)}."),
-        cost_table(table),
+        cost_table(table, short_stamp(gate)),
         f"\\* recommended on its target. {FOOTNOTE}",
         *(f"{escape(line)}." for line in saved_text(gate)),
     ]

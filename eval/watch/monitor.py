@@ -10,17 +10,15 @@ both), 2 the world got harder or the input changed, 3 error. docs/release.md say
 """
 
 import argparse
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256, write_text
-from eval.core.commands import add_json, new_parser, write_json
+from eval.core.commands import add_json, new_console, new_parser, stamp_line, write_json
 from eval.core.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_PASS, UserError, entry
 from eval.core.gate_file import Estimate
 from eval.core.records import VALIDATION
@@ -52,7 +50,6 @@ CODES: dict[State, int] = {
     "the input changed": EXIT_INCONCLUSIVE,
 }
 FAINT = 20  # documents of a domain below which it is not judged by itself
-WIDTH = 130
 SAVED: tuple[Of, Of] = ("control", "fallback")
 
 
@@ -222,9 +219,10 @@ def main() -> int:
             outcome = {"state": state, "reason": "; ".join(reasons)}
             looks = [*looks[:-1], looks[-1].model_copy(update=outcome)]
             write_history(args.history, looks)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console = new_console()
     for table in tables(before, parts):
         console.print(table)
+    console.print(Text(stamp_line("seen")), soft_wrap=True)
     console.print(Text(alarm(contract, target, everything)), soft_wrap=True)
     if args.page:
         write_text(args.page, page_of(contract, target, before.bits, looks, parts, KEPT))

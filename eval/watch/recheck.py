@@ -10,7 +10,6 @@ Costs: `python -m eval.cost --variant FOLDER/variants/RECIPE --target NAME`.
 """
 
 import argparse
-import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256
-from eval.core.commands import STYLES, add_json, new_parser, write_json
+from eval.core.commands import STYLES, add_json, new_console, new_parser, stamp_line, write_json
 from eval.core.documents import Document
 from eval.core.errors import EXITS, entry
 from eval.core.records import VALIDATION
@@ -52,8 +51,6 @@ from eval.watch.measure import (
 from eval.watch.regression import Finding, diagnosis, findings, verdict
 from eval.watch.sequences import findings_so_far
 from eval.watch.verify import checked
-
-WIDTH = 130  # columns of the tables where nobody can tell, e.g. in a log
 
 
 @dataclass(frozen=True)
@@ -142,6 +139,7 @@ def show(console: Console, result: Result, contract: Contract, target: str, name
         title += f"; {result.looks} looks, bounds that hold at every one"
     console.print(contract_table(result, title))
     console.print(drift_table(result, contract.alpha))
+    console.print(Text(stamp_line("checked")), soft_wrap=True)
     if shipped.waiver:
         console.print(Text(f"shipped on a waiver until {shipped.waiver.expires}: {shipped.waiver.reason}"))
     if result.drifted(contract.alpha):
@@ -177,7 +175,7 @@ def main() -> int:
         result = append_look(args.append, release, contract, target, args.slice, documents)
     else:
         result = recheck(release, contract, target, args.slice, documents)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console = new_console()
     show(console, result, contract, target, args.slice)
     decided, reason = verdict(result.findings), diagnosis(result.findings)
     if expiry := expired(contract.targets[target].waiver, today):

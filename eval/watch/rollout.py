@@ -12,7 +12,6 @@ docs/rollout.md has the plan.
 """
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,12 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256, write_text
-from eval.core.commands import add_json, new_parser, write_json
+from eval.core.commands import add_json, new_console, new_parser, stamp_line, write_json
 from eval.core.config import read_yaml, validate_config
 from eval.core.documents import json_objects
 from eval.core.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_PASS, UserError, entry, expected_text
@@ -65,7 +63,6 @@ if TYPE_CHECKING:
 
 STEP_EXITS = {PROMOTE: EXIT_PASS, ROLL_BACK: EXIT_FAIL, HOLD: EXIT_INCONCLUSIVE}
 COLOURS = {PROMOTE: "green", ROLL_BACK: "red", HOLD: "yellow", "START": "green"}
-WIDTH = 130  # columns of the table where nobody can tell
 
 
 def make_folder(folder: Path) -> None:
@@ -340,7 +337,7 @@ def arguments() -> argparse.ArgumentParser:
 @entry
 def main() -> int:
     args = arguments().parse_args()
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console = new_console()
     folder = Path(args.rollout)
     if args.command == "state":
         steps = read_steps(folder, trusted_of(args))
@@ -367,6 +364,7 @@ def main() -> int:
             done = step(args)
     if done.findings:
         console.print(table_of(done.findings, done.stage))
+        console.print(Text(stamp_line("seen")), soft_wrap=True)
     for why, number in done.ignored.items():
         console.print(Text(f"{number:,} requests {why} do not count"))
     console.print(Text.assemble((done.decision, COLOURS[done.decision]), f": {done.reason}"), soft_wrap=True)

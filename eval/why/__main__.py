@@ -9,16 +9,14 @@ the files beside its run: challenges, comparisons, other runs. Histories are tho
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256, write_text
-from eval.core.commands import NewFile, add_json, new_parser, write_json
+from eval.core.commands import NewFile, add_json, new_console, new_parser, write_json
 from eval.core.errors import EXIT_PASS, UserError, entry
 from eval.core.gate_file import read_gate
 from eval.core.records import PLAIN
@@ -33,7 +31,6 @@ from eval.why.tried import BESIDE, TRIED, beside, in_release
 
 DIGITS = 12  # of a hash, in text
 MARGIN = 14  # columns of what an entry is
-WIDTH = 130  # columns where nobody can tell
 LINEAGE = "lineage.json"
 
 
@@ -191,7 +188,7 @@ def main() -> int:
     entries = tell(args.release, contract, args.history, args.rollout, trusted, args.tried)
     last = last_look(contract, entries)
     entries.append(promise(contract, last))
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console = new_console()
     for one in entries:
         digest = "  ".join(part for part in ("", one.hash[:DIGITS], one.file) if part)
         text = Text.assemble(

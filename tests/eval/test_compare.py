@@ -1,6 +1,7 @@
 """Several methods in one table: the tests that decide, pairs with the first one, the smallest that is as good."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -157,7 +158,10 @@ def test_the_command_shows_a_table_and_writes_it(tmp_path):
     assert "2 of 2 absorbed" in done.stdout
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["result"] for row in rows] == [ABSORBED, ABSORBED]
-    assert (tmp_path / "out.md").read_text().count("\n") == 4
+    written = (tmp_path / "out.md").read_text()
+    assert written.count("\n|") == 3
+    for form in (written, done.stdout):
+        assert re.search(r"compared on \d{4}-\d\d-\d\d by absorb", form)
 
 
 CHANGES = {"one": {}, "two": {"S1": 0.08}}

@@ -56,6 +56,7 @@ def test_pass(passed):
     assert (parts["retention:far"], parts["cost:decode_p50"]) == ("FAIL", "PASS")
     assert "int8 * on cpu: PASS" in done.stdout
     assert "PASS: on cpu ship int8: it keeps 0.7" in done.stdout
+    assert re.search(r"judged on \d{4}-\d\d-\d\d by absorb .*, budget test\n", done.stdout)
 
 
 def test_numbers(passed):

@@ -17,6 +17,7 @@ from tests.eval import real_run
 from tests.eval.test_history import history, look
 from tests.eval.test_recheck import models
 from tests.helpers import run as command
+from tests.helpers import table_width
 
 ALPHA = 0.05
 
@@ -117,6 +118,8 @@ def test_the_command_line_names_owner_and_contract_and_writes_page_and_metrics(r
     assert done.returncode == 0, done.stdout + done.stderr
     contract = read_contract(release)
     assert f"Team A: {contract.name} on cpu: fine" in done.stdout
+    assert re.search(r"seen on \d{4}-\d\d-\d\d by absorb", done.stdout)
+    assert table_width(done.stdout) <= 120
     assert [one.state for one in read_history(path)] == ["fine"]
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["state"], result["owner"], result["contract"]) == ("fine", "Team A", contract.name)

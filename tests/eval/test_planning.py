@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from eval.stats.power import (
 )
 from tests.eval.run_builder import Run
 from tests.eval.test_statistics import crossed
-from tests.helpers import run
+from tests.helpers import run, table_width
 
 
 @pytest.fixture
@@ -146,6 +147,8 @@ def test_the_command_plans_from_a_pilot(pilot, tmp_path):
     done = command(pilot, "--json", str(tmp_path / "power.json"))
     assert (done.returncode, done.stderr) == (0, "")
     assert "retention on far" in done.stdout
+    assert re.search(r"planned on \d{4}-\d\d-\d\d by absorb", done.stdout)
+    assert table_width(done.stdout) <= 120
     power = json.loads((tmp_path / "power.json").read_text())
     tests = {row["test"]: row for row in power["tests"]}
     assert set(tests) == {

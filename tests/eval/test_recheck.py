@@ -26,7 +26,7 @@ from tests.eval import real_run
 from tests.eval.run_builder import gate as judge
 from tests.eval.run_builder import sign
 from tests.helpers import run as command
-from tests.helpers import text
+from tests.helpers import table_width, text
 
 NOTHING = Estimate(point=0.0, low=None, high=None)
 
@@ -343,6 +343,8 @@ def test_the_command_line(release, tmp_path):
     assert "everything got worse" in done.stdout
     assert "drifted" in done.stdout
     assert read_contract(release).name in done.stdout
+    assert re.search(r"checked on \d{4}-\d\d-\d\d by absorb", done.stdout)
+    assert table_width(done.stdout) <= 120
 
 
 def test_documents_that_all_say_the_same_are_no_sample():

@@ -1,6 +1,7 @@
 """A rollout: routing, bounds of two arms, decisions over stages, the signed log, and the loader that obeys."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ from eval.watch.decision import Sums, decide, findings, sums_of
 from eval.watch.routing import ARMS, Plan, Request, arm_of, place_of
 from scripts.simulate_rollout import Truth, simulate
 from tests.helpers import run as command
+from tests.helpers import table_width
 
 PLAN = {
     "name": "first",
@@ -193,6 +195,8 @@ def test_a_rollout_goes_from_stage_to_stage_and_its_log_tells_why(started, relea
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PROMOTE: loss is worse by" in done.stdout
     assert "(Team A) on cpu, complete: the release answers all requests" in done.stdout
+    assert re.search(r"seen on \d{4}-\d\d-\d\d by absorb", done.stdout)
+    assert table_width(done.stdout) <= 120
     assert json.loads((tmp_path / "3.json").read_text())["ignored"] == {
         "of an earlier stage": 5,
         "outside the stage": 20,
