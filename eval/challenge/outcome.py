@@ -16,7 +16,7 @@ from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, VALIDATION
 from eval.core.study import Study
 from eval.gate.evidence import Contrast, Evidence, collect_evidence
-from eval.gate.quality import GAIN, RESOLUTION, estimate, kept_gain, retention_power, surplus
+from eval.gate.quality import GAIN, RESOLUTION, estimate, harm_of, kept_gain, retention_power, surplus
 from eval.stats.crossed import FAIL, PASS, crossed_mean, linearise
 from eval.stats.multiplicity import holm
 from eval.stats.ratios import fieller
@@ -144,7 +144,8 @@ def rival_claims(rows: dict[str, Evidence], budget: Budget) -> Iterator[Claim]:
         lead = linearise(saved, sizes)
         rate = "its own" if best == SAME else f"x {RATES[best]:g}"
         margin = lead - budget.f * gain if arm == CONTROL else lead
-        what = f"{arm} at its best learning rate ({rate})"
+        harm = ", worse than the base" if arm == CE and harm_of(rated[best], CE) is not None else ""
+        what = f"{arm} at its best learning rate ({rate}){harm}"
         yield Claim(f"best_{arm}", what, text, gain, lead, margin, share=arm == CONTROL)
 
 

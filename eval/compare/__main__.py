@@ -117,6 +117,11 @@ def notes(rows: list[Compared], margin: float, alpha: float) -> list[str]:
         for row in rows
         if row.ce_otherwise
     ]
+    lines += [
+        f"{row.study}: CE ended worse than the base by {row.ce_harm:.2g}: S1 - CE flatters S1"
+        for row in rows
+        if row.ce_harm is not None
+    ]
     pairs = sum(row.behind is not None for row in rows)
     for row in rows[1:]:
         if row.behind is None or row.over_first is None or row.over_first_p is None:

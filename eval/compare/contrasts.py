@@ -13,7 +13,7 @@ from eval.core.gate_file import Estimate, Relative
 from eval.core.records import PLAIN, VALIDATION
 from eval.cost.estimates import estimate_ratio
 from eval.gate.evidence import REFERENCES, Evidence
-from eval.gate.quality import GAIN, GAIN_OVER_CE, RESOLUTION, estimate, kept_gain
+from eval.gate.quality import GAIN, GAIN_OVER_CE, RESOLUTION, estimate, harm_of, kept_gain
 from eval.stats.crossed import PASS, crossed_mean, linearise
 from eval.stats.multiplicity import holm
 from eval.stats.ratios import fieller
@@ -35,6 +35,7 @@ class Compared(Frozen):
     lead: Estimate  # S1 - S0, bits/byte
     share: tuple[float, float, float] | None  # of the gain; null where no gain is seen
     over_ce: Estimate | None  # S1 - CE, bits/byte; null without that arm
+    ce_harm: float | None = None  # bits/byte by which CE ended worse than the base; null where it did not
     ce_otherwise: str  # what of CE's training is otherwise than S1's; empty where nothing is
     teacher: dict[str, Relative]  # quantity -> the teacher's, as a multiple of the student's
     seeds: int
@@ -95,6 +96,7 @@ def _compared(evidence: Evidence, alpha: float) -> Compared:
         lead=estimate(lead, alpha),
         share=None if share is None else tuple(share),
         over_ce=None if over_ce is None else estimate(over_ce, alpha),
+        ce_harm=None if over_ce is None else harm_of(evidence, CE),
         ce_otherwise=evidence.study.own_training_text(CE) if over_ce is not None else "",
         teacher=_served(evidence, alpha),
         seeds=gain.shape[0],

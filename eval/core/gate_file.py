@@ -312,9 +312,7 @@ class Fixed(Stored):
 
 class Provenance(Stored):
     tool: str = ""  # name and version of what judged
-    times: dict[str, list[str]] = Field(
-        default_factory=dict
-    )  # scores, costs by target: first and last record
+    times: dict[str, list[str]] = Field(default_factory=dict)  # of scores, costs by target: first, last
     config: str
     data: str
     machines: list[dict[str, Any]]
@@ -355,6 +353,7 @@ class GateFile(Stored):
     scores: dict[str, dict[str, Estimate]]
     kept_by_student: Students
     rivals: list[Rival]
+    below_base: dict[str, dict[str, Estimate]] = Field(default_factory=dict)  # rival -> slice -> by how much
     power: Power | None
     variants: list[Variant]
     references: list[Reference] = Field(default_factory=list)

@@ -48,8 +48,10 @@ from eval.gate.quality import (
     Shares,
     bootstrap_shares,
     compare_rivals,
+    describe_harms,
     estimate,
     gain_over_base,
+    harms_of_rivals,
     kept_gain,
     quality_parts,
     retention_power,
@@ -290,6 +292,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
     on_test = summarize_openings(evidence.openings, evidence.artifacts, digest(settings))
     verdict, reason = study_verdict(rows, as_good, budget.targets, budget.alpha, on_test)
     rivals = compare_rivals(evidence, budget.alpha)
+    harms = harms_of_rivals(evidence, budget.alpha)
     gains = {name: estimate(evidence.gain(name, GAIN), budget.alpha) for name in evidence.columns}
     extent, shrunk = compare_extents(extent_of(evidence), before.extent if before else None)
     runs = read_runs(evidence.folder, before, evidence.plan, evidence.openings)
@@ -303,7 +306,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
         verdict=verdict,
         reason=headline(verdict, reason, rivals, evidence.study.seeds),
         anomalies=[*shrunk, *list_anomalies(evidence, budget.alpha)],
-        notes=list_caveats(evidence, budget, fixed),
+        notes=[*list_caveats(evidence, budget, fixed), *describe_harms(harms)],
         recommended=recommended,
         as_good=as_good,
         level=1 - 2 * budget.alpha,
@@ -322,6 +325,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
         },
         kept_by_student=student_shares(evidence, shares),
         rivals=rivals,
+        below_base=harms,
         power=retention_power(evidence, budget),
         variants=[row for name in rows for row in rows[name]],
         references=reference_costs(evidence, budget.targets, recommended, budget.alpha),

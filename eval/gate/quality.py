@@ -157,11 +157,38 @@ def harm_of(evidence: Evidence, rival: str) -> float | None:
     return -gain if gain < 0 else None
 
 
+def rivals_of(evidence: Evidence) -> dict[str, str]:
+    """Arm -> what is simpler than S1: CE, and what the study names."""
+    names: dict[str, str] = {CE: untaught(evidence.study)} if (CE, PLAIN) in evidence.bits else {}
+    return names | {str(arm): what for arm, what in evidence.study.rivals.items()}
+
+
+def harms_of_rivals(evidence: Evidence, alpha: float) -> dict[str, dict[str, Estimate]]:
+    """Rival -> slice -> bits/byte by which it ended worse than the base, where it did as far as was seen."""
+    harms: dict[str, dict[str, Estimate]] = {}
+    for arm in rivals_of(evidence):
+        for name in evidence.columns:
+            z = evidence.gain(name, Contrast(FALLBACK, arm))
+            if z.mean() > 0:
+                harms.setdefault(arm, {})[name] = estimate(z, alpha)
+    return harms
+
+
+def describe_harms(harms: dict[str, dict[str, Estimate]]) -> list[str]:
+    """Rivals that are none on a shifted slice; of the validation documents another note tells."""
+    notes = []
+    for arm, by_slice in harms.items():
+        worse = [f"{e.point:.2g} bits/byte on {name}" for name, e in by_slice.items() if name != VALIDATION]
+        if worse:
+            where = "there a lead over it is no lead over what could be shipped"
+            notes.append(f"{arm} ended worse than the base by {' and '.join(worse)}: {where}")
+    return notes
+
+
 def compare_rivals(evidence: Evidence, alpha: float) -> list[Rival]:
-    """How much better than the uncompressed student each simpler rival is: CE, and what the study names."""
-    study, rivals = evidence.study, []
-    names: dict[str, str] = {CE: untaught(study)} if (CE, PLAIN) in evidence.bits else {}
-    for arm, what in (*names.items(), *study.rivals.items()):
+    """How much better than the uncompressed student each simpler rival is."""
+    rivals = []
+    for arm, what in rivals_of(evidence).items():
         z = evidence.gain(VALIDATION, Contrast(arm, STUDENT))
         beats, spoiled = crossed_mean(z).verdict(alpha) == PASS, harm_of(evidence, arm) is not None
         rivals.append(Rival(arm=arm, what=what, lead=estimate(z, alpha), beats=beats, spoiled=spoiled))

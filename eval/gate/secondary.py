@@ -41,11 +41,12 @@ def collect_qualities(evidence: Evidence, rows: Sequence[Variant], alpha: float)
     """
     artifacts = Artifacts(evidence.folder, evidence.study)
     agreements = [r for r in artifacts.current(read_agreements(evidence.folder)) if r.arm == STUDENT]
+    clusters = _validation_clusters(artifacts) if agreements else {}
     task_scores = list(artifacts.current(read_task_scores(evidence.folder)))
     worst = {row.recipe: worst_slice(row) for row in rows}
     comparable = {folder.parts[-3] for folder in variant_folders(evidence.folder, evidence.study)}
     qualities = {
-        recipe: _quality(evidence, recipe, worst.get(recipe), agreements, task_scores, alpha)
+        recipe: _quality(evidence, recipe, worst.get(recipe), agreements, clusters, task_scores, alpha)
         for recipe in evidence.recipes
     }
     return {
@@ -69,11 +70,12 @@ def _quality(
     recipe: str,
     worst: str | None,
     agreements: list[Agreement],
+    clusters: dict[str, str],
     task_scores: list[TaskScore],
     alpha: float,
 ) -> Quality:
     compared = [r for r in agreements if r.recipe == recipe]
-    flips, kl = estimate_agreement(compared, evidence.study.seeds, alpha)
+    flips, kl = estimate_agreement(compared, evidence.study.seeds, clusters, alpha)
     return Quality(
         accuracy=estimate_accuracy(evidence, recipe, alpha),
         calibration_error=estimate_calibration(evidence, recipe, alpha),
@@ -82,6 +84,13 @@ def _quality(
         kl=kl,
         tasks=estimate_tasks([r for r in task_scores if r.recipe == recipe], evidence, recipe, alpha),
     )
+
+
+def _validation_clusters(artifacts: Artifacts) -> dict[str, str]:
+    """Validation document -> its cluster, of a score that is judged: all of these agree."""
+    columns = next(iter(artifacts.current(each_score(artifacts.folder)))).documents
+    names = zip(columns.id, columns.slice, columns.clusters, strict=True)
+    return {document: cluster for document, name, cluster in names if name == VALIDATION}
 
 
 def worst_slice(row: Variant) -> str | None:

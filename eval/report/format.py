@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.core.artifacts import MANIFEST, read_manifest
@@ -90,6 +90,15 @@ def part_title(name: str) -> str:
 
 def part_verdict(variant: Variant, name: str) -> str:
     return next((part.verdict for part in variant.parts if part.name == name), "")
+
+
+def arm_cell(gate: GateFile, arm: str, name: str) -> Cell:
+    """Bits per byte of an arm on a slice; of a rival, too, by how much it ended worse than the base there."""
+    cell, harm = estimate_cell(gate.scores[arm].get(name)), gate.below_base.get(arm, {}).get(name)
+    if harm is None:
+        return cell
+    span = f"[{fixed(harm.low)}, {fixed(harm.high)}]"
+    return replace(cell, notes=(*cell.notes, f"worse than B by {fixed(harm.point)} {span}"))
 
 
 def shifted(gate: GateFile) -> list[str]:
@@ -206,7 +215,9 @@ def student_shares(gate: GateFile) -> dict[str, KeptShare]:
     students = gate.kept_by_student
     shares = {"student S1, over its control S0": students.over_control}
     if students.over_ce is not None:
-        shares["student S1, over training without a teacher (CE)"] = students.over_ce
+        harm = gate.below_base.get("CE", {}).get(VALIDATION)
+        spoiled = "" if harm is None else f", which ended worse than the base by {significant(harm.point, 2)}"
+        shares[f"student S1, over training without a teacher (CE{spoiled})"] = students.over_ce
     return {
         **shares,
         "student S1 over the base, what a study without a control would claim": students.over_base,

@@ -111,7 +111,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.globals.update(symbols=tables.SYMBOLS, to_pass=tables.remedy_text)
+    templates.globals.update(symbols=tables.SYMBOLS, to_pass=tables.remedy_text, arm_cell=tables.arm_cell)
     templates.filters.update(
         day=tables.day,
         estimate=tables.estimate_cell,

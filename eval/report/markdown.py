@@ -13,6 +13,7 @@ from eval.report.format import (
     FOOTNOTE,
     MISSING,
     NOT_MEASURED,
+    arm_cell,
     behaviour_cells,
     by_recipe,
     class_rows,
@@ -56,7 +57,7 @@ def markdown_table(titles: list[str], rows: list[list[str]], made: str) -> str:
 def arms_table(gate: GateFile) -> str:
     slices = [VALIDATION, *shifted(gate)]
     rows = [
-        [f"{arm} ({title})", *(str(estimate_cell(gate.scores[arm].get(name))) for name in slices)]
+        [f"{arm} ({title})", *(str(arm_cell(gate, arm, name)) for name in slices)]
         for arm, title in ARMS.items()
         if arm in gate.scores
     ]

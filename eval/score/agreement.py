@@ -11,7 +11,7 @@ from rich.table import Table
 
 from eval.core.artifacts import read_manifest
 from eval.core.commands import count, new_parser, study_from_command, write_json
-from eval.core.documents import Document, read_documents
+from eval.core.documents import Document, cluster_names, read_documents
 from eval.core.errors import entry
 from eval.core.gate_file import Difference
 from eval.core.jobs import Job, lock_folder, run_jobs
@@ -47,10 +47,12 @@ def spread_evenly(documents: list[Document], most: int | None) -> list[Document]
 
 def estimate_agreements(study: Study) -> Agreements:
     """Of every recipe that has records: the share of flips, and KL(student || variant) in bits per token."""
-    records = read_agreements(study.folder)
-    agreements: Agreements = {}
+    records, agreements = read_agreements(study.folder), Agreements()
+    documents = read_documents(study.folder / "data", VALIDATION)
+    names = cluster_names(documents, study.data.cluster_of(VALIDATION))
+    clusters = {document.id: name for document, name in zip(documents, names, strict=True)}
     for recipe in recipe_names(study)[1:]:
-        flips, kl = estimate_agreement([r for r in records if r.recipe == recipe], study.seeds)
+        flips, kl = estimate_agreement([r for r in records if r.recipe == recipe], study.seeds, clusters)
         if flips and kl:
             agreements[recipe] = {"flips": flips, "kl": kl}
     return agreements

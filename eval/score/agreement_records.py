@@ -1,6 +1,6 @@
 """Which variants are compared with their student, and what the records of it say."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,16 +62,23 @@ def document_tokens(tokens: Array) -> Array:
 
 
 def estimate_agreement(
-    records: list[Agreement], seeds: Sequence[int], alpha: float = ALPHA
+    records: list[Agreement], seeds: Sequence[int], clusters: Mapping[str, str], alpha: float = ALPHA
 ) -> tuple[Difference, Difference] | tuple[None, None]:
-    """Flips (share of tokens) and KL (bits per token) of one recipe, where every seed was compared."""
+    """Flips (share of tokens) and KL (bits per token) of one recipe, where every seed was compared.
+
+    Args:
+        clusters: document -> its cluster; those of one cluster are summed, as by the gate.
+    """
     by_seed = {r.seed: r for r in records if r.seed in seeds}
     chosen = [by_seed[seed] for seed in seeds if seed in by_seed]
     if len(chosen) < len(seeds) or any(r.id != chosen[0].id for r in chosen):
         return None, None
-    tokens = np.array([r.tokens for r in chosen], float)
-    size = document_tokens(tokens)
-    flips, kl = (np.array([getattr(r, name) for r in chosen], float) for name in ("flips", "kl_bits"))
+    _, place = np.unique([clusters[name] for name in chosen[0].id], return_inverse=True)
+    tokens = document_tokens(np.array([r.tokens for r in chosen], float))
+    size = np.bincount(place, tokens)
+    flips, kl = (
+        np.array([np.bincount(place, getattr(r, name)) for r in chosen]) for name in ("flips", "kl_bits")
+    )
     reruns = [rerun for r in chosen for rerun in r.reruns.values()]
     return (
         _difference(linearise(flips, size), max(r.flips / r.tokens for r in reruns), "share", alpha),

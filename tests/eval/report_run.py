@@ -266,6 +266,7 @@ def gate_of(run: Path, title: str, variants: list[dict]) -> dict:
         "as_good": {"cpu": ["int4"], "gpu": [], "phone": []},
         "level": 0.9,
         "rivals": [],
+        "below_base": {"CE": {"far": span(0.0216, 0.0085)}},
         "fixed": None,
         "extent": {"seeds": 3, "documents": SLICES, "variants": 9, "records": len(records)},
         "notes": ["all 3 seeds share one teacher T1 (0123456789ab)"],

@@ -136,14 +136,34 @@ def record(seed, flips, tokens=(100, 300), floor=0.0, **changes):
     )
 
 
+APART = {"a": "a", "b": "b"}
+
+
+def test_documents_of_one_cluster_are_one():
+    """Their bounds are those of records in which each cluster is one document."""
+    tokens, by_seed = [100, 150, 300, 250], ([3, 4, 5, 9], [1, 2, 9, 8])
+    names = {"id": ["a", "b", "c", "d"]}
+    apart = [record(i, flips, tokens, **names) for i, flips in enumerate(by_seed)]
+    whole = [record(i, [a + b, c + d], (250, 550)) for i, (a, b, c, d) in enumerate(by_seed)]
+    clusters = {"a": "x", "b": "x", "c": "y", "d": "y"}
+    for one, other in zip(
+        estimate_agreement(apart, [0, 1], clusters), estimate_agreement(whole, [0, 1], APART), strict=True
+    ):
+        assert one.model_dump() == pytest.approx(other.model_dump())
+    alone = estimate_agreement(apart, [0, 1], {name: name for name in clusters})[0]
+    assert alone.low != pytest.approx(estimate_agreement(apart, [0, 1], clusters)[0].low)
+
+
 def test_shares_are_ratios_of_sums_with_seeds_and_documents_crossed():
-    flips, kl = estimate_agreement([record(0, [3, 5]), record(1, [1, 9], floor=2.0)], [0, 1])
+    flips, kl = estimate_agreement([record(0, [3, 5]), record(1, [1, 9], floor=2.0)], [0, 1], APART)
     assert flips.value == pytest.approx((3 + 5 + 1 + 9) / 800)
     assert flips.low < flips.value < flips.high
     assert flips.floor == 1 / 1000
     assert (kl.value, kl.floor) == (pytest.approx(9 / 800), 2 / 1000)
-    assert estimate_agreement([record(0, [3, 5])], [0, 1]) == (None, None), "one seed of two was not compared"
-    one, _ = estimate_agreement([record(0, [3, 5])], [0])
+    assert estimate_agreement([record(0, [3, 5])], [0, 1], APART) == (None, None), (
+        "one seed of two was not compared"
+    )
+    one, _ = estimate_agreement([record(0, [3, 5])], [0], APART)
     assert (one.value, one.low, one.high) == (pytest.approx(8 / 400), None, None)
 
 

@@ -201,7 +201,8 @@ def test_a_teacher_that_is_one_plain_model_is_a_rival_where_the_study_names_it(t
             return super().study.model_copy(update={"rivals": {"T0": "the mean of the weights"}})
 
     gains = {"B": 0.0, "T0": 0.1, "T1": 0.2, "S0": 0.02, "S1": 0.09, "CE": 0.01}
-    run = WithRival(tmp_path, gains=gains, recipes={"int8": ("openvino", 1.0, 0.6)}).make()
+    far = {"CE": -0.03, "T0": 0.1}
+    run = WithRival(tmp_path, gains=gains, recipes={"int8": ("openvino", 1.0, 0.6)}, far=far).make()
     plain = Run(tmp_path / "plain", gains=gains, recipes={"int8": ("openvino", 1.0, 0.6)}).make()
     assert run.study.hash() == plain.study.model_copy(update={"runs": run.study.runs}).hash()
     result = judge(run.path)
@@ -211,6 +212,13 @@ def test_a_teacher_that_is_one_plain_model_is_a_rival_where_the_study_names_it(t
         ("T0", True, False),
     ]
     assert result.rivals[1].lead.point == pytest.approx(0.01, abs=0.005)
+    assert {arm: list(slices) for arm, slices in result.below_base.items()} == {"CE": ["far"]}
+    harm = result.below_base["CE"]["far"]
+    assert harm.point == pytest.approx(0.03, abs=0.005)
+    assert 0 < harm.low < harm.point < harm.high
+    assert any(
+        "CE ended worse than the base by 0.03" in n and "on far: there a lead" in n for n in result.notes
+    )
     assert "absorbed, and not worth it: the mean of the weights is better by 0.0" in result.reason
 
 

@@ -79,3 +79,11 @@ def test_every_form_says_what_was_not_measured_and_how_to(demo):
     assert "| nf4 | sums | not measured yet | 0.370 [0.300, 0.440] |" in table
     assert "nf4 sums not measured yet 0.370 [0.300, 0.440]" in page
     assert page.count("not measured yet not measured yet far") == 1
+
+
+def test_a_rival_that_ended_worse_than_the_base_on_a_slice_is_marked_there(demo):
+    _, table, _, html = demo
+    mark = "worse than B by 0.022 [0.013, 0.030]"
+    assert re.search(r"\| CE .*\| 3\.090 \[3\.060, 3\.120\], " + re.escape(mark) + r" \|\n", table)
+    assert table.count(mark) == 1
+    assert " ".join(Page(html).text).count(mark) == 1
