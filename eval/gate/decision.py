@@ -119,7 +119,7 @@ def judge_variant(evidence: Evidence, budget: Budget, candidate: Candidate, targ
     cost = variant_costs(evidence, target, candidate.recipe, limits, budget.alpha)
     on_cost = [unmeasured_part(target)]
     if cost:
-        on_cost = cost_parts(evidence, target, candidate.recipe, limits, cost)
+        on_cost = cost_parts(evidence, target, candidate.recipe, limits, cost, budget.alpha)
     parts = hold_failures([*candidate.parts, *on_cost], budget.alpha)
     slices = {
         name: Slice(kept_share=share, verdict=slice_verdict(parts, name))

@@ -169,7 +169,7 @@ def least_level(quantity: Callable[[float], Number], limit: Limit) -> float:
     return float(np.exp(most))
 
 
-def _limit_part(name: str, number: Number, limit: Limit) -> Part:
+def _limit_part(name: str, number: Number, limit: Limit, alpha: float) -> Part:
     value, low, high, unit = _in_unit_of(number, limit)
     verdict: Verdict = INCONCLUSIVE
     bound, least = limit.value, limit.at_least is not None
@@ -196,11 +196,11 @@ def _limit_part(name: str, number: Number, limit: Limit) -> Part:
         limit=bound,
         unit=unit,
         reason=reason,
-        remedy=None if verdict == PASS else remedy(number, value, high if not least else low, limit),
+        remedy=None if verdict == PASS else remedy(number, value, high if not least else low, limit, alpha),
     )
 
 
-def remedy(number: Number, value: float | None, bound: float | None, limit: Limit) -> str:
+def remedy(number: Number, value: float | None, bound: float | None, limit: Limit, alpha: float) -> str:
     """What would bring a bound within its limit: more processes where the estimate is, else less cost."""
     if value is None:
         return f"{number.needs} timed requests" if number.needs else "a figure: it had none"
@@ -211,7 +211,7 @@ def remedy(number: Number, value: float | None, bound: float | None, limit: Limi
     if bound is None:
         return "two processes at least"
     sizes = np.arange(number.processes, MOST_PROCESSES + 1)
-    width = t_quantile(0.05, sizes - 1) / np.sqrt(sizes)  # of a bound, as it narrows
+    width = t_quantile(alpha, sizes - 1) / np.sqrt(sizes)  # of a bound, as it narrows
     enough = sizes[width / width[0] * abs(bound - value) <= abs(limit.value - value)]
     if not len(enough):
         return f"an estimate further from its limit than {100 * abs(beyond):.2g} %"
@@ -238,7 +238,7 @@ def _missing_part(evidence: Evidence, target: str, recipe: str, name: Quantity, 
 
 
 def cost_parts(
-    evidence: Evidence, target: str, recipe: str, limits: Target, costs: dict[str, Number]
+    evidence: Evidence, target: str, recipe: str, limits: Target, costs: dict[str, Number], alpha: float
 ) -> list[Part]:
     """One part per limit of the target; a ratio of measurements that were not paired decides nothing."""
     parts = []
@@ -246,7 +246,7 @@ def cost_parts(
         if name not in costs:
             parts.append(_missing_part(evidence, target, recipe, name, limit))
             continue
-        part = _limit_part(name, costs[name], limit)
+        part = _limit_part(name, costs[name], limit, alpha)
         if part.low != part.high:  # what was counted is no test
             quantity = quantity_at(evidence, target, recipe, name, limit.of or PLAIN)
             part = part.model_copy(update={"p_fail": least_level(quantity, limit)})

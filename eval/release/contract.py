@@ -77,7 +77,7 @@ def fallback_parts(e: Evidence, budget: Budget, target: str) -> list[Part]:
     seen = replace(e, costs=e.costs | measured, loads=e.loads | checked(read_loads(e.folder)))
     costs = variant_costs(seen, target, FALLBACK, limits, budget.alpha)
     assert costs is not None
-    return cost_parts(seen, target, FALLBACK, limits, costs)
+    return cost_parts(seen, target, FALLBACK, limits, costs, budget.alpha)
 
 
 def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:

@@ -9,8 +9,9 @@ from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.budget import AT_LOAD
 from eval.core.commands import stamp_line
 from eval.core.documents import describe_data
-from eval.core.gate_file import Difference, Estimate, GateFile, KeptShare, Part, Quality, Relative, Variant
-from eval.core.records import PLAIN, VALIDATION
+from eval.core.gate_file import Estimate, GateFile, KeptShare, Part, Relative, Variant
+from eval.core.records import VALIDATION
+from eval.gate.pick import PAIRED
 
 ARMS = {
     "B": "base, the fallback",
@@ -31,7 +32,6 @@ PARTS = {
 SYMBOLS = {"PASS": "✔", "FAIL": "✘", "INCONCLUSIVE": "?"}
 MISSING, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 NOT_MEASURED = "not measured yet"
-AGREEMENT = "flips and KL"  # what `how` of a quality calls them
 FOOTNOTE = (
     f"{TIMES} is the ratio to the named variant in the same rounds; of [a, b] ≤ c, b is the bound that "
     f"decides and c the limit (of ≥, a); ≤ or ≥ alone is a bound without a limit; {MISSING} stands where no "
@@ -224,62 +224,6 @@ def student_shares(gate: GateFile) -> dict[str, KeptShare]:
     }
 
 
-def difference_cell(value: Difference | None, missing: str = MISSING) -> Cell:
-    """A difference from the uncompressed student with its interval, and what mere reruns differ by."""
-    if value is None:
-        return Cell(missing)
-    span = f"[{significant(value.low)}, {significant(value.high)}]"
-    return Cell(significant(value.value), (span, f"noise {significant(value.floor)}"), value=value.value)
-
-
-BEHAVIOUR = [
-    "next token right, validation",
-    "calibration error, validation",
-    "flips against plain, share",
-    "KL against plain, bits/token",
-    "slice that retains least",
-]
-
-
-def behaviour_cells(gate: GateFile) -> dict[str, list[Cell]]:
-    """Recipe -> the cells of `BEHAVIOUR`; what there is nothing to measure of has no words."""
-
-    def figure(estimates: dict[str, Estimate]) -> Cell:
-        return estimate_cell(estimates[VALIDATION]) if VALIDATION in estimates else Cell(NOT_MEASURED)
-
-    def against_plain(quality: Quality) -> list[Cell]:
-        missing = NOT_MEASURED if AGREEMENT in quality.how else MISSING
-        return [difference_cell(value, missing) for value in (quality.flips, quality.kl)]
-
-    return {
-        recipe: [
-            *(figure(estimates) for estimates in (quality.accuracy, quality.calibration_error)),
-            *against_plain(quality),
-            Cell(quality.worst_slice or MISSING),
-        ]
-        for recipe, quality in gate.quality.items()
-    }
-
-
-CLASSES = ["texts", "accuracy", "F1", "false alarms", "Brier", "calibration error"]
-
-
-def class_rows(gate: GateFile) -> list[tuple[str, str, list[Cell]]]:
-    """Slice, or a domain in it; model; the cells of `CLASSES`. Nothing where texts have no labels."""
-    rows = []
-    for one in gate.classes:
-        place = one.slice if one.domain is None else f"{one.slice}, {one.domain}"
-        rates = [
-            Cell(MISSING) if value is None else estimate_cell(value) for value in (one.f1, one.false_alarms)
-        ]
-        unknown = NOT_MEASURED if one.domain is None else MISSING  # the error of a domain is not estimated
-        error = unknown if one.calibration_error is None else fixed(one.calibration_error)
-        numbers = [fixed(one.brier), error]
-        cells = [Cell(str(one.texts)), estimate_cell(one.accuracy), *rates, *map(Cell, numbers)]
-        rows.append((place, one.arm if one.recipe == PLAIN else f"{one.arm}, {one.recipe}", cells))
-    return rows
-
-
 def comparison_rows(gate: GateFile) -> tuple[list[str], list[list[str]]]:
     """Titles and rows of what can be told between two variants: bits per byte, and decode on each target."""
     targets = list(dict.fromkeys(target for one in gate.comparisons for target in one.decode))
@@ -288,6 +232,15 @@ def comparison_rows(gate: GateFile) -> tuple[list[str], list[list[str]]]:
         ratios = [one.decode.get(target) for target in targets]
         rows.append([one.recipe, one.over, lead_text(one.lead), *map(ratio_text, ratios)])
     return ["variant", "over", "better by, bits/byte", *(f"decode p50, {t}" for t in targets)], rows
+
+
+def pairs_left_out(gate: GateFile) -> str:
+    """Which pairs of variants were not compared; empty where all were."""
+    count = len({v.recipe for v in gate.variants})
+    pairs, shown = count * (count - 1) // 2, len(gate.comparisons)
+    if not gate.comparisons or shown >= pairs:
+        return ""
+    return f"{shown} of {pairs} pairs: all of the first {PAIRED} recipes, the later ones against plain alone"
 
 
 def bounds_text(value: Estimate | None) -> str:
@@ -317,28 +270,6 @@ def seed_rows(gate: GateFile) -> list[tuple[str, list[float]]]:
     rows.append(("T1 - T0, bits/byte", gate.teacher_gain.by_seed))
     rows += [(f"{v.recipe}, share of the gain retained", v.kept_share.by_seed) for v in by_recipe(gate)]
     return [(name, values) for name, values in rows if values]
-
-
-def task_arms(gate: GateFile) -> list[str]:
-    """Arms that are scored on tasks."""
-    scored = {arm for quality in gate.quality.values() for scores in quality.tasks.values() for arm in scores}
-    return [arm for arm in ARMS if arm in scored]
-
-
-def task_rows(gate: GateFile) -> list[tuple[str, str, list[Cell]]]:
-    """Recipe, task, and the mean score of each of `task_arms`."""
-    arms = task_arms(gate)
-
-    def cell(scores: dict[str, Estimate | None], arm: str) -> Cell:
-        if arm not in scores:
-            return Cell(MISSING)
-        return Cell(NOT_MEASURED) if (score := scores[arm]) is None else estimate_cell(score)
-
-    return [
-        (recipe, task, [cell(scores, arm) for arm in arms])
-        for recipe, quality in gate.quality.items()
-        for task, scores in quality.tasks.items()
-    ]
 
 
 def measuring_commands(gate: GateFile, folded: Collection[str] = ()) -> dict[str, str]:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.gate_file import GateFile
 from eval.core.records import PLAIN, VALIDATION
+from eval.report import behaviour as beside
 from eval.report import figures as plots
 from eval.report import format as tables
 from eval.report import lineage
@@ -173,7 +174,7 @@ def render_page(gate: GateFile, run: Path, study_yaml: str) -> str:
     """
     templates, pictures = environment(), figures(gate, run)
     pictures["against"] = gate.comparisons
-    pictures["behaviour"] = tables.behaviour_cells(gate) or tables.task_rows(gate)
+    pictures["behaviour"] = beside.behaviour_cells(gate) or beside.task_rows(gate)
     style, script = (Markup((TEMPLATES / name).read_text("utf-8")) for name in ("style.css", "table.js"))
     return templates.get_template("report.html.j2").render(
         gate=gate,
@@ -192,16 +193,17 @@ def render_page(gate: GateFile, run: Path, study_yaml: str) -> str:
         costed=tables.cost_stamp(gate),
         saved=tables.saved_text(gate),
         comparisons=tables.comparison_rows(gate),
+        left_out=tables.pairs_left_out(gate),
         seeds=tables.seed_rows(gate),
         not_measured=tables.NOT_MEASURED,
         shares=tables.student_shares(gate),
         table=render_budget_rows(gate, templates),
-        behaviour=tables.behaviour_cells(gate),
-        behaviour_titles=tables.BEHAVIOUR,
-        classes=tables.class_rows(gate),
-        class_titles=tables.CLASSES,
-        tasks=tables.task_rows(gate),
-        task_arms=tables.task_arms(gate),
+        behaviour=beside.behaviour_cells(gate),
+        behaviour_titles=beside.BEHAVIOUR,
+        classes=beside.class_rows(gate),
+        class_titles=beside.CLASSES,
+        tasks=beside.task_rows(gate),
+        task_arms=beside.task_arms(gate),
         figures=pictures,
         documents=documents(gate, run),
         card=lineage.card(run, gate),

@@ -5,18 +5,22 @@ from collections.abc import Iterable
 
 from eval.core.gate_file import GateFile
 from eval.core.records import VALIDATION
+from eval.report.behaviour import (
+    BEHAVIOUR,
+    CLASSES,
+    behaviour_cells,
+    class_rows,
+    task_arms,
+    task_rows,
+)
 from eval.report.budget_table import BudgetTable, build_budget_table, fold_lines
 from eval.report.format import (
     ARMS,
-    BEHAVIOUR,
-    CLASSES,
     FOOTNOTE,
     MISSING,
     NOT_MEASURED,
     arm_cell,
-    behaviour_cells,
     by_recipe,
-    class_rows,
     comparison_rows,
     cost_stamp,
     estimate_cell,
@@ -25,6 +29,7 @@ from eval.report.format import (
     level_text,
     measured_on,
     measuring_commands,
+    pairs_left_out,
     recommended_text,
     remarks,
     remedy_text,
@@ -34,8 +39,6 @@ from eval.report.format import (
     short_stamp,
     stamp,
     student_shares,
-    task_arms,
-    task_rows,
     test_set_line,
 )
 
@@ -108,7 +111,8 @@ def comparison_table(gate: GateFile) -> list[str]:
     if not rows:
         return []
     table = markdown_table(titles, [list(map(escape, row)) for row in rows], short_stamp(gate))
-    return ["## Variant against variant", table]
+    left_out = [f"{line}."] if (line := pairs_left_out(gate)) else []
+    return ["## Variant against variant", table, *left_out]
 
 
 def gains(gate: GateFile) -> str:

@@ -31,6 +31,7 @@ from eval.report.format import (
 )
 from eval.stats.crossed import PASS
 
+UNKNOWN = "the reason stands above; what would make it pass cannot be told"
 ROWS = 50  # more cannot be read here: table.md and the page have all
 
 
@@ -112,8 +113,9 @@ def lines_below(gate: GateFile, budget: BudgetTable) -> Iterator[str]:
     for v in (row.variant for row in budget.shown if row.variant.verdict != PASS):
         reason = [] if v.reason in gate.reason else [v.reason]  # it stands above
         to_pass = [f"to pass: {text}"] if (text := remedy_text(v)) else []
-        reasons.setdefault("; ".join(reason + to_pass), []).append(f"{v.recipe} on {v.target}")
-    yield from (f"{several(names)}: {text}" for text, names in reasons.items() if text)
+        text = "; ".join(reason + to_pass) or UNKNOWN
+        reasons.setdefault(text, []).append(f"{v.recipe} on {v.target}")
+    yield from (f"{several(names)}: {text}" for text, names in reasons.items())
     if hidden := len(gate.variants) - len(budget.rows):
         yield f"{hidden} more rows in table.md and report.html"
     for line, how in fold_lines(gate, budget).items():

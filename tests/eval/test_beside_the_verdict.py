@@ -3,14 +3,18 @@
 import numpy as np
 import pytest
 import yaml
+from scipy.stats import t
 
 from eval.core.artifacts import Key, build_artifact, digest, read_manifest
+from eval.core.budget import Limit
 from eval.core.checks import measured_bytes, measured_hash
+from eval.core.gate_file import Number
 from eval.core.plan import read_plan
 from eval.core.records import CostRecord, write_record
 from eval.core.study import Study, load_study
 from eval.cost.plan import find_teacher
 from eval.gate.decision import judge
+from eval.gate.limits import remedy
 from eval.gate.quality import mean_part
 from eval.report.markdown import render_markdown
 from eval.stats.crossed import crossed_mean
@@ -157,6 +161,20 @@ def test_what_would_bring_a_cost_within_its_limit_is_told(made):
     assert remedies({"at_most": 9.0, "unit": "ms"}) == "PASS: None"
     assert remedies({"at_most": 2.15, "unit": "ms"}).startswith("INCONCLUSIVE: about ")
     assert remedies({"at_most": 2.15, "unit": "ms"}).endswith(" processes, now 3")
+
+
+def test_processes_are_asked_for_at_the_level_of_the_budget():
+    """The least n whose bound, t(1 - alpha, n - 1) / sqrt(n) wide, is within the limit."""
+    timed = {"unit": "ms", "requests": 30, "processes": 3}
+    number = Number(value=2.0, lower=1.8, upper=2.2, **timed)
+    limit = Limit(at_most=2.1, unit="ms")
+
+    def width(n: int, alpha: float) -> float:
+        return float(t.ppf(1 - alpha, n - 1)) / n**0.5
+
+    for alpha, wanted in ((0.05, 6), (0.001, 4)):
+        assert next(n for n in range(3, 99) if width(n, alpha) <= width(3, alpha) / 2) == wanted
+        assert remedy(number, 2.0, 2.2, limit, alpha) == f"about {wanted} processes, now 3"
 
 
 def test_a_rival_that_its_own_training_made_worse_is_no_rival(tmp_path):

@@ -14,7 +14,7 @@ from eval.report.format import TIMES
 from eval.report.html import render_page
 from eval.report.markdown import render_markdown
 from eval.report.terminal import print_report
-from tests.eval.report_run import run_folder
+from tests.eval.report_run import VARIANTS, run_folder, variant
 from tests.eval.test_report import Page
 
 
@@ -81,9 +81,38 @@ def test_every_form_says_what_was_not_measured_and_how_to(demo):
     assert page.count("not measured yet not measured yet far") == 1
 
 
+def test_pairs_of_variants_that_were_not_compared_are_told_and_a_spreadsheet_has_the_others(demo, tmp_path):
+    _, table, sheet, html = demo
+    rows = [row for row in csv.DictReader(StringIO(sheet)) if row["over"]]
+    assert [(row["recipe"], row["over"], row["target"]) for row in rows][1] == ("int4", "plain", "cpu")
+    figures = [
+        float(rows[1][f"{name}{end}"]) for name in ("better_by", "decode_ratio") for end in ("", "_low")
+    ]
+    assert figures == [-0.005, -0.0173, 0.64 / 2.31, 0.2]
+    told = "7 of 28 pairs: all of the first 12 recipes, the later ones against plain alone."
+    assert told in table
+    assert told in " ".join(Page(html).text)
+    run = run_folder(tmp_path, variants=[variant(row) for row in VARIANTS[:2]])
+    assert "pairs" not in render_markdown(read_gate(run)), "of two there are no others"
+
+
 def test_a_rival_that_ended_worse_than_the_base_on_a_slice_is_marked_there(demo):
     _, table, _, html = demo
     mark = "worse than B by 0.022 [0.013, 0.030]"
     assert re.search(r"\| CE .*\| 3\.090 \[3\.060, 3\.120\], " + re.escape(mark) + r" \|\n", table)
     assert table.count(mark) == 1
     assert " ".join(Page(html).text).count(mark) == 1
+
+
+def test_the_terminal_has_a_line_for_every_row_that_does_not_pass(tmp_path):
+    """Even where its reason stands above and nothing is known that would make it pass."""
+    gate = read_gate(run_folder(tmp_path))
+    wanda = next(v for v in gate.variants if v.recipe == "wanda50")
+    silent = wanda.model_copy(update={"parts": [p.model_copy(update={"remedy": None}) for p in wanda.parts]})
+    rows = [silent if v is wanda else v for v in gate.variants]
+    out = Console(file=StringIO(), width=WIDTH, highlight=False)
+    print_report(gate.model_copy(update={"variants": rows, "reason": wanda.reason}), out)
+    lines = out.file.getvalue().splitlines()
+    assert "wanda50 on cpu: the reason stands above; what would make it pass cannot be told" in lines
+    for v in (v for v in rows if v.verdict != "PASS" and v.target == "cpu"):
+        assert any(f"{v.recipe} on cpu" in line for line in lines if "ms" not in line), v.recipe
