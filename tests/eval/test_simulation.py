@@ -1,14 +1,27 @@
 """How often the gate errs: the simulation, through its command line, with fewer studies than in the docs."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eval.core.config import ROOT
-from scripts.simulation.parts import PICKS, Clustered, clustered_false_pass, false_fail, picks
+from scripts.simulation.parts import (
+    PICKS,
+    Clustered,
+    Tail,
+    clustered_false_pass,
+    draw_latencies,
+    false_fail,
+    picks,
+)
+from scripts.simulation.spread import spread_of
+from tests.eval.run_builder import Run
 
 pytestmark = pytest.mark.slow
 
@@ -81,3 +94,36 @@ def test_a_shared_test_that_is_not_multiplied_has_more_power_and_its_level():
     no_gain, small = (picks(case, 5, 800) for case in (PICKS[0], PICKS[3]))
     assert no_gain["false, in series"] <= 0.065
     assert small["right, in series"] > small["right, together"] + 0.05
+
+
+def test_every_other_table_is_printed_by_the_command():
+    names = {
+        "clusters": "40 clusters of 2, correlation 0.3",
+        "false_fail": "Holm over the parts",
+        "tails": "10 processes of 120, apart by 0.19, requests by 0.16, 0% slow",
+        "picks": "a gain, one does not keep enough",
+        "looks": "weeks until a broken one is found",
+    }
+    command = [sys.executable, "-m", "scripts.simulate_gate", "--draws", "100", "--tables", *names]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "160"}
+    )
+    for name, words in names.items():
+        assert words in done.stdout, name
+    assert len([line for line in done.stdout.splitlines() if line.startswith("┏")]) == len(names)
+    assert "nan" not in done.stdout
+
+
+def test_the_spread_of_processes_is_that_of_the_records(tmp_path):
+    """Of processes that are apart by 0.2 and requests by 0.1, as drawn."""
+    rng = np.random.default_rng(0)
+    tail = Tail(400, 30, 0.2, 0.1)
+    between, within = spread_of(list(draw_latencies(rng, tail, tail.processes, tail.requests)))
+    assert between == pytest.approx(0.2, abs=0.02)
+    assert within == pytest.approx(0.1, abs=0.003)
+    run = Run(tmp_path).make()
+    command = [sys.executable, "-m", "scripts.simulation.spread", "--study", str(run.path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.match(
+        r"prefill, 3 models: between processes 0\.0\d\d \(median\), 0\.\d+ \(largest\);", done.stdout
+    )
