@@ -198,7 +198,7 @@ def numbers(value: object) -> list[float]:
 def test_every_number_of_the_table_is_the_gates(demo):
     run, _, table, _ = demo
     known = numbers(json.loads((run / "gate.json").read_text()))
-    prose = re.sub(r"The test documents .*|Note: .*|judged on .*|.*measured on .*", "", table)
+    prose = re.sub(r"The test documents .*|Note: .*|.* pairs: .*|judged on .*|.*measured on .*", "", table)
     bare = re.sub(r"p(50|95|99)|90 % interval|\b[A-Z]\d|[a-z]+[-a-z]*\d+(-[a-z]\w+)?", "", prose)
     shown = re.findall(r"\d+(?:\.\d+)?", re.sub(r"reason .*|[^|]*(?=\|$)", "", bare, flags=re.M))
     assert len(shown) > 250
