@@ -21,6 +21,7 @@ from eval.core.study import (
     read_recipe,
     save_study,
 )
+from eval.watch.routing import Plan
 from scripts.write_config_docs import config_docs
 
 LAUNCHED = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
@@ -28,7 +29,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*"))
 
 
 def test_every_config_is_read():
-    seen = {"studies": 0, "methods": 0, "recipes": 0, "budgets": 0, "accelerate": 0}
+    seen = {"studies": 0, "methods": 0, "recipes": 0, "budgets": 0, "accelerate": 0, "rollouts": 0}
     for path in (p for p in CONFIGS if p.is_file()):
         assert path.suffix == ".yaml", f"{path}: configs/ holds YAML alone"
         kind = path.parent.name
@@ -45,13 +46,15 @@ def test_every_config_is_read():
                 load_recipe(path.stem)
         elif kind == "recipes":
             assert load_recipe(path.stem).name == path.stem
+        elif kind == "rollouts":
+            assert validate_config(Plan, read_yaml(path, "rollouts"), str(path)).name == path.stem
         elif kind == "accelerate":
             settings = load_config_from_file(str(path))
             assert (settings.mixed_precision, settings.num_processes) == ("no", 2)
             assert settings.distributed_type == LAUNCHED[path.stem]
         else:
             assert validate_config(Budget, read_yaml(path, "budgets"), str(path)).name == path.stem
-    assert seen == {"studies": 8, "methods": 13, "recipes": 20, "budgets": 4, "accelerate": 3}
+    assert seen == {"studies": 8, "methods": 13, "recipes": 20, "budgets": 4, "accelerate": 3, "rollouts": 1}
 
 
 def test_mandatory_slices_of_a_studys_budget_are_slices_of_its_data():
@@ -210,7 +213,7 @@ def test_later_stages_refuse_models_of_two_settings(settled):
     changed = load_study(settled.folder, ["--train.optimizer.lr", "0.5"])
     save_study(changed)
     save_study(changed)  # gone on with, and stopped again
-    with pytest.raises(UserError, match="its models are of both; run `python distill"):
+    with pytest.raises(UserError, match="its models are of both; run `absorb train --config"):
         check_trained(changed)
     mark_trained(changed)
     check_trained(changed)
@@ -225,7 +228,7 @@ def test_later_stages_refuse_other_settings(settled):
     ):
         check_trained(changed)
     check_trained(load_study(settled.folder, ["--recipes", "[int8]", "--workers", "1"]))
-    with pytest.raises(UserError, match=r"no study\.yaml; run `python distill"):
+    with pytest.raises(UserError, match=r"no study\.yaml; run `absorb train"):
         check_trained(changed.model_copy(update={"name": "unknown"}))
 
 
