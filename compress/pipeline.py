@@ -43,13 +43,14 @@ def find_students(study: Study) -> list[TrainedStudent]:
     Raises:
         UserError: one is missing or damaged.
     """
-    data = verify_artifact(study.folder / "data").hash
+    data = verify_artifact(study.folder / "data", remembered=True).hash
     rows = study.data.context, study.data.train_rows
     students = []
     for seed in study.seeds:
         for arm in ARMS:
             folder = study.folder / "students" / arm / f"s{seed}"
-            students.append(TrainedStudent(arm, seed, folder, verify_artifact(folder).hash, data, rows))
+            content = verify_artifact(folder, remembered=True).hash
+            students.append(TrainedStudent(arm, seed, folder, content, data, rows))
     return students
 
 

@@ -15,7 +15,14 @@ from compress.recipe import load_recipes
 from distill.data.split import data_key
 from distill.method import make_method
 from distill.models.load import BASE_FILES, study_origins
-from eval.core.artifacts import digest, file_sha256, library_versions, remembered_hashes, write_text
+from eval.core.artifacts import (
+    FILE_HASHES,
+    digest,
+    file_sha256,
+    library_versions,
+    remembered_hashes,
+    write_text,
+)
 from eval.core.budget import load_budget
 from eval.core.checks import check_plan
 from eval.core.commands import study_from_command
@@ -24,10 +31,10 @@ from eval.core.errors import entry
 from eval.core.study import Study, read_recipe
 from eval.score.samples import task_digest_or_none
 
-MARK, FILES = "finished", "finished-files.json"  # FILES: hashes of the run's files, by size and time
+MARK = "finished"
 LATER = {
     MARK,
-    FILES,
+    FILE_HASHES,
     ".lock",
     BASE_FILES,
     "log.txt",
@@ -61,7 +68,7 @@ def state(study: Study) -> str:
             {name: task_digest_or_none(task) for name, task in study.data.tasks.items()},
             library_versions(),
             [file_sha256(p) for p in [*code, ROOT / "requirements.lock"]],
-            remembered_hashes(dict(sorted(files.items())), study.folder / FILES),
+            remembered_hashes(dict(sorted(files.items())), study.folder / FILE_HASHES),
         ]
     )
 

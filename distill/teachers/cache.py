@@ -181,7 +181,7 @@ class CachedTeacher(StoredTargets):
     """
 
     def __init__(self, folder: Path, rows: Sequence[Row], codec: Codec, lineage: dict[str, Any]) -> None:
-        check_lineage(folder, verify_artifact(folder), lineage | codec.facts)
+        check_lineage(folder, verify_artifact(folder, remembered=True), lineage | codec.facts)
         self.codec = codec
         every = [safe_open(p, framework="numpy") for p in sorted(folder.glob("shard-*.safetensors"))]
         self.files = [file for file in every if len(file.keys()) > len(EMPTY)]

@@ -73,7 +73,7 @@ def read_texts(
     Raises:
         UserError: the artifact is damaged, or of another teacher, tokenizer or data, or lacks a row.
     """
-    check_lineage(folder, verify_artifact(folder), lineage)
+    check_lineage(folder, verify_artifact(folder, remembered=True), lineage)
     texts = {text["row"]: text for text in _read_lines(folder)}
     generated = []
     for row in make_prompts(rows, generation):

@@ -30,6 +30,9 @@ from eval.core.errors import UserError, first_error, require_one_of
 from eval.syntax import normalize
 
 MANIFEST = "manifest.json"
+FILE_HASHES = "file-hashes.json"  # of a run: hashes of its large files, by size, times and inode
+LARGE = 2**20  # bytes from which a finished file is not read again at every start
+Hashes = dict[str, str]  # name of a file -> its SHA-256
 
 
 class Stage(NamedTuple):
@@ -135,16 +138,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def remembered_hashes(files: dict[str, Path], memory: Path) -> dict[str, str]:
-    """Name -> SHA-256 of files, each read only if its size or its time is not that in the file `memory`."""
+def remembered_hashes(files: dict[str, Path], memory: Path, fresh: Hashes | None = None) -> Hashes:
+    """The hashes of files: `fresh`, or each read where its size, times or inode are not those in `memory`."""
     known = json.loads(memory.read_text()) if memory.is_file() else {}
     hashes, seen = {}, {}
     for name, path in files.items():
         location, stat = str(path.resolve()), path.stat()
-        state, content = known.get(location, ([], ""))
-        if state != [stat.st_size, stat.st_mtime_ns]:
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        before, content = known.get(location, ([], ""))
+        if fresh is not None:
+            content = fresh[name]
+        elif before != state:
             content = file_sha256(path)
-        hashes[name], seen[location] = content, [[stat.st_size, stat.st_mtime_ns], content]
+        hashes[name], seen[location] = content, [state, content]
     remembered = {place: entry for place, entry in known.items() if Path(place).is_file()} | seen
     if remembered != known:
         write_text(memory, json.dumps(remembered, indent=1))
@@ -198,8 +204,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def hash_files(folder: Path) -> dict[str, FileEntry]:
+def hash_files(folder: Path, memory: Path | None = None) -> dict[str, FileEntry]:
     """Hash and size of every file below `folder`, its own manifest left out.
+
+    Args:
+        memory: where hashes of large files are remembered; none: every byte is read.
 
     Raises:
         UserError: something there is a link: what it names may change, or lie anywhere.
@@ -209,10 +218,19 @@ def hash_files(folder: Path) -> dict[str, FileEntry]:
         name = link.relative_to(folder).as_posix()
         raise UserError(f"artifact {folder}", f"{name} is a link", "put there what it names")
     files = [p for p in every if p.is_file() and p != folder / MANIFEST]
+    large = {str(p): p for p in files if memory is not None and p.stat().st_size >= LARGE}
+    known = remembered_hashes(large, memory) if memory is not None and large else {}
+    hashes = {p: known.get(str(p)) or file_sha256(p) for p in files}
     return {
-        p.relative_to(folder).as_posix(): FileEntry(sha256=file_sha256(p), bytes=p.stat().st_size)
-        for p in files
+        p.relative_to(folder).as_posix(): FileEntry(sha256=content, bytes=p.stat().st_size)
+        for p, content in hashes.items()
     }
+
+
+def _memory(folder: Path, name: str) -> Path | None:
+    """Where the run of an artifact remembers hashes; none if it lies elsewhere than `name` says."""
+    run = folder.resolve().parents[name.count("/")]
+    return run / FILE_HASHES if run / name == folder.resolve() else None
 
 
 def link_files(source: Path, folder: Path, names: Iterable[str]) -> None:
@@ -276,6 +294,9 @@ def build_artifact(
             shutil.rmtree(old)
         else:
             temporary.rename(folder)
+        large = {path: entry.sha256 for path, entry in files.items() if entry.bytes >= LARGE}
+        if large and (memory := _memory(folder, name)):
+            remembered_hashes({path: folder / path for path in large}, memory, large)
     finally:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -298,14 +319,18 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify_artifact(folder: Path) -> Manifest:
+def verify_artifact(folder: Path, *, remembered: bool = False) -> Manifest:
     """The manifest of `folder`, after every file has been checked against it.
+
+    Args:
+        remembered: large files with the size, times and inode of their last reading are not read again: for
+            the start of a training, never for what is measured, judged or signed.
 
     Raises:
         UserError: a file is missing, was added, or differs by one bit from its recorded hash.
     """
     manifest = read_manifest(folder)
-    present = hash_files(folder)
+    present = hash_files(folder, _memory(folder, manifest.name) if remembered else None)
     for name, entry in manifest.files.items():
         if name not in present:
             raise UserError(f"artifact {folder}", f"{name} is missing", "delete the folder and run again")
@@ -322,10 +347,10 @@ def verify_artifact(folder: Path) -> Manifest:
 
 
 def is_done(folder: Path, key: Key, accept_old: Collection[str] = ()) -> bool:
-    """True if `folder` holds a whole artifact made from `key`; a damaged one raises.
+    """True if `folder` holds a whole artifact made from `key`; a damaged one raises (see `remembered` above).
 
-    An artifact of a stage in `accept_old` that other versions made from the same inputs is accepted, and its
-    manifest says so.
+    One of a stage in `accept_old` that other versions made from the same inputs is accepted, as its manifest
+    then says.
     """
     if not (folder / MANIFEST).is_file():
         return False
@@ -333,7 +358,7 @@ def is_done(folder: Path, key: Key, accept_old: Collection[str] = ()) -> bool:
     is_current, same_code = manifest.key == key.digest, manifest.code == key.code
     if not is_current and not (manifest.inputs == key.inputs and (key.stage in accept_old or same_code)):
         return False
-    verify_artifact(folder)
+    verify_artifact(folder, remembered=True)
     if not is_current:
         changes = {"key": key.digest, "accepted": {} if same_code else key.code}
         write_text(folder / MANIFEST, manifest.model_copy(update=changes).model_dump_json(indent=1) + "\n")

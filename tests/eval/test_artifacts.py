@@ -1,15 +1,18 @@
 """Artifacts appear whole or not at all, and are known by their bytes."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from eval.core.artifacts import (
+    LARGE,
     Key,
     build_artifact,
     digest,
+    file_sha256,
     is_done,
     read_manifest,
     verify_artifact,
@@ -40,6 +43,41 @@ def test_a_manifest_lists_every_file_and_its_bytes(tmp_path):
     assert is_done(tmp_path / "x", Key("k"))
     assert not is_done(tmp_path / "x", Key("other"))
     assert not is_done(tmp_path / "y", Key("k"))
+
+
+def test_a_start_reads_large_files_again_only_where_their_state_changed(tmp_path, monkeypatch):
+    """Any write is seen, also where the time of the change was set back; a full check reads every byte."""
+    folder, read = tmp_path / "run" / "models" / "m", []
+    with build_artifact(folder, kind="model", name="models/m", key=KEY, parents={}, facts={}) as aside:
+        (aside / "large").write_bytes(bytes(LARGE))
+        (aside / "small").write_bytes(b"small")
+
+    def counted(path):
+        read.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr("eval.core.artifacts.file_sha256", counted)
+
+    def reads(check):
+        read.clear()
+        check()
+        return read
+
+    assert reads(lambda: is_done(folder, KEY)) == ["small"], "it was read when it was made"
+    assert sorted(reads(lambda: verify_artifact(folder))) == ["large", "small"]
+    folder.rename(tmp_path / "away")
+    assert sorted(reads(lambda: is_done(tmp_path / "away", KEY))) == ["large", "small"], "of no run"
+    (tmp_path / "away").rename(folder)
+    assert reads(lambda: is_done(folder, KEY)) == ["small"]
+    (folder / "large").touch()
+    assert sorted(reads(lambda: is_done(folder, KEY))) == ["large", "small"]
+    assert reads(lambda: is_done(folder, KEY)) == ["small"]
+    before = (folder / "large").stat()
+    with (folder / "large").open("r+b") as stream:
+        stream.write(b"\1")
+    os.utime(folder / "large", ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match="large has sha256"):
+        is_done(folder, KEY)
 
 
 def test_one_content_one_hash(tmp_path):
