@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from eval.core.artifacts import digest, installed_versions, plugin_code, stage_code
-from eval.core.config import Frozen, Stored, plugin_class, plugin_names, validate_config
+from eval.core.artifacts import digest, installed_versions, stage_code
+from eval.core.config import Frozen, Stored, plugin_class, plugin_code, plugin_names, validate_config
 from eval.core.documents import Document, Row
 from eval.core.errors import UserError, require_installed
 from eval.core.sections.precision import Choice, read_choice, replace_auto

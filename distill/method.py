@@ -19,8 +19,8 @@ from distill.models.generation import CachedReader, generate_texts, sample_texts
 from distill.models.lm_head import Head, capture_input, head_of, output_embedding
 from distill.models.prefix import Prefix, hidden_after, put_in_front, read_prefix
 from distill.trainer.loop import Curve
-from eval.core.artifacts import file_sha256, plugin_code
-from eval.core.config import Frozen, plugin_class, plugin_names, validate_config
+from eval.core.artifacts import file_sha256
+from eval.core.config import Frozen, plugin_class, plugin_code, plugin_names, validate_config
 from eval.core.documents import Batch, Row, collate
 from eval.core.errors import UserError
 from eval.core.sections import Generation, MethodChoice, Train

@@ -5,14 +5,11 @@ it was made from (`inputs`: settings and parents) and by which versions (`code`)
 recognised and not done again. docs/cache-keys.md says what is done again, and when.
 """
 
-import ast
 import hashlib
-import inspect
 import json
 import os
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eval.core.config import ROOT
 from eval.core.errors import UserError, first_error, require_one_of
-from eval.syntax import normalize
 
 MANIFEST = "manifest.json"
 FILE_HASHES = "file-hashes.json"  # of a run: hashes of its large files, by size, times and inode
@@ -390,20 +386,3 @@ def _describe_versions(manifest: Manifest) -> str:
         else:
             phrases.append(f"other code of {name}")
     return ", ".join(phrases)
-
-
-def plugin_code(kind: type, base: type) -> dict[str, str]:
-    """Class -> digest of its code: of a plug-in and of what it inherits from, up to `base`.
-
-    Inside this project that is the module of the class; what it imports is covered by the version of its
-    stage. Of a class that lies outside, every module of its package counts.
-    """
-    code = {}
-    for one in kind.__mro__:
-        if one not in base.__mro__:
-            path = Path(inspect.getfile(one)).resolve()
-            is_packaged = sys.modules[one.__module__].__package__ and not path.is_relative_to(ROOT)
-            paths = path.parent.rglob("*.py") if is_packaged else [path]
-            trees = sorted(normalize(ast.parse(path.read_text(encoding="utf-8"))) for path in paths)
-            code[one.__qualname__] = hashlib.sha256("\n\n".join(trees).encode()).hexdigest()[:16]
-    return code

@@ -1,12 +1,15 @@
 """YAML into frozen models with unknown keys refused, names in it into plug-ins."""
 
+import ast
 import copy
+import hashlib
 import importlib
 import inspect
 import math
 import os
 import pkgutil
 import re
+import sys
 from abc import ABCMeta
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -24,6 +27,7 @@ from pydantic import (
 )
 
 from eval.core.errors import UserError, expected_text, require_one_of
+from eval.syntax import normalize
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH_KEYS = {"budget", "recipes"}  # of a study: paths are taken from the folder of the file that names them
@@ -356,3 +360,20 @@ def plugin_class(
         listed = " and ".join(f"`{field}`" for field in [*attributes, *sorted(base.__abstractmethods__)])
         raise UserError(thing, repr(name), f"{kind.__name__} must define {listed}")
     return kind
+
+
+def plugin_code(kind: type, base: type) -> dict[str, str]:
+    """Class -> digest of its code: of a plug-in and of what it inherits from, up to `base`.
+
+    Inside this project that is the module of the class; what it imports is covered by the version of its
+    stage. Of a class that lies outside, every module of its package counts.
+    """
+    code = {}
+    for one in kind.__mro__:
+        if one not in base.__mro__:
+            path = Path(inspect.getfile(one)).resolve()
+            is_packaged = sys.modules[one.__module__].__package__ and not path.is_relative_to(ROOT)
+            paths = path.parent.rglob("*.py") if is_packaged else [path]
+            trees = sorted(normalize(ast.parse(path.read_text(encoding="utf-8"))) for path in paths)
+            code[one.__qualname__] = hashlib.sha256("\n\n".join(trees).encode()).hexdigest()[:16]
+    return code

@@ -16,8 +16,7 @@ from distill.method import (
 from distill.models.generation import make_prompts
 from distill.models.lm_head import Head
 from distill.teachers.local import check_output
-from eval.core.artifacts import plugin_code
-from eval.core.config import plugin_names
+from eval.core.config import plugin_code, plugin_names
 from eval.core.documents import collate
 from eval.core.errors import UserError
 from eval.core.sections import Generation
