@@ -94,6 +94,9 @@ def test_a_study_of_a_method_ends_with_teachers_that_know_nothing_of_what_is_sco
         assert verify_artifact(run / "targets" / side / "s0").facts["tokens"] > 100
     scores = {record.arm: sum(record.documents.bits) for record in each_score(run)}
     assert (scores["T1"] != scores["T0"]) == (name != "voting")
+    assert set(study.rivals) == ({"T0"} if name == "ensemble" else set()), (
+        "one plain model, which is scored anyway"
+    )
     if name == "larger_teacher":
         return  # nothing is fitted, and the large model takes minutes
     others = with_other_scored_texts(run, corpora, tmp_path / "other")
