@@ -23,6 +23,7 @@ from distill.data.tokens import make_tokens
 from distill.method import make_method
 from distill.models.card import model_card
 from distill.models.export import DOCUMENTS, check_ids, export, token_ids
+from distill.models.generation import list_ends
 from distill.models.init import init_student
 from distill.models.load import (
     BASE_FILES,
@@ -293,6 +294,7 @@ def start_student(
         load_model(base), tokenizer, study.student, rows, seed, commit, study.data.labels
     )
     check_vocabulary(model, tokenizer, "the student", used_documents(study), study.data.context)
+    list_ends(model, tokenizer)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     return add_adapters(model, study.student, seed, device=accelerator().device, dtype=dtype), facts
 

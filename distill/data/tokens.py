@@ -24,7 +24,7 @@ from distill.data.mixture import mix_rows
 from eval.core.artifacts import Key, build_artifact, digest, is_done, make_key, read_manifest, write_text
 from eval.core.documents import TRAIN, TRANSFER, Document, parse_document
 from eval.core.documents.bins import best_fit_bins
-from eval.core.documents.encoding import Encoding, Learned, encode, windows_of
+from eval.core.documents.encoding import Encoding, Learned, encode, special_ends, windows_of
 from eval.core.errors import UserError
 from eval.core.jobs import Job, Progress, run_jobs
 from eval.core.study import Study
@@ -45,6 +45,7 @@ ROW = np.dtype(
 )
 DOCUMENT = np.dtype([("name_end", "<u8"), ("domain", "<u4")])
 NO_FRONT = -1
+CHATS = "chats 2"  # count on when rows are made of chats in another way: what learned them is made again
 _FINGERPRINTS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, str]] = WeakKeyDictionary()
 
 
@@ -78,7 +79,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
     It is remembered: of a large vocabulary it takes seconds.
     """
-    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    more = sorted(special_ends(tokenizer) - {tokenizer.eos_token_id})
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, *more)
     state = len(tokenizer), *ends, tokenizer.chat_template
     known = _FINGERPRINTS.get(tokenizer)
     if known is not None and known[0] == state:

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.models.generation import list_ends
 from eval.core.artifacts import digest
 from eval.core.documents import Document
 from eval.core.errors import UserError
@@ -34,7 +35,7 @@ def export(
     verified: Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a plain transformers checkpoint, which loads without this project.
+    """Writes a plain transformers checkpoint, which loads without this project and stops where texts end.
 
     Args:
         documents: on which the saved tokenizer must give the ids of `tokenizer`; without any it is not tried.
@@ -46,6 +47,7 @@ def export(
     """
     model = model.to("cpu", dtype)
     model.config.use_cache = True
+    list_ends(model, tokenizer)
     try:
         with silenced("transformers"):
             model.save_pretrained(str(folder), safe_serialization=True)

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.core.documents import Row
+from eval.core.documents.encoding import end_ids
 from eval.core.errors import UserError
 from eval.core.sections import Generation
 
@@ -67,8 +68,16 @@ def make_prompts(rows: Sequence[Row], generation: Generation) -> list[Row]:
     ]
 
 
+def list_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds to a model's generation config the ends that its tokenizer knows: then texts stop there."""
+    listed = stop_ids(model) if model.can_generate() else end_ids(tokenizer)
+    if missing := sorted(end_ids(tokenizer) - listed):
+        every = [*sorted(listed), *missing]
+        model.generation_config.eos_token_id = every if len(every) > 1 else every[0]
+
+
 def stop_ids(model: PreTrainedModel) -> set[int]:
-    """Ids that end a text."""
+    """Ids that end a text, as its configs list them; those of its tokenizer are added by `list_ends`."""
     eos = model.generation_config.eos_token_id
     eos = model.config.get_text_config().eos_token_id if eos is None else eos
     return set(eos) if isinstance(eos, list) else {eos} - {None}

@@ -26,6 +26,7 @@ from transformers.utils.hub import list_repo_templates
 from distill.models.gguf import build_tokenizer, find_model, load_gguf, read_fields
 from eval.core.artifacts import digest, installed_versions, remembered_hashes
 from eval.core.documents import Document, windows
+from eval.core.documents.encoding import note_ends
 from eval.core.errors import UserError, require_one_of
 from eval.core.sections import Base, NamedModel
 from eval.core.study import Study
@@ -42,6 +43,7 @@ from eval.engines.torch import (
 BOS = "<|endoftext|>"
 BASE_FILES = "base-files.json"  # of the run folder: the hashes of local models
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+CONFIGS = ("generation_config.json", "config.json")
 LEGACY_FIELDS = ("rope_theta", "rope_scaling", "torch_dtype")  # read, though no field of a config any more
 
 
@@ -217,6 +219,8 @@ def load_hub_tokenizer(path: str, revision: str) -> PreTrainedTokenizerBase:
         path, revision=revision, trust_remote_code=False
     )
     check_fast(thing, tokenizer)
+    optional = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    note_ends(tokenizer, *(cached_file(path, name, **optional) for name in CONFIGS))
     return tokenizer
 
 

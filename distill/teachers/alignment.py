@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.losses.teacher_output import Aligned, Dense, States
 from eval.core.documents import Batch, Row, boundary_id, collate, pad_id
-from eval.core.documents.encoding import text_ids
+from eval.core.documents.encoding import special_ends, text_ids
 from eval.core.errors import UserError
 
 END = b"\xff\xfe\xff"  # stands for the end of a text, and is in none: it is no UTF-8
@@ -30,13 +30,13 @@ class Vocabulary:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         self.tokenizer = tokenizer
         ids = tokenizer.get_vocab()
-        control = set(tokenizer.all_special_ids)
+        control, ends = set(tokenizer.all_special_ids), special_ends(tokenizer)
         read = _token_reader(tokenizer, where)
         self.size = 1 + max(ids.values())
         self.text = [NO_TEXT] * self.size
         self.names = [b""] * self.size  # what a token is recognised by in another vocabulary
         for token, i in ids.items():
-            self.text[i] = END if i == tokenizer.eos_token_id else NO_TEXT if i in control else read(token)
+            self.text[i] = END if i in ends else NO_TEXT if i in control else read(token)
             self.names[i] = token.encode() if self.text[i] == NO_TEXT else self.text[i]
         if self.joined(self.encode(SAMPLE)).removeprefix(b" ") != SAMPLE.encode():
             problem = "does not give a text back byte by byte: it changes what it reads"
@@ -96,11 +96,11 @@ class Vocabulary:
 
     @cached_property
     def by_name(self) -> dict[tuple[bytes, int], int]:
-        """Name of a token, and how many before it bear the same, -> id."""
+        """Name of a token, and how many before it bear the same, -> id; EOS is the first of the ends."""
         counts: dict[bytes, int] = {}
         ids: dict[tuple[bytes, int], int] = {}
-        for i, name in enumerate(self.names):
-            if name:
+        for i in sorted(range(self.size), key=lambda i: i != self.tokenizer.eos_token_id):
+            if name := self.names[i]:
                 ids[name, counts.setdefault(name, 0)] = i
                 counts[name] += 1
         return ids

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.data.rows import distilled_split, training_rows
 from distill.method import Method, MethodContext, make_method
+from distill.models.generation import list_ends
 from distill.models.load import check_same_tokenizer
 from distill.teachers.alignment import Alignment
 from distill.teachers.answers import AnsweringTeacher
@@ -296,6 +297,7 @@ def run_local_teacher(
     folder = study.folder / "method" / teacher_name(side, seeds)
     name, quiet = teacher_name(side, seeds), lambda share, tokens=0: None
     context = replace(_method_context(study, name, folder, seeds[0], bases, quiet, number), load=load)
+    list_ends(model, context.tokenizer)
     with method.attached(model, context):
         pairs = study.train.loss.hidden.pairs if study.train.loss.hidden else []
         layers = tuple(teacher_layer for _, teacher_layer in pairs)

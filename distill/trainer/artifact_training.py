@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.data.packing import check_packing
+from distill.data.tokens import CHATS
 from distill.trainer.checkpoint import Curve
 from distill.trainer.evaluate import Validation
 from distill.trainer.logging import open_trackers
@@ -48,7 +49,9 @@ def rows_shape(study: Study) -> list[Any]:
     """The settings that decide the training rows, beside data and tokenizer."""
     data = study.data
     beside = [data.loss_on, data.end_of_text]
-    return [data.context, data.train_rows, data.packing, *([] if beside == ["last", False] else beside)]
+    beside = [] if beside == ["last", False] else beside
+    chats = any(source.messages_column for source in data.sources)
+    return [data.context, data.train_rows, data.packing, *beside, *([CHATS] if chats else [])]
 
 
 def scratch_folder(study: Study, name: str, key: Key) -> Path:

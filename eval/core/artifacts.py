@@ -42,7 +42,7 @@ _MODELS = ("torch", "transformers", "tokenizers")
 VERSIONS = {
     "data": Stage(7, ()),  # and `datasets` or `datasketch`, where they are used
     "tokenizer": Stage(1, ("transformers", "tokenizers")),
-    "tokens": Stage(1, ("transformers", "tokenizers")),
+    "tokens": Stage(2, ("transformers", "tokenizers")),
     "base": Stage(6, (*_MODELS, "accelerate")),
     "method": Stage(5, (*_MODELS, "accelerate", "peft")),
     "targets": Stage(4, (*_MODELS, "peft")),

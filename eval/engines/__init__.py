@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from eval.core.artifacts import Manifest
 from eval.core.config import plugin_module
 from eval.core.documents import Batch, tokens_per_batch
+from eval.core.documents.encoding import end_ids, note_ends
 from eval.core.errors import UserError, require_one_of
 from eval.core.records import AnyRecord
 
@@ -70,8 +71,8 @@ class Engine(ABC):
 
     @cached_property
     def end_ids(self) -> set[int]:
-        """Ids that end a text: that of the tokenizer, and those that a generation config lists."""
-        return end_ids(self.folder, self.tokenizer)
+        """Ids that end a text; see `eval.core.documents.encoding.end_ids`."""
+        return end_ids(self.tokenizer)
 
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:
@@ -183,6 +184,7 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> PreTrainedTok
     check_template_names(thing, config.read_bytes() if config.is_file() else b"", files)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        note_ends(tokenizer, folder / "generation_config.json", folder / "config.json")
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise UserError(thing, f"cannot be read ({first_line(error)})", REMAKE) from error
     check_fast(thing, tokenizer)
@@ -238,15 +240,6 @@ def check_fast(thing: str, tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(
             thing, problem, "give a base with a tokenizer.json, as the library tokenizers makes it"
         )
-
-
-def end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end a text: that of the tokenizer, and those that a generation config lists."""
-    named, file = [tokenizer.eos_token_id], folder / "generation_config.json"
-    if file.is_file():
-        value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        named += value if isinstance(value, list) else [value]
-    return {token for token in named if token is not None}
 
 
 @contextmanager

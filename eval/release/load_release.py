@@ -159,11 +159,11 @@ ENGINES = {"torch": TorchModel, "openvino": OpenVinoModel}
 
 
 def end_ids(folder: Path, tokenizer: Any) -> set[int]:
-    """Ids that end a text: that of the tokenizer, and those that a generation config lists."""
-    named, file = [tokenizer.eos_token_id], folder / "generation_config.json"
-    value = read_json(file).get("eos_token_id") if file.is_file() else None
-    named += value if isinstance(value, list) else [value]
-    return {token for token in named if token is not None}
+    """Ids that end a text: that of the tokenizer, and those that the configs of the model list."""
+    files = [folder / "generation_config.json", folder / "config.json"]
+    listed = [read_json(file).get("eos_token_id") for file in files if file.is_file()]
+    value: Any = next((ends for ends in listed if ends is not None), [])
+    return {tokenizer.eos_token_id, *(value if isinstance(value, list) else [value])} - {None}
 
 
 def read_bytes(path: Path) -> bytes:

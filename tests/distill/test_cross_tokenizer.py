@@ -16,7 +16,7 @@ from distill.losses.divergences import DIVERGENCES, sorted_distance
 from distill.losses.teacher_output import Dense, States
 from distill.models.lm_head import Head
 from distill.models.load import train_tokenizer
-from distill.teachers.alignment import Alignment, Vocabulary, byte_alphabet
+from distill.teachers.alignment import END, NO_TEXT, Alignment, Vocabulary, byte_alphabet
 from eval.core.documents import Document, Row, collate, windows
 from eval.core.errors import UserError
 from eval.core.sections import Loss
@@ -102,6 +102,24 @@ def test_the_end_of_a_text_is_the_end_whatever_it_is_called():
     assert own[ids[1:].index(0)] == its[its_ids[1:].index(teacher.eos_token_id)] >= 0
     pairs = dict(alignment.shared.T.tolist())
     assert pairs[student.eos_token_id] == teacher.eos_token_id
+
+
+def test_every_end_that_a_model_lists_is_an_end():
+    student, teacher = tiny_tokenizer(), sentencepiece()
+    student.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|user|>"]})
+    end, user = student.convert_tokens_to_ids(["<|end|>", "<|user|>"])
+    text = student("the rain")["input_ids"]
+    before = Alignment(student, teacher).row([0, *text, end, *text], 0)
+    student.listed_ends = [end]
+    alignment = Alignment(student, teacher)
+    _, _, own, _, count = alignment.row([0, *text, end, *text], 0)
+    assert own[-1] == count - 1
+    assert before[2][len(text) :] == [-1] * (1 + len(text)), "nothing from the end on was aligned"
+    pairs = dict(alignment.shared.T.tolist())
+    assert pairs[student.eos_token_id] == teacher.eos_token_id, "EOS first: the teacher has one end"
+    assert end not in pairs
+    assert alignment.own_events[end] == alignment.own_events[student.eos_token_id]
+    assert (alignment.student.joined([end]), alignment.student.joined([user])) == (END, NO_TEXT)
 
 
 def test_one_tokenizer_shares_every_token_with_itself():

@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType
 
 from distill.losses.teacher_output import Dense
 from distill.method import Frozen, Method, Plain, make_method
+from distill.models.export import export
 from distill.models.generation import (
     choose_tokens,
     generate_texts,
@@ -24,10 +25,12 @@ from distill.trainer.loop import accelerator, train
 from distill.trainer.rollout import OnPolicy
 from eval.core.artifacts import Key, build_artifact
 from eval.core.documents import Row, collate
+from eval.core.documents.encoding import end_ids
 from eval.core.errors import UserError
 from eval.core.sections import Generation, MethodChoice, Train
+from eval.engines.torch import load_checkpoint
 from tests.distill.conftest import written_anew
-from tests.helpers import tiny_model
+from tests.helpers import tiny_model, tiny_tokenizer
 
 GENERATION = Generation(prompt_tokens=5, new_tokens=7)
 LINEAGE = {"teacher": "t"}
@@ -137,6 +140,21 @@ def test_a_text_ends_with_the_id_that_stops_it():
     assert stop_ids(model) == {3, 4}
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     assert stop_ids(model) == set()
+
+
+@pytest.mark.parametrize(
+    ("listed", "noted", "expected"),
+    [(0, [], 0), ([5, 0], [0], [5, 0]), ([5], [], [5, 0]), (None, [7], [0, 7]), (None, [], 0)],
+)
+def test_an_export_lists_every_end_so_that_it_stops_anywhere(tmp_path, listed, noted, expected):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.generation_config.eos_token_id, model.config.eos_token_id = listed, None
+    tokenizer.listed_ends = noted
+    export(model, tokenizer, tmp_path / "model", "card", [])
+    config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == expected
+    again, its_tokenizer = load_checkpoint(tmp_path / "model")
+    assert stop_ids(again) == end_ids(its_tokenizer) == {0, *noted, *stop_ids(model)}
 
 
 def test_a_method_writes_by_its_signal():

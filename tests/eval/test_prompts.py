@@ -1,21 +1,24 @@
 """Prompts, chats and packed rows: what is predicted, what is only read, and who sees whom."""
 
 import json
+import pickle
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 
+from distill.data.tokens import fingerprint
 from distill.method import make_method
 from distill.teachers.alignment import Vocabulary
 from eval.core.artifacts import write_text
 from eval.core.documents import Document, Row, boundary_id, collate, join_rows, pack, windows
 from eval.core.documents.chats import ChatRefused, lay_out
-from eval.core.documents.encoding import Learned, text_ids
+from eval.core.documents.encoding import Learned, end_ids, special_ends, text_ids
 from eval.core.errors import UserError
 from eval.core.sections import Cost, MethodChoice
 from eval.cost.plan import cut_prompts
+from eval.engines import load_tokenizer
 from eval.metrics.likelihood import document_bits
 from eval.release.reference import reference
 from eval.score.samples import Sample
@@ -237,6 +240,33 @@ def test_the_end_is_learned_after_an_answer_and_where_asked_after_a_document():
     words.chat_template = CHAT.replace("}}\n{% endfor %}", "}}<|endoftext|>{% endfor %}")
     (row,) = windows(words, chat, 64, ends)
     assert row.tokens[-2:].count(end) == 1, "the template has written one"
+
+
+def test_an_end_that_a_generation_config_lists_is_an_end_and_no_second_one_is_learned(tmp_path):
+    """As Phi-3's: its template ends a turn with a token that is not the EOS of its tokenizer."""
+    words, chat = tiny_tokenizer(), Document("d", "x", "stone", ASKED)
+    words.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    words.chat_template = CHAT.replace("}}\n{% endfor %}", "}}<|end|>\n{% endfor %}")
+    words.save_pretrained(tmp_path)
+    end, river = words.convert_tokens_to_ids("<|end|>"), words("river")["input_ids"][0]
+
+    def learned(tokenizer):
+        (row,) = windows(tokenizer, chat, 64, Learned(end_of_answer=True))
+        return words.decode(row.tokens[1 + row.given :])
+
+    assert learned(load_tokenizer(tmp_path)) == "stone<|end|>\n<|endoftext|>"
+    keys = {fingerprint(words), fingerprint(load_tokenizer(tmp_path))}
+    for name, config in (
+        ("config.json", {"text_config": {"eos_token_id": end}}),
+        ("generation_config.json", {"eos_token_id": [end, words.eos_token_id, river]}),
+    ):
+        (tmp_path / name).write_text(json.dumps(config))
+        tokenizer = load_tokenizer(tmp_path)
+        assert learned(tokenizer) == "stone<|end|>\n", name
+        keys.add(fingerprint(pickle.loads(pickle.dumps(tokenizer))))
+    assert len(keys) == 2, "tokens are made again for other ends"
+    assert end_ids(tokenizer) == {0, end, river}
+    assert special_ends(tokenizer) == {0, end}, "a text may hold the third"
 
 
 def test_a_special_token_that_a_text_spells_out_is_text():

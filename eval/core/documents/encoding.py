@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from eval.core.documents.chats import Answers, Readable, lay_out
 from eval.core.errors import UserError
 
+LISTED_ENDS = "listed_ends"  # attribute of a tokenizer: it goes wherever the tokenizer does
 STAND_IN = 0x10FFFD  # of Unicode's private characters the last: they stand in for special tokens in a turn
 
 Span = tuple[int, int]  # start and end
@@ -23,7 +26,7 @@ class Learned:
     """What of a document is predicted beside its text; by default nothing, as in scoring."""
 
     turns: Literal["last", "all"] = "last"  # which answers of a chat
-    end_of_answer: bool = False  # EOS after an answer, where the chat template writes none
+    end_of_answer: bool = False  # EOS after an answer, where the chat template writes no end
     end_of_text: bool = False  # EOS after a document without a prompt
 
 
@@ -53,6 +56,32 @@ def boundary_id(tokenizer) -> int:
         if token is not None:
             return token
     raise UserError("tokenizer", "neither BOS nor EOS token", "set one of the two in its config")
+
+
+def end_ids(tokenizer) -> set[int]:
+    """Ids that end a text: EOS, and those that the configs of its model list, where a model came with it."""
+    return {tokenizer.eos_token_id, *getattr(tokenizer, LISTED_ENDS, ())} - {None}
+
+
+def special_ends(tokenizer) -> set[int]:
+    """Those of them that no text is split into: what ends a turn of a chat, or a text."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {i for i in end_ids(tokenizer) if i in special or i == tokenizer.eos_token_id}
+
+
+def note_ends(tokenizer, *files: str | Path | None) -> None:
+    """Notes on a tokenizer the ends of its model: of the first of the config files that lists some.
+
+    Raises:
+        ValueError: a file is no JSON.
+    """
+    for file in files:
+        if file is not None and Path(file).is_file():
+            config = json.loads(Path(file).read_text(encoding="utf-8"))
+            ends = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+            if ends is not None:
+                setattr(tokenizer, LISTED_ENDS, sorted(ends if isinstance(ends, list) else [ends]))
+                return
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
@@ -145,9 +174,9 @@ def _prompted(tokenizer, document: Readable, learned: Learned) -> Encoding:
     ids = ids[: places[-1][1]]
     _check_tokens(document, ids[last:])
     bare = given > 0 and not isinstance(document.prompt, str)  # a template writes what stands in front
-    ended = bare and tokenizer.eos_token_id in ids[last:]
-    if learned.end_of_answer and not ended and tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
+    if learned.end_of_answer and tokenizer.eos_token_id is not None:
+        ended = bare and not special_ends(tokenizer).isdisjoint(ids[last:])
+        ids = ids if ended else [*ids, tokenizer.eos_token_id]
     gaps = tuple((end, start) for (_, end), (start, _) in pairwise(places) if end < start)
     return Encoding(ids, given, gaps, None if bare else boundary_id(tokenizer))
 
