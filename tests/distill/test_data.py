@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 import yaml
-from pydantic import ValidationError
 from transformers import OPTConfig, OPTForCausalLM
 
 from distill.data.packing import check_packing
@@ -260,8 +259,21 @@ def test_a_stream_is_read_as_far_as_it_is_asked_for(tmp_path):
     rows = [{"text": f"document {i}"} for i in range(50)]
     source = rows_of(tmp_path / "many.jsonl", rows) | {"streaming": True, "documents": 7}
     assert [d.text for d in read_source(Source(**source))] == [f"document {i}" for i in range(7)]
-    with pytest.raises(ValidationError, match=r"streaming.*needs.*documents"):
-        Source(**{**source, "documents": None})
+
+
+def test_a_whole_data_set_is_streamed_without_a_copy_of_it(tmp_path, monkeypatch):
+    import datasets
+
+    (tmp_path / "corpus").mkdir()
+    rows_of(tmp_path / "corpus" / "many.jsonl", [{"text": f"document {i}"} for i in range(50)])
+    source = Source(kind="dataset", path=str(tmp_path / "corpus"), streaming=True)
+    converted = tmp_path / "converted"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", converted)
+    streamed = list(read_source(source))
+    assert [d.text for d in streamed] == [f"document {i}" for i in range(50)]
+    assert not list(converted.rglob("*.arrow"))
+    assert list(read_source(source.model_copy(update={"streaming": None}))) == streamed
+    assert list(converted.rglob("*.arrow"))
 
 
 def test_a_number_of_documents_reads_no_further_file(tmp_path):

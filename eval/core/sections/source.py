@@ -57,8 +57,8 @@ class Source(Frozen):
     group_by_folder: bool = Field(False, description="the files of each top folder are such a group")
     streaming: bool | None = Field(
         None,
-        description="read no more rows of a data set of the hub, or of Parquet files, than `documents` asks "
-        "for; none: where it asks for a number",
+        description="read a data set of the hub, or Parquet files, row by row, and no more rows than "
+        "`documents` asks for; else it is downloaded and converted first; none: where it asks for a number",
     )
     text_after: str | None = Field(
         None,
@@ -91,12 +91,6 @@ class Source(Frozen):
         gt=0,
         description="at most so many documents: of a folder the first by hash, of a data set the first rows",
     )
-
-    @model_validator(mode="after")
-    def stream_ends(self) -> Self:
-        if self.streaming and self.documents is None:
-            raise ValueError("`streaming` needs `documents`: how many to take")
-        return self
 
     @model_validator(mode="after")
     def columns_fit(self) -> Self:
