@@ -1,8 +1,10 @@
 """A text in front of every row: run once, its keys and values reused by every batch."""
 
 import copy
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from distill.models.generation import refuse_packing
 from distill.models.lm_head import capture_input, output_embedding
+from distill.models.rounding import ROUNDINGS_ALLOWED, rounding_noise
 from eval.core.config import Frozen
 from eval.core.documents import Batch, boundary_id
 from eval.core.documents.encoding import text_ids
@@ -79,20 +82,39 @@ def read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
     """Runs a model over the tokens in front of every row, once.
 
     Reuse is tried on a few tokens: a family whose states are not keys and values alone (state spaces), or
-    whose answers differ from those of the whole text, runs the whole text with every row instead.
+    whose answers differ from those of the whole text by more than rounding explains in this model, runs the
+    whole text with every row instead, and a line says so.
     """
     tokens = torch.tensor(list(ids), dtype=torch.int64, device=model.device)
     with capture_input(output_embedding(model)):
-        cache = getattr(model(input_ids=tokens[None], use_cache=True), "past_key_values", None)
-    whole = Prefix(tokens, None)
-    if not isinstance(cache, DynamicCache) or any(type(layer) not in REUSABLE for layer in cache.layers):
+        kept = getattr(model(input_ids=tokens[None], use_cache=True), "past_key_values", None)
+    whole, kind = Prefix(tokens, None), model.config.model_type
+    if not isinstance(kept, DynamicCache) or any(type(layer) not in REUSABLE for layer in kept.layers):
+        _tell(f"a {kind} keeps other states than keys and values")
         return whole
-    reused, probe = Prefix(tokens, cache, model), tokens[:PROBE].expand(2, -1)
+    reused, probe = Prefix(tokens, kept, model), tokens[:PROBE].expand(2, -1)
     mask = torch.ones_like(probe)
     mask[1, 1:] = 0  # a row of one token, padded
-    answers = [_run(model, probe, mask, prefix)[mask.bool()].float() for prefix in (reused, whole)]
-    error = float((answers[0] - answers[1]).norm() / answers[1].norm())
-    return reused if error <= 8 * max(float(torch.finfo(model.dtype).eps), 1e-4) else whole
+
+    def states(prefix: Prefix) -> Tensor:
+        return _run(model, probe, mask, prefix)[mask.bool()].float()
+
+    def distance(one: Tensor, other: Tensor) -> float:
+        return float((one - other).norm() / other.norm())
+
+    answer = states(whole)
+    error = distance(states(reused), answer)
+    allowed = ROUNDINGS_ALLOWED * rounding_noise(model, lambda: states(whole), answer, distance)
+    if error <= allowed:
+        return reused
+    _tell(f"a {kind} answers otherwise with its keys and values ({error:.2g} apart, rounding: {allowed:.2g})")
+    return whole
+
+
+@cache
+def _tell(reason: str) -> None:
+    """Tells once for each reason why a text in front is not run once."""
+    print(f"the text in front runs with every row, which takes longer: {reason}", file=sys.stderr)
 
 
 def hidden_after(model: PreTrainedModel, batch: Batch, prefixes: Sequence[Prefix | None]) -> Tensor:

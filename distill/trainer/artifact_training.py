@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.data.packing import check_packing
 from distill.data.tokens import CHATS
+from distill.models.packing import check_packing
 from distill.trainer.checkpoint import Curve
 from distill.trainer.evaluate import Validation
 from distill.trainer.logging import open_trackers

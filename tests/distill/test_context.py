@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill.checks import check_text_in_front
 from distill.method import MethodContext, Plain, make_method, prefixed_output
 from distill.models.export import export
-from distill.models.prefix import hidden_after, read_prefix
+from distill.models.prefix import _tell, hidden_after, read_prefix
 from distill.teachers.local import LocalTeacher
 from distill.teachers.run import teacher_groups
 from eval.core.config import Frozen
@@ -100,20 +100,32 @@ def test_hidden_states_of_other_tokens_than_the_rows_are_refused():
         teacher(collate([packed], 0))
 
 
-def test_a_family_that_forgets_what_came_before_runs_the_whole_text(monkeypatch):
+def test_a_family_that_forgets_what_came_before_runs_the_whole_text_and_says_so(monkeypatch, capsys):
     """Reuse is tried: here the values of a prefix are damaged on their way."""
+    _tell.cache_clear()
     model = family("llama")
     own = type(model.model.layers[0].self_attn).forward
 
     def forward(self, hidden_states, *inputs, past_key_values=None, **named):
         if past_key_values is not None and past_key_values.layers[self.layer_idx].is_initialized:
             layer = past_key_values.layers[self.layer_idx]
-            layer.values = layer.values * 0.5
+            layer.values = layer.values * 0.999
         return own(self, hidden_states, *inputs, past_key_values=past_key_values, **named)
 
     assert read_prefix(model, PREFIX).cache is not None
+    assert read_prefix(model.to(torch.bfloat16), PREFIX).cache is not None
+    assert capsys.readouterr().err == ""
+    model.to(torch.float32)
     monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", forward)
-    assert read_prefix(model, PREFIX).cache is None
+    for _ in range(2):
+        assert read_prefix(model, PREFIX).cache is None
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "the text in front runs with every row, which takes longer: a llama answers otherwise"
+    )
+    assert said.count("\n") == 1, "once"
+    assert read_prefix(family("mamba"), PREFIX).cache is None
+    assert "a mamba keeps other states than keys and values" in capsys.readouterr().err
 
 
 def method_of(**settings):

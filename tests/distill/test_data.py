@@ -8,10 +8,10 @@ import torch
 import yaml
 from transformers import OPTConfig, OPTForCausalLM
 
-from distill.data.packing import check_packing
 from distill.data.rows import training_rows
 from distill.data.sources import fingerprint, is_streamed, read_source
 from distill.data.split import prepare
+from distill.models.packing import check_packing
 from eval.core.artifacts import read_manifest
 from eval.core.documents import TEST, TRAIN, VALIDATION, Document, read_documents, scored_slices
 from eval.core.documents.chats import lay_out
