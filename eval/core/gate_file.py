@@ -181,6 +181,7 @@ class Variant(Stored):
     chain: list[Link] = Field(default_factory=list)  # from the teacher's gain to this variant's
     zeros: float | None = None  # share of all its weights, embeddings included, that are zero
     low_bit: float | None = None  # share that is stored in 8 bits or fewer; null for plain, as is `zeros`
+    reached: float | None = None  # least share that a pass went through of the weights that it is named after
     slices: dict[str, Slice]
     scores: dict[str, Estimate]
     cost: dict[str, Number] | None

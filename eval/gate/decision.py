@@ -77,7 +77,6 @@ def build_candidate(
     evidence: Evidence, budget: Budget, shares: Shares, recipe: str, prefixes: list[str]
 ) -> Candidate:
     parts = quality_parts(evidence, budget, recipe)
-    zeros, low_bit = evidence.weights.get(recipe, (None, None))
     fields = {
         "recipe": recipe,
         "engine": evidence.engines[recipe],
@@ -86,8 +85,7 @@ def build_candidate(
         "kept_of_student": shares.of(kept_gain(recipe), kept_gain(PLAIN)),
         "guard_share": shares.of(gain_over_base(recipe), gain_over_base(PLAIN)),
         "chain": share_chain(shares, prefixes, recipe),
-        "zeros": zeros,
-        "low_bit": low_bit,
+        **evidence.weights.get(recipe, {}),
         "scores": {
             name: estimate(evidence.scores(name, STUDENT, recipe), budget.alpha, tested=False)
             for name in evidence.columns

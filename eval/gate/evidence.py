@@ -89,7 +89,7 @@ class Evidence:
     correct: dict[Model, Array]  # [S, N] of these, those held to be the likeliest; where every seed has them
     calibration: dict[Model, list[dict[str, Bins]]]  # by seed: slice -> bins; where every seed has them
     engines: dict[str, str]  # recipe -> engine
-    weights: dict[str, tuple[float, float]]  # recipe -> shares of zeros and of low-bit weights, where known
+    weights: dict[str, dict[str, float]]  # recipe -> shares of its weights, as in gate.json, where known
     costs: dict[tuple[str, str], list[CostRecord]]  # (target, recipe) -> records of S1, by seed
     artifacts: dict[str, str]  # arm/s<seed>/recipe -> hash
     machines: list[dict[str, object]]
@@ -317,21 +317,22 @@ def costs_of_references(
     return grouped
 
 
-def weight_shares(artifacts: Artifacts, recipes: list[str]) -> dict[str, tuple[float, float]]:
-    """Recipe -> means over the seeds of S1's shares of weights that are zero, and that have 8 bits or fewer.
+def weight_shares(artifacts: Artifacts, recipes: list[str]) -> dict[str, dict[str, float]]:
+    """Recipe -> shares of S1's weights: `zeros` and `low_bit` of its last pass, means over the seeds; `reached`.
 
-    From the report of the last pass; variants of earlier versions do not say it.
+    That is the least of any pass. Variants of earlier versions do not say it.
     """
     shares = {}
     for recipe in recipes[1:]:
         folders = (artifact_folder(artifacts.folder, STUDENT, s, recipe) for s in artifacts.study.seeds)
-        reports = (artifacts.manifest(folder).facts.get("reports") for folder in folders if folder)
-        sizes = [every[-1]["after"] for every in reports if every]
+        every = [artifacts.manifest(folder).facts.get("reports") or [] for folder in folders if folder]
+        sizes = [reports[-1]["after"] for reports in every if reports]
         if sizes and all("low_bit" in size for size in sizes):
-            whole = np.array([size["parameters"] for size in sizes], float)
-            zeros = 1 - np.array([size["nonzeros"] for size in sizes]) / whole
-            low_bit = np.array([size["low_bit"] for size in sizes]) / whole
-            shares[recipe] = float(zeros.mean()), float(low_bit.mean())
+            zeros = np.mean([1 - size["nonzeros"] / size["parameters"] for size in sizes])
+            low_bit = np.mean([size["low_bit"] / size["parameters"] for size in sizes])
+            shares[recipe] = {"zeros": float(zeros), "low_bit": float(low_bit)}
+            if passes := [one for reports in every for one in reports if one.get("named")]:
+                shares[recipe]["reached"] = min(one["reached"] / one["named"] for one in passes)
     return shares
 
 

@@ -30,7 +30,11 @@ from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS
 
 RANKS = [PASS, INCONCLUSIVE, FAIL]
 ALWAYS = ("prefill_p50", "prefill_p95", "decode_p50", "decode_p95", "peak_memory", "disk")
-WEIGHTS = {"zeros": "zero weights, share", "low_bit": "low-bit weights, share"}  # where a variant says it
+WEIGHTS = {  # where a variant says it
+    "zeros": "zero weights, share",
+    "low_bit": "low-bit weights, share",
+    "reached": "of the weights that its passes name, reached",
+}
 SEEDED = ("validation_bits_per_byte", "gain_retained")  # columns of which table.csv has each seed
 BESIDE = ("flips", "kl")  # of a variant against `plain`
 COMPARED = ("better_by", "decode_ratio")  # of a variant to the one in `over`
@@ -110,7 +114,8 @@ def build_budget_table(gate: GateFile, variants: list[Variant] | None = None) ->
     """The rows of these variants in this order, or of all in the order of gate.json.
 
     Quality is validation bits per byte, the share of the gain retained, the guard share, then the share
-    retained on every shifted slice, and where it is known what share of the weights is zero or of few bits.
+    retained on every shifted slice, and where it is known what share of the weights is zero or of few bits,
+    and what share the passes reached of those that they name.
     Cost is the usual quantities, those that the budget limits, and those that only some variants have.
     """
     limited = [name for target in gate.budget["targets"].values() for name in target.get("limits", {})]

@@ -42,9 +42,12 @@ def upper_bounds(cells: list[Cell]) -> str:
 
 
 def weight_lines(variant: Variant) -> list[str]:
-    """The shares of zero and of low-bit weights, where they are any."""
+    """The shares of zero and of low-bit weights, where they are any, and what a pass reached, if not all."""
     shares = {"zeros": variant.zeros, "low-bit": variant.low_bit}
-    return [f"{share:.0%} {name}" for name, share in shares.items() if share and share >= 0.01]
+    lines = [f"{share:.0%} {name}" for name, share in shares.items() if share and share >= 0.01]
+    if variant.reached is not None and variant.reached < 1:
+        lines.append(f"{int(100 * variant.reached)}% reached")
+    return lines
 
 
 def table_row(table: BudgetTable, row: Row) -> list[Text]:

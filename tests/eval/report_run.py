@@ -199,6 +199,7 @@ def variant(row: tuple, target: str = "cpu", measured: bool = True) -> dict:
         },
         "scores": {name: span(bits + 0.2 * i, 0.03) for i, name in enumerate(SLICES)},
         **({} if recipe == "plain" else {"zeros": 0.0123, "low_bit": 0.9876 if "int" in recipe else 0.0}),
+        **({} if recipe == "plain" else {"reached": 0.934 if recipe == "int8" else 1.0}),
         "cost": cost(decode, disk, recipe) | under if measured else None,
         "how": None if measured else f"python -m eval.cost --study runs/x --target {target}",
         "hashes": {"artifact": {"0": "a" * 64}, "control": {"0": "f" * 64}, "records": {}},

@@ -1,5 +1,7 @@
 """What stands beside a verdict: pairs of variants, the teacher and the fallback, seeds, what would make it pass."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import yaml
@@ -7,13 +9,14 @@ from scipy.stats import t
 
 from eval.core.artifacts import Key, build_artifact, digest, read_manifest
 from eval.core.budget import Limit
-from eval.core.checks import measured_bytes, measured_hash
+from eval.core.checks import Artifacts, measured_bytes, measured_hash
 from eval.core.gate_file import Number
 from eval.core.plan import read_plan
 from eval.core.records import CostRecord, write_record
 from eval.core.study import Study, load_study
 from eval.cost.plan import find_teacher
 from eval.gate.decision import judge
+from eval.gate.evidence import weight_shares
 from eval.gate.limits import remedy
 from eval.gate.quality import mean_part
 from eval.report.markdown import render_markdown
@@ -254,3 +257,18 @@ def test_variants_of_another_recipe_than_the_fixed_one_are_told(made, tmp_path):
 def test_a_table_says_when_and_by_what_it_was_judged(gate):
     assert gate.provenance.tool.startswith("absorb")
     assert gate.provenance.times == {name: ["2026-01-01T00:00:00+00:00"] * 2 for name in ("scores", "cpu")}
+
+
+def test_shares_of_weights_are_read_from_the_reports_of_the_passes(tmp_path):
+    def reports(reached):
+        size = {"parameters": 100, "nonzeros": 80, "low_bit": 50}
+        return [{"named": 60, "reached": reached, "after": size}, {"named": 0, "reached": 0, "after": size}]
+
+    for seed, reached in enumerate((60, 57)):
+        folder = tmp_path / "variants" / "chain" / "S1" / f"s{seed}"
+        facts = {"reports": reports(reached)}
+        with build_artifact(folder, kind="variant", name="v", key=Key("k"), parents={}, facts=facts):
+            pass
+    artifacts = Artifacts(tmp_path, SimpleNamespace(seeds=[0, 1]))
+    shares = weight_shares(artifacts, ["plain", "chain"])["chain"]
+    assert shares == pytest.approx({"zeros": 0.2, "low_bit": 0.5, "reached": 0.95}), "the least of all"

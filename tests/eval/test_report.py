@@ -93,6 +93,7 @@ def test_terminal_shows_the_table_and_ends_with_the_path(demo):
         assert row[0] in out
     assert "int8 *" in out
     assert "99% low-bit" in out, "what was done to the weights, below the name"
+    assert out.count("% reached") == out.count("93% reached") > 0, "only where it is not all of them"
     assert "zero weights" not in out, "and not among the slices"
     assert "python -m eval.cost --study runs/x --target gpu" in out
     assert "The test documents were opened once, last by Ada on 2026-01-03 for int8 on cpu: PASS" in out
