@@ -318,9 +318,9 @@ def costs_of_references(
 
 
 def weight_shares(artifacts: Artifacts, recipes: list[str]) -> dict[str, dict[str, float]]:
-    """Recipe -> shares of S1's weights: `zeros` and `low_bit` of its last pass, means over the seeds; `reached`.
+    """Recipe -> shares of S1's weights after its last pass, `zeros`, `low_bit`, means over seeds; `reached`.
 
-    That is the least of any pass. Variants of earlier versions do not say it.
+    This is the least of any pass. Variants of earlier versions do not say it.
     """
     shares = {}
     for recipe in recipes[1:]:
