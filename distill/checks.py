@@ -268,7 +268,7 @@ def _saved(named: NamedModel, where: str) -> tuple[PreTrainedConfig, PreTrainedT
     """Config and tokenizer of a model, saved once: transformers checks a generation config only then."""
     path = str(named.path)
     config, generation, tokenizer = _read_configs(named, where)
-    fix = f"correct its config files in a local copy, and give that folder as {where}"
+    fix = f"correct config.json or generation_config.json in a copy of it, and give that folder as {where}"
     refused = _refused_by_libraries(f"{path} cannot be saved again", fix, where)
     with tempfile.TemporaryDirectory() as folder, refused:
         config.save_pretrained(folder)
@@ -280,7 +280,8 @@ def _saved(named: NamedModel, where: str) -> tuple[PreTrainedConfig, PreTrainedT
 def _render_chat(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Lays out a question and its answer, so that a template that cannot be rendered is known now."""
     turns = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}]
-    with _refused_by_libraries(f"the chat template of {path} fails", "correct it in a local copy"):
+    fix = "correct chat_template.jinja (or tokenizer_config.json) in a copy of it, and give that folder"
+    with _refused_by_libraries(f"the chat template of {path} fails", fix):
         tokenizer.apply_chat_template(turns, tokenize=False)
 
 

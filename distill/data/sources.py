@@ -52,7 +52,8 @@ def _files(source: Source) -> list[Path]:
     files = [p for p in matches if not _is_excluded(p, source) and (root / p).is_file()]
     if not files:
         problem = f"no file in {source.path!r} matches {source.include}"
-        raise UserError("data source", problem, "fix path, include or exclude")
+        fix = "change include or exclude (patterns below path, such as **/*.md), or give another path"
+        raise UserError("data source", problem, fix)
     return sorted(files, key=lambda p: text_sha256(p.as_posix()))
 
 
@@ -237,5 +238,7 @@ def _require_files(source: Source) -> list[Path]:
         raise UserError("data source", f"{source.path} without files", "name them in data_files")
     for pattern in source.patterns:
         if not _local_files(source.model_copy(update={"data_files": pattern})):
-            raise UserError("data source", f"no file {pattern!r}", "fix data_files")
+            above = source.path if source.path not in PACKAGED and Path(source.path).is_dir() else Path.cwd()
+            fix = f"give data_files that are there; they are read from {above}"
+            raise UserError("data source", f"no file {pattern!r}", fix)
     return _local_files(source)

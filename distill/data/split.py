@@ -231,7 +231,8 @@ def _read_shifted(reader: Reader) -> dict[str, Pool]:
         pools[name] = reader.read(f"slice {name!r}", sources)
         if not pools[name].numbers:
             problem = "no documents, or all are copies of others"
-            raise UserError(f"slice {name!r}", problem, "fix its source")
+            fix = f"give data.shifted.{name} documents that are not among those before it, or leave it out"
+            raise UserError(f"slice {name!r}", problem, fix)
     return pools
 
 
@@ -314,7 +315,8 @@ def write_splits(
         pools[TRANSFER] = transfer.read("data.transfer", data.transfer)
         splits[TRANSFER] = np.array(pools[TRANSFER].numbers)
         if not len(splits[TRANSFER]):
-            raise UserError("data.transfer", "no documents, or all are scored ones", "fix its sources")
+            fix = "give it documents that are not scored, or leave it out"
+            raise UserError("data.transfer", "no documents, or all are scored ones", fix)
     for name in {TRAIN, TRANSFER} & set(splits):
         _write_lines(folder / f"{name}.jsonl", map(spool.line, splits[name].tolist()))
     for name, documents in scored.items():

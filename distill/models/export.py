@@ -107,7 +107,7 @@ def check_ids(
         sha256: the digest of `token_ids` when it was saved.
     """
     if digest(token_ids(tokenizer, documents)) != sha256:
-        fix = "delete the folder, and report this with the versions of transformers and tokenizers"
+        fix = "delete the folder and run again: the installed transformers and tokenizers then write it"
         raise UserError(
             f"tokenizer {folder}", "splits training documents otherwise than when it was saved", fix
         )

@@ -43,7 +43,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleLis
         raise UserError(
             f"model {type(model).__name__}",
             f"{len(outermost)} lists of {count} layers, expected one",
-            "keep all layers of this family",
+            "leave out what counts layers: student.layers, train.exits, the pass drop_layers",
         )
     return outermost[0]
 
@@ -85,7 +85,7 @@ def _check_config(model: PreTrainedModel) -> None:
     except ValueError as error:
         shapes, problem = {}, " ".join(str(error).split())[:200]
     if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
-        fix = "keep all layers of this family"
+        fix = "keep all layers of this family: without student.layers, and without the pass drop_layers"
         raise UserError(f"layers of model type {model.config.model_type!r}", problem, fix)
 
 

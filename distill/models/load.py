@@ -138,9 +138,8 @@ def _refused_by_transformers(where: str, kind: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(
-            where, f"transformers cannot build this {kind} model ({cause})", "correct it"
-        ) from error
+        fix = f"change that field of {where}: fields and values are those of {CONFIG_MAPPING[kind].__name__}"
+        raise UserError(where, f"transformers cannot build this {kind} model ({cause})", fix) from error
 
 
 def named_model(

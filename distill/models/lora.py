@@ -88,7 +88,8 @@ def attach_adapters(model: PreTrainedModel, config: Student) -> PeftModel:
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # refused below
             adapted = get_peft_model(model, _lora_config(model, config))
     except ValueError as error:
-        raise UserError("student.modules", config.modules, " ".join(str(error).split())[:200]) from error
+        problem = f"{config.modules} ({' '.join(str(error).split())[:200]})"
+        raise UserError("student.modules", problem, "name linear layers, or give all-linear") from error
     check_routers(adapted, config)
     check_ties(adapted, config)
     return adapted

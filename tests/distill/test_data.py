@@ -167,7 +167,7 @@ def test_rows_cover_many_documents_and_do_not_depend_on_chance(study):
         ),
         (
             {"documents": [{"kind": "dataset", "path": "json", "data_files": "/nowhere.jsonl"}]},
-            "no file '/nowhere.jsonl'; fix data_files",
+            "no file '/nowhere.jsonl'; give data_files that are there; they are read from",
         ),
         ({"shifted": {"train": [{"kind": "pydoc"}]}}, "data.shifted.train: this name is reserved"),
     ],

@@ -55,7 +55,7 @@ def boundary_id(tokenizer) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
         if token is not None:
             return token
-    raise UserError("tokenizer", "neither BOS nor EOS token", "set one of the two in its config")
+    raise UserError("tokenizer", "neither BOS nor EOS token", "name one in its tokenizer_config.json")
 
 
 def end_ids(tokenizer) -> set[int]:
