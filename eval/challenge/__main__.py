@@ -128,6 +128,7 @@ def show(outcomes: list[Outcome], task: str, console: Console) -> None:
         verdict = f"{one.verdict}: {one.needs}" if one.needs else one.verdict
         shown.add_row(one.what, bounds_text(one.gain), bounds_text(one.lead), share, one.claim, verdict)
     console.print(shown)
+    console.print(stamp_line("challenged"), soft_wrap=True)
 
 
 @entry
@@ -159,7 +160,6 @@ def main() -> None:
     notes += [f"not tried: {what}: {why}" for what, why in skipped.items()]
     for note in notes:
         print(note)
-    print(stamp_line("challenged"))
     print(f"{study.name} {sentence}")
     result = ChallengeFile(
         study=study.name,

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from eval.challenge.__main__ import Challenge
+from eval.challenge.__main__ import Challenge, show
 from eval.challenge.doses import doses_of, draw, sentences
 from eval.challenge.outcome import (
     COLLAPSES,
@@ -25,12 +25,13 @@ from eval.challenge.outcome import (
 )
 from eval.challenge.rows import DAMAGED, PLACEBO, SAME, plan_rows
 from eval.challenge.runs import run_study, share_artifacts
+from eval.core.commands import new_console
 from eval.core.errors import UserError
 from eval.core.sections import Corruption, Optimizer, Train
 from eval.core.study import load_study
 from eval.stats.crossed import crossed_mean
 from tests.eval.run_builder import GAINS, Run
-from tests.helpers import ROOT, run
+from tests.helpers import ROOT, run, table_width
 
 
 def evidence_of(folder, **changes):
@@ -136,7 +137,7 @@ def test_an_empty_method_survives_unless_a_gain_is_credited_to_it():
         assert judge_claims([claim], 0.05)[0].verdict == verdict
 
 
-def test_the_rival_is_taken_at_its_best_rate(tmp_path):
+def test_the_rival_is_taken_at_its_best_rate(tmp_path, capsys):
     gains = {"B": 0.0, "T0": 0.0, "T1": 0.12, "S0": 0.03, "S1": 0.12, "CE": 0.02}
     same, budget = evidence_of(tmp_path / "same", gains=gains)
     better, _ = evidence_of(tmp_path / "better", gains=gains | {"CE": 0.2, "S0": 0.1})
@@ -147,8 +148,16 @@ def test_the_rival_is_taken_at_its_best_rate(tmp_path):
     assert of_one["best_CE"].lead.mean() == pytest.approx(0.10, abs=0.01)
     assert claims["best_CE"].lead.mean() == pytest.approx(-0.08, abs=0.01)
     assert claims["best_S0"].margin.mean() == pytest.approx(0.12 - 0.1 - 0.5 * 0.12, abs=0.01)
-    verdicts = {one.name: one.verdict for one in judge_claims(list(claims.values()), 0.05)}
+    outcomes = judge_claims(list(claims.values()), 0.05)
+    verdicts = {one.name: one.verdict for one in outcomes}
     assert verdicts == {"best_CE": COLLAPSES, "best_S0": COLLAPSES}
+    show(outcomes, "causal_lm", new_console())
+    out = capsys.readouterr().out
+    assert re.search(r"challenged on \d{4}-\d\d-\d\d by absorb", out)
+    assert table_width(out) <= 120
+    worse, _ = evidence_of(tmp_path / "worse", gains=gains | {"CE": -0.02})
+    claims = {claim.name: claim for claim in rival_claims({SAME: worse, "half_rate": worse}, budget)}
+    assert claims["best_CE"].what == "CE at its best learning rate (its own), worse than the base"
     assert not list(rival_claims({SAME: same}, budget)), "no rate was tried"
 
 
@@ -281,6 +290,7 @@ def test_a_first_look_by_the_command_line(tmp_path):
     assert [one["what"][:7] for one in look["contrasts"]] == ["T1 - T0", "S1 - S0", "S1 - CE"]
     assert look["contrasts"][0]["lead"]["point"] != 0
     assert "seen four times in five by 2 seeds and" in done.stdout
+    assert re.search(r"looked at on \d{4}-\d\d-\d\d by absorb", done.stdout)
     assert (tmp_path / "runs/try/first_look.svg").read_text().startswith("<?xml")
 
 
