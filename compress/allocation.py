@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 from transformers.pytorch_utils import Conv1D
 
+from compress.calibration import Walk
 from compress.quantized_training import put_on_grid
 from compress.recipe import Context, Grid
 from distill.method import plain_output
-from eval.core.documents import Batch, Row, batches, tokens_per_batch
+from eval.core.documents import Batch, Row, tokens_per_batch
 from eval.score.divergence import kl_divergence
 
 if TYPE_CHECKING:
@@ -118,39 +119,63 @@ def sensitivities(
 ) -> np.ndarray:
     """[M, F] how far predictions move where one matrix alone is rounded; infinite where it cannot be.
 
-    KL(as it is || rounded) in nats per token, over at most `POSITIONS` of the tokens, at even distances.
+    KL(as it is || rounded) in nats per token, over at most `POSITIONS` of the tokens, at even distances. What
+    reaches a layer is kept until the next one: a matrix costs the layers from its own on.
     """
     size = tokens_per_batch(model.config.get_text_config().vocab_size, model.device)
-    parts = list(_compared(batches(rows, pad, size)))
-    before = [_log_probs(model, *part) for part in parts]
-    costs = np.full((len(names), len(grids)), np.inf)
-    for i, name in enumerate(names):
-        inputs = _shape(model.get_submodule(name))[1]
-        for j, grid in enumerate(grids):
-            if fits(grid, inputs):
-                with _rounded(model, name, grid):
-                    costs[i, j] = _divergence(before, (_log_probs(model, *part) for part in parts))
-        report((i + 1) / len(names))
+    walk = Walk(model, rows, pad, size)
+    masks = _compared(walk.batches)
+    before = list(_answers(walk, 0, masks))
+    costs, done = np.full((len(names), len(grids)), np.inf), 0
+    for index, places in enumerate(_by_layer(model, walk.layers, names)):
+        for i in places:
+            inputs = _shape(model.get_submodule(names[i]))[1]
+            for j, grid in enumerate(grids):
+                if fits(grid, inputs):
+                    with _rounded(model, names[i], grid):
+                        costs[i, j] = _divergence(before, _answers(walk, index, masks))
+            done += 1
+            report(done / len(names))
+        if index < len(walk.layers):
+            walk.leave(index)
     return costs
 
 
-def _compared(given: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Each batch with the mask [B, T] of the positions that are compared."""
-    some = list(given)
-    step = max(1, sum(int(batch.mask.sum()) for batch in some) // POSITIONS)
-    for batch in some:
+def _by_layer(model: PreTrainedModel, layers: nn.ModuleList, names: Sequence[str]) -> list[list[int]]:
+    """Numbers of the matrices of each layer, those before them with the first; last that of the head."""
+    owner = {id(model.get_output_embeddings()): len(layers)}
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            owner.setdefault(id(module), index)  # one that several layers share: the first
+    places: list[list[int]] = [[] for _ in range(len(layers) + 1)]
+    for i, name in enumerate(names):
+        places[owner.get(id(model.get_submodule(name)), 0)].append(i)
+    return places
+
+
+def _answers(walk: Walk, index: int, masks: Sequence[Tensor]) -> Iterator[Tensor]:
+    """[N, V] float32 of every batch, from the layer `index` on."""
+    every = iter(masks)
+    return walk.onward(index, lambda batch: _log_probs(walk.model, batch, next(every)))
+
+
+def _compared(given: Sequence[Batch]) -> list[Tensor]:
+    """Of each batch the mask [B, T] of the positions that are compared."""
+    step = max(1, sum(int(batch.mask.sum()) for batch in given) // POSITIONS)
+    masks = list[Tensor]()
+    for batch in given:
         mask = torch.nn.functional.pad(batch.mask, (0, 1))
         places = mask.flatten().nonzero()[::step, 0]
         chosen = torch.zeros_like(mask).flatten()
         chosen[places] = True
-        yield batch, chosen.view_as(mask)
+        masks.append(chosen.view_as(mask))
+    return masks
 
 
 @torch.no_grad()
 def _log_probs(model: PreTrainedModel, batch: Batch, mask: Tensor) -> Tensor:
     """[N, V] float32."""
-    moved = plain_output(model, batch=batch.to(model.device))
-    return moved.select(mask.to(model.device)).log_softmax(0, int(mask.sum()))
+    return plain_output(model, batch=batch).select(mask).log_softmax(0, int(mask.sum()))
 
 
 def _divergence(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:

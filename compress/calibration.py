@@ -2,11 +2,12 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from eval.core.errors import UserError
 from eval.core.sections.recipe import Calibration
 from eval.engines.torch import logits_of
 
+T = TypeVar("T")
 LEAST_ALLOWED = 1e-3  # nats between two computations of one log-probability
 LEAVE = "leave this pass, or this size, of this family out of the recipe"
 CHECKED = 64  # rows whose ids are looked at before a pass
@@ -106,9 +108,14 @@ class Walk:
     cost as many as there are layers.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Row], pad: int) -> None:
+    def __init__(self, model: Any, rows: Sequence[Row], pad: int, batch_tokens: int = 4096) -> None:
         self.model, self.layers = model, decoder_layers(model)[2]
-        self._inputs: list[tuple[Batch, Any]] = [(b.to(model.device), None) for b in batches(rows, pad)]
+        every = batches(rows, pad, batch_tokens)
+        self._inputs: list[tuple[Batch, Any]] = [(batch.to(model.device), None) for batch in every]
+
+    @property
+    def batches(self) -> list[Batch]:
+        return [batch for batch, _ in self._inputs]
 
     def norms(self, index: int, modules: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
         """`input_norms` of linear layers inside the layer `index`; `leave` was called for all before it."""
@@ -128,6 +135,24 @@ class Walk:
         """Stores the output of the layer `index`, as it is now: the input of the next one."""
         self._inputs = [(batch, self._run(index, batch, hidden)) for batch, hidden in self._inputs]
 
+    def onward(self, index: int, call: Callable[[Batch], T]) -> Iterator[T]:
+        """`call` of each batch, where the layers before `index` are not run: `leave` was called for all."""
+        for batch, hidden in self._inputs:
+            with self._left(index, hidden):
+                yield call(batch)
+
+    @contextmanager
+    def _left(self, index: int, hidden: Any) -> Iterator[None]:
+        """The layers before `index` return `hidden`, and do not run."""
+        before = list(self.layers)[:index]
+        for layer in before:
+            layer.forward = lambda *args, **kwargs: hidden  # the model itself makes the masks of each layer
+        try:
+            yield
+        finally:
+            for layer in before:
+                del layer.forward
+
     def _run(self, index: int, batch: Batch, hidden: Any) -> Any:
         """The output of the layer `index` where those before it return `hidden`; later ones do not run."""
         outputs: list[Any] = []
@@ -136,17 +161,14 @@ class Walk:
             outputs.append(output)
             raise _ReachedError
 
-        hook, before = self.layers[index].register_forward_hook(stop), list(self.layers)[:index]
-        for layer in before:
-            layer.forward = lambda *args, **kwargs: hidden  # the model itself makes the masks of each layer
+        hook = self.layers[index].register_forward_hook(stop)
         try:
-            self.model(**batch.inputs, use_cache=False)
+            with self._left(index, hidden):
+                self.model(**batch.inputs, use_cache=False)
         except _ReachedError:
             return outputs[0]
         finally:
             hook.remove()
-            for layer in before:
-                del layer.forward
         raise UserError(f"layer {index}", "the model does not run it", "leave the pass out of the recipe")
 
 

@@ -239,7 +239,7 @@ class Memory(Method):
         keys = np.lib.format.open_memmap(context.folder / KEYS, "w+", np.float32, (total, width))
         values, places = np.zeros(total, np.int64), np.zeros(total, np.int64)
         documents, start = _numbers(rows), 0
-        size = tokens_per_batch(model.config.get_text_config().vocab_size)
+        size = tokens_per_batch(model.config.get_text_config().vocab_size, model.device)
         for batch in batches(rows, pad_id(context.tokenizer), size):
             moved = batch.to(model.device)
             with torch.no_grad():

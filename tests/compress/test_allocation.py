@@ -71,6 +71,28 @@ def test_a_sensitivity_is_the_divergence_of_the_model_with_that_matrix_rounded(c
     assert costs[1, 1] == pytest.approx(total / tokens, rel=3e-2)  # float32 at 1e-6
 
 
+def test_a_matrix_costs_the_layers_from_its_own_on_and_its_figures_stay(context):
+    """Against the whole model for every matrix, which is what it is where all belong to the first layer."""
+    model, rows = model_of(context), calibration_rows(context.rows, 4, 0)
+    layers = model.model.layers
+    names = [f"model.layers.{i}.mlp.{part}" for i in range(len(layers)) for part in ("up_proj", "down_proj")]
+    runs = []
+    for layer in layers:
+        layer.mlp.register_forward_hook(lambda *args: runs.append(1))
+    how = ([*names, "lm_head"], GRIDS[:1], rows, context.pad, lambda share: None)
+    costs, cheap = sensitivities(model, *how), len(runs)
+    runs.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "compress.allocation._by_layer", lambda *args: [range(len(names) + 1)] + [[]] * len(layers)
+        )
+        whole = sensitivities(model, *how)
+    np.testing.assert_allclose(costs, whole, rtol=1e-6)
+    count = len(layers)
+    assert len(runs) == count * (len(names) + 3), "the head, the model as it is, and what reaches each layer"
+    assert cheap == count + sum(2 * (count - i) for i in range(count)) + count
+
+
 def test_an_export_has_the_formats_that_were_chosen_and_is_nearer_at_the_same_bytes(context):
     uniform, plain = int4(context, group_size=32)
     chosen, report = int4(context, group_size=32, allocation="kl", rows=8)
