@@ -257,12 +257,12 @@ def test_a_checkpoint_of_a_quantized_student_holds_its_adapters(tmp_path):
     acc = accelerator()
     acc.prepare(DistillationModule(adapted.model, Train(rows=4)))
     before = {name: adapter.clone() for name, adapter in adapters.items()}
-    Checkpoints(tmp_path, acc).save(1, [])
+    Checkpoints(tmp_path, acc).save(1, [], [])
     assert load_file(tmp_path / "step-1" / "model.safetensors").keys() == {f"model.{n}" for n in adapters}
     with torch.no_grad():
         for adapter in adapters.values():
             adapter.normal_()
-    assert Checkpoints(tmp_path, acc).load() == (1, [])
+    assert Checkpoints(tmp_path, acc).load() == (1, [], [])
     assert all(torch.equal(adapter, before[name]) for name, adapter in adapters.items())
 
 
