@@ -79,8 +79,12 @@ def measured_bytes(folder: Path, manifest: Manifest) -> int:
     """Bytes that loading needs: of a teacher what its method fitted, and the models that it was made of."""
     if manifest.kind != "method":
         return manifest.bytes
-    places = [folder / role.replace("base-", "base/") for role in manifest.parents if role != "data"]
-    return manifest.bytes + sum(read_manifest(place).bytes for place in places)
+    return manifest.bytes + sum(read_manifest(place).bytes for place in member_folders(folder, manifest))
+
+
+def member_folders(folder: Path, teacher: Manifest) -> list[Path]:
+    """Where the models lie that a teacher was made of."""
+    return [folder / role.replace("base-", "base/") for role in teacher.parents if role != "data"]
 
 
 class Artifacts:

@@ -285,6 +285,15 @@ class OnTestSet(Stored):
     history: list[Look]
 
 
+class Extent(Stored):
+    """How much evidence there was; in gate.json the most of all verdicts of this run folder so far."""
+
+    seeds: int
+    documents: dict[str, int]  # by slice
+    variants: int  # measured, on all targets
+    records: int
+
+
 class GateRun(Stored):
     """One verdict that the gate gave: a line of gate-runs.jsonl. The same one again is not counted twice."""
 
@@ -294,6 +303,7 @@ class GateRun(Stored):
     budget: str  # its name
     budget_hash: str
     evidence: str  # digest of the hashes of every record and artifact
+    extent: Extent | None = Field(None, exclude_if=lambda value: value is None)  # null in older lines
     openings: int  # of the test documents so far
     opening: str | None  # sha256 of the last one, if it was scored to its end
     verdict: Verdict
@@ -320,15 +330,6 @@ class Provenance(Stored):
     versions: dict[str, str]
     artifacts: dict[str, str]
     records: dict[str, str]
-
-
-class Extent(Stored):
-    """How much evidence there was: the most of all verdicts of this run folder so far."""
-
-    seeds: int
-    documents: dict[str, int]  # by slice
-    variants: int  # measured, on all targets
-    records: int
 
 
 class GateFile(Stored):

@@ -78,21 +78,19 @@ def extent_of(evidence: Evidence) -> Extent:
     )
 
 
-def compare_extents(now: Extent, before: Extent | None) -> tuple[Extent, list[str]]:
+def compare_extents(now: Extent, before: Sequence[Extent]) -> tuple[Extent, list[str]]:
     """The most evidence of all verdicts, and what of it is gone: a set that shrank is a choice."""
-    if before is None:
-        return now, []
-    slices = dict.fromkeys([*before.documents, *now.documents])
-    of = {name: (before.documents.get(name, 0), now.documents.get(name, 0)) for name in slices}
-    pairs = {f"documents of {name}": counts for name, counts in of.items()}
-    pairs |= {name: (getattr(before, name), getattr(now, name)) for name in ("seeds", "variants", "records")}
-    lost = [f"{was} {name}, now {is_}" for name, (was, is_) in pairs.items() if is_ < was]
+    every = [*before, now]
+    slices = dict.fromkeys(name for one in every for name in one.documents)
     most = Extent(
-        seeds=max(pairs["seeds"]),
-        documents={name: max(counts) for name, counts in of.items()},
-        variants=max(pairs["variants"]),
-        records=max(pairs["records"]),
+        seeds=max(one.seeds for one in every),
+        documents={name: max(one.documents.get(name, 0) for one in every) for name in slices},
+        variants=max(one.variants for one in every),
+        records=max(one.records for one in every),
     )
+    counts = {f"documents of {name}": (most.documents[name], now.documents.get(name, 0)) for name in slices}
+    counts |= {name: (getattr(most, name), getattr(now, name)) for name in ("seeds", "variants", "records")}
+    lost = [f"{was} {name}, now {is_}" for name, (was, is_) in counts.items() if is_ < was]
     why = "an earlier verdict of this run rested on more evidence: "
     return most, [f"{why}{'; '.join(lost)}"] if lost else []
 
@@ -128,27 +126,52 @@ def _built_otherwise(evidence: Evidence, plan: Plan) -> list[str]:
     return changes
 
 
-def _plan(budget: Budget, fixed: Fixed | None) -> list[str]:
-    """A budget, or a recipe, that was chosen with figures at hand is a choice among several."""
+def doubt_budget(name: str, fixed: Fixed | None) -> list[str]:
+    """Why the budget `name` is not the one that was fixed before the first figure; empty where it is."""
     if fixed is None:
         why = "nothing shows that it is older than the figures"
         return [f"no budget was fixed when this run was trained: {why}"]
-    notes = []
+    doubts = []
     if fixed.other:
-        notes.append(f"judged by another budget, {budget.name!r}, than the one fixed on {fixed.time}")
+        doubts.append(f"judged by another budget, {name!r}, than the one fixed on {fixed.time}")
     if fixed.late:
-        notes.append(f"the budget was fixed on {fixed.time}, after the first figure that it judges")
-    if fixed.changes:
+        doubts.append(f"the budget was fixed on {fixed.time}, after the first figure that it judges")
+    return doubts
+
+
+def _plan(budget: Budget, fixed: Fixed | None) -> list[str]:
+    """A budget, or a recipe, that was chosen with figures at hand is a choice among several."""
+    notes = doubt_budget(budget.name, fixed)
+    if fixed is not None and fixed.changes:
         notes.append(f"changed since {fixed.time}: {'; '.join(fixed.changes)}")
     return notes
 
 
 def describe_runs(fixed: Fixed | None, runs: list[GateRun]) -> list[str]:
-    """How often the gate was run, where a verdict of it was by another budget than the fixed one."""
-    if not runs[1:] or (len({run.budget_hash for run in runs}) == 1 and not (fixed and fixed.other)):
+    """How often the gate judged this run, by which budgets, and what changed since the verdict before."""
+    if len(runs) < 2 and not (fixed and fixed.other):
         return []
-    names = ", ".join(repr(run.budget) for run in runs)
-    return [f"the gate gave {len(runs)} verdicts in this run since {runs[0].time}, by the budgets {names}"]
+    counts = Counter((run.budget, run.budget_hash[:8]) for run in runs)
+    budgets = ", ".join(f"{name!r} ({short}): {count}" for (name, short), count in counts.items())
+    said = f"the gate gave {len(runs)} verdict(s) in this run since {runs[0].time}, by budget {budgets}"
+    if not runs[1:]:
+        return [said]
+    return [f"{said}; the same one again is not counted; since the last but one: {_moved(*runs[-2:])}"]
+
+
+def _moved(before: GateRun, now: GateRun) -> str:
+    """What differs between two verdicts of a run."""
+    moved = []
+    if before.budget_hash != now.budget_hash:
+        moved.append("the budget")
+    if before.plan != now.plan:
+        moved.append("the plan")
+    if before.openings != now.openings or before.opening != now.opening:
+        moved.append("what the test documents said")
+    if before.evidence != now.evidence:
+        counts = [f"{one.extent.records} records" for one in (before, now) if one.extent]
+        moved.append(f"the evidence ({', now '.join(counts)})")
+    return f"{', '.join(moved)} changed; {before.verdict}, now {now.verdict}"
 
 
 def _shared_teacher(evidence: Evidence) -> list[str]:

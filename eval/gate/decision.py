@@ -292,8 +292,9 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
     rivals = compare_rivals(evidence, budget.alpha)
     harms = harms_of_rivals(evidence, budget.alpha)
     gains = {name: estimate(evidence.gain(name, GAIN), budget.alpha) for name in evidence.columns}
-    extent, shrunk = compare_extents(extent_of(evidence), before.extent if before else None)
     runs = read_runs(evidence.folder, before, evidence.plan, evidence.openings)
+    extents = [one.extent for one in runs if one.extent] + ([before.extent] if before else [])
+    extent, shrunk = compare_extents(extent_of(evidence), extents)
     fixed = compare_plan(evidence, budget)
     gate = GateFile(
         study=evidence.study.name,
@@ -344,7 +345,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
             records=evidence.records,
         ),
     )
-    runs = add_run(runs, gate, evidence.folder, evidence.openings)
+    runs = add_run(runs, gate, extent_of(evidence), evidence.folder, evidence.openings)
     gate = gate.model_copy(update={"runs": runs, "notes": [*gate.notes, *describe_runs(fixed, runs)]})
     return GateFile.model_validate_json(in_words(gate.model_dump_json(), gate.task, BITS))
 

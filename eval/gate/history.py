@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from eval.core.artifacts import digest, file_sha256, text_sha256, write_text
 from eval.core.errors import UserError, first_error
-from eval.core.gate_file import GateFile, GateRun, Look, OnTestSet, Opening
+from eval.core.gate_file import Extent, GateFile, GateRun, Look, OnTestSet, Opening
 from eval.core.plan import Plan
 from eval.core.records import PLAIN
 
@@ -133,7 +133,9 @@ def read_runs(
     return runs
 
 
-def add_run(runs: list[GateRun], gate: GateFile, run: Path, openings: list[Opening]) -> list[GateRun]:
+def add_run(
+    runs: list[GateRun], gate: GateFile, extent: Extent, run: Path, openings: list[Opening]
+) -> list[GateRun]:
     """The verdicts with that of `gate`, unless it is the last one again: same evidence, same budget."""
     evidence = digest([gate.provenance.records, gate.provenance.artifacts, gate.recommended])
     seen = openings and openings[-1].verdict is not None
@@ -144,12 +146,13 @@ def add_run(runs: list[GateRun], gate: GateFile, run: Path, openings: list[Openi
         budget=gate.budget["name"],
         budget_hash=gate.budget["hash"],
         evidence=evidence,
+        extent=extent,
         openings=len(openings),
         opening=file_sha256(opening_path(run, len(openings))) if seen else None,
         verdict=gate.verdict,
         previous=text_sha256(_line(runs[-1])) if runs else None,
     )
-    place = {"number", "time", "previous"}
+    place = {"number", "time", "previous", "extent"}  # `evidence` decides the extent
     if runs and runs[-1].model_dump(exclude=place) == new.model_dump(exclude=place):
         return runs
     return [*runs, new]

@@ -39,13 +39,14 @@ from eval.gate.evidence import Evidence, collect_evidence
 from eval.release import load_release
 from eval.release.bom import BOM, bill_of_materials
 from eval.release.card import card
-from eval.release.contract import build_contract, inputs, lineage, shipped
+from eval.release.contract import build_contract, inputs, lineage, loader_facts, shipped
 from eval.release.contract_file import CONTRACT, Contract, Saving, Signature, Target, contract_text
 from eval.release.golden_answers import CANDIDATES, build_golden_answers
 from eval.release.model_signature import require_model_signing, sign_model
 from eval.release.origin import made_from
 from eval.release.reference import reference
 from eval.release.rehearsal import is_runnable, rehearse
+from eval.report.format import remarks
 from eval.signoff.keys import Trusted, from_text, private_key, read_trusted, wrapped
 from eval.signoff.statement import FOLDER, TYPE, Predicate, signoff_path
 from eval.signoff.verify import GATE, Rerun, problems, row_of
@@ -175,7 +176,7 @@ class ReleaseFolder:
             name = self.add(f"variants/{predicate.recipe}", sources.folder(STUDENT, predicate.recipe))
             self.add(f"evidence/control/{predicate.recipe}", sources.folder(CONTROL, predicate.recipe))
             targets[target] = self.target(target, predicate)
-            index[target] = {**self.part(name), **_facts(targets[target])}
+            index[target] = {**self.part(name), **loader_facts(targets[target])}
         refuse_broken_floors(targets)
         self.finish("artifacts")
         contract = build_contract(
@@ -216,8 +217,12 @@ class ReleaseFolder:
         self.write(CONTRACT, contract_text(contract))
         behind = json.loads((self.place / LINEAGE).read_text(encoding="utf-8"))
         self.write(BOM, _json(bill_of_materials(contract, behind)))
-        origin = [*made_from(contract, behind, self.sources.gate)]
-        self.write(CARD, card(contract, base.path if base.is_on_hub else None, origin))
+        gate = self.sources.gate
+        origin, said = (
+            [*made_from(contract, behind, gate)],
+            [f"{gate.verdict}: {gate.reason}", *remarks(gate)],
+        )
+        self.write(CARD, card(contract, base.path if base.is_on_hub else None, origin, said))
         return contract
 
     def target(self, target: str, predicate: Predicate) -> Target:
@@ -257,16 +262,6 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _facts(target: Target) -> dict[str, Any]:
-    waiver = target.waiver
-    return {
-        "device": target.device,
-        "verdict": target.verdict,
-        "waiver": waiver.reason if waiver else None,
-        "expires": waiver.expires.isoformat() if waiver else None,
-    }
-
-
 def sign_folder(place: Path, signer: "Signer", owner: str) -> None:
     """Signs every file that lies there, the manifest too: an in-toto statement whose subjects they are."""
     hashes = {name: entry.sha256 for name, entry in hash_files(place).items()}
@@ -286,7 +281,8 @@ def refuse_broken_floors(targets: dict[str, Target]) -> None:
     for name, target in ((n, t) for n, t in targets.items() if t.waiver is None):
         for of, slice_name, saving in floors(target):
             if saving.verdict == FAIL:
-                span = f"{saving.measured.point:.4f} [{saving.measured.low:.4f}, {saving.measured.high:.4f}]"
+                saved = saving.measured
+                span = f"{saved.point:.4f} [{saved.low:.4f}, {saved.high:.4f}]"
                 raise UserError(
                     f"release of {target.recipe} on {name}",
                     f"its own artifact saves {span} bits/byte over the {of} on {slice_name}, "
@@ -345,6 +341,8 @@ def summary_lines(contract: Contract, out: Path) -> Iterator[str]:
         yield f"  {name}: {target.recipe} ({target.engine}), {target.verdict}, signed by {by}"
         if not is_runnable(target):
             yield "    not tried out: no CUDA device here; load it on such a machine before you ship it"
+        if target.budget_note:
+            yield f"    {target.budget_note}"
         if target.waiver:
             yield f"    WAIVED until {target.waiver.expires}: {target.waiver.reason}"
         for of, slice_name, saving in floors(target):

@@ -20,7 +20,7 @@ from eval.release.contract_file import Contract, Cost, Target
 BOM: Final = "bom.cdx.json"  # the name by which tools know the format
 SPEC: Final = "1.6"
 MODEL: Final = "machine-learning-model"
-BOUNDS = "of quality over documents, two-sided, 95 %; of costs one-sided, each at {:g}"
+BOUNDS = "of quality over documents, two-sided, {:g} %; of costs one-sided, each at {:g}"
 Component = dict[str, Any]
 
 
@@ -96,7 +96,8 @@ def _variant(ref: str, contract: Contract, target: Target, lineage: dict[str, An
                     "verdict": target.verdict,
                     "engine": target.engine,
                     "signed-by": target.signature.by,
-                    "bounds": BOUNDS.format(contract.alpha),
+                    "bounds": BOUNDS.format(100 * contract.level, contract.alpha),
+                    **({"budget": target.budget_note} if target.budget_note else {}),
                 }
             ),
         }

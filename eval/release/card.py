@@ -31,8 +31,13 @@ def bounded(cost: Cost) -> str:
     return f"{significant(cost.measured)} [{significant(cost.low)}, {significant(cost.high)}]"
 
 
-def card(contract: Contract, base: str | None, origin: Sequence[Entry]) -> str:
-    """README.md of a release; `origin`: where it comes from, see `eval.release.origin`."""
+def card(contract: Contract, base: str | None, origin: Sequence[Entry], said: Sequence[str]) -> str:
+    """README.md of a release.
+
+    Args:
+        origin: where it comes from, see `eval.release.origin`.
+        said: what the gate said of the study, and what that is conditional on, in sentences.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(
@@ -55,7 +60,9 @@ def card(contract: Contract, base: str | None, origin: Sequence[Entry]) -> str:
         cell=escape,
     )
     template = environment.get_template("release_card.md.j2")
-    return str(ModelCard(template.render(card_data=data.to_yaml(), contract=contract, origin=origin)))
+    return str(
+        ModelCard(template.render(card_data=data.to_yaml(), contract=contract, origin=origin, said=said))
+    )
 
 
 def results(contract: Contract) -> list["EvalResult"]:

@@ -33,6 +33,7 @@ from eval.release.contract_file import (
     over_documents,
 )
 from eval.signoff.statement import Predicate
+from eval.signoff.verify import budget_note
 
 
 def costs_of(parts: list[Part]) -> list[Cost]:
@@ -85,16 +86,17 @@ def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:
     inside = name == VALIDATION
     share = gate.budget["f"] if inside else gate.budget["slices"][name]
     teacher = gate.teacher_gain if inside else gate.teacher_gain_slices[name]
+    alpha = gate.budget["alpha"]
 
     def saving(of: Literal["control", "fallback"], floor: float | None) -> Saving:
         saved = bits.over(of)
-        held = floor_verdict(saved, floor, gate.budget["alpha"])
-        return Saving(floor=floor, measured=over_documents(saved), verdict=held)
+        held = floor_verdict(saved, floor, alpha)
+        return Saving(floor=floor, measured=over_documents(saved, alpha), verdict=held)
 
     return Gain(
         asked_share=share,
         kept_share=row.kept_share if inside else row.slices[name].kept_share,
-        level=over_documents(bits.level("release")),
+        level=over_documents(bits.level("release"), alpha),
         teacher_gain=teacher,
         over_control=saving("control", share * teacher.point),
         over_fallback=saving("fallback", lead(gate, name)),
@@ -140,6 +142,7 @@ def shipped(
         verdict=predicate.verdict,
         reason=predicate.reason,
         waiver=predicate.waiver,
+        budget_note=budget_note(gate),
         signature=signature,
         gain=gains,
         cost=costs_of(row.parts),
@@ -147,6 +150,18 @@ def shipped(
         one_seed={name: seed_chance(e, row.recipe, name, one) for name, one in gains.items()},
         loader_cost=None,
     )
+
+
+def loader_facts(target: Target) -> dict[str, str | None]:
+    """What the loader says of a target."""
+    waiver = target.waiver
+    return {
+        "device": target.device,
+        "verdict": target.verdict,
+        "budget_note": target.budget_note,
+        "waiver": waiver.reason if waiver else None,
+        "expires": waiver.expires.isoformat() if waiver else None,
+    }
 
 
 def inputs(run: Path, study: Study, vocabulary: int, boundary: int) -> Inputs:
@@ -184,6 +199,7 @@ def build_contract(
         recheck_days=recheck_days,
         seed=e.study.seeds[0],
         alpha=alpha,
+        level=gate.level,
         data=e.data,
         config=gate.provenance.config,
         fallback=e.artifacts[f"{FALLBACK}/s{e.study.seeds[0]}/{PLAIN}"],

@@ -98,6 +98,7 @@ class Target(Stored):
     verdict: Verdict
     reason: str
     waiver: Waiver | None
+    budget_note: str | None  # why its budget is not the one that was fixed before the first figure; else null
     signature: Signature
     gain: dict[str, Gain]  # by slice
     cost: list[Cost]
@@ -120,7 +121,7 @@ class Inputs(Stored):
 class Contract(Stored):
     """contract.yaml."""
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     name: str
     study: str
     method: str
@@ -130,6 +131,7 @@ class Contract(Stored):
     recheck_days: int | None = None  # it is rechecked at least so often; null where nobody promised that
     seed: int  # of the artifacts: the first of the study, named before any was measured
     alpha: float  # of every one-sided test
+    level: float  # of every two-sided interval: 1 - 2 alpha, so that its ends are the bounds that decide
     data: str  # hash of the data artifact
     config: str  # hash of the study
     fallback: str  # hash of the base
@@ -166,10 +168,10 @@ def saved(minus: ArrayLike, bits: ArrayLike, size: ArrayLike) -> np.ndarray:
     return linearise(np.subtract(minus, bits)[None, :], size)[0]
 
 
-def over_documents(z: ArrayLike, level: float = 0.95) -> Estimate:
-    """Mean of per-document values with its two-sided interval: the document is the cluster."""
+def over_documents(z: ArrayLike, alpha: float) -> Estimate:
+    """Mean of per-document values between its one-sided bounds at alpha: the document is the cluster."""
     values = np.asarray(z, float)
-    low, high = cluster_bounds(values, (1 - level) / 2) or (None, None)
+    low, high = cluster_bounds(values, alpha) or (None, None)
     return Estimate(point=float(values.mean()), low=low, high=high)
 
 

@@ -51,6 +51,7 @@ class Info:
     folder: str  # below the release
     engine: str
     verdict: str  # of what was released for the target
+    budget_note: str | None  # why that is not by the budget that was fixed beforehand; None where it is
     waiver: str | None
     expires: str | None
     context: int  # tokens up to which its contract promises anything
@@ -359,8 +360,7 @@ def load_release(
     Raises:
         ReleaseError: files, signature or index are off, there is no such target, or the fallback is off.
     """
-    root, now = Path(path), datetime.now(UTC).date()
-    day = max(today or now, now)
+    root, day = Path(path), max(today or date.min, datetime.now(UTC).date())
     listed = read_json(root / MANIFEST)
     if sha256_of_manifest not in (None, sha256(root / MANIFEST)):
         raise ReleaseError(f"{root / MANIFEST} is not the one that was released")
@@ -373,7 +373,7 @@ def load_release(
     index = read_json(root / INDEX)
     if target not in index["targets"]:
         raise ReleaseError(f"no target {target!r}; this release has {', '.join(index['targets'])}")
-    part, reason = index["targets"][target], None
+    part, reason = {"budget_note": None, **index["targets"][target]}, None  # releases of before have none
     try:
         check_arm(arm, rollout, root, target, rollout_key)
         check_new(root, files)
@@ -391,7 +391,7 @@ def load_release(
                 raise
             part = {**part, "device": "cpu"}  # it may be the device that is missing
             model = loaded(root, index, files, part)
-    facts = {name: part[name] for name in ("folder", "engine", "verdict", "waiver", "expires")}
+    facts = {name: part[name] for name in ("folder", "engine", "verdict", "budget_note", "waiver", "expires")}
     facts |= {"release": (name := index["name"]), "target": target, "context": index["context"]}
     if part["waiver"] and reason is None:
         log.warning("release %s ships on a waiver until %s: %s", name, part["expires"], part["waiver"])

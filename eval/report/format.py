@@ -142,8 +142,9 @@ def short_stamp(gate: GateFile) -> str:
 
 
 def stamp(gate: GateFile) -> str:
-    """The same with the budget."""
-    return f"{short_stamp(gate)}, budget {judged_by(gate)}"
+    """The same with the budget, and how often this run was judged."""
+    count = f"; verdict {len(gate.runs)} of this run" if gate.runs else ""
+    return f"{short_stamp(gate)}, budget {judged_by(gate)}{count}"
 
 
 def measured_on(gate: GateFile, what: str) -> str:

@@ -4,8 +4,9 @@
     python -m eval.signoff --study runs/X --variant RECIPE --by NAME --key FILE
     python -m eval.signoff --study runs/X --verify --public FILE ...
 
-A signature is added to those that are there. What did not pass needs `--waive REASON --expires YYYY-MM-DD`,
-and as many signatures as the budget says. Exit codes of `--verify`: 0 all hold, 1 one does not, 3 error.
+A signature is added to those that are there. What did not pass, or was judged by another budget than the one
+fixed when training began, needs `--waive REASON --expires YYYY-MM-DD`, and as many signatures as the budget
+says. Exit codes of `--verify`: 0 all hold, 1 one does not, 3 error.
 docs/release.md describes what is signed.
 """
 
@@ -63,9 +64,9 @@ from eval.signoff.verify import (
     signable_verdict,
     signed_figures,
     signed_files,
+    to_waive,
     unmeasured,
 )
-from eval.stats.crossed import PASS, Verdict
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Signer
@@ -86,24 +87,25 @@ def refuse_what_differs(rerun: Rerun) -> None:
 
 
 def build_waiver(
-    verdict: Verdict, reason: str | None, expires: str | None, now: datetime, days: int
+    why: str, reason: str | None, expires: str | None, now: datetime, days: int
 ) -> Waiver | None:
-    """The waiver that a verdict needs.
+    """The waiver that a sign-off needs.
 
     Args:
+        why: what has to be waived (`to_waive`); empty where nothing has.
         days: that the budget allows it to last.
 
     Raises:
-        UserError: it passed and needs none, needs one that is not given, or its day is past or too far.
+        UserError: it needs none, needs one that is not given, or its day is past or too far.
     """
     today, last = now.date(), last_day(now, days)
-    if verdict == PASS:
+    if not why:
         if reason or expires:
             raise UserError("--waive", "the verdict is PASS", "sign it without a waiver")
         return None
     if not (reason or "").strip() or not expires:
         fix = "do not ship it, or give --waive REASON and --expires YYYY-MM-DD"
-        raise UserError("sign-off", f"the verdict is {verdict}", fix)
+        raise UserError("sign-off", why, fix)
     try:
         day = date.fromisoformat(expires)
     except ValueError as error:
@@ -164,8 +166,8 @@ def build_statement(
     folders = artifacts(run, gate, recipe)
     for folder in dict.fromkeys([*folders.values(), *judged_folders(run, gate)]):
         verify_artifact(folder)
-    files, asked = signed_files(run, gate, recipe), policy(gate)
-    waiver = build_waiver(verdict, waive, expires, now, asked.days)
+    files, asked = signed_files(run, gate, recipe), policy(run, gate)
+    waiver = build_waiver(to_waive(gate, verdict), waive, expires, now, asked.days)
     if path.is_file():
         signed = latest(read_bundle(path))
         refuse_other_waiver([one for one in signed if one.key != signer.public_key.keyid], waiver)

@@ -11,14 +11,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eval.core.artifacts import MANIFEST, file_sha256, verify_artifact
+from eval.core.artifacts import MANIFEST, file_sha256, read_manifest, verify_artifact
 from eval.core.budget import Budget, Target
-from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
+from eval.core.checks import (
+    CONTROL,
+    FALLBACK,
+    STUDENT,
+    artifact_folder,
+    member_folders,
+    teacher_folder,
+)
 from eval.core.errors import UserError, require_one_of
 from eval.core.gate_file import COMMANDS, GateFile, Variant, figures_of, read_gate
-from eval.core.plan import PLAN
+from eval.core.plan import PLAN, read_plan
 from eval.core.records import PLAIN
 from eval.core.study import load_study
+from eval.gate.caveats import doubt_budget
 from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
 from eval.gate.pick import is_shippable
@@ -123,10 +131,15 @@ class Rerun:
 
 
 def judged_folders(run: Path, gate: GateFile) -> list[Path]:
-    """Folders of all artifacts whose scores the gate judged, rivals and other variants included."""
-    names = (name.split("/", 2) for name in gate.provenance.artifacts)
-    places = (artifact_folder(run, arm, int(seed[1:]), recipe) for arm, seed, recipe in names)
-    return [place for place in places if place is not None]
+    """Folders of all artifacts that the gate judged, rivals and others, and of teachers what lies here."""
+    folders = []
+    for arm, seed, recipe in (name.split("/", 2) for name in gate.provenance.artifacts):
+        place = artifact_folder(run, arm, int(seed[1:]), recipe)
+        if place is not None:
+            folders.append(place)
+        elif ((teacher := teacher_folder(run, arm, int(seed[1:]))) / MANIFEST).is_file():
+            folders += [teacher, *member_folders(run, read_manifest(teacher))]
+    return list(dict.fromkeys(folders))
 
 
 def signed_figures(gate: GateFile, row: Variant) -> dict[str, Any]:
@@ -194,16 +207,31 @@ def signed_files(run: Path, gate: GateFile, recipe: str) -> dict[str, str]:
     return {name: file_sha256(run / name) for name in names}
 
 
-def policy(gate: GateFile) -> Policy:
-    """The budget by its values, and how it stands to the one that was fixed."""
-    budget = Budget.of_gate(gate.budget)
+def budget_note(gate: GateFile) -> str | None:
+    """What to say wherever it ships, unless it was judged by what was fixed before the first figure."""
+    return "; ".join(doubt_budget(gate.budget["name"], gate.fixed)) or None
+
+
+def to_waive(gate: GateFile, verdict: Verdict) -> str:
+    """What ships on a waiver alone: no PASS, or a budget that was chosen later; empty where neither is."""
+    failed = None if verdict == PASS else f"the verdict is {verdict}"
+    return "; ".join(filter(None, (failed, budget_note(gate))))
+
+
+def policy(run: Path, gate: GateFile) -> Policy:
+    """The budget by its values, and how it stands to the one that was fixed.
+
+    What a waiver needs is the stricter of both: another budget cannot soften it.
+    """
+    budget, plan = Budget.of_gate(gate.budget), read_plan(run)
+    waivers = [budget.waivers, *([plan.budget.waivers] if plan else [])]
     return Policy(
         name=budget.name,
         hash=str(gate.budget["hash"]),
-        fixed=bool(gate.fixed and not gate.fixed.other and not gate.fixed.late),
+        fixed=budget_note(gate) is None,
         plan=gate.fixed.hash if gate.fixed else "",
-        signatures=budget.waivers.signatures,
-        days=budget.waivers.days,
+        signatures=max(one.signatures for one in waivers),
+        days=min(one.days for one in waivers),
     )
 
 
@@ -229,8 +257,8 @@ def problems(
 
 
 def too_few_signatures(signed: list[Signed]) -> list[str]:
-    """What did not pass needs as many keys as the budget says, for one waiver."""
-    waived = [one for one in signed if one.predicate.verdict != PASS]
+    """A waiver needs as many keys as the budget says."""
+    waived = [one for one in signed if one.predicate.waiver]
     needed = max((one.predicate.policy.signatures for one in waived), default=0)
     if len(waived) >= needed:
         return []
@@ -294,9 +322,9 @@ def _gate(predicate: Predicate, rerun: Rerun) -> Iterator[str]:
     if verdict != predicate.verdict:
         variant = f"{predicate.recipe} on {predicate.target}"
         yield f"{GATE} says {verdict} of {variant}, signed was {predicate.verdict}"
-    if verdict != PASS and predicate.waiver is None:
-        yield f"{predicate.recipe} on {predicate.target} is {verdict} and nobody waived that"
-    if predicate.policy != policy(gate):
+    if predicate.waiver is None and (why := to_waive(gate, verdict)):
+        yield f"{predicate.recipe} on {predicate.target}: {why}; nobody waived that"
+    if predicate.policy != policy(rerun.run, gate):
         yield f"{GATE} was made with another budget or plan than the signed one"
     if gate.runs[predicate.judged.number - 1 : predicate.judged.number] != [predicate.judged]:
         yield f"gate-runs.jsonl does not hold verdict {predicate.judged.number}, which was signed"

@@ -137,6 +137,8 @@ def show(console: Console, result: Result, contract: Contract, target: str, name
     title = f"{contract.name} on {target}: {result.documents} documents against the {against}"
     if isinstance(result.drift[0], Moved):
         title += f"; {result.looks} looks, bounds that hold at every one"
+    else:
+        title += f"; {100 * contract.level:g} % intervals, whose ends are the bounds that decide"
     console.print(contract_table(result, title))
     console.print(drift_table(result, contract.alpha))
     console.print(Text(stamp_line("checked")), soft_wrap=True)

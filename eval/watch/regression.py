@@ -23,7 +23,7 @@ class Finding:
     name: str
     before: Estimate
     now: Estimate
-    change: Estimate  # two-sided 95 %, documents of then and now sampled apart
+    change: Estimate  # between bounds at alpha, documents of then and now sampled apart
     floor: float | None = None
     verdict: Verdict | None = None  # null where the contract has no floor
     reason: str = ""
@@ -37,8 +37,8 @@ class Finding:
         return self.change.high is not None and self.change.high < 0
 
 
-def change(before: ArrayLike, now: ArrayLike, level: float = 0.95) -> Estimate:
-    """Difference of two means over documents that were sampled apart (Welch 1947)."""
+def change(before: ArrayLike, now: ArrayLike, alpha: float) -> Estimate:
+    """Difference of two means over documents that were sampled apart (Welch 1947), with bounds at alpha."""
     a, b = np.asarray(before, float), np.asarray(now, float)
     point = float(b.mean() - a.mean())
     if min(len(a), len(b)) < 2:
@@ -47,13 +47,14 @@ def change(before: ArrayLike, now: ArrayLike, level: float = 0.95) -> Estimate:
     if (total := float(parts.sum())) == 0:
         return Estimate(point=point, low=point, high=point)
     nu = total**2 / float((parts**2 / [len(a) - 1, len(b) - 1]).sum())
-    half = t_quantile((1 - level) / 2, nu) * total**0.5
+    half = t_quantile(alpha, nu) * total**0.5
     return Estimate(point=point, low=point - half, high=point + half)
 
 
 def check_saving(name: str, before: Array, now: Array, floor: float | None, alpha: float) -> Finding:
     """What is saved, held against its floor with one-sided bounds over documents."""
-    base = Finding(name, over_documents(before), over_documents(now), change(before, now), floor)
+    then, since = over_documents(before, alpha), over_documents(now, alpha)
+    base = Finding(name, then, since, change(before, now, alpha), floor)
     if floor is None:
         return base
     bounds = cluster_bounds(now, alpha)
@@ -74,7 +75,9 @@ def check_saving(name: str, before: Array, now: Array, floor: float | None, alph
 def findings(gain: Gain, before: Bits, now: Bits, alpha: float) -> list[Finding]:
     """How hard the documents are for each model, then what the release saves over the two others."""
     levels = [
-        Finding(f"{of}, bits per byte", over_documents(a), over_documents(b), change(a, b))
+        Finding(
+            f"{of}, bits per byte", over_documents(a, alpha), over_documents(b, alpha), change(a, b, alpha)
+        )
         for of in ("release", "control", "fallback")
         for a, b in [(before.level(of), now.level(of))]
     ]

@@ -84,7 +84,7 @@ def check_saving_so_far(
     then, now, tuned = before.over(of), series.bits.over(of), series.tuned
     base = Finding(
         f"saved over the {of}",
-        over_documents(then),
+        over_documents(then, alpha),
         estimate_so_far(now, alpha, tuned),
         change_so_far(then, now, alpha, tuned),
         floor,
@@ -116,7 +116,7 @@ def findings_so_far(gain: Gain, before: Bits, series: Series, alpha: float) -> l
         levels.append(
             Finding(
                 f"{of}, bits per byte",
-                over_documents(then),
+                over_documents(then, alpha),
                 estimate_so_far(now, alpha, series.tuned),
                 change,
             )

@@ -14,7 +14,7 @@ from eval.release.contract_file import Contract, Signature, Target, read_contrac
 from eval.release.load_release import SIGNATURE, ReleaseError, check_signature
 from eval.signoff.keys import Trusted, from_text, pem
 from eval.signoff.statement import Predicate, read_statement, signoff_path
-from eval.signoff.verify import first_difference, row_of
+from eval.signoff.verify import budget_note, first_difference, row_of
 from eval.watch.measure import released_by_cluster
 
 
@@ -75,6 +75,7 @@ def restated(release: Path, contract: Contract, target: str, predicate: Predicat
         update={
             **predicate.model_dump(include={"recipe", "verdict", "reason"}),
             "waiver": predicate.waiver,
+            "budget_note": budget_note(gate),
             "signature": Signature(
                 by=predicate.by,
                 time=predicate.time,
@@ -95,6 +96,7 @@ def restated(release: Path, contract: Contract, target: str, predicate: Predicat
             "method": gate.method,
             "seed": study.seeds[0],
             "alpha": gate.budget["alpha"],
+            "level": gate.level,
             "data": gate.provenance.data,
             "config": gate.provenance.config,
             "targets": {**contract.targets, predicate.target: current},

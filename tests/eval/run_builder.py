@@ -338,10 +338,10 @@ def fake_run(folder: Path, **changes: Any) -> tuple[Path, Path]:
     return path, run
 
 
-def gate(run):
-    """gate.json as the gate writes it."""
+def gate(run, budget=None):
+    """gate.json as the gate writes it, by the fixed budget or another one."""
     study = load_study(run.path)
-    budget = budget_of_run(study)
+    budget = budget_of_run(study, budget)
     result = evaluate_gate(collect_evidence(run.path, study, budget), budget, read_before(run.path))
     write_runs(run.path, result.runs)
     write_json(run.path / "gate.json", result)

@@ -15,7 +15,8 @@ import yaml
 from eval.core.artifacts import digest, file_sha256, hash_files
 from eval.core.errors import UserError
 from eval.core.gate_file import COMMANDS, figures_of, read_gate
-from eval.gate.history import write_opening
+from eval.gate.decision import judge
+from eval.gate.history import write_opening, write_runs
 from eval.release.__main__ import refuse_broken_floors
 from eval.release.contract_file import (
     Saving,
@@ -25,6 +26,8 @@ from eval.release.contract_file import (
     read_contract,
 )
 from eval.release.load_release import ReleaseError, load_release
+from eval.report.budget_table import csv_text
+from eval.report.format import stamp
 from eval.signoff.__main__ import main as signoff
 from eval.signoff.keys import new_key
 from eval.signoff.verify import first_difference
@@ -76,9 +79,31 @@ def test_a_budget_that_is_lowered_after_the_verdict_changes_no_verdict_and_is_to
     run.gate("--budget", str(tmp_path / "budget.yaml"))
     notes = "\n".join(run.result().notes)
     assert "judged by another budget, 'test', than the one fixed on 2025-12-31T00:00:00+00:00" in notes
-    assert f"the gate gave {len(before.runs) + 1} verdicts in this run" in notes
+    count, (first, last) = len(before.runs), (before.runs[-1], run.result().runs[-1])
+    assert f"the gate gave {count + 1} verdict(s) in this run" in notes
+    budgets = f"by budget 'test' ({first.budget_hash[:8]}): {{}}, 'test' ({last.budget_hash[:8]}): 1"
+    assert budgets.format(count) in notes
+    assert f"since the last but one: the budget changed; {first.verdict}, now {last.verdict}" in notes
+    assert f"; verdict {count + 1} of this run" in csv_text(run.result())
     run.gate()
-    assert "by the budgets 'test', 'test', 'test', 'test'" in "\n".join(run.result().notes), "it stays known"
+    assert budgets.format(count + 1) in "\n".join(run.result().notes), "it stays known"
+
+
+def test_a_first_verdict_by_another_budget_and_what_changed_since_are_told(judged, tmp_path):
+    run = copy_run(judged, tmp_path)
+    (run.path / "gate.json").unlink()
+    (run.path / "gate-runs.jsonl").unlink()
+    (tmp_path / "loose.yaml").write_text(yaml.safe_dump({**run.budget, "name": "loose", "f": 0.05}))
+    result = judge(run.path, str(tmp_path / "loose.yaml"))
+    told = f"the gate gave 1 verdict(s) in this run since {result.runs[0].time}, by budget 'loose' ("
+    assert result.notes[-1].startswith(told)
+    write_runs(run.path, result.runs)
+    (run.path / "records/cost/cpu/half/S1-s0.json").unlink()
+    result = judge(run.path, str(tmp_path / "loose.yaml"))
+    records = [one.extent.records for one in result.runs]
+    moved = f"the evidence ({records[0]} records, now {records[0] - 1} records) changed; PASS, now PASS"
+    assert result.notes[-1].endswith(f"since the last but one: {moved}")
+    assert stamp(result).endswith("; verdict 2 of this run")
 
 
 def edited_plan(run: Run) -> None:
@@ -282,8 +307,14 @@ def test_a_release_whose_own_artifact_is_below_its_floor_is_not_built(released_r
     shipped = read_contract(released_run.folder / "release").targets["cpu"]
     gain = shipped.gain["validation"]
     saved = np.random.default_rng(0).normal(0.048, 0.01, 60)
-    weak = Saving(floor=0.06, measured=over_documents(saved), verdict=floor_verdict(saved, 0.06, 0.05))
+    weak = Saving(floor=0.06, measured=over_documents(saved, 0.05), verdict=floor_verdict(saved, 0.06, 0.05))
     assert (weak.verdict, floor_verdict(saved, 0.04, 0.05)) == ("FAIL", "PASS")
+    for floor in (
+        weak.measured.low,
+        weak.measured.high,
+    ):  # the interval that is shown is the one that decides
+        held = [floor_verdict(saved, floor + sign * 1e-6, 0.05) for sign in (-1, 1)]
+        assert held == (["PASS", "INCONCLUSIVE"] if floor < 0.048 else ["INCONCLUSIVE", "FAIL"])
     target = shipped.model_copy(
         update={"gain": {"validation": gain.model_copy(update={"over_control": weak})}}
     )

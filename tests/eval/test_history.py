@@ -137,7 +137,7 @@ def test_groups_are_one_value_each_in_a_single_look_too():
         np.testing.assert_array_equal(column, series.values[name])
     assert values["bytes"].tolist() == [seen.bytes[0], seen.bytes[12]]
     saving = findings(gain(), models(200), bits, ALPHA)[3]
-    low, high = stats.t.interval(0.95, 1, *mean_and_error(bits.over("control")))
+    low, high = stats.t.interval(0.9, 1, *mean_and_error(bits.over("control")))
     assert (saving.now.low, saving.now.high) == pytest.approx((low, high)), "of two values"
 
 

@@ -154,3 +154,8 @@ def test_evidence_that_is_gone_since_the_last_verdict_is_named_for_ever(toy):
         toy.gate()
         (anomaly,) = json.loads((toy.path / "gate.json").read_text())["anomalies"]
         assert anomaly.startswith(told)
+    (toy.path / "gate.json").unlink()
+    gate(toy)
+    assert toy.result().anomalies == [anomaly], "every verdict of gate-runs.jsonl says how much there was"
+    assert [run.extent.variants for run in toy.result().runs] == [3, 2]
+    assert toy.result().extent.variants == 3

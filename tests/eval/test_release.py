@@ -21,12 +21,15 @@ from eval.core.errors import UserError
 from eval.core.gate_file import read_gate
 from eval.engines import load_engine
 from eval.release.__main__ import build_release, parse_variants, summary_lines, verify_signoffs
+from eval.release.bom import bill_of_materials
 from eval.release.card import card
+from eval.release.contract import loader_facts, shipped
 from eval.release.contract_file import Contract, contract_text, read_contract
 from eval.release.golden_answers import build_golden_answers, clear_choice, continue_prompt
 from eval.score.tasks import greedy
 from eval.signoff.keys import new_key, private_key, read_trusted
 from eval.signoff.statement import Waiver
+from eval.signoff.verify import row_of
 from eval.stats.crossed import linearise
 from tests.eval import real_run
 from tests.helpers import ROOT
@@ -67,6 +70,9 @@ def test_a_release_holds_what_it_promises(released_run, release):
     assert contract.fallback == read_manifest(release / "fallback").hash
     gain = shipped.gain["validation"]
     assert gain.kept_share == row.kept_share
+    assert contract.level == pytest.approx(1 - 2 * contract.alpha)
+    for one in (gain.over_control, gain.over_fallback, shipped.gain["far"].over_control):
+        assert (one.verdict == "PASS") == (one.measured.low >= one.floor), "shown is what decides"
     assert gain.over_control.floor == pytest.approx(0.5 * read_gate(run.path).teacher_gain.point)
     documents = real_run.documents("validation")
     size = np.array([d.bytes for d in documents])
@@ -105,6 +111,9 @@ def test_the_bill_of_materials_fits_the_published_schema_and_says_what_was_measu
     shown = metrics["bits_per_byte_saved_over_control", "far"]
     assert float(shown["value"]) == saving["point"]
     assert float(shown["confidenceInterval"]["lowerBound"]) == saving["low"]
+    named = {one["name"]: one["value"] for one in variant["modelCard"]["properties"]}
+    assert named["absorb:bounds"].startswith("of quality over documents, two-sided, 90 %; of costs one-sided")
+    assert "absorb:budget" not in named
     links = {one["ref"]: one["dependsOn"] for one in bom["dependencies"]}
     assert set(links) == {*parts, "release"}, "every part says what it was made from"
     assert links["variant:cpu"] == ["variants/small/S1/s0"]
@@ -149,6 +158,10 @@ def test_the_card_can_be_read_by_other_programs(release):
     for name, digest in [*behind, ("T1 with the method", lineage["teachers"]["T1"])]:
         assert re.search(rf"\| {name}.*\| `{digest}` \|", card.text), name
     assert "waiver" not in card.text.lower()
+    gate = read_gate(release / "evidence")
+    for sentence in (f"PASS: {gate.reason}", *(f"Note: {note}" for note in gate.notes)):
+        assert f"- {sentence}\n" in card.text
+    assert "each with its\n90 % interval" in card.text
 
 
 def test_the_command_reports_what_it_built(released_run, release):
@@ -163,9 +176,28 @@ def test_a_waiver_is_shown_wherever_the_release_is(release):
     shipped = contract.targets["cpu"].model_copy(update={"verdict": "FAIL", "waiver": waiver})
     waived = contract.model_copy(update={"targets": {"cpu": shipped}})
     assert "WAIVED until 2026-07-01: a demonstration" in "\n".join(summary_lines(waived, release))
-    text = card(waived, None, [])
+    text = card(waived, None, [], [])
     assert "**Shipped on a waiver until 2026-07-01.** On cpu the verdict is FAIL" in text
     assert Contract.model_validate(yaml.safe_load(contract_text(waived))) == waived
+
+
+def test_what_another_budget_judged_says_so_wherever_the_release_is(released_run, release, copy, loader):
+    run = released_run
+    case = verify_signoffs(run.path, ["small"], read_trusted([run.folder / "key.pub"]), DAY)
+    fixed = case.gate.fixed.model_copy(update={"other": True})
+    gate, waiver = case.gate.model_copy(update={"fixed": fixed}), Waiver(reason="x", expires=date(2126, 7, 1))
+    signed, contract = case.predicates["cpu"].model_copy(update={"waiver": waiver}), read_contract(release)
+    row, signature = row_of(gate, "small", "cpu"), contract.targets["cpu"].signature
+    target = shipped(case.evidence, gate, case.budget, row, signed, signature)
+    other = contract.model_copy(update={"targets": {"cpu": target}})
+    told = f"judged by another budget, 'test', than the one fixed on {fixed.time}"
+    assert yaml.safe_load(contract_text(other))["targets"]["cpu"]["budget_note"] == told
+    assert told in "\n".join(summary_lines(other, release))
+    assert f"On cpu the verdict is PASS, {told}: " in card(other, None, [], [])
+    bom = json.dumps(bill_of_materials(other, json.loads((release / "lineage.json").read_text())))
+    assert f'"absorb:budget", "value": "{told}"' in bom
+    rewrite(copy, "release.json", lambda index: index["targets"]["cpu"].update(loader_facts(target)))
+    assert loader.load_release(copy, "cpu")[1].budget_note == told
 
 
 def test_the_loader_serves_what_was_released(release, loader):
@@ -173,6 +205,7 @@ def test_the_loader_serves_what_was_released(release, loader):
         release, "cpu", sha256_of_manifest=file_sha256(release / "manifest.json")
     )
     assert (info.fallback, info.reason, info.verdict, info.folder) == (False, None, "PASS", "variants/small")
+    assert info.budget_note is None
     engine = load_engine("torch", release / "variants/small")
     ids = model.encode("return self")
     row = engine.prefill(torch.tensor([ids]))[0][0]

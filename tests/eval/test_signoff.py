@@ -15,6 +15,7 @@ from eval.signoff.keys import allowed_signer, new_key, public_key, read_trusted
 from eval.signoff.statement import TEST_RESULT, read_bundle
 from eval.signoff.verify import REPORTS, Rerun, first_difference, problems, row_of, signable_verdict
 from tests.eval.run_builder import NOW, Run, edit, gate, report, sign
+from tests.eval.test_beside_the_verdict import put_teacher
 from tests.helpers import run as command
 
 TODAY = NOW.date()
@@ -27,6 +28,7 @@ def judged_folder(tmp_path_factory):
     run = Run(folder)
     run.budget["waivers"] = {"signatures": 2, "days": 30}
     run.make()
+    put_teacher(run)
     gate(run)
     report(run)
     new_key(folder / "key")
@@ -160,6 +162,8 @@ FILES = {
     "manifest of a rival": "students/CE/s0/manifest.json",
     "control": "variants/int8/S0/s1/model.safetensors",
     "fallback": "base/s0/model.safetensors",
+    "teacher": "method/T1/s0/fitted",
+    "manifest of a teacher": "method/T1/s0/manifest.json",
     "data": "data/model.safetensors",
     "score": "records/score/int8/S1-s1.json",
     "cost": "records/cost/cpu/int8/S1-s0.json",
@@ -302,6 +306,48 @@ def test_a_waiver_to_the_year_9999_that_was_signed_all_the_same_does_not_hold(fr
     monkeypatch.setattr("eval.signoff.__main__.last_day", lambda *_: date.max)
     path = sign(fresh, key, "half", waive="for ever", expires="9999-12-31")
     assert "the waiver ends on 9999-12-31, the budget allows 2026-07-01 at latest" in faults(path, fresh, pub)
+
+
+@pytest.fixture
+def loose(fresh):
+    """The same run, judged by another budget than the fixed one, which asks less of everything."""
+    limits = {"f": 0.01, "g": 0.01, "slices": {}, "waivers": {"signatures": 1, "days": 3650}}
+    limits["targets"] = {"cpu": {"device": "cpu"}}
+    path = fresh.folder / "loose.yaml"
+    path.write_text(yaml.safe_dump({**fresh.budget, "name": "loose", **limits}))
+    gate(fresh, str(path))
+    report(fresh)
+    return fresh
+
+
+def test_what_another_budget_judged_is_signed_on_a_waiver_alone_by_the_rules_of_the_fixed_one(
+    loose, key, second, pub
+):
+    half, day = row_of(read_gate(loose.path), "half", "cpu"), "2026-07-01"
+    assert half.verdict == "PASS", "the fixed budget says FAIL"
+    other = "judged by another budget, 'loose', than the one fixed on 2025-12-31"
+    with pytest.raises(UserError, match=f"sign-off: {other}.*give --waive REASON"):
+        sign(loose, key, "half")
+    with pytest.raises(UserError, match="the budget allows 30 days: give a day up to 2026-07-01"):
+        sign(loose, key, "half", waive="a demonstration", expires="2036-01-01")
+    path = sign(loose, key, "half", waive="a demonstration", expires=day)
+    both = pub, second.with_name("second.pub")
+    assert faults(path, loose, *both) == ["the waiver has 1 of 2 signatures that the budget asks"]
+    sign(loose, second, "half", by="Bob", waive="a demonstration", expires=day)
+    assert faults(path, loose, *both) == []
+    said = read_bundle(path)[0].predicate
+    assert (said.verdict, said.policy.fixed, said.waiver.reason) == ("PASS", False, "a demonstration")
+
+
+def test_a_sign_off_by_another_budget_without_a_waiver_does_not_hold(loose, key, pub, monkeypatch):
+    """As an earlier version signed it."""
+    monkeypatch.setattr("eval.signoff.__main__.to_waive", lambda *_: "")
+    path = sign(loose, key, "half")
+    (found,) = faults(path, loose, pub)
+    assert found.startswith(
+        "half on cpu: judged by another budget, 'loose', than the one fixed on 2025-12-31"
+    )
+    assert found.endswith("nobody waived that")
 
 
 def test_what_was_not_measured_cannot_be_signed(fresh, key):
