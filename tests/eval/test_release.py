@@ -21,15 +21,12 @@ from eval.core.errors import UserError
 from eval.core.gate_file import read_gate
 from eval.engines import load_engine
 from eval.release.__main__ import build_release, parse_variants, summary_lines, verify_signoffs
-from eval.release.bom import bill_of_materials
 from eval.release.card import card
-from eval.release.contract import loader_facts, shipped
 from eval.release.contract_file import Contract, contract_text, read_contract
 from eval.release.golden_answers import build_golden_answers, clear_choice, continue_prompt
 from eval.score.tasks import greedy
 from eval.signoff.keys import new_key, private_key, read_trusted
 from eval.signoff.statement import Waiver
-from eval.signoff.verify import row_of
 from eval.stats.crossed import linearise
 from tests.eval import real_run
 from tests.helpers import ROOT
@@ -179,25 +176,6 @@ def test_a_waiver_is_shown_wherever_the_release_is(release):
     text = card(waived, None, [], [])
     assert "**Shipped on a waiver until 2026-07-01.** On cpu the verdict is FAIL" in text
     assert Contract.model_validate(yaml.safe_load(contract_text(waived))) == waived
-
-
-def test_what_another_budget_judged_says_so_wherever_the_release_is(released_run, release, copy, loader):
-    run = released_run
-    case = verify_signoffs(run.path, ["small"], read_trusted([run.folder / "key.pub"]), DAY)
-    fixed = case.gate.fixed.model_copy(update={"other": True})
-    gate, waiver = case.gate.model_copy(update={"fixed": fixed}), Waiver(reason="x", expires=date(2126, 7, 1))
-    signed, contract = case.predicates["cpu"].model_copy(update={"waiver": waiver}), read_contract(release)
-    row, signature = row_of(gate, "small", "cpu"), contract.targets["cpu"].signature
-    target = shipped(case.evidence, gate, case.budget, row, signed, signature)
-    other = contract.model_copy(update={"targets": {"cpu": target}})
-    told = f"judged by another budget, 'test', than the one fixed on {fixed.time}"
-    assert yaml.safe_load(contract_text(other))["targets"]["cpu"]["budget_note"] == told
-    assert told in "\n".join(summary_lines(other, release))
-    assert f"On cpu the verdict is PASS, {told}: " in card(other, None, [], [])
-    bom = json.dumps(bill_of_materials(other, json.loads((release / "lineage.json").read_text())))
-    assert f'"absorb:budget", "value": "{told}"' in bom
-    rewrite(copy, "release.json", lambda index: index["targets"]["cpu"].update(loader_facts(target)))
-    assert loader.load_release(copy, "cpu")[1].budget_note == told
 
 
 def test_the_loader_serves_what_was_released(release, loader):

@@ -1,0 +1,93 @@
+"""Another budget than the one fixed when training began: signed on a waiver alone, told wherever it ships."""
+
+import json
+import shutil
+from datetime import date
+
+import pytest
+import yaml
+
+from eval.core.errors import UserError
+from eval.core.gate_file import read_gate
+from eval.release.__main__ import summary_lines, verify_signoffs
+from eval.release.bom import bill_of_materials
+from eval.release.card import card
+from eval.release.contract import loader_facts, shipped
+from eval.release.contract_file import contract_text, read_contract
+from eval.release.load_release import load_release
+from eval.signoff.keys import new_key, read_trusted
+from eval.signoff.statement import Waiver, read_bundle
+from eval.signoff.verify import Rerun, problems, row_of
+from tests.eval.run_builder import NOW, Run, gate, report, sign
+from tests.eval.test_release import DAY, rewrite
+
+
+def faults(path, run):
+    """All that speaks against a sign-off, with both keys trusted."""
+    keys = read_trusted([run.folder / "key.pub", run.folder / "second.pub"])
+    return problems(path, Rerun(run.path), keys, NOW.date())[1]
+
+
+@pytest.fixture
+def loose(tmp_path):
+    """A run that was judged by another budget than the fixed one, which asks less of everything."""
+    run = Run(tmp_path)
+    run.budget["waivers"] = {"signatures": 2, "days": 30}
+    run.make()
+    for name in ("key", "second"):
+        new_key(tmp_path / name)
+    limits = {"f": 0.01, "g": 0.01, "slices": {}, "waivers": {"signatures": 1, "days": 3650}}
+    limits["targets"] = {"cpu": {"device": "cpu"}}
+    path = run.folder / "loose.yaml"
+    path.write_text(yaml.safe_dump({**run.budget, "name": "loose", **limits}))
+    gate(run, str(path))
+    report(run)
+    return run
+
+
+def test_what_another_budget_judged_is_signed_on_a_waiver_alone_by_the_rules_of_the_fixed_one(loose):
+    first, second = loose.folder / "key", loose.folder / "second"
+    half, day = row_of(read_gate(loose.path), "half", "cpu"), "2026-07-01"
+    assert half.verdict == "PASS", "the fixed budget says FAIL"
+    other = "judged by another budget, 'loose', than the one fixed on 2025-12-31"
+    with pytest.raises(UserError, match=f"sign-off: {other}.*give --waive REASON"):
+        sign(loose, first, "half")
+    with pytest.raises(UserError, match="the budget allows 30 days: give a day up to 2026-07-01"):
+        sign(loose, first, "half", waive="a demonstration", expires="2036-01-01")
+    path = sign(loose, first, "half", waive="a demonstration", expires=day)
+    assert faults(path, loose) == ["the waiver has 1 of 2 signatures that the budget asks"]
+    sign(loose, second, "half", by="Bob", waive="a demonstration", expires=day)
+    assert faults(path, loose) == []
+    said = read_bundle(path)[0].predicate
+    assert (said.verdict, said.policy.fixed, said.waiver.reason) == ("PASS", False, "a demonstration")
+
+
+def test_a_sign_off_by_another_budget_without_a_waiver_does_not_hold(loose, monkeypatch):
+    """As an earlier version signed it."""
+    monkeypatch.setattr("eval.signoff.__main__.to_waive", lambda *_: "")
+    path = sign(loose, loose.folder / "key", "half")
+    (found,) = faults(path, loose)
+    assert found.startswith(
+        "half on cpu: judged by another budget, 'loose', than the one fixed on 2025-12-31"
+    )
+    assert found.endswith("nobody waived that")
+
+
+def test_what_another_budget_judged_says_so_wherever_the_release_is(released_run, release, tmp_path):
+    run = released_run
+    case = verify_signoffs(run.path, ["small"], read_trusted([run.folder / "key.pub"]), DAY)
+    fixed = case.gate.fixed.model_copy(update={"other": True})
+    gate, waiver = case.gate.model_copy(update={"fixed": fixed}), Waiver(reason="x", expires=date(2126, 7, 1))
+    signed, contract = case.predicates["cpu"].model_copy(update={"waiver": waiver}), read_contract(release)
+    row, signature = row_of(gate, "small", "cpu"), contract.targets["cpu"].signature
+    target = shipped(case.evidence, gate, case.budget, row, signed, signature)
+    other = contract.model_copy(update={"targets": {"cpu": target}})
+    told = f"judged by another budget, 'test', than the one fixed on {fixed.time}"
+    assert yaml.safe_load(contract_text(other))["targets"]["cpu"]["budget_note"] == told
+    assert told in "\n".join(summary_lines(other, release))
+    assert f"On cpu the verdict is PASS, {told}: " in card(other, None, [], [])
+    bom = json.dumps(bill_of_materials(other, json.loads((release / "lineage.json").read_text())))
+    assert f'"absorb:budget", "value": "{told}"' in bom
+    copy = shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    rewrite(copy, "release.json", lambda index: index["targets"]["cpu"].update(loader_facts(target)))
+    assert load_release(copy, "cpu")[1].budget_note == told
