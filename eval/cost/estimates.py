@@ -5,6 +5,7 @@ processes' own values, each from arrivals of its own. The order statistic of all
 wider; alone it would be too narrow.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from eval.core.budget import UNITS
 from eval.core.gate_file import Load, Number, Rate
-from eval.core.records import Arrivals, CostRecord, LoadRecord, Process
+from eval.core.records import Arrivals, CostRecord, Energy, LoadRecord, Process
+from eval.cost.meters import BELOW
 from eval.stats.crossed import cluster_bounds
 from eval.stats.quantiles import largest_bounds, percentile_bounds, requests_needed
 from eval.stats.queueing import knee, outcome
@@ -60,12 +62,17 @@ def list_quantities(records: list[CostRecord]) -> list[str]:
     quantities = [*timed, "peak_memory", "disk", "load_time", "tokens_per_s"]
     if all(run.device_memory_bytes is not None for run in runs):
         quantities.append("device_memory")
-    if all(run.energy is not None and run.energy.joules is not None for run in runs):
+    if all(has_meter(run.energy) for run in runs):
         quantities.append("energy")
     sizes = [{batched.batch_size for batched in run.batches} for run in runs]
     for size in sorted(set.intersection(*sizes)):
         quantities += [f"{name}_batch{size}" for name in (*batched, "tokens_per_s")]
     return quantities
+
+
+def has_meter(energy: Energy | None) -> bool:
+    """There was a meter, whether or not it ticked meanwhile."""
+    return energy is not None and (energy.joules is not None or energy.meter.endswith(BELOW))
 
 
 def values_per_process(records: list[CostRecord], name: str) -> Array:
@@ -81,9 +88,8 @@ def _value_of_process(record: CostRecord, process: Process, name: str) -> float:
     if name.startswith("tokens_per_s"):
         return tokens_per_s(process, record.new_tokens, int(name.partition("_batch")[2] or 1))
     if name == "energy":
-        assert process.energy is not None
-        assert process.energy.joules is not None
-        return process.energy.joules / process.energy.tokens
+        spent = process.energy
+        return math.nan if spent is None or spent.joules is None else spent.joules / spent.tokens
     if name == "device_memory":
         assert process.device_memory_bytes is not None
         return process.device_memory_bytes / MIB
@@ -104,7 +110,11 @@ def estimate_quantity(records: list[CostRecord], name: str, alpha: float) -> Num
     values = values_per_process(records, name)
     if name in ("peak_memory", "device_memory", "disk"):
         return _size_number(values, name, alpha)
-    return mean_number(values, {"energy": "J/token", "load_time": "s"}.get(name, "tokens/s"), alpha)
+    unit = {"energy": "J/token", "load_time": "s"}.get(name, "tokens/s")
+    if np.isnan(values).any():  # a meter that did not tick
+        nothing: dict[str, None] = dict.fromkeys(("value", "lower", "upper"))
+        return Number(**nothing, unit="J/token", requests=len(values), processes=len(values))
+    return mean_number(values, unit, alpha)
 
 
 def percentile_number(processes: list[Array], q: float, alpha: float, each: int = 1) -> Number:
@@ -182,8 +192,8 @@ def estimate_ratio(
 
 
 def positive_ratio(values: Array, reference: Array, alpha: float) -> Share | None:
-    """None where a zero has no logarithm."""
-    if min(values.min(), reference.min()) <= 0:
+    """None where a zero, or what a meter did not see, has no logarithm."""
+    if not min(values.min(), reference.min()) > 0:
         return None
     return ratio_bounds(values, reference, alpha)
 

@@ -20,6 +20,7 @@ from eval.core.records import Energy
 
 POWERCAP = Path("/sys/class/powercap")
 NONE = "no meter"
+BELOW = "below the meter's step"
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Meter:
         total = self.total
         joules = None if total is None or before is None else total - before
         if joules == 0:  # it did not tick meanwhile: that is no energy of 0
-            return Energy(joules=None, tokens=tokens, meter=f"{self.name}: below the meter's step")
+            return Energy(joules=None, tokens=tokens, meter=f"{self.name}: {BELOW}")
         return Energy(joules=joules, tokens=tokens, meter=self.name)
 
     @property

@@ -1,8 +1,9 @@
 """What a verdict is conditional on, in sentences that stand beside it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import product
 
 from eval.core.artifacts import describe_accepted, digest, read_manifest
 from eval.core.budget import Budget, load_budget
@@ -46,26 +47,37 @@ def list_caveats(evidence: Evidence, budget: Budget, fixed: Fixed | None) -> lis
     ]
 
 
-def list_anomalies(evidence: Evidence, alpha: float) -> list[str]:
+def list_anomalies(evidence: Evidence, begins_with: Mapping[str, list[str]], alpha: float) -> list[str]:
     """What is better than it should be by more than noise, and what to look at; Holm over all that could be.
 
-    A compressed variant has less to work with than its student, and a student saw no more than its teacher.
+    A compressed variant has less to work with than its student, or than a recipe that it begins with, and a
+    student saw no more than its teacher: on the validation documents, and on those of every shifted slice.
+
+    Args:
+        begins_with: recipe -> those that it begins with, the shortest first.
     """
-    cases = {
-        Contrast(STUDENT, STUDENT, recipe, PLAIN): f"{recipe} is better than the student that it was made of"
-        for recipe in evidence.recipes[1:]
-    }
+    cases: dict[Contrast, str] = {}
+    for recipe in evidence.recipes[1:]:
+        made = f"{recipe} is better than the student that it was made of"
+        cases[Contrast(STUDENT, STUDENT, recipe, PLAIN)] = made
+        for before in begins_with.get(recipe, [])[-1:]:
+            cases[Contrast(STUDENT, STUDENT, recipe, before)] = f"{recipe} is better than {before} before it"
     cases[Contrast(STUDENT, TEACHERS[0])] = f"the student {STUDENT} is better than its teacher {TEACHERS[0]}"
-    means = [crossed_mean(evidence.gain(VALIDATION, contrast)) for contrast in cases]
-    adjusted = holm([mean.p for mean in means])
-    anomalies = []
-    for (contrast, what), mean, p in zip(cases.items(), means, adjusted, strict=True):
+    pairs = list(product(cases, evidence.columns))
+    means = [crossed_mean(evidence.gain(name, contrast)) for contrast, name in pairs]
+    found: dict[Contrast, list[str]] = {}
+    for (contrast, name), mean, p in zip(pairs, means, holm([mean.p for mean in means]), strict=True):
         low, _ = mean.bounds(alpha)
         if p <= alpha and low is not None and low > RESOLUTION:
-            check = "does it see validation documents in calibration or recovery, is its student trained out?"
-            if contrast.recipe == PLAIN:
-                check = "was it trained longer, or on other rows, or does its own data term teach it?"
-            anomalies.append(f"{what} by {mean.point:.4f} bits/byte, {low:.4f} at least: {check}")
+            by = f"by {mean.point:.4f} bits/byte, {low:.4f} at least, on {name}"
+            found.setdefault(contrast, []).append(by)
+    anomalies = []
+    for contrast, seen in found.items():
+        check = "does it see validation documents in calibration or recovery, is its student trained out?"
+        if contrast.recipe == PLAIN:
+            check = "was it trained longer, or on other rows, or does its own data term teach it?"
+        told = f"{cases[contrast]} {'; '.join(seen)} ({len(pairs)} comparisons, Holm)"
+        anomalies.append(f"{told}: {check}")
     return anomalies
 
 

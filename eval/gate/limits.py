@@ -243,7 +243,7 @@ def cost_parts(
     """One part per limit of the target; a ratio of measurements that were not paired decides nothing."""
     parts = []
     for name, limit in limits.limits.items():
-        if name not in costs:
+        if name not in costs or (name == "energy" and costs[name].value is None):
             parts.append(_missing_part(evidence, target, recipe, name, limit))
             continue
         part = _limit_part(name, costs[name], limit, alpha)

@@ -28,6 +28,7 @@ from eval.core.commands import (
     write_json,
 )
 from eval.core.errors import UserError, entry, require_one_of
+from eval.core.plan import budget_of_run
 from eval.core.records import PLAIN, VALIDATION, each_score
 from eval.core.study import Study, load_study
 from eval.gate.evidence import Evidence, ScoreTables, build_evidence, wanted_models
@@ -218,7 +219,9 @@ def plan_sentence(rows: list[dict]) -> str:
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--plan", help="the study that is planned, a YAML file; default: the pilot itself")
-    parser.add_argument("--budget", help="another budget than the study's: a name or a YAML file")
+    parser.add_argument(
+        "--budget", help="another budget than the run's fixed one, or that of --plan: a name or a YAML file"
+    )
     parser.add_argument(
         "--gain", type=positive, help="plan for this teacher gain, bits/byte, not the pilot's"
     )
@@ -231,7 +234,7 @@ def main() -> None:
     study, args = study_from_command(parser, measures=True)
     folder = study.folder
     plan = load_study(args.plan) if args.plan else study
-    budget = load_budget(plan, args.budget)
+    budget = load_budget(plan, args.budget) if args.plan else budget_of_run(study, args.budget)
     pilot, among = read_pilot(folder, study), args.among
     rows = [plan_test(test) for test in list_tests(pilot, budget, plan, args.gain, args.share, among)]
     console = new_console()

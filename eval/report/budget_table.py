@@ -9,6 +9,7 @@ from functools import cached_property
 
 from eval.core.gate_file import GateFile, Number, Part, Reference, Variant
 from eval.core.records import VALIDATION
+from eval.cost.meters import BELOW
 from eval.report.format import (
     MISSING,
     NOT_MEASURED,
@@ -188,6 +189,8 @@ def cost_cell(number: Number | None, recipe: str, limit: Part | None = None) -> 
     if number is None:
         return Cell(NOT_MEASURED if limit else MISSING, verdict=verdict)
     needs = f"needs {number.needs} requests" if number.needs else MISSING
+    if number.value is None and number.unit == UNITS["energy"]:
+        needs = BELOW
     if number.value is None:
         return Cell(needs, verdict=verdict)
     notes = [bound_note(number)] if bound_note(number) else []

@@ -78,8 +78,12 @@ def private_key(where: str | Path, public: Path | None = None) -> "Signer":
     if str(where).partition(":")[0] in SIGNER_FOR_URI_SCHEME and not path.is_file():
         if public is None:
             raise UserError(f"key {where}", "its public key is not given", "add --public FILE")
+        of_service = public_key(public)
+        if not is_ours(_parsed(of_service.keyval["public"])):
+            why, other = "neither an Ed25519 key nor an ECDSA key on P-256", "make such a key in the service"
+            raise UserError(f"key {public}", why, f"{other}: load_release verifies no other")
         try:
-            return Signer.from_priv_key_uri(str(where), public_key(public))
+            return Signer.from_priv_key_uri(str(where), of_service)
         except (UnsupportedLibraryError, ValueError, OSError) as error:
             raise UserError(
                 f"key {where}", str(error), "install what it asks for, or give a key file"

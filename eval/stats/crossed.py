@@ -5,6 +5,7 @@ seeds x documents is a crossed design with random effects, not S*C independent n
 `docs/statistics.md` gives the formulas with their sources and a simulation.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ ROUNDING = 1e-12  # spread below this share of the largest entry is rounding, no
 GENERATOR: Final = "Philox"  # of random numbers: its stream is the same in every version of numpy
 
 
-def random_stream(seed: int) -> np.random.Generator:
+def random_stream(seed: int | Sequence[int]) -> np.random.Generator:
     """The generator of every drawn figure of a verdict (Salmon et al. 2011)."""
     return np.random.Generator(np.random.Philox(seed))
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from eval.stats.crossed import random_stream
+
 Array = NDArray[np.float64]
 VIRTUAL = 20_000  # requests of a virtual run
 SELDOM = 1e-3  # share of arrivals that find a longer queue than a healthy server is allowed
@@ -21,7 +23,7 @@ def poisson(rate: float, seconds: float, seed: tuple[int, ...]) -> Array:
 
     The same seed gives the same process at every rate but for its scale (common random numbers).
     """
-    rng = np.random.default_rng(seed)
+    rng = random_stream(seed)
     block, times = int(rate * seconds + 10), np.empty(0)
     while not len(times) or times[-1] < seconds:
         last = times[-1] if len(times) else 0.0
@@ -71,7 +73,7 @@ def outcome(arrivals: ArrayLike, latencies: ArrayLike, services: ArrayLike, rate
 
 def longest_queue(services: Array, rate: float, seed: tuple[int, ...] = (0,)) -> float:
     """Requests in the system, a new one counted, that all but `SELDOM` of the arrivals at `rate` find."""
-    arrivals = np.random.default_rng(seed).standard_exponential(VIRTUAL).cumsum() / rate
+    arrivals = random_stream(seed).standard_exponential(VIRTUAL).cumsum() / rate
     done = finished(arrivals, np.resize(services, VIRTUAL))
     waiting = np.arange(1, VIRTUAL + 1) - np.searchsorted(done, arrivals, side="right")
     return float(np.quantile(waiting, 1 - SELDOM))
@@ -88,7 +90,7 @@ def capacity(services: ArrayLike) -> float:
 
 def tail(services: Array, rate: float, seed: tuple[int, ...]) -> float:
     """p95 in s of the latency at `rate` in a virtual run of `VIRTUAL` requests."""
-    gaps = np.random.default_rng(seed).standard_exponential(VIRTUAL)
+    gaps = random_stream(seed).standard_exponential(VIRTUAL)
     arrivals = gaps.cumsum() / rate
     repeated = np.resize(services, VIRTUAL)  # in their order: neighbours stay neighbours
     return float(np.quantile(finished(arrivals, repeated) - arrivals, TAIL))

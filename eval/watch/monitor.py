@@ -40,7 +40,7 @@ from eval.watch.history import (
 from eval.watch.measure import Before, before_release, check_prompts, new_look, read_new, see, text_id
 from eval.watch.monitor_page import page_of
 from eval.watch.sequences import KEPT, PARTS, Blame, State, blame, estimate_so_far
-from eval.watch.verify import checked
+from eval.watch.verify import UNVERIFIED, checked
 
 CODES: dict[State, int] = {
     "fine": EXIT_PASS,
@@ -224,6 +224,8 @@ def main() -> int:
         console.print(table)
     console.print(Text(stamp_line("seen")), soft_wrap=True)
     console.print(Text(alarm(contract, target, everything)), soft_wrap=True)
+    if not args.public:
+        console.print(Text(UNVERIFIED, style="yellow"), soft_wrap=True)
     if args.page:
         write_text(args.page, page_of(contract, target, before.bits, looks, parts, KEPT))
     if args.metrics:

@@ -1,6 +1,6 @@
 """Does a release still keep its contract on new documents?
 
-    python -m eval.watch.recheck --release FOLDER --data new.jsonl [--append history.jsonl] ...
+    python -m eval.watch.recheck --release FOLDER --data new.jsonl --public KEY.pub [--append history.jsonl]
 
 `new.jsonl` has one document per line: {"text": ...}, {"prompt": ..., "text": ...} or {"messages": [...]}, as
 those of the study, and `id`, `domain`, `group` and `tools` where wanted. The release, its control and its
@@ -50,7 +50,7 @@ from eval.watch.measure import (
 )
 from eval.watch.regression import Finding, diagnosis, findings, verdict
 from eval.watch.sequences import findings_so_far
-from eval.watch.verify import checked
+from eval.watch.verify import UNVERIFIED, checked
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,8 @@ def main() -> int:
         result = recheck(release, contract, target, args.slice, documents)
     console = new_console()
     show(console, result, contract, target, args.slice)
+    if trusted is None:
+        console.print(Text(UNVERIFIED, style="yellow"), soft_wrap=True)
     decided, reason = verdict(result.findings), diagnosis(result.findings)
     if expiry := expired(contract.targets[target].waiver, today):
         console.print(Text(f"broken: {expiry}", style=STYLES[FAIL]))

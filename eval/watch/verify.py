@@ -17,6 +17,10 @@ from eval.signoff.statement import Predicate, read_statement, signoff_path
 from eval.signoff.verify import budget_note, first_difference, row_of
 from eval.watch.measure import released_by_cluster
 
+UNVERIFIED = (
+    "not verified against a key: who can write the folder can write its hashes; give --public KEY.pub"
+)
+
 
 def checked(release: Path, trusted: Trusted | None, target: str | None) -> tuple[Contract, str]:
     """The contract of a release whose bytes are those that were released and signed, and the target.

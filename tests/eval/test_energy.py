@@ -7,9 +7,10 @@ import torch
 
 from eval.core.budget import load_budget
 from eval.core.errors import UserError
-from eval.cost.meters import NONE, Counter, device_memory, nvml, open_meter, rapl
-from eval.gate.decision import evaluate_gate
+from eval.cost.meters import BELOW, NONE, Counter, device_memory, nvml, open_meter, rapl
+from eval.gate.decision import evaluate_gate, judge
 from eval.gate.evidence import collect_evidence
+from eval.report.budget_table import build_budget_table
 from tests.eval.run_builder import Run, edit, row
 
 RANGE = 262_143_328_850  # microjoules, of a real package
@@ -73,6 +74,12 @@ def test_without_a_meter_there_is_a_reason_and_no_number(tmp_path):
     ("joules", "meter", "verdict", "words"),
     [
         (None, "no meter: no RAPL", "INCONCLUSIVE", "energy was not measured on cpu (no meter: no RAPL)"),
+        (
+            None,
+            f"RAPL: package-0: {BELOW}",
+            "INCONCLUSIVE",
+            f"energy was not measured on cpu (RAPL: package-0: {BELOW})",
+        ),
         (40.0, "RAPL: package-0", "PASS", "energy is at most 0.4 J/token, the limit is 0.5"),
         (60.0, "RAPL: package-0", "FAIL", "energy is at least 0.6 J/token, the limit is 0.5"),
     ],
@@ -87,6 +94,25 @@ def test_the_gate_holds_energy_where_there_is_a_meter(tmp_path, joules, meter, v
     budget = load_budget(toy.study)
     part = row(evaluate_gate(collect_evidence(toy.path, toy.study, budget), budget), "int8").parts[-1]
     assert (part.name, part.verdict, part.reason) == ("cost:energy", verdict, words)
+
+
+def test_a_meter_that_did_not_tick_has_no_number_and_the_table_says_why(tmp_path):
+    zone(tmp_path / "rapl", "intel-rapl:0", "package-0", 5)
+    meter = rapl(tmp_path / "rapl")
+    before = meter.total
+    meter.update()
+    energy = meter.spent(before, tokens=3)
+    assert (energy.joules, energy.meter) == (None, f"RAPL: package-0: {BELOW}")
+    toy = Run(tmp_path).make()
+    for recipe in ("plain", "half", "int8"):
+        told = energy.model_dump() | {"tokens": 100}
+        told |= {} if recipe == "int8" else {"joules": 40.0, "meter": "RAPL: package-0"}
+        change = lambda record, told=told: [process.update(energy=told) for process in record["processes"]]  # noqa: E731
+        edit(toy.path / f"records/cost/cpu/{recipe}/S1-s0.json", change)
+    table = build_budget_table(judge(toy.path))
+    place = [column.name for column in table.costs].index("energy")
+    shown = {row.variant.recipe: row.costs[place].main for row in table.rows if row.costs}
+    assert shown == {"plain": "0.400", "half": "0.400", "int8": BELOW}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")

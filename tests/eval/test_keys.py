@@ -3,6 +3,8 @@
 import shutil
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from eval.core.errors import UserError
 from eval.signoff.keys import new_key, private_key, public_key
@@ -45,4 +47,16 @@ def test_a_key_service_is_asked_by_its_name(tmp_path):
     with pytest.raises(UserError, match="its public key is not given"):
         private_key("awskms:alias/ada")
     with pytest.raises(UserError, match=r"key awskms:alias/ada: .*install what it asks for"):
+        private_key("awskms:alias/ada", tmp_path / "key.pub")
+
+
+@pytest.mark.parametrize(
+    "key", [ec.generate_private_key(ec.SECP384R1()), rsa.generate_private_key(65537, 2048)]
+)
+def test_a_key_of_a_service_that_the_loader_could_not_verify_is_refused_before_it_signs(tmp_path, key):
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "key.pub").write_bytes(public)
+    with pytest.raises(
+        UserError, match="neither an Ed25519 key nor an ECDSA key on P-256; make such a key in"
+    ):
         private_key("awskms:alias/ada", tmp_path / "key.pub")

@@ -116,6 +116,7 @@ def test_the_command_line_names_owner_and_contract_and_writes_page_and_metrics(r
     assert "no look yet; give texts with --data" in empty.stderr
     done = command(*words, "--data", data, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "not verified against a key" in done.stdout
     contract = read_contract(release)
     assert f"Team A: {contract.name} on cpu: fine" in done.stdout
     assert re.search(r"seen on \d{4}-\d\d-\d\d by absorb", done.stdout)

@@ -138,10 +138,15 @@ def test_what_is_too_good_is_told(tmp_path):
             bits=[b + n for b, n in zip(r["documents"]["bits"], noise, strict=True)]
         )
         edit(run.path / f"records/score/better/S1-s{seed}.json", change)
+    (tmp_path / "better.yaml").write_text("name: better\ntarget: cpu\npasses: [{pass: int8}, {pass: more}]\n")
     result = judge(run.path)
-    first, second = result.anomalies
+    first, second, third = result.anomalies
     assert first.startswith("better is better than the student that it was made of by 0.0")
-    assert second.startswith("the student S1 is better than its teacher T1 by 0.0")
+    assert second.startswith("better is better than int8 before it by 0.0")
+    assert third.startswith("the student S1 is better than its teacher T1 by 0.0")
+    for anomaly in result.anomalies:
+        assert ", on validation; by 0.0" in anomaly
+        assert "at least, on far (8 comparisons, Holm): " in anomaly
     assert "ANOMALOUS: better is better than" in run.gate().stdout
     assert judge(Run(tmp_path / "plain").make().path).anomalies == []
 

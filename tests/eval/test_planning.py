@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
 from eval.stats.crossed import crossed_variance, mean_squares
@@ -61,6 +62,16 @@ def test_power_is_what_happens(rng):
     assert power(parts, 0.0, s, c, 0.05) == pytest.approx(0.05)
     assert power(parts, 100.0, s, c, 0.05) == 1.0
     assert power(Components(0, 0, 0), 1.0, s, c, 0.05) == 0.0
+
+
+def test_the_plan_is_by_the_budget_that_was_fixed_in_the_pilot(tmp_path):
+    """The file of the budget was changed since; another one is named, or is that of the planned study."""
+    pilot = Run(tmp_path).make()
+    (pilot.folder / "budget.yaml").write_text(yaml.safe_dump({**pilot.budget, "alpha": 0.2}))
+    words, out = ["-m", "eval.gate.power", "--study", pilot.path], tmp_path / "out.json"
+    for more, alpha in (([], 0.05), (["--budget", pilot.folder / "budget.yaml"], 0.2)):
+        assert run(*words, *more, "--json", out).returncode == 0
+        assert json.loads(out.read_text())["alpha"] == alpha
 
 
 def test_needed_seeds_and_documents_are_the_least():

@@ -346,6 +346,9 @@ def test_the_command_line(release, tmp_path):
     assert read_contract(release).name in done.stdout
     assert re.search(r"checked on \d{4}-\d\d-\d\d by absorb", done.stdout)
     assert table_width(done.stdout) <= 120
+    assert "90 % intervals" in done.stdout
+    assert "not verified against a key" in done.stdout
+    assert "--public signer.pub" in (release / "README.md").read_text()
 
 
 def test_documents_that_all_say_the_same_are_no_sample():

@@ -27,6 +27,7 @@ def judged_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("signed")
     run = Run(folder)
     run.budget["waivers"] = {"signatures": 2, "days": 30}
+    run.budget["targets"]["cpu"]["limits"]["prefill_p50"] = {"at_most": 50, "unit": "ms"}
     run.make()
     put_teacher(run)
     gate(run)
@@ -140,6 +141,15 @@ def test_other_words_and_another_random_stream_break_nothing(fresh, key, pub, mo
         return copy
 
     monkeypatch.setattr(GateFile, "model_copy", reworded)
+    for seed in ("eval.stats.quantiles.SEED", "eval.gate.quality.BOOTSTRAP_SEED"):
+        monkeypatch.setattr(seed, 1)
+    before, now = read_gate(fresh.path), Rerun(fresh.path).now
+    costs = [row_of(one, "int8", "cpu").cost["prefill_p50"] for one in (before, now)]
+    parts = [next(p for p in row_of(one, "int8", "cpu").parts if p.unit == "ms") for one in (before, now)]
+    assert costs[0].value == costs[1].value
+    assert costs[0].upper != costs[1].upper, "it is drawn"
+    assert (parts[0].name, parts[0].verdict) == ("cost:prefill_p50", parts[1].verdict)
+    assert parts[0].high != parts[1].high
     assert faults(path, fresh, pub) == []
     gate(fresh)
     assert "the same in other words" in (fresh.path / "gate.json").read_text()
