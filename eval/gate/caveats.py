@@ -9,7 +9,7 @@ from eval.core.artifacts import describe_accepted, digest, read_manifest
 from eval.core.budget import Budget, load_budget
 from eval.core.checks import CE, SLACK, STUDENT, TEACHERS, artifact_folder, read_unbuilt
 from eval.core.errors import UserError
-from eval.core.gate_file import Extent, Fixed, GateRun
+from eval.core.gate_file import Extent, Fixed, GateFile, GateRun
 from eval.core.plan import Plan, current_recipes, list_changes, list_recipe_changes
 from eval.core.records import PLAIN, VALIDATION, CostRecord, LoadRecord
 from eval.core.study import recipe_names
@@ -90,9 +90,11 @@ def extent_of(evidence: Evidence) -> Extent:
     )
 
 
-def compare_extents(now: Extent, before: Sequence[Extent]) -> tuple[Extent, list[str]]:
+def compare_extents(
+    now: Extent, runs: Sequence[GateRun], before: GateFile | None
+) -> tuple[Extent, list[str]]:
     """The most evidence of all verdicts, and what of it is gone: a set that shrank is a choice."""
-    every = [*before, now]
+    every = [now, *(one.extent for one in runs if one.extent), *([before.extent] if before else [])]
     slices = dict.fromkeys(name for one in every for name in one.documents)
     most = Extent(
         seeds=max(one.seeds for one in every),
