@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from eval.core.budget import Budget
 from eval.core.config import Stored
@@ -379,23 +379,3 @@ def read_gate(run: Path) -> GateFile:
         return gate
     except ValidationError as error:
         raise first_error(path, error, fix) from error
-
-
-COMMANDS = {"how", "folder", "tool"}  # for whoever runs commands: the folder as it was called then
-# Sentences and what they are made of; figures of a resampling that decides nothing.
-PROSE = COMMANDS | {"title", "reason", "remedy", "notes", "anomalies", "changes", "what"}
-RESAMPLED = {"bootstrap_low", "bootstrap_high", "power_low", "power_high"}
-
-
-def figures_of(value: Any, without: set[str] = PROSE | RESAMPLED) -> Any:
-    """Verdicts, figures and hashes of a part of gate.json, as JSON: what a verdict is, however it is told.
-
-    Fields are left out by what they are; a recipe or a slice that is called `how` is a key, and stays.
-    """
-    if isinstance(value, BaseModel):
-        fields = {name: (info, getattr(value, name)) for name, info in type(value).model_fields.items()}
-        shown = {n: v for n, (info, v) in fields.items() if not (info.exclude_if and info.exclude_if(v))}
-        return {name: figures_of(shown[name], without) for name in sorted(set(shown) - without)}
-    if isinstance(value, dict):
-        return {str(key): figures_of(inner, without) for key, inner in value.items()}
-    return [figures_of(one, without) for one in value] if isinstance(value, list | tuple) else value

@@ -4,7 +4,6 @@ What is signed is figures and hashes. gate.json and the reports may hold other s
 bytes that were signed, or what comes out when they are made again.
 """
 
-import math
 from collections.abc import Iterator
 from datetime import date, datetime, timedelta
 from functools import cached_property
@@ -22,7 +21,7 @@ from eval.core.checks import (
     teacher_folder,
 )
 from eval.core.errors import UserError, require_one_of
-from eval.core.gate_file import COMMANDS, GateFile, Variant, figures_of, read_gate
+from eval.core.gate_file import GateFile, Variant, read_gate
 from eval.core.plan import PLAN, read_plan
 from eval.core.records import PLAIN
 from eval.core.study import load_study
@@ -31,6 +30,7 @@ from eval.gate.decision import evaluate_gate
 from eval.gate.evidence import collect_evidence
 from eval.gate.pick import is_shippable
 from eval.report.__main__ import render_reports
+from eval.signoff.figures import COMMANDS, figures_of, first_difference, without_drawn
 from eval.signoff.keys import Trusted
 from eval.signoff.statement import (
     Policy,
@@ -44,53 +44,11 @@ from eval.signoff.statement import (
 )
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
 
-ALIKE = 1e-9  # relative: a processor with other vector units may round the last digits of a figure otherwise
 GATE = "gate.json"
 REPORTS = ("table.md", "table.csv", "report.html")  # made from gate.json; signed where they are there
 # Of gate.json, what is signed beside the row of the variant.
 SIGNED = {"verdict", "recommended", "level", "budget", "seeds", "documents", "clusters", "teacher_gain"}
 SIGNED |= {"teacher_gain_slices", "scores", "kept_by_student", "rivals", "test_set", "fixed"}
-
-
-def first_difference(a: Any, b: Any, place: str = "") -> str | None:
-    """The first place where two JSON values differ; figures within `ALIKE` are the same."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            below = f"{place}.{key}" if place else key
-            if (key in a) != (key in b):
-                return f"{below} is {'missing' if key in b else 'new'}"
-            if inner := first_difference(a[key], b[key], below):
-                return inner
-        return None
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        pairs = enumerate(zip(a, b, strict=True))
-        return next((f for i, (x, y) in pairs if (f := first_difference(x, y, f"{place}.{i}"))), None)
-    if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=ALIKE, abs_tol=1e-12):
-        return None
-    return None if a == b else f"{place} is {_short(a)}, the records give {_short(b)}"
-
-
-def without_drawn(value: Any) -> Any:
-    """JSON of figures without bounds of percentiles, and p-values of these, which are drawn from a stream.
-
-    Another stream, as another version of numpy might have, changes no verdict, and verdicts stay.
-    """
-    if isinstance(value, list):
-        return [without_drawn(one) for one in value]
-    if not isinstance(value, dict):
-        return value
-    drawn: set[str] = set()
-    if value.get("unit") in ("ms", "s"):  # of a percentile; a ratio to a variant is not drawn
-        if "p_fail" in value and str(value.get("name")).endswith(("_p50", "_p95", "_p99")):
-            drawn = {"low", "high", "p_fail"}
-        elif "lower" in value and value["unit"] == "ms":
-            drawn = {"lower", "upper"}
-    return {key: without_drawn(one) for key, one in value.items() if key not in drawn}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 class Rerun:

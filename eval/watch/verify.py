@@ -12,9 +12,10 @@ from eval.core.study import load_study
 from eval.release.contract import costs_of, gain
 from eval.release.contract_file import Contract, Signature, Target, read_contract
 from eval.release.load_release import SIGNATURE, ReleaseError, check_signature
+from eval.signoff.figures import first_difference
 from eval.signoff.keys import Trusted, from_text, pem
 from eval.signoff.statement import Predicate, read_statement, signoff_path
-from eval.signoff.verify import budget_note, first_difference, row_of
+from eval.signoff.verify import budget_note, row_of
 from eval.watch.measure import released_by_cluster
 
 UNVERIFIED = (

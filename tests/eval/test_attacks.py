@@ -14,7 +14,7 @@ import yaml
 
 from eval.core.artifacts import digest, file_sha256, hash_files
 from eval.core.errors import UserError
-from eval.core.gate_file import COMMANDS, figures_of, read_gate
+from eval.core.gate_file import read_gate
 from eval.gate.decision import judge
 from eval.gate.history import write_opening, write_runs
 from eval.release.__main__ import refuse_broken_floors
@@ -29,8 +29,8 @@ from eval.release.load_release import ReleaseError, load_release
 from eval.report.budget_table import csv_text
 from eval.report.format import stamp
 from eval.signoff.__main__ import main as signoff
+from eval.signoff.figures import COMMANDS, figures_of, first_difference
 from eval.signoff.keys import new_key
-from eval.signoff.verify import first_difference
 from eval.watch.recheck import main as recheck
 from tests.eval.run_builder import Run, an_opening, copy_run, edit
 from tests.helpers import run as command

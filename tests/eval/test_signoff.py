@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from eval.core.errors import UserError
-from eval.core.gate_file import GateFile, OnTestSet, figures_of, read_gate
+from eval.core.gate_file import GateFile, OnTestSet, read_gate
+from eval.signoff.figures import figures_of, first_difference
 from eval.signoff.keys import allowed_signer, new_key, public_key, read_trusted
 from eval.signoff.statement import TEST_RESULT, read_bundle
-from eval.signoff.verify import REPORTS, Rerun, first_difference, problems, row_of, signable_verdict
+from eval.signoff.verify import REPORTS, Rerun, problems, row_of, signable_verdict
 from tests.eval.run_builder import NOW, Run, edit, gate, report, sign
 from tests.eval.test_beside_the_verdict import put_teacher
 from tests.helpers import run as command
