@@ -81,7 +81,7 @@ from eval.core.artifacts import (
 )
 from eval.core.documents import TRAIN, Document, describe_data, stream_documents
 from eval.core.jobs import Job, Progress, lock_folder, run_in_turn, run_jobs
-from eval.core.plan import fix_plan
+from eval.core.plan import fix_plan, put_back_if_refused
 from eval.core.sections import Train
 from eval.core.study import Study, make_run_folder, mark_trained, save_study
 from eval.engines import load_tokenizer
@@ -130,10 +130,12 @@ def prepare_inputs(study: Study, acc: Accelerator) -> Study:
     study = settle_precision(study, acc)
     check_training(study, acc.device)
     if acc.is_main_process:
-        save_study(study)
-        fix_plan(study)
-        study_origins(study)  # read once, before workers ask
-        for line in describe_data(prepare(study, chat_tokenizers(study)).facts):
+        with put_back_if_refused(study.folder):
+            save_study(study)
+            fix_plan(study)
+            study_origins(study)  # read once, before workers ask
+            data = prepare(study, chat_tokenizers(study))
+        for line in describe_data(data.facts):
             print(line, flush=True)
         make_tokenizer(study)
         check_text_in_front(study)

@@ -208,10 +208,23 @@ def show(run: Path | None) -> None:
         print(f"\nnext: absorb recheck --release {place} --data NEW.jsonl")
 
 
+def refuse_shadows() -> None:
+    """Python takes modules from the folder that one stands in before its own.
+
+    Raises:
+        UserError: one there has the name of a module of the standard library.
+    """
+    for path in sorted(Path().glob("*.py")):
+        if path.stem in sys.stdlib_module_names:
+            problem = "has the name of a module of Python, which would be loaded in its place"
+            raise UserError(str(path), problem, "rename it, or call this in another folder")
+
+
 @entry
 def main() -> None:
     words = sys.argv[1:]
     if words and not words[0].startswith("-"):
+        refuse_shadows()
         module = MODULES[require_one_of("absorb: command", ALIASES.get(words[0], words[0]), list(MODULES))]
         os.environ["ABSORB_TYPED"] = f"absorb {words[0]}"
         os.execv(sys.executable, [sys.executable, "-m", module, *words[1:]])

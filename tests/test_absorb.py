@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,37 @@ def test_a_command_speaks_of_itself_as_it_was_typed_and_finds_the_run_it_is_in(t
     for flag in ("--gain", "--share"):
         done = absorb("power", "--study", study.folder, flag, "-1")
         assert f"argument {flag}: found '-1', expected a number above 0" in done.stderr
+
+
+def test_a_result_takes_the_place_of_no_file_of_a_run_and_a_mistyped_study_is_named(tmp_path):
+    study = study_run(tmp_path)
+    plan = study.folder / "plan.json"
+    plan.write_text("{}")
+    done = absorb("gate", "--study", study.folder, "--json", plan)
+    assert (done.returncode, plan.read_text()) == (3, "{}")
+    assert f"--json {plan}: is a file of a run; give a path outside of it" in done.stderr
+    done = absorb("gate", "--stduy", study.folder)
+    assert done.returncode == 3
+    assert "no option --stduy; did you mean --study?" in done.stderr
+
+
+def test_a_file_in_the_place_of_a_module_of_python_is_named(tmp_path):
+    (tmp_path / "queue.py").write_text("raise ImportError\n")
+    done = absorb("gate", "--study", "tiny", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "queue.py: has the name of a module of Python" in done.stderr
+
+
+def test_closed_streams_and_damaged_notes_are_no_trouble(tmp_path):
+    study = study_run(tmp_path)
+    quiet = (
+        f"exec {shlex.quote(sys.executable)} -m eval.gate --study {shlex.quote(str(study.folder))} >&- 2>&-"
+    )
+    assert subprocess.run(["bash", "-c", quiet], cwd=ROOT, check=False).returncode == 3
+    (study.folder / ".lock").write_bytes(b"\xff\xfe")
+    with lock_folder(study.folder):
+        (study.folder / ".lock").write_bytes(b"\xff\xfe")
+        assert "is at work in this run" in absorb("--study", study.folder).stdout
 
 
 def test_help_needs_no_heavy_library():

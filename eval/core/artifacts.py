@@ -136,8 +136,7 @@ def file_sha256(path: Path) -> str:
 
 def remembered_hashes(files: dict[str, Path], memory: Path, fresh: Hashes | None = None) -> Hashes:
     """The hashes of files: `fresh`, or each read where its size, times or inode are not those in `memory`."""
-    known = json.loads(memory.read_text()) if memory.is_file() else {}
-    hashes, seen = {}, {}
+    known, hashes, seen = _read_memory(memory), {}, {}
     for name, path in files.items():
         location, stat = str(path.resolve()), path.stat()
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
@@ -151,6 +150,19 @@ def remembered_hashes(files: dict[str, Path], memory: Path, fresh: Hashes | None
     if remembered != known:
         write_text(memory, json.dumps(remembered, indent=1))
     return hashes
+
+
+def _read_memory(memory: Path) -> dict[str, Any]:
+    """What is remembered; nothing where the file is damaged: all is read again."""
+    try:
+        known = json.loads(memory.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) and all(map(_is_entry, known.values())) else {}
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and [type(part) for part in entry] == [list, str]
 
 
 def project_version() -> str:
@@ -308,10 +320,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise first_error(f"manifest {path}", error, "make the artifact again") from error
+        raise first_error(f"manifest {path}", error, f"delete {folder} and run again") from error
     if manifest.hash != (computed := content_hash(manifest.files)):
         difference = f"says hash {manifest.hash[:12]}, its files give {computed[:12]}"
-        raise UserError(f"manifest {path}", difference, "it was edited: make the artifact again")
+        raise UserError(f"manifest {path}", difference, f"it was edited: delete {folder} and run again")
     return manifest
 
 

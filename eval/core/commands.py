@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, Union, get_args, get_origin, get_type_hints
@@ -22,7 +23,7 @@ from pydantic_core import PydanticUndefined
 
 from eval.core.artifacts import parse_stages, tool_text, write_text
 from eval.core.errors import UserError
-from eval.core.study import Study, check_trained, load_study
+from eval.core.study import Study, check_trained, is_run, load_study
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +49,7 @@ def new_console() -> "Console":
     """Where tables are printed: as wide as the terminal, and never wider than `WIDTH`."""
     from rich.console import Console
 
-    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout and sys.stdout.isatty() else WIDTH
     return Console(width=width, highlight=False)
 
 
@@ -162,6 +163,9 @@ def study_from_command(
         parser.add_argument("--accept-old", metavar="STAGES", help=f"{about}: {','.join(stages)} or all")
     add_keys_help(parser)
     known, words = parser.parse_known_args()
+    names = [word.partition("=")[0] for word in words]
+    if known.study is None and (typo := next((n for n in names if get_close_matches(n, ["--study"])), None)):
+        raise UserError(parser.prog, f"no option {typo}", "did you mean --study? --help lists what it takes")
     study = load_study(known.study, words)
     if stages and known.accept_old:
         study = study.model_copy(update={"accept_old": parse_stages(known.accept_old, stages)})
@@ -185,7 +189,11 @@ def add_keys_help(parser: argparse.ArgumentParser) -> None:
 
 
 class NewFile(argparse.Action):
-    """A path to write to. A file there is deleted at once: after an error it would pass for the result."""
+    """A path to write to. A file there is deleted at once: after an error it would pass for the result.
+
+    Raises:
+        UserError: it is a folder, or a file of a run.
+    """
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, path: Any, option: str | None = None
@@ -194,6 +202,9 @@ class NewFile(argparse.Action):
             raise UserError(f"{option} {path}", "is a folder", "give the path of a file")
         if not _is_stream(path):
             path = path.resolve()  # the file behind a link is replaced, not the link
+            if path.exists() and any(map(is_run, path.parents)):
+                fix = "give a path outside of it, or delete the file first"
+                raise UserError(f"{option} {path}", "is a file of a run", fix)
             path.unlink(missing_ok=True)
         setattr(namespace, self.dest, path)
 
@@ -311,4 +322,4 @@ def start_log(folder: Path, worker: bool = False) -> None:
     log.propagate = False
     if not worker:
         log.info("$ %s", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    sys.stdout, sys.stderr = _Copied(sys.stdout, log), _Copied(sys.stderr, log)
+    sys.stdout, sys.stderr = (s and _Copied(s, log) for s in (sys.stdout, sys.stderr))  # None: it is closed

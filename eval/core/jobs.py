@@ -316,7 +316,7 @@ def find_holder(folder: Path) -> str:
     path = folder / ".lock"
     if not path.is_file():
         return ""
-    with path.open() as stream:
+    with path.open(errors="replace") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -331,7 +331,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    with (folder / ".lock").open("a+") as stream:
+    with (folder / ".lock").open("a+", errors="replace") as stream:
         for seconds in (0.1, None):  # `find_holder` may hold it for a moment
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,8 @@ It lies in the run folder as `plan.json`, with its time and a hash of its conten
 who made it: whoever may write the folder may write all of it anew. docs/statistics.md says what is noticed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,7 @@ from eval.core.budget import Budget, load_budget
 from eval.core.config import Stored, flat_settings
 from eval.core.errors import UserError, first_error
 from eval.core.sections.recipe import RecipeFile
-from eval.core.study import Study, read_recipe
+from eval.core.study import CHANGED, Study, read_recipe
 
 PLAN = "plan.json"
 
@@ -92,6 +94,22 @@ def fix_plan(study: Study, now: datetime | None = None) -> Plan:
     plan = plan.model_copy(update={"hash": plan.content_hash()})
     write_text(study.folder / PLAN, plan.model_dump_json(indent=1) + "\n")
     return plan
+
+
+@contextmanager
+def put_back_if_refused(run: Path) -> Iterator[None]:
+    """Settings whose data cannot be made leave a run as it was: its models are still of its own."""
+    places = [run / name for name in ("study.yaml", CHANGED, PLAN)]
+    texts = [place.read_text(encoding="utf-8") if place.is_file() else None for place in places]
+    try:
+        yield
+    except UserError:
+        for place, text in zip(places, texts, strict=True):
+            if texts[0] is not None and text is None:
+                place.unlink(missing_ok=True)
+            elif text is not None:
+                write_text(place, text)
+        raise
 
 
 def budget_of_run(study: Study, name: str | None = None) -> Budget:

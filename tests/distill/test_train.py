@@ -13,7 +13,7 @@ from distill.pipeline import make_base, make_student
 from eval.core.artifacts import read_manifest, verify_artifact
 from eval.core.errors import UserError
 from eval.core.records import each_score, read_scores
-from eval.core.study import load_study
+from eval.core.study import CHANGED, load_study
 from tests.helpers import ROOT, SHAPE, launch, run, run_here, tiny_model, tiny_study, tiny_tokenizer
 
 MODELS = ["base/s0", "base/s1", *(f"students/{arm}/s{seed}" for arm in ("S1", "S0", "CE") for seed in (0, 1))]
@@ -71,6 +71,15 @@ def test_a_second_call_does_nothing(trained):
     }
     assert launch(path).returncode == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_settings_whose_data_cannot_be_made_leave_the_run_as_it_was(trained):
+    study, path, _ = trained
+    texts = {name: (study.folder / name).read_text() for name in ("study.yaml", "plan.json")}
+    done = run("distill/train.py", "--config", path, "--data.validation", "100000")
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
+    assert {name: (study.folder / name).read_text() for name in texts} == texts
+    assert not (study.folder / CHANGED).exists()
 
 
 def test_only_what_a_change_touches_is_done_again(trained, tmp_path):

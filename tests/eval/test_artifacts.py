@@ -144,7 +144,7 @@ def test_what_a_killed_process_left_aside_is_swept(tmp_path):
         (lambda f: (f / "stray").write_text(""), "unrecorded file stray; delete it"),
         (
             lambda f: (f / "manifest.json").write_text("{}"),
-            "manifest .*Field required; make the artifact again",
+            "manifest .*Field required; delete .* and run again",
         ),
         (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
     ],
