@@ -15,7 +15,7 @@ if __name__ == "__main__":
 from compress.recipe import load_recipes
 from eval.core.checks import check_plan
 from eval.core.commands import new_parser, start_log, study_from_command
-from eval.core.errors import UserError, entry
+from eval.core.errors import UserError, entry, require_one_of
 from eval.core.study import Study, make_run_folder
 
 # What --accept-old may name.
@@ -61,6 +61,9 @@ def distil(study: Study, until: str = STAGES[-1]) -> Path:
     Raises:
         UserError: the study cannot be trained; what can be known early is refused before anything is made.
     """
+    if not isinstance(study, Study):
+        raise UserError("study", repr(study)[:60], "give what `load_study` returns")
+    require_one_of("until", str(until), list(STAGES))
     check_stages(study)
     from distill.pipeline import train_study
 

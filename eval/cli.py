@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from eval.core.errors import UserError, entry, require_one_of
 
@@ -69,6 +69,11 @@ UNREADABLE = "gate.json cannot be read"
 START = "absorb train --config tiny"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(self.prog, message, "--help lists what it takes")
+
+
 class Step(NamedTuple):
     """One command of the flow in a run: what is there, whether that is all, and what is missing."""
 
@@ -82,7 +87,7 @@ def find_run(study: str | None) -> Path | None:
     """The run folder asked for, the one that one stands in, or the newest below runs/."""
     if study is not None:
         run = Path(study)
-        if not run.is_dir():
+        if not study or not run.is_dir():
             from eval.core.study import load_study
 
             run = load_study(study).folder
@@ -229,7 +234,7 @@ def main() -> None:
         os.environ["ABSORB_TYPED"] = f"absorb {words[0]}"
         os.execv(sys.executable, [sys.executable, "-m", module, *words[1:]])
     listed = "\n".join(f"  {name:<10} python -m {module}" for name, module in MODULES.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="absorb",
         description=__doc__,
         epilog=f"commands:\n{listed}",

@@ -105,6 +105,12 @@ def test_a_folder_that_is_no_run_and_an_unknown_command_are_refused(tmp_path):
     done = absorb("gat")
     assert done.returncode == 3
     assert "did you mean 'gate'?" in done.stderr
+    done = absorb("--nope")
+    assert (done.returncode, done.stderr) == (
+        3,
+        "error: absorb: unrecognized arguments: --nope; --help lists what it takes\n",
+    )
+    assert "study: ''; give a YAML file, a run folder" in absorb("--study", "").stderr
 
 
 def study_run(folder):
@@ -133,6 +139,20 @@ def test_a_study_is_named_by_file_folder_or_name_and_inside_its_run_by_nothing(t
         load_study("configs/none")
     with pytest.raises(UserError, match=r"no study\.yaml; give a folder that"):
         load_study(tmp_path)
+
+
+def test_a_run_is_found_by_its_settled_file_and_behind_a_link(tmp_path, monkeypatch):
+    folder = study_run(tmp_path).folder
+    moved = folder.rename(tmp_path / "tiny")  # its `runs` is no longer true
+    assert load_study(moved / "study.yaml").folder == moved
+    monkeypatch.chdir(moved)
+    assert load_study("study.yaml").folder == moved
+    (tmp_path / "link").symlink_to(moved)
+    assert load_study(tmp_path / "link").folder == moved
+    renamed = moved.rename(moved.with_name("other"))
+    (tmp_path / "tiny").symlink_to(renamed)
+    with pytest.raises(UserError, match=f"run folder {renamed}: its study.yaml is of 'tiny'; rename"):
+        load_study(tmp_path / "tiny")
 
 
 def test_a_command_speaks_of_itself_as_it_was_typed_and_finds_the_run_it_is_in(tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, CTRLTokenizer
 
 from distill.checks import check_models
 from distill.train import check_stages, distil
+from eval.core.budget import load_budget
 from eval.core.checks import check_plan
 from eval.core.errors import UserError
 from eval.core.sections import Source
@@ -41,7 +42,7 @@ def base(tmp_path_factory):
             r"configs/budgets: 'defalt'; no such file; known by name: default, smollm2, spam, tiny",
         ),
         (["--recipes", "[int9]"], r"configs/recipes: 'int9'; no such file"),
-        (["--recipes", "[int8, int8]"], r"name: 'int8'; another recipe has it"),
+        (["--recipes", "[int8, int8]"], r"recipes: 'int8' twice; name each recipe once"),
         (
             [*GENERATES, "--targets.generation.prompt_tokens", "32"],
             r"prompt_tokens: 32, and rows have 32 tokens",
@@ -322,3 +323,14 @@ def test_a_method_that_cannot_be_made_leaves_a_run_as_it_was(tmp_path, words, me
         distil(load_study(study.folder, words), until="data")
     assert {p: p.read_bytes() for p in study.folder.rglob("*") if p in before} == before
     assert not (study.folder / "data").exists()
+
+
+def test_what_a_flag_sets_is_no_key_to_choose_from():
+    with pytest.raises(UserError) as caught:
+        load_study("tiny", ["--accept_olt", "[student]"])
+    assert "accept_old" not in str(caught.value)
+
+
+def test_an_empty_name_of_a_budget_is_none_of_a_file():
+    with pytest.raises(UserError, match="configs/budgets: ''; no such file"):
+        load_budget(load_study("tiny"), "")

@@ -365,6 +365,14 @@ def test_the_document_of_all_keys_is_as_written_by_its_script():
         (["--data.packing", "7"], "tiny.yaml: data.packing: 7; expected true or false"),
         (["--ce_arm", "7"], "tiny.yaml: ce_arm: 7; expected True, False or 'on_policy'"),
         (["--train", "7"], "tiny.yaml: train: 7; expected keys with values, such as {key: value}"),
+        (["--data.train_rows", "0"], "tiny.yaml: data.train_rows: 0; expected more than 0"),
+        (["--train.optimizer.betas", "[0.9]"], "tiny.yaml: train.optimizer.betas: [0.9]; expected 2 of them"),
+        (["--seeds", "[0, a]"], "tiny.yaml: seeds.1: 'a'; expected a whole number"),
+        (
+            ["--accept_old", "[student, students]"],
+            "tiny.yaml: accept_old.1: 'students'; accepted: data, tokenizer, tokens, base, method, targets, "
+            "student, variant",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_key_is_said_in_our_words_and_no_more(words, text):

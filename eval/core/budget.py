@@ -161,5 +161,5 @@ class Budget(Frozen):
 
 def load_budget(study: Study, name: str | None = None) -> Budget:
     """The study's budget, or the one named."""
-    path = find_config("budgets", name or study.budget)
+    path = find_config("budgets", study.budget if name is None else name)
     return validate_config(Budget, read_yaml(path, "budgets"), str(path))

@@ -265,11 +265,16 @@ def validate_config(model: type[M], raw: dict[str, Any], where: str) -> M:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-    loc = [str(part) for part in first["loc"] if part != "[key]"]
+        errors = error.errors()
+    first = errors[0]
+    loc = _written_keys(first["loc"], raw)
     thing = ": ".join([where, *([".".join(loc)] if loc else [])])
     if first["type"] == "extra_forbidden":
         require_one_of(f"{where}: unknown key {'.'.join(loc)}", loc[-1], _accepted(model, loc[:-1]))
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):  # of a list of so many
+        absent = [one for one in errors if one["loc"][:-1] == first["loc"][:-1]]
+        fix = f"expected {len(first['input']) + len(absent)} of them"
+        raise UserError(thing.rpartition(".")[0], repr(first["input"])[:200], fix)
     if first["type"] == "missing":
         raise UserError(thing, "missing", "add this key")
     problem, fix = repr(first["input"])[:200], expected_text(first)
@@ -277,6 +282,18 @@ def validate_config(model: type[M], raw: dict[str, Any], where: str) -> M:
         problem, separator, rest = fix.partition("; ")
         problem, fix = (problem, rest) if separator else ("its keys do not fit", fix)
     raise UserError(thing, problem, fix)
+
+
+def _written_keys(loc: tuple[int | str, ...], raw: Any) -> list[str]:
+    """A place that pydantic names, without its names of kinds, which stand behind a key or a value."""
+    keys, value = list[str](), raw
+    for part in loc:
+        if part == "[key]" or not isinstance(value, dict if isinstance(part, str) else dict | list | tuple):
+            continue
+        keys.append(str(part))
+        inside = part in value if isinstance(value, dict) else int(part) < len(value)
+        value = value[part] if inside else {}
+    return keys
 
 
 def _accepted(model: type[BaseModel], path: list[str]) -> list[str]:
@@ -288,7 +305,7 @@ def _accepted(model: type[BaseModel], path: list[str]) -> list[str]:
         kinds = [fields[part].annotation, *getattr(fields[part].annotation, "__args__", ())]
         inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
         fields = inner[0].model_fields if inner else fields
-    return list(fields)
+    return [name for name, field in fields.items() if not field.exclude]  # set by a flag of its own
 
 
 def plugin_names(package: str) -> list[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from eval.core.artifacts import digest, write_text
+from eval.core.artifacts import VERSIONS, digest, write_text
 from eval.core.config import (
     PATH_KEYS,
     ROOT,
@@ -17,7 +17,6 @@ from eval.core.config import (
     Frozen,
     absolute_paths,
     apply_overrides,
-    check_circle,
     differences,
     find_config,
     flat_settings,
@@ -31,7 +30,7 @@ from eval.core.sections import Base, Cost, Data, MethodChoice, Student, Targets,
 from eval.core.sections.classification import check_task
 from eval.core.sections.models import ACCESS_KEYS, SERVER_ACCESS, Teacher
 from eval.core.sections.precision import PRECISION, has_auto, read_choice, replace_auto
-from eval.core.sections.recipe import RecipeFile
+from eval.core.sections.recipe import RecipeFile, recipe_at
 
 RUN_FORMAT = 2  # of run folders; 1: before slices were called validation and test
 CHANGED = ".changed"  # lies in a run folder while its models are of two settings
@@ -42,6 +41,12 @@ UNHASHED_KEYS = {"runs", "workers", "title", "recipes", "cost", "budget", "track
 ARM_KEYS = ["method", "teacher", "targets", "train", "student"]  # what an arm may have otherwise
 PACE = ("epochs", "steps", "rows")  # of `train`, which it may not
 ArmName = Annotated[str, Field(pattern="^[a-z0-9_]+$", max_length=100)]
+
+
+def _known_stage(name: str) -> str:
+    if name not in VERSIONS:
+        raise ValueError(f"accepted: {', '.join(VERSIONS)}")
+    return name
 
 
 class Study(Frozen):
@@ -90,7 +95,9 @@ class Study(Frozen):
     cost: Cost = Cost()
     budget: str = Field(description="limits of a release: a file of configs/budgets, by name or path")
     workers: int = Field(2, gt=0, description="one-thread processes side by side on a CPU")
-    accept_old: tuple[str, ...] = Field((), exclude=True, description="set by --accept-old; never stored")
+    accept_old: tuple[Annotated[str, AfterValidator(_known_stage)], ...] = Field(
+        (), exclude=True, description="set by --accept-old; never stored"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -154,6 +161,7 @@ def find_study(where: str | Path | None) -> Path:
     Raises:
         UserError: there is none; the nearest is named.
     """
+    fix = "give a YAML file, a run folder or a name of configs/studies"
     if where is None:
         if not is_run(Path()):
             older = sorted(Path("runs").glob("*/study.yaml"), key=lambda path: path.stat().st_mtime)
@@ -161,12 +169,18 @@ def find_study(where: str | Path | None) -> Path:
             fix = f"give a study's YAML file or a run folder{hint}, or call this inside a run folder"
             raise UserError("--study", "missing", fix)
         return Path().resolve()
+    if where == "" or not isinstance(where, str | os.PathLike):
+        raise UserError("study", repr(where)[:60], fix)
     path = Path(where)
+    try:
+        exists = path.exists()
+    except OSError as error:  # its name is too long, or a folder may not be entered
+        raise UserError("study", f"{str(where)[:60]!r}: {error.strerror}", fix) from error
     studies = ROOT / "configs" / "studies"
     named = studies / f"{where}.yaml"
     if path.is_dir() and not (path / "study.yaml").is_file():
         raise UserError(f"run folder {path}", "no study.yaml", "give a folder that `absorb train` made")
-    if path.exists():
+    if exists:
         return path if path.name else path.resolve()  # `.` has no name
     if path.name == str(where) and named.is_file():
         return named
@@ -193,21 +207,34 @@ def load_study(where: str | Path | None, words: list[str] | None = None, **overr
     """
     path = find_study(where)
     raw = read_yaml(file := (path / "study.yaml" if path.is_dir() else path))
+    if file.name == "study.yaml" and "run_format" in raw and is_run(file.parent):
+        path = file.parent
     check_format(path, raw)
     if path.is_dir():
+        real = path.resolve()
+        path = path if path.name == real.name else real  # behind `.` or a link
         raw["runs"] = str(path.parent)
-        if raw.get("name") != path.resolve().name:
+        if raw.get("name") != path.name:
             raise UserError(
                 f"run folder {path}", f"its study.yaml is of {raw.get('name')!r}", "rename the folder to it"
             )
-    keywords = [
-        f"--{key.replace('__', '.')}={json.dumps(value, default=os.fspath)}"
-        for key, value in overrides.items()
-    ]
-    apply_overrides(raw, [*(words or []), *keywords])
+    apply_overrides(raw, [*(words or []), *_override_words(overrides)])
     for key in PATH_KEYS & raw.keys():
         raw[key] = absolute_paths(raw[key], Path.cwd())  # of the overrides: the others are absolute
     return settled(validate_config(Study, raw, str(file)))
+
+
+def _override_words(overrides: dict[str, Any]) -> list[str]:
+    """Keywords as on a command line: `train__steps=50` as `--train.steps=50`."""
+    words = []
+    for key, value in overrides.items():
+        name = key.replace("__", ".")
+        try:
+            words.append(f"--{name}={json.dumps(value, default=os.fspath, ensure_ascii=False)}")
+        except (TypeError, ValueError) as error:
+            fix = "give plain values: texts, paths, int, float, bool, lists and dicts of them"
+            raise UserError(f"override {name}", repr(value)[:60], fix) from error
+    return words
 
 
 def settled(study: Study) -> Study:
@@ -346,7 +373,7 @@ def read_recipe(name: str) -> tuple[Path, RecipeFile]:
         UserError: names the file, the key and what is accepted.
     """
     path = find_config("recipes", name)
-    recipe = _recipe_at(path)
+    recipe = recipe_at(path)
     if recipe.name == PLAIN:
         raise UserError(
             f"{path}: name", repr(PLAIN), "this name means the uncompressed student; take another"
@@ -354,40 +381,19 @@ def read_recipe(name: str) -> tuple[Path, RecipeFile]:
     return path, recipe
 
 
-def _recipe_at(path: Path, chain: tuple[Path, ...] = ()) -> RecipeFile:
-    """The recipe in a file, with the passes of those that it includes in their place."""
-    recipe = validate_config(RecipeFile, read_yaml(path, "recipes"), str(path))
-    passes: list[dict[str, Any]] = []
-    for i, entry in enumerate(recipe.passes):
-        if "include" not in entry:
-            passes.append(entry)
-            continue
-        thing = f"config {path}: passes.{i}"
-        if [*entry] != ["include"] or not isinstance(entry["include"], str):
-            raise UserError(thing, repr(entry), "give `include: NAME` (or a path) and no other key")
-        file = find_config("recipes", entry["include"], path)
-        check_circle(path, file, chain, f"passes.{i}.include")
-        included = _recipe_at(file, (*chain, path))
-        if included.target != recipe.target:
-            fix = f"include recipes for {recipe.target}, the target of this one"
-            raise UserError(f"{thing}.include", f"{entry['include']} is for {included.target}", fix)
-        if included.calibration is not None:
-            fix = "give it in the recipe that includes, and take it out there"
-            raise UserError(f"{thing}.include", f"{entry['include']} has a calibration of its own", fix)
-        passes += included.passes
-    return recipe.model_copy(update={"passes": passes})
-
-
 def recipe_names(study: Study) -> list[str]:
     """Names of the study's variants, the uncompressed student first.
 
     Raises:
-        UserError: two have one name, or a file is not a recipe.
+        UserError: one is named twice, two have one name, or a file is not a recipe.
     """
-    names = [PLAIN]
+    names, files = [PLAIN], set[Path]()
     for recipe in study.recipes:
         path, recipe_file = read_recipe(recipe)
+        if path.resolve() in files:
+            raise UserError(f"study {study.name}: recipes", f"{recipe!r} twice", "name each recipe once")
         if recipe_file.name in names:
             raise UserError(f"{path}: name", repr(recipe_file.name), "another recipe has it: rename it")
         names.append(recipe_file.name)
+        files.add(path.resolve())
     return names

@@ -249,8 +249,9 @@ class TorchEngine(Engine):
     """A transformers model, computed in its `computing_dtype`; the state is its `past_key_values`."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        self.device, stored = torch.device(device), stored_dtype(folder)
-        dtype = stored if check_folder(folder) else computing_dtype(stored, self.device)
+        self.device, quantized = torch.device(device), check_folder(folder)
+        stored = stored_dtype(folder)
+        dtype = stored if quantized else computing_dtype(stored, self.device)
         self.model = load_model(folder, dtype=dtype, device=device)
         self.computed_in = str(dtype).removeprefix("torch.") if dtype != stored else None
         parameters = inspect.signature(self.model.forward).parameters

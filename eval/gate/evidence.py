@@ -191,11 +191,10 @@ class ScoreTables:
     def _check_whole(self, models: list[Model]) -> None:
         for model in models:
             if missing := [seed for seed in self.seeds if seed not in self.bits[model]]:
-                raise UserError(
-                    f"scores of {model[0]}, recipe {model[1]!r}",
-                    f"seeds {missing} are missing, the study has {self.seeds}",
-                    f"run {self._next_command(*model, missing[0])}",
-                )
+                some = f"seeds {missing} are missing, the study has {self.seeds}"
+                problem = "no score of any seed" if missing == self.seeds else some
+                fix = f"run {self._next_command(*model, missing[0])}"
+                raise UserError(f"scores of {model[0]}, recipe {model[1]!r}", problem, fix)
 
     def _next_command(self, arm: str, recipe: str, seed: int) -> str:
         """The first command that a missing score waits for."""

@@ -1,6 +1,7 @@
 """Scores: bits of every validation and shifted document, for one model at a time."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from eval.core.jobs import Report
 from eval.core.records import Bins, Documents, Kind, Score, each_score, provenance, write_record
 from eval.core.sections import Corruption
 from eval.core.study import Study, recipe_names
-from eval.engines import load_engine, subject_of, subject_of_record
+from eval.engines import REMAKE, first_line, load_engine, subject_of, subject_of_record
 from eval.metrics.classes import ClassPredictions
 from eval.metrics.functions import bits_per_byte
 from eval.metrics.likelihood import BATCH_TOKENS, Likelihoods, Predict, likelihoods
@@ -148,15 +149,54 @@ def score(
 
     Args:
         folder: a model in the standard format of `engine`: a transformers folder for `torch`.
-        context: tokens per window, the boundary token included.
+        context: tokens per window, the boundary token included: 2 or more, and at most the model's positions.
         device: cpu, or cuda where the engine runs on it.
 
     Raises:
-        UserError: the model cannot be loaded, or a text is empty or has no finite likelihood.
+        UserError: the model cannot be loaded, `texts` are none or one text, `context` does not fit, or a text
+            is empty, holds half of a character, or has no finite likelihood.
     """
-    documents = [Document(str(i), "", one) if isinstance(one, str) else one for i, one in enumerate(texts)]
+    documents = _as_documents(texts)
+    if not isinstance(context, int) or context < 2:
+        raise UserError("context", repr(context), "give a whole number of tokens, 2 or more")
     loaded = load_engine(engine, Path(folder), device=device)
+    positions = _positions(Path(folder))
+    if positions is not None and context > positions:
+        raise UserError("context", context, f"give {positions} at most: {folder} has no more positions")
     return likelihoods(loaded.borrowed, documents, loaded.tokenizer, context, loaded.scoring_tokens)
+
+
+def _as_documents(texts: Sequence[str | Document]) -> list[Document]:
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise UserError("texts", repr(texts)[:60], "give a list of texts, such as ['one', 'two']")
+    documents = [Document(str(i), "", one) if isinstance(one, str) else one for i, one in enumerate(texts)]
+    if not documents:
+        raise UserError("texts", "there are none", "give one or more")
+    for i, document in enumerate(documents):
+        if not isinstance(document, Document):
+            raise UserError(f"texts[{i}]", repr(document)[:60], "give a str or a Document")
+        try:
+            json.dumps([document.text, document.prompt], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"texts[{i}]", f"{error.reason} at {error.start}", "take that character out"
+            ) from error
+    if len({document.id for document in documents}) < len(documents):
+        raise UserError("texts", "two have the same id", "give each Document an id of its own")
+    return documents
+
+
+def _positions(folder: Path) -> int | None:
+    """How many tokens a model can tell apart by their place, where its config.json says so."""
+    from transformers import AutoConfig  # takes seconds to import
+
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise UserError(f"config of {folder}", f"cannot be read ({first_line(error)})", REMAKE) from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def unscored_folders(run: Path, study: Study) -> list[Path]:

@@ -176,6 +176,10 @@ BAD = {
         lambda run: (run.path / "records/score/int8/S0-s2.json").unlink(),
         ["S0", "int8", "seeds [2] are missing", "[0, 1, 2, 3]"],
     ),
+    "no seed": (
+        lambda run: shutil.rmtree(run.path / "records/score/int8"),
+        ["S1", "int8", "no score of any seed; run absorb score"],
+    ),
     "other data": (change_score(lambda r: r.update(data="f" * 64)), ["S1-s1.json", "ffffffffffff", "holds"]),
     "other study": (
         change_score(lambda r: r["provenance"].update(config="e" * 64)),
