@@ -167,7 +167,7 @@ def study_from_command(
     if known.study is None and (typo := next((n for n in names if get_close_matches(n, ["--study"])), None)):
         raise UserError(parser.prog, f"no option {typo}", "did you mean --study? --help lists what it takes")
     study = load_study(known.study, words)
-    if stages and known.accept_old:
+    if stages and known.accept_old is not None:
         study = study.model_copy(update={"accept_old": parse_stages(known.accept_old, stages)})
     if trained:
         check_trained(study)

@@ -225,6 +225,7 @@ def test_accept_old_keeps_the_students_of_another_version(tmp_path, monkeypatch)
     changed = {p for p in times if p.stat().st_mtime_ns != times[p]}
     assert changed == {student / "model.safetensors"}
     assert "did you mean 'student'" in run(*command, "--accept-old", "studnet").stderr
+    assert "--accept-old: ''; accepted: " in run(*command, "--accept-old", "").stderr
 
 
 @pytest.mark.slow
