@@ -198,6 +198,13 @@ def test_a_file_in_the_place_of_a_module_of_python_is_named(tmp_path):
     assert "queue.py: has the name of a module of Python" in done.stderr
 
 
+def test_a_terminal_that_lacks_a_letter_shows_another(tmp_path):
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "eval.cli"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert (done.returncode, done.stdout[:18]) == (0, b"train ? compress ?"), done.stderr
+
+
 def test_closed_streams_and_damaged_notes_are_no_trouble(tmp_path):
     study = study_run(tmp_path)
     quiet = (

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
     @functools.wraps(main)
     def run() -> None:
         interrupts: list[int] = []
+        _print_any_letter()
         try:
             with _noted(interrupts):
                 code = main() or EXIT_PASS
@@ -146,6 +148,13 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
         sys.exit(code)
 
     return run
+
+
+def _print_any_letter() -> None:
+    """A terminal may lack a letter: it shows a ? there."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

@@ -329,9 +329,14 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Holds a run folder for this process alone.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or nothing can be written there.
     """
-    with (folder / ".lock").open("a+", errors="replace") as stream:
+    try:
+        lock = (folder / ".lock").open("a+", errors="replace")
+    except OSError as error:
+        fix = "copy it to a place where you may write"
+        raise UserError(f"run folder {folder}", error.strerror, fix) from error
+    with lock as stream:
         for seconds in (0.1, None):  # `find_holder` may hold it for a moment
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
