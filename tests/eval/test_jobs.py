@@ -318,7 +318,7 @@ def test_a_run_folder_is_held_by_one_process(tmp_path):
         pass
     (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").mkdir()  # as on a read-only disk, where even root cannot write
-    with pytest.raises(UserError, match="run folder .*: Is a directory; copy it"), lock_folder(tmp_path):
+    with pytest.raises(UserError, match=r"run folder .*: Is a directory; copy it"), lock_folder(tmp_path):
         pass
 
 
