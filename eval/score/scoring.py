@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("id", "cluster", "slice", "bytes", "tokens", "bits", "correct")
+CONTEXT = 256  # tokens of a window, where nobody says another number
 
 
 def model_folders(run: Path, study: Study) -> list[Path]:
@@ -141,7 +142,7 @@ def score_folder(
 def score(
     folder: str | Path,
     texts: Sequence[str | Document],
-    context: int = 256,
+    context: int | None = None,
     engine: str = "torch",
     device: str = CPU,
 ) -> Likelihoods:
@@ -149,7 +150,8 @@ def score(
 
     Args:
         folder: a model in the standard format of `engine`: a transformers folder for `torch`.
-        context: tokens per window, the boundary token included: 2 or more, and at most the model's positions.
+        context: tokens per window, the boundary token included: 2 or more, and at most the model's positions;
+            by default 256, or all positions where they are fewer.
         device: cpu, or cuda where the engine runs on it.
 
     Raises:
@@ -157,10 +159,12 @@ def score(
             is empty, holds half of a character, or has no finite likelihood.
     """
     documents = _as_documents(texts)
-    if not isinstance(context, int) or context < 2:
+    if context is not None and (not isinstance(context, int) or context < 2):
         raise UserError("context", repr(context), "give a whole number of tokens, 2 or more")
     loaded = load_engine(engine, Path(folder), device=device)
     positions = _positions(Path(folder))
+    if context is None:
+        context = min(CONTEXT, positions or CONTEXT)
     if positions is not None and context > positions:
         raise UserError("context", context, f"give {positions} at most: {folder} has no more positions")
     return likelihoods(loaded.borrowed, documents, loaded.tokenizer, context, loaded.scoring_tokens)

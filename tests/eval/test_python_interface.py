@@ -13,7 +13,7 @@ from eval.core.study import load_study
 from eval.gate.decision import judge
 from eval.score.__main__ import missing_lines
 from eval.score.scoring import score
-from tests.eval.run_builder import Run
+from tests.eval.run_builder import Run, torch_model
 from tests.helpers import run, tiny_study
 
 
@@ -77,6 +77,12 @@ def test_texts_are_scored_up_to_the_last_position_of_a_model(checkpoint):
     result = score(checkpoint, ["def f(x): return x\n" * 80, "a"], context=256)
     assert len(result.bits) == 2
     assert min(result.bits) > 0
+
+
+def test_without_a_context_a_model_of_few_positions_is_scored_in_all_of_them(tmp_path):
+    torch_model(max_position_embeddings=64)(tmp_path)
+    texts = ["def f(x): return x\n" * 80]
+    assert score(tmp_path, texts) == score(tmp_path, texts, context=64)
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path):
