@@ -153,7 +153,7 @@ def entry(main: Callable[[], int | None]) -> Callable[[], None]:
 def _print_any_letter() -> None:
     """A terminal may lack a letter: it shows a ? there."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
+        if isinstance(stream, TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
             stream.reconfigure(errors="replace")
 
 
