@@ -104,5 +104,5 @@ def test_provenance_says_where_and_with_what():
 def test_a_record_of_another_schema_is_refused_with_its_file(tmp_path):
     path = write_record(tmp_path, score())
     path.write_text(path.read_text().replace('"schema_version":1', '"schema_version":2'))
-    with pytest.raises(UserError, match=r"S1-s2\.json: schema_version: expected 1; delete it"):
+    with pytest.raises(UserError, match=r"S1-s2\.json: schema_version: found 2, expected 1; delete it"):
         read_scores(tmp_path)
