@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-from eval.core.errors import UserError, entry, require_one_of
+from eval.core.errors import Parser, UserError, entry, require_one_of
 
 MODULES = {
     "train": "distill.train",
@@ -67,11 +67,6 @@ SIDE_COMMANDS = {
 }
 UNREADABLE = "gate.json cannot be read"
 START = "absorb train --config tiny"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(self.prog, message, "--help lists what it takes")
 
 
 class Step(NamedTuple):
@@ -234,7 +229,7 @@ def main() -> None:
         os.environ["ABSORB_TYPED"] = f"absorb {words[0]}"
         os.execv(sys.executable, [sys.executable, "-m", module, *words[1:]])
     listed = "\n".join(f"  {name:<10} python -m {module}" for name, module in MODULES.items())
-    parser = _Parser(
+    parser = Parser(
         prog="absorb",
         description=__doc__,
         epilog=f"commands:\n{listed}",

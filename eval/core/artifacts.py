@@ -226,12 +226,12 @@ def hash_files(folder: Path, memory: Path | None = None) -> dict[str, FileEntry]
         name = link.relative_to(folder).as_posix()
         raise UserError(f"artifact {folder}", f"{name} is a link", "put there what it names")
     files = [p for p in every if p.is_file() and p != folder / MANIFEST]
-    large = {str(p): p for p in files if memory is not None and p.stat().st_size >= LARGE}
+    named = {p.relative_to(folder).as_posix(): p for p in files}
+    large = {name: p for name, p in named.items() if memory is not None and p.stat().st_size >= LARGE}
     known = remembered_hashes(large, memory) if memory is not None and large else {}
-    hashes = {p: known.get(str(p)) or file_sha256(p) for p in files}
     return {
-        p.relative_to(folder).as_posix(): FileEntry(sha256=content, bytes=p.stat().st_size)
-        for p, content in hashes.items()
+        name: FileEntry(sha256=known[name] if name in known else file_sha256(p), bytes=p.stat().st_size)
+        for name, p in named.items()
     }
 
 

@@ -15,14 +15,14 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TextIO, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from eval.core.artifacts import parse_stages, tool_text, write_text
-from eval.core.errors import UserError
+from eval.core.errors import Parser, UserError
 from eval.core.study import Study, check_trained, is_run, load_study
 
 if TYPE_CHECKING:
@@ -53,17 +53,12 @@ def new_console() -> "Console":
     return Console(width=width, highlight=False)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(self.prog, message, "--help lists what it takes")
-
-
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser that shows `doc` as it is written, and is called after the command as it was typed."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {sys.argv[0]}"
     name = os.environ.get(TYPED, module)
-    return _Parser(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def positive(text: str) -> float:

@@ -1,5 +1,6 @@
 """The one error that users see, and the one way an entry point ends."""
 
+import argparse
 import functools
 import logging
 import os
@@ -13,7 +14,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -32,6 +33,13 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, object, str]]:
         """Errors cross from worker processes whole."""
         return type(self), (self.thing, self.problem, self.fix)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that it does not take is bad input like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(self.prog, message, "--help lists what it takes")
 
 
 def require_installed(library: str, thing: str, fix: str) -> None:

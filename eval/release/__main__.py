@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CARD, LINEAGE = "README.md", "lineage.json"
-STEPS = {"sign-offs": 1.0, "artifacts": 1.0, "loader": 1.0}  # what takes seconds, with its expected share
+STEPS = {"sign-offs": 1.0, "artifacts": 1.0, "loader": 1.0}  # what takes seconds; taken as equally long
 RELEASE: Final = "https://absorb.example/release/v1"  # type of the predicate that signs a folder
 
 
@@ -218,10 +218,8 @@ class ReleaseFolder:
         behind = json.loads((self.place / LINEAGE).read_text(encoding="utf-8"))
         self.write(BOM, _json(bill_of_materials(contract, behind)))
         gate = self.sources.gate
-        origin, said = (
-            [*made_from(contract, behind, gate)],
-            [f"{gate.verdict}: {gate.reason}", *remarks(gate)],
-        )
+        origin = [*made_from(contract, behind, gate)]
+        said = [f"{gate.verdict}: {gate.reason}", *remarks(gate)]
         self.write(CARD, card(contract, base.path if base.is_on_hub else None, origin, said))
         return contract
 

@@ -6,11 +6,11 @@ threads. Variants that have a record of the same bytes, student, data and study,
 more, are left alone.
 """
 
-from rich.console import Console
 from rich.table import Table
 
 from eval.core.artifacts import read_manifest
-from eval.core.commands import count, new_parser, study_from_command, write_json
+from eval.core.checks import Artifacts
+from eval.core.commands import count, new_console, new_parser, study_from_command, write_json
 from eval.core.documents import Document, cluster_names, read_documents
 from eval.core.errors import entry
 from eval.core.gate_file import Difference
@@ -47,7 +47,8 @@ def spread_evenly(documents: list[Document], most: int | None) -> list[Document]
 
 def estimate_agreements(study: Study) -> Agreements:
     """Of every recipe that has records: the share of flips, and KL(student || variant) in bits per token."""
-    records, agreements = read_agreements(study.folder), Agreements()
+    artifacts, agreements = Artifacts(study.folder, study), Agreements()
+    records = list(artifacts.current(read_agreements(study.folder)))  # others are of other documents
     documents = read_documents(study.folder / "data", VALIDATION)
     names = cluster_names(documents, study.data.cluster_of(VALIDATION))
     clusters = {document.id: name for document, name in zip(documents, names, strict=True)}
@@ -85,7 +86,7 @@ def main() -> None:
     with lock_folder(study.folder):
         done = compare_run(study, args.device, args.documents)
     agreements = estimate_agreements(study)
-    Console().print(agreement_table(agreements))
+    new_console().print(agreement_table(agreements))
     print(
         f"compared {done} variants, {len(variant_folders(study.folder, study)) - done} were compared before"
     )

@@ -12,6 +12,7 @@ from eval.core.errors import UserError
 from eval.core.records import VALIDATION, Agreement, Rerun, provenance, read_agreements, write_record
 from eval.core.study import load_study
 from eval.engines import load_engine
+from eval.score.agreement import estimate_agreements
 from eval.score.agreement_records import estimate_agreement, uncompared_variants
 from eval.score.divergence import (
     document_divergences,
@@ -215,6 +216,10 @@ def test_the_command_compares_once_and_again_only_what_changed(tmp_path, openvin
     assert uncompared_variants(folder, loaded, 2) == [folder / "variants/int8/S1/s0"]
     again = record_agreement(folder, loaded, folder / "variants/int8/S1/s0", documents)
     assert sum(again.kl_bits) / sum(again.tokens) > 0.001
+    assert set(estimate_agreements(loaded)) == {"int8"}
+    gone = {"data": "0" * 64, "id": [f"gone{i}" for i in range(6)]}
+    write_record(folder, again.model_copy(update=gone))
+    assert estimate_agreements(loaded) == {}, "of documents that the run no longer has"
     put(folder, "students/S1/s0", torch_model(seed=8, vocab_size=400), **facts("S1"))
     with pytest.raises(UserError, match="320 rows of output, its student has 400"):
         record_agreement(folder, loaded, folder / "variants/int8/S1/s0", documents)
