@@ -1,5 +1,6 @@
 """`absorb`, through the real command line: in no run, in a run half done, and as every other command."""
 
+import ast
 import json
 import os
 import re
@@ -158,7 +159,7 @@ def test_a_run_is_found_by_its_settled_file_and_behind_a_link(tmp_path, monkeypa
 def test_a_command_speaks_of_itself_as_it_was_typed_and_finds_the_run_it_is_in(tmp_path):
     study = study_run(tmp_path)
     done = absorb("gate", "--help")
-    assert done.stdout.startswith("usage: absorb gate ")
+    assert done.stdout.startswith("usage: python -m eval.gate ")
     assert done.stdout.index("keys of the study") < done.stdout.index("options:"), (
         "its own options are seen last"
     )
@@ -364,3 +365,17 @@ def test_help_and_mistakes_need_no_torch():
     rooms = {name: (ROOT / name.replace(".", "/")).is_dir() for name in MODULES.values()}
     done = run("-c", script, *(f"{name}.__main__" if is_room else name for name, is_room in rooms.items()))
     assert done.returncode == 0, done.stderr
+
+
+def test_advice_names_the_short_commands_everywhere():
+    """One way to say what to run next; docstrings alone name a command as the module that it is."""
+    for package in ("distill", "compress", "eval"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+            texts = (n for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
+            for text in texts:
+                spelled_out = re.search(r"python -m (eval|compress)\b", text.value)
+                assert id(text) in docstrings or not spelled_out, f"{path}:{text.lineno}"
+        for path in sorted((ROOT / package).rglob("*.j2")):
+            assert "python -m" not in path.read_text(), path

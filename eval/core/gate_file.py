@@ -370,7 +370,7 @@ class GateFile(Stored):
 
 
 def read_gate(run: Path) -> GateFile:
-    path, fix = run / "gate.json", f"run `python -m eval.gate --study {run}`"
+    path, fix = run / "gate.json", f"run `absorb gate --study {run}`"
     if not path.is_file():
         raise UserError("gate.json", f"missing in {run}", fix)
     try:

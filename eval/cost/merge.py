@@ -131,7 +131,7 @@ def merge_records(run: Path, study: Study, sources: list[str]) -> list[Record]:
             raise UserError(f"{place}: seed", record.seed, f"the study has {study.seeds}")
         if isinstance(record, Score):
             if record.kind == "test":
-                fix = "open them where the run lies: python -m eval.gate.test_set"
+                fix = "open them where the run lies: absorb test-set"
                 raise UserError(place, "a score of test documents", fix)
         else:
             check_target(record, budget, place)
@@ -158,7 +158,7 @@ def main() -> None:
     for record in new:
         note = "" if isinstance(record, Score) or record.prompts == TRAINING else f" ({record.prompts})"
         print(f"{record_path(study.folder, record)}{note}")
-    print(f"{len(new)} new record(s) in {study.folder}; run python -m eval.gate --study {study.folder}")
+    print(f"{len(new)} new record(s) in {study.folder}; run absorb gate --study {study.folder}")
     write_json(args.json, [str(record_path(study.folder, record)) for record in new])
 
 

@@ -102,7 +102,7 @@ class CostPlan:
             return
         assert self.record is not None
         write_text(self.record, "".join(record.model_dump_json() + "\n" for record in records))
-        print(f"{len(records)} record(s) in {self.record}; join: python -m eval.cost.merge --study RUN FILE")
+        print(f"{len(records)} record(s) in {self.record}; join: absorb merge --study RUN FILE")
 
 
 def describe_device(device: str) -> tuple[str, str | None]:

@@ -269,7 +269,7 @@ def _mixed_machines(evidence: Evidence) -> list[str]:
             if len(values) > 1:
                 caveats.append(
                     f"costs on {target} were measured with different {name} ({', '.join(values)}): their "
-                    f"rows are not comparable; measure all again with python -m eval.cost --target {target}"
+                    f"rows are not comparable; measure all again with absorb cost --target {target}"
                 )
     return caveats
 

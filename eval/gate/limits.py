@@ -33,11 +33,10 @@ LEAST_LEVEL = 1e-6  # smaller p-values are told as this
 
 def measure_command(folder: Path, target: str, device: str = "cpu", what: str = "cost") -> str:
     """What to run, and where if not on any machine; a shell takes the whole line."""
-    module = {"cost": "eval.cost", "load": "eval.cost.load"}[what]
-    run = f"python -m {module} --study {shlex.quote(str(folder))} --target {target}"
+    run = f"absorb {what} --study {shlex.quote(str(folder))} --target {target}"
     if device == "cpu":
         return run
-    join = f"python -m eval.cost.merge --study {shlex.quote(str(folder))} COPY"
+    join = f"absorb merge --study {shlex.quote(str(folder))} COPY"
     return f"{run}  # where there is a CUDA device, on a copy of the run folder; then here: {join}"
 
 

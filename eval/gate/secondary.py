@@ -59,9 +59,9 @@ def _how(evidence: Evidence, quality: Quality, comparable: bool) -> dict[str, st
     """What can be measured of a recipe and was not -> the command; its student it may have to be like."""
     study, missing = shlex.quote(str(evidence.folder)), dict[str, str]()
     if comparable and quality.flips is None:
-        missing["flips and KL"] = f"python -m eval.score.agreement --study {study}"
+        missing["flips and KL"] = f"absorb agreement --study {study}"
     if any(score is None for arms in quality.tasks.values() for score in arms.values()):
-        missing["tasks"] = f"python -m eval.score --study {study}"
+        missing["tasks"] = f"absorb score --study {study}"
     return missing
 
 

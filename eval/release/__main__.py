@@ -95,7 +95,7 @@ def parse_variants(run: Path, words: list[str]) -> dict[str, str]:
         signed = [require_one_of("--variant: target", target, list(known))] if equals else []
         signed = signed or [name for name in known if signoff_path(run, recipe, name).is_file()]
         if not signed:
-            fix = f"run python -m eval.signoff --study {run} --variant {recipe} --by NAME --key FILE"
+            fix = f"run absorb sign --study {run} --variant {recipe} --by NAME --key FILE"
             raise UserError(f"release of {recipe!r}", "no sign-off in the run", fix)
         for name in signed:
             if name in recipes:
@@ -115,18 +115,18 @@ def verify_signoffs(run: Path, words: list[str], trusted: Trusted, today: date) 
     for target, recipe in parse_variants(run, words).items():
         path = signoff_path(run, recipe, target)
         if not path.is_file():
-            fix = f"run python -m eval.signoff --study {run} --variant {recipe} --target {target} first"
+            fix = f"run absorb sign --study {run} --variant {recipe} --target {target} first"
             raise UserError(f"release of {recipe} on {target}", f"no sign-off {path}", fix)
         signed, problem_texts = problems(path, rerun, trusted, today)
         if problem_texts:
             raise UserError(
                 f"sign-off {path}",
                 problem_texts[0],
-                f"put back what was signed, or run python -m eval.signoff --variant {recipe} again",
+                f"put back what was signed, or run absorb sign --variant {recipe} again",
             )
         predicates[target] = signed[0].predicate
         if file_sha256(run / GATE) != predicates[target].files[GATE]:
-            fix = f"run python -m eval.signoff --variant {recipe} again"
+            fix = f"run absorb sign --variant {recipe} again"
             raise UserError(f"{run / GATE}", "its sentences are not those that were signed", fix)
     study, budget = load_study(run), Budget.of_gate(rerun.gate.budget)
     required = {name for name, target in budget.targets.items() if target.required}

@@ -73,7 +73,7 @@ def fallback_parts(e: Evidence, budget: Budget, target: str) -> list[Part]:
 
     measured = checked(read_costs(e.folder))
     if not measured:
-        fix = f"run python -m eval.cost --study {e.folder} --target {target}"
+        fix = f"run absorb cost --study {e.folder} --target {target}"
         raise UserError(f"fallback of {target}", "its cost was not measured", fix)
     seen = replace(e, costs=e.costs | measured, loads=e.loads | checked(read_loads(e.folder)))
     costs = variant_costs(seen, target, FALLBACK, limits, budget.alpha)

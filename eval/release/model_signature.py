@@ -25,7 +25,7 @@ def require_model_signing(key: str, signer: "Signer", folder: Path) -> None:
     """
     require_installed("model_signing", "--openssf", "run `pip install '.[openssf]'`")
     if signer.public_key.keytype != "ecdsa" or not Path(key).is_file():
-        fix = "make one with `python -m eval.signoff --new-key FILE --kind p256`"
+        fix = "make one with `absorb sign --new-key FILE --kind p256`"
         raise UserError(f"key {key}", "model signing takes files of ECDSA keys alone", fix)
     if (path := model_signature(folder)).exists():
         raise UserError(

@@ -49,7 +49,7 @@ def main() -> None:
     study, _ = study_from_command(new_parser(__doc__))
     run = study.folder
     gate = read_gate(run)
-    refuse_stale(gate, study, run, f"run `python -m eval.gate --study {run}` first")
+    refuse_stale(gate, study, run, f"run `absorb gate --study {run}` first")
     for name, text in render_reports(run, gate).items():
         write_text(run / name, text)
     print_report(gate, new_console(), data_lines(run, gate))

@@ -111,7 +111,7 @@ def _mean_bits(run: Path, gate: GateFile, arm: str, recipe: str) -> tuple[Score,
         try:
             score = Score.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            fix = f"run python -m eval.score --study {run}"
+            fix = f"run absorb score --study {run}"
             raise UserError(f"record {path}", "cannot be read as a score", fix) from error
         columns = score.documents
         bits = dict(zip(zip(columns.slice, columns.id, strict=True), columns.bits, strict=True))

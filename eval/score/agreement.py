@@ -91,7 +91,7 @@ def main() -> None:
         f"compared {done} variants, {len(variant_folders(study.folder, study)) - done} were compared before"
     )
     if done and (study.folder / "gate.json").is_file():
-        print(f"gate.json is older than these: run python -m eval.gate --study {study.folder} again")
+        print(f"gate.json is older than these: run absorb gate --study {study.folder} again")
     write_json(args.json, agreements)
 
 

@@ -40,7 +40,7 @@ from eval.engines import load_tokenizer, subject_of
 from eval.score.corruptions import slice_documents, slice_names
 
 MEASURES = ("bits", "nats", "logprobs")
-FIX = "score the export of this run again: python -m eval.score.import --study RUN --export FILE"
+FIX = "score the export of this run again: absorb import --study RUN --export FILE"
 Key = tuple[str, str]  # slice, id
 
 

@@ -78,12 +78,12 @@ def refuse_what_differs(rerun: Rerun) -> None:
     Raises:
         UserError: the first thing that is not.
     """
-    run, fix = rerun.run, f"run `python -m eval.gate --study {rerun.run}` again"
+    run, fix = rerun.run, f"run `absorb gate --study {rerun.run}` again"
     refuse_stale(rerun.gate, load_study(run), run, fix)  # its cause is what a reader wants first
     if apart := rerun.worded_otherwise():
         raise UserError(f"gate.json of {run}", apart, fix)
     for forged in rerun.forged_reports([name for name in REPORTS if (run / name).is_file()]):
-        raise UserError(f"report {run}", forged, f"run `python -m eval.report --study {run}` again")
+        raise UserError(f"report {run}", forged, f"run `absorb report --study {run}` again")
 
 
 def build_waiver(
@@ -160,7 +160,7 @@ def build_statement(
     if missing := unmeasured(gate, row):
         raise UserError("sign-off", "not measured", missing)
     if not gate.runs:
-        raise UserError("sign-off", "gate.json lists no verdict", f"run python -m eval.gate --study {run}")
+        raise UserError("sign-off", "gate.json lists no verdict", f"run absorb gate --study {run}")
     verdict, reason = signable_verdict(gate, row)
     refuse_old_clock(run, now)
     folders = artifacts(run, gate, recipe)
@@ -304,7 +304,7 @@ def main() -> int:
         if not (getattr(args, name) or "").strip():
             raise UserError(f"--{name}", "missing", "give --variant, --by and --key, or --verify")
     path = sign(run, args)
-    print(f"signed {path}; check it with python -m eval.signoff --study {run} --verify --public KEY.pub")
+    print(f"signed {path}; check it with absorb sign --study {run} --verify --public KEY.pub")
     write_json(args.json, {"signed": str(path)})
     return EXIT_PASS
 

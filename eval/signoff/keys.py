@@ -74,7 +74,7 @@ def private_key(where: str | Path, public: Path | None = None) -> "Signer":
     from securesystemslib.exceptions import UnsupportedLibraryError
     from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Signer
 
-    path, fix = Path(where), "give the private key that `python -m eval.signoff --new-key FILE` made"
+    path, fix = Path(where), "give the private key that `absorb sign --new-key FILE` made"
     if str(where).partition(":")[0] in SIGNER_FOR_URI_SCHEME and not path.is_file():
         if public is None:
             raise UserError(f"key {where}", "its public key is not given", "add --public FILE")

@@ -74,7 +74,7 @@ def keys_path(folder: Path, number: int) -> Path:
 def require_log(folder: Path) -> None:
     """Raises UserError where a folder holds no rollout."""
     if not log_path(folder).is_file():
-        fix = "name a folder that `python -m eval.watch.rollout start` made"
+        fix = "name a folder that `absorb rollout start` made"
         raise UserError(f"rollout {folder}", f"no {LOG}", fix)
 
 

@@ -132,8 +132,8 @@ def quality(bits: float) -> dict:
 
 def half_measured() -> dict:
     """A variant that nobody held against its student, and whose control saw no task."""
-    how = {"flips and KL": "python -m eval.score.agreement --study runs/x"}
-    how["tasks"] = "python -m eval.score --study runs/x"
+    how = {"flips and KL": "absorb agreement --study runs/x"}
+    how["tasks"] = "absorb score --study runs/x"
     tasks = {"sums": {"S1": {**span(0.37, 0.07), "unit": "mark"}, "S0": None}}
     return {**quality(2.61), "flips": None, "kl": None, "tasks": tasks, "how": how}
 
@@ -201,7 +201,7 @@ def variant(row: tuple, target: str = "cpu", measured: bool = True) -> dict:
         **({} if recipe == "plain" else {"zeros": 0.0123, "low_bit": 0.9876 if "int" in recipe else 0.0}),
         **({} if recipe == "plain" else {"reached": 0.934 if recipe == "int8" else 1.0}),
         "cost": cost(decode, disk, recipe) | under if measured else None,
-        "how": None if measured else f"python -m eval.cost --study runs/x --target {target}",
+        "how": None if measured else f"absorb cost --study runs/x --target {target}",
         "hashes": {"artifact": {"0": "a" * 64}, "control": {"0": "f" * 64}, "records": {}},
         "recommended": recipe == "int8" and measured,
     }

@@ -204,7 +204,7 @@ def test_the_command_compares_once_and_again_only_what_changed(tmp_path, openvin
     assert read_agreements(folder)[0].id == [documents[0].id, documents[3].id], "at equal distances"
     done = run("-m", "eval.score.agreement", "--study", study)
     assert done.returncode == 0, done.stderr
-    assert f"gate.json is older than these: run python -m eval.gate --study {folder} again" in done.stdout
+    assert f"gate.json is older than these: run absorb gate --study {folder} again" in done.stdout
     assert "compared 1 variants, 0 were compared before" in done.stdout
     (agreement,) = read_agreements(folder)
     assert (agreement.arm, agreement.recipe, agreement.engine) == ("S1", "int8", "openvino")

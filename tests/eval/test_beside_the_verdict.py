@@ -88,7 +88,7 @@ def test_a_teacher_of_other_bases_than_those_measured_is_not_measured_yet(made, 
     edit(run.path / "method/T1/s0/manifest.json", lambda m: m["parents"].update({"base-s0": "0" * 64}))
     teacher, fallback = judge(run.path).references
     assert teacher.cost is None
-    assert teacher.how.startswith("python -m eval.cost --study")
+    assert teacher.how.startswith("absorb cost --study")
     assert fallback.cost is not None
     edit(run.path / "method/T1/s0/manifest.json", lambda m: m["facts"].pop("engine"))
     assert judge(run.path).references[0].how is None, "one that is asked elsewhere has no command"

@@ -142,10 +142,8 @@ def test_unmeasured_target_says_how(passed):
     run, done = passed
     variant = row(run.result(), "plain", "gpu")
     assert (variant.measured, variant.verdict) == (False, "INCONCLUSIVE")
-    assert variant.how.startswith(
-        f"python -m eval.cost --study {run.path} --target gpu  # where there is a CUDA"
-    )
-    assert variant.how.endswith(f"then here: python -m eval.cost.merge --study {run.path} COPY")
+    assert variant.how.startswith(f"absorb cost --study {run.path} --target gpu  # where there is a CUDA")
+    assert variant.how.endswith(f"then here: absorb merge --study {run.path} COPY")
     assert variant.how in done.stdout
     assert not [v for v in run.result().variants if (v.recipe, v.target) == ("int8", "gpu")]
 
@@ -289,7 +287,7 @@ def test_a_ratio_of_other_rounds_decides_nothing(toy_folder: Path, tmp_path: Pat
     assert (apart.verdict, apart.recommended, apart.measured) == ("INCONCLUSIVE", False, True)
     assert f"decode_p50 cannot be compared: int8 has {difference}" in apart.reason
     assert apart.cost["decode_p50"].relative is None
-    assert (apart.how, plain.how) == (f"python -m eval.cost --study {run.path} --target cpu", None)
+    assert (apart.how, plain.how) == (f"absorb cost --study {run.path} --target cpu", None)
     assert (plain.verdict, plain.recommended) == ("PASS", True)
 
 

@@ -232,7 +232,7 @@ def test_a_folder_measured_elsewhere_comes_home(tmp_path):
     done = run("-m", "eval.cost.load", "--target", "cpu", "--variant", alone, "--record", record, *words)
     assert done.returncode == 0, done.stderr
     assert "latency from the intended arrival" in done.stdout
-    assert f"1 record(s) in {record}; join: python -m eval.cost.merge" in done.stdout
+    assert f"1 record(s) in {record}; join: absorb merge" in done.stdout
     merged = run("-m", "eval.cost.merge", "--study", folder, record)
     assert (merged.returncode, merged.stderr) == (0, "")
     assert "records/load/cpu/plain/S1-s0.json (random tokens, seed 0)" in merged.stdout
@@ -315,7 +315,7 @@ def test_throughput_is_held_from_below(busy):
 def test_a_limit_under_load_that_was_not_measured_decides_nothing(busy):
     put_load(busy, "int8", [[20.0] * 30, [20.2] * 30, [20.4] * 30])
     gate = verdict_of(busy)
-    how = f"python -m eval.cost.load --study {busy.path} --target cpu"
+    how = f"absorb load --study {busy.path} --target cpu"
     plain, int8 = row(gate, "plain"), row(gate, "int8")
     assert (plain.verdict, plain.how, plain.load) == ("INCONCLUSIVE", how, None)
     assert "throughput was not measured on cpu" in plain.reason

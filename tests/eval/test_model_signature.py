@@ -16,7 +16,7 @@ def test_its_own_command_line_verifies_the_folder_and_finds_what_was_touched(rel
     words += ["--public", ada, "--openssf"]
     refused = command("-m", "eval.release", *words, "--key", released_run.folder / "key")
     assert (refused.returncode, refused.stderr.count("\n")) == (3, 1)
-    assert "takes files of ECDSA keys alone; make one with `python -m eval.signoff" in refused.stderr
+    assert "takes files of ECDSA keys alone; make one with `absorb sign" in refused.stderr
     done = command("-m", "eval.release", *words, "--key", grace)
     assert done.returncode == 0, done.stderr
     assert f"OpenSSF model signature: {out}.sig" in done.stdout

@@ -95,7 +95,7 @@ def test_terminal_shows_the_table_and_ends_with_the_path(demo):
     assert "99% low-bit" in out, "what was done to the weights, below the name"
     assert out.count("% reached") == out.count("93% reached") > 0, "only where it is not all of them"
     assert "zero weights" not in out, "and not among the slices"
-    assert "python -m eval.cost --study runs/x --target gpu" in out
+    assert "absorb cost --study runs/x --target gpu" in out
     assert "The test documents were opened once, last by Ada on 2026-01-03 for int8 on cpu: PASS" in out
     assert "Note: all 3 seeds share one teacher" in out
 
@@ -162,7 +162,7 @@ def test_the_page_shows_everything_that_gate_json_holds(demo):
         "A. Uthor 2017, arXiv:1612.01474",
         "Size, latency and gain",
         "the share that the budget asks is 0.86",
-        "python -m eval.cost --study",
+        "absorb cost --study",
     ):
         assert words in text, words
     for path, sha in json.loads((run / "gate.json").read_text())["provenance"]["records"].items():
@@ -335,8 +335,8 @@ def test_missing_or_stale_gate_is_refused(tmp_path, spoil, words):
     run = run_folder(tmp_path)
     spoil(run)
     with pytest.raises(UserError, match=words) as error:
-        refuse_stale(read_gate(run), load_study(run), run, f"run `python -m eval.gate --study {run}` first")
-    assert f"python -m eval.gate --study {run}" in str(error.value)
+        refuse_stale(read_gate(run), load_study(run), run, f"run `absorb gate --study {run}` first")
+    assert f"absorb gate --study {run}" in str(error.value)
 
 
 def test_what_is_refused_leaves_nothing(tmp_path):

@@ -61,7 +61,7 @@ def test_rows_of_a_target_without_any_figure_are_one_line_in_every_form(demo):
     for form in (out, table, "".join(Page(html).text)):
         words = " ".join(form.split())
         assert words.count("gpu: plain, int8, int4, wanda50, depth25: not measured yet") == 1
-        assert "python -m eval.cost --study runs/x --target gpu" in words
+        assert "absorb cost --study runs/x --target gpu" in words
         assert "on gpu: not measured" not in words
     assert out.count("on gpu") == 0
     assert "| gpu |" not in table
@@ -72,8 +72,8 @@ def test_every_form_says_what_was_not_measured_and_how_to(demo):
     out, table, sheet, html = demo
     page = " ".join(" ".join(Page(html).text).split())
     for form in (" ".join(out.split()), table, page, sheet):
-        assert "python -m eval.score.agreement --study runs/x" in form
-    assert "flips and KL of nf4: not measured yet; measure with python" in " ".join(out.split())
+        assert "absorb agreement --study runs/x" in form
+    assert "flips and KL of nf4: not measured yet; measure with absorb" in " ".join(out.split())
     behaviour = next(line for line in table.splitlines() if line.startswith("| nf4 |") and "far" in line)
     assert behaviour.count("| not measured yet ") == 2
     assert "| nf4 | sums | not measured yet | 0.370 [0.300, 0.440] |" in table

@@ -124,7 +124,7 @@ def test_a_recipe_or_a_slice_called_how_is_compared_like_any_other(judged_folder
     named = gate.model_copy(update={"documents": {**gate.documents, "how": 3}})
     other = gate.model_copy(update={"documents": {**gate.documents, "how": 4}})
     assert "documents.how is 3" in first_difference(figures_of(named), figures_of(other))
-    scored = row.model_copy(update={"scores": {"how": row.scores["far"]}, "how": "python -m eval.cost"})
+    scored = row.model_copy(update={"scores": {"how": row.scores["far"]}, "how": "absorb cost"})
     assert figures_of(scored)["scores"]["how"]["point"] == row.scores["far"].point
     assert "how" not in figures_of(scored)
 
@@ -320,7 +320,7 @@ def test_a_waiver_to_the_year_9999_that_was_signed_all_the_same_does_not_hold(fr
 
 
 def test_what_was_not_measured_cannot_be_signed(fresh, key):
-    with pytest.raises(UserError, match=r"half was not measured on gpu: run python -m eval\.cost"):
+    with pytest.raises(UserError, match=r"half was not measured on gpu: run absorb cost"):
         sign(fresh, key, "half", "gpu", waive="we have none", expires="2026-06-20")
     with pytest.raises(UserError, match="did you mean 'int8'"):
         sign(fresh, key, "int9")
