@@ -165,19 +165,19 @@ def _is_entry(entry: Any) -> bool:
     return isinstance(entry, list) and [type(part) for part in entry] == [list, str]
 
 
-def project_version() -> str:
-    """Name and version of this project, as installed."""
-    return f"absorb {_version('absorb')}".strip()
-
-
 @cache
+def commit_text(digits: int) -> str:
+    """Of the checkout at work, then `-dirty` where files were changed; empty where there is no checkout."""
+    if not (ROOT / ".git").exists() or not (git := shutil.which("git")):
+        return ""
+    words = [git, "-C", str(ROOT), "describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def tool_text() -> str:
-    """The same with the commit of the checkout, where there is one, and `dirty` where files were changed."""
-    commit = ""
-    if (ROOT / ".git").exists() and (git := shutil.which("git")):
-        words = [git, "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
-    return f"{project_version()} ({commit})" if commit else project_version()
+    """Name, version as installed, and commit of this project."""
+    version, commit = f"absorb {_version('absorb')}".strip(), commit_text(12)
+    return f"{version} ({commit})" if commit else version
 
 
 def library_versions() -> dict[str, str]:

@@ -9,9 +9,10 @@ import json
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, time
+from importlib import metadata
 from typing import Any, Final
 
-from eval.core.artifacts import digest, project_version
+from eval.core.artifacts import digest
 from eval.core.gate_file import Estimate
 from eval.core.records import PLAIN
 from eval.release.card import METRICS, own_share
@@ -54,7 +55,9 @@ def bill_of_materials(contract: Contract, lineage: dict[str, Any]) -> dict[str, 
         "metadata": {
             "timestamp": datetime.combine(contract.released, time(), UTC).isoformat(),
             "tools": {
-                "components": [{"type": "application", "name": "absorb", "version": project_version()}]
+                "components": [
+                    {"type": "application", "name": "absorb", "version": metadata.version("absorb")}
+                ]
             },
             "component": root,
         },

@@ -9,8 +9,6 @@ never replaced.
 import hashlib
 import json
 import platform
-import shutil
-import subprocess
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
@@ -21,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from eval.core.artifacts import file_sha256
-from eval.core.config import ROOT
+from eval.core.artifacts import commit_text, file_sha256
 from eval.core.errors import UserError, expected_text
 from eval.core.gate_file import GateRun
 from eval.signoff.keys import AGAIN, Trusted, envelope, from_text, signed_by, signer_name, wrapped
@@ -74,7 +71,7 @@ class Versions(ForwardCompatible):
     """What computed the figures that are signed."""
 
     project: str  # version
-    commit: str | None  # of the checkout; null where there is none
+    commit: str | None  # of the checkout, `-dirty` where files were changed; null where there is none
     python: str
     numpy: str
     scipy: str
@@ -134,13 +131,9 @@ def signoff_path(folder: Path, recipe: str, target: str) -> Path:
 @cache
 def current_versions() -> Versions:
     """The versions at work here."""
-    commit = None
-    if (ROOT / ".git").exists() and (git := shutil.which("git")):
-        words = [git, "-C", str(ROOT), "rev-parse", "HEAD"]
-        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or None
     return Versions(
         project=metadata.version("absorb"),
-        commit=commit,
+        commit=commit_text(40) or None,
         python=platform.python_version(),
         numpy=metadata.version("numpy"),
         scipy=metadata.version("scipy"),

@@ -11,6 +11,7 @@ from eval.core.artifacts import (
     LARGE,
     Key,
     build_artifact,
+    commit_text,
     digest,
     file_sha256,
     is_done,
@@ -161,3 +162,21 @@ def test_files_are_written_whole(tmp_path):
     write_text(tmp_path / "deep" / "a.json", json.dumps({"a": 2}))
     assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"a": 2}
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.json"]
+
+
+def test_a_commit_says_where_files_were_changed_since(tmp_path, monkeypatch):
+    """Of what is signed too: a commit alone would vouch for code that it does not hold."""
+    monkeypatch.setattr("eval.core.artifacts.ROOT", tmp_path)
+    commit_text.cache_clear()
+    assert commit_text(40) == ""
+    for words in (["init", "-q"], ["add", "a"], ["commit", "-qm", "one"]):
+        (tmp_path / "a").write_text("1")
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True)
+    commit_text.cache_clear()
+    whole, short = commit_text(40), commit_text(12)
+    assert len(whole) == 40 and whole.startswith(short) and len(short) == 12
+    (tmp_path / "a").write_text("2")
+    commit_text.cache_clear()
+    assert commit_text(40) == f"{whole}-dirty"
+    commit_text.cache_clear()
