@@ -199,12 +199,9 @@ def check_files(root: Path, files: dict[str, Any], wanted: set[str]) -> None:
 
 
 def list_files(root: Path, below: str = "") -> set[str]:
-    """Names of all files, followed by no link.
-
-    Raises:
-        ReleaseError: something is a link: what it names is not part of the release.
-    """
-    every = {path.relative_to(root).as_posix(): path for path in (root / below).rglob("*")}
+    """Names of all files. Raises ReleaseError at a link, `below` itself too: what it names is not released."""
+    above = [root / below, *(root / below).parents][: len(Path(below).parts)]  # down from the root
+    every = {path.relative_to(root).as_posix(): path for path in [*above, *(root / below).rglob("*")]}
     if links := sorted(name for name, path in every.items() if path.is_symlink()):
         raise ReleaseError(f"{links[0]} is a link")
     return {name for name, path in every.items() if path.is_file()}

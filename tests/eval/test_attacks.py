@@ -25,7 +25,7 @@ from eval.release.contract_file import (
     over_documents,
     read_contract,
 )
-from eval.release.load_release import ReleaseError, load_release
+from eval.release.load_release import ReleaseError, list_files, load_release
 from eval.report.budget_table import csv_text
 from eval.report.format import stamp
 from eval.signoff.__main__ import main as signoff
@@ -252,6 +252,22 @@ def test_a_release_that_was_touched_is_refused_with_the_place(release, released_
     attack, words = PLANTED[name]
     attack(copy)
     assert words in load(copy, released_run.folder / "key.pub")
+
+
+@pytest.mark.parametrize("name", ["fallback", "variants/small", "variants"])
+def test_a_linked_folder_is_never_served(release, released_run, tmp_path, name):
+    """What a link names can be swapped after its hash was taken."""
+    copy = shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / name).rename(tmp_path / "elsewhere")
+    (copy / name).symlink_to(tmp_path / "elsewhere")
+    if name == "fallback":
+        with pytest.raises(ReleaseError, match="fallback is a link"):
+            load_release(copy, "cpu", public_key=released_run.folder / "key.pub")
+        return
+    info = load_release(copy, "cpu", public_key=released_run.folder / "key.pub")[1]
+    assert (info.fallback, info.reason) == (True, f"{name} is a link")
+    with pytest.raises(ReleaseError, match=f"{name} is a link"):
+        list_files(copy, "variants/small")
 
 
 @pytest.mark.slow
