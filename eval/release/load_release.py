@@ -199,7 +199,7 @@ def check_files(root: Path, files: dict[str, Any], wanted: set[str]) -> None:
 
 
 def list_files(root: Path, below: str = "") -> set[str]:
-    """Names of all files. Raises ReleaseError at a link, `below` itself too: what it names is not released."""
+    """Names of all files. Raises ReleaseError at a link, `below` itself too: what it names is no part."""
     above = [root / below, *(root / below).parents][: len(Path(below).parts)]  # down from the root
     every = {path.relative_to(root).as_posix(): path for path in [*above, *(root / below).rglob("*")]}
     if links := sorted(name for name, path in every.items() if path.is_symlink()):

@@ -175,7 +175,8 @@ def test_a_commit_says_where_files_were_changed_since(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True)
     commit_text.cache_clear()
     whole, short = commit_text(40), commit_text(12)
-    assert len(whole) == 40 and whole.startswith(short) and len(short) == 12
+    assert whole.startswith(short)
+    assert (len(whole), len(short)) == (40, 12)
     (tmp_path / "a").write_text("2")
     commit_text.cache_clear()
     assert commit_text(40) == f"{whole}-dirty"
