@@ -65,6 +65,7 @@ from eval.signoff.verify import (
     signed_figures,
     signed_files,
     to_waive,
+    too_few_signatures,
     unmeasured,
 )
 
@@ -167,7 +168,7 @@ def build_statement(
     for folder in dict.fromkeys([*folders.values(), *judged_folders(run, gate)]):
         verify_artifact(folder)
     files, asked = signed_files(run, gate, recipe), policy(run, gate)
-    waiver = build_waiver(to_waive(gate, verdict), waive, expires, now, asked.days)
+    waiver = build_waiver(to_waive(gate, verdict, reason), waive, expires, now, asked.days)
     if path.is_file():
         signed = latest(read_bundle(path))
         refuse_other_waiver([one for one in signed if one.key != signer.public_key.keyid], waiver)
@@ -227,6 +228,21 @@ def sign(run: Path, args: argparse.Namespace) -> Path:
         path = add_signature(run, statement, signer)
         write_page(run, read_shown(run, None), "Whose the keys are was not looked at.")
     return path
+
+
+def still_needed(path: Path) -> list[str]:
+    """What a sign-off that was just added rests on, and what it waits for."""
+    signed = latest(read_bundle(path))
+    predicate = signed[-1].predicate
+    texts = [] if predicate.policy.fixed else ["judged by another budget than one that was fixed beforehand"]
+    if predicate.waiver:
+        texts.append(f"waived until {predicate.waiver.expires}: {predicate.waiver.reason}")
+    fix = (
+        f"another key has to sign it too, with --expires {predicate.waiver.expires}"
+        if predicate.waiver
+        else ""
+    )
+    return texts + [f"{text}: {fix}" for text in too_few_signatures(signed)]
 
 
 def verification_text(path: Path, signed: list[Signed], problems: list[str]) -> Text:
@@ -305,6 +321,8 @@ def main() -> int:
             raise UserError(f"--{name}", "missing", "give --variant, --by and --key, or --verify")
     path = sign(run, args)
     print(f"signed {path}; check it with absorb sign --study {run} --verify --public KEY.pub")
+    for line in still_needed(path):
+        print(line)
     write_json(args.json, {"signed": str(path)})
     return EXIT_PASS
 

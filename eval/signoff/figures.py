@@ -26,22 +26,29 @@ def figures_of(value: Any, without: set[str] = PROSE | RESAMPLED) -> Any:
     return [figures_of(one, without) for one in value] if isinstance(value, list | tuple) else value
 
 
-def first_difference(a: Any, b: Any, place: str = "") -> str | None:
-    """The first place where two JSON values differ; figures within `ALIKE` are the same."""
+def first_difference(
+    a: Any, b: Any, place: str = "", words: tuple[str, str] = ("is", "the records give")
+) -> str | None:
+    """The first place where two JSON values differ; figures within `ALIKE` are the same.
+
+    Args:
+        words: before a value of `a`, and before one of `b`.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted({*a, *b}):
             below = f"{place}.{key}" if place else key
             if (key in a) != (key in b):
                 return f"{below} is {'missing' if key in b else 'new'}"
-            if inner := first_difference(a[key], b[key], below):
+            if inner := first_difference(a[key], b[key], below, words):
                 return inner
         return None
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         pairs = enumerate(zip(a, b, strict=True))
-        return next((f for i, (x, y) in pairs if (f := first_difference(x, y, f"{place}.{i}"))), None)
+        each = (first_difference(x, y, f"{place}.{i}", words) for i, (x, y) in pairs)
+        return next(filter(None, each), None)
     if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=ALIKE, abs_tol=1e-12):
         return None
-    return None if a == b else f"{place} is {_short(a)}, the records give {_short(b)}"
+    return None if a == b else f"{place} {words[0]} {_short(a)}, {words[1]} {_short(b)}"
 
 
 def without_drawn(value: Any) -> Any:

@@ -189,9 +189,9 @@ def budget_note(gate: GateFile) -> str | None:
     return "; ".join(doubt_budget(gate.budget["name"], gate.fixed)) or None
 
 
-def to_waive(gate: GateFile, verdict: Verdict) -> str:
+def to_waive(gate: GateFile, verdict: Verdict, reason: str) -> str:
     """What ships on a waiver alone: no PASS, or a budget that was chosen later; empty where neither is."""
-    failed = None if verdict == PASS else f"the verdict is {verdict}"
+    failed = None if verdict == PASS else f"the verdict is {verdict}: {reason}"
     return "; ".join(filter(None, (failed, budget_note(gate))))
 
 
@@ -293,20 +293,28 @@ def _artifacts(predicate: Predicate, rerun: Rerun) -> Iterator[str]:
 
 def _gate(predicate: Predicate, rerun: Rerun) -> Iterator[str]:
     """Is gate.json what the records give, and are the signed figures those of gate.json?"""
-    gate = rerun.gate
+    gate, signed_by = rerun.gate, predicate.policy
+    if signed_by.hash != gate.budget["hash"]:
+        judged = f"{gate.budget['name']!r} ({gate.budget['hash'][:8]})"
+        signed_one = f"{signed_by.name!r} ({signed_by.hash[:8]})"
+        yield (
+            f"{GATE} is judged by budget {judged} now, what was signed by {signed_one}: "
+            "run absorb gate with that budget, or sign again"
+        )
+        return
     row = row_of(gate, predicate.recipe, predicate.target)
-    verdict, _ = signable_verdict(gate, row)
+    verdict, reason = signable_verdict(gate, row)
     if verdict != predicate.verdict:
         variant = f"{predicate.recipe} on {predicate.target}"
         yield f"{GATE} says {verdict} of {variant}, signed was {predicate.verdict}"
-    if predicate.waiver is None and (why := to_waive(gate, verdict)):
+    if predicate.waiver is None and (why := to_waive(gate, verdict, reason)):
         yield f"{predicate.recipe} on {predicate.target}: {why}; nobody waived that"
-    if predicate.policy != policy(rerun.run, gate):
-        yield f"{GATE} was made with another budget or plan than the signed one"
+    if signed_by != policy(rerun.run, gate):
+        yield f"{GATE} was made with another plan than the signed one"
     if gate.runs[predicate.judged.number - 1 : predicate.judged.number] != [predicate.judged]:
         yield f"gate-runs.jsonl does not hold verdict {predicate.judged.number}, which was signed"
     signed, figures = without_drawn(predicate.figures), without_drawn(signed_figures(gate, row))
-    if apart := first_difference(signed, figures):
+    if apart := first_difference(signed, figures, words=("was", f"{GATE} has")):
         yield f"{GATE} is not what was signed: {apart}"
     if (apart := rerun.differs()) or (
         file_sha256(rerun.run / GATE) != predicate.files[GATE] and (apart := rerun.worded_otherwise())

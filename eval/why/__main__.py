@@ -40,6 +40,8 @@ def shipping(release: Path, contract: Contract) -> Iterator[Entry]:
         sign = target.signature
         signed = f"{target.recipe} on {name} ({target.verdict}) by {sign.by}, {sign.time}"
         yield Entry("signed", signed, sign.key)
+        if target.budget_note:
+            yield Entry("budget", target.budget_note)
         if target.waiver:
             yield Entry("waived", f"until {target.waiver.expires}: {target.waiver.reason}")
     text = f"{contract.name} of {contract.released}, answered for by {contract.owner}"

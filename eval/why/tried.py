@@ -1,8 +1,8 @@
 """What was tried beside a release and did not hold, of the files that other commands wrote.
 
-Of the release itself: variants that are not shipped, rivals, verdicts and looks at the test documents without
-a PASS. Beside it: rows of challenges that collapsed or cannot be told, methods of a comparison that were not
-absorbed, runs without a PASS, recipes that could not be built.
+Of the release itself: variants that are not shipped, rivals, every verdict, and looks at the test documents
+without a PASS. Beside it: rows of challenges that collapsed or cannot be told, methods of a comparison that
+were not absorbed, runs without a PASS, recipes that could not be built.
 """
 
 import json
@@ -31,7 +31,7 @@ BESIDE = ("not built", "challenge", "comparison", "other run", "not read")
 
 
 def in_release(contract: Contract, gate: GateFile) -> Iterator[Entry]:
-    """What the study of a release tried and did not ship, and what its gate said that was no PASS."""
+    """What the study of a release tried and did not ship, and every verdict of its gate."""
     shipped = {(name, target.recipe) for name, target in contract.targets.items()}
     for row in gate.variants:
         if (row.target, row.recipe) not in shipped:
@@ -43,9 +43,8 @@ def in_release(contract: Contract, gate: GateFile) -> Iterator[Entry]:
             text = f"{rival.what}: better by {estimate_cell(rival.lead)} {rival.lead.unit}"
             yield Entry("rival", text, figures=rival.model_dump(mode="json"))
     for run in gate.runs:
-        if run.verdict != PASS:
-            text = f"{run.time} {run.verdict} by the budget {run.budget}"
-            yield Entry("verdict", text, run.evidence, figures=run.model_dump(mode="json"))
+        text = f"{run.time} {run.verdict} by the budget {run.budget} ({run.budget_hash[:8]})"
+        yield Entry("verdict", text, run.evidence, figures=run.model_dump(mode="json"))
     for look in gate.test_set.history if gate.test_set else ():
         if look.verdict != PASS:
             text = f"{look.time} {look.recipe}: {look.verdict or 'opened and not judged'}, by {look.by}"
