@@ -349,6 +349,14 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path, number):
     assert raw["base"]["architecture"]["rms_norm_eps"] == 1e-6
 
 
+def test_a_file_that_is_read_twice_is_not_what_became_of_it_in_between(tmp_path):
+    (path := tmp_path / "a.yaml").write_text("name: a\nseeds: [0]\n")
+    read_yaml(path)["seeds"].append(1)
+    assert read_yaml(path)["seeds"] == [0]
+    path.write_text("seeds: [2]\n")
+    assert read_yaml(path)["seeds"] == [2]
+
+
 def test_the_document_of_all_keys_is_as_written_by_its_script():
     assert (ROOT / "docs" / "config.md").read_text() == config_docs(), (
         "run python scripts/write_config_docs.py"

@@ -12,19 +12,13 @@ import re
 import sys
 from abc import ABCMeta
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from eval.core.errors import UserError, expected_text, require_one_of
 from eval.syntax import normalize
@@ -34,8 +28,6 @@ PATH_KEYS = {"budget", "recipes"}  # of a study: paths are taken from the folder
 MAX_DEPTH, MAX_COPIED = 50, 100_000  # of YAML: levels inside one another, characters that aliases stand for
 PACKAGES = ("package:", "pypi:", "npm:")  # how a path begins that names a package, not a folder or a file
 M = TypeVar("M", bound=BaseModel)
-
-
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
@@ -140,6 +132,12 @@ OneKeyLoader.add_implicit_resolver(
 )
 
 
+@lru_cache(maxsize=256)
+def _parse_yaml(text: str) -> Any:
+    """What the text holds; a recipe is asked for by several checks of one command."""
+    return yaml.load(text, Loader=OneKeyLoader)
+
+
 def read_yaml(path: Path, kind: str = "studies", chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, laid over those that it `extends`: mappings merge, the rest replaces.
 
@@ -156,7 +154,7 @@ def read_yaml(path: Path, kind: str = "studies", chain: tuple[Path, ...] = ()) -
     if not path.is_file():
         raise UserError("config", str(path), "no such file; give the path of a YAML file")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=OneKeyLoader)
+        raw = copy.deepcopy(_parse_yaml(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}", " ".join(str(error).split()), "fix the YAML") from error
     if not isinstance(raw, dict):

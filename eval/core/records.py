@@ -93,7 +93,7 @@ class Documents(Stored):
         if (least := min(self.bytes)) <= 0:
             name = self.id[self.bytes.index(least)]
             raise ValueError(f"document {name!r} has {least} bytes; drop empty documents")
-        if not all(map(math.isfinite, self.bits)):
+        if not math.isfinite(sum(self.bits)) and not all(map(math.isfinite, self.bits)):
             name, bits = next(p for p in zip(self.id, self.bits, strict=True) if not math.isfinite(p[1]))
             raise ValueError(f"document {name!r} has {bits} bits; the model's output is not finite")
         if (least_bits := min(self.bits)) < 0:

@@ -14,12 +14,13 @@ from eval.stats.crossed import (
     linearise,
     mean_squares,
     products,
+    random_stream,
     t_quantile,
 )
 from eval.stats.multiplicity import holm
 from eval.stats.power import Components
 from eval.stats.quantiles import quantile_bounds, requests_needed
-from eval.stats.ratios import fieller, pigeonhole, ratio_bounds, share_bounds
+from eval.stats.ratios import POISSON, fieller, pigeonhole, ratio_bounds, share_bounds
 
 
 @pytest.fixture
@@ -279,6 +280,16 @@ def test_tokens_of_a_request_are_no_requests_of_their_own(rng):
     assert missed[0] > 0.1
     assert missed[1] <= 0.05
     assert quantile_bounds(runs[0][: 58 * tokens], q, 0.05, tokens)[1] is None, "58 requests have no bound"
+
+
+def test_pigeonhole_sums_as_float64_would(rng):
+    """Reference: the same draws, in float64."""
+    z = rng.normal(1, 1, size=(3, 4, 500))
+    stream = random_stream(2)
+    seeds = stream.multinomial(4, np.full(4, 1 / 4), size=200) / 4
+    weights = POISSON.astype(float)[stream.integers(len(POISSON), size=(200, 500), dtype=np.uint16)]
+    expected = np.einsum("ns,nc,ksc->nk", seeds, weights, z) / weights.sum(1)[:, None]
+    np.testing.assert_allclose(pigeonhole(z, 200, 2), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("documents", [1, 2, 3])
