@@ -122,6 +122,13 @@ def read_columns(run: Path, study: Study, path: Path) -> Documents:
             raise UserError(thing, f"its text has sha256 {sha256[:12]}, the run's has {now[:12]}", FIX)
         if key in rows:
             raise UserError(thing, "a second score of it", "leave one out")
+        if known[key].prompt and {"doc", "filtered_resps"} <= row.keys():
+            problem = (
+                "loglikelihood_rolling of a document with a prompt: what stands before the text counts too"
+            )
+            raise UserError(
+                thing, f"{problem}, or is not read", "give `bits`, `nats` or `logprobs` of the text"
+            )
         rows[key] = bits, tokens
     if missing := [key for key in known if key not in rows]:
         name, document = missing[0]

@@ -103,6 +103,23 @@ def test_log_probabilities_and_samples_of_the_harness_are_the_same_scores(scored
             assert set(record.documents.tokens) == {2}, "those that are predicted"
 
 
+def test_a_rolling_likelihood_of_a_document_with_a_prompt_is_refused(tmp_path):
+    """The harness has no prompt there: its bits would count, or the text would be scored without it."""
+    path, run = fake_run(tmp_path, seeds=[0])
+    texts = run / "data/validation.jsonl"
+    documents = [json.loads(line) for line in texts.read_text().splitlines()]
+    write(texts, [{**documents[0], "prompt": "what is asked: "}, *documents[1:]])
+    study, named = load_study(path), ("slice", "id", "sha256")
+    rows = [json.loads(line) for line in importing.export_lines(load_study(path))]
+    samples = [{"doc": row, "filtered_resps": [-1.0]} for row in rows]
+    with pytest.raises(
+        UserError, match=r"line 1: document .*: loglikelihood_rolling of a document with a pr"
+    ):
+        importing.read_columns(run, study, write(tmp_path / "samples.jsonl", samples))
+    scored = [{**{name: row[name] for name in named}, "nats": 1.0} for row in rows]
+    assert importing.read_columns(run, study, write(tmp_path / "s1.jsonl", scored)).bits[0] == 1 / math.log(2)
+
+
 def without_nats(row, **fields):
     return {name: value for name, value in row.items() if name != "nats"} | fields
 
