@@ -1,13 +1,18 @@
 """Keys of sign-offs: private, whole, and of files or key services."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner
 
 from eval.core.errors import UserError
+from eval.release.load_release import load_release
 from eval.signoff.keys import new_key, private_key, public_key
+from tests.eval.run_builder import copy_run
+from tests.helpers import run_here
 
 
 def test_a_key_is_private_whole_and_never_overwritten(tmp_path):
@@ -60,3 +65,39 @@ def test_a_key_of_a_service_that_the_loader_could_not_verify_is_refused_before_i
         UserError, match="neither an Ed25519 key nor an ECDSA key on P-256; make such a key in"
     ):
         private_key("awskms:alias/ada", tmp_path / "key.pub")
+
+
+class ServiceSigner(CryptoSigner):
+    """A key service of the machine's own: it signs with a key that lies at the path in the URI."""
+
+    @classmethod
+    def from_priv_key_uri(cls, priv_key_uri, public_key, secrets_handler=None):
+        path = Path(priv_key_uri.partition(":")[2])
+        return cls(load_pem_private_key(path.read_bytes(), None), public_key)
+
+
+@pytest.mark.slow
+def test_the_key_of_a_service_signs_verifies_releases_and_is_what_the_loader_trusts(
+    released_run, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(SIGNER_FOR_URI_SCHEME, "ourkms", ServiceSigner)
+    run = copy_run(released_run.folder, tmp_path / "copy")
+    shutil.rmtree(run.path / "signoff")
+    key, public, out = tmp_path / "hidden", tmp_path / "hidden.pub", tmp_path / "out"
+    new_key(key, "p256")
+    new_key(tmp_path / "other")
+    study, service = ["--study", run.path], ["--key", f"ourkms:{key}", "--public", public]
+
+    def done(module, *words, code=0):
+        ended = run_here(f"{module}.__main__", *study, *words)
+        assert ended.returncode == code, ended.stderr
+        return ended.stdout
+
+    done("eval.signoff", "--variant", "small", "--by", "Ada", *service)
+    assert "signed by Ada" in done("eval.signoff", "--verify", "--public", public)
+    done("eval.signoff", "--verify", "--public", tmp_path / "other.pub", code=1)
+    done("eval.release", "--variant", "small", "--owner", "Team A", "--out", out, *service)
+    info = load_release(out, "cpu", public_key=public)[1]
+    assert (info.fallback, info.reason) == (False, None)
+    with pytest.raises(RuntimeError, match="was not signed by this key"):
+        load_release(out, "cpu", public_key=tmp_path / "other.pub")
