@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 
 import pytest
 import yaml
@@ -18,8 +18,9 @@ from eval.release.load_release import load_release
 from eval.signoff.keys import new_key, read_trusted
 from eval.signoff.statement import Waiver, read_bundle
 from eval.signoff.verify import Rerun, problems, row_of
-from tests.eval.run_builder import NOW, Run, gate, report, sign
+from tests.eval.run_builder import NOW, Run, copy_run, gate, report, sign
 from tests.eval.test_release import DAY, rewrite
+from tests.helpers import run as command
 
 
 def faults(path, run):
@@ -91,3 +92,40 @@ def test_what_another_budget_judged_says_so_wherever_the_release_is(released_run
     copy = shutil.copytree(release, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     rewrite(copy, "release.json", lambda index: index["targets"]["cpu"].update(loader_facts(target)))
     assert load_release(copy, "cpu")[1].budget_note == told
+
+
+@pytest.mark.slow
+def test_by_the_command_line_it_is_signed_on_a_waiver_of_two_keys_released_loaded_and_told(
+    released_run, tmp_path
+):
+    run, out = copy_run(released_run.folder, tmp_path), tmp_path / "out"
+    shutil.rmtree(run.path / "signoff")
+    shutil.rmtree(tmp_path / "release", ignore_errors=True)
+    new_key(tmp_path / "second")
+    loose = {**run.budget, "name": "loose", "f": 0.01, "waivers": {"signatures": 2, "days": 30}}
+    (tmp_path / "loose.yaml").write_text(yaml.safe_dump(loose))
+    day = (datetime.now(UTC) + timedelta(days=20)).date().isoformat()
+
+    def done(module, *words, code=0):
+        ended = command("-m", module, "--study", run.path, *words)
+        assert ended.returncode == code, ended.stdout + ended.stderr
+        return ended.stdout + ended.stderr
+
+    done("eval.gate", "--budget", tmp_path / "loose.yaml")
+    done("eval.report")
+    told = "judged by another budget, 'loose', than the one fixed on 2025-12-31T00:00:00+00:00"
+    signed = ["--variant", "small", "--by", "Ada", "--key", tmp_path / "key"]
+    assert f"{told}; do not ship it, or give --waive" in done("eval.signoff", *signed, code=3)
+    waiver = ["--waive", "a demonstration", "--expires", day]
+    done("eval.signoff", *signed, *waiver)
+    keys = ["--public", tmp_path / "key.pub", tmp_path / "second.pub"]
+    shipped = ["--variant", "small", "--owner", "Team A", "--out", out, "--key", tmp_path / "key", *keys]
+    assert "the waiver has 1 of 2 signatures that the budget asks" in done("eval.release", *shipped, code=3)
+    done("eval.signoff", "--variant", "small", "--by", "Bob", "--key", tmp_path / "second", *waiver)
+    assert f"    {told}\n    WAIVED until {day}: a demonstration" in done("eval.release", *shipped)
+    target = read_contract(out).targets["cpu"]
+    assert (target.budget_note, target.waiver.expires.isoformat()) == (told, day)
+    assert f"On cpu the verdict is PASS, {told}: " in (out / "README.md").read_text()
+    assert f'"value": "{told}"' in (out / "bom.cdx.json").read_text()
+    info = load_release(out, "cpu", public_key=tmp_path / "key.pub")[1]
+    assert (info.fallback, info.budget_note, info.expires) == (False, told, day)
