@@ -39,8 +39,18 @@ from eval.gate.evidence import Evidence, collect_evidence
 from eval.release import load_release
 from eval.release.bom import BOM, bill_of_materials
 from eval.release.card import card
-from eval.release.contract import build_contract, inputs, lineage, loader_facts, shipped
-from eval.release.contract_file import CONTRACT, Contract, Saving, Signature, Target, contract_text
+from eval.release.contract import (
+    build_contract,
+    floors,
+    inputs,
+    lineage,
+    loader_cost,
+    loader_facts,
+    refuse_broken_floors,
+    refuse_lost_limits,
+    shipped,
+)
+from eval.release.contract_file import CONTRACT, Contract, Signature, Target, contract_text
 from eval.release.golden_answers import CANDIDATES, build_golden_answers
 from eval.release.model_signature import require_model_signing, sign_model
 from eval.release.origin import made_from
@@ -50,7 +60,7 @@ from eval.report.format import remarks
 from eval.signoff.keys import Trusted, from_text, private_key, read_trusted, wrapped
 from eval.signoff.statement import FOLDER, TYPE, Predicate, signoff_path
 from eval.signoff.verify import GATE, Rerun, problems, row_of
-from eval.stats.crossed import FAIL, PASS
+from eval.stats.crossed import PASS
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Signer
@@ -210,8 +220,11 @@ class ReleaseFolder:
         for name, target in targets.items():
             if is_runnable(target):
                 texts = (document.text for document in stream_documents(self.sources.run / "data", TRAIN))
-                cost = rehearse(self.place, name, study.cost, texts)
+                processes = rehearse(self.place, name, target, study.cost, texts)
+                of = (self.sources.evidence, self.sources.budget, name, target.recipe)
+                cost = loader_cost(*of, processes)
                 targets[name] = target.model_copy(update={"loader_cost": cost})
+                refuse_lost_limits(name, targets[name])
         contract = contract.model_copy(update={"targets": targets})
         base = study.base
         self.write(CONTRACT, contract_text(contract))
@@ -270,31 +283,6 @@ def sign_folder(place: Path, signer: "Signer", owner: str) -> None:
     write_text(place / load_release.SIGNATURE, wrapped(json.dumps(statement).encode(), signer) + "\n")
 
 
-def refuse_broken_floors(targets: dict[str, Target]) -> None:
-    """What passed as a recipe of all seeds must hold for the artifact that is shipped, by itself.
-
-    Raises:
-        UserError: on a slice it is below its own floor beyond doubt, and nobody waived anything.
-    """
-    for name, target in ((n, t) for n, t in targets.items() if t.waiver is None):
-        for of, slice_name, saving in floors(target):
-            if saving.verdict == FAIL:
-                saved = saving.measured
-                span = f"{saved.point:.4f} [{saved.low:.4f}, {saved.high:.4f}]"
-                raise UserError(
-                    f"release of {target.recipe} on {name}",
-                    f"its own artifact saves {span} bits/byte over the {of} on {slice_name}, "
-                    f"the floor is {saving.floor:.4f}",
-                    "nothing was released; ship another variant, or a study whose first seed keeps them",
-                )
-
-
-def floors(target: Target) -> Iterator[tuple[str, str, Saving]]:
-    """What it is held against, the slice and what is saved there, of each floor."""
-    for name, gain in target.gain.items():
-        yield from (("control", name, gain.over_control), ("fallback", name, gain.over_fallback))
-
-
 def build_release(
     sources: ReleaseEvidence,
     out: Path,
@@ -348,6 +336,8 @@ def summary_lines(contract: Contract, out: Path) -> Iterator[str]:
             likely = f"{100 * chance:.0f} % of single seeds keep it" if chance is not None else "one seed"
             if saving.verdict is not None:
                 yield f"    floor over the {of} on {slice_name}: {saving.verdict}; {likely}"
+        for cost in target.loader_cost.limits if target.loader_cost else ():
+            yield f"    through the loader, {cost.reason}: {cost.verdict}"
         for cost in target.fallback_cost:
             if cost.verdict != PASS:
                 yield f"    the fallback is not within the budget: {cost.reason}"

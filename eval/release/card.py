@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval.core.gate_file import Estimate, KeptShare
+from eval.core.gate_file import Estimate, KeptShare, Number
 from eval.release.contract_file import Contract, Cost, Gain
 from eval.release.origin import Entry
 from eval.report.format import estimate_cell, fixed, significant
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 METRICS = {
-    "kept_share": "share of the method's gain that this artifact retains",
+    "own_share": "share of the method's gain that this artifact retains, given the measured teacher's gain",
     "bits_per_byte_saved_over_control": "bits per byte saved over the control",
     "bits_per_byte_saved_over_fallback": "bits per byte saved over the fallback",
 }
@@ -29,6 +29,10 @@ def span(value: Estimate | KeptShare) -> str:
 
 def bounded(cost: Cost) -> str:
     return f"{significant(cost.measured)} [{significant(cost.low)}, {significant(cost.high)}]"
+
+
+def number(cost: Number) -> str:
+    return f"{significant(cost.value)} [{significant(cost.lower)}, {significant(cost.upper)}] {cost.unit}"
 
 
 def card(contract: Contract, base: str | None, origin: Sequence[Entry], said: Sequence[str]) -> str:
@@ -53,6 +57,7 @@ def card(contract: Contract, base: str | None, origin: Sequence[Entry], said: Se
     environment.filters.update(
         span=span,
         bounded=bounded,
+        number=number,
         fixed=fixed,
         own_share=own_share,
         significant=significant,
@@ -78,14 +83,23 @@ def results(contract: Contract) -> list["EvalResult"]:
     return results
 
 
-def own_share(gain: Gain) -> float | None:
-    """What the artifact saves over its control, as a share of the teacher's gain; None where that is none."""
-    teacher = gain.teacher_gain
-    return gain.over_control.measured.point / teacher.point if (teacher.low or 0) > 0 else None
+def own_share(gain: Gain) -> KeptShare | None:
+    """What the artifact saves over its control, as a share of the teacher's gain; None where that is none.
+
+    The ends of its interval are those of the saving, given the teacher's gain as it was measured.
+    """
+    teacher, saving = gain.teacher_gain, gain.over_control.measured
+    if not (teacher.low or 0) > 0:
+        return None
+    low, high = (None if end is None else end / teacher.point for end in (saving.low, saving.high))
+    about = "given the measured teacher's gain"
+    return KeptShare(point=saving.point / teacher.point, low=low, high=high, method=about)
 
 
 def saved(gain: Gain) -> dict[str, float | None]:
-    values = own_share(gain), gain.over_control.measured.point, gain.over_fallback.measured.point
+    own = own_share(gain)
+    share = own.point if own else None
+    values = share, gain.over_control.measured.point, gain.over_fallback.measured.point
     return dict(zip(METRICS, values, strict=True))
 
 

@@ -1,7 +1,8 @@
 """The contract of a release, built from the gate, the records and the manifests of a run."""
 
+import platform
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -13,8 +14,9 @@ from eval.core.checks import CONTROL, FALLBACK, STUDENT, Artifacts
 from eval.core.documents import TRAIN, stream_documents
 from eval.core.errors import UserError
 from eval.core.gate_file import GateFile, Part, Variant
-from eval.core.records import PLAIN, VALIDATION, read_costs, read_loads
+from eval.core.records import PLAIN, VALIDATION, Process, machine, read_costs, read_loads
 from eval.core.study import Study
+from eval.cost.estimates import PERCENTILES, estimate_quantity, list_quantities
 from eval.engines import subject_of
 from eval.gate.evidence import C, Contrast, Evidence, by_target
 from eval.gate.limits import cost_parts, variant_costs
@@ -24,6 +26,7 @@ from eval.release.contract_file import (
     Cost,
     Gain,
     Inputs,
+    LoaderCost,
     Saving,
     SeedChance,
     Signature,
@@ -34,6 +37,9 @@ from eval.release.contract_file import (
 )
 from eval.signoff.statement import Predicate
 from eval.signoff.verify import budget_note
+from eval.stats.crossed import FAIL
+
+THROUGH_LOADER = (*PERCENTILES, "load_time", "peak_memory")  # quantities that its user sees
 
 
 def costs_of(parts: list[Part]) -> list[Cost]:
@@ -79,6 +85,36 @@ def fallback_parts(e: Evidence, budget: Budget, target: str) -> list[Part]:
     costs = variant_costs(seen, target, FALLBACK, limits, budget.alpha)
     assert costs is not None
     return cost_parts(seen, target, FALLBACK, limits, costs, budget.alpha)
+
+
+def loader_cost(
+    e: Evidence, budget: Budget, target: str, recipe: str, processes: list[Process]
+) -> LoaderCost:
+    """What was measured through the loader, held against the absolute limits of a target as the gate does.
+
+    A relative limit is none of it: the model that it is relative to is not in a release.
+    """
+    (record, *_), limits = e.costs[target, recipe], budget.targets[target]
+    records = [record.model_copy(update={"processes": processes})]
+    costs = {
+        name: estimate_quantity(records, name, budget.alpha)
+        for name in list_quantities(records)
+        if name in THROUGH_LOADER
+    }
+    absolute = {n: limit for n, limit in limits.limits.items() if limit.of is None and n in THROUGH_LOADER}
+    seen = replace(e, costs={(target, recipe): records})
+    held = limits.model_copy(update={"limits": absolute})
+    return LoaderCost(
+        prefill=costs["prefill_p50"],
+        decode=costs.get("decode_p50"),
+        load=costs["load_time"],
+        peak_memory=costs["peak_memory"],
+        limits=costs_of(cost_parts(seen, target, recipe, held, costs, budget.alpha)),
+        processes=len(processes),
+        requests=len(processes[0].prefill_ms),
+        prompt_tokens=record.prompt_tokens,
+        machine=f"{machine().cpu}, Python {platform.python_version()}",
+    )
 
 
 def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:
@@ -150,6 +186,47 @@ def shipped(
         one_seed={name: seed_chance(e, row.recipe, name, one) for name, one in gains.items()},
         loader_cost=None,
     )
+
+
+def refuse_broken_floors(targets: dict[str, Target]) -> None:
+    """What passed as a recipe of all seeds must hold for the artifact that is shipped, by itself.
+
+    Raises:
+        UserError: on a slice it is below its own floor beyond doubt, and nobody waived anything.
+    """
+    for name, target in ((n, t) for n, t in targets.items() if t.waiver is None):
+        for of, slice_name, saving in floors(target):
+            if saving.verdict == FAIL:
+                saved = saving.measured
+                span = f"{saved.point:.4f} [{saved.low:.4f}, {saved.high:.4f}]"
+                raise UserError(
+                    f"release of {target.recipe} on {name}",
+                    f"its own artifact saves {span} bits/byte over the {of} on {slice_name}, "
+                    f"the floor is {saving.floor:.4f}",
+                    "nothing was released; ship another variant, or a study whose first seed keeps them",
+                )
+
+
+def floors(target: Target) -> Iterator[tuple[str, str, Saving]]:
+    """What it is held against, the slice and what is saved there, of each floor."""
+    for name, gain in target.gain.items():
+        yield from (("control", name, gain.over_control), ("fallback", name, gain.over_fallback))
+
+
+def refuse_lost_limits(name: str, target: Target) -> None:
+    """What is within its limits by its engine must be so through the loader, which is how it is used.
+
+    Raises:
+        UserError: it is beyond an absolute limit of the budget beyond doubt, and nobody waived anything.
+    """
+    assert target.loader_cost is not None
+    lost = [cost for cost in target.loader_cost.limits if cost.verdict == FAIL]
+    if lost and target.waiver is None:
+        raise UserError(
+            f"release of {target.recipe} on {name}",
+            f"through the loader, {lost[0].reason}",
+            "nothing was released; ship another variant, or build it on the machine of the target",
+        )
 
 
 def loader_facts(target: Target) -> dict[str, str | None]:

@@ -18,7 +18,7 @@ from scipy.special import stdtr
 
 from eval.core.config import Stored
 from eval.core.errors import UserError, expected_text
-from eval.core.gate_file import Estimate, KeptShare
+from eval.core.gate_file import Estimate, KeptShare, Number
 from eval.signoff.statement import Waiver
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict, cluster_bounds, linearise
 
@@ -70,13 +70,15 @@ class SeedChance(Stored):
 
 
 class LoaderCost(Stored):
-    """Measured through the loader in one fresh process, when the release was built."""
+    """Measured through the loader in fresh processes, when the release was built."""
 
-    prefill_ms: float  # median of the requests, batch 1
-    decode_ms: float  # median by token
-    load_s: float
-    peak_memory_mib: float | None  # VmHWM; null where there is none
-    requests: int
+    prefill: Number  # median of the requests, batch 1
+    decode: Number | None  # median by token; null where a request is one token
+    load: Number  # until what is served was checked, loaded and tried out
+    peak_memory: Number  # of a process: VmHWM, on CUDA what torch reserved
+    limits: list[Cost]  # absolute limits of the budget on what is seen through the loader, held against it
+    processes: int
+    requests: int  # of each process
     prompt_tokens: int
     machine: str  # its processor
 
@@ -101,8 +103,8 @@ class Target(Stored):
     budget_note: str | None  # why its budget is not the one that was fixed before the first figure; else null
     signature: Signature
     gain: dict[str, Gain]  # by slice
-    cost: list[Cost]
-    fallback_cost: list[Cost]  # of the base, held against the same limits
+    cost: list[Cost]  # by the engine, as the verdict has it
+    fallback_cost: list[Cost]  # of the base, by its engine, held against the same limits
     one_seed: dict[str, SeedChance]  # by slice
     loader_cost: LoaderCost | None  # null where its device is not on the machine that built it
 
@@ -121,7 +123,7 @@ class Inputs(Stored):
 class Contract(Stored):
     """contract.yaml."""
 
-    schema_version: Literal[4] = 4
+    schema_version: Literal[5] = 5
     name: str
     study: str
     method: str

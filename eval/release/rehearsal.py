@@ -1,8 +1,7 @@
-"""A release is tried out before it is one: loaded and timed by its own loader, in a process of its own."""
+"""A release is tried out before it is one: loaded and timed by its own loader, in processes of its own."""
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -11,18 +10,17 @@ from typing import Any
 
 from eval.core.artifacts import MANIFEST, hash_files, write_text
 from eval.core.errors import UserError
-from eval.core.records import machine
+from eval.core.records import Process
 from eval.core.sections import Cost
 from eval.cost.plan import cut_prompts
-from eval.release.contract_file import LoaderCost, Target
+from eval.release.contract_file import Target
 
-REQUESTS = 10  # at most, of each target
 REHEARSAL = """
-import json, statistics, sys, time
+import json, sys, time
 sys.dont_write_bytecode = True
 sys.path.insert(0, ".")
-for name in ("compress", "distill", "eval"):
-    sys.modules[name] = None  # a release runs where this project is not installed
+for name in ("compress", "distill", "eval", "scipy", "sklearn"):
+    sys.modules[name] = None  # a release runs where this project, and what it alone needs, is not installed
 from load_release import load_release
 asked = json.load(sys.stdin)
 start = time.perf_counter()
@@ -31,20 +29,24 @@ measured = {"reason": info.reason, "load_s": time.perf_counter() - start}
 prefill, decode = [], []
 for number, ids in enumerate(asked["prompts"]):
     start = time.perf_counter()
-    row = model._read(ids, first=True)
+    token = int(model._read(ids, first=True).argmax())
     stamps = [start, time.perf_counter()]
     for _ in range(asked["new_tokens"] - 1):
-        row = model._read([int(row.argmax())], first=False)
+        token = int(model._read([token], first=False).argmax())
         stamps.append(time.perf_counter())
     if number >= asked["warmup"]:
         prefill.append(1e3 * (stamps[1] - stamps[0]))
         decode += [1e3 * (b - a) for a, b in zip(stamps[1:], stamps[2:])]
-measured |= {"prefill_ms": statistics.median(prefill), "decode_ms": statistics.median(decode)}
-try:
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-    measured["peak_memory_mib"] = int(line.split()[1]) / 1024
-except OSError:
-    measured["peak_memory_mib"] = None
+measured |= {"prefill_ms": prefill, "decode_ms": decode}
+if asked["device"] == "cuda":
+    import torch
+    measured["peak_memory_bytes"] = torch.cuda.max_memory_reserved()
+else:
+    try:
+        line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+        measured["peak_memory_bytes"] = int(line.split()[1]) * 1024
+    except OSError:
+        measured["peak_memory_bytes"] = None
 print(json.dumps(measured))
 """
 
@@ -56,26 +58,32 @@ def is_runnable(target: Target) -> bool:
     return target.device == "cpu" or torch.cuda.is_available()
 
 
-def rehearse(place: Path, target: str, cost: Cost, texts: Iterable[str]) -> LoaderCost:
-    """Loads a target in a fresh process that cannot see this project, and measures it there.
+def rehearse(place: Path, name: str, target: Target, cost: Cost, texts: Iterable[str]) -> list[Process]:
+    """Loads a target in fresh processes that cannot see this project, and measures it there.
 
     Args:
-        cost: settings of the study: prompts and tokens are those, requests at most `REQUESTS`.
+        name: of the target.
+        cost: settings of the study: processes, prompts and tokens are those, at batch 1.
         texts: what prompts are made of.
 
     Raises:
         UserError: the release would serve its fallback from the first day, or nothing at all.
     """
-    files = {name: entry.model_dump() for name, entry in hash_files(place).items()}
+    files = {file: entry.model_dump() for file, entry in hash_files(place).items()}
     write_text(place / MANIFEST, json.dumps({"files": files}))
-    cost = cost.model_copy(update={"requests": min(cost.requests, REQUESTS)})
-    prompts = cut_prompts(cost, place / "fallback", texts, "prompts of the release")
-    asked: dict[str, Any] = {"target": target, "prompts": prompts}
+    model = place / "variants" / target.recipe  # it may have a vocabulary of its own
+    prompts = cut_prompts(cost, model, texts, "prompts of the release")
+    asked: dict[str, Any] = {"target": name, "device": target.device, "prompts": prompts}
     asked |= cost.model_dump(include={"new_tokens", "warmup"})
+    return [_measured(place, name, asked, cost.threads) for _ in range(cost.processes)]
+
+
+def _measured(place: Path, name: str, asked: dict[str, Any], threads: int) -> Process:
+    """What one fresh process measures."""
     process = subprocess.run(
         [sys.executable, "-I", "-c", REHEARSAL],
         cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": str(cost.threads)},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         input=json.dumps(asked),
         capture_output=True,
         text=True,
@@ -91,6 +99,7 @@ def rehearse(place: Path, target: str, cost: Cost, texts: Iterable[str]) -> Load
     measured = json.loads(process.stdout.splitlines()[-1])
     if reason := measured.pop("reason"):
         fix = "nothing was released; the loader must take the variant: correct its artifact"
-        raise UserError(f"release for {target}", reason, fix)
-    sizes = {"requests": cost.requests, "prompt_tokens": cost.prompt_tokens}
-    return LoaderCost(**measured, **sizes, machine=f"{machine().cpu}, Python {platform.python_version()}")
+        raise UserError(f"release for {name}", reason, fix)
+    if measured["peak_memory_bytes"] is None:
+        raise UserError("peak memory", "no /proc/self/status here", "build the release on Linux")
+    return Process.model_validate(measured)

@@ -98,7 +98,8 @@ class RealRun(Run):
         changes: dict[str, Any] = {"context": CONTEXT}
         if self.chat:
             changes["documents"] = [Source(**CHAT_SOURCE)]
-        return study.model_copy(update={"data": study.data.model_copy(update=changes)})
+        few = study.cost.model_copy(update={"processes": 2})  # so often the loader of a release is started
+        return study.model_copy(update={"data": study.data.model_copy(update=changes), "cost": few})
 
     def make(self) -> "RealRun":
         """As `Run.make`, with what is known of the method of the first seed's teacher."""

@@ -167,7 +167,9 @@ class Run:
 
     def cost(self, recipe: str, factor: float, target: str = "cpu", machine: Machine = HOST) -> Path:
         rng = np.random.default_rng([len(recipe), ord(recipe[0])])
-        rounds = 1 + 0.1 * np.random.default_rng(1).random(3)  # slow spells hit every variant of a round
+        rounds = 1 + 0.1 * np.random.default_rng(1).random(
+            self.study.cost.processes
+        )  # slow spells hit every variant of a round
         processes = [
             Process(
                 prefill_ms=(5 * slow * rng.normal(1, 0.01, 10)).tolist(),

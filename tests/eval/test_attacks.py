@@ -17,7 +17,7 @@ from eval.core.errors import UserError
 from eval.core.gate_file import read_gate
 from eval.gate.decision import judge
 from eval.gate.history import write_opening, write_runs
-from eval.release.__main__ import refuse_broken_floors
+from eval.release.contract import refuse_broken_floors
 from eval.release.contract_file import (
     Saving,
     chance_of_one_seed,

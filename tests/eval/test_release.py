@@ -108,8 +108,13 @@ def test_the_bill_of_materials_fits_the_published_schema_and_says_what_was_measu
     shown = metrics["bits_per_byte_saved_over_control", "far"]
     assert float(shown["value"]) == saving["point"]
     assert float(shown["confidenceInterval"]["lowerBound"]) == saving["low"]
+    teacher, own = contract["targets"]["cpu"]["gain"]["far"]["teacher_gain"], metrics["own_share", "far"]
+    for bound, end in (("lowerBound", "low"), ("upperBound", "high")):
+        assert float(own["confidenceInterval"][bound]) == pytest.approx(saving[end] / teacher["point"])
     named = {one["name"]: one["value"] for one in variant["modelCard"]["properties"]}
-    assert named["absorb:bounds"].startswith("of quality over documents, two-sided, 90 %; of costs one-sided")
+    assert named["absorb:bounds"].startswith(
+        "of quality over documents, two-sided, 90 %, that of own_share given"
+    )
     assert "absorb:budget" not in named
     links = {one["ref"]: one["dependsOn"] for one in bom["dependencies"]}
     assert set(links) == {*parts, "release"}, "every part says what it was made from"
@@ -136,14 +141,13 @@ def test_the_card_can_be_read_by_other_programs(release):
     gain = contract["targets"]["cpu"]["gain"]["far"]
     own = gain["over_control"]["measured"]["point"]
     assert results["far", "bits_per_byte"] == pytest.approx(gain["level"]["point"], abs=1e-6)
-    assert results["far", "kept_share"] == pytest.approx(own / gain["teacher_gain"]["point"], abs=1e-5)
-    assert "tokens): prefill" in card.text, "measured through the loader"
+    assert results["far", "own_share"] == pytest.approx(own / gain["teacher_gain"]["point"], abs=1e-5)
     assert set(results) == {
         (split, name)
         for split in ("validation", "far")
         for name in (
             "bits_per_byte",
-            "kept_share",
+            "own_share",
             "bits_per_byte_saved_over_control",
             "bits_per_byte_saved_over_fallback",
         )
