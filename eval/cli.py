@@ -158,7 +158,7 @@ def _read_verdict(path: Path) -> str:
     try:
         gate = json.loads(path.read_text(encoding="utf-8"))
         return f"{gate['verdict']}: {gate['reason']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return UNREADABLE
 
 

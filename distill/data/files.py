@@ -136,7 +136,7 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[int, RawRow]]:
     if first is not None and first[1].lstrip().startswith("["):
         try:
             rows = json.loads("".join([first[1], *(line for _, line in lines)]))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             fix = "write one JSON object a line, or one list of objects"
             raise UserError(f"data source {path}", f"a list that is not JSON: {error}", fix) from error
         yield from ((i, _require_object(row)) for i, row in enumerate(rows, start=1))

@@ -201,7 +201,7 @@ def read_tools(tools: Any) -> list[dict[str, Any]]:
     """
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Unusable(NO_TOOLS) from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Unusable(NO_TOOLS)

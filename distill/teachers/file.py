@@ -79,7 +79,7 @@ def _read_line(line: bytes, where: str) -> tuple[str, str, Answer]:
         k = max(1, *map(len, pairs)) if pairs else 1
         ids, values = zip(*(likeliest(entries, k) for entries in pairs), strict=True)
         answer = Answer(np.array(ids, np.int64), np.array(values, np.float32), own)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"no answer to a row ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
         raise UserError(where, problem, fix) from error
     if own.shape != (len(ids),):

@@ -156,7 +156,7 @@ def _read_memory(memory: Path) -> dict[str, Any]:
     """What is remembered; nothing where the file is damaged: all is read again."""
     try:
         known = json.loads(memory.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) and all(map(_is_entry, known.values())) else {}
 

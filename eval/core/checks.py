@@ -60,7 +60,7 @@ def read_unbuilt(run: Path) -> dict[str, str]:
         return {}
     try:
         return {str(name): str(why) for name, why in json.loads(path.read_bytes()).items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         fix = f"delete it and run absorb compress --study {run}"
         raise UserError(str(path), "holds no recipes with reasons", fix) from error
 

@@ -220,7 +220,7 @@ def check_template_names(thing: str, config: bytes, files: list[str]) -> None:
     """
     try:
         templates = json.loads(config or b"{}")["chat_template"]
-    except (ValueError, KeyError, TypeError):  # none, or unreadable: what loads it says so
+    except (ValueError, KeyError, TypeError, RecursionError):  # none, or unreadable: what loads it says so
         templates = None
     names: list[Any] = [file.removesuffix(".jinja") for file in files]
     if isinstance(templates, list):

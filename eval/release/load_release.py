@@ -17,7 +17,8 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from importlib.util import cache_from_source
@@ -40,6 +41,15 @@ if Path(__file__).with_name(MANIFEST).is_file():  # in a release, Python kept th
 
 class ReleaseError(RuntimeError):
     """Something about a release is not as its contract says."""
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Makes a ReleaseError of whatever a file that is missing, damaged or forged raises."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ReleaseError(f"{what} cannot be read ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True)
@@ -97,15 +107,10 @@ class TorchModel(Model):
     def __init__(self, folder: Path, device: str, boundary: int) -> None:
         from transformers import AutoModelForCausalLM
 
-        quantized = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            device_map={"": device} if quantized else None,
-        )
+        quantized = "quantization_config" in read_json(folder / "config.json")
+        settings: dict[str, Any] = {"device_map": {"": device}} if quantized else {}
+        settings |= {"dtype": "auto", "use_safetensors": True, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **settings)
         super().__init__((model if quantized else model.to(device)).eval(), folder, boundary)
         self.past: Any = None
 
@@ -168,25 +173,18 @@ def end_ids(folder: Path, tokenizer: Any) -> set[int]:
 
 
 def read_bytes(path: Path) -> bytes:
-    try:
+    with reading(path):
         return path.read_bytes()
-    except OSError as error:
-        raise ReleaseError(f"{path} cannot be read ({error})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(read_bytes(path))
-    except ValueError as error:
-        raise ReleaseError(f"{path} cannot be read ({error})") from error
+    with reading(path):
+        return {**json.loads(path.read_bytes())}  # ** takes an object and nothing else
 
 
 def sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ReleaseError(f"{path} cannot be read ({error})") from error
+    with reading(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_files(root: Path, files: dict[str, Any], wanted: set[str]) -> None:
@@ -220,7 +218,8 @@ def read_key(public_key: Public) -> tuple[Any, list[Any], str]:
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
     text = public_key if isinstance(public_key, bytes) else read_bytes(Path(public_key))
-    key: Any = load_pem_public_key(text)
+    with reading("the public key"):
+        key: Any = load_pem_public_key(text)
     if isinstance(key, ed25519.Ed25519PublicKey):
         kind, scheme, public, by = "ed25519", "ed25519", key.public_bytes_raw().hex(), list[Any]()
     elif getattr(getattr(key, "curve", None), "name", "") == "secp256r1":
@@ -246,7 +245,7 @@ def verified(text: bytes, public_key: Public, what: str) -> dict[str, Any]:
         statement = json.loads(payload)
     except InvalidSignature as error:
         raise ReleaseError(f"{what} was changed, or was not signed by this key") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ReleaseError(f"{what} is no signature ({error})") from error
     expected = {"keyid": key_id, "sig": base64.b64encode(signature).decode()}
     whole = {"payload": base64.b64encode(payload).decode(), "payloadType": kind, "signatures": [expected]}
@@ -258,16 +257,15 @@ def verified(text: bytes, public_key: Public, what: str) -> dict[str, Any]:
 def check_signature(root: Path, files: dict[str, Any], public_key: Public) -> None:
     """Raises ReleaseError unless the key has signed the list of files and their hashes."""
     statement = verified(read_bytes(root / SIGNATURE), public_key, SIGNATURE)
-    try:
+    with reading(SIGNATURE):
         signed = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReleaseError(f"{SIGNATURE} is no signature ({error})") from error
     listed = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: sha256(root / MANIFEST)}
     for name in sorted({*signed, *listed}, key=lambda name: (name == MANIFEST, name)):
         if signed.get(name) != listed.get(name):
             raise ReleaseError(f"{name} is not the one that was signed")
 
 
+@reading("the rollout")
 def check_arm(arm: str, rollout: Path | None, root: Path, target: str, key: Public | None) -> None:
     """Raises ReleaseError where the fallback is asked for, by the caller or a rollout, or it is in doubt."""
     if arm != "release":
@@ -312,6 +310,7 @@ def loaded(root: Path, index: dict[str, Any], files: dict[str, Any], part: dict[
     return model
 
 
+@reading(INDEX)
 def check_waiver(index: dict[str, Any], part: dict[str, Any], day: date) -> None:
     """Raises ReleaseError where the waiver of a target has run out, or the clock is before the release."""
     if day < date.fromisoformat(index["released"]):
@@ -324,14 +323,19 @@ def overdue(index: dict[str, Any], root: Path, history: Path | None, day: date) 
     """The day of the last recheck, or of the release, where it is longer ago than the contract promises."""
     days, release, last = index.get("recheck_days"), sha256(root / MANIFEST), index["released"]
     try:
-        looks = [json.loads(line) for line in read_bytes(history).splitlines()] if history else []
-        days_of = (date.fromisoformat(x["time"][:10]) for x in looks if x["release"] == release)
-        last = max([last, *map(str, days_of)])
-    except (ReleaseError, ValueError, KeyError, TypeError) as error:
-        log.warning("history %s cannot be read: %s", history, error)
+        with reading(f"history {history}"):
+            lines = read_bytes(history).splitlines() if history else []
+            looks = (look for look in map(json.loads, lines) if look["release"] == release)
+            seen = max([last, *(str(date.fromisoformat(look["time"][:10])) for look in looks)])
+            if date.fromisoformat(seen) > day:  # it would silence the reminder for long
+                raise ValueError(f"a look of {seen}, which is yet to come")
+        last = seen
+    except ReleaseError as error:
+        log.warning("%s", error)
     return last if days and (day - date.fromisoformat(last)).days > days else None
 
 
+@reading("the release")
 def load_release(
     path: str | Path,
     target: str,
@@ -358,10 +362,9 @@ def load_release(
         ReleaseError: files, signature or index are off, there is no such target, or the fallback is off.
     """
     root, day = Path(path), max(today or date.min, datetime.now(UTC).date())
-    listed = read_json(root / MANIFEST)
+    files = read_json(root / MANIFEST).get("files")
     if sha256_of_manifest not in (None, sha256(root / MANIFEST)):
         raise ReleaseError(f"{root / MANIFEST} is not the one that was released")
-    files = listed.get("files") if isinstance(listed, dict) else None
     if not isinstance(files, dict) or INDEX not in files:
         raise ReleaseError(f"{root / MANIFEST} lists no {INDEX}")
     if public_key is not None:

@@ -170,7 +170,7 @@ def read_trusted(paths: Iterable[str | Path]) -> Trusted:
     trusted: Trusted = {}
     for path in map(Path, paths):
         if path.is_file() and not path.read_bytes().startswith(b"-----"):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
             for number, line in enumerate(lines, start=1):
                 if line.strip() and not line.startswith("#"):
                     holder = _allowed_signer(line, f"{path}: line {number}")
@@ -236,7 +236,7 @@ def envelope(text: str, where: str) -> "Envelope":
 
     try:
         parsed = Envelope.from_dict(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(where, f"no DSSE envelope ({error})", AGAIN) from error
     if parsed.payload_type != PAYLOAD_TYPE:
         raise UserError(where, f"payload of type {parsed.payload_type!r}", AGAIN)

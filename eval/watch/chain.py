@@ -80,8 +80,8 @@ def require_log(folder: Path) -> None:
 
 def _lines(folder: Path) -> list[str]:
     require_log(folder)
-    path = log_path(folder)
-    return path.read_bytes().decode(errors="replace").splitlines()
+    lines = log_path(folder).read_bytes().splitlines()  # of bytes: a text may hold U+2028, which ends no line
+    return [line.decode(errors="replace") for line in lines]
 
 
 def last_hash(folder: Path) -> str | None:
@@ -118,7 +118,7 @@ def _read_line(line: str, where: str, trusted: Trusted | None) -> Step:
         key = from_text(step.public_key)
     except ValidationError as error:
         raise UserError(where, f"no step of a rollout ({expected_text(error.errors()[0])})", BACK) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(where, f"no step of a rollout ({error})", BACK) from error
     signer_name(outside, key, trusted, where, BACK)
     return step

@@ -91,8 +91,8 @@ def read_history(path: Path) -> list[Look]:
         UserError: a line is no look, or not the one that was written.
     """
     looks: list[Look] = []
-    lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True) if path.is_file() else []
-    for number, line in enumerate(lines, 1):
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate((raw.decode(errors="replace") for raw in lines), 1):
         where, fix = f"history {path}, line {number}", "put the file back as it was, or begin a new one"
         try:
             look = Look.model_validate_json(line)

@@ -102,10 +102,10 @@ def _turn(where: str, turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(document: Document) -> str:
-    """What a document is known by: its text, and what comes before that."""
+    """What a document is known by: its text, and what comes before that; a blank at an end makes no other."""
     if not document.prompt:
-        return document.text
-    return json.dumps([document.prompt, document.text, *([document.tools] if document.tools else [])])
+        return document.text.strip()
+    return json.dumps([document.prompt, document.text.strip(), *([document.tools] if document.tools else [])])
 
 
 def check_prompts(release: Path, name: str, documents: list[Document]) -> None:

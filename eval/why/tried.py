@@ -99,7 +99,7 @@ def _read(path: Path) -> BaseModel | dict[str, str]:
         return (KINDS.get(path.name) or _kind(raw)).model_validate(raw)
     except ValidationError as error:
         raise first_error(f"--tried {path}", error, "have its command write it again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--tried {path}", f"no such file of ours: {error}", fix) from error
 
 

@@ -221,7 +221,7 @@ def json_objects(path: Path, thing: str, fix: str) -> Iterator[tuple[str, int, d
     for where, number, line in text_lines(path, thing, fix):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(where, f"not JSON ({error})", "write one JSON object a line") from error
         if not isinstance(row, dict):
             raise UserError(

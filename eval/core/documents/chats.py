@@ -51,7 +51,7 @@ def parse_arguments(calls: Any) -> Any:
         return calls
     parsed = {name: parse_arguments(part) if name == "function" else part for name, part in calls.items()}
     if isinstance(arguments := parsed.get("arguments"), str):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             parsed["arguments"] = json.loads(arguments)
     return parsed
 
