@@ -37,7 +37,7 @@ from eval.release.contract_file import (
 )
 from eval.signoff.statement import Predicate
 from eval.signoff.verify import budget_note
-from eval.stats.crossed import FAIL
+from eval.stats.crossed import FAIL, PASS
 
 THROUGH_LOADER = (*PERCENTILES, "load_time", "peak_memory")  # quantities that its user sees
 
@@ -192,9 +192,10 @@ def refuse_broken_floors(targets: dict[str, Target]) -> None:
     """What passed as a recipe of all seeds must hold for the artifact that is shipped, by itself.
 
     Raises:
-        UserError: on a slice it is below its own floor beyond doubt, and nobody waived anything.
+        UserError: on a slice it is below its own floor beyond doubt, and nobody waived its verdict: a waiver
+            of another budget says nothing of that.
     """
-    for name, target in ((n, t) for n, t in targets.items() if t.waiver is None):
+    for name, target in ((n, t) for n, t in targets.items() if t.verdict == PASS):
         for of, slice_name, saving in floors(target):
             if saving.verdict == FAIL:
                 saved = saving.measured
@@ -217,11 +218,11 @@ def refuse_lost_limits(name: str, target: Target) -> None:
     """What is within its limits by its engine must be so through the loader, which is how it is used.
 
     Raises:
-        UserError: it is beyond an absolute limit of the budget beyond doubt, and nobody waived anything.
+        UserError: it is beyond an absolute limit of the budget beyond doubt, and nobody waived its verdict.
     """
     assert target.loader_cost is not None
     lost = [cost for cost in target.loader_cost.limits if cost.verdict == FAIL]
-    if lost and target.waiver is None:
+    if lost and target.verdict == PASS:
         raise UserError(
             f"release of {target.recipe} on {name}",
             f"through the loader, {lost[0].reason}",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eval.core.artifacts import commit_text, file_sha256
+from eval.core.config import FileName
 from eval.core.errors import UserError, expected_text
 from eval.core.gate_file import GateRun
 from eval.signoff.keys import AGAIN, Trusted, envelope, from_text, signed_by, signer_name, wrapped
@@ -86,8 +87,8 @@ class Predicate(ForwardCompatible):
     public_key: str  # 32 bytes in hexadecimal (Ed25519), else PEM
     study: str
     config: str  # hash of the study
-    recipe: str
-    target: str
+    recipe: FileName
+    target: FileName
     verdict: Verdict
     reason: str
     recommended: bool
@@ -124,8 +125,8 @@ class Signed:
 
 
 def signoff_path(folder: Path, recipe: str, target: str) -> Path:
-    """Where the sign-offs of a variant lie, in a run folder or a release."""
-    return folder / FOLDER / f"{recipe}-{target}.intoto.jsonl"
+    """Where the sign-offs of a variant lie, in a run folder or a release: no name of either has an @."""
+    return folder / FOLDER / f"{recipe}@{target}.intoto.jsonl"
 
 
 @cache
@@ -181,8 +182,11 @@ def read_bundle(path: Path, trusted: Trusted | None = None) -> list[Signed]:
     unknown.
 
     Raises:
-        UserError: the file is no bundle, was changed or cut, or was signed by a key that is not trusted.
+        UserError: the file is no bundle, was changed or cut, speaks of another variant than its name, or was
+            signed by a key that is not trusted.
     """
+    if not path.is_file():
+        raise UserError(f"sign-off {path}", "is not there", AGAIN)
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -195,6 +199,10 @@ def read_bundle(path: Path, trusted: Trusted | None = None) -> list[Signed]:
     for (number, line), (_, result) in list(pairwise(numbered))[::2]:
         where = f"sign-off {path}: line {number}"
         one = _read_line(line.removesuffix("\n"), where, number, trusted)
+        of = one.predicate.recipe, one.predicate.target
+        if path.name != signoff_path(Path(), *of).name:
+            problem = f"speaks of {of[0]} on {of[1]}, whose file is {signoff_path(Path(), *of).name}"
+            raise UserError(where, problem, f"delete {path.name} and sign again")
         before = "".join(lines[: number - 1]).encode()
         if one.predicate.previous != (hashlib.sha256(before).hexdigest() if before else None):
             raise UserError(where, "is not linked to the lines before it: one was wiped or changed", AGAIN)

@@ -7,6 +7,8 @@ bytes that were signed, or what comes out when they are made again.
 from collections.abc import Iterator
 from datetime import date, datetime, timedelta
 from functools import cached_property
+from itertools import zip_longest
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,6 @@ from eval.signoff.statement import (
     expired,
     latest,
     read_bundle,
-    signoff_path,
 )
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict
 
@@ -92,19 +93,27 @@ class Rerun:
 
     def forged_reports(self, names: list[str]) -> Iterator[str]:
         """Of these reports, each that is not what gate.json gives, with the first line that differs."""
-        rendered = render_reports(self.run, self.gate) if names else {}
         for name in names:
-            was = (self.run / name).read_text(encoding="utf-8", errors="replace").splitlines()
-            is_ = rendered[name].splitlines()
-            pairs = [*zip(was, is_, strict=False), *((line, "nothing") for line in was[len(is_) :])]
-            pairs += [("nothing", line) for line in is_[len(was) :]]
-            for number, (a, b) in enumerate(pairs, start=1):
-                if a != b:
-                    letters = enumerate(zip(a, b, strict=False))
-                    start = next((i for i, (x, y) in letters if x != y), min(len(a), len(b)))
-                    odd = (a[start:].strip() or a.strip())[:60]  # the whole line where it was cut short
-                    yield f"{name}: line {number} is not what gate.json gives: {odd!r}"
-                    break
+            there, made = (self.run / name).read_bytes(), self.reports[name].encode()
+            if there != made:
+                number, odd = _first_odd_line(there, made)
+                yield f"{name}: line {number} is not what gate.json gives: {odd!r}"
+
+    @cached_property
+    def reports(self) -> dict[str, str]:
+        """Every report as gate.json gives it, by its name."""
+        return render_reports(self.run, self.gate)
+
+
+def _first_odd_line(there: bytes, made: bytes) -> tuple[int, str]:
+    """Number and text, from the first letter on, of the first line that is not what was made."""
+    pairs = zip_longest(there.split(b"\n"), made.split(b"\n"))
+    number, (a, b) = next((n, pair) for n, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
+    if a is None or b is None:
+        return number, "nothing" if a is None else a.decode(errors="replace")[:60]
+    was, is_ = a.decode(errors="replace"), b.decode(errors="replace")
+    start = len(commonprefix([was, is_]))
+    return number, (was[start:] if was[start:].strip() else was)[:60]  # the whole line where it was cut short
 
 
 def judged_folders(run: Path, gate: GateFile) -> list[Path]:
@@ -224,9 +233,6 @@ def problems(
     for one in signed:
         texts = [*_files(one.statement, rerun), *_collect_problems(_artifacts(one.predicate, rerun))]
         texts += [*_collect_problems(_gate(one.predicate, rerun)), *_waiver(one.predicate, today)]
-        if path != signoff_path(rerun.run, one.predicate.recipe, one.predicate.target):
-            of = f"{one.predicate.recipe} on {one.predicate.target}"
-            texts.append(f"it speaks of {of}, its name of another")
         objections += [
             f"line {one.line}: {text}" if len(signed) > 1 else text for text in dict.fromkeys(texts)
         ]
@@ -269,7 +275,8 @@ def _collect_problems(checks: Iterator[str]) -> list[str]:
 
 
 def _files(statement: Statement, rerun: Rerun) -> Iterator[str]:
-    signed, reports = {s.name: s.digest.sha256 for s in statement.subject} | statement.predicate.files, []
+    signed = {s.name: s.digest.sha256 for s in statement.subject} | statement.predicate.files
+    reports = [name for name in REPORTS if name not in signed and (rerun.run / name).is_file()]
     for name, was in signed.items():
         if not (rerun.run / name).is_file():
             yield f"{name} is missing"

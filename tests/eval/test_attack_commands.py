@@ -9,7 +9,7 @@ from eval.signoff.keys import new_key
 from tests.eval.run_builder import Run, an_opening, copy_run, edit, report
 from tests.helpers import run as command
 
-BUNDLE = "signoff/int8-cpu.intoto.jsonl"
+BUNDLE = "signoff/int8@cpu.intoto.jsonl"
 
 
 def signoff(run: Run, *words: object):

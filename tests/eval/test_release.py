@@ -213,7 +213,7 @@ SPOILED = {
     "weights": ("variants/small/model.safetensors", "variants/small/model.safetensors was changed"),
     "tokenizer": ("variants/small/tokenizer.json", "variants/small/tokenizer.json was changed"),
     "contract": ("contract.yaml", "contract.yaml was changed"),
-    "sign-off": ("signoff/small-cpu.intoto.jsonl", "signoff/small-cpu.intoto.jsonl was changed"),
+    "sign-off": ("signoff/small@cpu.intoto.jsonl", "signoff/small@cpu.intoto.jsonl was changed"),
     "loader": ("load_release.py", "load_release.py was changed"),
 }
 
@@ -329,7 +329,7 @@ def test_nothing_is_released_unsigned_unmeasured_or_twice(released_run, release,
     new_key(tmp_path / "other")
     with pytest.raises(UserError, match="line 1: signed with the unknown key"):
         verify_signoffs(run.path, ["small"], read_trusted([tmp_path / "other.pub"]), DAY)
-    other = run.path / "signoff/small-er-cpu.intoto.jsonl"
+    other = run.path / "signoff/small-er@cpu.intoto.jsonl"
     other.write_text("of the recipe small-er")
     assert parse_variants(run.path, ["small"]) == {"cpu": "small"}
     other.unlink()

@@ -183,7 +183,7 @@ FILES = {
     "table": "table.md",
     "report": "report.html",
     "study": "study.yaml",
-    "sign-off": "signoff/int8-cpu.intoto.jsonl",
+    "sign-off": "signoff/int8@cpu.intoto.jsonl",
     "plan": "plan.json",
     "verdicts": "gate-runs.jsonl",
 }
