@@ -264,6 +264,9 @@ class Look(Stored):
     recipe: str
     verdict: Verdict | None
     same: bool = True  # of the artifacts that this file judges
+    seen: list[str] = Field(
+        default_factory=list, exclude_if=lambda value: not value
+    )  # its recipes: see history
 
 
 class OnTestSet(Stored):
@@ -292,6 +295,7 @@ class Extent(Stored):
     documents: dict[str, int]  # by slice
     variants: int  # measured, on all targets
     records: int
+    rivals: list[str] = Field(default_factory=list, exclude_if=lambda value: not value)  # arms
 
 
 class GateRun(Stored):
@@ -317,7 +321,9 @@ class Fixed(Stored):
     hash: str
     budget: str  # name of the budget in it
     other: bool  # this file was judged by another budget than that
-    late: bool  # it was fixed after the first of the figures that it judges
+    late: (
+        bool  # it was fixed after the first of the figures that it judges, or after a verdict by another one
+    )
     changes: list[str]  # what differs from it by now, in this budget, in the study's file and in the recipes
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from eval.core.artifacts import digest, write_text
 from eval.core.budget import Budget, load_budget
@@ -20,6 +20,7 @@ from eval.core.sections.recipe import RecipeFile
 from eval.core.study import CHANGED, Study, read_recipe
 
 PLAN = "plan.json"
+RUNS = "gate-runs.jsonl"  # every verdict that the gate gave
 
 
 class EarlierPlan(Stored):
@@ -27,6 +28,7 @@ class EarlierPlan(Stored):
 
     time: str
     hash: str
+    budget: str = Field("", exclude_if=lambda value: not value)  # hash of it; empty in older runs
 
 
 class Plan(Stored):
@@ -43,6 +45,9 @@ class Plan(Stored):
 
     def content_hash(self) -> str:
         return digest(self.model_dump(mode="json", exclude={"hash"}))
+
+    def budget_hash(self) -> str:
+        return digest(self.budget.model_dump(mode="json"))
 
 
 def current_recipes(study: Study) -> dict[str, RecipeFile]:
@@ -73,10 +78,11 @@ def read_plan(run: Path) -> Plan | None:
 def fix_plan(study: Study, now: datetime | None = None) -> Plan:
     """Copies the budget and the recipes into the run folder, and returns what is fixed there.
 
-    A plan is kept once anything was measured, whatever the files say by then. Another one takes its place
-    only where the settings that decide the models changed, or where nothing was measured yet.
+    A plan is kept once anything was measured or judged, whatever the files say by then. Another one takes its
+    place only where the settings that decide the models changed, or where nothing was measured yet.
     """
-    old, measured = read_plan(study.folder), any((study.folder / "records").rglob("*.json"))
+    old, run = read_plan(study.folder), study.folder
+    measured = any((run / "records").rglob("*.json")) or (run / RUNS).is_file()
     if old is not None and measured and old.study == study.hash():
         return old
     budget, recipes = load_budget(study), current_recipes(study)
@@ -88,12 +94,16 @@ def fix_plan(study: Study, now: datetime | None = None) -> Plan:
         budget_name=study.budget,
         budget=budget,
         recipes=recipes,
-        earlier=[*old.earlier, EarlierPlan(time=old.time, hash=old.hash)] if old else [],
+        earlier=[*old.earlier, _earlier(old)] if old else [],
         hash="",
     )
     plan = plan.model_copy(update={"hash": plan.content_hash()})
     write_text(study.folder / PLAN, plan.model_dump_json(indent=1) + "\n")
     return plan
+
+
+def _earlier(plan: Plan) -> EarlierPlan:
+    return EarlierPlan(time=plan.time, hash=plan.hash, budget=plan.budget_hash())
 
 
 @contextmanager

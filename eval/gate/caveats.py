@@ -14,7 +14,7 @@ from eval.core.plan import Plan, current_recipes, list_changes, list_recipe_chan
 from eval.core.records import PLAIN, VALIDATION, CostRecord, LoadRecord
 from eval.core.study import recipe_names
 from eval.gate.evidence import Contrast, Evidence
-from eval.gate.quality import RESOLUTION, harm_of, untaught
+from eval.gate.quality import RESOLUTION, harm_of, rivals_of, untaught
 from eval.stats.crossed import PASS, crossed_mean
 from eval.stats.multiplicity import holm
 
@@ -87,6 +87,7 @@ def extent_of(evidence: Evidence) -> Extent:
         documents={name: len(columns) for name, columns in evidence.columns.items()},
         variants=len(evidence.costs),
         records=len(evidence.records),
+        rivals=list(rivals_of(evidence)),
     )
 
 
@@ -101,16 +102,18 @@ def compare_extents(
         documents={name: max(one.documents.get(name, 0) for one in every) for name in slices},
         variants=max(one.variants for one in every),
         records=max(one.records for one in every),
+        rivals=list(dict.fromkeys(name for one in every for name in one.rivals)),
     )
     counts = {f"documents of {name}": (most.documents[name], now.documents.get(name, 0)) for name in slices}
     counts |= {name: (getattr(most, name), getattr(now, name)) for name in ("seeds", "variants", "records")}
     lost = [f"{was} {name}, now {is_}" for name, (was, is_) in counts.items() if is_ < was]
+    lost += [f"the rival {name}, now not" for name in most.rivals if name not in now.rivals]
     why = "an earlier verdict of this run rested on more evidence: "
     return most, [f"{why}{'; '.join(lost)}"] if lost else []
 
 
-def compare_plan(evidence: Evidence, budget: Budget) -> Fixed | None:
-    """How a verdict by `budget` stands to what was fixed when training began."""
+def compare_plan(evidence: Evidence, budget: Budget, runs: Sequence[GateRun]) -> Fixed | None:
+    """How a verdict by `budget` stands to what was fixed when training began, and to the verdicts before."""
     plan, study = evidence.plan, evidence.study
     if plan is None:
         return None
@@ -124,9 +127,16 @@ def compare_plan(evidence: Evidence, budget: Budget) -> Fixed | None:
     changes += [f"recipe {change}" for change in list_recipe_changes(plan.recipes, current_recipes(study))]
     changes += _built_otherwise(evidence, plan)
     late = datetime.fromisoformat(plan.time) > datetime.fromisoformat(evidence.first) + SLACK
+    late = late or _replaced_after_a_verdict(plan, runs)
     return Fixed(
         time=plan.time, hash=plan.hash, budget=plan.budget.name, other=other, late=late, changes=changes
     )
+
+
+def _replaced_after_a_verdict(plan: Plan, runs: Sequence[GateRun]) -> bool:
+    """Was there a verdict by an earlier plan of another budget?"""
+    budgets = {plan.hash: plan.budget_hash()} | {one.hash: one.budget for one in plan.earlier}
+    return any(budgets.get(one.plan) != plan.budget_hash() for one in runs)
 
 
 def _built_otherwise(evidence: Evidence, plan: Plan) -> list[str]:
@@ -149,7 +159,7 @@ def doubt_budget(name: str, fixed: Fixed | None) -> list[str]:
     if fixed.other:
         doubts.append(f"judged by another budget, {name!r}, than the one fixed on {fixed.time}")
     if fixed.late:
-        doubts.append(f"the budget was fixed on {fixed.time}, after the first figure that it judges")
+        doubts.append(f"the budget was fixed on {fixed.time}, after the first figure or verdict")
     return doubts
 
 

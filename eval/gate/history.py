@@ -15,12 +15,12 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from eval.core.artifacts import digest, file_sha256, text_sha256, write_text
+from eval.core.checks import STUDENT
 from eval.core.errors import UserError, first_error
 from eval.core.gate_file import Extent, GateFile, GateRun, Look, OnTestSet, Opening
-from eval.core.plan import Plan
+from eval.core.plan import RUNS, Plan
 from eval.core.records import PLAIN
 
-RUNS = "gate-runs.jsonl"
 BACK = "put it back: openings and verdicts are counted for ever"
 M = TypeVar("M", bound=BaseModel)
 
@@ -162,6 +162,15 @@ def write_runs(run: Path, runs: list[GateRun]) -> None:
     write_text(run / RUNS, "".join(_line(one) + "\n" for one in runs))
 
 
+def recipes_seen(opening: Opening, artifacts: dict[str, str]) -> list[str]:
+    """Recipes of which a student has the bytes of one that an opening looked at, under whatever name."""
+    models = {tuple(name.split("/", 2)): sha for name, sha in artifacts.items()}
+    looked = {
+        sha for name, sha in opening.artifacts.items() if name.split("/", 2)[::2] == [STUDENT, opening.recipe]
+    }
+    return list(dict.fromkeys(r for (arm, _, r), sha in models.items() if arm == STUDENT and sha in looked))
+
+
 def summarize_openings(openings: list[Opening], artifacts: dict[str, str], budget: str) -> OnTestSet | None:
     """What gate.json says of the openings; the figures are those of the last one.
 
@@ -177,6 +186,7 @@ def summarize_openings(openings: list[Opening], artifacts: dict[str, str], budge
         history=[
             Look(
                 same=opening.artifacts.items() <= artifacts.items(),
+                seen=recipes_seen(opening, artifacts),
                 **opening.model_dump(include={"number", "time", "by", "reason", "recipe", "verdict"}),
             )
             for opening in openings

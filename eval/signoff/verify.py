@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from datetime import date, datetime, timedelta
 from functools import cached_property
 from itertools import zip_longest
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,7 @@ def _first_odd_line(there: bytes, made: bytes) -> tuple[int, str]:
     if a is None or b is None:
         return number, "nothing" if a is None else a.decode(errors="replace")[:60]
     was, is_ = a.decode(errors="replace"), b.decode(errors="replace")
-    start = len(commonprefix([was, is_]))
+    start = next((i for i, (x, y) in enumerate(zip_longest(was, is_)) if x != y), 0)
     return number, (was[start:] if was[start:].strip() else was)[:60]  # the whole line where it was cut short
 
 
@@ -157,7 +156,7 @@ def signable_verdict(gate: GateFile, row: Variant) -> tuple[Verdict, str]:
     if row.verdict == PASS and not is_shippable(row, gate.budget["alpha"]):
         return INCONCLUSIVE, row.reason
     history = gate.test_set.history if gate.test_set else []
-    looks = [look for look in history if look.same and look.recipe == row.recipe]
+    looks = [look for look in history if row.recipe in look.seen]
     # Whatever the budget of a look was: what did not pass is not made good by a second one. One that was cut
     # short, and not repeated, is no PASS either.
     verdicts = [look.verdict or INCONCLUSIVE for look in looks if look.verdict or look is looks[-1]]

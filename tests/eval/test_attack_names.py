@@ -54,7 +54,7 @@ def test_a_row_that_another_separator_hides_is_named(run):
             (run.path / name).write_bytes(text.replace(f"\n{row}", f"{separator}{row}").encode())
             (fault,) = rerun.forged_reports([name])
             assert fault.startswith(f"{name}: line ")
-    with pytest.raises(UserError, match="table.md: line .* is not what gate.json gives"):
+    with pytest.raises(UserError, match=r"table\.md: line .* is not what gate\.json gives"):
         sign(run, run.folder / "key")
 
 

@@ -348,20 +348,22 @@ def test_what_is_signed_is_stricter_than_a_row(judged_folder):
 
     def signed(*looks):
         history = [
-            {"number": n, "time": "", "by": "Ada", "reason": None, "recipe": r, "verdict": v, "same": s}
+            {"number": n, "time": "", "by": "Ada", "reason": None, "recipe": r, "verdict": v, "seen": s}
             for n, (r, v, s) in enumerate(looks, start=1)
         ]
         on_test_set = OnTestSet(**nothing, **last, openings=len(looks), history=history)
         return signable_verdict(gate.model_copy(update={"test_set": on_test_set}), row)[0]
 
-    assert signed(("int8", "FAIL", True)) == "FAIL"
-    assert signed(("int8", "FAIL", True), ("half", "PASS", True)) == "FAIL", "hidden by a later look"
-    assert signed(("int8", "FAIL", True), ("int8", "PASS", True)) == "FAIL", "looked at until it passed"
-    assert signed(("int8", None, True), ("int8", "PASS", True)) == "PASS", "cut short, then finished"
-    assert signed(("int8", None, True)) == "INCONCLUSIVE", "opened and not finished"
-    assert signed(("int8", "PASS", True)) == "PASS"
-    assert signed(("half", "FAIL", True)) == "PASS", "of another variant"
-    assert signed(("int8", "FAIL", False)) == "PASS", "of earlier artifacts"
+    assert signed(("int8", "FAIL", ["int8"])) == "FAIL"
+    assert signed(("int8", "FAIL", ["int8"]), ("half", "PASS", ["half"])) == "FAIL", "hidden by a later look"
+    assert signed(("int8", "FAIL", ["int8"]), ("int8", "PASS", ["int8"])) == "FAIL", (
+        "looked at until it passed"
+    )
+    assert signed(("int8", None, ["int8"]), ("int8", "PASS", ["int8"])) == "PASS", "cut short, then finished"
+    assert signed(("int8", None, ["int8"])) == "INCONCLUSIVE", "opened and not finished"
+    assert signed(("int8", "PASS", ["int8"])) == "PASS"
+    assert signed(("half", "FAIL", ["half"])) == "PASS", "of another variant"
+    assert signed(("int8", "FAIL", [])) == "PASS", "of earlier artifacts"
 
 
 def test_a_clock_that_went_back_is_refused(fresh, key):
