@@ -214,6 +214,10 @@ class Bits:
         ours, control, base, size = (np.bincount(place, column).astype(float) for column in columns)
         return Bits(ours, control, base, size)
 
+    def since(self, start: int) -> "Bits":
+        """The documents from one on."""
+        return Bits(*(column[start:] for column in vars(self).values()))
+
     def level(self, of: Of) -> Array:
         """[C] linearised bits per byte of one model."""
         return linearise(getattr(self, of)[None, :], self.bytes)[0]

@@ -114,26 +114,24 @@ def effect_bounds(before: Array, now: Array, alpha: float, tuned: float) -> tupl
 
 
 def drifts_so_far(
-    before: dict[str, Array], now: dict[str, Array], first: list[int], alpha: float, tuned: float
+    before: dict[str, Array], since: list[dict[str, Array]], alpha: float, tuned: float
 ) -> list[Moved]:
     """Every value in `QUESTIONS` at any number of looks: ever calling one drifted wrongly has chance alpha.
 
     Args:
-        now: name -> one value per document or group, in the order of time.
-        first: the first new one of each look; as many as there are where a look has none.
+        since: of each look, name -> one value per document or group of everything since then; the first one
+            has everything.
     """
     moved, level = [], alpha / (2 * len(QUESTIONS))  # two sides of each
     for name in QUESTIONS:
-        old, new = before[name], now[name]
-        since = None
-        for number, start in enumerate(first, 1):
-            if start == len(new):
-                continue
-            low, high = effect_bounds(old, new[start:], start_level(level, number), tuned)
+        old, new = before[name], since[0][name]
+        moved_at = None
+        for number, part in enumerate(since, 1):
+            low, high = effect_bounds(old, part[name], start_level(level, number), tuned)
             if low > NEGLIGIBLE or high < -NEGLIGIBLE:
-                since = number
+                moved_at = number
                 break
         low, high = effect_bounds(old, new, level, tuned)
         medians = float(np.median(old)), float(np.median(new))
-        moved.append(Moved(name, *medians, superiority(old, new), low, high, since))
+        moved.append(Moved(name, *medians, superiority(old, new), low, high, moved_at))
     return moved

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError, model_validator
 
 from eval.core.artifacts import text_sha256, write_text
@@ -22,6 +22,7 @@ from eval.release.contract_file import Bits
 from eval.stats.drift import QUESTIONS
 
 Array = NDArray[np.float64]
+MODELS = ("release", "control", "fallback")
 FRESH = "name a new file: a history is of one release, target and slice"
 
 
@@ -147,48 +148,68 @@ def write_history(path: Path, looks: list[Look]) -> None:
     write_text(path, "".join(map(line_of, looks)))
 
 
+def summed(bits: Bits, groups: list[str]) -> Bits:
+    """Bits by group, in the order in which the groups come first."""
+    places = {name: f"{place:09}" for place, name in enumerate(dict.fromkeys(groups))}
+    return bits.by_cluster([places[name] for name in groups])
+
+
+def drift_values(bits: Bits, tokens: Array, unigram: ArrayLike, groups: list[str]) -> dict[str, Array]:
+    """One value per group for every question of `eval.stats.drift`: that of its first document.
+
+    A mean would be less spread than single documents are, and drift wherever groups are of another size.
+    """
+    first = np.sort(np.unique(groups, return_index=True)[1])
+    values = [bits.bytes, bits.bytes / tokens, np.asarray(unigram), bits.fallback / bits.bytes]
+    return {name: value[first] for name, value in zip(QUESTIONS, values, strict=True)}
+
+
 @dataclass(frozen=True)
 class Series:
     """Everything that was seen so far, in the order of time."""
 
-    bits: Bits  # summed by group, groups in the order in which they come first
-    starts: list[int]  # the first new group of each look
-    values: dict[str, Array]  # one per group, its first document's, for every question of `eval.stats.drift`
+    documents: Bits  # of each document
+    tokens: Array  # of each document, and its bits per token by the training unigram
+    unigram: Array
+    groups: list[str]  # of each document
+    domain: list[str]
+    starts: list[int]  # the first document of each look
     days: list[str]
-    domain: list[str]  # of each document
     tuned: float
 
+    @property
+    def bits(self) -> Bits:
+        """Of everything so far, summed by group."""
+        return self.since(0)
+
     def since(self, start: int) -> Bits:
-        """The groups from one on."""
-        b = self.bits
-        return Bits(b.release[start:], b.control[start:], b.fallback[start:], b.bytes[start:])
+        """The documents from one on, summed by group: one that comes back is a group of these looks, too."""
+        return summed(self.documents.since(start), self.groups[start:])
+
+    def values_since(self, start: int) -> dict[str, Array]:
+        """The same of the values of drift."""
+        part = self.documents.since(start), self.tokens[start:], self.unigram[start:]
+        return drift_values(*part, self.groups[start:])
 
 
 def series_of(looks: list[Look], domain: str | None = None) -> Series:
     """The looks as arrays; of one domain alone, as if nothing else had been seen."""
-    places: dict[str, int] = {}
-    sums: dict[str, list[float]] = {name: [] for name in ("release", "control", "fallback", "bytes")}
-    values: dict[str, list[float]] = {name: [] for name in QUESTIONS}
+    columns: dict[str, list[Any]] = {name: [] for name in (*MODELS, "bytes", "tokens", "unigram")}
+    groups: list[str] = []
+    domains: list[str] = []
     starts: list[int] = []
     days: list[str] = []
-    domains: list[str] = []
     for look in looks:
-        seen = look.seen
-        rows = [i for i in range(len(seen.id)) if domain in (None, seen.domain[i])]
+        rows = [i for i, name in enumerate(look.seen.domain) if domain in (None, name)]
         if rows:
-            starts.append(len(places))
+            starts.append(len(groups))
             days.append(look.day)
-        groups = seen.groups
-        for i in rows:
-            size, is_new = seen.bytes[i], groups[i] not in places
-            at = places.setdefault(groups[i], len(places))
-            for name, column in sums.items():
-                column.extend([0.0] * (at + 1 - len(column)))
-                column[at] += getattr(seen, name)[i]
-            figures = (size, size / seen.tokens[i], seen.unigram[i], seen.fallback[i] / size)
-            for name, figure in zip(QUESTIONS, figures, strict=True):
-                values[name].extend([figure] if is_new else [])
-            domains.append(seen.domain[i])
-    columns = {name: np.asarray(column, float) for name, column in sums.items()}
-    by_question = {name: np.asarray(column, float) for name, column in values.items()}
-    return Series(Bits(**columns), starts, by_question, days, domains, looks[0].tuned)
+        of_look = look.seen.groups
+        groups += [of_look[i] for i in rows]
+        domains += [look.seen.domain[i] for i in rows]
+        for name, column in columns.items():
+            values = getattr(look.seen, name)
+            column += [values[i] for i in rows]
+    arrays = {name: np.asarray(column, float) for name, column in columns.items()}
+    tokens, unigram = arrays.pop("tokens"), arrays.pop("unigram")
+    return Series(Bits(**arrays), tokens, unigram, groups, domains, starts, days, looks[0].tuned)

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,14 @@ from pydantic import ValidationError
 
 from eval.core.artifacts import MANIFEST, file_sha256, read_manifest
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, find_positions
-from eval.core.documents import TEST, Document, json_objects, part_of_test, tokens_per_batch
+from eval.core.documents import (
+    TEST,
+    Document,
+    cluster_names,
+    json_objects,
+    part_of_test,
+    tokens_per_batch,
+)
 from eval.core.documents.chats import is_list_of_calls, parse_arguments, read_answer
 from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError, first_error, require_one_of
@@ -22,8 +30,8 @@ from eval.core.study import load_study
 from eval.engines import load_engine, load_tokenizer, subject_of
 from eval.release.contract_file import Bits, Contract, Target
 from eval.release.reference import Reference
-from eval.stats.drift import QUESTIONS, Array, surprise
-from eval.watch.history import Look, Seen, previous_hash
+from eval.stats.drift import Array, surprise
+from eval.watch.history import Look, Seen, drift_values, previous_hash, summed
 
 KEYS = ["id", "domain", "group", "text", "prompt", "messages", "tools"]  # of a line of new documents
 TURN_KEYS = ["role", "content", "tool_calls", "tool_call_id", "name"]
@@ -176,22 +184,6 @@ def reference_of(release: Path) -> Reference:
         raise first_error(f"reference {path}", error, "make the release again") from error
 
 
-def summed(bits: Bits, groups: list[str]) -> Bits:
-    """Bits by group, in the order in which the groups come first."""
-    places = {name: f"{place:09}" for place, name in enumerate(dict.fromkeys(groups))}
-    return bits.by_cluster([places[name] for name in groups])
-
-
-def drift_values(bits: Bits, tokens: Array, unigram: list[float], groups: list[str]) -> dict[str, Array]:
-    """One value per group for every question of `eval.stats.drift`: that of its first document.
-
-    A mean would be less spread than single documents are, and drift wherever groups are of another size.
-    """
-    first = np.sort(np.unique(groups, return_index=True)[1])
-    values = [bits.bytes, bits.bytes / tokens, np.asarray(unigram), bits.fallback / bits.bytes]
-    return {name: value[first] for name, value in zip(QUESTIONS, values, strict=True)}
-
-
 @dataclass(frozen=True)
 class Before:
     """What was measured when it was released: on the test documents, once they were opened for this variant.
@@ -220,17 +212,51 @@ def text_id(document: Document) -> str:
     return hashlib.sha256(_content(document).encode()).hexdigest()[:16]
 
 
-def see(release: Path, contract: Contract, shipped: Target, documents: list[Document]) -> Seen:
-    """The new documents as the release, its control and its fallback find them."""
+def groups_of(documents: Sequence[Document], kind: str, earlier: Collection[str]) -> list[str]:
+    """The group of each new document: those of one are not independent, by the rule of the study.
+
+    Args:
+        kind: of the clusters of the study's slice. Where it is `domain`, and documents of more than one came,
+            the group is the domain; else it is what the line names, or the document alone.
+        earlier: the domains of all looks before.
+    """
+    named = [replace(one, id=text_id(one)) for one in documents]
+    by_domain = cluster_names(named, kind if kind == "domain" else "none", earlier)
+    return [
+        (one.group or name) if name == one.id else name for one, name in zip(named, by_domain, strict=True)
+    ]
+
+
+def cluster_kind(release: Path, name: str) -> str:
+    """What the documents of a slice of the release's study were not independent by."""
+    return load_study(release / "evidence" / "study.yaml").data.cluster_of(name)
+
+
+def notes_on_groups(kind: str, documents: Sequence[Document]) -> list[str]:
+    """What is to be said where the new documents do not name the clusters that the study had."""
+    if kind not in ("group", "source") or any(one.group for one in documents):
+        return []
+    return [f"the study judged documents by {kind}, and no new one has a `group`: each counts as independent"]
+
+
+def see(
+    release: Path,
+    contract: Contract,
+    shipped: Target,
+    name: str,
+    documents: list[Document],
+    looks: Sequence[Look] = (),
+) -> Seen:
+    """The new documents of a slice as the release, its control and its fallback find them, after `looks`."""
     reference, context = reference_of(release), contract.inputs.context_tokens
     folders = [f"variants/{shipped.recipe}", f"evidence/control/{shipped.recipe}", "fallback"]
     ours, control, base = (scored(release / folder, documents, context) for folder in folders)
     tokenizer = load_tokenizer(release / "fallback")
-    names = [text_id(document) for document in documents]
+    earlier = {domain for look in looks for domain in look.seen.domain}
     return Seen(
-        id=names,
+        id=[text_id(document) for document in documents],
         domain=[document.domain for document in documents],
-        group=[document.group or name for document, name in zip(documents, names, strict=True)],
+        group=groups_of(documents, cluster_kind(release, name), earlier),
         bytes=[document.bytes for document in documents],
         tokens=[int(count) for count in base.tokens],
         unigram=[

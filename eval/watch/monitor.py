@@ -37,7 +37,17 @@ from eval.watch.history import (
     series_of,
     write_history,
 )
-from eval.watch.measure import Before, before_release, check_prompts, new_look, read_new, see, text_id
+from eval.watch.measure import (
+    Before,
+    before_release,
+    check_prompts,
+    cluster_kind,
+    new_look,
+    notes_on_groups,
+    read_new,
+    see,
+    text_id,
+)
 from eval.watch.monitor_page import page_of
 from eval.watch.sequences import KEPT, PARTS, Blame, State, blame, estimate_so_far
 from eval.watch.verify import UNVERIFIED, checked
@@ -68,7 +78,8 @@ class Watched:
 def watched(name: str, before: Before, series: Series, alpha: float) -> Watched:
     """Everything so far, judged at `alpha` over all time."""
     level, tuned = alpha / PARTS, series.tuned
-    drift = drifts_so_far(before.values, series.values, series.starts, level, tuned)
+    since = [series.values_since(start) for start in series.starts]
+    drift = drifts_so_far(before.values, since, level, tuned)
     of_input = [one for one in drift if one.name != "fallback"]  # that is the question of difficulty
     return Watched(
         name,
@@ -88,9 +99,19 @@ def by_domain(before: Before, looks: list[Look], alpha: float) -> list[Watched]:
     parts = []
     for number, domain in enumerate(order, start=1):
         series = series_of(looks, domain)
-        if len(series.domain) >= FAINT:
+        if len(series.domain) >= FAINT and len(set(series.groups)) > 1:
             parts.append(watched(domain or "(none)", before, series, start_level(alpha, number)))
     return parts
+
+
+def notes_on_domains(looks: list[Look]) -> list[str]:
+    """Which domains are large enough to be judged, and are one group each: one value says nothing."""
+    by_name = {name: series_of(looks, name) for name in {d for look in looks for d in look.seen.domain}}
+    large = [name for name, series in by_name.items() if len(series.domain) >= FAINT]
+    whole = sorted(name for name in large if len(set(by_name[name].groups)) == 1)
+    if len(by_name) < 2 or not whole:
+        return []
+    return [f"{', '.join(whole)}: a domain that is one cluster, as in the study, is not judged by itself"]
 
 
 def alarm(contract: Contract, target: str, all_: Watched) -> str:
@@ -201,6 +222,7 @@ def main() -> int:
     release = Path(args.release)
     contract, target = checked(release, read_trusted(args.public) if args.public else None, args.target)
     before = before_release(release, contract.targets[target], args.slice)
+    notes: list[str] = []
     with lock_history(args.history) if args.data else nullcontext():
         looks = read_history(args.history)
         check_history(args.history, looks, file_sha256(release / MANIFEST), target, args.slice)
@@ -208,12 +230,14 @@ def main() -> int:
             documents = read_new(args.data, contract.inputs.scored_bytes)
             check_prompts(release, args.slice, documents)
             check_new(args.history, looks, [text_id(document) for document in documents])
-            seen = see(release, contract, contract.targets[target], documents)
+            notes = notes_on_groups(cluster_kind(release, args.slice), documents)
+            seen = see(release, contract, contract.targets[target], args.slice, documents, looks)
             looks = [*looks, new_look(looks, release, contract, target, args.slice, seen)]
         if not looks:
             raise UserError(f"history {args.history}", "no look yet", "give texts with --data")
         everything = watched("", before, series_of(looks), contract.alpha)
         parts = [everything, *by_domain(before, looks, contract.alpha)]
+        notes += notes_on_domains(looks)
         state, reasons = everything.blame
         if args.data:
             outcome = {"state": state, "reason": "; ".join(reasons)}
@@ -223,6 +247,8 @@ def main() -> int:
     for table in tables(before, parts):
         console.print(table)
     console.print(Text(stamp_line("seen")), soft_wrap=True)
+    for note in notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     console.print(Text(alarm(contract, target, everything)), soft_wrap=True)
     if not args.public:
         console.print(Text(UNVERIFIED, style="yellow"), soft_wrap=True)
@@ -231,7 +257,7 @@ def main() -> int:
     if args.metrics:
         write_text(args.metrics, metrics_text(contract, target, parts, looks))
     owner = {"contract": contract.name, "owner": contract.owner, "target": target}
-    result = {"state": state, "reasons": reasons, **owner, "looks": len(looks)}
+    result = {"state": state, "reasons": reasons, **owner, "looks": len(looks), "notes": notes}
     listed = [
         asdict(p) | {"drift": [d._asdict() for d in p.drift], "blame": p.blame._asdict()} for p in parts
     ]

@@ -10,7 +10,7 @@ Costs: `python -m eval.cost --variant FOLDER/variants/RECIPE --target NAME`.
 """
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -43,7 +43,9 @@ from eval.watch.measure import (
     before_release,
     by_group,
     check_prompts,
+    cluster_kind,
     new_look,
+    notes_on_groups,
     read_new,
     see,
     text_id,
@@ -60,6 +62,7 @@ class Result:
     documents: int
     compared_with: str  # slice of the study
     looks: int = 1
+    notes: list[str] = field(default_factory=list)  # what it is conditional on
 
     def drifted(self, alpha: float) -> dict[str, str]:
         """Name of a question -> how it moved, of those that did."""
@@ -78,16 +81,18 @@ def recheck(release: Path, contract: Contract, target: str, name: str, documents
     shipped = contract.targets[target]
     before = before_release(release, shipped, name)
     check_prompts(release, name, documents)
-    now, values = by_group(see(release, contract, shipped, documents))
+    now, values = by_group(see(release, contract, shipped, name, documents))
     results = findings(shipped.gain[name], before.bits, now, contract.alpha)
-    return Result(results, drifts(before.values, values), len(documents), before.slice)
+    notes = notes_on_groups(cluster_kind(release, name), documents)
+    return Result(results, drifts(before.values, values), len(documents), before.slice, notes=notes)
 
 
 def judge_series(contract: Contract, target: str, name: str, before: Before, series: Series) -> Result:
     """The contract on everything that was seen so far, by bounds that hold at every look."""
     alpha = contract.alpha
     results = findings_so_far(contract.targets[target].gain[name], before.bits, series, alpha)
-    drift = drifts_so_far(before.values, series.values, series.starts, alpha, series.tuned)
+    since = [series.values_since(start) for start in series.starts]
+    drift = drifts_so_far(before.values, since, alpha, series.tuned)
     return Result(results, drift, len(series.domain), before.slice, len(series.days))
 
 
@@ -101,12 +106,12 @@ def append_look(
         check_new(path, looks, [text_id(document) for document in documents])
         before = before_release(release, contract.targets[target], name)
         check_prompts(release, name, documents)
-        seen = see(release, contract, contract.targets[target], documents)
+        seen = see(release, contract, contract.targets[target], name, documents, looks)
         look = new_look(looks, release, contract, target, name, seen)
         result = judge_series(contract, target, name, before, series_of([*looks, look]))
         outcome = {"state": verdict(result.findings), "reason": diagnosis(result.findings)}
         write_history(path, [*looks, look.model_copy(update=outcome)])
-    return result
+    return replace(result, notes=notes_on_groups(cluster_kind(release, name), documents))
 
 
 def contract_table(result: Result, title: str) -> Table:
@@ -144,6 +149,8 @@ def show(console: Console, result: Result, contract: Contract, target: str, name
     console.print(Text(stamp_line("checked")), soft_wrap=True)
     if shipped.waiver:
         console.print(Text(f"shipped on a waiver until {shipped.waiver.expires}: {shipped.waiver.reason}"))
+    for note in result.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     if result.drifted(contract.alpha):
         console.print(Text("these are not the documents that the contract was made for: see what drifted"))
     decided = verdict(result.findings)

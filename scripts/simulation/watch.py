@@ -103,3 +103,66 @@ def look_rows(draws: int) -> list[Row]:
             {"scenario": named(case), "says": "median weeks", **{k: f"{w:g}" for k, w in weeks.items()}}
         )
     return [*false, *late]
+
+
+@dataclass(frozen=True)
+class Returning:
+    """A year in which the same groups come every week, one document of each."""
+
+    groups: int
+    icc: float  # share of a document's variance that is its group's
+    before: float  # saved above the floor, in standard errors of one week
+    after: float
+
+    @property
+    def name(self) -> str:
+        moved = "" if self.before == self.after else f", {self.after:+g} from week {CHANGE + 1} on"
+        return f"{self.groups} groups every week, correlation {self.icc:g}, {self.before:+g} errors{moved}"
+
+
+RETURNING = [
+    Returning(groups, icc, before, after)
+    for before, after in ((1, 1), (0, 0), (-2, -2), (1, -2))
+    for groups in (20, 40, 100)
+    for icc in (0.0, 0.2, 0.5)
+]
+
+
+def returning_alarms(case: Returning, draws: int) -> dict[str, Array]:
+    """The week in which everything so far, and everything since any look, first calls the release broken.
+
+    A group is one value: the mean of its documents of the weeks that count.
+    """
+    rng = np.random.default_rng([SEED, case.groups, int(100 * case.icc), int(10 + case.after)])
+    level = np.where(np.arange(1, WEEKS + 1) <= CHANGE, case.before, case.after) / case.groups**0.5
+    starts = np.arange(1, WEEKS + 1)
+    width = half_widths(np.full(WEEKS, case.groups), ALPHA / (starts * (starts + 1)), TUNED * case.groups)
+    alone = half_widths(case.groups, ALPHA, TUNED * case.groups)
+    found: dict[str, list[Array]] = {"sequence": [], "since": []}
+    for n in chunks(draws):
+        own = case.icc**0.5 * rng.normal(size=(n, 1, case.groups))
+        weeks = own + (1 - case.icc) ** 0.5 * rng.normal(size=(n, WEEKS, case.groups)) + level[:, None]
+        sums = np.concatenate([np.zeros((n, 1, case.groups)), weeks.cumsum(1)], axis=1)
+        whole, since = np.zeros((n, WEEKS), bool), np.zeros((n, WEEKS), bool)
+        for week in range(1, WEEKS + 1):
+            values = (sums[:, week : week + 1] - sums[:, :week]) / np.arange(week, 0, -1)[:, None]
+            mean, deviation = values.mean(-1), values.std(-1, ddof=1)
+            whole[:, week - 1] = mean[:, 0] + alone * deviation[:, 0] < 0
+            since[:, week - 1] = (mean + width[:week] * deviation < 0).any(-1)
+        found["sequence"].append(first_weeks(whole))
+        found["since"].append(first_weeks(since))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def returning_rows(draws: int) -> list[Row]:
+    """As `look_rows`, of groups that come back."""
+    rows: list[Row] = []
+    for case in RETURNING:
+        first, false = returning_alarms(case, draws), case.after >= 0
+        start = CHANGE if case.before != case.after else 0
+        shown = {
+            name: float(np.isfinite(weeks).mean()) if false else f"{float(np.median(weeks)) - start:g}"
+            for name, weeks in first.items()
+        }
+        rows.append({"scenario": case.name, "says": "called broken" if false else "median weeks", **shown})
+    return rows

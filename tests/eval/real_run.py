@@ -95,7 +95,7 @@ class RealRun(Run):
     @property
     def study(self) -> Study:
         study = super().study
-        changes: dict[str, Any] = {"context": CONTEXT}
+        changes: dict[str, Any] = {"context": CONTEXT, "cluster": "none"}  # as its records have no clusters
         if self.chat:
             changes["documents"] = [Source(**CHAT_SOURCE)]
         few = study.cost.model_copy(update={"processes": 2})  # so often the loader of a release is started

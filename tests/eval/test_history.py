@@ -110,16 +110,19 @@ def test_groups_are_one_value_each():
     looks = [look([], n=40, groups=["a"] * 20 + ["b"] * 20)]
     series = series_of(looks)
     assert len(series.bits.bytes) == 2
-    assert [len(values) for values in series.values.values()] == [2] * 4
+    assert [len(values) for values in series.values_since(0).values()] == [2] * 4
     assert series.bits.release.sum() == pytest.approx(sum(looks[0].seen.release))
     found = findings_so_far(gain(), models(200), series, ALPHA)
     assert verdict(found) == "INCONCLUSIVE"
     assert "2 independent documents, or groups, are too few" in diagnosis(found)
     again = look(looks, n=10, groups=["a"] * 10)
     later = series_of([*looks, again])
-    assert (later.starts, later.values["bytes"].tolist()) == ([0, 2], series.values["bytes"].tolist())
+    firsts = [s.values_since(0)["bytes"].tolist() for s in (later, series)]
+    assert (later.starts, firsts[0]) == ([0, 40], firsts[1])
     before = by_group(history(1, n=200)[0].seen)[1]
-    moved = drifts_so_far(before, later.values, later.starts, ALPHA, later.tuned)
+    since = [later.values_since(start) for start in later.starts]
+    assert [len(part["bytes"]) for part in since] == [2, 1], "the group came back"
+    moved = drifts_so_far(before, since, ALPHA, later.tuned)
     assert all(np.isfinite([one.low, one.high]).all() for one in moved)
 
 
@@ -134,7 +137,7 @@ def test_groups_are_one_value_each_in_a_single_look_too():
     for name in ("release", "control", "fallback", "bytes"):
         np.testing.assert_allclose(getattr(bits, name), getattr(series.bits, name))
     for name, column in values.items():
-        np.testing.assert_array_equal(column, series.values[name])
+        np.testing.assert_array_equal(column, series.values_since(0)[name])
     assert values["bytes"].tolist() == [seen.bytes[0], seen.bytes[12]]
     saving = findings(gain(), models(200), bits, ALPHA)[3]
     low, high = stats.t.interval(0.9, 1, *mean_and_error(bits.over("control")))
@@ -165,14 +168,17 @@ def test_drift_is_seen_at_any_look_and_seldom_where_there_is_none():
     def values(n, shift=0.0):
         return {name: rng.normal(shift if name == "unigram" else 0, 1, n) for name in QUESTIONS}
 
+    def since(values, *starts):
+        return [{name: column[start:] for name, column in values.items()} for start in starts]
+
     false = 0
     for _ in range(30):
-        moved = drifts_so_far(values(60), values(120), [0, 40, 80], ALPHA, 160)
+        moved = drifts_so_far(values(60), since(values(120), 0, 40, 80), ALPHA, 160)
         false += any(m.since is not None for m in moved)
     assert false <= 2
     old, new = values(100), values(120)
     new["unigram"][60:] += 3
-    moved = {m.name: m for m in drifts_so_far(old, new, [0, 60], ALPHA, 160)}
+    moved = {m.name: m for m in drifts_so_far(old, since(new, 0, 60), ALPHA, 160)}
     assert moved["unigram"].since is not None
     assert moved["bytes"].since is None
     assert moved["unigram"].low < superiority(old["unigram"], new["unigram"]) < moved["unigram"].high

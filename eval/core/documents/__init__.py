@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -230,17 +230,18 @@ def json_objects(path: Path, thing: str, fix: str) -> Iterator[tuple[str, int, d
         yield where, number, row
 
 
-def cluster_names(documents: Sequence[Document], kind: str) -> list[str]:
+def cluster_names(documents: Sequence[Document], kind: str, earlier: Collection[str] = ()) -> list[str]:
     """The cluster of each document of a slice: documents of one are not independent.
 
     A cluster is a `group`, a `domain` or a `source`; a file that lies in no folder has no domain in common
     with others; where all documents of the slice are of one, as with `none`, each is a cluster of its own.
+    `earlier` are the clusters of documents of the slice that were seen before these.
     """
     alone = [document.id for document in documents]
     if kind == "none":
         return alone
     names = [str(getattr(document, kind)) or document.id for document in documents]
-    if len(set(names)) == 1:
+    if len({*names, *earlier}) == 1:
         return alone
     loose = kind == "domain"
     return [i if loose and name == NO_FOLDER else name for i, name in zip(alone, names, strict=True)]
