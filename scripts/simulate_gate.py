@@ -40,12 +40,14 @@ from scripts.simulation.parts import (
     passes_crossed,
     pick_rows,
     satterthwaite,
+    size_rows,
     tail_rows,
 )
-from scripts.simulation.watch import look_rows
+from scripts.simulation.watch import look_rows, returning_rows
 
 F, GAIN, DOCUMENTS = 0.5, 12.0, 64
 SEEDS = (3, 5, 10)
+MANY, FEW = (16, 64, 500), (2, 3, 6)  # documents, or clusters of them
 WORST = 10  # times the draws for the worst case, once it is found
 STUDIES, HARM = 200, 3.0  # placebo and harmful studies; points by which a harmful method harms
 
@@ -161,11 +163,17 @@ def mixture_false_pass(rng: np.random.Generator, s: int, mixture: Mixture, draws
     mean, ms = draw_mean_squares(rng, parts, s, c, draws)
     variance, nu = crossed_variance(ms, s, c)
     free = np.maximum(satterthwaite(ms, variance, s, c), 1)
-    bounded = {"crossed": nu, "nu from 1": np.minimum(free, 2 * (s - 1)), "without the cap": free}
+    few, seeds = 2 * (min(s, c) - 1), 2 * (s - 1)
+    bounded = {
+        "crossed": nu,
+        "nu from 1": np.minimum(free, few),
+        "cap of seeds alone": np.clip(free, min(s, c) - 1, seeds),
+        "without the cap": free,
+    }
     return {name: float(exceeds(mean, variance, n).mean()) for name, n in bounded.items()}
 
 
-def find_worst_mixture(s: int, draws: int) -> dict[str, object]:
+def find_worst_mixture(s: int, draws: int, counts: tuple[int, ...] = MANY) -> dict[str, object]:
     """The mixture of variances with the largest false PASS rate, looked for and then simulated anew.
 
     The rate that made it the worst is too large by its own luck; fresh draws are free of that.
@@ -173,7 +181,7 @@ def find_worst_mixture(s: int, draws: int) -> dict[str, object]:
     rng = np.random.default_rng([SEED, s])
     grid = [
         Mixture(c, seeds, 1 - seeds - residual, residual)
-        for c, seeds, residual in product((16, 64, 500), np.arange(11) / 10, (0, 0.01, 0.05, 0.2))
+        for c, seeds, residual in product(counts, np.arange(11) / 10, (0, 0.01, 0.05, 0.2))
         if seeds + residual <= 1
     ]
     worst = max(grid, key=lambda mixture: mixture_false_pass(rng, s, mixture, draws)["crossed"])
@@ -248,12 +256,16 @@ def tables(draws: int) -> dict[str, Callable[[], list[dict[str, object]]]]:
         "clusters": lambda: cluster_rows(draws),
         "false_fail": lambda: fail_rows(max(draws // 4, 1)),
         "tails": lambda: tail_rows(max(draws // 50, 1)),
+        "sizes": lambda: size_rows(max(draws // 5, 1)),
         "picks": lambda: pick_rows(max(draws // 4, 1)),
-        "worst": lambda: [find_worst_mixture(s, draws) for s in (2, 3, 4, 5, 7, 10)],
+        "worst": lambda: [
+            find_worst_mixture(s, draws, counts) for counts in (MANY, FEW) for s in (2, 3, 4, 5, 7, 10)
+        ],
         "power": powers,
         "placebo": lambda: verdict_rows(0.0),
         "harmful": lambda: verdict_rows(-HARM),
         "looks": lambda: look_rows(max(draws // 10, 1)),
+        "returning": lambda: returning_rows(max(draws // 10, 1)),
     }
 
 
@@ -286,12 +298,14 @@ def main() -> None:
         "clusters": "The same with documents in clusters: taken for independent, and summed by cluster",
         "false_fail": "False FAIL where every part is exactly at its limit, nominal 5 %",
         "tails": "Upper bounds of percentiles that lie below the truth, nominal 5 %",
+        "sizes": "Upper bounds of the ratio of two sizes that lie below that of the expected largest",
         "picks": "A pick among three: claims of any false and of any right one, by one Holm and in series",
         "worst": "The same, worst mixture of variances",
         "power": "PASS by true share, medium",
         "placebo": "Placebo: verdicts",
         "harmful": f"Harm of {HARM:g} points: verdicts",
         "looks": "52 weekly looks at a release: called broken, and weeks until a broken one is found",
+        "returning": "The same with groups that come back every week",
     }
     for name, rows in result.items():
         console.print(build_table(titles[name], rows))

@@ -210,7 +210,7 @@ def _test(claim: Claim, alpha: float) -> tuple[float, float | None]:
     if claim.empty:
         lead = crossed_mean(claim.lead)
         credited = lead.verdict(alpha, RESOLUTION) == PASS
-        return float(credited), lead.p if credited else None
+        return float(credited), lead.p_at_most(RESOLUTION) if credited else None
     harmful = gain.verdict(alpha, RESOLUTION) == FAIL
     fail = gain.p_above(-RESOLUTION) if harmful else margin.p_above(0.0)
     return max(margin.p, gain.p) if claim.share else margin.p, fail

@@ -85,7 +85,7 @@ def compare(studies: Sequence[tuple[Evidence, Budget]], margin: float) -> list[C
 
 def _compared(evidence: Evidence, alpha: float) -> Compared:
     gain, lead = evidence.gain(VALIDATION, GAIN), evidence.gain(VALIDATION, kept_gain(PLAIN))
-    seen = crossed_mean(gain - RESOLUTION)  # as the gate asks it
+    seen = crossed_mean(gain).p_at_most(RESOLUTION)  # as the gate asks it
     share = fieller(lead, gain, alpha)
     over_ce = evidence.gain(VALIDATION, GAIN_OVER_CE) if CE in evidence.arms else None
     return Compared(
@@ -101,7 +101,7 @@ def _compared(evidence: Evidence, alpha: float) -> Compared:
         teacher=_served(evidence, alpha),
         seeds=gain.shape[0],
         clusters=gain.shape[1],
-        p=max(seen.p, crossed_mean(lead).p),
+        p=max(seen, crossed_mean(lead).p),
         holm_p=1.0,
         result="",
     )

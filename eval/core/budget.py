@@ -32,6 +32,7 @@ OTHER_NAMES = {
     for alias, phase in (("ttft", "prefill"), ("tpot", "decode"))
     for percentile in ("p50", "p95", "p99")
 }
+NO_RATIO = ("_p95", "_p99")  # percentiles far out: no bound of their ratio to another variant's is known
 AT_LOAD = ("knee", "throughput")  # measured by eval.cost.load; more is better
 ACCEPTED: dict[str, list[str]] = {
     **{name: ["B", "KiB", "MiB", "GiB"] for name in ("peak_memory", "device_memory", "disk")},
@@ -51,7 +52,11 @@ class Limit(Frozen):
         None, gt=0, allow_inf_nan=False, description="lower limit, for knee and throughput"
     )
     unit: Unit | None = Field(None, description="unit of an absolute limit")
-    of: str | None = Field(None, description="variant of the same run that a relative limit is a share of")
+    of: str | None = Field(
+        None,
+        description="variant of the same run that a relative limit is a share of; none for p95 and p99, of "
+        "which no ratio has a bound",
+    )
 
     @model_validator(mode="after")
     def one_measure(self) -> Self:
@@ -96,6 +101,8 @@ class Target(Frozen):
             accepted = ACCEPTED.get(name, ["ms", "s"])
             if limit.unit is not None and limit.unit not in accepted:
                 raise ValueError(f"{name} cannot be in {limit.unit}; accepted: {', '.join(accepted)}")
+            if limit.of is not None and name.endswith(NO_RATIO):
+                raise ValueError(f"{name}: no bound for that ratio; give an absolute limit, in ms or s")
             side = "at_least" if name in AT_LOAD else "at_most"
             if getattr(limit, side) is None:
                 raise ValueError(f"{name} takes `{side}`")

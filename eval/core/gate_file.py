@@ -94,7 +94,7 @@ class Slice(Stored):
 
 
 class Relative(Stored):
-    """Ratio to another variant measured in the same rounds, with one-sided bounds at alpha."""
+    """Ratio to another variant of the same rounds, with one-sided bounds at alpha; none of p95 and p99."""
 
     point: float
     lower: float

@@ -7,6 +7,7 @@ wider; alone it would be too narrow.
 
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +20,12 @@ from eval.cost.meters import BELOW
 from eval.stats.crossed import cluster_bounds
 from eval.stats.quantiles import largest_bounds, percentile_bounds, requests_needed
 from eval.stats.queueing import knee, outcome
-from eval.stats.ratios import Share, ratio_bounds
+from eval.stats.ratios import Share, largest_ratio, ratio_bounds
 
 Array = NDArray[np.float64]
 PERCENTILES = [f"{phase}_p{q}" for phase in ("prefill", "decode") for q in (50, 95, 99)]
 BATCHED = [f"{phase}_p{q}" for phase in ("prefill", "decode") for q in (50, 95)]
+SIZES = ("peak_memory", "device_memory")  # of which the largest of all processes is told
 MIB = UNITS["MiB"]
 NEVER = float("inf")  # the latency of what was not served
 
@@ -108,7 +110,7 @@ def estimate_quantity(records: list[CostRecord], name: str, alpha: float) -> Num
         requests = sum(len(percentile._replace(field="prefill_ms").values(run)) for run in runs)
         return percentile_number(times, percentile.q, alpha, sum(map(len, times)) // requests)
     values = values_per_process(records, name)
-    if name in ("peak_memory", "device_memory", "disk"):
+    if name in (*SIZES, "disk"):
         return _size_number(values, name, alpha)
     unit = {"energy": "J/token", "load_time": "s"}.get(name, "tokens/s")
     if np.isnan(values).any():  # a meter that did not tick
@@ -185,17 +187,33 @@ def first_mismatch(
 def estimate_ratio(
     records: list[CostRecord], other: list[CostRecord], name: str, alpha: float
 ) -> Share | None:
-    """Ratio of two variants over paired rounds; None where they cannot be compared."""
-    if first_mismatch(records, other):
+    """Ratio of two variants over paired rounds; None where they cannot be compared.
+
+    Of sizes it is that of the largest, as these are told; bytes on disk are counted, so that the bounds are
+    the ratio itself. A p95 or p99 of all processes has no bound of its ratio: the mean of the processes' own
+    percentiles is another figure.
+    """
+    percentile = parse_percentile(name)
+    if first_mismatch(records, other) or (percentile and percentile.q > 0.5):
         return None
-    return positive_ratio(values_per_process(records, name), values_per_process(other, name), alpha)
+    values, reference = values_per_process(records, name), values_per_process(other, name)
+    if name == "disk":
+        share = float(values.max() / reference.max())
+        return Share(share, share, share)
+    as_told = name in SIZES and records is not other  # a variant is as large as itself
+    return positive_ratio(values, reference, alpha, largest_ratio if as_told else ratio_bounds)
 
 
-def positive_ratio(values: Array, reference: Array, alpha: float) -> Share | None:
+def positive_ratio(
+    values: Array,
+    reference: Array,
+    alpha: float,
+    bounds: Callable[[Array, Array, float], Share | None] = ratio_bounds,
+) -> Share | None:
     """None where a zero, or what a meter did not see, has no logarithm."""
     if not min(values.min(), reference.min()) > 0:
         return None
-    return ratio_bounds(values, reference, alpha)
+    return bounds(values, reference, alpha)
 
 
 def estimate_knees(records: list[LoadRecord]) -> Array:

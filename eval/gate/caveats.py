@@ -66,9 +66,10 @@ def list_anomalies(evidence: Evidence, begins_with: Mapping[str, list[str]], alp
     pairs = list(product(cases, evidence.columns))
     means = [crossed_mean(evidence.gain(name, contrast)) for contrast, name in pairs]
     found: dict[Contrast, list[str]] = {}
-    for (contrast, name), mean, p in zip(pairs, means, holm([mean.p for mean in means]), strict=True):
+    adjusted = holm([mean.p_at_most(RESOLUTION) for mean in means])
+    for (contrast, name), mean, p in zip(pairs, means, adjusted, strict=True):
         low, _ = mean.bounds(alpha)
-        if p <= alpha and low is not None and low > RESOLUTION:
+        if p <= alpha and low is not None:
             by = f"by {mean.point:.4f} bits/byte, {low:.4f} at least, on {name}"
             found.setdefault(contrast, []).append(by)
     anomalies = []

@@ -69,7 +69,7 @@ def mean_part(name: str, z: Array, alpha: float, on_pass: str, on_fail: str, res
         high=high,
         limit=resolution,
         unit="bits/byte",
-        p=mean.p,
+        p=mean.p_at_most(resolution),
         p_fail=mean.p_above(-resolution),
         reason={PASS: on_pass, FAIL: on_fail, INCONCLUSIVE: unsure}[verdict],
         remedy=None if verdict == PASS else remedy(z, mean, alpha),

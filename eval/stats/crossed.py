@@ -102,15 +102,17 @@ def crossed_variance(ms: MeanSquares, s: ArrayLike, c: ArrayLike) -> tuple[Array
 
     V = (MS_s + MS_c - MS_e) / (S C), unbiased for crossed random effects and floored at MS_e / (S C),
     because the difference of mean squares can be small or negative by chance. nu is that of the sum
-    that is used, at least the smaller of S - 1 and C - 1, and at most 2 (S - 1): where a few seeds happen to
-    agree, V is small and nu large at once, and without the cap three seeds pass a false claim up to 5.9 % of
-    the time at a nominal 5 %, with it 5.6 %. A table without any variance has V = 0: the caller refuses it.
+    that is used, at least the smaller of S - 1 and C - 1, and at most twice that: where a few seeds, or a few
+    documents, happen to agree, V is small and nu large at once, and without the cap three seeds pass a false
+    claim up to 5.9 % of the time at a nominal 5 %, with it 5.6 %. A table without any variance has V = 0: the
+    caller refuses it.
     """
     s, c = np.asarray(s, float), np.asarray(c, float)
     total = np.maximum(ms.seeds + ms.documents - ms.residual, ms.residual)
     spread = ms.seeds**2 / (s - 1) + ms.documents**2 / (c - 1) + ms.residual**2 / ((s - 1) * (c - 1))
     nu = np.divide(total**2, spread, out=np.ones_like(spread), where=spread > 0)
-    return total / (s * c), np.clip(nu, np.minimum(s, c) - 1, 2 * (s - 1))
+    fewest = np.minimum(s, c) - 1
+    return total / (s * c), np.clip(nu, fewest, 2 * fewest)
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,12 @@ class Mean:
 
     @property
     def p(self) -> float:
-        """One-sided p-value of H0: the mean is at most 0. Without an error it is 1."""
-        return 1.0 if self.problem else float(stdtr(self.nu, -self.point / self.se))
+        """One-sided p-value of H0: the mean is at most 0."""
+        return self.p_at_most(0.0)
+
+    def p_at_most(self, limit: float) -> float:
+        """One-sided p-value of H0: the mean is at most `limit`. Without an error it is 1."""
+        return 1.0 if self.problem else float(stdtr(self.nu, (limit - self.point) / self.se))
 
     def p_above(self, limit: float) -> float | None:
         """One-sided p-value of H0: the mean is at least `limit`; None without an error."""

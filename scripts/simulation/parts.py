@@ -10,6 +10,7 @@ from scipy.special import stdtr, stdtrit
 
 from eval.stats.crossed import MeanSquares, cluster_bounds, crossed_variance, linearise, mean_squares
 from eval.stats.quantiles import percentile_bounds, quantile_bounds, requests_needed
+from eval.stats.ratios import largest_ratio, ratio_bounds
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -251,4 +252,44 @@ def tail_rows(draws: int) -> list[Row]:
         for t in TAILS
         for q in (0.95, 0.99)
         if t.processes * t.requests >= requests_needed(q, ALPHA)
+    ]
+
+
+SIZE_SPREADS = ((0.003, 0.003), (0.01, 0.01), (0.03, 0.03), (0.1, 0.01))
+PROCESSES = 5
+
+
+def size_misses(spreads: tuple[float, float], draws: int) -> dict[str, object]:
+    """How often an upper bound of the ratio of two sizes lies below that of the expected largest of five.
+
+    Sizes are log-normal over processes, with these standard deviations of the logarithm. "Of means" is the
+    bound of the ratio of geometric means, "of the largest" what the gate takes.
+    """
+    rng = np.random.default_rng([SEED, *(int(1000 * spread) for spread in spreads)])
+    ours, theirs, new, other = (
+        np.exp(spread * rng.normal(size=(n, PROCESSES)))
+        for n, spread in (
+            (draws, spreads[0]),
+            (draws, spreads[1]),
+            (100_000, spreads[0]),
+            (100_000, spreads[1]),
+        )
+    )
+    truth = float(new.max(1).mean() / other.max(1).mean())
+    pairs = list(zip(ours, theirs, strict=True))
+    means, largest = (
+        np.array([share.high for x, y in pairs if (share := bounds(x, y, ALPHA))])
+        for bounds in (ratio_bounds, largest_ratio)
+    )
+    return {
+        "of means": float((means < truth).mean()),
+        "of the largest": float((largest < truth).mean()),
+        "bound / truth": f"{np.median(largest) / truth:.3f}",
+    }
+
+
+def size_rows(draws: int) -> list[Row]:
+    return [
+        {"scenario": f"5 processes, apart by {a:g} and {b:g}", **size_misses((a, b), draws)}
+        for a, b in SIZE_SPREADS
     ]

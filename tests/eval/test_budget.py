@@ -76,6 +76,11 @@ def limits(**values: object) -> dict[str, object]:
         (limits(disk={"at_most": 1, "unit": "MiB", "of": "plain"}), ["limits.disk", "exactly one of `unit`"]),
         (limits(disk={"at_most": 1, "unit": "ms"}), ["disk cannot be in ms", "MiB"]),
         (limits(decode_p50={"at_most": 1, "unit": "GiB"}), ["decode_p50 cannot be in GiB", "ms"]),
+        (
+            limits(decode_p95={"at_most": 1, "of": "plain"}),
+            ["decode_p95: no bound for that ratio; give an absolute limit"],
+        ),
+        (limits(ttft_p99={"at_most": 1, "of": "plain"}), ["prefill_p99: no bound for that ratio"]),
         (limits(disk={"at_most": -1, "unit": "MiB"}), ["limits.disk.at_most", "-1"]),
         (limits(disk={"at_mots": 1, "unit": "MiB"}), ["at_mots", "did you mean 'at_most'"]),
         (limits(disk={"at_most": 1, "unit": "MB"}), ["limits.disk.unit", "'MB'", "'MiB'"]),

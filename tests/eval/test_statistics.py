@@ -21,6 +21,7 @@ from eval.stats.multiplicity import holm
 from eval.stats.power import Components
 from eval.stats.quantiles import quantile_bounds, requests_needed
 from eval.stats.ratios import POISSON, fieller, pigeonhole, ratio_bounds, share_bounds
+from scripts.simulate_gate import Mixture, mixture_false_pass
 
 
 @pytest.fixture
@@ -75,6 +76,23 @@ def test_variance_is_floored_and_nu_is_bounded(rng):
     assert (ms.seeds + ms.documents - ms.residual < 0).any()  # and so was the guard against a negative one
     assert nu.min() >= 2
     assert nu.max() <= 4
+
+
+@pytest.mark.parametrize(("s", "c"), [(10, 2), (5, 2), (10, 3)])
+def test_few_clusters_that_happen_to_agree_pass_no_more_false_claims_than_few_seeds(rng, s, c):
+    """Nine tenths of the variance are the clusters'; with a cap that looks at seeds alone up to 7.9 % pass."""
+    rates = mixture_false_pass(rng, s, Mixture(c, 0.1, 0.9, 0.0), 200_000)
+    assert rates["crossed"] <= 0.056
+    assert rates["cap of seeds alone"] > 0.057
+
+
+@pytest.mark.parametrize(("s", "c"), [(3, 3), (3, 64), (10, 16)])
+def test_with_as_many_clusters_as_seeds_the_cap_is_that_of_seeds(rng, s, c):
+    ms = mean_squares(crossed(rng, 500, s, c, 1.0, 1.0, 0.5))
+    total = np.maximum(ms.seeds + ms.documents - ms.residual, ms.residual)
+    parts = zip(ms, (s - 1, c - 1, (s - 1) * (c - 1)), strict=True)
+    free = total**2 / sum(square**2 / freedom for square, freedom in parts)
+    np.testing.assert_array_equal(crossed_variance(ms, s, c)[1], np.clip(free, s - 1, 2 * (s - 1)))
 
 
 def test_products_are_bilinear(rng):

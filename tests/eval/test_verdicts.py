@@ -7,6 +7,7 @@ import pytest
 
 from eval.core.gate_file import Part
 from eval.gate.decision import judge
+from eval.gate.quality import RESOLUTION, mean_part
 from eval.gate.verdicts import hold_failures, join_verdicts, slice_verdict
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, crossed_mean
 from eval.stats.multiplicity import holm
@@ -55,7 +56,19 @@ def test_p_to_fail_is_that_of_the_bound():
         assert (mean.p_above(0.0) < 0.05) == (mean.verdict(0.05) == FAIL)
         assert mean.p_above(0.0) == pytest.approx(1 - mean.p)
         assert mean.p_above(mean.bounds(0.05)[1]) == pytest.approx(0.05)
+        assert mean.p_at_most(mean.bounds(0.05)[0]) == pytest.approx(0.05)
     assert crossed_mean(np.ones((1, 9))).p_above(0.0) is None
+
+
+def test_the_p_of_an_assay_is_of_the_limit_that_its_bound_is_held_against():
+    """The smallest gains that float32 resolves: a mean above 0 and not above the resolution is no PASS."""
+    rng = np.random.default_rng(3)
+    decided = set()
+    for shift in np.linspace(0, 3e-5, 13):
+        one = mean_part("assay", rng.normal(shift, 1e-5, size=(4, 20)), 0.05, "", "", RESOLUTION)
+        assert (one.p <= 0.05) == (one.verdict == PASS)
+        decided.add(one.verdict)
+    assert decided == {PASS, INCONCLUSIVE}
 
 
 def test_holm_by_rows_is_holm():
