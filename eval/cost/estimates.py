@@ -20,7 +20,7 @@ from eval.cost.meters import BELOW
 from eval.stats.crossed import cluster_bounds
 from eval.stats.quantiles import largest_bounds, percentile_bounds, requests_needed
 from eval.stats.queueing import knee, outcome
-from eval.stats.ratios import Share, largest_ratio, ratio_bounds
+from eval.stats.ratios import Share, ratio_bounds
 
 Array = NDArray[np.float64]
 PERCENTILES = [f"{phase}_p{q}" for phase in ("prefill", "decode") for q in (50, 95, 99)]
@@ -202,6 +202,19 @@ def estimate_ratio(
         return Share(share, share, share)
     as_told = name in SIZES and records is not other  # a variant is as large as itself
     return positive_ratio(values, reference, alpha, largest_ratio if as_told else ratio_bounds)
+
+
+def largest_ratio(values: Array, reference: Array, alpha: float) -> Share | None:
+    """Ratio of the largest of S values to the largest of S others, with bounds each at level `alpha`.
+
+    They hold for the largest of as many processes anew, of either: its bounds (`largest_bounds`) at alpha / 2
+    each (Bonferroni). The rounds need not be paired. None of one value.
+    """
+    bounds = [largest_bounds(x, alpha / 2) for x in (values, reference)]
+    if bounds[0] is None or bounds[1] is None:
+        return None
+    (low, high), (least, most) = bounds[0], bounds[1]
+    return Share(float(np.max(values) / np.max(reference)), low / most, high / least)
 
 
 def positive_ratio(

@@ -19,7 +19,6 @@ from eval.stats.crossed import (
     random_stream,
     t_quantile,
 )
-from eval.stats.quantiles import largest_bounds
 
 CHUNK = 2_000_000  # resampled document weights held at once by the bootstrap
 # 2^16 equally likely values of a Poisson variable of mean 1: variance 1 but for 3e-5
@@ -123,19 +122,6 @@ def ratio_bounds(values: ArrayLike, reference: ArrayLike, alpha: float) -> Share
     logs = np.log(np.asarray(values, float) / np.asarray(reference, float))
     bounds = cluster_bounds(logs, alpha)
     return Share(*np.exp([logs.mean(), *bounds]).tolist()) if bounds else None
-
-
-def largest_ratio(values: ArrayLike, reference: ArrayLike, alpha: float) -> Share | None:
-    """Ratio of the largest of S values to the largest of S others, with bounds each at level `alpha`.
-
-    They hold for the largest of as many processes anew, of either: its bounds (`largest_bounds`) at alpha / 2
-    each (Bonferroni). The rounds need not be paired. None of one value.
-    """
-    bounds = [largest_bounds(x, alpha / 2) for x in (values, reference)]
-    if bounds[0] is None or bounds[1] is None:
-        return None
-    (low, high), (least, most) = bounds[0], bounds[1]
-    return Share(float(np.max(values) / np.max(reference)), low / most, high / least)
 
 
 def share_bounds(z: ArrayLike, alpha: float) -> tuple[float, float] | None:

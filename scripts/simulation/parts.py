@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
+from eval.cost.estimates import largest_ratio
 from eval.stats.crossed import MeanSquares, cluster_bounds, crossed_variance, linearise, mean_squares
 from eval.stats.quantiles import percentile_bounds, quantile_bounds, requests_needed
-from eval.stats.ratios import largest_ratio, ratio_bounds
+from eval.stats.ratios import ratio_bounds
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from eval.core.records import read_costs
-from eval.cost.estimates import estimate_ratio
-from eval.stats.ratios import largest_ratio, ratio_bounds
+from eval.cost.estimates import estimate_ratio, largest_ratio
+from eval.stats.ratios import ratio_bounds
 from tests.eval.run_builder import Run, row
 
 
@@ -29,7 +29,7 @@ def test_the_ratio_of_sizes_is_bounded_for_the_largest_of_processes_anew():
         beyond["means"] += np.log(ratio_bounds(ours, theirs, 0.05).high) < largest
     assert beyond["largest"] / 400 <= 0.05
     assert beyond["means"] / 400 > 0.5
-    assert largest_ratio([1.0], [1.0], 0.05) is None
+    assert largest_ratio(np.ones(1), np.ones(1), 0.05) is None
     alike = largest_ratio(np.exp(rng.normal(0, 0.003, 5)), np.exp(rng.normal(0, 0.003, 5)), 0.05)
     assert alike.high < 1.04, "a few per mille apart, the bound is a few per cent above"
 
