@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from eval.core.config import FileName, Frozen, find_config, read_yaml, validate_config
+from eval.core.errors import OneLine
 from eval.core.study import Study
 
 Quantity = Literal[
@@ -119,7 +120,7 @@ class Waivers(Frozen):
 class Budget(Frozen):
     """f, g and alpha of the gate, the mandatory slices with their own f, and limits per target."""
 
-    name: str = Field(description="name in the report and in gate.json")
+    name: OneLine = Field(description="name in the report and in gate.json")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="chance that a variant passes which should not")
     f: float = Field(
         gt=0, le=1, description="share of the teacher's gain that a variant must retain on validation"

@@ -21,8 +21,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from eval.core.artifacts import parse_stages, tool_text, write_text
-from eval.core.errors import Parser, UserError
+from eval.core.artifacts import MANIFEST, parse_stages, tool_text, write_text
+from eval.core.errors import Parser, UserError, one_line
 from eval.core.study import Study, check_trained, is_run, load_study
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 WIDTH = 120  # columns of a table at most, and where nobody can tell, e.g. in a log
 STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}  # of verdicts, on a terminal
 LOG = "log.txt"
+MARKS = (MANIFEST, "rollout.json")  # what the folder of an artifact or a release has, and that of a rollout
 TYPED = "ABSORB_TYPED"  # environment variable: the command as it was typed, where `absorb` started it
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 CURSOR = re.compile(r"\x1b\[|\r(?!\n)")  # what draws a progress bar, and is no line
@@ -77,6 +78,14 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, 1 or more")
     return int(text)
+
+
+def text_line(text: str) -> str:
+    """The type of a flag that takes a name or a reason: one line of text, wherever it is shown."""
+    try:
+        return one_line(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def describe_fields(
@@ -187,7 +196,8 @@ class NewFile(argparse.Action):
     """A path to write to. A file there is deleted at once: after an error it would pass for the result.
 
     Raises:
-        UserError: it is a folder, or a file of a run.
+        UserError: it is a folder, a file of a run, an artifact, a release or a rollout, or named twice: what
+            a command reads is no place for what it writes.
     """
 
     def __call__(
@@ -197,9 +207,15 @@ class NewFile(argparse.Action):
             raise UserError(f"{option} {path}", "is a folder", "give the path of a file")
         if not _is_stream(path):
             path = path.resolve()  # the file behind a link is replaced, not the link
+            fix = "give a path outside of it, or delete the file first"
             if path.exists() and any(map(is_run, path.parents)):
-                fix = "give a path outside of it, or delete the file first"
                 raise UserError(f"{option} {path}", "is a file of a run", fix)
+            if path.exists() and any((folder / mark).is_file() for folder in path.parents for mark in MARKS):
+                raise UserError(f"{option} {path}", "is a file of an artifact, a release or a rollout", fix)
+            words = [word.partition("=")[2] if word[:1] == "-" else word for word in sys.argv[1:]]
+            if path.exists() and sum(os.path.exists(w) and os.path.samefile(w, path) for w in words) > 1:
+                problem = "is named twice: one of them would replace the other"
+                raise UserError(f"{option} {path}", problem, "give a path of its own")
             path.unlink(missing_ok=True)
         setattr(namespace, self.dest, path)
 

@@ -14,11 +14,14 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
+from unicodedata import bidirectional, category
 
+from pydantic import AfterValidator
 from safetensors import SafetensorError
 
 EXIT_PASS, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_ERROR = 0, 1, 2, 3
+TURNING = {*("LRE", "RLE", "LRO", "RLO", "PDF"), *("LRI", "RLI", "FSI", "PDI")}  # the direction of writing
 EXIT_PIPE = 141  # what a shell gives a program that SIGPIPE ended
 EXITS = {"PASS": EXIT_PASS, "FAIL": EXIT_FAIL, "INCONCLUSIVE": EXIT_INCONCLUSIVE}  # of verdicts
 
@@ -40,6 +43,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(self.prog, message, "--help lists what it takes")
+
+
+def one_line(text: str) -> str:
+    """Returns a text that a terminal or a page shows as the one line that it is.
+
+    Raises:
+        ValueError: something in it breaks the line, moves the cursor or turns the direction of writing.
+    """
+    for letter in text:
+        if category(letter) in ("Cc", "Cs", "Zl", "Zp") or bidirectional(letter) in TURNING:
+            raise ValueError(f"found {letter!r} in it, expected one line without control characters")
+    return text
+
+
+OneLine = Annotated[str, AfterValidator(one_line)]  # of a name or a reason in what is stored
 
 
 def require_installed(library: str, thing: str, fix: str) -> None:

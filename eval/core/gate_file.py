@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError
 
 from eval.core.budget import Budget
 from eval.core.config import Stored
-from eval.core.errors import UserError, first_error
+from eval.core.errors import OneLine, UserError, first_error
 from eval.stats.crossed import Verdict
 
 
@@ -237,8 +237,8 @@ class Opening(Stored):
     number: int
     previous: str | None = None  # sha256 of the opening before; null for the first
     time: str  # ISO 8601, UTC
-    by: str
-    reason: str | None  # why they were opened again; null for the first time
+    by: OneLine
+    reason: OneLine | None  # why they were opened again; null for the first time
     recipe: str
     target: str | None  # for which the gate recommended it
     budget: str  # hash
@@ -259,8 +259,8 @@ class Look(Stored):
 
     number: int
     time: str
-    by: str
-    reason: str | None
+    by: OneLine
+    reason: OneLine | None
     recipe: str
     verdict: Verdict | None
     same: bool = True  # of the artifacts that this file judges
@@ -274,7 +274,7 @@ class OnTestSet(Stored):
 
     openings: int  # so far; only the first is free of what was learned from the ones before
     time: str
-    by: str
+    by: OneLine
     recipe: str
     target: str | None
     current: bool  # whether it was of the artifacts and the budget of this file
@@ -304,7 +304,7 @@ class GateRun(Stored):
     number: int
     time: str  # ISO 8601, UTC
     plan: str  # hash of the plan that was fixed then; empty without one
-    budget: str  # its name
+    budget: OneLine  # its name
     budget_hash: str
     evidence: str  # digest of the hashes of every record and artifact
     extent: Extent | None = Field(None, exclude_if=lambda value: value is None)  # null in older lines

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from eval.core.artifacts import library_versions, write_text
 from eval.core.config import Stored
-from eval.core.errors import UserError, first_error
+from eval.core.errors import OneLine, UserError, first_error
 
 PLAIN = "plain"  # the recipe of the uncompressed student
 TRAINING = "training documents"  # what the prompts of a cost are made of where a run folder is there
@@ -134,7 +134,7 @@ class Score(Stored):
     seed: int
     recipe: str = PLAIN
     engine: str  # torch, openvino; method for a teacher that carries one
-    by: str | None = None  # what scored it elsewhere, with its version; null: this project, by `engine`
+    by: OneLine | None = None  # what scored it elsewhere, with its version; null: this project, by `engine`
     metric: Literal["bits_per_byte"] = "bits_per_byte"
     data: str  # hash of the data artifact
     documents: Documents

@@ -18,7 +18,7 @@ from rich.text import Text
 from eval.core.artifacts import digest, read_manifest
 from eval.core.budget import Budget
 from eval.core.checks import CE, TEACHERS, Artifacts, artifact_folder
-from eval.core.commands import STYLES, new_parser, study_from_command, write_json
+from eval.core.commands import STYLES, new_parser, study_from_command, text_line, write_json
 from eval.core.documents import TEST, part_of_test, read_documents
 from eval.core.errors import EXITS, UserError, entry, require_one_of
 from eval.core.gate_file import GateFile, Opening
@@ -203,9 +203,9 @@ def print_opening(console: Console, opening: Opening, path: Path, alpha: float) 
 @entry
 def main() -> int:
     parser = new_parser(__doc__)
-    parser.add_argument("--by", required=True, help="who opens them; it is written down")
+    parser.add_argument("--by", type=text_line, required=True, help="who opens them; it is written down")
     parser.add_argument("--variant", help="default: the variant that the gate recommends")
-    parser.add_argument("--reason", help="why they are opened again")
+    parser.add_argument("--reason", type=text_line, help="why they are opened again")
     parser.add_argument("--budget", help="another budget than the run's fixed one: a name or a YAML file")
     study, args = study_from_command(parser, measures=True)
     folder = study.folder

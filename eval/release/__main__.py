@@ -28,7 +28,7 @@ from eval.core.artifacts import (
 from eval.core.board import Board
 from eval.core.budget import Budget
 from eval.core.checks import CONTROL, FALLBACK, STUDENT, artifact_folder
-from eval.core.commands import add_json, count, new_parser, study_from_command, write_json
+from eval.core.commands import add_json, count, new_parser, study_from_command, text_line, write_json
 from eval.core.documents import TRAIN, boundary_id, slices_of_test, stream_documents
 from eval.core.errors import UserError, entry, require_one_of
 from eval.core.gate_file import GateFile, read_gate
@@ -348,7 +348,7 @@ def summary_lines(contract: Contract, out: Path) -> Iterator[str]:
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--variant", nargs="+", required=True, metavar="[TARGET=]RECIPE", help="what to ship")
-    parser.add_argument("--owner", required=True, help="who answers for the release")
+    parser.add_argument("--owner", type=text_line, required=True, help="who answers for the release")
     parser.add_argument("--key", required=True, help="the private key that signs the folder as a whole")
     about = "public keys, or files of allowed signers: these are trusted and no others"
     parser.add_argument("--public", nargs="+", required=True, metavar="FILE", help=about)

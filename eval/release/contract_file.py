@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from scipy.special import stdtr
 
 from eval.core.config import Stored
-from eval.core.errors import UserError, expected_text
+from eval.core.errors import OneLine, UserError, expected_text
 from eval.core.gate_file import Estimate, KeptShare, Number
 from eval.signoff.statement import Waiver
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict, cluster_bounds, linearise
@@ -84,7 +84,7 @@ class LoaderCost(Stored):
 
 
 class Signature(Stored):
-    by: str
+    by: OneLine
     time: str
     key: str  # id of the public key
     file: str  # path in the release
@@ -127,7 +127,7 @@ class Contract(Stored):
     name: str
     study: str
     method: str
-    owner: str
+    owner: OneLine
     released: date  # the day on which the folder was built
     expires: date | None  # the first waiver that ends; after it the fallback is served
     recheck_days: int | None = None  # it is rechecked at least so often; null where nobody promised that

@@ -20,7 +20,7 @@ from typing import Any
 
 from eval.core.artifacts import read_manifest, text_sha256, write_text
 from eval.core.checks import CONTROL, FALLBACK, TAUGHT, TEACHERS, Artifacts, artifact_folder
-from eval.core.commands import new_parser, study_from_command, write_json
+from eval.core.commands import NewFile, new_parser, study_from_command, text_line, write_json
 from eval.core.documents import Document, cluster_names, json_objects
 from eval.core.documents.encoding import text_ids
 from eval.core.errors import UserError, entry, require_one_of
@@ -208,12 +208,14 @@ def import_scores(
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("file", nargs="?", type=Path, help="scores of one model, one document a line")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write the documents to score, and end")
+    parser.add_argument(
+        "--export", type=Path, action=NewFile, metavar="FILE", help="write the documents to score, and end"
+    )
     parser.add_argument("--arm", help=f"B, T0, T1, S1, {CONTROL} or CE")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--recipe", default=PLAIN)
     parser.add_argument("--artifact", metavar="HASH", help="`hash` of the manifest of what was scored")
-    parser.add_argument("--by", help="what scored it, with its version")
+    parser.add_argument("--by", type=text_line, help="what scored it, with its version")
     study, args = study_from_command(parser, measures=True)
     if args.export is not None:
         write_text(args.export, "".join(lines := list(export_lines(study))))

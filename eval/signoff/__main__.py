@@ -20,8 +20,8 @@ from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, verify_artifact, write_text
 from eval.core.checks import STUDENT
-from eval.core.commands import new_parser, study_from_command, write_json
-from eval.core.errors import EXIT_FAIL, EXIT_PASS, UserError, entry
+from eval.core.commands import new_parser, study_from_command, text_line, write_json
+from eval.core.errors import EXIT_FAIL, EXIT_PASS, Parser, UserError, entry
 from eval.core.jobs import lock_folder
 from eval.core.records import read_costs, read_scores
 from eval.core.study import load_study
@@ -286,9 +286,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--kind", choices=get_args(Kind), default="ed25519", help=about)
     parser.add_argument("--variant", help="the recipe that is signed")
     parser.add_argument("--target", default="cpu", help="the target on which it is (default: cpu)")
-    parser.add_argument("--by", help="who signs")
+    parser.add_argument("--by", type=text_line, help="who signs")
     parser.add_argument("--key", help="the signer's private key: a file, or the URI of a key service")
-    parser.add_argument("--waive", metavar="REASON", help="sign what did not pass, for this reason")
+    parser.add_argument(
+        "--waive", type=text_line, metavar="REASON", help="sign what did not pass, for this reason"
+    )
     parser.add_argument("--expires", metavar="YYYY-MM-DD", help="the last day of the waiver")
     parser.add_argument("--verify", action="store_true", help="check the sign-offs of the run")
     about = "public keys, or files of allowed signers: these are trusted and no others"
@@ -298,9 +300,9 @@ def arguments() -> argparse.ArgumentParser:
 
 @entry
 def main() -> int:
-    first = argparse.ArgumentParser(add_help=False)  # a key belongs to no study
+    first = Parser(add_help=False)  # a key belongs to no study
     first.add_argument("--new-key")
-    first.add_argument("--by")
+    first.add_argument("--by", type=text_line)
     first.add_argument("--kind", choices=get_args(Kind), default="ed25519")
     given = first.parse_known_args()[0]
     if key_path := given.new_key:

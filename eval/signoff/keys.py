@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eval.core.errors import UserError
+from eval.core.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from securesystemslib.dsse import Envelope
@@ -192,7 +192,7 @@ def _allowed_signer(line: str, thing: str) -> Holder:
 
     try:
         name, kind, key, *_ = shlex.split(line)
-        return Holder(name, SSlibKey.from_crypto(load_ssh_public_key(f"{kind} {key}".encode())))
+        return Holder(one_line(name), SSlibKey.from_crypto(load_ssh_public_key(f"{kind} {key}".encode())))
     except (ValueError, UnsupportedAlgorithm) as error:
         fix = "write NAME ssh-ed25519 BASE64, or give a public key in PEM"
         raise UserError(thing, "no allowed signer", fix) from error

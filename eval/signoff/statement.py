@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eval.core.artifacts import commit_text, file_sha256
 from eval.core.config import FileName
-from eval.core.errors import UserError, expected_text
+from eval.core.errors import OneLine, UserError, expected_text
 from eval.core.gate_file import GateRun
 from eval.signoff.keys import AGAIN, Trusted, envelope, from_text, signed_by, signer_name, wrapped
 from eval.stats.crossed import GENERATOR, PASS, Verdict
@@ -44,14 +44,14 @@ class ForwardCompatible(BaseModel):
 class Waiver(ForwardCompatible):
     """Why something that did not pass may be shipped all the same, and until which day (UTC, inclusive)."""
 
-    reason: str = Field(min_length=1)
+    reason: OneLine = Field(min_length=1)
     expires: date
 
 
 class Policy(ForwardCompatible):
     """By what was judged, and what it asks of a waiver."""
 
-    name: str  # of the budget
+    name: OneLine  # of the budget
     hash: str  # of its values, as in gate.json
     fixed: bool  # it is the one that was fixed when training began
     plan: str  # hash of what was fixed then; empty where nothing was
@@ -82,7 +82,7 @@ class Versions(ForwardCompatible):
 class Predicate(ForwardCompatible):
     """Who signed what, and every figure and hash that it rests on."""
 
-    by: str = Field(min_length=1)
+    by: OneLine = Field(min_length=1)
     time: str  # ISO 8601, UTC
     public_key: str  # 32 bytes in hexadecimal (Ed25519), else PEM
     study: str
@@ -90,7 +90,7 @@ class Predicate(ForwardCompatible):
     recipe: FileName
     target: FileName
     verdict: Verdict
-    reason: str
+    reason: OneLine
     recommended: bool
     waiver: Waiver | None
     policy: Policy

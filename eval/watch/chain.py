@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from eval.core.artifacts import file_sha256, text_sha256, write_text
 from eval.core.config import Stored
-from eval.core.errors import UserError, expected_text
+from eval.core.errors import OneLine, UserError, expected_text
 from eval.signoff.keys import Trusted, envelope, from_text, signer_name, wrapped
 from eval.signoff.statement import TYPE
 from eval.watch.decision import Finding, Sums
@@ -33,13 +33,13 @@ class State(Stored):
     schema_version: Literal[1] = 1
     release: str  # SHA-256 of the release's manifest.json
     contract: str  # its name, and who answers for it
-    owner: str
+    owner: OneLine
     target: str
     status: Status
     stage: int  # of the plan, from 1 on; the last one when complete
     step: int
     time: str  # ISO 8601, UTC
-    reason: str
+    reason: OneLine
     plan: Plan
 
 
@@ -49,10 +49,10 @@ class Step(Stored):
     number: int  # from 1 on
     previous: str | None  # SHA-256 of the line before
     time: str
-    by: str
+    by: OneLine
     public_key: str
     decision: Literal["START", "PROMOTE", "HOLD", "ROLL BACK"]
-    reason: str
+    reason: OneLine
     by_hand: bool = False  # somebody decided, not the figures
     stage: int  # in which the requests were answered
     requests: str | None = None  # SHA-256 of the log of requests

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256, write_text
-from eval.core.commands import add_json, new_console, new_parser, stamp_line, write_json
+from eval.core.commands import NewFile, add_json, new_console, new_parser, stamp_line, write_json
 from eval.core.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_PASS, UserError, entry
 from eval.core.gate_file import Estimate
 from eval.core.records import VALIDATION
@@ -208,9 +208,15 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--slice", default=VALIDATION, help="what it is compared with (default: validation)")
     about = "public keys, or files of allowed signers: these are trusted and no others"
     parser.add_argument("--public", nargs="+", metavar="FILE", help=about)
-    parser.add_argument("--page", type=Path, metavar="HTML", help="also write a page that opens offline")
     parser.add_argument(
-        "--metrics", type=Path, metavar="PROM", help="also write the text format of Prometheus"
+        "--page", type=Path, action=NewFile, metavar="HTML", help="also write a page that opens offline"
+    )
+    parser.add_argument(
+        "--metrics",
+        type=Path,
+        action=NewFile,
+        metavar="PROM",
+        help="also write the text format of Prometheus",
     )
     add_json(parser)
     return parser

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.core.artifacts import MANIFEST, file_sha256, write_text
-from eval.core.commands import add_json, new_console, new_parser, stamp_line, write_json
+from eval.core.commands import add_json, new_console, new_parser, stamp_line, text_line, write_json
 from eval.core.config import read_yaml, validate_config
 from eval.core.documents import json_objects
 from eval.core.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_PASS, UserError, entry, expected_text
@@ -318,7 +318,7 @@ def arguments() -> argparse.ArgumentParser:
         one.add_argument("--public", nargs="+", metavar="FILE", help=about)
         add_json(one)
         if name != "state":
-            one.add_argument("--by", required=True, help="who does this")
+            one.add_argument("--by", type=text_line, required=True, help="who does this")
             one.add_argument("--key", required=True, help="the private key that signs the step")
         if name == "start":
             one.add_argument("--release", required=True, help="a folder that `eval.release` made")
@@ -326,11 +326,13 @@ def arguments() -> argparse.ArgumentParser:
                 "--plan", required=True, metavar="YAML", help="stages, measures and their limits"
             )
             one.add_argument("--target", help="whose artifact is rolled out (default: the first)")
-            one.add_argument("--why", default="a new release", help="kept in the log")
+            one.add_argument("--why", type=text_line, default="a new release", help="kept in the log")
         if name == "step":
             what = one.add_mutually_exclusive_group(required=True)
             what.add_argument("--log", metavar="JSONL", help="requests since the last step")
-            what.add_argument("--roll-back", metavar="WHY", help="go back by hand, at any time")
+            what.add_argument(
+                "--roll-back", type=text_line, metavar="WHY", help="go back by hand, at any time"
+            )
     return parser
 
 
