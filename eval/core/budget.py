@@ -121,7 +121,7 @@ class Budget(Frozen):
     """f, g and alpha of the gate, the mandatory slices with their own f, and limits per target."""
 
     name: OneLine = Field(description="name in the report and in gate.json")
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="chance that a variant passes which should not")
+    alpha: float = Field(0.05, ge=1e-6, lt=0.5, description="chance that a variant passes which should not")
     f: float = Field(
         gt=0, le=1, description="share of the teacher's gain that a variant must retain on validation"
     )

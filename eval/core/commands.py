@@ -62,6 +62,9 @@ def new_parser(doc: str | None) -> argparse.ArgumentParser:
     return Parser(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+MOST_DIGITS = 15  # of a count: float64 holds each
+
+
 def positive(text: str) -> float:
     """The type of a flag that takes a finite number above 0."""
     try:
@@ -75,8 +78,8 @@ def positive(text: str) -> float:
 
 def count(text: str) -> int:
     """The type of a flag that takes a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, 1 or more")
+    if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text[:40]!r}, expected a whole number, 1 or more")
     return int(text)
 
 

@@ -6,6 +6,7 @@ a record of another artifact, data, study, setting or device is refused, and so 
 run has a record of already, unless it is the very same.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from eval.core.errors import UserError, entry, first_error, require_one_of
 from eval.core.jobs import lock_folder
 from eval.core.plan import budget_of_run
 from eval.core.records import (
+    PLAIN,
     TRAINING,
     CostRecord,
     LoadRecord,
@@ -40,6 +42,7 @@ from eval.core.records import (
 )
 from eval.core.study import Study, check_trained, load_study, recipe_names
 
+NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
 RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 
@@ -52,9 +55,13 @@ def read_lines(path: Path) -> list[Record]:
     records: list[Record] = []
     for where, _, line in text_lines(path, "records", "name a file of records, or a copy of the run folder"):
         try:
-            records.append(RECORD.validate_json(line))
+            record = RECORD.validate_json(line)
         except ValidationError as error:
             raise first_error(where, error, "measure again") from error
+        for name in ("arm", "recipe", "target"):  # a path is made of each
+            if not NAME.fullmatch(value := getattr(record, name, PLAIN)):
+                raise UserError(f"{where}: {name}", repr(value)[:60], "give a name, not a path")
+        records.append(record)
     return records
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from eval.core.errors import UserError
 from eval.core.records import Arrivals, Batched, Energy, Process, Server
+from eval.core.records.measured import LEAST_SERVED
 from eval.cost.meters import Meter, device_memory, open_meter
 from eval.cost.orders import Answer, Order
 from eval.engines import Engine, Writer, engine_module, load_engine
 from eval.stats.queueing import poisson
 
-LEAST = 10  # requests whose service is measured, however long they take
 TRIES = 100  # texts, one of which tells the time of a token
 PATIENCE = 2  # times the duration of the arrivals: what was not served by then never is
 
@@ -161,7 +161,7 @@ def serve_open_loop(engine: Engine, order: Order, synchronize: Synchronize) -> S
         serve()
     services: list[float] = []
     end = time.perf_counter() + load.seconds
-    while len(services) < LEAST or time.perf_counter() < end:
+    while len(services) < LEAST_SERVED or time.perf_counter() < end:
         stamps = serve()
         services.append(1e3 * (stamps[-1] - stamps[0]))
     rates = []

@@ -25,6 +25,7 @@ from eval.core.checks import (
     check_aligned,
     check_budget,
     check_device,
+    check_processes_differ,
     check_seeds_differ,
     find_positions,
     read_unbuilt,
@@ -365,7 +366,7 @@ def by_target(
     """(target, recipe) -> its records by seed, each made as the study, the target and the scores ask.
 
     Raises:
-        UserError: one was made on another device, with another engine or other settings.
+        UserError: one was made on another device, with another engine, or of copies of a process.
     """
     grouped: dict[tuple[str, str], list[C]] = defaultdict(list)
     for record in costs:
@@ -377,6 +378,7 @@ def by_target(
         grouped[record.target, record.recipe].append(record)
     for records in grouped.values():
         records.sort(key=lambda r: study.seeds.index(r.seed))
+        check_processes_differ(folder, records)
     return dict(grouped)
 
 

@@ -99,11 +99,10 @@ def list_tests(
             effect = float((student - f * teacher).mean())
         else:
             true_gain = gain if gain is not None else float(teacher.mean())
-            if share is None and teacher.mean() <= 0:
+            if (share is None or gain is None) and teacher.mean() <= 0:  # no share of it is kept
                 problem = f"no teacher gain on {name} ({teacher.mean():+.4f} bits/byte)"
-                raise UserError(
-                    f"pilot {evidence.folder}", problem, "give the share to plan for with --share"
-                )
+                fix = "give the gain and the share to plan for with --gain and --share"
+                raise UserError(f"pilot {evidence.folder}", problem, fix)
             true_share = share if share is not None else float(student.mean() / teacher.mean())
             effect = (true_share - f) * true_gain
         size = len(plan.seeds), planned_clusters(evidence, plan, name)

@@ -73,6 +73,9 @@ def estimate_agreement(
     chosen = [by_seed[seed] for seed in seeds if seed in by_seed]
     if len(chosen) < len(seeds) or any(r.id != chosen[0].id for r in chosen):
         return None, None
+    if unknown := [name for name in chosen[0].id if name not in clusters]:
+        problem = f"document {unknown[0]!r} is none of the validation documents"
+        raise UserError(f"agreement of {chosen[0].recipe}", problem, "delete its records, compare again")
     _, place = np.unique([clusters[name] for name in chosen[0].id], return_inverse=True)
     tokens = document_tokens(np.array([r.tokens for r in chosen], float))
     size = np.bincount(place, tokens)

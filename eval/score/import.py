@@ -35,6 +35,7 @@ from eval.core.records import (
     record_path,
     write_record,
 )
+from eval.core.records.measured import MOST
 from eval.core.study import Study, recipe_names
 from eval.engines import load_tokenizer, subject_of
 from eval.score.corruptions import slice_documents, slice_names
@@ -91,7 +92,7 @@ def read_row(where: str, row: dict[str, Any]) -> tuple[Key, str, float, int | No
         known = [one for one in value if one is not None] if isinstance(value, list) else []
         usable = known and all(_is_number(one) and -math.inf < one <= 0 for one in known)
         value, tokens = (-sum(known) if usable else value), len(known)
-    if not _is_number(value) or not 0 <= value < math.inf:
+    if not _is_number(value) or not 0 <= value <= MOST / 2:  # nats, too, are then at most MOST bits
         raise UserError(f"{where}: {given[0]}", repr(value)[:60], "give a finite likelihood of at most 1")
     if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
         raise UserError(

@@ -171,7 +171,7 @@ def test_shares_are_ratios_of_sums_with_seeds_and_documents_crossed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kl_bits": [1.0, math.nan]}, "not finite"),
+        ({"kl_bits": [1.0, math.nan]}, "expected a finite number"),
         ({"tokens": [100]}, "different lengths"),
         ({"id": []}, "id"),
     ],

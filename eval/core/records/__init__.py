@@ -6,16 +6,24 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from eval.core.artifacts import library_versions, write_text
 from eval.core.config import Stored
 from eval.core.errors import OneLine, UserError, first_error
+from eval.core.records.measured import MOST, MOST_COUNT, Counted, Positive
+from eval.core.records.measured import Arrivals as Arrivals
+from eval.core.records.measured import Batched as Batched
+from eval.core.records.measured import Bins as Bins
+from eval.core.records.measured import Energy as Energy
+from eval.core.records.measured import Process as Process
+from eval.core.records.measured import Rerun as Rerun
+from eval.core.records.measured import Server as Server
 
 PLAIN = "plain"  # the recipe of the uncompressed student
 TRAINING = "training documents"  # what the prompts of a cost are made of where a run folder is there
@@ -46,23 +54,6 @@ class Provenance(Stored):
         if datetime.fromisoformat(value).tzinfo is None:
             raise ValueError(f"{value!r} names no time zone")
         return value
-
-
-Sums = list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
-
-
-class Bins(Stored):
-    """Sums over the tokens of a slice by the confidence in them: 15 bins of equal width over [0, 1]."""
-
-    tokens: Sums
-    confidence: Sums  # probability of the likeliest token
-    correct: Sums  # whether that was the token
-
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        if not len(self.tokens) == len(self.confidence) == len(self.correct) or sum(self.tokens) <= 0:
-            raise ValueError("sums of different bins, or of no token")
-        return self
 
 
 class Documents(Stored):
@@ -99,6 +90,7 @@ class Documents(Stored):
         if (least_bits := min(self.bits)) < 0:
             name = self.id[self.bits.index(least_bits)]
             raise ValueError(f"document {name!r} has {least_bits} bits; a likelihood is at most 1")
+        self._check_bounds()
         counts = self.tokens if self.correct is None else self.correct
         if min(counts) < 0 or any(map(operator.gt, counts, self.tokens)):
             named = zip(self.id, self.tokens, counts, strict=True)
@@ -109,6 +101,18 @@ class Documents(Stored):
                 f"calibration of slices {sorted(self.calibration)}, documents of {sorted(slices)}"
             )
         return self
+
+    def _check_bounds(self) -> None:
+        """Raises ValueError at a count or a sum that no document has: a figure made of it is none."""
+        columns: dict[str, tuple[Sequence[float], float]] = {
+            "bytes": (self.bytes, MOST_COUNT),
+            "tokens": (self.tokens, MOST_COUNT),
+            "bits": (self.bits, MOST),
+        }
+        for unit, (column, most) in columns.items():
+            if max(column) > most:
+                name = self.id[column.index(max(column))]
+                raise ValueError(f"document {name!r} has more than {most:g} {unit}")
 
     @property
     def clusters(self) -> list[str]:
@@ -141,44 +145,6 @@ class Score(Stored):
     provenance: Provenance
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Counted = Annotated[int, Field(gt=0)]
-Times = Annotated[list[Positive], Field(min_length=1)]
-Steps = list[Positive]  # none of what decodes nothing
-
-
-class Energy(Stored):
-    """What a meter counted while requests were served, idle power and neighbours of all it feeds included."""
-
-    joules: Positive | None  # null: no meter
-    tokens: Counted  # generated meanwhile
-    meter: str  # its name; without one, why there is none
-
-
-class Batched(Stored):
-    """Several prompts served at once, in step."""
-
-    batch_size: int
-    prefill_ms: Times  # one entry per batch
-    decode_ms: Steps  # one entry per step, which makes a token for every prompt of the batch
-    peak_memory_bytes: Counted  # of the process so far; it takes the sizes in ascending order
-    device_memory_bytes: int | None
-    energy: Energy
-
-
-class Process(Stored):
-    """What one fresh process measured; batch 1 unless stated otherwise."""
-
-    prefill_ms: Times  # one entry per request: until its first token is known
-    decode_ms: Steps  # one entry per generated token after the first
-    load_s: Positive
-    peak_memory_bytes: Counted  # VmHWM on a CPU, the reserved peak on CUDA
-    device_memory_bytes: int | None = None  # of this process by the accelerator's own count, where it has one
-    energy: Energy | None = None  # null in older records
-    batches: list[Batched] = Field(default_factory=list)  # the sizes above 1
-    computed_in: str | None = None  # number format of the products, if it is not that of the weights
-
-
 class TargetRecord(Stored):
     """What was measured of one variant on one target, and how."""
 
@@ -205,29 +171,12 @@ class CostRecord(TargetRecord):
     processes: list[Process] = Field(min_length=1)  # in rounds: process r of every variant ran in round r
 
 
-class Arrivals(Stored):
-    """Requests of one rate, served in real time; latencies count from the intended arrival."""
-
-    rate: Positive  # intended requests per second
-    arrival_s: list[float]  # intended, from the start
-    first_ms: list[float]  # until the first token; shorter than `arrival_s` where the time was over
-    done_ms: list[float]  # until the last token
-
-
-class Server(Stored):
-    """What one fresh process served, one request after another in the order of arrival."""
-
-    service_ms: Times  # of requests that followed each other without a pause
-    rates: list[Arrivals]
-    computed_in: str | None = None  # number format of the products, if it is not that of the weights
-
-
 class LoadRecord(TargetRecord):
     """Open-loop load of one variant on one target."""
 
     kind: Literal["load"] = "load"
-    seconds: float  # per rate
-    slo_ms: float | None
+    seconds: Positive  # per rate
+    slo_ms: Positive | None
     processes: list[Server] = Field(min_length=1)  # in rounds, whose arrivals all variants share
 
 
@@ -265,14 +214,6 @@ class TaskScore(Stored):
     provenance: Provenance
 
 
-class Rerun(Stored):
-    """The same model once more, under other circumstances: what differs is noise."""
-
-    tokens: int
-    flips: int
-    kl_bits: float
-
-
 class Agreement(Stored):
     """How far a variant says what its uncompressed student says, on the validation documents."""
 
@@ -288,15 +229,19 @@ class Agreement(Stored):
     tokens: list[int]
     flips: list[int]  # tokens whose likeliest prediction differs
     kl_bits: list[float]  # sum over tokens of KL(student || variant)
-    reruns: dict[str, Rerun]  # of the variant, on some of the documents: other batch, other threads
+    reruns: dict[str, Rerun] = Field(
+        min_length=1
+    )  # of the variant, on some of the documents: other batch, other threads
     provenance: Provenance
 
     @model_validator(mode="after")
     def check(self) -> Self:
         if len({len(column) for column in (self.id, self.tokens, self.flips, self.kl_bits)}) > 1:
             raise ValueError("columns of different lengths")
-        if not all(map(math.isfinite, self.kl_bits)) or min(self.tokens) < 1:
-            raise ValueError("a divergence that is not finite, or a document without tokens")
+        if len(set(self.id)) < len(self.id):
+            raise ValueError("a document appears twice")
+        for tokens, flips, kl_bits in zip(self.tokens, self.flips, self.kl_bits, strict=True):
+            Rerun(tokens=tokens, flips=flips, kl_bits=kl_bits)
         return self
 
 

@@ -12,24 +12,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from eval.core.artifacts import MANIFEST, Manifest, digest, read_manifest
-from eval.core.budget import Budget, Target, load_budget
+from eval.core.budget import Budget, load_budget
+from eval.core.checks.measured import check_device as check_device
+from eval.core.checks.measured import check_processes_differ as check_processes_differ
+from eval.core.checks.measured import different_settings
 from eval.core.errors import UserError, require_one_of
 from eval.core.records import (
     PLAIN,
     VALIDATION,
     Agreement,
     AnyRecord,
-    Batched,
     CostRecord,
     Documents,
     LoadRecord,
-    Process,
     Record,
     Score,
-    TargetRecord,
     record_path,
 )
-from eval.core.sections import Cost, Load
 from eval.core.study import Study, recipe_names
 
 AnyKind = TypeVar("AnyKind", bound=AnyRecord)
@@ -333,52 +332,6 @@ def check_budget(budget: Budget, study: Study, slices: list[str]) -> None:
     for target, of in [(t, limit.of) for t in budget.targets for limit in budget.targets[t].limits.values()]:
         if of is not None:
             require_one_of(f"budget {budget.name!r}: targets.{target}: variant", of, recipes)
-
-
-def different_settings(record: CostRecord | LoadRecord, cost: Cost) -> dict[str, tuple[Any, Any]]:
-    """Setting -> (as the record was measured, as the study asks), for those that differ in any process."""
-    pairs: dict[str, tuple[Any, Any]] = {
-        name: (getattr(record, name), getattr(cost, name))
-        for name in ("prompt_tokens", "new_tokens", "threads")
-    }
-    pairs["warmup"] = "unknown" if record.warmup is None else record.warmup, cost.warmup
-    pairs["processes"] = len(record.processes), cost.processes
-    if isinstance(record, CostRecord):
-        processes = record.processes
-        timed: list[Process | Batched] = [*processes]
-        timed += [batched for process in processes for batched in process.batches]
-        sizes = [[1, *(batched.batch_size for batched in process.batches)] for process in processes]
-        pairs["batch_sizes"] = _first_different(sizes, cost.batch_sizes)
-        pairs["requests"] = _first_different([len(t.prefill_ms) for t in timed], cost.requests)
-        steps = cost.requests * (cost.new_tokens - 1)
-        pairs["number of decode steps"] = _first_different([len(t.decode_ms) for t in timed], steps)
-        tokens = [
-            (energy.tokens, cost.requests * size * cost.new_tokens)
-            for t in timed
-            if (energy := t.energy) is not None
-            for size in [t.batch_size if isinstance(t, Batched) else 1]
-        ]
-        pairs["energy.tokens"] = next((pair for pair in tokens if pair[0] != pair[1]), (0, 0))
-    else:
-        load = cost.load or Load()
-        pairs |= {"seconds": (record.seconds, load.seconds), "slo_ms": (record.slo_ms, load.slo_ms)}
-        if load.rates is not None:
-            rates = [[arrivals.rate for arrivals in server.rates] for server in record.processes]
-            pairs["rates"] = _first_different(rates, load.rates)
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _first_different(measured: list[Any], expected: Any) -> tuple[Any, Any]:
-    """The first of the values that is not the expected one, or that itself; and the expected one."""
-    return next((value for value in measured if value != expected), expected), expected
-
-
-def check_device(record: TargetRecord, target: Target, place: str) -> None:
-    """The record was measured on such a device as the target is."""
-    device = record.provenance.machine.device
-    if (target.device == "cpu") != (device == "cpu"):
-        problem = f"measured on {device!r}, the target {record.target!r} is {target.device!r}"
-        raise UserError(place, problem, "measure again on such a device")
 
 
 def check_plan(study: Study) -> None:
