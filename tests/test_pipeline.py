@@ -155,7 +155,7 @@ README = (ROOT / "README.md").read_text()
 
 
 OUR_FILES = ("requests.jsonl", "history.jsonl", "sample.jsonl")  # that the README names
-KEYS = ("ada", "ada.pub", "ops")
+KEYS = ("ada", "ada.pub", "ops", "ops.pub")
 
 
 def commands(heading):
@@ -193,7 +193,8 @@ def serves(command):
             assert time.monotonic() < end, "not ready in two minutes"
             time.sleep(0.5)
             with suppress(httpx.TransportError):
-                ready = httpx.get(address).status_code == 200
+                ready = (answer := httpx.get(address)).status_code == 200
+        assert answer.json()["status"] == "release is on"
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert process.returncode in (0, 130)

@@ -31,7 +31,7 @@ log = logging.getLogger("load_release")
 
 MANIFEST, INDEX, SIGNATURE = "manifest.json", "release.json", "signature.json"
 ROLLOUT, ROLLOUT_LOG = "rollout.json", "log.jsonl"
-Public = str | Path | bytes  # file of a key in PEM, Ed25519 or ECDSA on P-256; or what it holds
+Public = str | Path | bytes | list[Any]  # file or text of a key in PEM, Ed25519 or P-256; or several
 
 if Path(__file__).with_name(MANIFEST).is_file():  # in a release, Python kept this file compiled
     with suppress(OSError):
@@ -172,11 +172,6 @@ def end_ids(folder: Path, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *(value if isinstance(value, list) else [value])} - {None}
 
 
-def read_bytes(path: Path) -> bytes:
-    with reading(path):
-        return path.read_bytes()
-
-
 def read_json(path: Path) -> dict[str, Any]:
     with reading(path):
         return {**json.loads(path.read_bytes())}  # ** takes an object and nothing else
@@ -211,14 +206,14 @@ def check_new(root: Path, files: dict[str, Any], below: str = "") -> None:
         raise ReleaseError(f"{new[0]} is not part of the release")
 
 
-def read_key(public_key: Public) -> tuple[Any, list[Any], str]:
+def read_key(public_key: str | Path | bytes) -> tuple[Any, list[Any], str]:
     """A key, what it checks a signature by, and its id in securesystemslib: the hash of canonical JSON."""
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
-    text = public_key if isinstance(public_key, bytes) else read_bytes(Path(public_key))
     with reading("the public key"):
+        text = public_key if isinstance(public_key, bytes) else Path(public_key).read_bytes()
         key: Any = load_pem_public_key(text)
     if isinstance(key, ed25519.Ed25519PublicKey):
         kind, scheme, public, by = "ed25519", "ed25519", key.public_bytes_raw().hex(), list[Any]()
@@ -232,19 +227,22 @@ def read_key(public_key: Public) -> tuple[Any, list[Any], str]:
     return key, by, hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def verified(text: bytes, public_key: Public, what: str) -> dict[str, Any]:
-    """The in-toto statement in a DSSE 1.0 envelope (github.com/secure-systems-lab/dsse) of the key."""
+def verified(text: bytes, keys: Public, what: str) -> dict[str, Any]:
+    """The in-toto statement in a DSSE 1.0 envelope (github.com/secure-systems-lab/dsse) of a given key."""
     from cryptography.exceptions import InvalidSignature
 
-    key, by, key_id = read_key(public_key)
+    known = {name: one for *one, name in map(read_key, keys if isinstance(keys, list) else [keys])}
     try:
         envelope = json.loads(text)
         kind, payload = envelope["payloadType"], base64.b64decode(envelope["payload"], validate=True)
-        signature = base64.b64decode(envelope["signatures"][0]["sig"], validate=True)
+        key_id, signature = (envelope["signatures"][0][name] for name in ("keyid", "sig"))
+        if key_id not in known:
+            raise ReleaseError(f"{what} was signed with the unknown key {key_id[:12]}, none of those given")
+        (key, by), signature = known[key_id], base64.b64decode(signature, validate=True)
         key.verify(signature, f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload, *by)
         statement = json.loads(payload)
     except InvalidSignature as error:
-        raise ReleaseError(f"{what} was changed, or was not signed by this key") from error
+        raise ReleaseError(f"{what} was changed: its signature does not fit") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ReleaseError(f"{what} is no signature ({error})") from error
     expected = {"keyid": key_id, "sig": base64.b64encode(signature).decode()}
@@ -254,10 +252,10 @@ def verified(text: bytes, public_key: Public, what: str) -> dict[str, Any]:
     return statement
 
 
-def check_signature(root: Path, files: dict[str, Any], public_key: Public) -> None:
-    """Raises ReleaseError unless the key has signed the list of files and their hashes."""
-    statement = verified(read_bytes(root / SIGNATURE), public_key, SIGNATURE)
+def check_signature(root: Path, files: dict[str, Any], keys: Public) -> None:
+    """Raises ReleaseError unless one of the keys has signed the list of files and their hashes."""
     with reading(SIGNATURE):
+        statement = verified((root / SIGNATURE).read_bytes(), keys, SIGNATURE)
         signed = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
     listed = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: sha256(root / MANIFEST)}
     for name in sorted({*signed, *listed}, key=lambda name: (name == MANIFEST, name)):
@@ -266,7 +264,7 @@ def check_signature(root: Path, files: dict[str, Any], public_key: Public) -> No
 
 
 @reading("the rollout")
-def check_arm(arm: str, rollout: Path | None, root: Path, target: str, key: Public | None) -> None:
+def check_arm(arm: str, rollout: Path | None, root: Path, target: str, keys: Public | None) -> None:
     """Raises ReleaseError where the fallback is asked for, by the caller or a rollout, or it is in doubt."""
     if arm != "release":
         raise ReleaseError("it was asked for")
@@ -275,9 +273,9 @@ def check_arm(arm: str, rollout: Path | None, root: Path, target: str, key: Publ
     state = read_json(rollout / ROLLOUT)
     if state.get("release") != sha256(root / MANIFEST) or state.get("target") != target:
         raise ReleaseError(f"{rollout / ROLLOUT} is of another release or target")
-    if key is not None:
-        *_, last = [b"", *read_bytes(rollout / ROLLOUT_LOG).splitlines(keepends=True)]
-        said = verified(last, key, ROLLOUT_LOG).get("predicate", {}).get("state")
+    if keys is not None:
+        *_, last = [b"", *(rollout / ROLLOUT_LOG).read_bytes().splitlines(keepends=True)]
+        said = verified(last, keys, ROLLOUT_LOG).get("predicate", {}).get("state")
         if said != {name: value for name, value in state.items() if name != "log"}:
             raise ReleaseError(f"{rollout / ROLLOUT} is not what the last line of {ROLLOUT_LOG} says")
     if state.get("status") not in ("running", "complete"):
@@ -324,7 +322,7 @@ def overdue(index: dict[str, Any], root: Path, history: Path | None, day: date) 
     days, release, last = index.get("recheck_days"), sha256(root / MANIFEST), index["released"]
     try:
         with reading(f"history {history}"):
-            lines = read_bytes(history).splitlines() if history else []
+            lines = history.read_bytes().splitlines() if history else []
             looks = (look for look in map(json.loads, lines) if look["release"] == release)
             seen = max([last, *(str(date.fromisoformat(look["time"][:10])) for look in looks)])
             if date.fromisoformat(seen) > day:  # it would silence the reminder for long
@@ -352,10 +350,10 @@ def load_release(
     Args:
         sha256_of_manifest: as `eval.release` printed it. The hashes find accidents; this also finds a hand
             that rewrote the hashes, if this loader is not that of the folder.
-        public_key: file of the key that signed the folder, in PEM, or what it holds: it finds the same.
+        public_key: file of the key that signed the folder, in PEM, or what it holds; or a list: any of these.
         today: a day to come, to see what will be served then.
         rollout: folder of `eval.watch.rollout`; where that says so, or is damaged, the fallback is served.
-        rollout_key: public key of who signs its steps. arm: "fallback" to load that one.
+        rollout_key: public keys of all who sign its steps, a list or one. arm: "fallback" to load that one.
         history: file of `eval.watch.recheck --append`; a recheck that is overdue is logged.
 
     Raises:

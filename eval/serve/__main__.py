@@ -17,6 +17,7 @@ from eval.core.errors import UserError, entry, require_one_of
 from eval.release.contract_file import read_contract
 from eval.serve.children import Child
 from eval.serve.router import Router
+from eval.signoff.keys import pems, read_trusted
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -27,8 +28,10 @@ def arguments() -> argparse.ArgumentParser:
         "--rollout", type=Path, help="folder of `eval.watch.rollout` (default: the release for all)"
     )
     parser.add_argument("--log", type=Path, metavar="JSONL", help="where requests are logged")
-    parser.add_argument("--public", metavar="FILE", help="public key of who signed the release")
-    parser.add_argument("--rollout-key", metavar="FILE", help="public key of who signs the rollout's steps")
+    about = "public keys, or files of allowed signers, of who may have signed the release"
+    parser.add_argument("--public", nargs="+", metavar="FILE", help=about)
+    about = "the same of all who sign the rollout's start and steps; these are trusted and no others"
+    parser.add_argument("--rollout-key", nargs="+", metavar="FILE", help=about)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)"
     )
@@ -54,9 +57,13 @@ def main() -> None:
     contract = read_contract(args.release)
     target = args.target or next(iter(contract.targets))
     require_one_of("--target", target, list(contract.targets))
-    given = {"release": str(args.release), "target": target, "public": args.public}
+    public, rollout_keys = (
+        pems(read_trusted(paths)) if paths else None for paths in (args.public, args.rollout_key)
+    )
+    words = None if public is None else [key.decode() for key in public]
+    given = {"release": str(args.release), "target": target, "public": words}
     release, fallback = (Child(arm, {**given, "arm": arm}, args.patience) for arm in ("release", "fallback"))
-    router = Router(release, fallback, args.release, target, args.rollout, args.rollout_key)
+    router = Router(release, fallback, args.release, target, args.rollout, rollout_keys)
     app = Server(router, Log(args.log), args.open, args.golden).app()
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10)
 

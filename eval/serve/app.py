@@ -116,7 +116,7 @@ class Server:
     def ask(self, body: Body, **what: Any) -> tuple[Ask, Outcome]:
         starting = not all(child.facts for child in self.router.children.values())
         if starting or self.router.in_flight >= self.most:
-            why = "models are loaded" if starting else f"{self.most} requests are open"
+            why = "models are being loaded" if starting else f"{self.most} requests are open"
             raise HTTPException(503, why, headers=LATER)
         ask = Ask(body.key or uuid.uuid4().hex, what, body.domain, body.tenant)
         return ask, Outcome(*self.router.deal(ask))
@@ -184,7 +184,7 @@ class Server:
             name: {**child.facts, "ready": child.ready.is_set(), "pid": child.pid}
             for name, child in children.items()
         }
-        return {"ready": self.router.ready, "off": self.router.off, "children": listed}
+        return {"ready": self.router.ready, "status": self.router.status, "children": listed}
 
     async def metrics(self) -> Response:
         return Response(self.router.metrics(), media_type="text/plain; version=0.0.4")

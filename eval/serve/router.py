@@ -74,10 +74,10 @@ class Router:
         root: Path,
         target: str,
         rollout: Path | None,
-        key: Public | None,
+        keys: Public | None,
     ) -> None:
         self.children = {"release": release, "fallback": fallback}
-        self.root, self.target, self.rollout, self.rollout_key = root, target, rollout, key
+        self.root, self.target, self.rollout, self.rollout_keys = root, target, rollout, keys
         self.state: State | None = None
         self.stopped = ""  # why the fallback answers everything
         self.golden = ""  # the same, once golden answers were not those of the release
@@ -104,7 +104,7 @@ class Router:
         state: dict[str, Any] | None = None
         while state != (current := read_json(rollout / ROLLOUT)):
             state = current
-            check_arm("release", rollout, self.root, self.target, self.rollout_key)
+            check_arm("release", rollout, self.root, self.target, self.rollout_keys)
         return State.model_validate({name: value for name, value in state.items() if name != "log"})
 
     async def follow_rollout(self) -> None:
@@ -129,7 +129,14 @@ class Router:
     @property
     def off(self) -> str:
         """Why the release is asked nothing; empty where it is."""
-        return self.stopped or self.golden
+        release = self.children["release"]
+        is_fallback = release.ready.is_set() and release.facts["fallback"]  # its loader found something off
+        return self.stopped or self.golden or (release.facts["reason"] if is_fallback else "")
+
+    @property
+    def status(self) -> str:
+        """The same for who looks after the server."""
+        return f"release is off: {self.off}" if self.off else "release is on"
 
     @property
     def ready(self) -> bool:
@@ -188,12 +195,9 @@ class Router:
         failed: float | None = None
         if outcome.arm == "release":
             release = self.children["release"]
-            off = self.off
-            if release.ready.is_set() and release.facts["fallback"]:
-                off = off or release.facts["reason"]
             try:
-                if off:
-                    raise ChildDied(off)
+                if self.off:
+                    raise ChildDied(self.off)
                 async with aclosing(self._from(release, ask.body, sent, outcome)) as pieces:
                     async for piece in pieces:
                         yield piece

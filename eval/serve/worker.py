@@ -108,7 +108,8 @@ def main() -> None:
         out.flush()
 
     release, arm = Path(given["release"]), given["arm"]
-    model, info = load_release(release, given["target"], public_key=given["public"], arm=arm)
+    public = None if given["public"] is None else [key.encode() for key in given["public"]]
+    model, info = load_release(release, given["target"], public_key=public, arm=arm)
     index = read_json(release / INDEX)
     golden = (index["fallback"] if info.fallback else index["targets"][given["target"]])["golden_answers"]
     say({"ready": True, "fallback": info.fallback, "reason": info.reason, "release": info.release})

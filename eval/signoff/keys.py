@@ -205,6 +205,11 @@ def pem(key: "SSlibKey") -> bytes:
     return _parsed(key.keyval["public"]).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
+def pems(trusted: Trusted) -> list[bytes]:
+    """The same of every trusted key, as the loader takes them."""
+    return [pem(holder.key) for holder in trusted.values()]
+
+
 def allowed_signer(name: str, key: "SSlibKey") -> str:
     """The line of a file of allowed signers for a key."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat

@@ -124,6 +124,19 @@ def _read_line(line: str, where: str, trusted: Trusted | None) -> Step:
     return step
 
 
+def key_ids(steps: list[Step]) -> list[str]:
+    """The begin of the id of each key that has signed a step, in the order in which they came."""
+    return list(dict.fromkeys(from_text(one.public_key).keyid[:12] for one in steps))
+
+
+def keys_to_know(ids: list[str]) -> str:
+    """What servers and loaders must be given."""
+    keys = f"key {ids[0]}" if len(ids) == 1 else f"keys {', '.join(ids)}"
+    return (
+        f"signed with the {keys}: servers and loaders must know each (--rollout-key), or the release is off"
+    )
+
+
 def append_step(folder: Path, step: Step, signer: "Signer") -> None:
     """Signs a step, adds its line, and writes the state."""
     subject = [{"name": "manifest.json", "digest": {"sha256": step.state.release}}]

@@ -249,15 +249,28 @@ def findings(plan: Plan, number: int, looks: dict[Arm, list[Sums]]) -> list[Find
     return results
 
 
+UNITS = {"loss": " bits per byte", "errors": " of the requests", "reward": " of 1"}
+
+
+def signed_amount(name: str, value: float) -> str:
+    """By how much a measure is worse, with its sign; of a latency the share of the fallback's, in percent."""
+    return f"{100 * value:+.4g} %" if name.startswith("latency") else f"{value:+.4g}"
+
+
+def amount(one: Finding, value: Any) -> str:
+    """The same in a sentence, with its unit."""
+    if one.measure.startswith("latency"):
+        return f"{100 * value:.4g} %"
+    return f"{value:.4g}{UNITS[one.measure]}"
+
+
 def decide(results: list[Finding]) -> tuple[Decision, str]:
     """The decision, and why."""
     if broken := [one for one in results if one.broken_since is not None]:
         one = broken[0]
         since = "" if one.broken_since == 1 else f" since look {one.broken_since} of this stage"
-        return (
-            ROLL_BACK,
-            f"{one.measure} is worse by {one.at_least:.4g} at least{since}, allowed {one.allowed:g}",
-        )
+        least, allowed = amount(one, one.at_least), amount(one, one.allowed)
+        return ROLL_BACK, f"{one.measure} is worse by {least} at least{since}, allowed {allowed}"
     if missing := [one for one in results if one.high is None]:
         one = missing[0]
         return HOLD, f"{one.measure}: {one.values[0]} and {one.values[1]} values say nothing yet"
@@ -265,5 +278,8 @@ def decide(results: list[Finding]) -> tuple[Decision, str]:
         return HOLD, f"{few[0].measure}: {min(few[0].values)} values of an arm, {LEAST} are the fewest"
     if unsure := [one for one in results if not one.holds]:
         one = unsure[0]
-        return HOLD, f"{one.measure} may be worse by {one.high:.4g}, allowed {one.allowed:g}"
-    return PROMOTE, "; ".join(f"{one.measure} is worse by {one.high:.4g} at most" for one in results)
+        return (
+            HOLD,
+            f"{one.measure} may be worse by {amount(one, one.high)}, allowed {amount(one, one.allowed)}",
+        )
+    return PROMOTE, "; ".join(f"{one.measure} is worse by {amount(one, one.high)} at most" for one in results)

@@ -35,7 +35,9 @@ from eval.watch.chain import (
     Step,
     append_step,
     has_state,
+    key_ids,
     keys_path,
+    keys_to_know,
     known_keys,
     last_hash,
     log_path,
@@ -53,6 +55,7 @@ from eval.watch.decision import (
     Sums,
     decide,
     findings,
+    signed_amount,
     sums_of,
 )
 from eval.watch.routing import ARMS, MEASURES, Arm, Plan, Request, Reward, arm_of, key_hash, now
@@ -172,7 +175,11 @@ class Counted:
 
 def requests_of(path: Path, rewards: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where it stands -> each line of a log that is a request; or each that is a reward."""
-    for where, _, row in json_objects(path, "--log", "give a JSONL of requests, one a line"):
+    fix = (
+        "give a JSONL of requests, one a line; a server that could not read its rollout from the start "
+        "logs none, and its /healthz says why"
+    )
+    for where, _, row in json_objects(path, "--log", fix):
         if ("reward_of" in row) is rewards:
             yield where, row
 
@@ -274,7 +281,10 @@ def describe(state: State) -> str:
     if state.status == "complete":
         where = "complete: the release answers all requests"
     elif state.status == "rolled back":
-        where = f"rolled back in stage {state.stage} of {len(stages)}: the fallback answers all requests"
+        where = (
+            f"rolled back in stage {state.stage} of {len(stages)}: the fallback answers all requests; "
+            f"release is off: {state.reason}"
+        )
     else:
         stage = stages[state.stage - 1]
         only = {"domain": stage.domain, "tenant": stage.tenant}
@@ -293,12 +303,12 @@ def table_of(results: list[Finding], stage: int) -> Table:
     )  # fmt: skip
     for one in results:
         shown = [significant(x) if x is not None else "" for x in (one.release, one.fallback)]
-        low, high = (f"{x:+.4g}" if x is not None else "?" for x in (one.low, one.high))
+        low, high = (signed_amount(one.measure, x) if x is not None else "?" for x in (one.low, one.high))
         mark = ROLL_BACK if one.broken_since is not None else "holds" if one.holds else "open"
-        worse = f"{one.worse:+.4g}" if one.worse is not None else ""
+        worse = signed_amount(one.measure, one.worse) if one.worse is not None else ""
         table.add_row(
             f"{one.measure}, {MEASURES[one.measure]}", *shown, f"{one.values[0]:,} / {one.values[1]:,}",
-            worse, f"[{low}, {high}]", f"{one.allowed:g}",
+            worse, f"[{low}, {high}]", signed_amount(one.measure, one.allowed),
             Text(mark, style={ROLL_BACK: "red", "holds": "green"}.get(mark, "yellow")),
         )  # fmt: skip
     return table
@@ -351,8 +361,10 @@ def main() -> int:
             what = Text.assemble(
                 (one.decision, COLOURS[one.decision]), f" in stage {one.stage}: {one.reason}"
             )
-            console.print(Text(f"{one.number}. {one.time} {one.by}: ") + what, soft_wrap=True)
+            by = f"{one.by} (key {key_ids([one])[0]})"
+            console.print(Text(f"{one.number}. {one.time} {by}: ") + what, soft_wrap=True)
         console.print(Text(describe(last)), soft_wrap=True)
+        console.print(Text(keys_to_know(key_ids(steps))), soft_wrap=True)
         write_json(args.json, {"state": last, "steps": steps})
         return EXIT_FAIL if last.status == "rolled back" else EXIT_PASS
     if args.command == "start":
@@ -371,6 +383,8 @@ def main() -> int:
         console.print(Text(f"{number:,} requests {why} do not count"))
     console.print(Text.assemble((done.decision, COLOURS[done.decision]), f": {done.reason}"), soft_wrap=True)
     console.print(Text(describe(done.state)), soft_wrap=True)
+    if len(ids := key_ids(read_steps(folder, None))) > 1 or args.command == "start":
+        console.print(Text(keys_to_know(ids)), soft_wrap=True)
     write_json(args.json, done)
     return EXIT_PASS if done.decision == "START" else STEP_EXITS[done.decision]
 

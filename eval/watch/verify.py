@@ -13,7 +13,7 @@ from eval.release.contract import costs_of, gain
 from eval.release.contract_file import Contract, Signature, Target, read_contract
 from eval.release.load_release import SIGNATURE, ReleaseError, check_signature
 from eval.signoff.figures import first_difference
-from eval.signoff.keys import Trusted, from_text, pem
+from eval.signoff.keys import Trusted, from_text, pems
 from eval.signoff.statement import Predicate, read_statement, signoff_path
 from eval.signoff.verify import budget_note, row_of
 from eval.watch.measure import released_by_cluster
@@ -29,6 +29,7 @@ def checked(release: Path, trusted: Trusted | None, target: str | None) -> tuple
     Raises:
         UserError: a file is missing, new or changed, or is not what the sign-off speaks of.
     """
+    require_release(release)
     fix = "get the release again"
     recorded = read_manifest(release).files
     current = hash_files(release)
@@ -56,6 +57,15 @@ def checked(release: Path, trusted: Trusted | None, target: str | None) -> tuple
     return contract, name
 
 
+def require_release(folder: Path) -> None:
+    """Raises UserError where a folder is no release, such as the run that it was made of."""
+    if not (folder / MANIFEST).is_file():
+        released = sorted(path.parent for path in folder.glob(f"release/*/{MANIFEST}"))
+        where = f", such as {released[0]}" if released else ""
+        problem = f"no {MANIFEST}: this is no release"
+        raise UserError(f"release {folder}", problem, f"name a folder that absorb release made{where}")
+
+
 def check_folder(release: Path, files: dict[str, FileEntry], trusted: Trusted) -> None:
     """The folder as a whole was signed by a key that is trusted.
 
@@ -63,13 +73,11 @@ def check_folder(release: Path, files: dict[str, FileEntry], trusted: Trusted) -
         UserError: it was not, or something was changed since.
     """
     listed = {name: entry.model_dump() for name, entry in files.items()}
-    problem = "no key is trusted"
-    for holder in trusted.values():
-        try:
-            return check_signature(release, listed, pem(holder.key))
-        except ReleaseError as error:
-            problem = str(error)
-    raise UserError(f"release {release}", problem, "get the release again, or the key of who signed it")
+    try:
+        check_signature(release, listed, pems(trusted))
+    except ReleaseError as error:
+        fix = "get the release again, or the key of who signed it"
+        raise UserError(f"release {release}", str(error), fix) from error
 
 
 def restated(release: Path, contract: Contract, target: str, predicate: Predicate) -> dict[str, Any]:

@@ -193,7 +193,9 @@ def test_a_rollout_goes_from_stage_to_stage_and_its_log_tells_why(started, relea
         "--by", "cron", "--key", keys / "ops", "--public", keys / "ops.pub", "--json", tmp_path / "3.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "PROMOTE: loss is worse by" in done.stdout
+    said = r"PROMOTE: loss is worse by [-.\d]+ bits per byte at most; .*; latency_p95 is worse by [.\d]+ % at most"
+    assert re.search(said, done.stdout)
+    assert re.search(r"latency_p95, ms .* │ \+30 %", done.stdout), "worse by, bounds and limit are in percent"
     assert "(Team A) on cpu, complete: the release answers all requests" in done.stdout
     assert re.search(r"seen on \d{4}-\d\d-\d\d by absorb", done.stdout)
     assert table_width(done.stdout) <= 120
@@ -204,7 +206,7 @@ def test_a_rollout_goes_from_stage_to_stage_and_its_log_tells_why(started, relea
     shown = command("-m", "eval.watch.rollout", "state", "--rollout", started, "--public", keys / "ops.pub")
     assert shown.returncode == 0, shown.stderr
     assert "1. " in shown.stdout
-    assert "Ada: START in stage 1: a new release" in shown.stdout
+    assert re.search(r"Ada \(key [0-9a-f]{12}\): START in stage 1: a new release", shown.stdout)
     assert not any(row["key"] in (started / "log.jsonl").read_text() for row in rows[:3]), "no key is kept"
     _, info = load_release(release, "cpu", rollout=started, rollout_key=keys / "ops.pub")
     assert not info.fallback

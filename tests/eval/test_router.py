@@ -11,10 +11,11 @@ from eval.core.artifacts import file_sha256
 from eval.serve.app import Generate, Log, Server
 from eval.serve.children import Child
 from eval.serve.router import Ask, Outcome, Router
-from eval.signoff.keys import new_key, private_key
+from eval.signoff.keys import new_key, private_key, public_key, public_path
 from eval.watch import chain, rollout
 from eval.watch.routing import Plan, arm_of, now
 from tests.eval.test_rollout import given
+from tests.helpers import run as command
 
 PLAN = {"name": "served", "stages": [{"share": 0.5}], "measures": {"errors": {"worse_by": 0.1}}}
 
@@ -120,6 +121,27 @@ def test_a_release_that_is_off_keeps_its_requests_and_their_log_is_accepted(tmp_
     assert step.sums["fallback"].errors == 0
     router.read_rollout()
     assert (router.off, router.state.step) == ("", 3)
+
+
+def test_a_step_by_another_key_is_obeyed_by_who_knows_both_and_named_by_who_does_not(tmp_path):
+    root, folder = begun(tmp_path)
+    new_key(tmp_path / "bo")
+    words = ["--rollout", folder, "--roll-back", "a user", "--by", "Bo", "--key", tmp_path / "bo"]
+    done = command("-m", "eval.watch.rollout", "step", *words)
+    ids = [public_key(public_path(tmp_path / name)).keyid[:12] for name in ("ops", "bo")]
+    assert f"signed with the keys {', '.join(ids)}: servers and loaders must know each" in done.stdout
+    assert "release is off: a user" in done.stdout
+    children = Steady("release", {}, 5), Steady("fallback", {}, 5)
+    ops, bo = (public_path(tmp_path / name) for name in ("ops", "bo"))
+    for keys, status in (
+        ([ops, bo], "release is off: the rollout was rolled back on "),
+        (ops, f"release is off: log.jsonl was signed with the unknown key {ids[1]}"),
+        ([], f"release is off: log.jsonl was signed with the unknown key {ids[1]}"),
+    ):
+        router = Router(*children, root, "cpu", folder, keys)
+        assert router.status == "release is on"
+        router.read_rollout()
+        assert router.status.startswith(status)
 
 
 def run_through(router, ask, outcome):

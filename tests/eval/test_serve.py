@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import httpx
 import pytest
 import yaml
 
 from eval.release.load_release import load_release
+from eval.signoff.keys import new_key, public_key, public_path
 from eval.watch import chain, rollout
 from eval.watch.routing import Plan, arm_of
 from scripts.bench_server import free_port
@@ -24,9 +26,25 @@ from tests.helpers import run as command
 PLAN = {"name": "served", "stages": [{"share": 0.5}], "measures": {"errors": {"worse_by": 0.1}}}
 
 
+@contextmanager
+def server(*words):
+    """`eval.serve` as a process, and a client of it once it can answer."""
+    port = free_port()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command_line = [sys.executable, "-m", "eval.serve", "--port", port, *words]
+    with subprocess.Popen([*map(str, command_line)], cwd=ROOT, env=env) as process:
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=240) as client:
+                wait_for(lambda: is_ready(client))
+                yield client
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+
+
 @pytest.fixture(scope="module")
 def served(release, released_run, tmp_path_factory):
-    """A server with a rollout that gives half of the keys to the release."""
+    """A server with a rollout that gives half of the keys to the release; one key starts it, another steps."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "plan.yaml").write_text(yaml.safe_dump(PLAN))
     key = released_run.folder / "key"
@@ -35,18 +53,10 @@ def served(release, released_run, tmp_path_factory):
     rollout.start(
         folder / "rollout", *rollout.first_step(given("start", *words, "--by", "Ada", "--key", key))
     )
-    port = free_port()
+    new_key(ops := folder / "ops")
     words = ["--release", release, "--rollout", folder / "rollout", "--log", folder / "log.jsonl"]
-    words += ["--port", port, "--golden", 1, "--rollout-key", f"{key}.pub"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "eval.serve", *map(str, words)], cwd=ROOT, env=env
-    ) as process:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=240) as client:
-            wait_for(lambda: is_ready(client))
-            yield client, folder, key
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) in (0, -signal.SIGTERM)
+    with server(*words, "--golden", 1, "--rollout-key", f"{key}.pub", f"{ops}.pub") as client:
+        yield client, folder, ops
 
 
 def wait_for(condition, seconds=240):
@@ -172,9 +182,28 @@ def test_a_rollout_that_goes_back_is_obeyed_at_once(served):
     words = ["--rollout", folder / "rollout", "--roll-back", "a user", "--by", "Bo", "--key", key]
     done = command("-m", "eval.watch.rollout", "step", *words)
     assert done.returncode == 1, done.stderr
-    wait_for(lambda: "rolled back" in client.get("/healthz").json()["off"], 10)
+    wait_for(lambda: "rolled back" in client.get("/healthz").json()["status"], 10)
     assert client.post("/generate", json=body).json()["served_by"] == "fallback"
     assert chain.read_steps(folder / "rollout", None)[-1].reason == "a user"
+
+
+@pytest.mark.slow
+def test_a_server_and_a_loader_say_which_key_they_do_not_know(served, release, released_run):
+    """The last step is by another key than the start: with the starter's alone nobody may obey it."""
+    _, folder, key = served
+    first = f"{released_run.folder / 'key'}.pub"
+    unknown = f"log.jsonl was signed with the unknown key {public_key(public_path(key)).keyid[:12]}"
+    steps = chain.read_steps(folder / "rollout", None)
+    assert steps[0].public_key != steps[-1].public_key, "a step was taken by a test before"
+    words = ["--release", release, "--rollout", folder / "rollout", "--rollout-key", first]
+    with server(*words) as client:
+        answer = client.get("/healthz")
+        assert answer.json()["status"].startswith(f"release is off: {unknown}")
+        body = {"prompt": "the river", "new_tokens": 2, "key": key_of("release")}
+        assert client.post("/generate", json=body).json()["served_by"] == "fallback"
+    for keys, reason in ((first, unknown), ([first, public_path(key)], "the rollout was rolled back")):
+        _, info = load_release(release, "cpu", rollout=folder / "rollout", rollout_key=keys)
+        assert info.reason.startswith(reason)
 
 
 @pytest.mark.slow
