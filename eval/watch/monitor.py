@@ -10,6 +10,7 @@ both), 2 the world got harder or the input changed, 3 error. docs/release.md say
 """
 
 import argparse
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +23,10 @@ from eval.core.commands import NewFile, add_json, new_console, new_parser, stamp
 from eval.core.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_PASS, UserError, entry
 from eval.core.gate_file import Estimate
 from eval.core.records import VALIDATION
-from eval.release.contract_file import Contract, Of
-from eval.report.format import estimate_cell, significant
+from eval.release.contract_file import Contract, Of, over_documents
+from eval.report.format import estimate_cell, several, significant
 from eval.signoff.keys import read_trusted
-from eval.stats.drift import Moved, drifts_so_far
+from eval.stats.drift import QUESTIONS, Moved, drifts_so_far
 from eval.stats.sequential import start_level
 from eval.watch.history import (
     Look,
@@ -60,6 +61,7 @@ CODES: dict[State, int] = {
     "the input changed": EXIT_INCONCLUSIVE,
 }
 FAINT = 20  # documents of a domain below which it is not judged by itself
+NAMELESS = "(none)"  # of documents without a domain
 SAVED: tuple[Of, Of] = ("control", "fallback")
 
 
@@ -91,27 +93,37 @@ def watched(name: str, before: Before, series: Series, alpha: float) -> Watched:
     )
 
 
+def domains_of(looks: list[Look]) -> dict[str, int]:
+    """Domain -> its documents so far, in the order in which they came; one alone is all of them: none."""
+    counts = Counter(domain for look in looks for domain in look.seen.domain)
+    return dict(counts) if len(counts) > 1 else {}
+
+
 def by_domain(before: Before, looks: list[Look], alpha: float) -> list[Watched]:
     """Each domain against the documents of the release: together their alarms have chance alpha, too."""
-    order = list(dict.fromkeys(domain for look in looks for domain in look.seen.domain))
-    if len(order) < 2:
-        return []
     parts = []
-    for number, domain in enumerate(order, start=1):
+    for number, (domain, count) in enumerate(domains_of(looks).items(), start=1):
         series = series_of(looks, domain)
-        if len(series.domain) >= FAINT and len(set(series.groups)) > 1:
-            parts.append(watched(domain or "(none)", before, series, start_level(alpha, number)))
+        if count >= FAINT and len(set(series.groups)) > 1:
+            parts.append(watched(domain or NAMELESS, before, series, start_level(alpha, number)))
     return parts
 
 
 def notes_on_domains(looks: list[Look]) -> list[str]:
-    """Which domains are large enough to be judged, and are one group each: one value says nothing."""
-    by_name = {name: series_of(looks, name) for name in {d for look in looks for d in look.seen.domain}}
-    large = [name for name, series in by_name.items() if len(series.domain) >= FAINT]
-    whole = sorted(name for name in large if len(set(by_name[name].groups)) == 1)
-    if len(by_name) < 2 or not whole:
-        return []
-    return [f"{', '.join(whole)}: a domain that is one cluster, as in the study, is not judged by itself"]
+    """Which domains are not judged by themselves: those with few documents, and those of one group each."""
+    domains = domains_of(looks)
+    faint = [f"{name or NAMELESS} ({count})" for name, count in domains.items() if count < FAINT]
+    large = [name for name, count in domains.items() if count >= FAINT]
+    whole = sorted(name for name in large if len(set(series_of(looks, name).groups)) == 1)
+    notes = []
+    if faint:
+        few = f"fewer than {FAINT} documents, so judged only with all others"
+        notes.append(f"{several(faint)}: {few}")
+    if whole:
+        notes.append(
+            f"{', '.join(whole)}: a domain that is one cluster, as in the study, is not judged by itself"
+        )
+    return notes
 
 
 def alarm(contract: Contract, target: str, all_: Watched) -> str:
@@ -170,16 +182,14 @@ def metrics_text(contract: Contract, target: str, parts: list[Watched], looks: l
     return "\n".join(lines) + "\n"
 
 
-def tables(before: Before, parts: list[Watched]) -> list[Table]:
+def tables(before: Before, parts: list[Watched], alpha: float) -> list[Table]:
     main = Table(
-        "", "documents", "saved over the control", "saved over the fallback", "fallback, bits/byte", "",
-        title="bounds hold at every look",
+        "", "documents", "saved over the control, bits/byte", "saved over the fallback, bits/byte",
+        "fallback, bits/byte", "", title="bounds of what came since hold at every look",
     )  # fmt: skip
-    then = [
-        estimate_cell(Estimate(point=float(before.bits.over(of).mean()), low=None, high=None)) for of in SAVED
-    ]
-    usual = f"{before.bits.level('fallback').mean():.3f}"
-    main.add_row("when released", f"{before.documents:,}", *map(str, then), usual, "")
+    usual = [*(before.bits.over(of) for of in SAVED), before.bits.level("fallback")]
+    then = [str(estimate_cell(over_documents(values, alpha))) for values in usual]
+    main.add_row("when released", f"{before.documents:,}", *then, "")
     for part in parts:
         cells = [str(estimate_cell(part.saved[of])) for of in SAVED]
         style = {EXIT_PASS: "green", EXIT_FAIL: "red"}.get(CODES[part.blame.state], "yellow")
@@ -191,7 +201,8 @@ def tables(before: Before, parts: list[Watched]) -> list[Table]:
     for part in parts:
         for one in part.drift:
             since = "" if one.since is None else str(one.since)
-            name = f"{part.name}: {one.name}" if part.name else one.name
+            question = QUESTIONS[one.name]
+            name = f"{part.name}: {question}" if part.name else question
             bounds = f"{one.effect:+.2f} [{one.low:+.2f}, {one.high:+.2f}]"
             drift.add_row(name, significant(one.before), significant(one.now), bounds, since)
     return [main, drift]
@@ -250,7 +261,7 @@ def main() -> int:
             looks = [*looks[:-1], looks[-1].model_copy(update=outcome)]
             write_history(args.history, looks)
     console = new_console()
-    for table in tables(before, parts):
+    for table in tables(before, parts, contract.alpha):
         console.print(table)
     console.print(Text(stamp_line("seen")), soft_wrap=True)
     for note in notes:
@@ -259,7 +270,9 @@ def main() -> int:
     if not args.public:
         console.print(Text(UNVERIFIED, style="yellow"), soft_wrap=True)
     if args.page:
-        write_text(args.page, page_of(contract, target, before.bits, looks, parts, KEPT))
+        write_text(
+            args.page, page_of(contract, target, before.bits, looks, parts, KEPT, notes_on_domains(looks))
+        )
     if args.metrics:
         write_text(args.metrics, metrics_text(contract, target, parts, looks))
     owner = {"contract": contract.name, "owner": contract.owner, "target": target}

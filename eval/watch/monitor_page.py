@@ -10,11 +10,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from eval.release.contract_file import Bits, Contract
-from eval.report.svg import COLOURS, GRID, MUTED, SERIES, inline, style
+from eval.report.svg import GRID, MUTED, SERIES, inline, style
+from eval.stats.drift import QUESTIONS
 from eval.stats.sequential import half_widths
 from eval.watch.history import Array, Look, series_of
-from eval.watch.sequences import HARDER, PARTS
+from eval.watch.regression import HARDER
+from eval.watch.sequences import PARTS, look_count
 
+DAYS = 6  # that can be read side by side
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -50,31 +53,45 @@ def picture(
         for y, label in lines:
             axes.axhline(y, color=MUTED, linewidth=1, linestyle="--")
             axes.annotate(label, (1, y), xytext=(2, 2), textcoords="offset points", color=MUTED, fontsize=8)
-        axes.set_xticks(
-            at[:: max(len(at) // 10, 1)], [looks[i - 1].day for i in at[:: max(len(at) // 10, 1)]], fontsize=8
-        )
+        shown = at[:: -(-len(at) // DAYS)]
+        axes.set_xticks(shown, [looks[i - 1].day for i in shown], fontsize=8)
         axes.set_ylabel("bits/byte")
         last = "" if not len(means) else f"; at the last look {means[-1]:.3f}"
-        return inline(figure, f"monitor-{name}", title, f"{title}, {len(looks)} looks{last}")
+        return inline(figure, f"monitor-{name}", title, f"{title}, {look_count(len(looks))}{last}")
 
 
 def page_of(
-    contract: Contract, target: str, before: Bits, looks: list[Look], parts: Sequence[Any], share: float
+    contract: Contract,
+    target: str,
+    before: Bits,
+    looks: list[Look],
+    parts: Sequence[Any],
+    share: float,
+    notes: Sequence[str] = (),
 ) -> str:
-    """The page, whole."""
+    """The page, whole; `notes` say which domains are not judged by themselves."""
     level = contract.alpha / PARTS
-    pictures = []
+    pictures: dict[str, Markup] = {}  # title -> picture
     for of in ("control", "fallback"):
         was = float(before.over(of).mean())
         lines = [(was, "when released"), (share * was, f"{100 * share:.0f} % of it")]
-        pictures.append(picture(of, looks, lines, level, f"Saved over the {of}"))
+        title = f"Saved over the {of}, bits per byte"
+        pictures[title] = picture(of, looks, lines, level, title)
     usual = float(before.level("fallback").mean())
     lines = [(usual, "when released"), (usual * (1 + HARDER), f"{100 * HARDER:.0f} % more")]
-    pictures.append(picture("level", looks, lines, level, "How hard the texts are for the fallback"))
+    title = "How hard the texts are for the fallback, bits per byte"
+    pictures[title] = picture("level", looks, lines, level, title)
     templates = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return templates.get_template("monitor.html.j2").render(
-        contract=contract, target=target, looks=looks, parts=parts, pictures=pictures, colours=COLOURS
+        contract=contract,
+        target=target,
+        looks=looks,
+        look_count=look_count(len(looks)),
+        parts=parts,
+        pictures=pictures,
+        notes=notes,
+        questions=QUESTIONS,
     )

@@ -51,7 +51,7 @@ from eval.watch.measure import (
     text_id,
 )
 from eval.watch.regression import Finding, diagnosis, findings, verdict
-from eval.watch.sequences import findings_so_far
+from eval.watch.sequences import findings_so_far, look_count
 from eval.watch.verify import UNVERIFIED, checked
 
 
@@ -141,7 +141,7 @@ def show(console: Console, result: Result, contract: Contract, target: str, name
     against = f"slice {name}" if result.compared_with == name else "test documents"
     title = f"{contract.name} on {target}: {result.documents} documents against the {against}"
     if isinstance(result.drift[0], Moved):
-        title += f"; {result.looks} looks, bounds that hold at every one"
+        title += f"; {look_count(result.looks)}, bounds that hold at every one"
     else:
         title += f"; {100 * contract.level:g} % intervals, whose ends are the bounds that decide"
     console.print(contract_table(result, title))

@@ -14,6 +14,9 @@ from eval.release.contract_file import Bits, Gain, Of, Saving, over_documents
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict, cluster_bounds, t_quantile
 
 Array = NDArray[np.float64]
+HARDER = (
+    0.05  # of the fallback's bits per byte at the release: so much more is harder, within it is as before
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,18 @@ def verdict(findings: list[Finding]) -> Verdict:
     return FAIL if FAIL in verdicts else INCONCLUSIVE if INCONCLUSIVE in verdicts else PASS
 
 
+def about_as_before(fallback: Finding, moved: str) -> str:
+    """What to say of a fallback that was not shown to do better or worse."""
+    low, high, meant = fallback.change.low, fallback.change.high, HARDER * (fallback.before.point or 0.0)
+    if low is None or high is None:
+        return f"whether the fallback does as well as before cannot be told ({moved}, without bounds)"
+    between = f"({moved}; between {low:+.3f} and {high:+.3f})"
+    if max(-low, high) > meant:
+        wide = f"that is within {meant:.3f}, {100 * HARDER:.0f} %"
+        return f"whether the fallback does as well as before, {wide}, cannot be told {between}"
+    return f"the fallback does about as well as before {between}"
+
+
 def diagnosis(findings: list[Finding]) -> str:
     """One sentence: what became of the gain, and what of everything."""
     fallback = next(finding for finding in findings if finding.name.startswith("fallback"))
@@ -106,11 +121,8 @@ def diagnosis(findings: list[Finding]) -> str:
         world = f"everything got worse, the fallback too ({moved})"
     elif fallback.fell:
         world = f"the fallback does better than before ({moved})"
-    elif fallback.change.low is None:
-        world = f"whether the fallback does as well as before is open ({moved}, without bounds)"
     else:
-        low, high = fallback.change.low, fallback.change.high
-        world = f"the fallback does about as well as before ({moved}; between {low:+.3f} and {high:+.3f})"
+        world = about_as_before(fallback, moved)
     if broken:
         regressed = f"the method's gain has regressed ({broken[0].name}: {broken[0].reason})"
         return f"{regressed}, and {world}" if fallback.rose else f"{regressed}, while {world}"

@@ -13,11 +13,10 @@ from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict, cluster_bounds
 from eval.stats.drift import QUESTIONS, Moved
 from eval.stats.sequential import mean_bounds, start_level
 from eval.watch.history import Array, Series
-from eval.watch.regression import Finding
+from eval.watch.regression import HARDER, Finding
 
 State = Literal["fine", "the method is fading", "the world got harder", "both", "the input changed"]
 KEPT = 0.8  # of what was saved at the release: less is fading
-HARDER = 0.05  # of the fallback's bits per byte at the release: so much more is harder
 PARTS = 4  # that share alpha: saved over the control, over the fallback, difficulty, the input
 
 
@@ -26,6 +25,10 @@ class Extreme(NamedTuple):
 
     bound: float
     day: str
+
+
+def look_count(looks: int) -> str:
+    return "1 look" if looks == 1 else f"{looks} looks"
 
 
 def estimate_so_far(values: Array, alpha: float, tuned: float) -> Estimate:

@@ -5,13 +5,14 @@
 Told of the release's own files, which are checked first: the method and its code, teacher, student, variant,
 who signed, and when its contract was last checked; and what was tried and did not hold, of its gate and of
 the files beside its run: challenges, comparisons, other runs. Histories are those of `eval.watch.recheck
---append`, rollouts those of `eval.watch.rollout`. Exit codes: 0, 3 error.
+--append` and `eval.watch.monitor`, rollouts those of `eval.watch.rollout`. Exit codes: 0, 3 error.
 """
 
 import json
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import get_args
 
 from rich.text import Text
 
@@ -26,6 +27,7 @@ from eval.report.lineage import Node, graph
 from eval.signoff.keys import Trusted, read_trusted
 from eval.watch.chain import read_steps
 from eval.watch.history import read_history
+from eval.watch.sequences import State
 from eval.watch.verify import checked
 from eval.why.tried import BESIDE, TRIED, beside, in_release
 
@@ -72,12 +74,15 @@ def _later(
     for path in histories:
         looks = read_history(path)
         if not looks:
-            raise UserError(f"history {path}", "missing or empty", "give one that `--append` wrote")
+            raise UserError(
+                f"history {path}", "missing or empty", "give one that recheck --append or the monitor wrote"
+            )
         for look in looks:
             if look.release != own:
                 raise UserError(f"history {path}", "of another release", "give those of this one")
-            text = f"{look.time} {look.state} on {look.target}, {look.slice}: {look.reason}"
-            yield Entry("recheck", text)
+            said = f"{look.time} {look.state} on {look.target}, {look.slice}"
+            what = "monitor" if look.state in get_args(State) else "recheck"
+            yield Entry(what, f"{said}: {look.reason}" if look.reason else said)
 
 
 def tell(
@@ -105,8 +110,8 @@ def tell(
 
 
 def last_look(contract: Contract, entries: list[Entry]) -> date:
-    """The day of the last recheck; without any that of the release."""
-    days = [date.fromisoformat(one.text[:10]) for one in entries if one.what == "recheck"]
+    """The day of the last look, a monitor's too, as the loader has it; without any that of the release."""
+    days = [date.fromisoformat(one.text[:10]) for one in entries if one.what in ("recheck", "monitor")]
     return max([contract.released, *days])
 
 
@@ -159,7 +164,7 @@ def picture(contract: Contract, entries: list[Entry]) -> str:
     tried = ", ".join(f"{len(by_kind[kind])} x {kind}" for kind in (*TRIED, *BESIDE) if kind in by_kind)
     if tried:
         nodes.append(box("tried", "tried beside it", tried, "", ("S1",), 4))
-    for what in ("rollout", "recheck"):
+    for what in ("rollout", "recheck", "monitor"):
         if some := by_kind.get(what):
             nodes.append(box(what, f"{len(some)} x {what}", some[-1].text, "", ("release",), 7))
     return str(graph(nodes))
@@ -169,7 +174,7 @@ def picture(contract: Contract, entries: list[Entry]) -> str:
 def main() -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--release", required=True, type=Path, help="a folder that `eval.release` made")
-    about = "files that `eval.watch.recheck --append` wrote"
+    about = "files that `eval.watch.recheck --append` and `eval.watch.monitor` wrote"
     parser.add_argument("--history", nargs="+", type=Path, default=[], metavar="FILE", help=about)
     about = "folders of `eval.watch.rollout`"
     parser.add_argument("--rollout", nargs="+", type=Path, default=[], metavar="FOLDER", help=about)

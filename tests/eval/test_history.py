@@ -24,7 +24,7 @@ from eval.watch.history import (
 )
 from eval.watch.measure import before_release, by_group
 from eval.watch.regression import diagnosis, findings, verdict
-from eval.watch.sequences import findings_so_far, hardest_since
+from eval.watch.sequences import findings_so_far, hardest_since, look_count
 from eval.watch.verify import checked
 from tests.eval import real_run
 from tests.eval.test_recheck import gain, models
@@ -255,7 +255,7 @@ def test_the_command_line_appends_looks_and_refuses_what_is_no_evidence(release,
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         done = command(*words, "--data", data)
         assert done.returncode in (0, 2), done.stdout + done.stderr
-        assert f"{number} looks, bounds that hold at every one" in done.stdout
+        assert f"{look_count(number)}, bounds that hold at every one" in done.stdout
     result = json.loads(out.read_text())
     assert (result["looks"], result["documents"]) == (2, 70)
     assert (result["contract"], result["owner"]) == (read_contract(release).name, "Team A")

@@ -11,7 +11,7 @@ from eval.release.contract_file import read_contract
 from eval.stats.drift import QUESTIONS
 from eval.watch.history import read_history, series_of, write_history
 from eval.watch.measure import Before, before_release
-from eval.watch.monitor import by_domain, metrics_text, watched
+from eval.watch.monitor import by_domain, metrics_text, notes_on_domains, watched
 from eval.watch.monitor_page import page_of
 from tests.eval import real_run
 from tests.eval.test_history import history, look
@@ -94,6 +94,16 @@ def test_the_domain_that_fades_is_named():
     assert by_domain(released(), looks[:1], ALPHA) == [], "one domain is all of them"
 
 
+def test_domains_that_are_too_small_are_counted():
+    looks = [look([], domain="code")]
+    looks.append(look(looks, n=5, domain="prose"))
+    looks.append(look(looks, n=4, domain=""))
+    assert [part.name for part in by_domain(released(), looks, ALPHA)] == ["code"]
+    said = "prose (5), (none) (4): fewer than 20 documents, so judged only with all others"
+    assert notes_on_domains(looks) == [said]
+    assert notes_on_domains(looks[:1]) == []
+
+
 def test_the_command_line_names_owner_and_contract_and_writes_page_and_metrics(release, tmp_path):
     path, page, metrics = tmp_path / "history.jsonl", tmp_path / "page.html", tmp_path / "monitor.prom"
     data = tmp_path / "new.jsonl"
@@ -128,7 +138,12 @@ def test_the_command_line_names_owner_and_contract_and_writes_page_and_metrics(r
     assert all(re.fullmatch(r'# (HELP|TYPE) .*|[a-z_]+\{(\w+="[^"]*",?)*\} \S+', line) for line in lines)
     assert any(line.startswith("absorb_state{") and 'state="fine"} 1' in line for line in lines)
     html = page.read_text()
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == html.count("<figcaption>") == 3
+    assert "a dot may lie outside it" in html
+    assert "1 look, " in html
+    assert "no interval" not in done.stdout.split("when released")[1].splitlines()[0]
+    for raw in ("unigram │", "bytes_per_token", "<td>unigram", "<td>bytes_per_token"):
+        assert raw not in done.stdout + html
     assert "Team A answers for it" in html
     assert not re.search(r'(src|href)="(?!#)', html), "opens offline"
 

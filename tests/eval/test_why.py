@@ -54,6 +54,9 @@ def test_everything_behind_a_release_is_told_with_its_hash(promised, released_ru
     new.write_text("".join(json.dumps({"text": f"x = {i}\ny = x + {i * i}\n" * 8}) + "\n" for i in range(12)))
     looked = command("-m", "eval.watch.recheck", "--release", promised, "--data", new, "--append", history)
     assert looked.returncode in (0, 1, 2), looked.stderr
+    new.write_text("".join(json.dumps({"text": f"z = {i}\nw = z - {i * i}\n" * 8}) + "\n" for i in range(12)))
+    watch = ["--release", promised, "--data", new, "--history", history]
+    assert command("-m", "eval.watch.monitor", *watch).returncode in (0, 1, 2)
     svg, answer = tmp_path / "why.svg", tmp_path / "why.json"
     files = ["--history", history, "--rollout", tmp_path / "rollout", "--svg", svg, "--json", answer]
     public = ["--public", released_run.folder / "key.pub"]
@@ -64,8 +67,9 @@ def test_everything_behind_a_release_is_told_with_its_hash(promised, released_ru
     entries = json.loads(answer.read_text())["entries"]
     kinds = [one["what"] for one in entries]
     wanted = ["paper", "method", "its file", "teacher", "its control", "not shipped", "signed", "release"]
-    wanted += ["rollout", "recheck", "next recheck"]
+    wanted += ["rollout", "recheck", "monitor", "next recheck"]
     assert [kind for kind in dict.fromkeys(kinds) if kind in wanted] == wanted
+    assert not [one["text"] for one in entries if one["text"].rstrip().endswith(":")]
     hashes = {one["text"]: one["hash"] for one in entries}
     contract = yaml.safe_load((promised / "contract.yaml").read_text())
     assert hashes["data"] == contract["data"]
@@ -76,7 +80,7 @@ def test_everything_behind_a_release_is_told_with_its_hash(promised, released_ru
         row for row in entries if row["what"] == "not shipped" and row["text"].startswith("small on cpu")
     ]
     picture = "".join(ElementTree.parse(svg).getroot().itertext())
-    for word in ("teacher", "small", "Team A", "1 x rollout", "1 x recheck"):
+    for word in ("teacher", "small", "Team A", "1 x rollout", "1 x recheck", "1 x monitor"):
         assert word in picture
     assert "Team A" in done.stdout
     assert "promises a recheck" not in done.stdout
@@ -191,6 +195,12 @@ def test_a_release_that_was_changed_has_no_story(promised, tmp_path):
     (copy / "lineage.json").write_text((copy / "lineage.json").read_text().replace("ensemble", "magic"))
     done = command("-m", "eval.why", "--release", copy)
     assert (done.returncode, "lineage.json is changed" in done.stderr) == (3, True)
+
+
+def test_a_run_folder_is_no_release_and_the_release_in_it_is_named(released_run):
+    done = command("-m", "eval.why", "--release", released_run.folder)
+    assert done.returncode == 3
+    assert "no manifest.json: this is no release; name a folder that absorb release made" in done.stderr
 
 
 def test_a_recheck_that_is_overdue_is_said_when_the_release_is_loaded(promised, release, tmp_path, caplog):
