@@ -37,6 +37,11 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 CURSOR = re.compile(r"\x1b\[|\r(?!\n)")  # what draws a progress bar, and is no line
 
 
+def level_text(level: float) -> str:
+    """`90 %`, and `97.5 %` where it is not whole."""
+    return f"{100 * level:.4g} %"
+
+
 def stamp_line(what: str, time: str = "", tool: str = "") -> str:
     """When and by what a table was made: `judged on 2026-01-02 by absorb 0.9.0 (0123456789ab)`.
 

@@ -15,6 +15,7 @@ from statistics import median
 
 from rich.table import Column, Table
 
+from eval.core.commands import stamp_line
 from eval.core.errors import entry
 from eval.core.records import CostRecord, Process, read_costs
 from eval.cost.plan import CostPlan, measure_from_command
@@ -63,7 +64,7 @@ def build_table(plan: CostPlan, records: list[CostRecord]) -> Table:
         )
         costs.add_row(variant.name, record.engine, *(_figure(f) for f in figures), format_energy(runs))
     meters = {run.energy.meter for r in records for run in r.processes if run.energy is not None}
-    costs.caption = "; ".join(sorted(meters))
+    costs.caption = "; ".join([*sorted(meters), stamp_line("measured")])
     return costs
 
 

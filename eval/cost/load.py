@@ -15,6 +15,7 @@ meet the same arrivals. Times of service do not depend on the rate here: nothing
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
+from eval.core.commands import stamp_line
 from eval.core.errors import UserError, entry
 from eval.core.gate_file import Number
 from eval.core.records import LoadRecord, Server, read_loads
@@ -111,7 +112,7 @@ def build_table(plan: CostPlan, records: list[LoadRecord]) -> Table:
     results.title = f"open-loop load on {plan.target}, latency from the intended arrival"
     results.caption = (
         "needs: requests without which there is no such percentile; never: too many were not served; "
-        "follows: processes that kept up"
+        f"follows: processes that kept up; ≤: {100 * (1 - LEVEL):g} % upper bound; {stamp_line('measured')}"
     )
     for variant, record in zip(plan.variants, records, strict=True):
         result = summarize_load([record], LEVEL)

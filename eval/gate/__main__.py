@@ -15,7 +15,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 from rich.console import Console
 from rich.text import Text
 
-from eval.core.commands import STYLES, new_parser, stamp_line, study_from_command, write_json
+from eval.core.commands import STYLES, level_text, new_parser, stamp_line, study_from_command, write_json
 from eval.core.errors import EXITS, entry
 from eval.core.gate_file import GateFile, OnTestSet, Variant
 from eval.core.jobs import lock_folder
@@ -46,7 +46,7 @@ def opening_line(look: OnTestSet, level: float) -> Text:
         return Text(f"{start}not finished; run the same command of eval.gate.test_set again")
     keeps = "the share of the gain retained is undefined"
     if share is not None and share.point is not None:
-        keeps = f"keeps {share.point:.2f} ({100 * level:.0f} % interval {share.low:.2f} to {share.high:.2f})"
+        keeps = f"keeps {share.point:.2f} ({level_text(level)} interval {share.low:.2f} to {share.high:.2f})"
     return Text.assemble(start, (look.verdict, STYLES[look.verdict]), f", {keeps}")
 
 

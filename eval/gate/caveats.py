@@ -178,10 +178,11 @@ def describe_runs(fixed: Fixed | None, runs: list[GateRun]) -> list[str]:
         return []
     counts = Counter((run.budget, run.budget_hash[:8]) for run in runs)
     budgets = ", ".join(f"{name!r} ({short}): {count}" for (name, short), count in counts.items())
-    said = f"the gate gave {len(runs)} verdict(s) in this run since {runs[0].time}, by budget {budgets}"
+    verdicts = "verdict" if len(runs) == 1 else "verdicts"
+    said = f"the gate gave {len(runs)} different {verdicts} since {runs[0].time}, by budget {budgets}"
     if not runs[1:]:
         return [said]
-    return [f"{said}; the same one again is not counted; since the last but one: {_moved(*runs[-2:])}"]
+    return [f"{said}; changed since the verdict before: {_moved(*runs[-2:])}"]
 
 
 def _moved(before: GateRun, now: GateRun) -> str:
@@ -196,7 +197,7 @@ def _moved(before: GateRun, now: GateRun) -> str:
     if before.evidence != now.evidence:
         counts = [f"{one.extent.records} records" for one in (before, now) if one.extent]
         moved.append(f"the evidence ({', now '.join(counts)})")
-    return f"{', '.join(moved)} changed; {before.verdict}, now {now.verdict}"
+    return f"{', '.join(moved)}; {before.verdict}, now {now.verdict}"
 
 
 def _shared_teacher(evidence: Evidence) -> list[str]:

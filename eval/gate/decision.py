@@ -7,8 +7,10 @@ from typing import Any
 from eval.core.artifacts import digest, tool_text
 from eval.core.budget import Budget, Target
 from eval.core.checks import CONTROL, STUDENT
+from eval.core.commands import level_text
 from eval.core.errors import UserError
 from eval.core.gate_file import (
+    Fixed,
     GateFile,
     Hashes,
     KeptShare,
@@ -198,7 +200,7 @@ def study_verdict(
 def share_sentence(share: KeptShare, alpha: float) -> str:
     if share.point is None:
         return "keeps the asked share of the method's gain"
-    interval = f"{1 - 2 * alpha:.0%} interval {share.low:.2f} to {share.high:.2f}".replace("%", " %")
+    interval = f"{level_text(1 - 2 * alpha)} interval {share.low:.2f} to {share.high:.2f}"
     return f"keeps {share.point:.2f} of the method's gain ({interval})"
 
 
@@ -242,13 +244,19 @@ def target_sentence(verdict: Verdict, target: str, rows: list[Variant], alpha: f
     return f"on {target} no variant passes yet; {best.recipe}: {best.reason}"
 
 
-def headline(verdict: Verdict, reason: str, rivals: list[Rival], seeds: list[int]) -> str:
-    """The reason, and in front what must not be missed: a simpler rival that wins, and two seeds alone."""
+def headline(
+    verdict: Verdict, reason: str, rivals: list[Rival], seeds: list[int], fixed: Fixed | None
+) -> str:
+    """The reason, and in front what must not be missed.
+
+    A simpler rival that wins, two seeds alone, and a budget that is not the fixed one.
+    """
     for rival in (one for one in rivals if one.beats):
         better = f"{rival.what} is better by {rival.lead.point:.3f} bits/byte, {rival.lead.low:.3f} at least"
         before = f"absorbed, and not worth it: {better}; {reason}"
         reason = before if verdict == PASS else f"{reason}; {better}"
-    return f"from two seeds alone: {reason}" if len(seeds) == 2 else reason
+    reason = f"from two seeds alone: {reason}" if len(seeds) == 2 else reason
+    return f"by another budget than the fixed one: {reason}" if fixed and fixed.other else reason
 
 
 def prefixes(study: Study) -> dict[str, list[str]]:
@@ -302,7 +310,7 @@ def evaluate_gate(evidence: Evidence, budget: Budget, before: GateFile | None = 
         folder=evidence.folder.as_posix(),
         method=evidence.study.method.name,
         verdict=verdict,
-        reason=headline(verdict, reason, rivals, evidence.study.seeds),
+        reason=headline(verdict, reason, rivals, evidence.study.seeds, fixed),
         anomalies=[*shrunk, *list_anomalies(evidence, known, budget.alpha)],
         notes=[*list_caveats(evidence, budget, fixed), *describe_harms(harms)],
         recommended=recommended,

@@ -81,7 +81,7 @@ def remedy(z: Array, mean: Mean, alpha: float) -> str:
     if mean.problem:
         return mean.problem.rpartition(": ")[2]
     if mean.point <= 0:
-        return f"{-mean.point:.2g} bits/byte more than was seen, and its error on top"
+        return f"{-mean.point:.2g} bits/byte more than was seen, and the width of its bound on top"
     (s, c), parts = z.shape, components(z)
     needed = seeds_for(parts, mean.point, c, alpha), clusters_for(parts, mean.point, s, alpha)
     wanted = [

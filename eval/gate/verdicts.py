@@ -17,15 +17,16 @@ def is_shared(part: Part) -> bool:
 def hold_failures(parts: list[Part], alpha: float) -> list[Part]:
     """The parts, of which those FAIL that do after Holm's correction over all that could have.
 
-    One failed part fails the variant, so FAIL is a union of tests: with nine parts, each at its limit, 29 %
-    of studies would fail one of them falsely. What was counted and not sampled is no test: no correction.
+    One failed part fails the variant, and many parts are many chances: with nine, each at its limit, 29 % of
+    studies would fail one of them falsely. What was counted and not sampled is no test: no correction.
     """
     tested = [i for i, part in enumerate(parts) if part.p_fail is not None]
     adjusted = dict(zip(tested, holm([parts[i].p_fail or 0.0 for i in tested]), strict=True))
     held = list(parts)
     for i, p in adjusted.items():
         if parts[i].verdict == FAIL and p > alpha:
-            reason = f"{parts[i].reason}; alone, not as one of {len(tested)} tests (Holm p = {p:.3f})"
+            corrected = f"by itself, but not after Holm's correction for {len(tested)} tests (p = {p:.3f})"
+            reason = f"{parts[i].reason}; {corrected}"
             held[i] = parts[i].model_copy(update={"verdict": INCONCLUSIVE, "reason": reason})
     return held
 

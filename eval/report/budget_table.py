@@ -21,6 +21,7 @@ from eval.report.format import (
     limit_text,
     measured_on,
     part_verdict,
+    remarks,
     remedy_text,
     several,
     shifted,
@@ -216,8 +217,8 @@ def bound_note(number: Number) -> str:
 def csv_text(gate: GateFile) -> str:
     """table.csv: one row per variant and target, then the teacher and the fallback, then the pairs of
     variants that were compared (`over` is not empty); every figure at full precision, its bounds and the
-    verdict of its part, the values of each seed, what would make it pass, how to measure what was not, and by
-    what it was judged and when. A field is empty where there is nothing to say.
+    verdict of its part, the values of each seed, what would make it pass, how to measure what was not, by
+    what it was judged and when, and the notes on the whole. A field is empty where there is nothing to say.
     """
     table = build_budget_table(gate)
     titles = table.quality + table.costs
@@ -226,12 +227,12 @@ def csv_text(gate: GateFile) -> str:
     seeds = [f"{name}_s{seed}" for name in SEEDED for seed in gate.seeds]
     differences = [f"{name}{end}" for name in (*BESIDE, *COMPARED) for end in ends]
     names = ["recipe", "target", "engine", "verdict", "recommended", "cost", *figures, *seeds]
-    names += ["reason", "to_pass", "over", *differences, "not_measured", "judged"]
+    names += ["reason", "to_pass", "over", *differences, "not_measured", "judged", "notes"]
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
     writer.writeheader()
     for fields in (*_variant_rows(gate, table), *_reference_rows(gate, table), *_comparison_rows(gate)):
-        writer.writerow({**fields, "judged": stamp(gate)})
+        writer.writerow({**fields, "judged": stamp(gate), "notes": "; ".join(remarks(gate))})
     return out.getvalue()
 
 

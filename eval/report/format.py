@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eval.core.artifacts import MANIFEST, read_manifest
 from eval.core.budget import AT_LOAD
-from eval.core.commands import stamp_line
+from eval.core.commands import level_text, stamp_line
 from eval.core.documents import describe_data
 from eval.core.gate_file import Estimate, GateFile, KeptShare, Part, Relative, Variant
 from eval.core.records import VALIDATION
@@ -105,11 +105,6 @@ def shifted(gate: GateFile) -> list[str]:
     return [name for name in gate.documents if name != VALIDATION]
 
 
-def level_text(level: float) -> str:
-    """`90 %`"""
-    return f"{100 * level:.4g} %"
-
-
 def gain_text(value: Estimate, level: float) -> str:
     cell = estimate_cell(value)
     return f"{cell.main} bits/byte, {level_text(level)} interval {cell.notes[0]}" if cell.notes else cell.main
@@ -143,7 +138,7 @@ def short_stamp(gate: GateFile) -> str:
 
 def stamp(gate: GateFile) -> str:
     """The same with the budget, and how often this run was judged."""
-    count = f"; verdict {len(gate.runs)} of this run" if gate.runs else ""
+    count = f"; different verdict {len(gate.runs)} of this run" if gate.runs else ""
     return f"{short_stamp(gate)}, budget {judged_by(gate)}{count}"
 
 
@@ -175,7 +170,7 @@ def judged_by(gate: GateFile) -> str:
     """The budget, and how it stands to the one that was fixed when training began."""
     name, fixed = gate.budget["name"], gate.fixed
     if fixed is None:
-        return f"{name}, fixed beforehand by nobody"
+        return f"{name}, no budget was fixed beforehand"
     how = "another budget than the one fixed" if fixed.other else "fixed"
     return f"{name}, {how} on {day(fixed.time)}"
 

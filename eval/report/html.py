@@ -51,7 +51,8 @@ def headline(gate: GateFile) -> str:
     """The verdict in a few words: which variant on which target."""
     if gate.verdict == "PASS":
         choices = [f"{recipe} on {target}" for target, recipe in gate.recommended.items() if recipe]
-        return f"ship {' and '.join(choices)}"
+        other = ", by another budget than the fixed one" if gate.fixed and gate.fixed.other else ""
+        return f"ship {' and '.join(choices)}{other}"
     return {"FAIL": "nothing may ship", "INCONCLUSIVE": "not decided, more evidence is needed"}[gate.verdict]
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 
+from eval.core.commands import level_text
 from eval.core.gate_file import GateFile
 from eval.core.records import VALIDATION
 from eval.report.behaviour import (
@@ -26,7 +27,6 @@ from eval.report.format import (
     estimate_cell,
     fixed,
     gain_text,
-    level_text,
     measured_on,
     measuring_commands,
     pairs_left_out,

@@ -10,15 +10,24 @@ from rich.table import Table
 
 from eval.core.artifacts import read_manifest
 from eval.core.checks import Artifacts
-from eval.core.commands import count, new_console, new_parser, study_from_command, write_json
+from eval.core.commands import (
+    count,
+    level_text,
+    new_console,
+    new_parser,
+    stamp_line,
+    study_from_command,
+    write_json,
+)
 from eval.core.documents import Document, cluster_names, read_documents
 from eval.core.errors import entry
 from eval.core.gate_file import Difference
 from eval.core.jobs import Job, lock_folder, run_jobs
+from eval.core.plan import budget_of_run
 from eval.core.records import VALIDATION, read_agreements
 from eval.core.study import Study, recipe_names
 from eval.engines import subject_of
-from eval.score.agreement_records import estimate_agreement, uncompared_variants, variant_folders
+from eval.score.agreement_records import ALPHA, estimate_agreement, uncompared_variants, variant_folders
 from eval.score.devices import add_device, deal_out, find_devices
 
 Agreements = dict[str, dict[str, Difference]]  # recipe -> flips, kl
@@ -45,7 +54,7 @@ def spread_evenly(documents: list[Document], most: int | None) -> list[Document]
     return [documents[i * len(documents) // most] for i in range(most)]
 
 
-def estimate_agreements(study: Study) -> Agreements:
+def estimate_agreements(study: Study, alpha: float = ALPHA) -> Agreements:
     """Of every recipe that has records: the share of flips, and KL(student || variant) in bits per token."""
     artifacts, agreements = Artifacts(study.folder, study), Agreements()
     records = list(artifacts.current(read_agreements(study.folder)))  # others are of other documents
@@ -53,14 +62,18 @@ def estimate_agreements(study: Study) -> Agreements:
     names = cluster_names(documents, study.data.cluster_of(VALIDATION))
     clusters = {document.id: name for document, name in zip(documents, names, strict=True)}
     for recipe in recipe_names(study)[1:]:
-        flips, kl = estimate_agreement([r for r in records if r.recipe == recipe], study.seeds, clusters)
+        flips, kl = estimate_agreement(
+            [r for r in records if r.recipe == recipe], study.seeds, clusters, alpha
+        )
         if flips and kl:
             agreements[recipe] = {"flips": flips, "kl": kl}
     return agreements
 
 
-def agreement_table(agreements: Agreements) -> Table:
-    table = Table("recipe", "flips", "noise", "KL", "noise", title="against the student, 90 % intervals")
+def agreement_table(agreements: Agreements, level: float) -> Table:
+    names = ("recipe", "flips", "noise", "KL, bits/token", "noise")
+    table = Table(*names, title=f"against the student, {level_text(level)} intervals")
+    table.caption = stamp_line("compared")
     for recipe, differences in agreements.items():
         flips, kl = differences["flips"], differences["kl"]
         noise = f"{100 * flips.floor:.3g} %", f"{kl.floor:.3g}"
@@ -85,8 +98,9 @@ def main() -> None:
     read_manifest(study.folder / "data")  # a run that has none ends here, before anything is written
     with lock_folder(study.folder):
         done = compare_run(study, args.device, args.documents)
-    agreements = estimate_agreements(study)
-    new_console().print(agreement_table(agreements))
+    alpha = budget_of_run(study).alpha
+    agreements = estimate_agreements(study, alpha)
+    new_console().print(agreement_table(agreements, 1 - 2 * alpha))
     print(
         f"compared {done} variants, {len(variant_folders(study.folder, study)) - done} were compared before"
     )

@@ -27,7 +27,9 @@ def test_a_part_fails_alone_and_not_as_one_of_many():
     assert join_verdicts(hold_failures([*parts[:1], weak], 0.05)) == FAIL, "0.04 of two"
     held = hold_failures([*parts, weak], 0.05)
     assert (held[-1].verdict, join_verdicts(held)) == (INCONCLUSIVE, INCONCLUSIVE)
-    assert held[-1].reason == "retention is; alone, not as one of 7 tests (Holm p = 0.140)"
+    assert (
+        held[-1].reason == "retention is; by itself, but not after Holm's correction for 7 tests (p = 0.140)"
+    )
     assert join_verdicts(hold_failures([*parts, strong], 0.05)) == FAIL
 
 
