@@ -166,19 +166,20 @@ def cell(figure: dict, style: str = "{:,.0f}") -> str:
 def render_table(rows: list[dict], among: int) -> Table:
     table = Table(
         title=f"Power, for a pick among {among}; in brackets what the pilot's variances leave open, 80 %",
-        caption=f"80 % of repetitions pass with so many; none: not even {MOST_SEEDS} seeds, or "
+        caption="effect: what is held to be true; least: what 80 % of repetitions of this plan would see; "
+        f"80 % of repetitions pass with so many; none: not even {MOST_SEEDS} seeds, or "
         f"{MOST_CLUSTERS:,} clusters; a document that is like no other is a cluster of its own",
     )
     columns = (
         "test",
         "level",
         "plan",
-        "true effect",
+        "effect, bits/byte",
         "power now",
         "seeds",
         "clusters",
-        "effect seen",
-        "share seen",
+        "least effect, bits/byte",
+        "least share",
     )
     for name in columns:
         table.add_column(name)
@@ -189,7 +190,7 @@ def render_table(rows: list[dict], among: int) -> Table:
         table.add_row(
             row["test"],
             f"{row['alpha']:.3g}",
-            f"{row['seeds']} x {row['clusters']}",
+            f"{row['seeds']} seeds x {row['clusters']} clusters",
             f"{row['effect']:+.4f}",
             cell(row["power"], "{:.0%}"),
             cell(row["seeds_for_80"]),

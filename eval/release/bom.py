@@ -31,7 +31,7 @@ Component = dict[str, Any]
 def bill_of_materials(contract: Contract, lineage: dict[str, Any]) -> dict[str, Any]:
     """The BOM of a release: its contract, and `lineage.json` for what its models were made from."""
     variants = {f"variant:{name}": target for name, target in contract.targets.items()}
-    models = [_variant(ref, contract, target, lineage) for ref, target in variants.items()]
+    models = [_variant(ref, contract, target) for ref, target in variants.items()]
     models.append(_model("fallback", "fallback", contract.fallback, "served where the release must not be"))
     sources, links = _made_from(contract, lineage)
     root = _model("release", contract.name, digest(contract.model_dump(mode="json")), contract.method)
@@ -87,16 +87,14 @@ def _properties(values: dict[str, str]) -> list[dict[str, str]]:
     return [{"name": f"absorb:{name}", "value": value} for name, value in values.items()]
 
 
-def _variant(ref: str, contract: Contract, target: Target, lineage: dict[str, Any]) -> Component:
+def _variant(ref: str, contract: Contract, target: Target) -> Component:
     about = f"a plain student of the method {contract.method}, after the recipe {target.recipe}"
-    student = lineage["artifacts"].get(f"students/S1/s{contract.seed}", {}).get("facts", {})
-    limits = student.get("method", {}).get("limits")
-    considerations = {"useCases": [f"texts of up to {contract.inputs.context_tokens} tokens"]}
+    use = f"texts of up to {contract.inputs.context_tokens} tokens"
     return _model(ref, f"{contract.name}: {target.recipe}", target.artifact, about) | {
         "modelCard": {
             "modelParameters": {"task": "text-generation", "datasets": [{"ref": "data"}]},
             "quantitativeAnalysis": {"performanceMetrics": [*_metrics(target)]},
-            "considerations": considerations | ({"technicalLimitations": [limits]} if limits else {}),
+            "considerations": {"useCases": [use]},
             "properties": _properties(
                 {
                     "verdict": target.verdict,
@@ -104,10 +102,17 @@ def _variant(ref: str, contract: Contract, target: Target, lineage: dict[str, An
                     "signed-by": target.signature.by,
                     "bounds": BOUNDS.format(100 * contract.level, contract.alpha),
                     **({"budget": target.budget_note} if target.budget_note else {}),
+                    **_waiver(target),
                 }
             ),
         }
     }
+
+
+def _waiver(target: Target) -> dict[str, str]:
+    if target.waiver is None:
+        return {}
+    return {"waiver": target.waiver.reason, "waived-until": target.waiver.expires.isoformat()}
 
 
 def _metrics(target: Target) -> Iterator[dict[str, Any]]:
@@ -171,7 +176,7 @@ def _method(contract: Contract, lineage: dict[str, Any]) -> tuple[Component, lis
     """The method with its paper, and its files: a teacher T1 is made from it."""
     student = lineage["artifacts"].get(f"students/S1/s{contract.seed}", {}).get("facts", {})
     card = student.get("method") or {}
-    about = {name: card[name] for name in ("paper", "claim") if name in card}
+    about = {name: card[name] for name in ("paper", "claim", "limits") if name in card}
     about["settings"] = json.dumps(lineage["method"].get("settings", {}), ensure_ascii=False)
     about |= {f"code:{name}": value for name, value in lineage["code"].items()}
     name = card.get("title", lineage["method"]["name"])

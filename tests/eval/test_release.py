@@ -21,6 +21,7 @@ from eval.core.errors import UserError
 from eval.core.gate_file import read_gate
 from eval.engines import load_engine
 from eval.release.__main__ import build_release, parse_variants, summary_lines, verify_signoffs
+from eval.release.bom import bill_of_materials
 from eval.release.card import card
 from eval.release.contract_file import Contract, contract_text, read_contract
 from eval.release.golden_answers import build_golden_answers, clear_choice, continue_prompt
@@ -126,6 +127,8 @@ def test_the_bill_of_materials_fits_the_published_schema_and_says_what_was_measu
     assert links["method"] == ["file:distill/methods/ensemble.py"]
     said = {one["name"]: one["value"] for one in parts["method"]["properties"]}
     assert "arXiv" in said["absorb:paper"]
+    assert "times the memory" in said["absorb:limits"]  # of the method, which the student does without
+    assert "technicalLimitations" not in variant["modelCard"]["considerations"]
     (file,) = parts["file:distill/methods/ensemble.py"]["hashes"]
     assert file["content"] == file_sha256(ROOT / "distill/methods/ensemble.py")
     assert "properties" not in bom["metadata"]["component"], "no recheck was promised"
@@ -178,6 +181,8 @@ def test_a_waiver_is_shown_wherever_the_release_is(release):
     waived = contract.model_copy(update={"targets": {"cpu": shipped}})
     assert "WAIVED until 2026-07-01: a demonstration" in "\n".join(summary_lines(waived, release))
     text = card(waived, None, [], [])
+    bom = json.dumps(bill_of_materials(waived, json.loads((release / "lineage.json").read_text())))
+    assert '{"name": "absorb:waiver", "value": "a demonstration"}' in bom
     assert "**Shipped on a waiver until 2026-07-01.** On cpu the verdict is FAIL" in text
     assert Contract.model_validate(yaml.safe_load(contract_text(waived))) == waived
 
