@@ -1,4 +1,4 @@
-"""Another budget than the one fixed when training began: signed on a waiver alone, told wherever it ships."""
+"""What ships on a waiver alone, for a verdict or for another budget than the fixed one: told wherever it ships."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from eval.release.__main__ import summary_lines, verify_signoffs
 from eval.release.bom import bill_of_materials
 from eval.release.card import card
 from eval.release.contract import loader_facts, shipped
-from eval.release.contract_file import contract_text, read_contract
+from eval.release.contract_file import Contract, contract_text, read_contract
 from eval.release.load_release import load_release
 from eval.signoff.keys import new_key, read_trusted
 from eval.signoff.statement import Waiver, read_bundle
@@ -129,3 +129,16 @@ def test_by_the_command_line_it_is_signed_on_a_waiver_of_two_keys_released_loade
     assert f'"value": "{told}"' in (out / "bom.cdx.json").read_text()
     info = load_release(out, "cpu", public_key=tmp_path / "key.pub")[1]
     assert (info.fallback, info.budget_note, info.expires) == (False, told, day)
+
+
+def test_a_waiver_is_shown_wherever_the_release_is(release):
+    contract = read_contract(release)
+    waiver = Waiver(reason="a demonstration", expires=date(2026, 7, 1))
+    shipped = contract.targets["cpu"].model_copy(update={"verdict": "FAIL", "waiver": waiver})
+    waived = contract.model_copy(update={"targets": {"cpu": shipped}})
+    assert "WAIVED until 2026-07-01: a demonstration" in "\n".join(summary_lines(waived, release))
+    text = card(waived, None, [], [])
+    bom = json.dumps(bill_of_materials(waived, json.loads((release / "lineage.json").read_text())))
+    assert '{"name": "absorb:waiver", "value": "a demonstration"}' in bom
+    assert "**Shipped on a waiver until 2026-07-01.** On cpu the verdict is FAIL" in text
+    assert Contract.model_validate(yaml.safe_load(contract_text(waived))) == waived

@@ -20,14 +20,11 @@ from eval.core.documents import Document
 from eval.core.errors import UserError
 from eval.core.gate_file import read_gate
 from eval.engines import load_engine
-from eval.release.__main__ import build_release, parse_variants, summary_lines, verify_signoffs
-from eval.release.bom import bill_of_materials
-from eval.release.card import card
-from eval.release.contract_file import Contract, contract_text, read_contract
+from eval.release.__main__ import build_release, parse_variants, verify_signoffs
+from eval.release.contract_file import read_contract
 from eval.release.golden_answers import build_golden_answers, clear_choice, continue_prompt
 from eval.score.tasks import greedy
 from eval.signoff.keys import new_key, private_key, read_trusted
-from eval.signoff.statement import Waiver
 from eval.stats.crossed import linearise
 from tests.eval import real_run
 from tests.helpers import ROOT
@@ -172,19 +169,6 @@ def test_the_command_reports_what_it_built(released_run, release):
     output = (released_run.folder / "output").read_text()
     assert "cpu: small (torch), PASS, signed by Ada" in output
     assert file_sha256(release / "manifest.json") in output
-
-
-def test_a_waiver_is_shown_wherever_the_release_is(release):
-    contract = read_contract(release)
-    waiver = Waiver(reason="a demonstration", expires=date(2026, 7, 1))
-    shipped = contract.targets["cpu"].model_copy(update={"verdict": "FAIL", "waiver": waiver})
-    waived = contract.model_copy(update={"targets": {"cpu": shipped}})
-    assert "WAIVED until 2026-07-01: a demonstration" in "\n".join(summary_lines(waived, release))
-    text = card(waived, None, [], [])
-    bom = json.dumps(bill_of_materials(waived, json.loads((release / "lineage.json").read_text())))
-    assert '{"name": "absorb:waiver", "value": "a demonstration"}' in bom
-    assert "**Shipped on a waiver until 2026-07-01.** On cpu the verdict is FAIL" in text
-    assert Contract.model_validate(yaml.safe_load(contract_text(waived))) == waived
 
 
 def test_the_loader_serves_what_was_released(release, loader):
