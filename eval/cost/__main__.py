@@ -10,16 +10,25 @@ On a machine without the run folder: `python -m eval.cost --target gpu --device 
 [--record FILE]`. Its records are joined with the run's by `python -m eval.cost.merge`.
 """
 
-import math
-from statistics import median
-
+from rich.box import SIMPLE
 from rich.table import Column, Table
 
 from eval.core.commands import stamp_line
 from eval.core.errors import entry
-from eval.core.records import CostRecord, Process, read_costs
+from eval.core.records import CostRecord, read_costs
+from eval.cost.estimates import LEVEL, estimate_quantity, format_number
 from eval.cost.plan import CostPlan, measure_from_command
 from eval.cost.rounds import make_order, run_in_rounds
+
+NOTHING = "\N{EN DASH}"
+COLUMNS = {
+    "prefill_p50": "prefill ms",
+    "decode_p50": "decode ms/token",
+    "peak_memory": "peak MiB",
+    "disk": "disk MiB",
+    "load_time": "load s",
+    "energy": "J/token",
+}
 
 
 def measure_together(plan: CostPlan) -> list[CostRecord]:
@@ -36,36 +45,25 @@ def measure_together(plan: CostPlan) -> list[CostRecord]:
     ]
 
 
-def format_energy(runs: list[Process]) -> str:
-    """Energy in J per generated token over all processes; a dash without a meter."""
-    metered = [run.energy for run in runs if run.energy is not None and run.energy.joules is not None]
-    if not metered:
-        return "\N{EN DASH}"
-    return f"{sum(e.joules or 0.0 for e in metered) / sum(e.tokens for e in metered):.3g}"
-
-
-def _figure(value: float) -> str:
-    return "\N{EN DASH}" if math.isnan(value) else f"{value:.2f}"
-
-
 def build_table(plan: CostPlan, records: list[CostRecord]) -> Table:
-    """Medians over all processes; the gate holds upper bounds against the limits, not these."""
-    titles = ["prefill ms", "decode ms/token", "peak MiB", "disk MiB", "load s", "J/token"]
-    costs = Table(Column("variant", no_wrap=True), "engine", *titles)
-    costs.title = f"cost on {plan.target}, medians, batch 1"
+    """Medians over all processes, of the peak the largest, with 95 % upper bounds below."""
+    costs = Table(Column("variant", no_wrap=True), "engine", *COLUMNS.values(), box=SIMPLE, pad_edge=False)
+    costs.title = f"cost on {plan.target}, batch 1: medians, of the peak the largest"
     for variant, record in zip(plan.variants, records, strict=True):
-        runs = record.processes
-        figures = (
-            median(ms for run in runs for ms in run.prefill_ms),
-            median([ms for run in runs for ms in run.decode_ms] or [math.nan]),
-            median(run.peak_memory_bytes for run in runs) / 2**20,
-            record.disk_bytes / 2**20,
-            median(run.load_s for run in runs),
-        )
-        costs.add_row(variant.name, record.engine, *(_figure(f) for f in figures), format_energy(runs))
+        figures = (_figure(record, name) for name in COLUMNS)
+        costs.add_row(variant.name, record.engine, *figures)
     meters = {run.energy.meter for r in records for run in r.processes if run.energy is not None}
-    costs.caption = "; ".join([*sorted(meters), stamp_line("measured")])
+    bound = f"\N{LESS-THAN OR EQUAL TO}: {100 * (1 - LEVEL):g} % upper bound"
+    costs.caption = "; ".join([bound, *sorted(meters), stamp_line("measured")])
     return costs
+
+
+def _figure(record: CostRecord, name: str) -> str:
+    """A dash where there is nothing to measure: no meter, no token after the first."""
+    if name == "decode_p50" and not any(run.decode_ms for run in record.processes):
+        return NOTHING
+    number = estimate_quantity([record], name, LEVEL)
+    return NOTHING if number.value is None and not number.needs else format_number(number)
 
 
 @entry

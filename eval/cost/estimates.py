@@ -27,6 +27,7 @@ PERCENTILES = [f"{phase}_p{q}" for phase in ("prefill", "decode") for q in (50, 
 BATCHED = [f"{phase}_p{q}" for phase in ("prefill", "decode") for q in (50, 95)]
 SIZES = ("peak_memory", "device_memory")  # of which the largest of all processes is told
 MIB = UNITS["MiB"]
+LEVEL = 0.05  # of the bounds that are shown here; the gate takes the budget's alpha
 NEVER = float("inf")  # the latency of what was not served
 
 
@@ -296,3 +297,11 @@ def _rate(rate: float, runs: list[Run], new_tokens: int, alpha: float) -> Rate:
 def _padded(latencies: list[float], run: Arrivals) -> Array:
     """[n] ms: what was never served took forever."""
     return np.asarray([*latencies, *[NEVER] * (len(run.arrival_s) - len(latencies))])
+
+
+def format_number(number: Number) -> str:
+    """A figure, and its upper bound on a second line; what it would take where there is none."""
+    if number.value is None:
+        return f"needs {number.needs}" if number.needs else "never"
+    bound = number.upper is not None and number.upper != number.value
+    return f"{number.value:.4g}" + (f"\n≤ {number.upper:.4g}" if bound else "")

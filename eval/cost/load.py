@@ -17,10 +17,9 @@ from rich.table import Column, Table
 
 from eval.core.commands import stamp_line
 from eval.core.errors import UserError, entry
-from eval.core.gate_file import Number
 from eval.core.records import LoadRecord, Server, read_loads
 from eval.core.sections import Load
-from eval.cost.estimates import summarize_load
+from eval.cost.estimates import LEVEL, format_number, summarize_load
 from eval.cost.orders import OpenLoop, Order
 from eval.cost.plan import CostPlan, Variant, measure_from_command
 from eval.cost.rounds import make_order, run_in_rounds
@@ -28,7 +27,6 @@ from eval.stats.queueing import knee
 
 SHARES = (0.5, 0.8, 0.95, 1.1)  # of the knee, where no rates are stated
 FEWEST = 200  # requests that a rate must bring on average: fewer tell no queue from a backlog
-LEVEL = 0.05  # of the bounds that are shown here; the gate takes the budget's alpha
 
 
 def load_settings(plan: CostPlan) -> Load:
@@ -97,12 +95,6 @@ def measure_together(plan: CostPlan) -> list[LoadRecord]:
         )
         for variant in plan.variants
     ]
-
-
-def format_number(number: Number) -> str:
-    if number.value is None:
-        return f"needs {number.needs}" if number.needs else "never"
-    return f"{number.value:.4g}" + (f"\n≤ {number.upper:.4g}" if number.upper is not None else "")
 
 
 def build_table(plan: CostPlan, records: list[LoadRecord]) -> Table:

@@ -68,16 +68,15 @@ def list_anomalies(evidence: Evidence, begins_with: Mapping[str, list[str]], alp
     found: dict[Contrast, list[str]] = {}
     adjusted = holm([mean.p_at_most(RESOLUTION) for mean in means])
     for (contrast, name), mean, p in zip(pairs, means, adjusted, strict=True):
-        low, _ = mean.bounds(alpha)
-        if p <= alpha and low is not None:
-            by = f"by {mean.point:.4f} bits/byte, {low:.4f} at least, on {name}"
+        if p <= alpha:
+            by = f"by {mean.point:.4f} bits/byte (p = {p:.2g}) on {name}"
             found.setdefault(contrast, []).append(by)
     anomalies = []
     for contrast, seen in found.items():
         check = "does it see validation documents in calibration or recovery, is its student trained out?"
         if contrast.recipe == PLAIN:
             check = "was it trained longer, or on other rows, or does its own data term teach it?"
-        told = f"{cases[contrast]} {'; '.join(seen)} ({len(pairs)} comparisons, Holm)"
+        told = f"{cases[contrast]} {'; '.join(seen)} (p by Holm over {len(pairs)} comparisons)"
         anomalies.append(f"{told}: {check}")
     return anomalies
 

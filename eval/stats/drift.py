@@ -50,9 +50,7 @@ def superiority(before: Array, now: Array) -> float:
 
     Of many documents any difference is significant; this says how large one is, on no matter what scale.
     """
-    ordered = np.sort(before)
-    larger, not_smaller = (np.searchsorted(ordered, now, side=side).mean() for side in ("left", "right"))
-    return float(larger - (len(ordered) - not_smaller)) / len(ordered)
+    return float(placements(before, now).mean())
 
 
 def drifts(before: dict[str, Array], now: dict[str, Array]) -> list[Drift]:
