@@ -159,7 +159,7 @@ def test_a_run_is_found_by_its_settled_file_and_behind_a_link(tmp_path, monkeypa
 def test_a_command_speaks_of_itself_as_it_was_typed_and_finds_the_run_it_is_in(tmp_path):
     study = study_run(tmp_path)
     done = absorb("gate", "--help")
-    assert done.stdout.startswith("usage: python -m eval.gate ")
+    assert done.stdout.startswith("usage: absorb gate ")
     assert done.stdout.index("keys of the study") < done.stdout.index("options:"), (
         "its own options are seen last"
     )

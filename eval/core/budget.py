@@ -4,8 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from eval.core.config import FileName, Frozen, find_config, read_yaml, validate_config
-from eval.core.errors import OneLine
+from eval.core.config import FileName, Frozen, OneLine, find_config, read_yaml, validate_config
 from eval.core.study import Study
 
 Quantity = Literal[

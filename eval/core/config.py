@@ -18,9 +18,10 @@ from types import ModuleType
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic.functional_validators import AfterValidator, field_validator
 
-from eval.core.errors import UserError, expected_text, require_one_of
+from eval.core.errors import UserError, expected_text, one_line, require_one_of
 from eval.syntax import normalize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +29,7 @@ PATH_KEYS = {"budget", "recipes"}  # of a study: paths are taken from the folder
 MAX_DEPTH, MAX_COPIED = 50, 100_000  # of YAML: levels inside one another, characters that aliases stand for
 PACKAGES = ("package:", "pypi:", "npm:")  # how a path begins that names a package, not a folder or a file
 M = TypeVar("M", bound=BaseModel)
+OneLine = Annotated[str, AfterValidator(one_line)]  # a name or a reason in what is stored
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 

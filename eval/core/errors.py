@@ -14,10 +14,9 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 from unicodedata import bidirectional, category
 
-from pydantic import AfterValidator
 from safetensors import SafetensorError
 
 EXIT_PASS, EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_ERROR = 0, 1, 2, 3
@@ -55,9 +54,6 @@ def one_line(text: str) -> str:
         if category(letter) in ("Cc", "Cs", "Zl", "Zp") or bidirectional(letter) in TURNING:
             raise ValueError(f"found {letter!r} in it, expected one line without control characters")
     return text
-
-
-OneLine = Annotated[str, AfterValidator(one_line)]  # of a name or a reason in what is stored
 
 
 def require_installed(library: str, thing: str, fix: str) -> None:

@@ -6,8 +6,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from eval.core.budget import Budget
-from eval.core.config import Stored
-from eval.core.errors import OneLine, UserError, first_error
+from eval.core.config import OneLine, Stored
+from eval.core.errors import UserError, first_error
 from eval.stats.crossed import Verdict
 
 

@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 from scipy.special import stdtr
 
-from eval.core.config import Stored
-from eval.core.errors import OneLine, UserError, expected_text
+from eval.core.config import OneLine, Stored
+from eval.core.errors import UserError, expected_text
 from eval.core.gate_file import Estimate, KeptShare, Number
 from eval.signoff.statement import Waiver
 from eval.stats.crossed import FAIL, INCONCLUSIVE, PASS, Verdict, cluster_bounds, linearise

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eval.core.artifacts import commit_text, file_sha256
-from eval.core.config import FileName
-from eval.core.errors import OneLine, UserError, expected_text
+from eval.core.config import FileName, OneLine
+from eval.core.errors import UserError, expected_text
 from eval.core.gate_file import GateRun
 from eval.signoff.keys import AGAIN, Trusted, envelope, from_text, signed_by, signer_name, wrapped
 from eval.stats.crossed import GENERATOR, PASS, Verdict

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, Literal
 from pydantic import Field, ValidationError
 
 from eval.core.artifacts import file_sha256, text_sha256, write_text
-from eval.core.config import Stored
-from eval.core.errors import OneLine, UserError, expected_text
+from eval.core.config import OneLine, Stored
+from eval.core.errors import UserError, expected_text
 from eval.signoff.keys import Trusted, envelope, from_text, signer_name, wrapped
 from eval.signoff.statement import TYPE
 from eval.watch.decision import Finding, Sums

@@ -66,8 +66,8 @@ def test_what_was_not_measured_is_empty(run):
     one = qualities["int8"]
     assert (one.accuracy, one.calibration_error, one.flips, one.kl) == ({}, {}, None, None)
     assert one.tasks == {"pick": {"S1": None, "S0": None}}
-    how = {"flips and KL": "eval.score.agreement", "tasks": "eval.score"}
-    assert one.how == {what: f"python -m {module} --study {run.path}" for what, module in how.items()}
+    how = {"flips and KL": "agreement", "tasks": "score"}
+    assert one.how == {what: f"absorb {command} --study {run.path}" for what, command in how.items()}
     assert set(qualities["plain"].how) == {"tasks"}, "it is what others are held against"
     assert one.worst_slice in ("validation", "far")
 

@@ -24,7 +24,7 @@ def read(text: dict) -> Message:
 
 
 def test_a_sign_off_is_two_statements_and_the_second_a_test_result(released_run):
-    lines = (released_run.path / "signoff/small-cpu.intoto.jsonl").read_text().splitlines()
+    lines = (released_run.path / "signoff/small@cpu.intoto.jsonl").read_text().splitlines()
     ours, theirs = (read(payload(line)) for line in lines)
     assert [one.name for one in ours.subject] == [one.name for one in theirs.subject]
     assert all(len(one.digest["sha256"]) == 64 for one in theirs.subject)

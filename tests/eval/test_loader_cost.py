@@ -69,7 +69,7 @@ def test_absolute_limits_are_held_by_the_rule_of_the_gate(case, release, decode_
     shipped = read_contract(release).targets["cpu"]
     target = shipped.model_copy(update={"loader_cost": cost})
     waiver = Waiver(reason="a demonstration", expires=date(2126, 7, 1))
-    refuse_lost_limits("cpu", target.model_copy(update={"waiver": waiver}))
+    refuse_lost_limits("cpu", target.model_copy(update={"waiver": waiver, "verdict": "FAIL"}))
     if verdict == "FAIL":
         with pytest.raises(UserError, match=r"small on cpu: through the loader, decode_p50 is at least 2\."):
             refuse_lost_limits("cpu", target)

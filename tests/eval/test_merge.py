@@ -63,7 +63,7 @@ def load(run, study, **changes):
     """A record of the same under load."""
     gone = {"kind", "processes", "disk_bytes"}
     fields = {name: value for name, value in cost(run, study).items() if name not in gone}
-    servers = [{"service_ms": [1.0] * 10, "rates": []}] * COST["processes"]
+    servers = [{"service_ms": [1600.0] * 10, "rates": []}] * COST["processes"]
     return {**fields, "kind": "load", "processes": servers, "seconds": 30.0, "slo_ms": None, **changes}
 
 
@@ -104,7 +104,7 @@ def test_a_record_without_a_study_is_bound_by_its_artifact(here, tmp_path):
         ({"threads": 8}, ["threads is 8, the study asks 1"]),
         ({"new_tokens": 9}, ["new_tokens is 9, the study asks 4"]),
         ({"recipe": "int8"}, ["recipe: 'int8'", "accepted: plain"]),
-        ({"arm": "../../evil"}, ["arm: '../../evil'", "accepted: B"]),
+        ({"arm": "../../evil"}, ["arm: '../../evil'", "give a name, not a path"]),
         ({"arm": "S0"}, ["S0-s0.json", "measured on artifact", "students/S0/s0 holds"]),
         ({"provenance": {"config": "f" * 64}}, ["study hash ffffffffffff", "this study's is"]),
         ({"provenance": {"artifact": "a" * 64}}, ["artifact aaaaaaaaaaaa", "students/S1/s0 holds"]),

@@ -14,8 +14,8 @@ from typing import Literal, Self, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from eval.core.artifacts import library_versions, write_text
-from eval.core.config import Stored
-from eval.core.errors import OneLine, UserError, first_error
+from eval.core.config import OneLine, Stored
+from eval.core.errors import UserError, first_error
 from eval.core.records.measured import MOST, MOST_COUNT, Counted, Positive
 from eval.core.records.measured import Arrivals as Arrivals
 from eval.core.records.measured import Batched as Batched
