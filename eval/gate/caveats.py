@@ -105,7 +105,8 @@ def compare_extents(
         rivals=list(dict.fromkeys(name for one in every for name in one.rivals)),
     )
     counts = {f"documents of {name}": (most.documents[name], now.documents.get(name, 0)) for name in slices}
-    counts |= {name: (getattr(most, name), getattr(now, name)) for name in ("seeds", "variants", "records")}
+    counts |= {name: (getattr(most, name), getattr(now, name)) for name in ("seeds", "records")}
+    counts["variants measured, summed over targets"] = most.variants, now.variants
     lost = [f"{was} {name}, now {is_}" for name, (was, is_) in counts.items() if is_ < was]
     lost += [f"the rival {name}, now not" for name in most.rivals if name not in now.rivals]
     why = "an earlier verdict of this run rested on more evidence: "
@@ -123,7 +124,10 @@ def compare_plan(evidence: Evidence, budget: Budget, runs: Sequence[GateRun]) ->
         own = load_budget(study)
     except UserError:  # the copy is what counts: its file may lie on another machine
         own = plan.budget
-    changes += [f"{change} in the file of the budget" for change in list_changes(plan.budget, own)]
+    changes += [
+        f"{change} in the file of the budget, by which nothing is judged here"
+        for change in list_changes(plan.budget, own)
+    ]
     changes += [f"recipe {change}" for change in list_recipe_changes(plan.recipes, current_recipes(study))]
     changes += _built_otherwise(evidence, plan)
     late = datetime.fromisoformat(plan.time) > datetime.fromisoformat(evidence.first) + SLACK

@@ -60,7 +60,7 @@ from eval.report.format import remarks
 from eval.signoff.keys import Trusted, from_text, private_key, read_trusted, wrapped
 from eval.signoff.statement import FOLDER, TYPE, Predicate, signoff_path
 from eval.signoff.verify import GATE, Rerun, problems, row_of
-from eval.stats.crossed import PASS
+from eval.stats.crossed import FAIL, PASS
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Signer
@@ -340,7 +340,8 @@ def summary_lines(contract: Contract, out: Path) -> Iterator[str]:
             yield f"    through the loader, {cost.reason}: {cost.verdict}"
         for cost in target.fallback_cost:
             if cost.verdict != PASS:
-                yield f"    the fallback is not within the budget: {cost.reason}"
+                within = "is not" if cost.verdict == FAIL else "is not shown to be"
+                yield f"    the fallback {within} within the budget: {cost.reason}"
     yield f"sha256 of its {MANIFEST}, to be kept elsewhere: {file_sha256(out / MANIFEST)}"
 
 

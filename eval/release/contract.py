@@ -122,7 +122,9 @@ def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:
     inside = name == VALIDATION
     share = gate.budget["f"] if inside else gate.budget["slices"][name]
     teacher = gate.teacher_gain if inside else gate.teacher_gain_slices[name]
-    alpha = gate.budget["alpha"]
+    alpha, look = gate.budget["alpha"], gate.test_set
+    if look is not None and not (look.current and look.recipe == row.recipe):
+        look = None
 
     def saving(of: Literal["control", "fallback"], floor: float | None) -> Saving:
         saved = bits.over(of)
@@ -131,6 +133,7 @@ def gain(gate: GateFile, row: Variant, name: str, bits: Bits) -> Gain:
 
     return Gain(
         asked_share=share,
+        on_test=(look.kept_share if inside else look.slices.get(name)) if look else None,
         kept_share=row.kept_share if inside else row.slices[name].kept_share,
         level=over_documents(bits.level("release"), alpha),
         teacher_gain=teacher,

@@ -39,6 +39,9 @@ class Gain(Stored):
 
     asked_share: float  # of the teacher's gain
     kept_share: KeptShare  # as measured over all seeds
+    on_test: KeptShare | None = (
+        None  # the same on the test documents, where they were opened: the one to quote
+    )
     level: Estimate  # bits per byte of the released artifact
     teacher_gain: Estimate
     over_control: Saving

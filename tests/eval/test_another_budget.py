@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from eval.core.errors import UserError
-from eval.core.gate_file import read_gate
+from eval.core.gate_file import KeptShare, OnTestSet, read_gate
 from eval.release.__main__ import summary_lines, verify_signoffs
 from eval.release.bom import bill_of_materials
 from eval.release.card import card
-from eval.release.contract import loader_facts, shipped
+from eval.release.contract import gain, loader_facts, released_bits, shipped
 from eval.release.contract_file import Contract, contract_text, read_contract
 from eval.release.load_release import load_release
 from eval.signoff.keys import new_key, read_trusted
@@ -142,3 +142,34 @@ def test_a_waiver_is_shown_wherever_the_release_is(release):
     assert '{"name": "absorb:waiver", "value": "a demonstration"}' in bom
     assert "**Shipped on a waiver until 2026-07-01.** On cpu the verdict is FAIL" in text
     assert Contract.model_validate(yaml.safe_load(contract_text(waived))) == waived
+
+
+def test_the_share_on_the_test_documents_is_quoted_where_they_were_opened_for_what_ships(
+    released_run, release
+):
+    case = verify_signoffs(released_run.path, ["small"], read_trusted([released_run.folder / "key.pub"]), DAY)
+    row, bits = row_of(case.gate, "small", "cpu"), released_bits(case.evidence, "small", "validation")
+    share = KeptShare(point=0.61, low=0.52, high=0.71)
+    look = OnTestSet(
+        openings=1,
+        time="2026-01-01T00:00:00+00:00",
+        by="Ada",
+        recipe="small",
+        target="cpu",
+        current=True,
+        documents=9,
+        verdict="PASS",
+        parts=[],
+        teacher_gain=None,
+        kept_share=share,
+        guard_share=None,
+        history=[],
+    )
+    for change, quoted in (({}, share), ({"recipe": "other"}, None), ({"current": False}, None)):
+        opened = case.gate.model_copy(update={"test_set": look.model_copy(update=change)})
+        assert gain(opened, row, "validation", bits).on_test == quoted
+    contract = read_contract(release)
+    target = contract.targets["cpu"]
+    gains = target.gain | {"validation": target.gain["validation"].model_copy(update={"on_test": share})}
+    shown = contract.model_copy(update={"targets": {"cpu": target.model_copy(update={"gain": gains})}})
+    assert ", on the test documents 0.610 [0.520, 0.710] |" in card(shown, None, [], [])
