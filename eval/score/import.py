@@ -35,7 +35,7 @@ from eval.core.records import (
     record_path,
     write_record,
 )
-from eval.core.records.measured import MOST
+from eval.core.records.measured import MOST, MOST_COUNT
 from eval.core.study import Study, recipe_names
 from eval.engines import load_tokenizer, subject_of
 from eval.score.corruptions import slice_documents, slice_names
@@ -94,10 +94,9 @@ def read_row(where: str, row: dict[str, Any]) -> tuple[Key, str, float, int | No
         value, tokens = (-sum(known) if usable else value), len(known)
     if not _is_number(value) or not 0 <= value <= MOST / 2:  # nats, too, are then at most MOST bits
         raise UserError(f"{where}: {given[0]}", repr(value)[:60], "give a finite likelihood of at most 1")
-    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
-        raise UserError(
-            f"{where}: tokens", repr(tokens), "give the number of predicted tokens, or leave it out"
-        )
+    if tokens is not None and (type(tokens) is not int or not 1 <= tokens <= MOST_COUNT):
+        fix = "give the number of predicted tokens, or leave it out"
+        raise UserError(f"{where}: tokens", repr(tokens)[:60], fix)
     bits = value if given[0] == "bits" else value / math.log(2)
     return (row["slice"], row["id"]), row["sha256"], float(bits), tokens
 

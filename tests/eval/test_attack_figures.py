@@ -202,6 +202,9 @@ def test_likelihoods_and_counts_beyond_all_bounds_are_refused():
     row = {"slice": "validation", "id": "a", "sha256": "x", "nats": 1.7e308}
     with pytest.raises(UserError, match="line 1: nats"):
         importer.read_row("line 1", row)
+    for tokens in (10**400, True, 0):
+        with pytest.raises(UserError, match="line 1: tokens"):
+            importer.read_row("line 1", row | {"nats": 1.0, "tokens": tokens})
     with pytest.raises(ArgumentTypeError, match="expected a whole number"):
         count("1" + "0" * 400)
 
