@@ -181,8 +181,8 @@ def describe_runs(fixed: Fixed | None, runs: list[GateRun]) -> list[str]:
         return []
     counts = Counter((run.budget, run.budget_hash[:8]) for run in runs)
     budgets = ", ".join(f"{name!r} ({short}): {count}" for (name, short), count in counts.items())
-    verdicts = "verdict" if len(runs) == 1 else "verdicts"
-    said = f"the gate gave {len(runs)} different {verdicts} since {runs[0].time}, by budget {budgets}"
+    verdicts = "1 verdict" if len(runs) == 1 else f"{len(runs)} different verdicts"
+    said = f"the gate gave {verdicts} since {runs[0].time}, by budget {budgets}"
     if not runs[1:]:
         return [said]
     return [f"{said}; changed since the verdict before: {_moved(*runs[-2:])}"]

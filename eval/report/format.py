@@ -138,7 +138,8 @@ def short_stamp(gate: GateFile) -> str:
 
 def stamp(gate: GateFile) -> str:
     """The same with the budget, and how often this run was judged."""
-    count = f"; different verdict {len(gate.runs)} of this run" if gate.runs else ""
+    repeats = ", repeats not counted" if len(gate.runs) > 1 else ""
+    count = f"; verdict {len(gate.runs)} of this run{repeats}" if gate.runs else ""
     return f"{short_stamp(gate)}, budget {judged_by(gate)}{count}"
 
 

@@ -182,7 +182,9 @@ def render_page(gate: GateFile, run: Path, study_yaml: str) -> str:
         run=shlex.quote(gate.folder),
         study_yaml=study_yaml,
         headline=headline(gate),
-        other_budget=f" --budget {gate.budget['name']}" if gate.fixed and gate.fixed.other else "",
+        other_budget=f" --budget {shlex.quote(gate.budget['name'])}  # its name, or its file"
+        if gate.fixed and gate.fixed.other
+        else "",
         test_set=tables.test_set_line(gate),
         data_lines=tables.data_lines(run, gate),
         sections={name: title for name, title in SECTIONS.items() if pictures.get(name, True)},

@@ -233,16 +233,20 @@ def sign(run: Path, args: argparse.Namespace) -> Path:
 def still_needed(path: Path) -> list[str]:
     """What a sign-off that was just added rests on, and what it waits for."""
     signed = latest(read_bundle(path))
-    predicate = signed[-1].predicate
-    texts = [] if predicate.policy.fixed else ["judged by another budget than one that was fixed beforehand"]
+    missing = [f"{text}: another key signs it too, to the same day" for text in too_few_signatures(signed)]
+    return [*conditions(signed[-1].predicate), *missing]
+
+
+def conditions(predicate: Predicate) -> list[str]:
+    """What must be said wherever a sign-off is shown."""
+    texts = (
+        []
+        if predicate.policy.fixed
+        else ["by another budget than one that was fixed before the first figure"]
+    )
     if predicate.waiver:
         texts.append(f"waived until {predicate.waiver.expires}: {predicate.waiver.reason}")
-    fix = (
-        f"another key has to sign it too, with --expires {predicate.waiver.expires}"
-        if predicate.waiver
-        else ""
-    )
-    return texts + [f"{text}: {fix}" for text in too_few_signatures(signed)]
+    return texts
 
 
 def verification_text(path: Path, signed: list[Signed], problems: list[str]) -> Text:
@@ -255,11 +259,7 @@ def verification_text(path: Path, signed: list[Signed], problems: list[str]) -> 
         predicate = one.predicate
         by = f"signed by {predicate.by} on {predicate.time} with the key of {one.holder}"
         what = f"{predicate.verdict} of {predicate.recipe} on {predicate.target}"
-        lines.append(f"{what}, {by}, by budget {predicate.policy.name}")
-        if not predicate.policy.fixed:
-            lines.append("by another budget than one that was fixed before the first figure")
-        if predicate.waiver:
-            lines.append(f"waived until {predicate.waiver.expires}: {predicate.waiver.reason}")
+        lines += [f"{what}, {by}, by budget {predicate.policy.name}", *conditions(predicate)]
     return Text.assemble(f"{path}: ", ("holds", "bold green"), *(f"\n  {text}" for text in lines))
 
 

@@ -84,7 +84,7 @@ def test_a_budget_that_is_lowered_after_the_verdict_changes_no_verdict_and_is_to
     budgets = f"by budget 'test' ({first.budget_hash[:8]}): {{}}, 'test' ({last.budget_hash[:8]}): 1"
     assert budgets.format(count) in notes
     assert f"changed since the verdict before: the budget; {first.verdict}, now {last.verdict}" in notes
-    assert f"; different verdict {count + 1} of this run" in csv_text(run.result())
+    assert f"; verdict {count + 1} of this run, repeats not counted" in csv_text(run.result())
     run.gate()
     assert budgets.format(count + 1) in "\n".join(run.result().notes), "it stays known"
 
@@ -95,7 +95,7 @@ def test_a_first_verdict_by_another_budget_and_what_changed_since_are_told(judge
     (run.path / "gate-runs.jsonl").unlink()
     (tmp_path / "loose.yaml").write_text(yaml.safe_dump({**run.budget, "name": "loose", "f": 0.05}))
     result = judge(run.path, str(tmp_path / "loose.yaml"))
-    told = f"the gate gave 1 different verdict since {result.runs[0].time}, by budget 'loose' ("
+    told = f"the gate gave 1 verdict since {result.runs[0].time}, by budget 'loose' ("
     assert result.notes[-1].startswith(told)
     write_runs(run.path, result.runs)
     (run.path / "records/cost/cpu/half/S1-s0.json").unlink()
@@ -103,7 +103,7 @@ def test_a_first_verdict_by_another_budget_and_what_changed_since_are_told(judge
     records = [one.extent.records for one in result.runs]
     moved = f"the evidence ({records[0]} records, now {records[0] - 1} records); PASS, now PASS"
     assert result.notes[-1].endswith(f"changed since the verdict before: {moved}")
-    assert stamp(result).endswith("; different verdict 2 of this run")
+    assert stamp(result).endswith("; verdict 2 of this run, repeats not counted")
 
 
 def edited_plan(run: Run) -> None:
